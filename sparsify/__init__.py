@@ -1,0 +1,1 @@
+"""Event-driven compilation of PyTorch spiking and event-based networks."""

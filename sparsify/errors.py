@@ -1,0 +1,90 @@
+"""The two ways things go wrong: refusals (values, in the report) and errors (exceptions)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+RefusalCode = Literal[
+    "no-gain",  # measured or predicted slower than what it would replace
+    "no-event",  # the linear op reads a value without a threshold (tanh RNN, LSTM, GRU)
+    "not-rolled",  # the time loop could not be rolled up
+    "unsupported-op",  # an operation that the kernel IR does not have
+    "unsupported-layout",  # shapes, dtypes or a connectivity that no strategy takes
+    "random",  # random numbers are drawn inside the region
+    "observed",  # a hook or monitor reads values inside the region
+    "needs-grad",  # gradients were asked for
+    "non-finite-weights",  # skipping zeros would change 0 * inf
+    "backend-unavailable",  # no compiler, no driver
+    "pinned",  # the user's plan says so
+]
+REFUSAL_CODES: tuple[str, ...] = get_args(RefusalCode)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in the user's source: ``model.py:41  z = self.fc(s)``."""
+
+    file: str
+    line: int
+    code: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}  {self.code}".rstrip()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something was left as it is. Returned by questions named ``why_not``, never raised.
+
+    ``reason`` says what was found, ``remedy`` what the user can do; both are full sentences.
+    ``facts`` holds the figures behind the reason, for programs.
+    """
+
+    code: RefusalCode
+    reason: str
+    remedy: str = ""
+    location: Location | None = None
+    facts: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        where = f"{self.location}: " if self.location else ""
+        return f"{where}[{self.code}] {self.reason} {self.remedy}".rstrip()
+
+
+class SparsifyError(Exception):
+    """Base of every exception that sparsify raises on purpose."""
+
+
+class TraceError(SparsifyError):
+    """The model does something that cannot be recorded soundly; names the user's line."""
+
+    def __init__(self, message: str, location: Location | None = None) -> None:
+        super().__init__(f"{location}: {message}" if location else message)
+        self.location = location
+
+
+class RefusedError(SparsifyError):
+    """``strict=True`` was given and something was refused."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+class CompileError(SparsifyError):
+    """The compiler rejected generated code: a bug. Carries its log and the source's path."""
+
+    def __init__(self, message: str, log: str, source_path: str) -> None:
+        super().__init__(f"{message}\nsource: {source_path}\n{log}")
+        self.log = log
+        self.source_path = source_path
+
+
+class BackendUnavailable(SparsifyError):
+    """A backend was asked for by name and cannot run here; says what to install."""
+
+
+class MismatchError(SparsifyError):
+    """Verification found a value that rounding cannot explain."""

@@ -1,0 +1,175 @@
+"""The kernel IR: what a compiled region computes, independent of any backend.
+
+A kernel loops over time steps ``T`` and batch rows ``B``. A step is an ordered list of phases, each
+over one population of neurons ``N``. Inside a phase every statement runs for all its neurons before
+the next phase starts. States keep their value from the start of the step until the step ends:
+``Update`` takes effect for the next step. ``reference.py`` is the executable definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["float32", "float64", "int32", "int64", "bool"]
+Axis = Literal["T", "B", "N"]
+Payload = Literal["binary", "real"]
+
+
+@dataclass(frozen=True)
+class Population:
+    """A layer of ``size`` neurons."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor the kernel reads. ``axes`` is an ordered subset of T, B, N; none is a scalar.
+
+    ``population`` gives the extent of the N axis and is None where there is no N axis.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    population: str | None
+    dtype: DType
+    note: str = ""  # for the reader of generated code: the model's name of it
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix ``[receivers, senders]`` (populations) of floats that a Gather reads."""
+
+    name: str
+    receivers: str
+    senders: str
+    dtype: DType
+    connectivity: Literal["dense-rows"] = "dense-rows"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """A value ``[B, N]`` carried from step to step; ``init`` names an Operand without T."""
+
+    name: str
+    population: str
+    dtype: DType
+    init: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor the kernel writes: every step if T is among ``axes``, else the last step's value."""
+
+    name: str
+    axes: tuple[Axis, ...]  # ("T", "B", "N") or ("B", "N")
+    population: str
+    dtype: DType
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Const:
+    """A literal. Floats are rounded to the dtype of the statement that uses them."""
+
+    value: float | int | bool
+
+
+Ref = str  # a State (old value), Operand, or the result of an earlier Let or Gather
+Arg = Ref | Const
+
+
+@dataclass(frozen=True)
+class Let:
+    """``result = op(*args)``, one scalar op of ``scalar_ops.SCALAR_OPS`` per neuron and batch row.
+
+    ``dtype`` is the result's. Arguments that lack an axis are broadcast along it. A result of an
+    earlier phase may be read where the population is the same.
+    """
+
+    result: str
+    op: str
+    args: tuple[Arg, ...]
+    dtype: DType
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """``result[b, r] = sum over senders s of weight[r, s] * source[b, s]``.
+
+    ``source`` is a State (its old value), an Operand with axes (T,)B,N, or a result of an earlier
+    phase. Only senders with ``source != 0`` (NaN counts) are added, in ascending order within blocks
+    of 256 sender indices, each block from +0, then the block sums in ascending order, from +0; every
+    product and sum is rounded to the weight's dtype. ``binary`` promises that sources are 0 or 1.
+    """
+
+    result: str
+    weight: str
+    source: Ref
+    payload: Payload
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Write ``value`` to ``output`` at this step (or keep it, if the output has no T axis)."""
+
+    output: str
+    value: Arg
+
+
+@dataclass(frozen=True)
+class Update:
+    """Give ``state`` its value for the next step. Once per state, in a phase of its population."""
+
+    state: str
+    value: Arg
+
+
+Statement = Let | Gather | Store | Update
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Statements over one population. Gathers may not read results of their own phase."""
+
+    population: str
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A region, ready to be rendered. ``origin`` lines say which lines of the model it came from."""
+
+    name: str
+    populations: tuple[Population, ...]
+    operands: tuple[Operand, ...]
+    weights: tuple[Weight, ...]
+    states: tuple[State, ...]
+    phases: tuple[Phase, ...]
+    outputs: tuple[Output, ...]
+    origin: tuple[str, ...] = ()
+
+    def population_size(self, name: str) -> int:
+        return next(p.size for p in self.populations if p.name == name)
+
+    @property
+    def gathers(self) -> tuple[Gather, ...]:
+        return tuple(s for phase in self.phases for s in phase.body if isinstance(s, Gather))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel is to be run: the strategy's name and, per Gather result, event or dense."""
+
+    strategy: str
+    gathers: tuple[tuple[str, Literal["event", "dense"]], ...]
+    tile: int = 0  # receivers per tile; 0 lets the strategy choose
+
+
+GATHER_BLOCK = 256
