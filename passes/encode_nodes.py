@@ -1,0 +1,108 @@
+"""Nodes as comparable tuples, so that iterations of a loop can be compared step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import fx
+
+
+class Ref(NamedTuple):
+    """A value of the same loop: ``distance`` iterations ago, at ``position`` in the iteration."""
+
+    distance: int
+    position: int
+
+
+class Number(NamedTuple):
+    """A literal number; 1, 1.0 and True differ, and so do 0.0 and -0.0."""
+
+    kind: type
+    text: str
+
+    @property
+    def value(self) -> int | float | bool:
+        if self.kind is float:
+            return float.fromhex(self.text)
+        return bool(int(self.text)) if self.kind is bool else int(self.text)
+
+
+class Open(NamedTuple):
+    """The start of a list or tuple of ``length`` arguments, or of a keyword argument."""
+
+    length: int
+    keyword: str = ""
+
+
+Code = Any  # Ref, Number, Open, fx.Node (a value from outside of the loop) or another literal
+Where = Mapping[fx.Node, tuple[int, int]]  # node -> (iteration, position)
+
+
+def head_of(node: fx.Node) -> tuple[Any, ...]:
+    """What must be equal in every iteration, whatever the arguments are."""
+    return (node.op, node.target, *shape_of(node))
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """(shape, dtype) of a tensor; the same for each part of a multiple result."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return tuple((tuple(part.shape), part.dtype) for part in value if part is not None)
+    return (tuple(value.shape), value.dtype) if value is not None else (None, None)
+
+
+def encode(node: fx.Node, iteration: int, where: Where) -> tuple[Code, ...]:
+    """The arguments of ``node`` as a flat tuple; values of the loop become ``Ref``."""
+    return tuple(_encode_leaf(leaf, iteration, where) for leaf in leaves(node))
+
+
+def leaves(node: fx.Node) -> Iterator[Any]:
+    """Every argument in a fixed order, ``Open`` marking the structure."""
+    for argument in node.args:
+        yield from _leaves(argument)
+    for keyword in sorted(node.kwargs):
+        yield Open(1, keyword)
+        yield from _leaves(node.kwargs[keyword])
+
+
+def rebuild(node: fx.Node, values: Callable[[int], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The args and kwargs of ``node`` with leaf i of ``leaves(node)`` replaced by ``values(i)``."""
+    counter = iter(range(1 << 62))
+
+    def build(argument: Any) -> Any:
+        index = next(counter)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)([build(item) for item in argument])
+        return values(index)
+
+    args = tuple(build(argument) for argument in node.args)
+    kwargs = {}
+    for keyword in sorted(node.kwargs):
+        next(counter)
+        kwargs[keyword] = build(node.kwargs[keyword])
+    return args, kwargs
+
+
+def _leaves(argument: Any) -> Iterator[Any]:
+    if not isinstance(argument, (list, tuple)):
+        yield argument
+        return
+    yield Open(len(argument))
+    for item in argument:
+        yield from _leaves(item)
+
+
+def _encode_leaf(leaf: Any, iteration: int, where: Where) -> Code:
+    if isinstance(leaf, fx.Node):
+        found = where.get(leaf)
+        return Ref(iteration - found[0], found[1]) if found else leaf
+    return encode_literal(leaf)
+
+
+def encode_literal(leaf: Any) -> Code:
+    if isinstance(leaf, (bool, int)):
+        return Number(type(leaf), str(int(leaf)))
+    if isinstance(leaf, float):
+        return Number(float, leaf.hex())
+    return leaf

@@ -1,0 +1,205 @@
+"""Roll the time loop that Python unrolled: one step's graph in a Scan instead of all steps.
+
+Before::
+
+    v_1 = lif(v_0, x[0]); v_2 = lif(v_1, x[1]); ...; out = stack([s_1, s_2, ...])
+
+After::
+
+    v_T, out = scan_0(T, (v_0,), (x,), ())      # body: v, x_t -> lif(v, x_t), s
+
+The loops are those of the recording (``meta["loops"]``); comparing their iterations is the check.
+The outermost loop that can be rolled is; what is inside of it stays unrolled in the body.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from sparsify.errors import Refusal
+from sparsify.passes.absorb_sum import absorb_sum
+from sparsify.passes.emit_scans import emit_scans
+from sparsify.passes.find_loops import Loop, find_loops
+from sparsify.passes.fold_first import fold_first
+from sparsify.passes.match_iterations import Match, Mismatch, match_iterations
+from sparsify.passes.plan_scan import ScanPlan, plan_scan
+from sparsify.passes.result import PassResult
+
+MAX_PEELED = 8
+MAX_BODY_NODES = 4000
+REMEDY = "Let every iteration do the same, and do what differs before or after the loop."
+_TORCH = os.path.dirname(torch.__file__)
+
+
+def roll_loops(gm: fx.GraphModule) -> PassResult:
+    """Replace every loop that can be rolled by a Scan; refuse the others as ``not-rolled``."""
+    roller = _Roller(gm)
+    roller.roll(gm.graph.nodes, depth=0)
+    if not roller.plans:
+        return PassResult(gm, [], roller.declined)
+    graph = emit_scans(gm, roller.plans, roller.depths)
+    return PassResult(graph, roller.done, roller.declined)
+
+
+class _Roller:
+    """Finds the loops from outside to inside and collects plans."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.nodes = list(gm.graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.varying = _find_varying(gm.graph)
+        self.plans: list[ScanPlan] = []
+        self.owners: dict[fx.Node, tuple[int, int, int]] = {}
+        self.depths: dict[fx.Node, int] = {}
+        self.done: list[str] = []
+        self.declined: list[Refusal] = []
+
+    def roll(self, nodes: Iterable[fx.Node], depth: int) -> int:
+        """Roll the loops at ``depth`` among ``nodes``; returns how many were rolled."""
+        return sum(self._roll_loop(loop) for loop in find_loops(nodes, depth))
+
+    def _roll_loop(self, loop: Loop) -> int:
+        if len(loop.iterations) == 1 and self._repeats_inside(loop):
+            known = len(self.declined)
+            rolled = self.roll(loop.iterations[0], loop.depth + 1)
+            if rolled:
+                return rolled
+            del self.declined[known:]
+            return self._try(loop, inner=False)
+        return self._try(loop, inner=True)
+
+    def _repeats_inside(self, loop: Loop) -> bool:
+        return any(
+            len(inner.iterations) > 1 or self._repeats_inside(inner) for inner in loop.inner()
+        )
+
+    def _try(self, loop: Loop, inner: bool) -> int:
+        if _only_creates(loop):
+            return 0
+        found, skipped = self._plan(absorb_sum(loop))
+        if isinstance(found, ScanPlan):
+            self._accept(found, skipped)
+            return 1 + sum(self.roll(nodes, loop.depth + 1) for nodes in skipped)
+        rolled = 0
+        if inner:
+            rolled = sum(self.roll(nodes, loop.depth + 1) for nodes in loop.iterations)
+        if rolled == 0 and not _is_of_torch(loop):
+            self.declined.append(_refusal(loop, found))
+        return rolled
+
+    def _plan(self, loop: Loop) -> tuple[ScanPlan | Mismatch, list[list[fx.Node]]]:
+        """A plan, and the first iterations that it leaves out because they differ."""
+        blocked = self._why_not(loop)
+        if blocked is not None:
+            return blocked, []
+        skip = 0
+        while True:
+            rest = Loop(loop.depth, loop.iterations[skip:], loop.location)
+            found = self._plan_exactly(rest)
+            if isinstance(found, ScanPlan):
+                return found, loop.iterations[:skip]
+            skip += found.iteration + 1
+            if not found.peelable or not _worth_peeling(loop, skip):
+                at = skip - 1
+                return Mismatch(at, found.node, found.what), []
+
+    def _plan_exactly(self, loop: Loop) -> ScanPlan | Mismatch:
+        match = match_iterations(loop.iterations)
+        found = self._resolve(loop, match)
+        if isinstance(found, ScanPlan) or found.iteration > 0 or len(loop.iterations) < 2:
+            return found
+        first = fold_first(loop.iterations)
+        if first is None:
+            return found
+        folded = self._resolve(loop, match_iterations(loop.iterations, first))
+        return folded if isinstance(folded, ScanPlan) else found
+
+    def _resolve(self, loop: Loop, match: Match | Mismatch) -> ScanPlan | Mismatch:
+        if isinstance(match, Mismatch):
+            return match
+        is_varying = self.varying.__contains__
+        return plan_scan(loop, match, self.plans, self.owners.get, is_varying)
+
+    def _why_not(self, loop: Loop) -> Mismatch | None:
+        size = len(loop.iterations[-1])
+        if size > MAX_BODY_NODES:
+            return Mismatch(0, loop.iterations[0][0], f"has {size} operations", peelable=False)
+        for node in loop.nodes:
+            if node.op == "call_module":
+                return Mismatch(0, node, "holds a loop that is rolled already", peelable=False)
+        return self._why_not_contiguous(loop)
+
+    def _why_not_contiguous(self, loop: Loop) -> Mismatch | None:
+        """Nothing outside of the loop may stand between two of its nodes that depend on it."""
+        inside = set(loop.nodes)
+        reached: set[fx.Node] = set()
+        for node in self.nodes[self._first(inside) : self._last(inside)]:
+            inputs = node.all_input_nodes
+            if node not in inside and any(i in inside or i in reached for i in inputs):
+                reached.add(node)
+            elif node in inside and any(i in reached for i in inputs):
+                return Mismatch(0, node, "reads what was computed outside", peelable=False)
+        return None
+
+    def _first(self, nodes: set[fx.Node]) -> int:
+        return min(self.order[node] for node in nodes)
+
+    def _last(self, nodes: set[fx.Node]) -> int:
+        return max(self.order[node] for node in nodes) + 1
+
+    def _accept(self, plan: ScanPlan, skipped: list[list[fx.Node]]) -> None:
+        self.plans.append(plan)
+        for node, (step, position) in plan.match.where.items():
+            if plan.is_computed(position) and position not in plan.written:
+                self.owners[node] = (plan.index, step, position)
+        depth = plan.loop.depth
+        for node in [*(n for nodes in skipped for n in nodes), *plan.match.hoisted]:
+            self.depths[node] = depth
+        where = plan.loop.location
+        first = f", after {len(skipped)} that differ" if skipped else ""
+        self.done.append(f"{where}: rolled {plan.steps} iterations{first}")
+
+
+def _worth_peeling(loop: Loop, skip: int) -> bool:
+    """At least two iterations must be left, or one that does nearly what the one before does."""
+    left = len(loop.iterations) - skip
+    if skip > MAX_PEELED or left < 1:
+        return False
+    if left >= 2:
+        return True
+    last, before = ({node.target for node in loop.iterations[i]} for i in (skip, skip - 1))
+    return len(loop.iterations) == 2 and len(last & before) * 2 > len(last)
+
+
+def _only_creates(loop: Loop) -> bool:
+    """Loops that only make tensors (``[zeros(n) for _ in layers]``) compute nothing."""
+    return all(not node.all_input_nodes for node in loop.nodes)
+
+
+def _is_of_torch(loop: Loop) -> bool:
+    """Loops in torch's own code, as ``nn.Sequential`` has one, are not the user's."""
+    return loop.location is not None and loop.location.file.startswith(_TORCH)
+
+
+def _refusal(loop: Loop, found: ScanPlan | Mismatch) -> Refusal:
+    assert isinstance(found, Mismatch)
+    place = found.node.meta.get("location") if found.node is not None else None
+    at = f" at {place}" if place else ""
+    reason = f"Iteration {found.iteration} of {len(loop.iterations)} {found.what}{at}."
+    facts = {"iteration": found.iteration, "iterations": len(loop.iterations)}
+    return Refusal("not-rolled", reason, REMEDY, loop.location, facts)
+
+
+def _find_varying(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the inputs of the call, as opposed to parameters and constants."""
+    varying: set[fx.Node] = set()
+    for node in graph.nodes:
+        source = node.meta.get("source")
+        is_input = node.op == "placeholder" and getattr(source, "kind", "input") == "input"
+        if is_input or any(operand in varying for operand in node.all_input_nodes):
+            varying.add(node)
+    return varying
