@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.encode_nodes import leaves, rebuild
-from sparsify.passes.find_loops import draws_random
 from sparsify.passes.find_series import Series, Stacked, StepSource, Table
 from sparsify.passes.match_iterations import Carried, Fill, Fixed, Outside, Same, Slot
 from sparsify.passes.plan_scan import TABULATED, ScanPlan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import fx, nn
 
 from sparsify.passes.build_body import BodyBuilder, ScanParts
+from sparsify.passes.call_scan import call_scan, common_module, erase_unused
+from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.encode_nodes import shape_of
-from sparsify.passes.find_loops import draws_random
 from sparsify.passes.find_series import Series, Stacked, StepSource, Table, Yielded, wrapped_dim
 from sparsify.passes.match_iterations import Fill
 from sparsify.passes.plan_scan import ScanPlan
@@ -58,10 +58,8 @@ class _Emitter:
                 self._emit(node)
             elif node in last_of:
                 self._require(last_of[node])
-        self.graph.eliminate_dead_code(self._must_run)
-        used = {node.target for node in self.graph.nodes if node.op == "call_module"}
-        modules = {name: module for name, module in self.modules.items() if name in used}
-        return fx.GraphModule(modules, self.graph, class_name=type(self.gm).__name__)
+        erase_unused(self.graph, self.modules)
+        return fx.GraphModule(self.modules, self.graph, class_name=type(self.gm).__name__)
 
     def _call(self, target: Any, args: tuple[Any, ...], info: Any, like: fx.Node | None) -> fx.Node:
         """Append a call at the place of ``like``, outside of the loops that are being rolled."""
@@ -72,12 +70,6 @@ class _Emitter:
             depth = self.owners[like].loop.depth
             node.meta["loops"] = tuple(node.meta.get("loops", ()))[:depth]
         return node
-
-    def _must_run(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.modules[str(node.target)]
-            return not isinstance(module, Scan) or any(map(draws_random, module.body.graph.nodes))
-        return node.op in ("placeholder", "output") or draws_random(node)
 
     # ---- values of the old graph in the new one
 
@@ -258,24 +250,15 @@ class _Emitter:
         xs = tuple(self._operand(source, plan, like) for source in parts.xs)
         consts = tuple(self._emit(node) for node in parts.consts)
         scan = Scan(parts.body, len(carries), len(xs), len(consts), plan.loop.location)
-        name = self._free_name()
-        self.modules[name] = scan
-        node = self.graph.create_node(
-            "call_module", name, (plan.steps, carries, xs, consts), name=name
-        )
         depth = self.depths.get(like, plan.loop.depth)
-        node.meta["location"] = plan.loop.location
-        node.meta["module"] = _common_module(plan)
-        node.meta["loops"] = tuple(like.meta.get("loops", ()))[:depth]
-        infos = [result.meta["val"] for result in scan.results]
-        stacked = [with_shape(v, (plan.steps, *v.shape)) for v in infos[len(carries) :]]
-        node.meta["val"] = (*infos[: len(carries)], *stacked)
-        for index, info in enumerate(node.meta["val"]):
-            args = (node, index)
-            self.outputs[plan.index, index] = self._call(operator.getitem, args, info, node)
-
-    def _free_name(self) -> str:
-        return next(name for i in range(1 << 30) if (name := f"scan_{i}") not in self.modules)
+        meta = {
+            "location": plan.loop.location,
+            "module": common_module(plan.match.pattern),
+            "loops": tuple(like.meta.get("loops", ()))[:depth],
+        }
+        outputs = call_scan(self.graph, self.modules, scan, (plan.steps, carries, xs, consts), meta)
+        for index, output in enumerate(outputs):
+            self.outputs[plan.index, index] = output
 
     def _output(self, plan: ScanPlan, index: int) -> fx.Node:
         return self.outputs[plan.index, index]
@@ -352,14 +335,3 @@ class _Emitter:
             info = with_shape(info, info.shape)
             value = self._call(aten.flip.default, (value, [0]), info, value)
         return value
-
-
-def _common_module(plan: ScanPlan) -> str:
-    """The innermost module that all nodes of the pattern belong to."""
-    paths = [str(node.meta.get("module", "")).split(".") for node in plan.match.pattern]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)

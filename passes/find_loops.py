@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from sparsify.errors import Location
@@ -46,17 +45,3 @@ def find_loops(nodes: Iterable[fx.Node], depth: int = 0) -> list[Loop]:
         Loop(depth, [iterations[i] for i in sorted(iterations)], locations[key])
         for key, iterations in grouped.items()
     ]
-
-
-def draws_random(node: fx.Node) -> bool:
-    """True for ops that read the random state; their number and order must stay."""
-    return has_tag(node, torch.Tag.nondeterministic_seeded)
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """True for ops that work element by element with broadcasting."""
-    return has_tag(node, torch.Tag.pointwise)
-
-
-def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and tag in node.target.tags

@@ -17,8 +17,8 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from sparsify.passes.classify_ops import draws_random, is_pointwise
 from sparsify.passes.encode_nodes import Code, Number, Open, Ref, encode, head_of, shape_of
-from sparsify.passes.find_loops import draws_random, is_pointwise
 from sparsify.passes.match_iterations import Fill, FirstIteration, expands, locate
 
 aten = torch.ops.aten

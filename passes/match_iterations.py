@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from sparsify.passes.classify_ops import is_pointwise
 from sparsify.passes.encode_nodes import Code, Number, Ref, Where, encode, head_of, shape_of
-from sparsify.passes.find_loops import is_pointwise
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.encode_nodes import leaves, shape_of
-from sparsify.passes.find_loops import Loop, draws_random
+from sparsify.passes.find_loops import Loop
 from sparsify.passes.find_series import (
     Owner,
     Series,

@@ -19,6 +19,16 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """True if the elements fill their memory without gaps, in whatever order of the dims."""
+    span = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size != 1 and step != span:
+            return False
+        span *= size
+    return True
+
+
 def with_shape(
     info: Any,
     shape: Sequence[int],

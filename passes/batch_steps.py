@@ -1,0 +1,162 @@
+"""Compute operations of a Scan's body for all its steps at once, outside of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.passes.classify_ops import PRODUCTS, RESHAPES, is_pointwise, product_operand
+from sparsify.passes.tensor_info import call, is_dense, permuted, with_shape
+
+aten = torch.ops.aten
+
+
+def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
+    """True if ``batch_step`` can compute ``node`` from the stacked values of its operands."""
+    shape = node.meta["val"].shape
+    if product_operand(node) is not None:
+        return _can_batch_product(node, invariant)
+    if node.target in RESHAPES:
+        return True
+    # Invariant operands align with the trailing dims, so they must not have more of them.
+    ranks = [len(operand.meta["val"].shape) for operand in node.all_input_nodes]
+    return is_pointwise(node) and all(rank <= len(shape) for rank in ranks)
+
+
+def _can_batch_product(node: fx.Node, invariant: set[fx.Node]) -> bool:
+    operand = product_operand(node)
+    others = [other for other in node.all_input_nodes if other is not operand]
+    if operand is None or not all(other in invariant for other in others):
+        return False
+    rank = len(operand.meta["val"].shape)
+    if node.target is aten.addmm.default:
+        bias = node.args[0]
+        return isinstance(bias, fx.Node) and len(bias.meta["val"].shape) == 1
+    if node.target is aten.convolution.default:
+        return rank == len(node.meta["val"].shape) and rank >= 3 and _has_batch(node)
+    if node.target is aten.matmul.default:
+        return rank == 2 and all(len(other.meta["val"].shape) == 2 for other in others)
+    return rank >= 2
+
+
+def _has_batch(convolution: fx.Node) -> bool:
+    weight = convolution.args[1]
+    assert isinstance(weight, fx.Node)
+    return len(convolution.meta["val"].shape) == len(weight.meta["val"].shape)
+
+
+def batch_step(
+    graph: fx.Graph,
+    node: fx.Node,
+    steps: int,
+    stacked: Callable[[fx.Node], fx.Node | None],
+    constant: Callable[[fx.Node], fx.Node],
+) -> fx.Node:
+    """Append ``node`` computed for all steps; the result has time in dim 0.
+
+    ``stacked`` gives an operand of all steps, or None for those that ``constant`` has.
+    """
+    batcher = _Batcher(graph, node, steps, stacked, constant)
+    if product_operand(node) is not None:
+        return batcher.product()
+    return batcher.reshape() if node.target in RESHAPES else batcher.pointwise()
+
+
+class _Batcher:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        steps: int,
+        stacked: Callable[[fx.Node], fx.Node | None],
+        constant: Callable[[fx.Node], fx.Node],
+    ) -> None:
+        self.graph = graph
+        self.node = node
+        self.steps = steps
+        self.stacked = stacked
+        self.constant = constant
+        self.shape: tuple[int, ...] = tuple(node.meta["val"].shape)
+
+    def reshape(self) -> fx.Node:
+        operand = self.stacked(self.node.all_input_nodes[0])
+        assert operand is not None
+        shape = [self.steps, *self.shape]
+        info = with_shape(self.node.meta["val"], shape)
+        return call(self.graph, aten.reshape.default, (operand, shape), info, self.node)
+
+    def pointwise(self) -> fx.Node:
+        args = fx.map_arg(self.node.args, self._aligned)
+        kwargs = fx.map_arg(self.node.kwargs, self._aligned)
+        shape = (self.steps, *self.shape)
+        values = [self.stacked(operand) for operand in self.node.all_input_nodes]
+        strides = [v.meta["val"].stride for v in values if v and v.meta["val"].shape == shape]
+        dense = [s for s in strides if is_dense(shape, s)]
+        # An elementwise op keeps the order in memory of its first operand.
+        info = with_shape(self.node.meta["val"], shape, dense[0] if dense else None)
+        copy = call(self.graph, self.node.target, args, info, self.node)
+        copy.kwargs = kwargs
+        return copy
+
+    def _aligned(self, operand: fx.Node) -> fx.Node:
+        """The operand with as many dims as the result, so that time meets time."""
+        value = self.stacked(operand)
+        if value is None:
+            return self.constant(operand)
+        shape = operand.meta["val"].shape
+        missing = len(self.shape) - len(shape)
+        if missing == 0:
+            return value
+        wider = [self.steps, *[1] * missing, *shape]
+        info = with_shape(operand.meta["val"], wider)
+        return call(self.graph, aten.reshape.default, (value, wider), info, operand)
+
+    def product(self) -> fx.Node:
+        """The product of ``[T, B, ...]`` as one of ``[T * B, ...]``, or of ``[B * T, ...]``.
+
+        The second where the operand lies batch-first in memory, so that it need not be copied.
+        """
+        operand = product_operand(self.node)
+        assert operand is not None
+        value = self.stacked(operand)
+        assert value is not None
+        swapped = _is_batch_first(value.meta["val"])
+        folded = self._fold(self._swap(value) if swapped else value)
+        args = list(self.node.args)
+        for index, argument in enumerate(args):
+            if isinstance(argument, fx.Node) and argument is not operand:
+                args[index] = self.constant(argument)
+        args[PRODUCTS[self.node.target]] = folded
+        rows = self.steps * self.shape[0]
+        info = with_shape(self.node.meta["val"], (rows, *self.shape[1:]))
+        result = call(self.graph, self.node.target, tuple(args), info, self.node)
+        result.kwargs = fx.map_arg(self.node.kwargs, self.constant)
+        for key in ("activity", "fact"):
+            if key in self.node.meta:
+                result.meta[key] = self.node.meta[key]
+        outer = (self.shape[0], self.steps) if swapped else (self.steps, self.shape[0])
+        unfolded = self._view(result, (*outer, *self.shape[1:]))
+        return self._swap(unfolded) if swapped else unfolded
+
+    def _fold(self, value: fx.Node) -> fx.Node:
+        first, second, *rest = value.meta["val"].shape
+        return self._view(value, (first * second, *rest))
+
+    def _view(self, value: fx.Node, shape: Sequence[int]) -> fx.Node:
+        info = with_shape(value.meta["val"], shape)
+        return call(self.graph, aten.reshape.default, (value, list(shape)), info, self.node)
+
+    def _swap(self, value: fx.Node) -> fx.Node:
+        order = [1, 0, *range(2, len(value.meta["val"].shape))]
+        info = permuted(value.meta["val"], order)
+        return call(self.graph, aten.permute.default, (value, order), info, self.node)
+
+
+def _is_batch_first(info: Any) -> bool:
+    """``[T, B, ...]`` in memory as ``[B, T, ...]``."""
+    swapped = permuted(info, [1, 0, *range(2, len(info.shape))])
+    contiguous = with_shape(swapped, swapped.shape).stride
+    return bool(swapped.stride == contiguous and min(info.shape[:2]) > 1)

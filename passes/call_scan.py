@@ -1,0 +1,66 @@
+"""Write the call of a Scan into a graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from sparsify.passes.classify_ops import draws_random
+from sparsify.passes.tensor_info import call, with_shape
+from sparsify.scan import Scan
+
+
+def call_scan(
+    graph: fx.Graph,
+    modules: dict[str, nn.Module],
+    scan: Scan,
+    args: tuple[Any, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]],
+    meta: Mapping[str, Any],
+) -> list[fx.Node]:
+    """Append ``scan(*args)`` under a free name of ``modules``; returns its outputs one by one."""
+    name = next(name for i in range(len(modules) + 1) if (name := f"scan_{i}") not in modules)
+    modules[name] = scan
+    steps = args[0]
+    node = graph.create_node("call_module", name, args, name=name)
+    node.meta.update(meta)
+    infos = [result.meta["val"] for result in scan.results]
+    stacked = [with_shape(info, (steps, *info.shape)) for info in infos[scan.carries :]]
+    node.meta["val"] = (*infos[: scan.carries], *stacked)
+    return [
+        call(graph, operator.getitem, (node, index), info, node)
+        for index, info in enumerate(node.meta["val"])
+    ]
+
+
+def erase_unused(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Erase operations that nothing reads, and drop modules that are no longer called.
+
+    What draws random numbers stays: the draws after it depend on it.
+    """
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not _must_run(node, modules):
+            graph.erase_node(node)
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    for name in set(modules) - called:
+        del modules[name]
+
+
+def _must_run(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return not isinstance(module, Scan) or any(map(draws_random, module.body.graph.nodes))
+    return node.op in ("placeholder", "output") or draws_random(node)
+
+
+def common_module(nodes: Iterable[fx.Node]) -> str:
+    """The innermost module that all nodes belong to."""
+    paths = [str(node.meta.get("module", "")).split(".") for node in nodes]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -1,0 +1,183 @@
+"""Decide which operations of a Scan's body go where: outside of it, or into which new Scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import networkx as nx  # type: ignore[import-untyped]
+from torch import fx
+
+from sparsify.passes.batch_steps import can_batch
+from sparsify.passes.classify_ops import draws_random, product_operand
+from sparsify.passes.time_levels import TimeLevels
+
+
+@dataclass(eq=False)
+class Part:
+    """The body nodes of one new Scan, with what it reads; ``carries`` are placeholders."""
+
+    carries: list[fx.Node]
+    members: set[fx.Node]
+    xs: dict[fx.Node, None] = field(default_factory=dict)
+    consts: dict[fx.Node, None] = field(default_factory=dict)
+    ys: dict[fx.Node, None] = field(default_factory=dict)
+
+
+class Partition:
+    """``parts`` are the new Scans, ``batched`` is computed for all steps at once outside."""
+
+    def __init__(
+        self,
+        levels: TimeLevels,
+        hoist_products: Callable[[fx.Node], bool],
+        used_outputs: Iterable[int],
+    ) -> None:
+        self.levels = levels
+        self.used = sorted(used_outputs)
+        self.owner: dict[fx.Node, Part] = {}
+        self.batched: set[fx.Node] = set()
+        self.parts: list[Part] = []
+        if any(draws_random(node) for node in levels.nodes):
+            return  # moving a draw would change the order of the random numbers
+        self._find_batched(hoist_products)
+        self._find_parts()
+        for part in list(self.parts):
+            self._close(part)
+        self._place_results()
+        for product in self.batched_products:
+            self._request(product_operand(product))
+
+    @property
+    def batched_products(self) -> list[fx.Node]:
+        return [n for n in self.levels.nodes if n in self.batched and product_operand(n)]
+
+    @property
+    def hoisted(self) -> list[fx.Node]:
+        """Operations that are the same in every step and are computed once."""
+        consts = {const for part in self.parts for const in part.consts}
+        return [node for node in self.levels.nodes if node in consts]
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.batched or self.hoisted or len(self.parts) > 1)
+
+    def _find_batched(self, hoist_products: Callable[[fx.Node], bool]) -> None:
+        levels = self.levels
+        for node in levels.nodes:
+            operand = product_operand(node)
+            if operand is None or node in levels.recurrent or node in levels.invariant:
+                continue
+            if not can_batch(node, levels.invariant) or not hoist_products(node):
+                continue
+            feeding = self._batchable(operand)
+            if feeding is not None:
+                self.batched |= {node, *feeding}
+
+    def _batchable(self, node: fx.Node) -> set[fx.Node] | None:
+        """What must be batched so that ``node`` is had for all steps; None if that cannot be."""
+        levels = self.levels
+        has_time = node.op == "placeholder" or levels.level[node] > 0 or node in self.batched
+        if node in levels.invariant or has_time:
+            return set()
+        if product_operand(node) is not None or not can_batch(node, levels.invariant):
+            return None
+        found = {node}
+        for operand in node.all_input_nodes:
+            feeding = self._batchable(operand)
+            if feeding is None:
+                return None
+            found |= feeding
+        return found
+
+    def _find_parts(self) -> None:
+        """One part for each connected set of operations of one level."""
+        levels = self.levels
+        inside = [
+            node
+            for node in (*levels.carries, *levels.nodes)
+            if levels.level[node] > 0 and node not in self.batched
+        ]
+        graph: nx.Graph[fx.Node] = nx.Graph()
+        graph.add_nodes_from(inside)
+        reads = [(i, node) for node in inside for i in node.all_input_nodes]
+        for before, after in [*reads, *((v, c) for c, v in levels.source.items())]:
+            both = before in graph and after in graph
+            if both and levels.level[before] == levels.level[after]:
+                graph.add_edge(before, after)
+        order = {node: index for index, node in enumerate((*levels.carries, *levels.nodes))}
+        found = [sorted(c, key=order.__getitem__) for c in nx.connected_components(graph)]
+        found.sort(key=lambda nodes: (levels.level[nodes[0]], order[nodes[0]]))
+        for nodes in found:
+            self._add_part(nodes)
+
+    def _add_part(self, nodes: list[fx.Node]) -> Part:
+        carries = [node for node in nodes if node.op == "placeholder"]
+        part = Part(carries, set(nodes))
+        self.parts.append(part)
+        self.owner.update(dict.fromkeys(nodes, part))
+        return part
+
+    def _close(self, part: Part) -> None:
+        """Find what the part reads; operations without carries join the first part they feed."""
+        waiting = [i for node in part.members for i in node.all_input_nodes]
+        waiting += [self.levels.source[carry] for carry in part.carries]
+        seen: set[fx.Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen or self.owner.get(node) is part:
+                continue
+            seen.add(node)
+            if self._joins(node, part):
+                waiting.extend(node.all_input_nodes)
+        self._sort_operands(part)
+
+    def _joins(self, node: fx.Node, part: Part) -> bool:
+        """Make ``node`` a member of ``part``, or else an operand of it."""
+        levels = self.levels
+        if node in levels.invariant:
+            if node.op != "placeholder" and levels.is_kept_inside(node):
+                part.members.add(node)
+                return True
+            part.consts[node] = None
+            return False
+        owned = self.owner.get(node)
+        if node.op == "placeholder" or node in self.batched or owned is not None:
+            part.xs[node] = None
+            self._request(node)
+            return False
+        part.members.add(node)
+        self.owner[node] = part
+        return True
+
+    def _request(self, node: fx.Node | None) -> None:
+        """Have the values of ``node`` returned by the part that computes it."""
+        if node is None:
+            return
+        if node in self.batched and product_operand(node) is None:
+            for operand in node.all_input_nodes:
+                self._request(operand)
+        elif node in self.owner:
+            self.owner[node].ys[node] = None
+
+    def _sort_operands(self, part: Part) -> None:
+        order = {node: i for i, node in enumerate(self.levels.scan.body.graph.nodes)}
+        part.xs = dict.fromkeys(sorted(part.xs, key=order.__getitem__))
+        part.consts = dict.fromkeys(sorted(part.consts, key=order.__getitem__))
+
+    def _place_results(self) -> None:
+        """Return the Scan's own ys from where they are; those without a place get a part."""
+        scan = self.levels.scan
+        wanted = [scan.results[index] for index in self.used if index >= scan.carries]
+        homeless = [
+            node
+            for node in dict.fromkeys(wanted)
+            if node.op != "placeholder"
+            and node not in self.levels.invariant
+            and node not in self.batched
+            and node not in self.owner
+        ]
+        if homeless:
+            self._close(self._add_part(homeless))
+        for node in wanted:
+            self._request(node)
