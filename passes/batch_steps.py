@@ -143,7 +143,8 @@ class _Batcher:
 
     def _fold(self, value: fx.Node) -> fx.Node:
         first, second, *rest = value.meta["val"].shape
-        return self._view(value, (first * second, *rest))
+        info = with_shape(value.meta["val"], (first * second, *rest))
+        return call(self.graph, aten.flatten.using_ints, (value, 0, 1), info, self.node)
 
     def _view(self, value: fx.Node, shape: Sequence[int]) -> fx.Node:
         info = with_shape(value.meta["val"], shape)

@@ -189,7 +189,7 @@ class _Emitter:
         shape = list(moved.meta["val"].shape)
         shape[dim : dim + 2] = [shape[dim] * shape[dim + 1]]
         info = with_shape(moved.meta["val"], shape)
-        return self._call(aten.reshape.default, (moved, shape), info, join)
+        return self._call(aten.flatten.using_ints, (moved, dim, dim + 1), info, join)
 
     def _moved(self, ys: fx.Node, dim: int) -> fx.Node:
         """Stacked values with time moved from dim 0 to ``dim``; a view."""

@@ -45,8 +45,8 @@ class _Layer:
 
     w_ih: fx.Node
     w_hh: fx.Node
-    b_ih: fx.Node | None
-    b_hh: fx.Node | None
+    b_ih: fx.Node | None = None
+    b_hh: fx.Node | None = None
 
     @property
     def present(self) -> list[fx.Node]:
@@ -55,7 +55,7 @@ class _Layer:
 
 
 def expand_rnn(gm: fx.GraphModule) -> PassResult:
-    """Expand every ``aten.rnn_relu.input``; refuse the other recurrent ops, with the user's line."""
+    """Expand every ``aten.rnn_relu.input``; refuse other recurrent ops, naming the line."""
     refused = {node: why for node in gm.graph.nodes if (why := why_not_expand(node)) is not None}
     targets = [node for node in gm.graph.nodes if node.target is aten.rnn_relu.input]
     declined = list(refused.values())
@@ -115,7 +115,7 @@ def _expand(
     per_layer = 4 if has_biases else 2
     for index in range(num_layers):
         tensors = weights[index * per_layer : (index + 1) * per_layer]
-        layer = _Layer(*tensors) if has_biases else _Layer(*tensors, None, None)
+        layer = _Layer(*tensors)
         info = without_dim(h_0.meta["val"], 0)
         start = call(graph, aten.select.int, (h_0, 0, index), info, node)
         steps = x.meta["val"].shape[0]
