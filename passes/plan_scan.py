@@ -134,7 +134,8 @@ def _find_invariants(plan: ScanPlan) -> None:
             or (isinstance(slot, Same) and slot.position in plan.invariant)
             for slot in slots
         )
-        if fixed and not draws_random(node) and node.op == "call_function":
+        movable = node.op == "call_function" and not draws_random(node)
+        if fixed and movable and position not in plan.sliced:
             plan.invariant.add(position)
 
 
@@ -202,13 +203,27 @@ def _numbers(plan: ScanPlan, slot: Slot) -> list[int]:
 
 def _vary_single_step(plan: ScanPlan, is_varying: Callable[[fx.Node], bool]) -> None:
     """With one step, nothing tells inputs of the step from invariants: all that varies is input."""
-    for slots in plan.match.slots:
+    bases = _positions_behind_slices(plan)
+    for position, slots in enumerate(plan.match.slots):
+        if position in bases:
+            continue
         for index, slot in enumerate(slots):
             if isinstance(slot, Outside) and is_varying(slot.node) and _is_tensor(slot.node):
                 slots[index] = PerStep((slot.node,))
     plan.invariant.clear()
     _find_invariants(plan)
-    plan.invariant.difference_update(plan.sliced)
+
+
+def _positions_behind_slices(plan: ScanPlan) -> set[int]:
+    """The invariant positions that compute what is sliced: ``x.transpose(0, 1)[:, t]``."""
+    bases = [series.base for series in plan.sliced.values()]
+    waiting = [base for base in bases if isinstance(base, fx.Node) and base in plan.match.where]
+    found: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        found.add(plan.match.where[node][1])
+        waiting.extend(i for i in node.all_input_nodes if i in plan.match.where)
+    return found
 
 
 def _is_tensor(node: fx.Node) -> bool:
