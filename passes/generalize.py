@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from sparsify.passes.encode_nodes import Number, encode, leaves, rebuild
 aten = torch.ops.aten
 Dim = tuple[int, int]  # (index of the placeholder, dim)
 SameModule = Callable[[nn.Module, nn.Module], bool]
+MAX_SCALE, MAX_OFFSET = 4, 4  # bounds of formulas with both, and of offsets inside products
 REMEDY = "Every new size is recorded anew; kernels that are the same are reused."
 
 
@@ -67,11 +68,12 @@ class Generalized:
 
 @dataclass(frozen=True)
 class _Formula:
-    """``scale * product of sizes + offset``; ``factors`` index the classes."""
+    """``scale * n + offset``, or ``scale * n * (m + shift)``; ``factors`` index the classes."""
 
     factors: tuple[int, ...]
     scale: int
     offset: int
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def generalize(
     """Return a graph valid for all sizes, or why the two recordings do not determine one.
 
     ``same_module`` compares the submodules that a pair of calls runs; those of ``first`` are kept.
-    Placeholders' sizes are those of ``meta["val"]``. Dims that did not differ stay as they are.
+    Placeholders' sizes are those of ``meta["val"]``. Dims that did not differ stay as they are. The
+    second sizes should be odd ones out (3 and 8, 5 and 18): where integers follow from the sizes in
+    two ways, the answer is a Refusal.
     """
     try:
         return _generalize(first, second, same_module)
@@ -181,46 +185,40 @@ def _differing_numbers(
 
 def _find_formula(a: int, b: int, classes: Sequence[_Class], node: fx.Node) -> _Formula:
     """The simplest formula in the sizes that gives ``a`` here and ``b`` in the other graph."""
-    ranked = (_equal, _scaled, _multiplied, _shifted, _affine)
-    for find in ranked:
-        found = list(find(a, b, classes))
-        if len(found) > 1:
-            raise _Differs(f"{a} and {b} follow from the sizes in more than one way.", node)
-        if found:
-            return found[0]
-    raise _Differs(f"{a} and {b} do not follow from the sizes.", node)
+    equal = [i for i, c in enumerate(classes) if (a, b) == (c.first, c.second)]
+    if equal:
+        return _Formula((equal[0],), 1, 0)
+    # Two recordings cannot tell formulas apart that agree on both, so there must be only one.
+    found = {f for find in (_of_one_size, _of_two_sizes) for f in find(a, b, classes)}
+    if len(found) == 1:
+        return found.pop()
+    how = "in more than one way" if found else "in no simple way"
+    raise _Differs(f"{a} and {b} follow from the sizes {how}.", node)
 
 
-def _equal(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
-    for index, c in enumerate(classes):
-        if (a, b) == (c.first, c.second):
-            yield _Formula((index,), 1, 0)
-
-
-def _scaled(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
-    for index, c in enumerate(classes):
-        if c.first and a % c.first == 0 and a * c.second == b * c.first:
-            yield _Formula((index,), a // c.first, 0)
-
-
-def _multiplied(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
-    for (i, c), (j, d) in combinations(enumerate(classes), 2):
-        first, second = c.first * d.first, c.second * d.second
-        if first and a % first == 0 and a * second == b * first:
-            yield _Formula((i, j), a // first, 0)
-
-
-def _shifted(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
-    for index, c in enumerate(classes):
-        if a - c.first == b - c.second:
-            yield _Formula((index,), 1, a - c.first)
-
-
-def _affine(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
+def _of_one_size(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
     for index, c in enumerate(classes):
         scale, rest = divmod(b - a, c.second - c.first)
-        if rest == 0:
-            yield _Formula((index,), scale, a - scale * c.first)
+        offset = a - scale * c.first
+        simple = scale == 1 or offset == 0
+        small = abs(scale) <= MAX_SCALE and abs(offset) <= MAX_OFFSET
+        if rest == 0 and scale != 0 and (simple or small):
+            yield _Formula((index,), scale, offset)
+
+
+def _of_two_sizes(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
+    """``scale * n * (m + shift)``, as the rows of a padded batch are."""
+    for (i, n), (j, m) in permutations(enumerate(classes), 2):
+        first, second = n.first * m.first, n.second * m.second
+        if first == 0 or second == 0:
+            continue
+        if i < j and a % first == 0 and a * second == b * first:
+            yield _Formula((i, j), a // first, 0)
+        if a % n.first or b % n.second:
+            continue
+        shift = a // n.first - m.first
+        if shift and abs(shift) <= MAX_OFFSET and shift == b // n.second - m.second:
+            yield _Formula((i, j), 1, 0, shift)
 
 
 def _write(
@@ -276,13 +274,14 @@ class _Sizes:
 
     def _write(self, formula: _Formula) -> fx.Node:
         if formula.offset:
-            base = self.compute(_Formula(formula.factors, formula.scale, 0))
+            base = self.compute(replace(formula, offset=0))
             return self.graph.call_function(operator.add, (base, formula.offset))
         if formula.scale != 1:
-            base = self.compute(_Formula(formula.factors, 1, 0))
+            base = self.compute(replace(formula, scale=1))
             return self.graph.call_function(operator.mul, (base, formula.scale))
         if len(formula.factors) > 1:
-            parts = [self.compute(_Formula((factor,), 1, 0)) for factor in formula.factors]
-            return self.graph.call_function(operator.mul, tuple(parts))
+            first, second = formula.factors
+            parts = (_Formula((first,), 1, 0), _Formula((second,), 1, formula.shift))
+            return self.graph.call_function(operator.mul, tuple(map(self.compute, parts)))
         index, dim = self.classes[formula.factors[0]].dims[0]
         return self.graph.call_function(aten.sym_size.int, (self.placeholders[index], dim))
