@@ -13,7 +13,8 @@ from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.encode_nodes import leaves, rebuild
 from sparsify.passes.find_series import Series, Stacked, StepSource, Table
 from sparsify.passes.match_iterations import Carried, Fill, Fixed, Outside, Same, Slot
-from sparsify.passes.plan_scan import TABULATED, ScanPlan
+from sparsify.passes.plan_scan import TABULATED
+from sparsify.passes.scan_plan import ScanPlan
 from sparsify.passes.tensor_info import call, with_shape, without_dim
 
 aten = torch.ops.aten

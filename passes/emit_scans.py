@@ -14,7 +14,7 @@ from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.encode_nodes import shape_of
 from sparsify.passes.find_series import Series, Stacked, StepSource, Table, Yielded, wrapped_dim
 from sparsify.passes.match_iterations import Fill
-from sparsify.passes.plan_scan import ScanPlan
+from sparsify.passes.scan_plan import ScanPlan
 from sparsify.passes.tensor_info import call, moved_order, permuted, with_shape
 from sparsify.scan import Scan
 

@@ -26,8 +26,9 @@ from sparsify.passes.emit_scans import emit_scans
 from sparsify.passes.find_loops import Loop, find_loops
 from sparsify.passes.fold_first import fold_first
 from sparsify.passes.match_iterations import Match, Mismatch, match_iterations
-from sparsify.passes.plan_scan import ScanPlan, plan_scan
+from sparsify.passes.plan_scan import plan_scan
 from sparsify.passes.result import PassResult
+from sparsify.passes.scan_plan import ScanPlan
 
 MAX_PEELED = 8
 MAX_BODY_NODES = 4000
