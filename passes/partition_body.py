@@ -42,9 +42,9 @@ class Partition:
             return  # moving a draw would change the order of the random numbers
         self._find_batched(hoist_products)
         self._find_parts()
-        for part in list(self.parts):
+        for part in self.parts:
             self._close(part)
-        self._place_results()
+        self._return_results()
         for product in self.batched_products:
             self._request(product_operand(product))
 
@@ -96,20 +96,37 @@ class Partition:
         inside = [
             node
             for node in (*levels.carries, *levels.nodes)
-            if levels.level[node] > 0 and node not in self.batched
+            if node not in self.batched and node not in levels.invariant
         ]
+        level = self._join_levels(inside)
         graph: nx.Graph[fx.Node] = nx.Graph()
         graph.add_nodes_from(inside)
         reads = [(i, node) for node in inside for i in node.all_input_nodes]
         for before, after in [*reads, *((v, c) for c, v in levels.source.items())]:
-            both = before in graph and after in graph
-            if both and levels.level[before] == levels.level[after]:
+            if before in graph and after in graph and level[before] == level[after]:
                 graph.add_edge(before, after)
         order = {node: index for index, node in enumerate((*levels.carries, *levels.nodes))}
         found = [sorted(c, key=order.__getitem__) for c in nx.connected_components(graph)]
-        found.sort(key=lambda nodes: (levels.level[nodes[0]], order[nodes[0]]))
+        found.sort(key=lambda nodes: (level[nodes[0]], order[nodes[0]]))
         for nodes in found:
             self._add_part(nodes)
+
+    def _join_levels(self, inside: list[fx.Node]) -> dict[fx.Node, int]:
+        """The levels, but operations without carries join those they feed, or that feed them."""
+        level = {node: self.levels.level[node] for node in inside}
+        fed: dict[fx.Node, list[int]] = {}
+        for carry, value in self.levels.source.items():
+            fed.setdefault(value, []).append(level[carry])
+        for node in reversed(inside):
+            if level[node] == 0 and node in fed:
+                level[node] = min(fed[node])
+            for operand in node.all_input_nodes:
+                if level[node] > 0:
+                    fed.setdefault(operand, []).append(level[node])
+        for node in inside:
+            if level[node] == 0:
+                level[node] = max((level.get(i, 0) for i in node.all_input_nodes), default=0)
+        return level
 
     def _add_part(self, nodes: list[fx.Node]) -> Part:
         carries = [node for node in nodes if node.op == "placeholder"]
@@ -119,36 +136,24 @@ class Partition:
         return part
 
     def _close(self, part: Part) -> None:
-        """Find what the part reads; operations without carries join the first part they feed."""
+        """Find what the part reads."""
         waiting = [i for node in part.members for i in node.all_input_nodes]
         waiting += [self.levels.source[carry] for carry in part.carries]
-        seen: set[fx.Node] = set()
+        seen = set(part.members)
         while waiting:
             node = waiting.pop()
-            if node in seen or self.owner.get(node) is part:
+            if node in seen:
                 continue
             seen.add(node)
-            if self._joins(node, part):
-                waiting.extend(node.all_input_nodes)
-        self._sort_operands(part)
-
-    def _joins(self, node: fx.Node, part: Part) -> bool:
-        """Make ``node`` a member of ``part``, or else an operand of it."""
-        levels = self.levels
-        if node in levels.invariant:
-            if node.op != "placeholder" and levels.is_kept_inside(node):
+            if node not in self.levels.invariant:
+                part.xs[node] = None
+                self._request(node)
+            elif node.op != "placeholder" and self.levels.is_kept_inside(node):
                 part.members.add(node)
-                return True
-            part.consts[node] = None
-            return False
-        owned = self.owner.get(node)
-        if node.op == "placeholder" or node in self.batched or owned is not None:
-            part.xs[node] = None
-            self._request(node)
-            return False
-        part.members.add(node)
-        self.owner[node] = part
-        return True
+                waiting.extend(node.all_input_nodes)
+            else:
+                part.consts[node] = None
+        self._sort_operands(part)
 
     def _request(self, node: fx.Node | None) -> None:
         """Have the values of ``node`` returned by the part that computes it."""
@@ -165,19 +170,9 @@ class Partition:
         part.xs = dict.fromkeys(sorted(part.xs, key=order.__getitem__))
         part.consts = dict.fromkeys(sorted(part.consts, key=order.__getitem__))
 
-    def _place_results(self) -> None:
-        """Return the Scan's own ys from where they are; those without a place get a part."""
+    def _return_results(self) -> None:
+        """Return the Scan's own ys from the parts that compute them."""
         scan = self.levels.scan
-        wanted = [scan.results[index] for index in self.used if index >= scan.carries]
-        homeless = [
-            node
-            for node in dict.fromkeys(wanted)
-            if node.op != "placeholder"
-            and node not in self.levels.invariant
-            and node not in self.batched
-            and node not in self.owner
-        ]
-        if homeless:
-            self._close(self._add_part(homeless))
-        for node in wanted:
-            self._request(node)
+        for index in self.used:
+            if index >= scan.carries:
+                self._request(scan.results[index])

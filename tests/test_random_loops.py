@@ -18,6 +18,7 @@ from tests.test_split_time import never
 from tests.unrolled import Tape, record_unrolled
 
 N, BATCH = 4, 2
+OPERATIONS = ("add", "sub", "mul", "linear", "spike", "where", "clamp", "step_number")
 
 
 class RandomModel:
@@ -35,9 +36,7 @@ class RandomModel:
         self.weights["threshold"] = torch.rand(N, generator=generator)
         self.program = [
             (
-                chance.choice(
-                    ["add", "sub", "mul", "linear", "spike", "where", "clamp", "step_number"]
-                ),
+                chance.choice(OPERATIONS),
                 chance.random(),
                 chance.random(),
                 chance.randrange(2),
