@@ -24,6 +24,7 @@ from tests.looped_models import (
     float_start,
     layer_order,
     lif,
+    microsteps,
     none_start,
     recurrent,
     skip_connection,
@@ -304,3 +305,22 @@ def test_a_thousand_steps_take_less_than_a_second() -> None:
 
     assert took_s < 1.0
     assert_same(rolled.graph(*recorded.operands), recorded.results)
+
+
+def test_a_body_that_would_be_too_long_leaves_the_inner_loops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sparsify.passes.roll_loops.MAX_BODY_NODES", 10)
+    recorded = record(microsteps, 3)
+    rolled = roll_loops(recorded.graph)
+
+    assert [call.args[0] for call, _ in scans(rolled.graph)] == [4, 4, 4]
+    assert_same(rolled.graph(*recorded.operands), recorded.results)
+    assert roll_loops(rolled.graph).graph is rolled.graph
+
+
+def test_a_long_body_without_inner_loops_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsify.passes.roll_loops.MAX_BODY_NODES", 5)
+    [refusal] = roll_loops(record(recurrent, 3).graph).declined
+    assert refusal.code == "not-rolled"
+    assert "operations" in refusal.reason
