@@ -1,0 +1,125 @@
+"""The definition of the kernel IR: a numpy interpreter, one statement at a time.
+
+Readable first. Every operation rounds to the dtype of its statement, as the backends must: event
+kernels are compared with this file bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsify import ir
+from sparsify.check_ir import check_kernel, value_dtypes
+from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
+
+Array = npt.NDArray[Any]
+
+
+def run_reference(
+    kernel: ir.Kernel, tensors: Mapping[str, Array], *, steps: int, batch: int
+) -> dict[str, Array]:
+    """Run ``kernel`` for ``steps`` time steps and ``batch`` rows.
+
+    ``tensors`` holds operands with their axes in the order T, B, N, and weights
+    ``[receivers, senders]``. Returns the outputs, ``[T, B, N]`` or ``[B, N]``.
+    Raises ValueError for a malformed kernel, and for zero steps where an output is the last
+    step's value.
+    """
+    check_kernel(kernel)
+    if steps == 0 and any("T" not in output.axes for output in kernel.outputs):
+        raise ValueError("zero steps: an output without a T axis has no last step")
+    with np.errstate(all="ignore"):
+        return _Interpreter(kernel, tensors, steps, batch).run()
+
+
+def gather(weight: Array, source: Array) -> Array:
+    """``[R, S]`` and ``[B, S]`` to ``[B, R]``, added in the order that ``ir.Gather`` states."""
+    receivers, senders = weight.shape
+    total = np.zeros((len(source), receivers), weight.dtype)
+    for start in range(0, senders, ir.GATHER_BLOCK):
+        block = np.zeros_like(total)
+        for s in range(start, min(start + ir.GATHER_BLOCK, senders)):
+            active = (source[:, s] != 0)[:, None]
+            payload = source[:, s].astype(weight.dtype)[:, None]
+            block = np.where(active, block + weight[:, s] * payload, block)
+        total = total + block
+    return total
+
+
+class _Interpreter:
+    def __init__(
+        self, kernel: ir.Kernel, tensors: Mapping[str, Array], steps: int, batch: int
+    ) -> None:
+        self.kernel = kernel
+        self.tensors = tensors
+        self.steps = steps
+        self.batch = batch
+        self.dtypes = value_dtypes(kernel)
+        self.values: dict[str, Array] = {}  # of this step, each [B, N]
+        self.next: dict[str, Array] = {}  # states of the next step
+        self.outputs: dict[str, Array] = {}
+
+    def run(self) -> dict[str, Array]:
+        for output in self.kernel.outputs:
+            shape = (self.batch, self.kernel.population_size(output.population))
+            leading = (self.steps,) if "T" in output.axes else ()
+            self.outputs[output.name] = np.zeros(leading + shape, output.dtype)
+        for state in self.kernel.states:
+            init = self._operand(state.init, 0)
+            size = self.kernel.population_size(state.population)
+            self.values[state.name] = np.broadcast_to(init, (self.batch, size))
+        for t in range(self.steps):
+            self._step(t)
+        return self.outputs
+
+    def _step(self, t: int) -> None:
+        for operand in self.kernel.operands:
+            self.values[operand.name] = self._operand(operand.name, t)
+        for phase in self.kernel.phases:
+            size = self.kernel.population_size(phase.population)
+            for statement in phase.body:
+                self._statement(statement, t, (self.batch, size))
+        self.values.update(self.next)
+
+    def _statement(self, statement: ir.Statement, t: int, shape: tuple[int, int]) -> None:
+        match statement:
+            case ir.Let(result=result):
+                self.values[result] = np.broadcast_to(self._let(statement), shape)
+            case ir.Gather(result=result, weight=weight, source=source):
+                self.values[result] = gather(self.tensors[weight], self.values[source])
+            case ir.Update(state=state, value=value):
+                self.next[state] = self._full(value, self.dtypes[state], shape)
+            case ir.Store(output=output, value=value):
+                target = self.outputs[output]
+                where = target[t] if target.ndim == 3 else target
+                where[...] = self._full(value, target.dtype, shape)
+
+    def _let(self, let: ir.Let) -> Array:
+        op = SCALAR_OPS[let.op]
+        given = tuple(None if isinstance(a, ir.Const) else self.dtypes[a] for a in let.args)
+        wanted = operand_dtypes(op, given, let.dtype)
+        assert wanted is not None  # check_kernel refuses comparisons of literals
+        args = [self._arg(a, dtype) for a, dtype in zip(let.args, wanted, strict=True)]
+        return np.asarray(op.reference(*args)).astype(let.dtype)
+
+    def _arg(self, arg: ir.Arg, dtype: str) -> Array:
+        if isinstance(arg, ir.Const):
+            return np.asarray(arg.value, dtype)
+        return self.values[arg]
+
+    def _full(self, arg: ir.Arg, dtype: npt.DTypeLike, shape: tuple[int, int]) -> Array:
+        value = np.asarray(arg.value) if isinstance(arg, ir.Const) else self.values[arg]
+        return np.broadcast_to(value.astype(dtype), shape).copy()
+
+    def _operand(self, name: str, t: int) -> Array:
+        """The operand at step ``t``, with axes [B, N] (of extent 1 where it lacks one)."""
+        operand = next(o for o in self.kernel.operands if o.name == name)
+        value = np.asarray(self.tensors[name])
+        value = value[t] if "T" in operand.axes else value
+        if "B" not in operand.axes:
+            value = value[None]
+        return value if "N" in operand.axes else value[..., None]
