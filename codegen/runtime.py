@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 
 import torch
 
-from sparsify.errors import Refusal
+from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
+from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
+from sparsify.errors import BackendUnavailable, CompileError, Refusal
+
+INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+HEADERS = ("thread_pool.h", "weights.h")
+WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+PACKABLE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -20,38 +29,163 @@ class Packed:
 
 
 class Runtime:
-    """The loaded support library."""
+    """The loaded support library. Everything in it runs on torch's number of threads."""
 
-    table: ctypes.c_void_p  # the sparsify::Runtime* that kernels receive
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._hash = library["sparsify_hash"]
+        self._hash.argtypes = [POINTER, LONG, LONG, LONG, INT]
+        self._hash.restype = ctypes.c_uint64
+        self._pack = {size: library[f"sparsify_pack{8 * size}"] for size in (4, 8)}
+        for pack in self._pack.values():
+            pack.argtypes = [POINTER, *[LONG] * 5, POINTER, INT]
+            pack.restype = INT
+        self._count = {size: library[f"sparsify_count{8 * size}"] for size in WORDS}
+        for size, count in self._count.items():
+            count.argtypes = [POINTER, LONG, WORDS[size], INT]
+            count.restype = LONG
+        table = library["sparsify_table"]
+        table.restype = POINTER
+        self.table = POINTER(table())
+        """The ``const sparsify::Runtime*`` that kernels receive."""
 
     def content_hash(self, tensor: torch.Tensor) -> int:
-        """64 bits of a CPU tensor's elements; differs if any single element differs."""
-        raise NotImplementedError
+        """64 bits of the elements of a CPU tensor; it differs if any one element differs.
+
+        Elements are compared as bits, so 0.0 and -0.0 differ, and are read in memory order: the
+        hash says nothing of shape and strides. Raises TypeError for what has no memory to read.
+        """
+        count, row_bytes, stride_bytes, readable = as_rows(check_readable(tensor))
+        address, threads = readable.data_ptr(), torch.get_num_threads()
+        return int(self._hash(address, count, row_bytes, stride_bytes, threads))
 
     def count_nonzero(self, tensor: torch.Tensor) -> int:
-        """How many elements are not zero; NaN counts."""
-        raise NotImplementedError
+        """How many elements of a CPU tensor are not zero; NaN counts, -0.0 does not."""
+        size = check_readable(tensor).element_size()
+        if tensor.is_complex() or size not in WORDS:
+            raise TypeError(f"cannot count the non-zeros of a tensor of {tensor.dtype}")
+        whole = tensor.contiguous()
+        mask = (1 << (8 * size - 1)) - 1 if tensor.is_floating_point() else (1 << 8 * size) - 1
+        threads = torch.get_num_threads()
+        return int(self._count[size](whole.data_ptr(), whole.numel(), mask, threads))
 
     def pack(self, weight: torch.Tensor, tile: int) -> Packed:
-        """Pack a float32 or float64 matrix ``[R, S]`` of any strides."""
-        raise NotImplementedError
+        """Pack a float32 or float64 matrix ``[R, S]`` of any strides on the CPU.
+
+        Raises TypeError for another dtype or device and ValueError for another shape or tile < 1.
+        """
+        if check_readable(weight).dtype not in PACKABLE:
+            raise TypeError(f"a weight must be float32 or float64, not {weight.dtype}")
+        if weight.dim() != 2 or tile < 1:
+            raise ValueError(f"cannot pack shape {tuple(weight.shape)} into tiles of {tile}")
+        receivers, senders = weight.shape
+        tiles = torch.empty(-(-receivers // tile), senders, tile, dtype=weight.dtype)
+        all_finite = self._pack[weight.element_size()](
+            weight.data_ptr(),
+            receivers,
+            senders,
+            *weight.stride(),
+            tile,
+            tiles.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return Packed(tiles, tile, bool(all_finite))
+
+
+def check_readable(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, if its elements lie in this process's memory as they are. Raises TypeError."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        raise TypeError(f"expected a strided CPU tensor, not {tensor.layout} on {tensor.device}")
+    if tensor.is_neg() or tensor.is_conj():
+        raise TypeError("the tensor's elements are negated or conjugated lazily; resolve it first")
+    return tensor
+
+
+def as_rows(tensor: torch.Tensor) -> tuple[int, int, int, torch.Tensor]:
+    """``tensor``'s elements as (rows, bytes of a row, bytes between rows, tensor to read).
+
+    The tensor is copied only if its memory is not one run, or equal runs at equal distances.
+    """
+    size = tensor.element_size()
+    if tensor.is_contiguous():
+        return 1, tensor.numel() * size, tensor.numel() * size, tensor
+    # Extents of 1 and expanded ones add no elements; the rest from the widest stride inwards.
+    axes = sorted(
+        ((step, extent) for step, extent in zip(tensor.stride(), tensor.shape, strict=True)),
+        reverse=True,
+    )
+    run = 1
+    while axes and axes[-1][0] in (0, run):
+        step, extent = axes.pop()
+        run *= extent if step else 1
+    axes = [axis for axis in axes if axis[1] > 1]
+    if not axes:
+        return 1, run * size, run * size, tensor
+    if len(axes) == 1:
+        step, extent = axes[0]
+        return extent, run * size, step * size, tensor
+    return as_rows(tensor.contiguous())
 
 
 class PackedWeight:
-    """One weight of a kernel, packed; notices every change of the tensor it was packed from."""
+    """One weight of a kernel, packed; notices every change of the tensor it was packed from.
 
-    def __init__(self, runtime: Runtime, tile: int) -> None: ...
+    Version counters miss what fused optimisers, ``.data`` and NumPy write, and do not exist in
+    inference mode, so the content itself is compared at each call.
+    """
+
+    def __init__(self, runtime: Runtime, tile: int) -> None:
+        self._runtime, self._tile = runtime, tile
+        # Replaced as a whole: several threads may call at once.
+        self._current: tuple[tuple[object, ...], int, torch.Tensor, Packed] | None = None
 
     def get(self, weight: torch.Tensor, *, frozen: bool = False) -> Packed:
-        """``weight`` packed. Unless ``frozen``, its content is compared with what was packed."""
-        raise NotImplementedError
+        """``weight`` ``[R, S]`` packed. Unless ``frozen``, its content is hashed and compared.
+
+        Raises what ``Runtime.pack`` raises.
+        """
+        layout = (weight.dtype, weight.shape, weight.stride(), weight.data_ptr())
+        current = self._current
+        if frozen and current and current[0] == layout:
+            return current[3]
+        # Before packing: a write in between is then found at the next call.
+        content = self._runtime.content_hash(weight)
+        if current and current[0][:3] == layout[:3] and current[1] == content:
+            packed = current[3]
+            if current[0] == layout:
+                return packed
+        else:
+            packed = self._runtime.pack(weight, self._tile)
+        # The tensor is kept so that its memory is not given to another that looks the same.
+        self._current = (layout, content, weight.detach(), packed)
+        return packed
+
+
+LOADING = Lock()
 
 
 def load_runtime() -> Runtime:
-    """The support library, compiled if need be; one per process."""
-    raise NotImplementedError
+    """The support library, compiled if need be; one per process.
+
+    Raises CompileError and BackendUnavailable like ``compile_shared_library``.
+    """
+    with LOADING:  # two threads must not end up with two pools
+        return _load_once()
+
+
+@cache
+def _load_once() -> Runtime:
+    headers = {file: read_source(file) for file in HEADERS}
+    path = compile_shared_library(read_source("runtime.cpp"), "runtime", headers=headers)
+    return Runtime(load_library(path))
 
 
 def why_unavailable() -> Refusal | None:
     """Why kernels cannot be compiled or the support library cannot be loaded here."""
-    raise NotImplementedError
+    if refusal := why_no_compiler():
+        return refusal
+    try:
+        load_runtime()
+    except (CompileError, BackendUnavailable, OSError) as error:
+        reason = f"The support library cannot be built: {error}"
+        return Refusal("backend-unavailable", reason, "Install a complete C++17 compiler.")
+    return None

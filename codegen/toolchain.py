@@ -2,43 +2,209 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
-from sparsify.errors import Refusal
+from sparsify.codegen.cache import BuildFailed, KernelCache, Recipe, is_intact, open_cache
+from sparsify.codegen.cache_folder import cache_path
+from sparsify.errors import BackendUnavailable, Refusal
+
+SCHEMA = "1"  # raise it when entries of the cache are to be made anew
+COMPILERS = ("c++", "g++", "clang++")
+SOURCE, BINARY = "kernel.cpp", "kernel.so"
+COMPILE_LIMIT_S = 120.0
+VERSION_LIMIT_S = 20.0
+INSTALL = {
+    "linux": "Install a C++ compiler (`apt install g++`, `dnf install gcc-c++`, `apk add g++` or"
+    " `conda install gxx`), or name one in $CXX.",
+    "darwin": "Install Apple's compiler with `xcode-select --install`, or name one in $CXX.",
+}
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler that answered: its command line so far and the first line of its version."""
+    """A compiler that answered: its command and all that it says about its version."""
 
     command: tuple[str, ...]
     version: str
 
 
 def find_compiler() -> Compiler | Refusal:
-    """The first of $CXX (alone, if set), c++, g++, clang++ that runs."""
-    raise NotImplementedError
+    """The compiler in $CXX, if that is set, else the first of c++, g++, clang++ that runs."""
+    if sys.platform not in INSTALL:
+        reason = f"The cpp backend does not support {sys.platform}."
+        return Refusal("backend-unavailable", reason, "Use Linux or macOS.")
+    chosen = os.environ.get("CXX", "").strip()
+    found: list[str] = []
+    for command in (chosen,) if chosen else COMPILERS:
+        answer = _answer_of(command)
+        if isinstance(answer, Compiler):
+            return answer
+        found.append(f"{command}: {answer}")
+    asked = "The compiler that $CXX names does not run" if chosen else "No C++ compiler runs"
+    return Refusal("backend-unavailable", f"{asked} ({'; '.join(found)}).", INSTALL[sys.platform])
 
 
 def why_unavailable() -> Refusal | None:
     """Why no compiler can be used; says what to install."""
-    raise NotImplementedError
+    compiler = find_compiler()
+    return compiler if isinstance(compiler, Refusal) else None
+
+
+@cache
+def ask_version(command: tuple[str, ...], changed_ns: int) -> Compiler | str:
+    """The compiler behind ``command``, or why it does not answer.
+
+    ``changed_ns`` is its file's time of change, so that an update is noticed.
+    """
+    try:
+        answer = run_limited((*command, "--version"), VERSION_LIMIT_S)
+    except BuildFailed as failure:
+        return f"{failure.message} {failure.log}".strip()
+    return Compiler(command, answer)
+
+
+def run_limited(command: tuple[str, ...], limit_s: float, folder: Path | None = None) -> str:
+    """Run ``command`` in ``folder``; its output. Raises BuildFailed if it fails or takes too long."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    if folder:
+        environment["TMPDIR"] = str(folder)  # what a killed compiler leaves goes with the folder
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that the compiler's own children can be ended with it
+        )
+    except OSError as error:
+        raise BuildFailed(f"{command[0]} cannot be run: {error}.", "") from error
+    with process:
+        try:
+            log, _ = process.communicate(timeout=limit_s)
+        except BaseException as interruption:  # the limit, or the user
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(interruption, subprocess.TimeoutExpired):
+                raise
+            message = f"{command[0]} did not finish within {limit_s:g} s."
+            raise BuildFailed(message, "") from interruption
+    if process.returncode != 0:
+        raise BuildFailed(f"{command[0]} failed with exit status {process.returncode}.", log)
+    return log
+
+
+def compile_flags() -> tuple[str, ...]:
+    """Optimised for this machine, without anything that changes the value of an expression."""
+    # Apple's compiler knows the machine it runs on as a CPU only.
+    target = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
+    return ("-std=c++17", "-O3", target, "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+
+
+@cache
+def cpu_identity() -> str:
+    """What ``native`` means here: folders are shared between unequal machines."""
+    if sys.platform == "darwin":
+        answer = run_limited(("sysctl", "-n", "machdep.cpu"), VERSION_LIMIT_S)
+        return f"{platform.machine()}\n{answer}"
+    labels = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
+    lines = [platform.machine()]
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if not line.strip():
+            break  # the first core stands for all
+        if line.split(":")[0].strip() in labels:
+            lines.append(" ".join(line.split()))
+    return "\n".join(lines)
 
 
 def compile_shared_library(
-    text: str, name: str, *, headers: Mapping[str, str] | None = None, limit_s: float = 120.0
+    text: str,
+    name: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    limit_s: float = COMPILE_LIMIT_S,
 ) -> Path:
     """The shared library of ``text``, compiled or from the cache. ``#include "runtime.h"`` works.
 
-    ``headers`` are further files (name to text) to lie beside the source.
+    ``headers`` are further files (name to text) that the source includes.
     Raises CompileError (log, path of the kept source) and BackendUnavailable (no compiler).
     """
-    raise NotImplementedError
+    return current_cache().get(recipe_for(text, name, headers or {}, limit_s))
 
 
+def explain_miss(text: str, name: str, *, headers: Mapping[str, str] | None = None) -> str:
+    """Why compiling ``text`` would not find it in the cache: which parts of its key are new."""
+    return current_cache().explain_miss(recipe_for(text, name, headers or {}, COMPILE_LIMIT_S))
+
+
+def current_cache() -> KernelCache:
+    """The cache that the environment names at this moment."""
+    return open_cache(cache_path())
+
+
+def recipe_for(text: str, name: str, headers: Mapping[str, str], limit_s: float) -> Recipe:
+    """How to compile ``text``, and all that the result depends on."""
+    compiler = find_compiler()
+    if isinstance(compiler, Refusal):
+        raise BackendUnavailable(f"{compiler.reason} {compiler.remedy}")
+    headers = {"runtime.h": read_source("runtime.h"), **headers}
+    command = (*compiler.command, *compile_flags(), SOURCE, "-o", BINARY)
+    parts = {
+        "schema": SCHEMA,
+        "backend": "cpp",
+        "text": text,
+        **{f"header {file}": content for file, content in headers.items()},
+        "command": shlex.join(command),
+        "compiler version": compiler.version,
+        "CPU": cpu_identity(),
+        "system": f"{platform.system()} {' '.join(platform.libc_ver())}",
+    }
+
+    def build(folder: Path) -> None:
+        run_limited(command, limit_s, folder)
+
+    return Recipe(name, parts, {SOURCE: text, **headers}, SOURCE, BINARY, build)
+
+
+@cache
+def read_source(file: str) -> str:
+    """The text of a C++ file of this package."""
+    return resources.files("sparsify.codegen").joinpath(file).read_text(encoding="utf-8")
+
+
+@cache
 def load_library(path: Path) -> ctypes.CDLL:
-    """The library at ``path``, opened once per process; calls release the GIL."""
-    raise NotImplementedError
+    """The library at ``path``, opened once per process; calls release the GIL.
+
+    Raises OSError if it is not what the compiler wrote, or cannot be loaded.
+    """
+    if not is_intact(path):
+        raise OSError(f"{path} is not what was compiled; it was not loaded. Delete {path.parent}.")
+    return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+
+
+def _answer_of(command: str) -> Compiler | str:
+    try:
+        program, *arguments = shlex.split(command)
+    except ValueError as error:
+        return str(error)
+    path = shutil.which(program)
+    if path is None:
+        return "not found"
+    return ask_version((path, *arguments), os.stat(path).st_mtime_ns)

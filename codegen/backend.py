@@ -1,0 +1,120 @@
+"""What a backend is: IR to text, text to a binary, a binary to something that can be called.
+
+Only ``load`` needs the machine that the code is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from sparsify import ir
+from sparsify.errors import Refusal
+
+
+@dataclass(frozen=True)
+class Source:
+    """Generated code. ``entry`` is the function to call."""
+
+    text: str
+    filename: str
+    entry: str
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled Source and what it was rendered from."""
+
+    path: Path
+    source: Source
+    kernel: ir.Kernel
+    schedule: ir.Schedule
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call is predicted to do, summed over steps and batch rows.
+
+    ``weight_bytes`` are the bytes of weight rows touched, ``event_adds`` the additions (or multiply
+    and add pairs) of event gathers, ``dense_macs`` the fused products of dense gathers,
+    ``pointwise`` the neuron updates, ``barriers`` the points where all threads meet.
+    """
+
+    weight_bytes: float
+    event_adds: float
+    dense_macs: float
+    pointwise: float
+    barriers: float
+
+
+class Launchable(Protocol):
+    """A kernel that can be called."""
+
+    kernel: ir.Kernel
+    schedule: ir.Schedule
+
+    def __call__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        steps: int,
+        batch: int,
+        outputs: Mapping[str, torch.Tensor] | None = None,
+        frozen: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Run the kernel. Operands have axes in the order T, B, N; weights are ``[R, S]``.
+
+        ``outputs`` may be preallocated with any T and B strides. ``frozen`` promises that the
+        weights have not changed since the last call.
+        Raises ValueError or TypeError for tensors that do not fit the kernel.
+        """
+
+    @property
+    def events(self) -> dict[str, tuple[int, int]]:
+        """Per Gather, how many senders were active and how many there were, over all calls."""
+
+    def reset_events(self) -> None: ...
+
+
+class Backend(Protocol):
+    """Five questions, asked in this order."""
+
+    name: str
+
+    def why_unavailable(self) -> Refusal | None: ...
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None: ...
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Source: ...
+
+    def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary: ...
+
+    def load(self, binary: Binary) -> Launchable: ...
+
+
+class Strategy(Protocol):
+    """Decides the skeleton of loops: who shares neurons, batch rows and time."""
+
+    name: str
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None: ...
+
+    def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
+        """How many receivers a tile has, in which the weights are packed."""
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str: ...
+
+    def predict(
+        self,
+        kernel: ir.Kernel,
+        schedule: ir.Schedule,
+        *,
+        steps: int,
+        batch: int,
+        activity: Mapping[str, float],
+    ) -> Cost:
+        """The cost of a call, given the share of active senders of each Gather."""

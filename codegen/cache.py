@@ -1,0 +1,222 @@
+"""Compiled kernels on disk: one folder per entry, published whole and checked before it is loaded.
+
+    <cache>/<name>-<key>/   entry.json  the labelled parts of the key, and the binary's sha256
+                            kernel.cpp  the source and its headers, as they were compiled
+                            kernel.so
+
+An entry is built under a temporary name and renamed, so it is there completely or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+
+from sparsify.codegen.cache_folder import (
+    WORKSPACE_PREFIX,
+    CacheFolder,
+    read_own_file,
+    open_cache_folder,
+    open_private_folder,
+)
+from sparsify.errors import CompileError
+
+RECORD = "entry.json"
+PUBLISH_ATTEMPTS = 3
+
+
+class BuildFailed(Exception):
+    """Raised by a build step; the cache keeps the sources and raises CompileError with their path."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.message, self.log = message, log
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an entry says about itself."""
+
+    sha256: str
+    parts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes an entry.
+
+    ``parts`` are everything that the binary depends on, by label. ``files`` are written into the
+    entry before ``build`` is called with its folder; ``build`` makes the file called ``binary``.
+    """
+
+    name: str
+    parts: Mapping[str, str]
+    files: Mapping[str, str]
+    source: str
+    binary: str
+    build: Callable[[Path], None]
+
+    @property
+    def entry(self) -> str:
+        """The name of the entry's folder."""
+        labelled = json.dumps(dict(self.parts), sort_keys=True).encode()
+        return f"{self.readable_name}-{hashlib.sha256(labelled).hexdigest()[:32]}"
+
+    @property
+    def readable_name(self) -> str:
+        return re.sub(r"[^A-Za-z0-9_]+", "_", self.name)[:60]
+
+
+class KernelCache:
+    """The entries of one folder. Any number of threads and processes may use it at once."""
+
+    def __init__(self, folder: CacheFolder) -> None:
+        self._folder = folder
+        self._known: dict[str, Path] = {}
+
+    @property
+    def path(self) -> Path:
+        return self._folder.path
+
+    def get(self, recipe: Recipe) -> Path:
+        """The binary of ``recipe``: remembered, found or built.
+
+        Raises CompileError if its build step fails.
+        """
+        if known := self._known.get(recipe.entry):
+            return known
+        binary = self.find(recipe) or self._make(recipe)
+        self._known[recipe.entry] = binary
+        return binary
+
+    def find(self, recipe: Recipe) -> Path | None:
+        """The binary of ``recipe`` if it is here and its content is what was written."""
+        binary = self.path / recipe.entry / recipe.binary
+        record = read_record(binary.parent)
+        if record is None or record.parts != dict(recipe.parts) or not is_intact(binary):
+            return None
+        return binary
+
+    def explain_miss(self, recipe: Recipe) -> str:
+        """Which parts of the key differ from the most similar entry of the same name."""
+        if self.find(recipe):
+            return f"{recipe.entry} is in {self.path}"
+        nearest: tuple[str, list[str]] | None = None
+        for folder in sorted(self.path.glob(f"{recipe.readable_name}-*")):
+            record = read_record(folder)
+            if record is None:
+                continue
+            changes = describe_changes(record.parts, recipe.parts)
+            if nearest is None or len(changes) < len(nearest[1]):
+                nearest = folder.name, changes
+        if nearest is None:
+            return f"nothing named {recipe.readable_name} was compiled into {self.path}"
+        if not nearest[1]:
+            return f"{nearest[0]} is in {self.path}, but its binary is not what was written"
+        return f"differs from {nearest[0]} in {'; '.join(nearest[1])}"
+
+    def _make(self, recipe: Recipe) -> Path:
+        try:
+            return self._build(recipe)
+        except OSError as error:
+            if self._folder.private:
+                raise
+            self._folder = open_private_folder(self.path, f"it cannot be written ({error})")
+            return self._build(recipe)
+
+    def _build(self, recipe: Recipe) -> Path:
+        workspace = Path(tempfile.mkdtemp(prefix=WORKSPACE_PREFIX, dir=self.path))
+        try:
+            for file, text in recipe.files.items():
+                (workspace / file).write_text(text, encoding="utf-8")
+            recipe.build(workspace)
+            sha256 = hashlib.sha256((workspace / recipe.binary).read_bytes()).hexdigest()
+            record = {"sha256": sha256, "parts": dict(recipe.parts)}
+            (workspace / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            return self._publish(recipe, workspace)
+        except BuildFailed as failure:
+            source = self._keep_failed(recipe, workspace, failure.log) / recipe.source
+            raise CompileError(failure.message, failure.log, str(source)) from None
+        except BaseException:  # also an interrupt: nothing half-made stays
+            shutil.rmtree(workspace, ignore_errors=True)
+            raise
+
+    def _publish(self, recipe: Recipe, workspace: Path) -> Path:
+        """Give the finished workspace its name, unless another process was first."""
+        entry = self.path / recipe.entry
+        for _ in range(PUBLISH_ATTEMPTS):
+            try:
+                workspace.rename(entry)
+                return entry / recipe.binary
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            if found := self.find(recipe):
+                shutil.rmtree(workspace, ignore_errors=True)
+                return found
+            self._remove_entry(entry)
+        return workspace / recipe.binary  # others keep changing the entry; ours is as good
+
+    def _remove_entry(self, entry: Path) -> None:
+        """Remove a broken entry, or whatever else lies under its name."""
+        aside = Path(tempfile.mkdtemp(prefix=WORKSPACE_PREFIX, dir=self.path))
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            entry.rename(aside / "broken")
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _keep_failed(self, recipe: Recipe, workspace: Path, log: str) -> Path:
+        """Keep the sources and the log of a build that failed; only the last of each entry."""
+        (workspace / "log.txt").write_text(log, encoding="utf-8")
+        kept = self.path / f"failed-{recipe.entry}"
+        self._remove_entry(kept)
+        try:
+            return workspace.rename(kept)
+        except OSError:  # another process failed with the same sources at this moment
+            return workspace
+
+
+@cache
+def open_cache(path: Path) -> KernelCache:
+    """The cache in the folder ``path``, or a private one if that must not be used."""
+    return KernelCache(open_cache_folder(path))
+
+
+def read_record(entry: Path) -> Record | None:
+    """What ``entry`` says about itself, or None if that is missing or damaged."""
+    content = read_own_file(entry / RECORD)
+    try:
+        record = json.loads(content or b"null")
+        return Record(str(record["sha256"]), {str(k): str(v) for k, v in record["parts"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def is_intact(binary: Path) -> bool:
+    """True if ``binary`` is a file of this user with the content that its entry recorded."""
+    record, content = read_record(binary.parent), read_own_file(binary)
+    if record is None or content is None:
+        return False
+    return hashlib.sha256(content).hexdigest() == record.sha256
+
+
+def describe_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """One sentence per part that differs, labelled, with its first different line."""
+    changes = []
+    for label in sorted({*old, *new}):
+        before, after = old.get(label, "").splitlines(), new.get(label, "").splitlines()
+        for number, (a, b) in enumerate(zip_longest(before, after, fillvalue=""), start=1):
+            if a != b:
+                where = f" (line {number})" if max(len(before), len(after)) > 1 else ""
+                changes.append(f"{label}{where}: {a!r} became {b!r}")
+                break
+    return changes

@@ -1,0 +1,266 @@
+"""C++ text of one phase for one tile of neurons and one batch row: sums, expressions, writes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sparsify import ir
+from sparsify.codegen.usage import Source, Usage, emitted, statement_args
+from sparsify.codegen.writer import Names, Writer
+from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
+
+C_TYPES: dict[ir.DType, str] = {
+    "float32": "float",
+    "float64": "double",
+    "int32": "int32_t",
+    "int64": "int64_t",
+    "bool": "bool",
+}
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The C++ identifiers of a kernel, chosen once."""
+
+    names: Names
+    values: dict[str, str]  # operands, weights, states, results
+    outputs: dict[str, str]
+    sizes: dict[str, str]  # population -> constant
+    phases: list[str]  # -> function
+    starts: list[str]  # of start_phases -> function
+
+    @staticmethod
+    def of(kernel: ir.Kernel) -> Symbols:
+        names = Names()
+        values = [v.name for v in kernel.operands] + [v.name for v in kernel.weights]
+        values += [v.name for v in kernel.states]
+        values += [
+            s.result for ph in kernel.phases for s in ph.body if isinstance(s, ir.Let | ir.Gather)
+        ]
+        return Symbols(
+            names=names,
+            sizes={p.name: names.new(f"n_{p.name}").upper() for p in kernel.populations},
+            values={value: names.new(value) for value in values},
+            outputs={o.name: names.new(o.name) for o in kernel.outputs},
+            phases=[names.new(f"{phase.population}_step") for phase in kernel.phases],
+            starts=[names.new(f"{phase.population}_start") for phase in start_phases(kernel)],
+        )
+
+
+def start_phases(kernel: ir.Kernel) -> list[ir.Phase]:
+    """What has to be done before the first step: every state gets its initial value."""
+    populations = dict.fromkeys(s.population for s in kernel.states)
+    return [
+        ir.Phase(p, tuple(ir.Update(s.name, s.init) for s in kernel.states if s.population == p))
+        for p in populations
+    ]
+
+
+def literal(value: float | int | bool, dtype: ir.DType) -> str:
+    """A C++ literal that reads back as ``value`` rounded to ``dtype``."""
+    if dtype == "bool":
+        return "true" if value else "false"
+    if dtype in ("int32", "int64"):
+        text = f"{C_TYPES[dtype]}({int(value)}{'LL' if dtype == 'int64' else ''})"
+        return text if int(value) != -(2**63) else "INT64_MIN"
+    suffix, builtin = ("f", "f") if dtype == "float32" else ("", "")
+    with np.errstate(over="ignore"):
+        rounded = np.dtype(dtype).type(value)
+    if math.isnan(rounded):
+        return f'__builtin_nan{builtin}("")'
+    if math.isinf(rounded):
+        return f"{'-' if rounded < 0 else ''}__builtin_inf{builtin}()"
+    return f"{rounded}{suffix}"
+
+
+def expression(let: ir.Let, symbols: Symbols, dtypes: dict[str, ir.DType]) -> str:
+    op = SCALAR_OPS[let.op]
+    given = tuple(None if isinstance(a, ir.Const) else dtypes[a] for a in let.args)
+    wanted = operand_dtypes(op, given, let.dtype)
+    assert wanted is not None  # check_kernel refuses comparisons of literals
+    args = [operand_text(a, d, symbols) for a, d in zip(let.args, wanted, strict=True)]
+    return op.c.format(*args, type=C_TYPES[let.dtype])
+
+
+def operand_text(arg: ir.Arg, dtype: ir.DType, symbols: Symbols) -> str:
+    if not isinstance(arg, ir.Const):
+        return symbols.values[arg]
+    text = literal(arg.value, dtype)
+    return f"({text})" if text.startswith("-") else text
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a strategy keeps things: C++ expressions, given the variables of the cell.
+
+    ``parameters`` declare these variables, ``arguments`` pass all of them but ``first, width``.
+    ``state`` is the object that holds states and kept results (``own`` or ``shared``); events of
+    a source are read from ``events[name]``; ``emit[name]`` are the lines that publish
+    ``{values}``, a tile of a source that the kernel computes.
+    """
+
+    parameters: str
+    arguments: str
+    state: str
+    events: dict[str, str]
+    emit: dict[str, list[str]]
+
+
+@dataclass
+class Cell:
+    """Writes the function of one phase. ``_loads`` are (declaration before, line in the loop)."""
+
+    writer: Writer
+    usage: Usage
+    symbols: Symbols
+    places: Places
+    _before: list[tuple[str, str]] = field(default_factory=list)
+    _inside: list[tuple[str, str]] = field(default_factory=list)
+    _after: list[str] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+
+    def write(self, phase: ir.Phase, function: str) -> None:
+        size = self.symbols.sizes[phase.population]
+        for statement in phase.body:
+            for arg in statement_args(statement):
+                if not isinstance(arg, ir.Const):
+                    self._read(arg, size)
+            self._statement(statement, size, phase)
+        for source, value in emitted(phase, self.usage):
+            self._stage(source, value)
+        sums = [s.result for s in phase.body if isinstance(s, ir.Gather)]
+        sums = [result for result in sums if result in self.usage.dense]
+        parameters = [f"const {self._type(r)}* {self._sum(r)}" for r in sums]
+        head = ", ".join([self.places.parameters, *parameters])
+        self.writer.line()
+        self.writer.comment(f"Neurons first .. first + width of {phase.population}, batch row b.")
+        with self.writer.block(f"SPARSIFY_INLINE void {function}({head})"):
+            self._write_body()
+
+    def _write_body(self) -> None:
+        for text, note in self._before:
+            self.writer.line(text, note)
+        if self._inside:
+            self.writer.line("SPARSIFY_LANES")
+            with self.writer.block("for (int64_t i = 0; i < width; ++i)"):
+                for text, note in self._inside:
+                    self.writer.line(text, note)
+        for text in self._after:
+            self.writer.line(text)
+
+    def _statement(self, statement: ir.Statement, size: str, phase: ir.Phase) -> None:
+        match statement:
+            case ir.Gather():
+                self._gather(statement)
+            case ir.Let(result=result, dtype=dtype, note=note):
+                text = expression(statement, self.symbols, self.usage.dtypes)
+                name = self.symbols.values[result]
+                self._inside.append((f"const {C_TYPES[dtype]} {name} = {text};", note))
+                self._seen.add(result)
+                self._keep(result, size)
+            case ir.Update(state=state, value=value):
+                self._update(state, value, size)
+            case ir.Store():
+                self._store(statement, phase)
+
+    def _gather(self, gather: ir.Gather) -> None:
+        name, weight = self.symbols.values[gather.result], self.symbols.values[gather.weight]
+        if gather.result not in self.usage.dense:
+            source = self.usage.sources[gather.source]
+            senders = self.symbols.sizes[source.population]
+            events = self.places.events[gather.source]
+            sums = self._sum(gather.result)
+            self._before += [
+                (f"alignas(64) {self._type(gather.result)} {sums}[TILE];", gather.note),
+                (f"gather_events<TILE>({sums}, call.{weight} + first * {senders}, {events});", ""),
+            ]
+        if self._is_read(gather.result):
+            self._inside.append((f"const {self._type(gather.result)} {name} = {self._sum(gather.result)}[i];", ""))
+        self._seen.add(gather.result)
+        self._keep(gather.result, self.symbols.sizes[self._population_of(gather)])
+
+    def _population_of(self, gather: ir.Gather) -> str:
+        return next(w.receivers for w in self.usage.kernel.weights if w.name == gather.weight)
+
+    def _is_read(self, name: str) -> bool:
+        statements = (s for phase in self.usage.kernel.phases for s in phase.body)
+        return name in self.usage.sources or any(name in statement_args(s) for s in statements)
+
+    def _keep(self, result: str, size: str) -> None:
+        """Store a result that a later phase reads neuron by neuron."""
+        if result not in self.usage.kept_lets:
+            return
+        name = self.symbols.values[result]
+        self._pointer(f"{name}_to", self._type(result), f"{self.places.state}.{name} + row * {size} + first", False)
+        self._inside.append((f"{name}_to[i] = {name};", ""))
+
+    def _update(self, state: str, value: ir.Arg, size: str) -> None:
+        if state not in self.usage.kept_states:
+            return
+        name = self.symbols.values[state]
+        slot = "[next]" if state in self.usage.doubled_states else ""
+        self._pointer(f"{name}_to", self._type(state), f"{self.places.state}.{name}{slot} + row * {size} + first", False)
+        text = operand_text(value, self.usage.dtypes[state], self.symbols)
+        self._inside.append((f"{name}_to[i] = {text};", "for the next step"))
+
+    def _store(self, store: ir.Store, phase: ir.Phase) -> None:
+        output = next(o for o in self.usage.kernel.outputs if o.name == store.output)
+        name = self.symbols.outputs[output.name]
+        kind = C_TYPES[output.dtype]
+        state = self._updated_with(store.value, phase)
+        time = f"t * call.{name}_t + " if "T" in output.axes else ""
+        place = f"call.{name} + {time}b * call.{name}_b + first"
+        if not time and state is not None:
+            kept = f"{self.symbols.values[state]}_to[i]"
+            self._after += [
+                "if (t + 1 == call.steps)",
+                f"  for (int64_t i = 0; i < width; ++i) ({place})[i] = {kept};",
+            ]
+            return
+        self._pointer(f"{name}_to", kind, place, False)
+        text = operand_text(store.value, output.dtype, self.symbols)
+        self._inside.append((f"{name}_to[i] = {text};", output.note))
+
+    def _updated_with(self, value: ir.Arg, phase: ir.Phase) -> str | None:
+        """A kept state of this phase that gets the same value."""
+        updates = (s for s in phase.body if isinstance(s, ir.Update) and s.value == value)
+        return next((u.state for u in updates if u.state in self.usage.kept_states), None)
+
+    def _read(self, name: str, size: str) -> None:
+        """Declare the local variable of a value from outside this phase, once."""
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        kernel, local, kind = self.usage.kernel, self.symbols.values[name], self._type(name)
+        operand = next((o for o in kernel.operands if o.name == name), None)
+        if operand is None:
+            slot = "[now]" if name in self.usage.doubled_states else ""
+            place = f"{self.places.state}.{local}{slot} + row * {size} + first"
+        else:
+            steps = [f"{x} * call.{local}_{x}" for x in "tb" if x.upper() in operand.axes]
+            if "N" not in operand.axes:
+                index = " + ".join(steps) or "0"
+                self._before.append((f"const {kind} {local} = call.{local}[{index}];", operand.note))
+                return
+            place = " + ".join([f"call.{local}", *steps, "first"])
+        self._pointer(f"{local}_from", kind, place, True)
+        self._inside.append((f"const {kind} {local} = {local}_from[i];", ""))
+
+    def _pointer(self, name: str, kind: str, place: str, constant: bool) -> None:
+        self._before.append((f"{'const ' if constant else ''}{kind}* const {name} = {place};", ""))
+
+    def _stage(self, source: Source, value: ir.Arg) -> None:
+        kind, name = C_TYPES[source.value_dtype], self.symbols.values[source.name]
+        text = operand_text(value, source.value_dtype, self.symbols)
+        self._before.append((f"alignas(64) {kind} {name}_tile[TILE];", ""))
+        self._inside.append((f"{name}_tile[i] = {text};", ""))
+        self._after += [line.format(values=f"{name}_tile") for line in self.places.emit[source.name]]
+
+    def _sum(self, result: str) -> str:
+        return f"{self.symbols.values[result]}_sum"
+
+    def _type(self, name: str) -> str:
+        return C_TYPES[self.usage.dtypes[name]]

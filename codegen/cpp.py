@@ -1,0 +1,69 @@
+"""The C++ backend: the system's compiler, ctypes, torch's number of threads."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from importlib.resources import files
+
+from sparsify import ir
+from sparsify.check_ir import check_kernel
+from sparsify.codegen import runtime
+from sparsify.codegen.backend import Binary, Launchable, Source
+from sparsify.codegen.launch import CppLaunchable
+from sparsify.codegen.strategies import find_strategy
+from sparsify.codegen.toolchain import compile_shared_library, load_library
+from sparsify.codegen.writer import Names
+from sparsify.errors import Refusal
+
+
+class CppBackend:
+    """Kernels for this machine's processor."""
+
+    name = "cpp"
+
+    def why_unavailable(self) -> Refusal | None:
+        return runtime.why_unavailable()
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
+        check_kernel(kernel)
+        return find_strategy(schedule.strategy).why_not(kernel, schedule)
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Source:
+        """The kernel's C++ text. Raises ValueError if ``why_not`` refuses it."""
+        refusal = self.why_not(kernel, schedule)
+        if refusal is not None:
+            raise ValueError(str(refusal))
+        entry = Names().new(kernel.name)
+        text = find_strategy(schedule.strategy).render(kernel, schedule, entry)
+        return Source(text, f"{entry}.cpp", entry)
+
+    def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
+        """The compiled kernel, from the cache if it was compiled before."""
+        source = self.render(kernel, schedule)
+        headers = {"kernel.h": (files("sparsify.codegen") / "kernel.h").read_text()}
+        path = compile_shared_library(source.text, source.entry, headers=headers)
+        return Binary(path, source, kernel, schedule)
+
+    def load(self, binary: Binary) -> Launchable:
+        function = load_library(binary.path)[binary.source.entry]
+        tile = find_strategy(binary.schedule.strategy).tile(binary.kernel, binary.schedule)
+        return CppLaunchable(
+            binary.kernel,
+            binary.schedule,
+            binary.source,
+            function,
+            runtime.load_runtime(),
+            tile,
+            self._function_of,
+        )
+
+    def _function_of(self, kernel: ir.Kernel, schedule: ir.Schedule) -> ctypes._CFuncPtr:
+        binary = self.compile(kernel, schedule)
+        return load_library(binary.path)[binary.source.entry]
+
+
+def with_dense(schedule: ir.Schedule, results: frozenset[str]) -> ir.Schedule:
+    """``schedule`` with the gathers called ``results`` dense."""
+    gathers = tuple((r, "dense" if r in results else how) for r, how in schedule.gathers)
+    return replace(schedule, gathers=gathers)

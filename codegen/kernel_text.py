@@ -1,0 +1,124 @@
+"""C++ text that all strategies share: a kernel's cells, scans, dense products and tile loops."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from sparsify import ir
+from sparsify.codegen.cell_text import C_TYPES, Cell, Places, Symbols, start_phases
+from sparsify.codegen.frame_text import operand_row
+from sparsify.codegen.memory_text import Field, array
+from sparsify.codegen.usage import Source, find_usage
+from sparsify.codegen.writer import Writer
+
+
+class KernelText(ABC):
+    """One rendering of a kernel. A strategy says where things lie and writes its loops.
+
+    The loops of a phase rely on these C++ variables: ``call``, ``own`` (what one thread keeps),
+    ``start`` and ``rows`` (the batch rows at hand), ``t``, ``now``, ``next``, ``active``.
+    """
+
+    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, tile: int) -> None:
+        self.w = Writer()
+        self.kernel, self.schedule, self.tile = kernel, schedule, tile
+        self.symbols = Symbols.of(kernel)
+        self.usage = find_usage(kernel, schedule)
+
+    @abstractmethod
+    def places(self) -> Places:
+        """Where cells find and publish things."""
+
+    @abstractmethod
+    def values_of(self, source: Source, slot: str) -> str:
+        """The array ``[rows, N]`` of a source's values, for dense products."""
+
+    def functions(self) -> list[tuple[ir.Phase, str]]:
+        return list(zip(self.kernel.phases, self.symbols.phases, strict=True))
+
+    def starts(self) -> list[tuple[ir.Phase, str]]:
+        return list(zip(start_phases(self.kernel), self.symbols.starts, strict=True))
+
+    def write_cells(self) -> None:
+        for phase, function in self.starts() + self.functions():
+            Cell(self.w, self.usage, self.symbols, self.places()).write(phase, function)
+
+    def name(self, source: Source) -> str:
+        return self.symbols.values[source.name]
+
+    def size(self, source: Source) -> str:
+        return self.symbols.sizes[source.population]
+
+    def is_converted(self, source: Source) -> bool:
+        """Whether an operand has to be converted to the weights' dtype for a dense product."""
+        return source.kind == "operand" and source.dense and source.value_dtype != source.dtype
+
+    def converted_field(self, source: Source, rows: str = "rows") -> Field:
+        note = f"{source.name}, converted"
+        count = f"{rows} * {self.size(source)}"
+        return array(C_TYPES[source.dtype], f"{self.name(source)}_values", count, 1, note)
+
+    # -- loops ------------------------------------------------------------------------------
+
+    def write_scans(self) -> None:
+        """Turn this step's operands into events, for the rows at hand."""
+        for source in self.usage.of_kind("operand"):
+            row = operand_row(source, self.usage, self.symbols, "t", "(start + row)")
+            loop = "for (int64_t row = 0; row < rows; ++row)"
+            if source.events:
+                self.w.line(f"{loop} scan(own.{self.name(source)}_events, row, {row});")
+            if self.is_converted(source):
+                to = f"own.{self.name(source)}_values + row * {self.size(source)}"
+                self.w.line(f"{loop} convert({to}, {row}, {self.size(source)});")
+
+    def write_counts(self, phase: ir.Phase) -> None:
+        """Add the active senders of each gather of this phase to its counter."""
+        events = self.places().events
+        for index, gather in enumerate(self.kernel.gathers):
+            if gather not in phase.body:
+                continue
+            if gather.result not in self.usage.dense:
+                listed = events[gather.source].rsplit(",", 1)[0]
+                self.w.line(f"active[{index}] += count_events({listed}, rows);")
+                continue
+            source = self.usage.sources[gather.source]
+            values, row = self.dense_source(source)
+            with self.w.indented("for (int64_t row = 0; row < rows; ++row)"):
+                counted = f"count_active({values} + row * {row}, {self.size(source)})"
+                self.w.line(f"active[{index}] += {counted};")
+
+    def dense_source(self, source: Source) -> tuple[str, str]:
+        """Address of the first row at hand and the distance of rows, for a dense product."""
+        if source.kind == "operand" and not self.is_converted(source):
+            row = operand_row(source, self.usage, self.symbols, "t", "start")
+            return row, f"call.{self.name(source)}_b"
+        slot = "[now]" if source.kind == "state" else ""
+        return self.values_of(source, slot), self.size(source)
+
+    def write_tiles(self, phase: ir.Phase, function: str, tiles: str) -> None:
+        """The loop over ``tiles`` (a C++ for-head that sets ``first``) and the rows at hand."""
+        size = self.symbols.sizes[phase.population]
+        sums = []
+        with self.w.block(tiles):
+            for gather in phase.body:
+                if isinstance(gather, ir.Gather) and gather.result in self.usage.dense:
+                    sums.append(self._write_dense(gather))
+            with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
+                self.write_cell_call(function, size, [f"{s} + row * TILE" for s in sums])
+
+    def _write_dense(self, gather: ir.Gather) -> str:
+        source = self.usage.sources[gather.source]
+        values, row = self.dense_source(source)
+        sums = f"own.{self.symbols.values[gather.result]}_sum"
+        weight = f"call.{self.symbols.values[gather.weight]} + first * {self.size(source)}"
+        self.w.line(f"gather_dense<TILE>({sums}, {weight}, {values}, {row}, rows, {self.size(source)});")
+        return sums
+
+    def write_cell_call(self, function: str, size: str, sums: list[str]) -> None:
+        """Call a cell; a full tile gets its width as a constant."""
+        given = self.places().arguments
+        tail = "".join(f", {s}" for s in sums)
+        self.w.line(f"if (first + TILE <= {size})")
+        self.w.line(f"  {function}({given}, first, TILE{tail});")
+        self.w.line("else")
+        self.w.line(f"  {function}({given}, first, {size} - first{tail});")

@@ -1,0 +1,143 @@
+"""Strategy: each thread carries its own batch rows through time; nothing is exchanged.
+
+A thread takes up to GROUP rows together, so that a tile of weights stays in the second-level cache
+while the event lists of these rows are walked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsify import ir
+from sparsify.codegen.cell_text import C_TYPES, Places
+from sparsify.codegen.frame_text import write_call, write_entry, write_head
+from sparsify.codegen.kernel_text import KernelText
+from sparsify.codegen.memory_text import (
+    Field,
+    array,
+    events_field,
+    state_fields,
+    sum_fields,
+    write_struct,
+)
+from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
+from sparsify.errors import Refusal
+
+GROUP = 64
+
+_PARAMETERS = (
+    "const Call& call, const Rows& own, int64_t t, int64_t b, int64_t row,\n"
+    "    int64_t now, int64_t next, int64_t first, int64_t width"
+)
+_ARGUMENTS = "call, own, t, start + row, row, now, next"
+_SET_UP = (
+    "call.group = batch < GROUP * threads ? (batch + threads - 1) / threads : GROUP;",
+    "const int64_t bytes = threads * Rows::bytes(call.group);",
+)
+
+
+@dataclass(frozen=True)
+class RowsPerThread:
+    name: str = "rows-per-thread"
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
+        return why_not_gather(kernel, schedule)
+
+    def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
+        return schedule.tile or default_tile(kernel)
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
+        return _RowsText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
+
+
+class _RowsText(KernelText):
+    def render(self, entry: str) -> str:
+        write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile)
+        self.w.line(f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once")
+        write_call(self.w, self.kernel, self.symbols, ["int64_t group;"])
+        note = "What a thread keeps of the rows that it carries through time."
+        write_struct(self.w, "Rows", note, self._fields())
+        self.write_cells()
+        self._write_rows()
+        self._write_run()
+        write_entry(self.w, self.kernel, self.symbols, entry, _SET_UP)
+        return self.w.text()
+
+    def places(self) -> Places:
+        events, emit = {}, {}
+        for source in self.usage.sources.values():
+            name, size = self.name(source), self.size(source)
+            is_state = source.kind == "state"
+            events[source.name] = f"own.{name}_events{'[now]' if is_state else ''}, row"
+            slot, lines = "[next]" if is_state else "", []
+            if source.events:
+                lines.append(f"append(own.{name}_events{slot}, row, {{values}}, first, width);")
+            if source.dense:
+                at = f"own.{name}_values{slot} + row * {size} + first"
+                lines.append(f"convert({at}, {{values}}, width);")
+            emit[source.name] = lines
+        return Places(_PARAMETERS, _ARGUMENTS, "own", events, emit)
+
+    def values_of(self, source: Source, slot: str) -> str:
+        return f"own.{self.name(source)}_values{slot}"
+
+    def _fields(self) -> list[Field]:
+        fields = state_fields(self.usage, self.symbols)
+        for source in self.usage.sources.values():
+            copies = 2 if source.kind == "state" else 1
+            if source.events:
+                fields.append(events_field(source, self.usage, self.symbols, copies))
+            if self.is_converted(source):
+                fields.append(self.converted_field(source))
+            elif source.dense and source.kind != "operand":
+                kind, note = C_TYPES[source.dtype], f"{source.name}, for dense products"
+                count = f"rows * {self.size(source)}"
+                fields.append(array(kind, f"{self.name(source)}_values", count, copies, note))
+        return fields + sum_fields(self.usage, self.symbols)
+
+    def _write_rows(self) -> None:
+        w = self.w
+        w.line()
+        w.comment("Rows start .. start + rows of the batch, through all time steps.")
+        head = (
+            "void run_rows(const Call& call, const Rows& own, int64_t* active,\n"
+            "              int64_t start, int64_t rows)"
+        )
+        with w.block(head):
+            if self.kernel.states:
+                with w.block("do", "} while (false);"):
+                    w.line("const int64_t t = 0, now = 1, next = 0;")
+                    for phase, function in self.starts():
+                        self._write_phase(phase, function)
+            with w.block("for (int64_t t = 0; t < call.steps; ++t)"):
+                w.line("const int64_t now = t & 1, next = now ^ 1;")
+                self.write_scans()
+                for phase, function in self.functions():
+                    self.write_counts(phase)
+                    self._write_phase(phase, function)
+
+    def _write_phase(self, phase: ir.Phase, function: str) -> None:
+        for source, _ in emitted(phase, self.usage):
+            if source.events:
+                slot = "[next]" if source.kind == "state" else ""
+                self.w.line(f"clear(own.{self.name(source)}_events{slot}, rows);")
+        size = self.symbols.sizes[phase.population]
+        loop = f"for (int64_t first = 0; first < {size}; first += TILE)"
+        self.write_tiles(phase, function, loop)
+
+    def _write_run(self) -> None:
+        w, gathers = self.w, len(self.kernel.gathers)
+        w.line()
+        with w.block("void run(void* context, const Team& team)"):
+            w.line("const Call& call = *static_cast<const Call*>(context);")
+            w.line("const int64_t first = call.batch * team.thread / team.threads;")
+            w.line("const int64_t last = call.batch * (team.thread + 1) / team.threads;")
+            w.line("Arena arena(call.memory + team.thread * Rows::bytes(call.group));")
+            w.line("const Rows own(arena, call.group);")
+            w.line(f"int64_t active[{max(1, gathers)}] = {{}};")
+            with w.block("for (int64_t start = first; start < last; start += call.group)"):
+                w.line("const int64_t here = last - start < call.group ? last - start : call.group;")
+                w.line("run_rows(call, own, active, start, here);")
+            if gathers:
+                with w.indented(f"for (int k = 0; k < {gathers}; ++k)"):
+                    w.line("__atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);")

@@ -1,0 +1,54 @@
+// The support library that Python loads once per process; see runtime.py for its callers.
+#include "runtime.h"
+
+#include "thread_pool.h"
+#include "weights.h"
+
+using namespace sparsify;
+
+namespace {
+
+const Runtime table = {
+    [](Body body, void* context, int threads) { pool->parallel(body, context, threads); },
+};
+
+}  // namespace
+
+extern "C" {
+
+const Runtime* sparsify_table() { return &table; }
+
+uint64_t sparsify_hash(const unsigned char* rows, int64_t count, int64_t row_bytes,
+                       int64_t stride_bytes, int threads) {
+  return hash_rows(rows, count, row_bytes, stride_bytes, threads);
+}
+
+int sparsify_pack32(const uint32_t* weight, int64_t receivers, int64_t senders, int64_t stride_r,
+                    int64_t stride_s, int64_t tile, uint32_t* tiles, int threads) {
+  return pack<uint32_t, 0x7F800000u>(weight, receivers, senders, stride_r, stride_s, tile, tiles,
+                                     threads);
+}
+
+int sparsify_pack64(const uint64_t* weight, int64_t receivers, int64_t senders, int64_t stride_r,
+                    int64_t stride_s, int64_t tile, uint64_t* tiles, int threads) {
+  return pack<uint64_t, 0x7FF0000000000000u>(weight, receivers, senders, stride_r, stride_s, tile,
+                                             tiles, threads);
+}
+
+int64_t sparsify_count8(const uint8_t* words, int64_t count, uint8_t mask, int threads) {
+  return count_nonzero(words, count, mask, threads);
+}
+
+int64_t sparsify_count16(const uint16_t* words, int64_t count, uint16_t mask, int threads) {
+  return count_nonzero(words, count, mask, threads);
+}
+
+int64_t sparsify_count32(const uint32_t* words, int64_t count, uint32_t mask, int threads) {
+  return count_nonzero(words, count, mask, threads);
+}
+
+int64_t sparsify_count64(const uint64_t* words, int64_t count, uint64_t mask, int threads) {
+  return count_nonzero(words, count, mask, threads);
+}
+
+}  // extern "C"

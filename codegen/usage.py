@@ -1,0 +1,171 @@
+"""Which values of a kernel have to be kept, exchanged between neurons, or turned into events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsify import ir
+from sparsify.check_ir import value_dtypes
+from sparsify.errors import Refusal
+
+UINT16_SENDERS = 65536
+TILES = (16, 32, 64, 128)  # multiples of every vector, divisors of a block of 256 senders
+
+
+@dataclass(frozen=True)
+class Source:
+    """A value that Gathers read. ``dtype`` is the weights', in which payloads are multiplied."""
+
+    name: str
+    kind: Literal["operand", "state", "let"]
+    population: str
+    value_dtype: ir.DType
+    dtype: ir.DType
+    events: bool  # an event Gather reads it
+    payload: bool  # one of them has real payloads
+    dense: bool  # a dense Gather reads it
+
+    @property
+    def needs_values(self) -> bool:
+        return self.payload or self.dense
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The facts that strategies need; all of them follow from the kernel and the schedule."""
+
+    kernel: ir.Kernel
+    dtypes: dict[str, ir.DType]
+    dense: frozenset[str]  # results of dense Gathers
+    sources: dict[str, Source]
+    kept_states: frozenset[str]  # read per neuron: the old value is stored
+    doubled_states: frozenset[str]  # read after they were updated: two copies
+    kept_lets: frozenset[str]  # read per neuron in a later phase
+
+    def sources_of(self, phase: ir.Phase) -> list[Source]:
+        names = [s.source for s in phase.body if isinstance(s, ir.Gather)]
+        return [self.sources[name] for name in dict.fromkeys(names)]
+
+    def of_kind(self, kind: str) -> list[Source]:
+        return [s for s in self.sources.values() if s.kind == kind]
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a Gather reads a value that the kernel itself computes."""
+        return any(s.kind != "operand" for s in self.sources.values())
+
+
+def find_usage(kernel: ir.Kernel, schedule: ir.Schedule) -> Usage:
+    dtypes = value_dtypes(kernel)
+    dense = frozenset(result for result, how in schedule.gathers if how == "dense")
+    reads = _pointwise_reads(kernel)
+    updated = {
+        s.state: index
+        for index, phase in enumerate(kernel.phases)
+        for s in phase.body
+        if isinstance(s, ir.Update)
+    }
+    defined = {
+        s.result: index
+        for index, phase in enumerate(kernel.phases)
+        for s in phase.body
+        if isinstance(s, ir.Let | ir.Gather)
+    }
+    last_read = {name: max(phases) for name, phases in reads.items()}
+    states = {s.name for s in kernel.states} & last_read.keys()
+    return Usage(
+        kernel=kernel,
+        dtypes=dtypes,
+        dense=dense,
+        sources=_find_sources(kernel, dtypes, dense),
+        kept_states=frozenset(states),
+        doubled_states=frozenset(s for s in states if last_read[s] > updated[s]),
+        kept_lets=frozenset(n for n, p in defined.items() if last_read.get(n, p) > p),
+    )
+
+
+def default_tile(kernel: ir.Kernel) -> int:
+    """Receivers a tile: 256 bytes of sums fill the vector registers, small layers take fewer."""
+    wide = any(w.dtype == "float64" for w in kernel.weights)
+    most = 32 if wide else 64
+    largest = max((kernel.population_size(w.receivers) for w in kernel.weights), default=most)
+    return next((tile for tile in TILES if largest <= tile <= most), most)
+
+
+def why_not_gather(kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
+    """Refuse what no C++ strategy can express."""
+    if schedule.tile not in (0, *TILES):
+        raise ValueError(f"tile {schedule.tile}: choose 0 or one of {TILES}")
+    names = {g.result for g in kernel.gathers}
+    scheduled = [result for result, _ in schedule.gathers]
+    if sorted(scheduled) != sorted(names):
+        raise ValueError(f"the schedule names gathers {scheduled}, the kernel has {sorted(names)}")
+    weights = {w.name: w.dtype for w in kernel.weights}
+    dtype_of: dict[str, str] = {}
+    for gather in kernel.gathers:
+        dtype = weights[gather.weight]
+        if dtype_of.setdefault(gather.source, dtype) != dtype:
+            return Refusal(
+                "unsupported-layout",
+                f"{gather.source!r} is read through weights of two dtypes.",
+                "Convert the weights to one dtype.",
+            )
+    return None
+
+
+def _pointwise_reads(kernel: ir.Kernel) -> dict[str, list[int]]:
+    """Per value, the indices of the phases whose statements read it neuron by neuron."""
+    reads: dict[str, list[int]] = {}
+    for index, phase in enumerate(kernel.phases):
+        for statement in phase.body:
+            for arg in statement_args(statement):
+                if not isinstance(arg, ir.Const):
+                    reads.setdefault(arg, []).append(index)
+    return reads
+
+
+def statement_args(statement: ir.Statement) -> tuple[ir.Arg, ...]:
+    """What a statement reads neuron by neuron."""
+    match statement:
+        case ir.Let(args=args):
+            return args
+        case ir.Store(value=value) | ir.Update(value=value):
+            return (value,)
+        case ir.Gather():
+            return ()
+
+
+def emitted(phase: ir.Phase, usage: Usage) -> list[tuple[Source, ir.Arg]]:
+    """The sources that ``phase`` computes, with their values."""
+    found: list[tuple[Source, ir.Arg]] = []
+    for statement in phase.body:
+        if isinstance(statement, ir.Update) and statement.state in usage.sources:
+            found.append((usage.sources[statement.state], statement.value))
+        if isinstance(statement, ir.Let | ir.Gather) and statement.result in usage.sources:
+            found.append((usage.sources[statement.result], statement.result))
+    return found
+
+
+def _find_sources(
+    kernel: ir.Kernel, dtypes: dict[str, ir.DType], dense: frozenset[str]
+) -> dict[str, Source]:
+    weights = {w.name: w for w in kernel.weights}
+    states = {s.name for s in kernel.states}
+    operands = {o.name for o in kernel.operands}
+    sources: dict[str, Source] = {}
+    for name in dict.fromkeys(g.source for g in kernel.gathers):
+        readers = [g for g in kernel.gathers if g.source == name]
+        events = [g for g in readers if g.result not in dense]
+        weight = weights[readers[0].weight]
+        sources[name] = Source(
+            name=name,
+            kind="operand" if name in operands else "state" if name in states else "let",
+            population=weight.senders,
+            value_dtype=dtypes[name],
+            dtype=weight.dtype,
+            events=bool(events),
+            payload=any(g.payload == "real" for g in events),
+            dense=len(events) < len(readers),
+        )
+    return sources

@@ -1,0 +1,87 @@
+"""Text of generated C++: indentation, safe comments, identifiers that cannot collide."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t
+    char8_t class co_await co_return co_yield compl concept const const_cast consteval constexpr
+    constinit continue decltype default delete do double dynamic_cast else enum explicit export
+    extern false final float for friend goto if import inline int linux long main module mutable
+    namespace new noexcept not not_eq nullptr operator or or_eq override private protected public
+    register reinterpret_cast requires return short signed sizeof static static_assert static_cast
+    struct switch template this thread_local throw true try typedef typeid typename union unix
+    unsigned using virtual void volatile wchar_t while xor xor_eq"""
+
+# What the skeletons, kernel.h and the standard headers say at the places where model names appear.
+_SKELETON = """Arena Call Events Own Rows Runtime Shared Team TILE GROUP Vector WIDTH BLOCK DENSE_BLOCK
+    DENSE_ROWS DENSE_VECTORS VECTOR_BYTES active append b batch blocks_of body call chunk context
+    convert count count_active error errno first gather_dense gather_events i int8_t int16_t int32_t
+    int64_t uint8_t uint16_t uint32_t uint64_t size_t item last load mark mask_bytes measure memory
+    next now own place pointers pool row rows rows_here run runtime scan shared sparsify start std
+    steps step store strides t team thread threads tile unpack width y0 y1 yn j0 j1 jn gamma
+    signgam"""
+
+
+class Names:
+    """Maps names of the model to C++ identifiers, each given out once."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = {*_KEYWORDS.split(), *_SKELETON.split()}
+
+    def new(self, wish: str) -> str:
+        """An unused identifier that resembles ``wish``."""
+        base = re.sub(r"[^A-Za-z0-9]+", "_", wish).strip("_")[:48] or "value"
+        base = f"n{base}" if base[0].isdigit() else base
+        base = base.lower() if base.isupper() and len(base) > 2 else base  # macros are upper case
+        name, number = base, 2
+        while name in self._taken:
+            name, number = f"{base}_{number}", number + 1
+        self._taken.add(name)
+        return name
+
+
+def comment_text(text: str, limit: int = 90) -> str:
+    """``text`` as it may stand in a ``//`` comment: one line of printable ASCII.
+
+    A backslash could continue the comment, ``*/`` end one that surrounds it, ``??/`` is a
+    backslash to old compilers.
+    """
+    plain = "".join(c if " " <= c <= "~" else "_" for c in text).replace("\\", "/")
+    plain = plain.replace("*/", "* /").replace("/*", "/ *").replace("??", "? ?")
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
+
+
+class Writer:
+    """Collects lines; ``block`` indents what is written inside it."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._depth = 0
+
+    def line(self, text: str = "", note: str = "") -> None:
+        comment = f"  // {comment_text(note)}" if note else ""
+        self._lines.append(("  " * self._depth + text + comment).rstrip())
+
+    def comment(self, text: str) -> None:
+        self.line(f"// {comment_text(text)}")
+
+    @contextmanager
+    def block(self, head: str, end: str = "}") -> Iterator[None]:
+        self.line(f"{head} {{")
+        self._depth += 1
+        yield
+        self._depth -= 1
+        self.line(end)
+
+    @contextmanager
+    def indented(self, head: str) -> Iterator[None]:
+        self.line(head)
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"

@@ -1,0 +1,137 @@
+"""Evaluate a graph in float64 together with a bound of what rounding can do to every value."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sparsify.bounded import Bounded, Precision, exact, is_exact, unbounded
+from sparsify.rounding_rows import COMPARISONS, COUPLING, ROWS
+
+__all__ = ["Bounded", "Bounds", "ErrorBounds", "bound_errors"]
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a graph returns, with bounds.
+
+    ``thresholds`` counts the elements of all comparisons of floating values, ``undecided`` those
+    that rounding can turn over. ``without_row`` names operations whose error is unknown; what is
+    computed from them has an infinite bound.
+    """
+
+    outputs: tuple[Bounded, ...]
+    thresholds: int
+    undecided: int
+    without_row: frozenset[str]
+
+
+def bound_errors(graph: fx.GraphModule, operands: Sequence[Tensor | Bounded]) -> Bounds:
+    """Bound the outputs of a graph of ATen operations whose ``operands`` have no error."""
+    return ErrorBounds(graph).evaluate(operands)
+
+
+class ErrorBounds(fx.Interpreter):
+    """Runs a graph of ATen operations on ``Bounded`` values; keep it to run the graph again."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self._dtypes: dict[fx.Node, torch.dtype] = {}
+        self._thresholds = 0
+        self._undecided = 0
+        self._without_row: set[str] = set()
+
+    def evaluate(self, operands: Sequence[Tensor | Bounded]) -> Bounds:
+        self._thresholds, self._undecided = 0, 0
+        given = [exact(t, Precision(t.dtype)) for t in operands]
+        with torch.no_grad():
+            returned = self.run(*given)
+        outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+        without_row = frozenset(self._without_row)
+        return Bounds(outputs, self._thresholds, self._undecided, without_row)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function" or n.target is operator.getitem:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Bounded)]
+        if not any(x.dtype.is_floating_point or not is_exact(x) for x in given):
+            result = _compute_directly(n.target, args, kwargs)
+            if not given or not _is_floating(result):
+                return result
+        row = ROWS.get(n.target)
+        precision = Precision(self._result_dtype(n, args, kwargs))
+        if row is None:
+            return self._give_up(n, precision, args, kwargs)
+        result = row(precision, *args, **kwargs)
+        if not isinstance(result, Bounded):
+            return [_settled(part) for part in result]
+        if n.target in COMPARISONS and any(x.dtype.is_floating_point for x in given):
+            self._thresholds += result.value.numel()
+            self._undecided += int(result.full_error.count_nonzero())
+        elif n.target in ROWS and n.target not in COUPLING and not result.event:
+            result = _with_event(result, given)
+        return _settled(result)
+
+    def _result_dtype(self, node: fx.Node, args: Any, kwargs: Any) -> torch.dtype:
+        if node not in self._dtypes:
+            plain, named = _swap((args, kwargs), _on_meta)
+            named = {k: v for k, v in named.items() if k != "device"}
+            result = pytree.tree_leaves(node.target(*plain, **named))[0]  # type: ignore[operator]
+            self._dtypes[node] = result.dtype
+        return self._dtypes[node]
+
+    def _give_up(self, node: fx.Node, precision: Precision, args: Any, kwargs: Any) -> Any:
+        self._without_row.add(str(node.target))
+        plain, named = _swap((args, kwargs), lambda x: x.value)
+        if precision.dtype.is_floating_point and named.get("dtype") is not None:
+            named["dtype"] = torch.float64
+        result = node.target(*plain, **named)  # type: ignore[operator]
+        return pytree.tree_map_only(Tensor, lambda t: unbounded(precision, t), result)
+
+
+def _compute_directly(target: Any, args: Any, kwargs: Any) -> Any:
+    """Integers, bools and what is created from nothing are exact."""
+    plain, named = _swap((args, kwargs), lambda x: x.value)
+    result = target(*plain, **named)
+    return pytree.tree_map_only(Tensor, lambda t: exact(t, Precision(t.dtype)), result)
+
+
+def _is_floating(result: Any) -> bool:
+    parts = [x for x in pytree.tree_leaves(result) if isinstance(x, Bounded)]
+    return any(x.dtype.is_floating_point for x in parts)
+
+
+def _with_event(result: Bounded, given: list[Bounded]) -> Bounded:
+    """Mark what is computed from events and single constants: only its thresholds decide it."""
+    events = [x for x in given if x.event]
+    constants = [x for x in given if is_exact(x) and x.value.dim() == 0]
+    if not events or len(events) + len(constants) != len(given):
+        return result
+    margin = result.margin or (events[0].margin if len(events) == 1 else None)
+    return Bounded(result.value, result.error, result.dtype, True, margin)
+
+
+def _settled(x: Bounded) -> Bounded:
+    """Values that are not finite have no distance; what overflows in ``dtype`` is unbounded."""
+    if not x.dtype.is_floating_point or is_exact(x):
+        return x
+    error = torch.where(x.error.isnan(), torch.inf, x.error)
+    error = torch.where(x.value.abs() > torch.finfo(x.dtype).max, torch.inf, error)
+    error = torch.where(x.value.isfinite(), error, 0.0)
+    return Bounded(x.value, error, x.dtype, x.event, x.margin)
+
+
+def _on_meta(x: Bounded) -> Tensor:
+    return torch.empty(x.value.shape, dtype=x.dtype, device="meta")
+
+
+def _swap(tree: Any, part: Any) -> Any:
+    return pytree.tree_map_only(Bounded, part, tree)

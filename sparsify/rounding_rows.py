@@ -1,0 +1,168 @@
+"""The table of operations whose rounding is known: one row per ATen operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsify.bounded import EXACT, Bounded, Precision, exact, is_exact
+from sparsify.rounding import (
+    Row,
+    absolute,
+    add,
+    cast,
+    choose,
+    clamp,
+    comparison,
+    divide,
+    extreme,
+    largest,
+    logical,
+    monotone,
+    multiply,
+    negate,
+    power,
+    reverse_subtract,
+    smooth,
+    square_root,
+    subtract,
+)
+from sparsify.rounding_sums import add_product, convolution, linear, mean, product, total
+
+aten = torch.ops.aten
+
+
+def structural(target: Any) -> Row:
+    """The row of an operation that only moves elements: bounds move as their values do."""
+
+    # Bounds are laid out afresh, so a view of them may have to copy.
+    views = (aten.view.default, aten._unsafe_view.default)
+    target = aten.reshape.default if target in views else target
+
+    def row(p: Precision, *args: Any, **kwargs: Any) -> Any:
+        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Bounded)]
+
+        def run(part: Callable[[Bounded], Tensor]) -> Any:
+            return target(*_swap(args, part), **_swap(kwargs, part))
+
+        values = run(lambda x: x.value)
+        errors = EXACT if all(map(is_exact, given)) else run(lambda x: x.full_error)
+        margins = _margins(given, run)
+        event = all(x.event or (is_exact(x) and x.value.dim() == 0) for x in given)
+        if isinstance(values, Tensor):
+            return Bounded(values, errors, given[0].dtype, event, margins)
+        parts = [errors] * len(values) if isinstance(errors, Tensor) else errors
+        return [Bounded(v, e, given[0].dtype, event) for v, e in zip(values, parts, strict=True)]
+
+    return row
+
+
+def _swap(tree: Any, part: Callable[[Bounded], Tensor]) -> Any:
+    return pytree.tree_map_only(Bounded, part, tree, is_leaf=lambda v: isinstance(v, Bounded))
+
+
+def _margins(given: list[Bounded], run: Callable[..., Any]) -> tuple[Tensor, Tensor] | None:
+    if any(x.margin is None for x in given):
+        return None
+    parts = [run(lambda x, i=i: x.margin[i].expand(x.value.shape)) for i in range(2)]
+    return (parts[0], parts[1]) if isinstance(parts[0], Tensor) else None
+
+
+STRUCTURAL = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default,
+    aten.t.default, aten.transpose.int, aten.select.int, aten.slice.Tensor, aten.expand.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default,
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
+    aten.flatten.using_ints, aten.index_select.default, aten.flip.default, aten.stack.default,
+    aten.cat.default, aten.select_scatter.default, aten.slice_scatter.default, aten.unbind.int,
+    aten.split.Tensor, aten.chunk.default, aten.movedim.int, aten.lift_fresh_copy.default,
+    aten.roll.default, aten.repeat.default,
+)  # fmt: skip
+
+
+# What is computed from events alone, element by element, is an event.
+COUPLING = frozenset({
+    aten.mm.default, aten.addmm.default, aten.linear.default, aten.matmul.default,
+    aten.bmm.default, aten.mv.default, aten.dot.default, aten.convolution.default,
+    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim,
+})  # fmt: skip
+
+ROWS: dict[Any, Row] = {
+    aten.add.Tensor: add,
+    aten.add.Scalar: add,
+    aten.sub.Tensor: subtract,
+    aten.sub.Scalar: subtract,
+    aten.rsub.Tensor: reverse_subtract,
+    aten.rsub.Scalar: reverse_subtract,
+    aten.mul.Tensor: multiply,
+    aten.mul.Scalar: multiply,
+    aten.div.Tensor: divide,
+    aten.div.Scalar: divide,
+    aten.reciprocal.default: lambda p, a: divide(p, exact(1.0, p), a),
+    aten.neg.default: negate,
+    aten.abs.default: absolute,
+    aten.sqrt.default: square_root,
+    aten.square.default: lambda p, a: multiply(p, a, a),
+    aten.pow.Tensor_Scalar: power,
+    aten.exp.default: smooth(torch.exp),
+    aten.tanh.default: smooth(torch.tanh),
+    aten.sigmoid.default: smooth(torch.sigmoid),
+    aten.relu.default: monotone(torch.relu),
+    aten.hardtanh.default: monotone(aten.hardtanh.default),
+    aten.threshold.default: lambda p, a, at, low: choose(
+        p, comparison(torch.le)(p, a, float(at)), exact(float(low), p), a
+    ),
+    aten.softshrink.default: monotone(aten.softshrink.default, roundings=1),
+    aten.hardshrink.default: monotone(aten.hardshrink.default),
+    aten.sign.default: monotone(torch.sign),
+    aten.floor.default: monotone(torch.floor),
+    aten.ceil.default: monotone(torch.ceil),
+    aten.trunc.default: monotone(torch.trunc),
+    aten.round.default: monotone(torch.round),
+    aten.heaviside.default: lambda p, a, at_zero: choose(
+        p, comparison(torch.eq)(p, a, 0.0), at_zero, cast(p, comparison(torch.gt)(p, a, 0.0))
+    ),
+    aten.amax.default: largest,
+    aten.maximum.default: extreme(torch.maximum),
+    aten.minimum.default: extreme(torch.minimum),
+    aten.clamp.default: clamp,
+    aten.clamp.Tensor: clamp,
+    aten.clamp_min.default: clamp,
+    aten.clamp_max.default: lambda p, a, high: clamp(p, a, None, high),
+    aten.logical_not.default: logical(torch.logical_not),
+    aten.bitwise_not.default: logical(torch.logical_not),
+    aten.logical_and.default: logical(torch.logical_and),
+    aten.bitwise_and.Tensor: logical(torch.logical_and),
+    aten.logical_or.default: logical(torch.logical_or),
+    aten.bitwise_or.Tensor: logical(torch.logical_or),
+    aten.logical_xor.default: logical(torch.logical_xor),
+    aten.bitwise_xor.Tensor: logical(torch.logical_xor),
+    aten.where.self: choose,
+    aten.where.ScalarSelf: choose,
+    aten.where.ScalarOther: choose,
+    aten.where.Scalar: choose,
+    aten._to_copy.default: cast,
+    aten.to.dtype: lambda p, a, *_, **__: cast(p, a),
+    aten.mm.default: product,
+    aten.bmm.default: product,
+    aten.mv.default: product,
+    aten.matmul.default: product,
+    aten.linear.default: linear,
+    aten.addmm.default: add_product,
+    aten.convolution.default: convolution,
+    aten.sum.default: total,
+    aten.sum.dim_IntList: total,
+    aten.mean.default: mean,
+    aten.mean.dim: mean,
+}  # fmt: skip
+COMPARISONS = {
+    getattr(getattr(aten, name), overload): getattr(torch, name)
+    for name in ("gt", "ge", "lt", "le", "eq", "ne")
+    for overload in ("Tensor", "Scalar")
+}
+ROWS |= {target: comparison(function) for target, function in COMPARISONS.items()}
+ROWS |= {target: structural(target) for target in STRUCTURAL}

@@ -1,0 +1,116 @@
+"""How far sums and products of matrices may land from exact arithmetic, in any order of terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.bounded import EXACT, Bounded, Precision, exact, is_exact, move
+from sparsify.rounding import add, divide, multiply
+
+aten = torch.ops.aten
+
+
+def product(p: Precision, x: Any, weight: Any, bias: Any = None) -> Bounded:
+    """``x @ weight + bias``. Terms with a zero sender are exact, so only the others round."""
+    a, w = exact(x, p), exact(weight, p)
+    terms = a.value.abs() @ w.value.abs()
+    inherited = EXACT
+    if not is_exact(a):
+        inherited = inherited + a.full_error @ w.value.abs()
+    if not is_exact(w):
+        inherited = inherited + (a.value.abs() + a.full_error) @ w.full_error
+    count = ((a.value != 0) | (a.error > 0)).sum(-1, keepdim=w.value.dim() > 1)
+    value = a.value @ w.value
+    parts = [a.value, w.value]
+    if bias is not None:
+        b = exact(bias, p)
+        value, terms, inherited = value + b.value, terms + b.value.abs(), inherited + b.error
+        count, parts = count + 1, [*parts, b.value]
+    if not bool(inherited.any()) and _sums_exactly(terms, parts, p):
+        return Bounded(value, EXACT, p.dtype)
+    error = inherited + p.gamma(count) * (terms + inherited) + (count > 0) * p.smallest * count
+    return Bounded(value, error, p.dtype)
+
+
+def linear(p: Precision, x: Bounded, weight: Bounded, bias: Bounded | None = None) -> Bounded:
+    return product(p, x, move(weight, lambda t: t.transpose(-1, -2)), bias)
+
+
+def add_product(
+    p: Precision, bias: Bounded, x: Bounded, weight: Bounded, beta: float = 1, alpha: float = 1
+) -> Bounded:
+    if alpha == 1 and beta == 1:
+        return product(p, x, weight, bias)
+    scaled = product(p, x, weight)
+    if alpha != 1:
+        scaled = multiply(p, scaled, float(alpha))
+    return add(p, scaled, multiply(p, bias, float(beta)) if beta != 1 else bias)
+
+
+def convolution(
+    p: Precision, x: Bounded, weight: Bounded, bias: Bounded | None, *args: Any
+) -> Bounded:
+    def apply(a: Tensor, w: Tensor) -> Tensor:
+        result: Tensor = aten.convolution.default(a, w, None, *args)
+        return result
+
+    value, terms = apply(x.value, weight.value), apply(x.value.abs(), weight.value.abs())
+    inherited = apply(x.full_error, weight.value.abs())
+    inherited = inherited + apply(x.value.abs() + x.full_error, weight.full_error)
+    count = apply(((x.value != 0) | (x.full_error > 0)).double(), torch.ones_like(weight.value))
+    if bias is not None:
+        shape = (-1, *[1] * (x.value.dim() - 2))
+        level = move(bias, lambda t: t.reshape(shape))
+        value, terms = value + level.value, terms + level.value.abs()
+        inherited, count = inherited + level.error, count + 1
+    count = count.round()
+    return Bounded(value, inherited + p.gamma(count) * (terms + inherited), p.dtype)
+
+
+def total(p: Precision, x: Bounded, dim: Any = None, keepdim: bool = False, **_: Any) -> Bounded:
+    dims = list(range(x.value.dim())) if dim in (None, [], ()) else dim
+
+    def reduce(t: Tensor) -> Tensor:
+        return t.sum(dims, keepdim=keepdim)
+
+    inherited, terms = reduce(x.full_error), reduce(x.value.double().abs())
+    value = reduce(x.value)
+    if not p.dtype.is_floating_point:
+        return Bounded(value, inherited, p.dtype)
+    if not bool(inherited.any()) and _sums_exactly(terms, [x.value.double()], p):
+        return Bounded(value.double(), EXACT, p.dtype)
+    count = reduce(((x.value != 0) | (x.full_error > 0)).double())
+    return Bounded(value.double(), inherited + p.gamma(count) * (terms + inherited), p.dtype)
+
+
+def mean(p: Precision, x: Bounded, dim: Any = None, keepdim: bool = False, **_: Any) -> Bounded:
+    summed = total(p, x, dim, keepdim)
+    return divide(p, summed, float(x.value.numel() // max(summed.value.numel(), 1)))
+
+
+def _lowest_bit(x: Tensor) -> float:
+    """The largest power of two that divides all elements of ``x``; infinity if all are zero."""
+    mantissa, exponent = torch.frexp(x[x != 0])
+    if mantissa.numel() == 0:
+        return torch.inf
+    whole = (mantissa * 2.0**53).long()
+    return float(torch.ldexp((whole & -whole).double(), exponent - 53).min())
+
+
+def _sums_exactly(terms: Tensor, factors: list[Tensor], p: Precision) -> bool:
+    """True if every partial sum of the terms is a small multiple of one power of two.
+
+    ``factors``: what is multiplied, then what is added to the products.
+    """
+    if terms.numel() == 0 or not bool(torch.isfinite(terms).all()):
+        return False
+    largest = float(terms.max()) / 2.0**p.digits
+    # A few elements rule out real-valued weights without looking at all of them.
+    for part in (lambda t: t.flatten()[:64], lambda t: t):
+        bits = [_lowest_bit(part(t)) for t in factors]
+        if min(bits[0] * bits[1] if len(bits) > 1 else bits[0], *bits[2:], torch.inf) < largest:
+            return False
+    return True
