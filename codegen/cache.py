@@ -25,9 +25,9 @@ from pathlib import Path
 from sparsify.codegen.cache_folder import (
     WORKSPACE_PREFIX,
     CacheFolder,
-    read_own_file,
     open_cache_folder,
     open_private_folder,
+    read_own_file,
 )
 from sparsify.errors import CompileError
 
@@ -36,7 +36,7 @@ PUBLISH_ATTEMPTS = 3
 
 
 class BuildFailed(Exception):
-    """Raised by a build step; the cache keeps the sources and raises CompileError with their path."""
+    """Raised by a build step; the cache keeps the sources and raises CompileError."""
 
     def __init__(self, message: str, log: str) -> None:
         super().__init__(message)

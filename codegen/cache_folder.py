@@ -36,14 +36,13 @@ def cache_path() -> Path:
 
 @cache
 def open_cache_folder(path: Path) -> CacheFolder:
-    """The folder at ``path``, made if missing; a private temporary one, with a warning, if unfit."""
+    """The folder at ``path``, made if missing; if unfit a private one, with a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        reason = "it is a link" if path.is_symlink() else str(error)
-        return open_private_folder(path, reason)
+        return open_private_folder(path, "it is a link" if path.is_symlink() else str(error))
     try:
         reason = why_unfit(path, descriptor)
     finally:

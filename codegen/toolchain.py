@@ -1,4 +1,4 @@
-"""Finds the system's C++ compiler and turns source text into a shared library, through the cache."""
+"""Finds the system's C++ compiler; turns source text into a shared library, through the cache."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def ask_version(command: tuple[str, ...], changed_ns: int) -> Compiler | str:
 
 
 def run_limited(command: tuple[str, ...], limit_s: float, folder: Path | None = None) -> str:
-    """Run ``command`` in ``folder``; its output. Raises BuildFailed if it fails or takes too long."""
+    """Run ``command`` in ``folder``; its output. Raises BuildFailed on failure or timeout."""
     environment = {**os.environ, "LC_ALL": "C"}
     if folder:
         environment["TMPDIR"] = str(folder)  # what a killed compiler leaves goes with the folder
@@ -123,7 +123,15 @@ def cpu_identity() -> str:
     if sys.platform == "darwin":
         answer = run_limited(("sysctl", "-n", "machdep.cpu"), VERSION_LIMIT_S)
         return f"{platform.machine()}\n{answer}"
-    labels = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
+    labels = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "flags",
+        "Features",
+        "CPU implementer",
+        "CPU part",
+    )
     lines = [platform.machine()]
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if not line.strip():
