@@ -41,7 +41,8 @@ class Cost:
 
     ``weight_bytes`` are the bytes of weight rows touched, ``event_adds`` the additions (or multiply
     and add pairs) of event gathers, ``dense_macs`` the fused products of dense gathers,
-    ``pointwise`` the neuron updates, ``barriers`` the points where all threads meet.
+    ``pointwise`` the neuron updates, ``barriers`` the points where all threads meet. The work can
+    be divided among ``parts`` threads.
     """
 
     weight_bytes: float
@@ -49,6 +50,7 @@ class Cost:
     dense_macs: float
     pointwise: float
     barriers: float
+    parts: int = 1
 
 
 class Launchable(Protocol):

@@ -178,7 +178,9 @@ class Cell:
                 (f"gather_events<TILE>({sums}, call.{weight} + first * {senders}, {events});", ""),
             ]
         if self._is_read(gather.result):
-            self._inside.append((f"const {self._type(gather.result)} {name} = {self._sum(gather.result)}[i];", ""))
+            self._inside.append(
+                (f"const {self._type(gather.result)} {name} = {self._sum(gather.result)}[i];", "")
+            )
         self._seen.add(gather.result)
         self._keep(gather.result, self.symbols.sizes[self._population_of(gather)])
 
@@ -194,7 +196,12 @@ class Cell:
         if result not in self.usage.kept_lets:
             return
         name = self.symbols.values[result]
-        self._pointer(f"{name}_to", self._type(result), f"{self.places.state}.{name} + row * {size} + first", False)
+        self._pointer(
+            f"{name}_to",
+            self._type(result),
+            f"{self.places.state}.{name} + row * {size} + first",
+            False,
+        )
         self._inside.append((f"{name}_to[i] = {name};", ""))
 
     def _update(self, state: str, value: ir.Arg, size: str) -> None:
@@ -202,7 +209,12 @@ class Cell:
             return
         name = self.symbols.values[state]
         slot = "[next]" if state in self.usage.doubled_states else ""
-        self._pointer(f"{name}_to", self._type(state), f"{self.places.state}.{name}{slot} + row * {size} + first", False)
+        self._pointer(
+            f"{name}_to",
+            self._type(state),
+            f"{self.places.state}.{name}{slot} + row * {size} + first",
+            False,
+        )
         text = operand_text(value, self.usage.dtypes[state], self.symbols)
         self._inside.append((f"{name}_to[i] = {text};", "for the next step"))
 
@@ -243,7 +255,9 @@ class Cell:
             steps = [f"{x} * call.{local}_{x}" for x in "tb" if x.upper() in operand.axes]
             if "N" not in operand.axes:
                 index = " + ".join(steps) or "0"
-                self._before.append((f"const {kind} {local} = call.{local}[{index}];", operand.note))
+                self._before.append(
+                    (f"const {kind} {local} = call.{local}[{index}];", operand.note)
+                )
                 return
             place = " + ".join([f"call.{local}", *steps, "first"])
         self._pointer(f"{local}_from", kind, place, True)
@@ -257,7 +271,9 @@ class Cell:
         text = operand_text(value, source.value_dtype, self.symbols)
         self._before.append((f"alignas(64) {kind} {name}_tile[TILE];", ""))
         self._inside.append((f"{name}_tile[i] = {text};", ""))
-        self._after += [line.format(values=f"{name}_tile") for line in self.places.emit[source.name]]
+        self._after += [
+            line.format(values=f"{name}_tile") for line in self.places.emit[source.name]
+        ]
 
     def _sum(self, result: str) -> str:
         return f"{self.symbols.values[result]}_sum"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import replace
-from importlib.resources import files
+from typing import Any
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel
@@ -12,7 +10,7 @@ from sparsify.codegen import runtime
 from sparsify.codegen.backend import Binary, Launchable, Source
 from sparsify.codegen.launch import CppLaunchable
 from sparsify.codegen.strategies import find_strategy
-from sparsify.codegen.toolchain import compile_shared_library, load_library
+from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
 from sparsify.codegen.writer import Names
 from sparsify.errors import Refusal
 
@@ -41,7 +39,7 @@ class CppBackend:
     def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
         """The compiled kernel, from the cache if it was compiled before."""
         source = self.render(kernel, schedule)
-        headers = {"kernel.h": (files("sparsify.codegen") / "kernel.h").read_text()}
+        headers = {"kernel.h": read_source("kernel.h")}
         path = compile_shared_library(source.text, source.entry, headers=headers)
         return Binary(path, source, kernel, schedule)
 
@@ -58,12 +56,6 @@ class CppBackend:
             self._function_of,
         )
 
-    def _function_of(self, kernel: ir.Kernel, schedule: ir.Schedule) -> ctypes._CFuncPtr:
+    def _function_of(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Any:
         binary = self.compile(kernel, schedule)
         return load_library(binary.path)[binary.source.entry]
-
-
-def with_dense(schedule: ir.Schedule, results: frozenset[str]) -> ir.Schedule:
-    """``schedule`` with the gathers called ``results`` dense."""
-    gathers = tuple((r, "dense" if r in results else how) for r, how in schedule.gathers)
-    return replace(schedule, gathers=gathers)

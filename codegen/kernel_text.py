@@ -111,7 +111,9 @@ class KernelText(ABC):
         values, row = self.dense_source(source)
         sums = f"own.{self.symbols.values[gather.result]}_sum"
         weight = f"call.{self.symbols.values[gather.weight]} + first * {self.size(source)}"
-        self.w.line(f"gather_dense<TILE>({sums}, {weight}, {values}, {row}, rows, {self.size(source)});")
+        self.w.line(
+            f"gather_dense<TILE>({sums}, {weight}, {values}, {row}, rows, {self.size(source)});"
+        )
         return sums
 
     def write_cell_call(self, function: str, size: str, sums: list[str]) -> None:

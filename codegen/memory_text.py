@@ -86,7 +86,11 @@ def write_struct(w: Writer, name: str, note: str, fields: list[Field]) -> None:
         for field in fields:
             w.line(f"{field.declaration};", field.note)
         inits = ",\n        ".join(field.init for field in fields)
-        w.line(f"{name}(Arena& arena, int64_t rows)\n      : {inits} {{}}" if fields else f"{name}(Arena&, int64_t) {{}}")
+        w.line(
+            f"{name}(Arena& arena, int64_t rows)\n      : {inits} {{}}"
+            if fields
+            else f"{name}(Arena&, int64_t) {{}}"
+        )
         with w.block("static int64_t bytes(int64_t rows)"):
             w.line("Arena arena;")
             w.line(f"const {name} measured(arena, rows);")

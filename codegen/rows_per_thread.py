@@ -6,9 +6,10 @@ while the event lists of these rows are walked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from sparsify import ir
+from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.kernel_text import KernelText
@@ -20,6 +21,7 @@ from sparsify.codegen.memory_text import (
     sum_fields,
     write_struct,
 )
+from sparsify.codegen.predict_cost import predict_cost
 from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
 from sparsify.errors import Refusal
 
@@ -31,14 +33,14 @@ _PARAMETERS = (
 )
 _ARGUMENTS = "call, own, t, start + row, row, now, next"
 _SET_UP = (
+    "if (batch < threads) threads = static_cast<int>(batch);",
     "call.group = batch < GROUP * threads ? (batch + threads - 1) / threads : GROUP;",
     "const int64_t bytes = threads * Rows::bytes(call.group);",
 )
 
 
-@dataclass(frozen=True)
 class RowsPerThread:
-    name: str = "rows-per-thread"
+    name = "rows-per-thread"
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         return why_not_gather(kernel, schedule)
@@ -49,11 +51,33 @@ class RowsPerThread:
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return _RowsText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
 
+    def predict(
+        self,
+        kernel: ir.Kernel,
+        schedule: ir.Schedule,
+        *,
+        steps: int,
+        batch: int,
+        activity: Mapping[str, float],
+    ) -> Cost:
+        return predict_cost(
+            kernel,
+            schedule,
+            steps=steps,
+            batch=batch,
+            activity=activity,
+            group=GROUP,
+            barriers=0.0,
+            parts=max(1, batch),
+        )
+
 
 class _RowsText(KernelText):
     def render(self, entry: str) -> str:
         write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile)
-        self.w.line(f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once")
+        self.w.line(
+            f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
+        )
         write_call(self.w, self.kernel, self.symbols, ["int64_t group;"])
         note = "What a thread keeps of the rows that it carries through time."
         write_struct(self.w, "Rows", note, self._fields())
@@ -136,7 +160,9 @@ class _RowsText(KernelText):
             w.line("const Rows own(arena, call.group);")
             w.line(f"int64_t active[{max(1, gathers)}] = {{}};")
             with w.block("for (int64_t start = first; start < last; start += call.group)"):
-                w.line("const int64_t here = last - start < call.group ? last - start : call.group;")
+                w.line(
+                    "const int64_t here = last - start < call.group ? last - start : call.group;"
+                )
                 w.line("run_rows(call, own, active, start, here);")
             if gathers:
                 with w.indented(f"for (int k = 0; k < {gathers}; ++k)"):

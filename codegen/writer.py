@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t
-    char8_t class co_await co_return co_yield compl concept const const_cast consteval constexpr
-    constinit continue decltype default delete do double dynamic_cast else enum explicit export
+_KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char
+    char16_t char32_t char8_t class co_await co_return co_yield compl concept const
+    const_cast consteval constexpr constinit continue decltype default delete do double dynamic_cast else enum explicit export
     extern false final float for friend goto if import inline int linux long main module mutable
     namespace new noexcept not not_eq nullptr operator or or_eq override private protected public
     register reinterpret_cast requires return short signed sizeof static static_assert static_cast
     struct switch template this thread_local throw true try typedef typeid typename union unix
     unsigned using virtual void volatile wchar_t while xor xor_eq"""
 
-# What the skeletons, kernel.h and the standard headers say at the places where model names appear.
-_SKELETON = """Arena Call Events Own Rows Runtime Shared Team TILE GROUP Vector WIDTH BLOCK DENSE_BLOCK
-    DENSE_ROWS DENSE_VECTORS VECTOR_BYTES active append b batch blocks_of body call chunk context
-    convert count count_active error errno first gather_dense gather_events i int8_t int16_t int32_t
+# What skeletons, kernel.h and standard headers say at the places where model names appear.
+_SKELETON = """Arena Call Events Own Rows Runtime Shared Team TILE GROUP Vector WIDTH BLOCK
+    DENSE_BLOCK DENSE_ROWS DENSE_VECTORS VECTOR_BYTES active append b batch blocks_of body
+    call chunk context convert count count_active error errno first gather_dense gather_events i int8_t int16_t int32_t
     int64_t uint8_t uint16_t uint32_t uint64_t size_t item last load mark mask_bytes measure memory
     next now own place pointers pool row rows rows_here run runtime scan shared sparsify start std
     steps step store strides t team thread threads tile unpack width y0 y1 yn j0 j1 jn gamma

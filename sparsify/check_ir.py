@@ -56,8 +56,8 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
     ):
         if twice := _first_repeated(names):
             return f"two {kind}s are called {twice!r}"
-    if small := next((p for p in kernel.populations if p.size < 1), None):
-        return f"population {small.name!r} has {small.size} neurons"
+    if empty := next((name for name, size in populations.items() if size < 1), None):
+        return f"population {empty!r} has {populations[empty]} neurons"
     for operand in kernel.operands:
         if operand.axes not in _AXES:
             return f"operand {operand.name!r} has axes {operand.axes}"
@@ -71,7 +71,7 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
             return f"output {output.name!r} has axes {output.axes}"
     named = [o.population for o in kernel.operands if o.population is not None]
     named += [p for w in kernel.weights for p in (w.receivers, w.senders)]
-    named += [v.population for v in (*kernel.states, *kernel.outputs)]
+    named += [s.population for s in kernel.states] + [o.population for o in kernel.outputs]
     named += [phase.population for phase in kernel.phases]
     if unknown := next((name for name in named if name not in populations), None):
         return f"no population {unknown!r}"

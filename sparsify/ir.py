@@ -103,9 +103,10 @@ class Gather:
     """``result[b, r] = sum over senders s of weight[r, s] * source[b, s]``.
 
     ``source`` is a State (its old value), an Operand with axes (T,)B,N, or a result of an earlier
-    phase. Only senders with ``source != 0`` (NaN counts) are added, in ascending order within blocks
-    of 256 sender indices, each block from +0, then the block sums in ascending order, from +0; every
-    product and sum is rounded to the weight's dtype. ``binary`` promises that sources are 0 or 1.
+    phase. Only senders with ``source != 0`` (NaN counts) are added, in ascending order within
+    blocks of 256 sender indices, each block from +0, then the block sums in ascending order, from
+    +0; every product and sum is rounded to the weight's dtype. ``binary`` promises that sources
+    are 0 or 1.
     """
 
     result: str
@@ -144,7 +145,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A region, ready to be rendered. ``origin`` lines say which lines of the model it came from."""
+    """A region, ready to be rendered. ``origin`` says which lines of the model it came from."""
 
     name: str
     populations: tuple[Population, ...]

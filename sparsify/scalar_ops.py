@@ -62,7 +62,7 @@ def _relu(a: Array) -> Array:
 
 
 def _sign(a: Array) -> Array:
-    return np.subtract((a > 0).astype(a.dtype), (a < 0).astype(a.dtype))
+    return (a > 0).astype(a.dtype) - (a < 0).astype(a.dtype)
 
 
 def _identity(a: Array) -> Array:

@@ -1,0 +1,45 @@
+"""What a call of a C++ kernel does, counted before it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sparsify import ir
+from sparsify.codegen.backend import Cost
+
+BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8}
+
+
+def predict_cost(
+    kernel: ir.Kernel,
+    schedule: ir.Schedule,
+    *,
+    steps: int,
+    batch: int,
+    activity: Mapping[str, float],
+    group: int,
+    barriers: float,
+    parts: int,
+) -> Cost:
+    """The cost of a call in which ``group`` batch rows share a tile of weights while it is cached.
+
+    A weight row that several rows of a group touch is then read from memory once.
+    """
+    how = dict(schedule.gathers)
+    weights = {w.name: w for w in kernel.weights}
+    groups = -(-batch // group) if batch else 0
+    weight_bytes = event_adds = dense_macs = 0.0
+    for gather in kernel.gathers:
+        weight = weights[gather.weight]
+        pairs = kernel.population_size(weight.receivers) * kernel.population_size(weight.senders)
+        if how[gather.result] == "dense":
+            touched = 1.0
+            dense_macs += steps * batch * pairs
+        else:
+            share = min(1.0, max(0.0, activity[gather.result]))
+            touched = 1.0 - (1.0 - share) ** (batch / max(1, groups))
+            event_adds += steps * batch * share * pairs
+        weight_bytes += steps * groups * touched * pairs * BYTES[weight.dtype]
+    neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
+    pointwise = float(steps * batch * neurons)
+    return Cost(weight_bytes, event_adds, dense_macs, pointwise, barriers, parts)
