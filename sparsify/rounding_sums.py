@@ -109,8 +109,8 @@ def _sums_exactly(terms: Tensor, factors: list[Tensor], p: Precision) -> bool:
         return False
     largest = float(terms.max()) / 2.0**p.digits
     # A few elements rule out real-valued weights without looking at all of them.
-    for part in (lambda t: t.flatten()[:64], lambda t: t):
-        bits = [_lowest_bit(part(t)) for t in factors]
+    for parts in ([t.flatten()[:64] for t in factors], factors):
+        bits = [_lowest_bit(t) for t in parts]
         if min(bits[0] * bits[1] if len(bits) > 1 else bits[0], *bits[2:], torch.inf) < largest:
             return False
     return True
