@@ -1,0 +1,94 @@
+"""The decisions as a value: printed, saved, pinned, pickled with the module, shared over ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+PlanDecision = Literal["event", "dense", "off"]
+PLAN_DECISIONS: tuple[str, ...] = get_args(PlanDecision)
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """How the kernel of a region is built: the strategy's name and the receivers of a tile."""
+
+    strategy: str
+    tile: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for each site by name, and how each region's kernel is built.
+
+    ``"off"`` leaves a site to the original operations. Sites that a plan does not name are decided
+    when they are compiled. ``machine`` says where the decisions were taken.
+    """
+
+    sites: Mapping[str, PlanDecision] = field(default_factory=dict)
+    regions: Mapping[str, RegionPlan] = field(default_factory=dict)
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        for site, decision in self.sites.items():
+            if decision not in PLAN_DECISIONS:
+                known = ", ".join(map(repr, PLAN_DECISIONS))
+                raise ValueError(f"site {site!r}: {decision!r} is no decision; known: {known}")
+
+    def pin(self, site: str, decision: PlanDecision) -> Plan:
+        """A copy in which ``site`` is decided: ``model.sparsify(x, plan=fast.plan.pin(...))``."""
+        return replace(self, sites={**self.sites, site: decision})
+
+    def check_sites(self, known: Iterable[str]) -> None:
+        """Raise ValueError if a site is named that the model does not have."""
+        names = tuple(known)
+        unknown = [site for site in self.sites if site not in names]
+        if unknown:
+            raise ValueError(
+                f"the plan names sites that the model does not have: {', '.join(unknown)}; "
+                f"its sites are: {', '.join(names) or 'none'}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Raises ValueError if the file holds no plan."""
+        return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def to_json(self) -> str:
+        regions = {n: {"strategy": r.strategy, "tile": r.tile} for n, r in self.regions.items()}
+        content = {
+            "format": FORMAT,
+            "machine": self.machine,
+            "sites": dict(self.sites),
+            "regions": regions,
+        }
+        return json.dumps(content, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        try:
+            content: Any = json.loads(text)
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']} is not {FORMAT}")
+            regions = {name: RegionPlan(**fields) for name, fields in content["regions"].items()}
+            return Plan(dict(content["sites"]), regions, str(content["machine"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no plan: {error!r}") from error
+
+    def __str__(self) -> str:
+        width = max(map(len, self.sites), default=0)
+        lines = [f"{site:<{width}}  {decision}" for site, decision in self.sites.items()]
+        lines += [
+            f"{name}: {region.strategy}" + (f", tiles of {region.tile}" if region.tile else "")
+            for name, region in self.regions.items()
+        ]
+        if self.machine:
+            lines.append(f"decided on {self.machine}")
+        return "\n".join(lines) or "nothing is decided yet"
