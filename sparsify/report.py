@@ -1,23 +1,26 @@
-"""What was done with every candidate site, and why."""
+"""What was done with every linear product of the model, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sparsify.errors import Location, RefusalCode
 
 Decision = Literal["event", "dense", "kept"]
+HEADINGS = ("site", "line", "decision", "activity", "operations", "time", "fusion", "sparsity")
 
 
 @dataclass(frozen=True)
 class Site:
     """One linear operation of the model.
 
-    ``took_ms`` has the measured times of one call of the region that the site belongs to, by
-    candidate: ``original``, ``dense``, ``event``. ``fusion_gain`` is original over dense,
-    ``sparsity_gain`` dense over event; both are None where nothing was measured.
+    ``took_ms`` has the times of one call of the region that the site belongs to, by candidate:
+    ``original``, ``dense``, ``event``. ``fusion_gain`` is original over dense, ``sparsity_gain``
+    dense over event; both are None where nothing was measured. Operations are multiply-adds of one
+    call on the example. ``break_even`` is the activity at which an event kernel is predicted to be
+    as fast as a dense one. ``region`` names the module of the graph that computes the site.
     """
 
     name: str
@@ -33,3 +36,101 @@ class Site:
     took_ms: Mapping[str, float] = field(default_factory=dict)
     fusion_gain: float | None = None
     sparsity_gain: float | None = None
+    break_even: float | None = None
+    region: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row a site, and notes on the whole model. Printing it gives a table."""
+
+    sites: tuple[Site, ...] = ()
+    notes: tuple[str, ...] = ()
+    live_activity: Mapping[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Site:
+        """The site called ``name``. Raises KeyError with the known names."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        known = ", ".join(site.name for site in self.sites) or "none"
+        raise KeyError(f"no site {name!r}; known: {known}")
+
+    def live(self) -> Mapping[str, float]:
+        """The share of active senders of each compiled site over all calls until now."""
+        return self.live_activity
+
+    def drift(self) -> tuple[str, ...]:
+        """Sites whose activity has moved past the point where the other kernel would win."""
+        found = []
+        for site in self.sites:
+            live = self.live_activity.get(site.name)
+            if live is None or site.break_even is None:
+                continue
+            better = "event" if live < site.break_even else "dense"
+            was = site.activity if site.activity is not None else live
+            crossed = (live < site.break_even) != (was < site.break_even)
+            if better != site.decision and crossed:
+                found.append(
+                    f"{site.name}: {live:.1%} of its inputs are active now, {was:.1%} were when it "
+                    f"was compiled; {better} is predicted to be faster "
+                    f"{'below' if better == 'event' else 'above'} {site.break_even:.1%}. "
+                    "Call sparsify again on a typical input."
+                )
+        return tuple(found)
+
+    def __str__(self) -> str:
+        lines = _table([HEADINGS, *map(_row, self.sites)]) if self.sites else []
+        whole = {site.reason for site in self.sites}
+        for site in self.sites:
+            if site.reason and (len(whole) > 1 or site is self.sites[0]):
+                code = f"[{site.code}] " if site.code else ""
+                lines.append(f"  {site.name}: {code}{site.reason} {site.remedy}".rstrip())
+        lines += [f"  {note}" for note in (*self.notes, *self.drift())]
+        return "\n".join(lines)
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    return (
+        site.name,
+        _short(site.location),
+        site.decision,
+        "" if site.activity is None else f"{site.activity:.1%}",
+        _operations(site),
+        _times(site.took_ms),
+        "" if site.fusion_gain is None else f"{site.fusion_gain:.1f}x",
+        "" if site.sparsity_gain is None else f"{site.sparsity_gain:.1f}x",
+    )
+
+
+def _short(location: Location | None) -> str:
+    if location is None:
+        return ""
+    return f"{location.file.replace(chr(92), '/').rsplit('/', 1)[-1]}:{location.line}"
+
+
+def _operations(site: Site) -> str:
+    if site.dense_operations is None:
+        return ""
+    dense = _engineering(site.dense_operations)
+    if site.event_operations is None or site.decision != "event":
+        return dense
+    return f"{_engineering(site.event_operations)} of {dense}"
+
+
+def _engineering(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _times(took_ms: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {took:.3g} ms" for name, took in took_ms.items())
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    columns = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in columns}
+    lines = ["  ".join(row[i].ljust(widths[i]) for i in columns).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

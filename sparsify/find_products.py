@@ -1,0 +1,145 @@
+"""The linear products of a recording: the rows that the report must account for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.errors import Location
+from sparsify.graph_meta import Source
+from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES
+
+aten = torch.ops.aten
+WEIGHT_ARGUMENT: dict[object, int] = {
+    aten.mm.default: 1,
+    aten.addmm.default: 2,
+    aten.linear.default: 1,
+    aten.matmul.default: 1,
+    aten.convolution.default: 1,
+    aten.mv.default: 0,
+    aten.addmv.default: 1,
+    aten.bmm.default: 1,
+    aten.baddbmm.default: 2,
+}
+RECURRENT = (
+    aten.rnn_relu.input,
+    aten.rnn_relu.data,
+    aten.rnn_tanh.input,
+    aten.rnn_tanh.data,
+    aten.gru.input,
+    aten.gru.data,
+    aten.lstm.input,
+    aten.lstm.data,
+)
+MOST_WEIGHT_NODES = 64  # of the computation from stored tensors to a weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """One line of the model that multiplies by one weight, over all time steps.
+
+    ``activity`` is the mean measured share of non-zeros that it read, ``operations`` the
+    multiply-adds of a dense product for the whole example.
+    """
+
+    name: str
+    weight: str
+    module: str
+    location: Location | None
+    activity: float | None
+    operations: float
+    nodes: tuple[fx.Node, ...]
+
+
+def find_products(graph: fx.Graph) -> tuple[Product, ...]:
+    """The products with stored weights, in the order in which they first run."""
+    paths: dict[fx.Node, str] = {}
+    groups: dict[tuple[str, str, Location | None], list[tuple[fx.Node, fx.Node]]] = {}
+    for node in graph.nodes:
+        for weight in _weights_of(node):
+            path = _weight_path(weight, paths)
+            if path:
+                key = (path, str(node.meta.get("module", "")), node.meta.get("location"))
+                groups.setdefault(key, []).append((node, weight))
+    names: dict[str, int] = {}
+    return tuple(_product(key, uses, names) for key, uses in groups.items())
+
+
+def _weights_of(node: fx.Node) -> Iterable[fx.Node]:
+    if node.target in RECURRENT:
+        tensors: Any = node.args[3] if node.target in DATA_FORMS else node.args[2]
+        return [w for w in tensors if len(w.meta["val"].shape) == 2]
+    if node.target not in WEIGHT_ARGUMENT:
+        return []
+    weight = node.args[WEIGHT_ARGUMENT[node.target]]
+    return [weight] if isinstance(weight, fx.Node) else []
+
+
+DATA_FORMS = (aten.rnn_relu.data, aten.rnn_tanh.data, aten.gru.data, aten.lstm.data)
+
+
+def _weight_path(weight: fx.Node, known: dict[fx.Node, str]) -> str:
+    """The stored tensor that ``weight`` is computed from; "" if it depends on an activation."""
+    if weight not in known:
+        known[weight] = _find_path(weight)
+    return known[weight]
+
+
+def _find_path(weight: fx.Node) -> str:
+    node = weight
+    while node.target in TRANSPOSES:
+        node = node.all_input_nodes[0]
+    if node.op == "placeholder":
+        return _source(node).name
+    pending, seen, stored = [weight], {weight}, []
+    while pending and len(seen) <= MOST_WEIGHT_NODES:
+        node = pending.pop()
+        if node.op == "placeholder":
+            stored.append(_source(node))
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        pending += new
+    if pending or not stored or any(source.kind == "input" for source in stored):
+        return ""
+    parameters = [source for source in stored if source.kind == "parameter"]
+    return (parameters or stored)[0].name
+
+
+def _source(placeholder: fx.Node) -> Source:
+    source = placeholder.meta.get("source")
+    return source if isinstance(source, Source) else Source("constant", placeholder.name)
+
+
+def _product(
+    key: tuple[str, str, Location | None],
+    uses: list[tuple[fx.Node, fx.Node]],
+    names: dict[str, int],
+) -> Product:
+    path, module, location = key
+    base = path.removesuffix(".weight")
+    names[base] = names.get(base, 0) + 1
+    name = base if names[base] == 1 else f"{base}#{names[base]}"
+    measured = [a for node, _ in uses if (a := node.meta.get("activity")) is not None]
+    activity = math.fsum(measured) / len(measured) if measured else None
+    operations = math.fsum(_operations(node, weight) for node, weight in uses)
+    nodes = tuple(node for node, _ in uses)
+    return Product(name, path, module, location, activity, operations, nodes)
+
+
+def _operations(node: fx.Node, weight: fx.Node) -> float:
+    """Multiply-adds: every element of the result sums over the weight's fan-in."""
+    shape = weight.meta["val"].shape
+    if node.target in RECURRENT:
+        rows = math.prod(node.args[0].meta["val"].shape[:-1])  # type: ignore[union-attr]
+        return float(rows * math.prod(shape))
+    result = math.prod(node.meta["val"].shape)
+    if node.target is aten.convolution.default:
+        return float(result * math.prod(shape[1:]))
+    if node.target in (aten.linear.default, aten.mv.default, aten.addmv.default):
+        return float(result * shape[-1])
+    return float(result * shape[-2 if len(shape) > 1 else -1])

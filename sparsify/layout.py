@@ -1,0 +1,124 @@
+"""Which operands a compiled graph serves: their dtypes, sizes and orders of dims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Dim = tuple[int, int]  # (index of the operand, dim)
+
+
+@dataclass(frozen=True, slots=True)
+class OperandLayout:
+    """``strides`` is "contiguous", an order of the dims, or the strides themselves."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: object
+    varies: bool
+
+
+class Layout:
+    """The layouts that a graph was made for; the dims of one class vary together.
+
+    ``least_size`` is the smallest size that a varying dim may have.
+    """
+
+    def __init__(
+        self,
+        operands: Sequence[Tensor],
+        classes: Sequence[Sequence[Dim]] = (),
+        least_size: int = 1,
+    ) -> None:
+        self.classes = tuple(tuple(dims) for dims in classes)
+        self.least_size = least_size
+        varying = {index for dims in self.classes for index, _ in dims}
+        self.layouts = tuple(
+            OperandLayout(
+                operand.dtype,
+                operand.device,
+                tuple(operand.shape),
+                stride_class(operand),
+                index in varying,
+            )
+            for index, operand in enumerate(operands)
+        )
+        self._fixed = [
+            (index, dim, size)
+            for index in sorted(varying)
+            for dim, size in enumerate(self.layouts[index].shape)
+            if not any((index, dim) in dims for dims in self.classes)
+        ]
+
+    def serves(self, operands: Sequence[Tensor]) -> bool:
+        """True if the graph gives the right values for these operands; takes microseconds."""
+        for operand, known in zip(operands, self.layouts, strict=True):
+            if operand.dtype is not known.dtype or operand.device != known.device:
+                return False
+            if known.varies:
+                if operand.dim() != len(known.shape):
+                    return False
+            elif operand.shape != known.shape:
+                return False
+            if known.strides == "contiguous":
+                if not operand.is_contiguous():
+                    return False
+            elif stride_class(operand) != known.strides:
+                return False
+        return not self.classes or self._sizes_fit(operands)
+
+    def why_not(self, operands: Sequence[Tensor], names: Sequence[str]) -> str:
+        """The first difference, in words; "" if there is none."""
+        for operand, known, name in zip(operands, self.layouts, names, strict=True):
+            if operand.dtype is not known.dtype:
+                return f"{name} is {operand.dtype} and was {known.dtype}"
+            if operand.device != known.device:
+                return f"{name} is on {operand.device} and was on {known.device}"
+            if not known.varies and operand.shape != known.shape:
+                return f"{name} has sizes {list(operand.shape)} and had {list(known.shape)}"
+            if stride_class(operand) != known.strides:
+                return f"{name} lies in another order in memory"
+        if not self.serves(operands):
+            return "the sizes that vary do not fit those of the recordings"
+        return ""
+
+    def differs_in_sizes_only(self, operands: Sequence[Tensor]) -> bool:
+        """True if another recording may give a graph for both."""
+        if self.serves(operands):
+            return False
+        return all(
+            operand.dtype is known.dtype
+            and operand.device == known.device
+            and operand.dim() == len(known.shape)
+            for operand, known in zip(operands, self.layouts, strict=True)
+        )
+
+    def _sizes_fit(self, operands: Sequence[Tensor]) -> bool:
+        for index, dim, size in self._fixed:
+            if operands[index].shape[dim] != size:
+                return False
+        for dims in self.classes:
+            size = operands[dims[0][0]].shape[dims[0][1]]
+            if size < self.least_size:
+                return False
+            if any(operands[index].shape[dim] != size for index, dim in dims[1:]):
+                return False
+        return True
+
+
+def stride_class(tensor: Tensor) -> object:
+    """What operations can tell from strides, for all sizes: see ``OperandLayout``."""
+    if tensor.is_contiguous():
+        return "contiguous"
+    stride, shape = tensor.stride(), tensor.shape
+    dims = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: stride[d])
+    span = 1
+    for dim in dims:
+        if stride[dim] != span:
+            return ("strides", *stride)
+        span *= shape[dim]
+    return tuple(dims)

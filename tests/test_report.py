@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from sparsify.errors import Location
+from sparsify.report import Report, Site
+
+EVENT = Site(
+    "rec",
+    Location("/home/me/model.py", 41, "self.rec(s)"),
+    "event",
+    activity=0.05,
+    dense_operations=2_000_000,
+    event_operations=100_000,
+    took_ms={"original": 8.0, "dense": 2.0, "event": 0.5},
+    fusion_gain=4.0,
+    sparsity_gain=4.0,
+    break_even=0.2,
+)
+KEPT = Site("fc", Location("model.py", 40), "kept", "no-event", "It reads x.", "Encode x.")
+
+
+def test_the_table_has_one_row_a_site() -> None:
+    lines = str(Report((EVENT, KEPT), ("2 recordings",))).splitlines()
+    assert lines[0].split() == [
+        *("site", "line", "decision", "activity", "operations", "time", "fusion", "sparsity")
+    ]
+    assert lines[2].split()[:4] == ["rec", "model.py:41", "event", "5.0%"]
+    assert "100k of 2M" in lines[2]
+    assert "original 8 ms, dense 2 ms, event 0.5 ms" in lines[2]
+    assert lines[3].split() == ["fc", "model.py:40", "kept"]
+    assert lines[4] == "  fc: [no-event] It reads x. Encode x."
+    assert lines[5] == "  2 recordings"
+
+
+def test_a_reason_that_all_sites_share_is_told_once() -> None:
+    other = Site("out", None, "kept", "no-event", "It reads x.", "Encode x.")
+    assert str(Report((KEPT, other))).count("It reads x.") == 1
+
+
+def test_an_empty_report_prints_its_notes() -> None:
+    assert str(Report((), ("nothing was recorded yet",))) == "  nothing was recorded yet"
+
+
+def test_sites_are_found_by_name() -> None:
+    report = Report((EVENT, KEPT))
+    assert report["fc"] is KEPT
+    with pytest.raises(KeyError, match="no site 'gc'; known: rec, fc"):
+        report["gc"]
+
+
+def test_drift_is_told_when_activity_crosses_the_break_even() -> None:
+    assert Report((EVENT,), (), {"rec": 0.19}).drift() == ()
+    told = Report((EVENT, KEPT), (), {"rec": 0.31})
+    assert len(told.drift()) == 1
+    assert "rec: 31.0% of its inputs are active now, 5.0% were" in told.drift()[0]
+    assert "dense is predicted to be faster above 20.0%" in str(told)
