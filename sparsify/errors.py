@@ -87,4 +87,12 @@ class BackendUnavailable(SparsifyError):
 
 
 class MismatchError(SparsifyError):
-    """Verification found a value that rounding cannot explain."""
+    """Verification found a value that rounding cannot explain.
+
+    ``facts`` has what the message says, for programs: of a wrong value ``check``, ``region``,
+    ``output``, ``step``, ``index``, ``value``, ``expected``, ``bound``, ``distance``.
+    """
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.facts = facts

@@ -1,0 +1,154 @@
+"""What verification found, and how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sparsify.errors import Location
+
+
+@dataclass(frozen=True)
+class OutputFigures:
+    """One result of a region over all steps, each started from the reference's states.
+
+    ``worst_share`` is the largest distance to float64 as a share of its bound, ``distance`` and
+    ``eager_distance`` the largest distances themselves (maximum norm) of kernel and eager torch.
+    ``rate`` and ``eager_rate`` are the shares of non-zeros when both run freely.
+    """
+
+    name: str
+    location: Location | None
+    event: bool
+    values: int
+    worst_share: float
+    distance: float
+    eager_distance: float
+    rate: float | None = None
+    eager_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class RegionFigures:
+    """``undecided`` of ``thresholds`` comparisons were too close to their threshold to judge."""
+
+    name: str
+    location: Location | None
+    steps: int
+    thresholds: int
+    undecided: int
+    outputs: tuple[OutputFigures, ...]
+    without_bound: frozenset[str] = frozenset()
+    launched: bool = True
+
+    @property
+    def excluded(self) -> float:
+        return self.undecided / self.thresholds if self.thresholds else 0.0
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """``stage`` compared with ``reference``: equal bits, or a share of the float64 bound."""
+
+    stage: str
+    reference: str
+    values: int
+    worst_share: float | None = None
+    undecided: int = 0
+
+
+@dataclass(frozen=True)
+class ResultFigures:
+    """A tensor that the model returns, both running freely."""
+
+    name: str
+    values: int
+    equal: float
+    distance: float
+    rate: float
+    eager_rate: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The figures of a verification that found nothing wrong; prints as a table."""
+
+    events: int
+    sites: int
+    stages: tuple[StageFigures, ...]
+    regions: tuple[RegionFigures, ...]
+    results: tuple[ResultFigures, ...]
+    metric: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def thresholds(self) -> int:
+        return sum(region.thresholds for region in self.regions)
+
+    @property
+    def undecided(self) -> int:
+        return sum(region.undecided for region in self.regions)
+
+    @property
+    def excluded(self) -> float:
+        return self.undecided / self.thresholds if self.thresholds else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"verified: {self.events} of {self.sites} sites run as events"]
+        lines += ["", "stages on the same input", *map(_stage_line, self.stages)]
+        for region in self.regions:
+            lines += ["", *region_lines(region)]
+        lines += ["", "free-running, kernels against eager torch", *map(_result_line, self.results)]
+        if self.metric:
+            kernels, eager = self.metric["sparsified"], self.metric["eager"]
+            lines.append(f"  metric                   {kernels:.6g}, eager {eager:.6g}")
+        return "\n".join(lines)
+
+
+def region_lines(region: RegionFigures) -> list[str]:
+    head = f"{region.name}, {region.steps} steps, each from eager's states"
+    if region.location is not None:
+        head += f"   {region.location}"
+    decided = region.thresholds - region.undecided
+    lines = [
+        head,
+        f"  {decided:,} of {region.thresholds:,} threshold decisions equal, "
+        f"{region.undecided:,} undecided ({region.excluded:.1e})",
+    ]
+    lines += [_output_line(output) for output in region.outputs]
+    if region.without_bound:
+        names = ", ".join(sorted(region.without_bound))
+        lines.append(f"  no bound is known for {names}: compared with eager's distance to float64")
+    return lines
+
+
+def _output_line(output: OutputFigures) -> str:
+    kind = "events" if output.event else "values"
+    line = f"  {output.name:<20} {output.values:>12,} {kind}  "
+    if output.event:
+        rates = f"rate {_rate(output.rate)}, eager {_rate(output.eager_rate)}"
+        return line + rates
+    return line + (
+        f"at most {output.worst_share:.3f} of the bound; distance to float64 "
+        f"{output.distance:.1e}, eager {output.eager_distance:.1e}"
+    )
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.4f}"
+
+
+def _stage_line(stage: StageFigures) -> str:
+    if stage.worst_share is None:
+        how = "equal bits"
+    else:
+        how = f"float64: at most {stage.worst_share:.3f} of the bound"
+        how += f", {stage.undecided:,} undecided" if stage.undecided else ""
+    return f"  {stage.stage:<20} {stage.values:>12,} values  {how}, against {stage.reference}"
+
+
+def _result_line(result: ResultFigures) -> str:
+    return (
+        f"  {result.name:<20} {result.values:>12,} values  {result.equal:.2%} equal, "
+        f"distance at most {result.distance:.1e}; rate {result.rate:.4f}, "
+        f"eager {result.eager_rate:.4f}"
+    )
