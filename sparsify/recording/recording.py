@@ -1,4 +1,4 @@
-"""What recording a model gives: the graph, when it holds, and how to call it in the model's place."""
+"""What recording a model gives: the graph, when it holds, and how to call it in its place."""
 
 from __future__ import annotations
 

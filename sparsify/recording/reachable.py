@@ -1,0 +1,202 @@
+"""Everything that a model's forward can read: a walk over objects, containers and functions.
+
+The walk starts at named roots and follows what code can follow: submodules, parameters, buffers and
+plain attributes, items of containers, class attributes, closure cells, defaults, and those globals
+that a function's code names. Torch, numpy and the standard library are not entered.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins", "sparsify"}
+ATOMS = (
+    *(type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device),
+    *(torch.layout, torch.memory_format, torch.Generator, type(Ellipsis), type(NotImplemented)),
+)
+_SEQUENCES = (list, tuple, deque)
+_NOT_STATE = ("__dict__", "__weakref__", "__doc__", "__annotations__", "__module__")
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """``value`` is what ``owner`` holds at ``key``; ``path`` is its readable name.
+
+    ``owner`` is a dict (``vars`` of an object among them), a sequence, a closure cell (key
+    ``"cell_contents"``), or an object or class whose attribute ``key`` it is.
+    """
+
+    path: str
+    owner: Any
+    key: Any
+    value: Any
+
+
+def walk(roots: Iterable[tuple[str, object]]) -> Iterator[Place]:
+    """Yield every place reachable from the named roots once; owners before what they own.
+
+    Containers and objects are yielded as well as what is in them. A root itself is not a place.
+    """
+    seen: set[int] = set()
+    kept: list[object] = []  # ids stay unique while the objects live
+    waiting = deque(roots)
+    while waiting:
+        path, holder = waiting.popleft()
+        if id(holder) in seen or isinstance(holder, ATOMS):
+            continue
+        seen.add(id(holder))
+        kept.append(holder)
+        for place in _places(path, holder):
+            yield place
+            waiting.append((place.path, place.value))
+
+
+def read(owner: Any, key: Any) -> Any:
+    """What is at a place now; raises ``LookupError`` or ``AttributeError`` if it is gone."""
+    if isinstance(owner, (dict, *_SEQUENCES)):
+        return owner[key]
+    if isinstance(owner, types.CellType):
+        return owner.cell_contents
+    return getattr(owner, key)
+
+
+def rebind(owner: Any, key: Any, value: object) -> None:
+    """Put another value at a place; a tuple's cannot be."""
+    if isinstance(owner, (dict, list, deque)):
+        owner[key] = value
+    else:
+        setattr(owner, key, value)
+
+
+def is_foreign(name: str | None) -> bool:
+    """True for names of modules that belong to torch, numpy, Python or this package."""
+    return name is None or name.partition(".")[0] in FOREIGN
+
+
+def _places(path: str, holder: Any) -> Iterator[Place]:
+    if isinstance(holder, dict):
+        return (Place(f"{path}[{key!r}]", holder, key, v) for key, v in list(holder.items()))
+    if isinstance(holder, _SEQUENCES):
+        return (Place(f"{path}[{i}]", holder, i, v) for i, v in enumerate(list(holder)))
+    if isinstance(holder, types.FunctionType):
+        return _function_places(path, holder)
+    if isinstance(holder, types.MethodType):
+        return (Place(path, holder, key, getattr(holder, key)) for key in ("__self__", "__func__"))
+    if isinstance(holder, functools.partial):
+        keys = ("func", "args", "keywords")
+        return (Place(f"{path}.{key}", holder, key, getattr(holder, key)) for key in keys)
+    if isinstance(holder, (staticmethod, classmethod)):
+        return iter([Place(path, holder, "__func__", holder.__func__)])
+    if isinstance(holder, property):
+        keys = ("fget", "fset")
+        return (Place(f"{path}.{key}", holder, key, getattr(holder, key)) for key in keys)
+    if isinstance(holder, type):
+        return _class_places(path, holder)
+    if isinstance(holder, nn.Module):
+        return _module_places(path, holder)
+    if isinstance(holder, (types.ModuleType, types.CodeType, set, frozenset)):
+        return iter(())
+    return _object_places(path, holder)
+
+
+def _module_places(path: str, module: nn.Module) -> Iterator[Place]:
+    dot = f"{path}." if path else ""
+    owners: tuple[dict[str, Any], ...]
+    owners = (module._parameters, module._buffers, vars(module), module._modules)
+    for owner in owners:
+        for key, value in list(owner.items()):
+            if owner is not vars(module) or key not in _OF_MODULES:
+                yield Place(f"{dot}{key}", owner, key, value)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        for number, hook in list(getattr(module, hooks, {}).items()):
+            yield Place(f"{dot}{hooks}[{number}]", getattr(module, hooks), number, hook)
+    yield from _of_class(path, module)
+
+
+def _object_places(path: str, holder: Any) -> Iterator[Place]:
+    if is_foreign(type(holder).__module__) and not hasattr(holder, "__dict__"):
+        return
+    dot = f"{path}." if path else ""
+    attributes = getattr(holder, "__dict__", None)
+    if isinstance(attributes, dict):
+        for key, value in list(attributes.items()):
+            yield Place(f"{dot}{key}", attributes, key, value)
+    for base in type(holder).__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if slot not in _NOT_STATE and hasattr(holder, slot):
+                yield Place(f"{dot}{slot}", holder, slot, getattr(holder, slot))
+    yield from _of_class(path, holder)
+
+
+def _of_class(path: str, holder: Any) -> Iterator[Place]:
+    if not is_foreign(type(holder).__module__):
+        yield Place(f"{path}.__class__" if path else "__class__", holder, "__class__", type(holder))
+
+
+def _class_places(path: str, cls: type) -> Iterator[Place]:
+    for base in cls.__mro__:
+        if is_foreign(base.__module__):
+            continue
+        for key, value in list(vars(base).items()):
+            if key not in _NOT_STATE and not isinstance(value, types.MemberDescriptorType):
+                yield Place(f"{base.__qualname__}.{key}", base, key, value)
+
+
+def _function_places(path: str, function: types.FunctionType) -> Iterator[Place]:
+    if is_foreign(function.__module__):
+        return
+    name = function.__qualname__
+    wrapped = inspect.getattr_static(function, "__wrapped__", None)
+    if wrapped is not None:
+        yield Place(name, function, "__wrapped__", wrapped)
+    for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield Place(f"{name}.{free}", cell, "cell_contents", cell.cell_contents)
+        except ValueError:  # the cell is still empty
+            continue
+    for defaults in ("__defaults__", "__kwdefaults__"):
+        value = getattr(function, defaults)
+        if value:
+            yield Place(f"{name}.{defaults}", function, defaults, value)
+    yield from named_globals(function.__code__, function.__globals__)
+
+
+def named_globals(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[Place]:
+    """The globals that ``code`` names, and what it can name in modules among them."""
+    names = names_of(code)
+    where = namespace.get("__name__", "")
+    for name in names:
+        if name not in namespace:
+            continue
+        value = namespace[name]
+        yield Place(f"{where}.{name}", namespace, name, value)
+        if isinstance(value, types.ModuleType) and not is_foreign(value.__name__):
+            yield from _named_in_module(value, names)
+
+
+def _named_in_module(module: types.ModuleType, names: Iterable[str]) -> Iterator[Place]:
+    attributes: Mapping[str, Any] = vars(module)
+    for name in names:
+        if name in attributes:
+            yield Place(f"{module.__name__}.{name}", attributes, name, attributes[name])
+
+
+def names_of(code: types.CodeType) -> tuple[str, ...]:
+    """The global and attribute names in a code object and the functions defined in it."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(names_of(constant)))
+    return tuple(names)
