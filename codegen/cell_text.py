@@ -42,7 +42,7 @@ class Symbols:
         ]
         return Symbols(
             names=names,
-            sizes={p.name: names.new(f"n_{p.name}").upper() for p in kernel.populations},
+            sizes={p.name: names.new(f"n_{p.name}".lower()).upper() for p in kernel.populations},
             values={value: names.new(value) for value in values},
             outputs={o.name: names.new(o.name) for o in kernel.outputs},
             phases=[names.new(f"{phase.population}_step") for phase in kernel.phases],
@@ -119,6 +119,7 @@ class Cell:
     places: Places
     _before: list[tuple[str, str]] = field(default_factory=list)
     _inside: list[tuple[str, str]] = field(default_factory=list)
+    _updates: list[tuple[str, str]] = field(default_factory=list)
     _after: list[str] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
 
@@ -131,6 +132,7 @@ class Cell:
             self._statement(statement, size, phase)
         for source, value in emitted(phase, self.usage):
             self._stage(source, value)
+        self._inside += self._updates  # a state has its old value to the end of the phase
         sums = [s.result for s in phase.body if isinstance(s, ir.Gather)]
         sums = [result for result in sums if result in self.usage.dense]
         parameters = [f"const {self._type(r)}* {self._sum(r)}" for r in sums]
@@ -216,7 +218,7 @@ class Cell:
             False,
         )
         text = operand_text(value, self.usage.dtypes[state], self.symbols)
-        self._inside.append((f"{name}_to[i] = {text};", "for the next step"))
+        self._updates.append((f"{name}_to[i] = {text};", "for the next step"))
 
     def _store(self, store: ir.Store, phase: ir.Phase) -> None:
         output = next(o for o in self.usage.kernel.outputs if o.name == store.output)

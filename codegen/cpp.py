@@ -32,7 +32,7 @@ class CppBackend:
         refusal = self.why_not(kernel, schedule)
         if refusal is not None:
             raise ValueError(str(refusal))
-        entry = Names().new(kernel.name)
+        entry = Names().new(f"run_{kernel.name}")
         text = find_strategy(schedule.strategy).render(kernel, schedule, entry)
         return Source(text, f"{entry}.cpp", entry)
 

@@ -5,11 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
-#include "runtime.h"
+#include "runtime.h"  // <immintrin.h> would double the time that a kernel compiles for
 
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "event masks are read as little-endian words"
@@ -100,6 +97,20 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// ---- neurons of a thread ----
+
+struct Share {
+  int64_t begin, end;
+};
+
+// The thread's part of a population: whole tiles, so that no byte of a mask is shared.
+template <int TILE>
+SPARSIFY_INLINE Share share(int64_t neurons, const Team& team) {
+  const int64_t tiles = (neurons + TILE - 1) / TILE;
+  const int64_t end = tiles * (team.thread + 1) / team.threads * TILE;
+  return {tiles * team.thread / team.threads * TILE, end < neurons ? end : neurons};
+}
+
 // ---- events ----
 
 constexpr int64_t blocks_of(int64_t senders) { return (senders + BLOCK - 1) / BLOCK; }
@@ -147,15 +158,19 @@ SPARSIFY_INLINE uint32_t eight_active_bits(const F* values) {
   return active_bits(values, 8);
 }
 #if defined(__AVX2__)
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float8Anywhere __attribute__((vector_size(32), may_alias, aligned(4)));
+typedef double Double4 __attribute__((vector_size(32)));
+typedef double Double4Anywhere __attribute__((vector_size(32), may_alias, aligned(8)));
 SPARSIFY_INLINE uint32_t eight_active_bits(const float* values) {
-  const __m256 differs = _mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_setzero_ps(), _CMP_NEQ_UQ);
-  return uint32_t(_mm256_movemask_ps(differs));
+  const Float8 eight = *reinterpret_cast<const Float8Anywhere*>(values);
+  return uint32_t(__builtin_ia32_movmskps256(Float8(eight != Float8{})));
 }
 SPARSIFY_INLINE uint32_t eight_active_bits(const double* values) {
-  const __m256d zero = _mm256_setzero_pd();
-  const __m256d low = _mm256_cmp_pd(_mm256_loadu_pd(values), zero, _CMP_NEQ_UQ);
-  const __m256d high = _mm256_cmp_pd(_mm256_loadu_pd(values + 4), zero, _CMP_NEQ_UQ);
-  return uint32_t(_mm256_movemask_pd(low) | _mm256_movemask_pd(high) << 4);
+  const Double4 low = *reinterpret_cast<const Double4Anywhere*>(values);
+  const Double4 high = *reinterpret_cast<const Double4Anywhere*>(values + 4);
+  return uint32_t(__builtin_ia32_movmskpd256(Double4(low != Double4{})) |
+                  __builtin_ia32_movmskpd256(Double4(high != Double4{})) << 4);
 }
 #endif
 
@@ -202,7 +217,7 @@ SPARSIFY_INLINE void mark(uint8_t* mask, const Source* values, int64_t first, in
 // Replaces the list of `row` by the events of a mask. `values` are read for payloads only.
 template <class Index, class F>
 SPARSIFY_INLINE void unpack(const Events<Index, F>& to, int64_t row, const uint8_t* mask,
-                            const F* values) {
+                            const F* values = nullptr) {
   Index* const index = to.index + row * to.senders;
   F* const payload = to.payload ? to.payload + row * to.senders : nullptr;
   int32_t* const ends = to.ends + row * blocks_of(to.senders);
@@ -210,6 +225,7 @@ SPARSIFY_INLINE void unpack(const Events<Index, F>& to, int64_t row, const uint8
   for (int64_t first = 0; first < to.senders; first += 64) {
     uint64_t bits;
     std::memcpy(&bits, mask + first / 8, 8);
+    if (to.senders - first < 64) bits &= (uint64_t(1) << (to.senders - first)) - 1;
     for (; bits; bits &= bits - 1) {
       const int64_t at = first + __builtin_ctzll(bits);
       index[n] = Index(at);
@@ -265,33 +281,26 @@ SPARSIFY_INLINE void gather_events(F* sums, const F* weight, const Events<Index,
   }
 }
 
-// weight * payload + sum with one rounding where the processor can.
-template <class F>
-SPARSIFY_INLINE Vector<F> fused(Vector<F> weight, F payload, Vector<F> sum);
-#if defined(__AVX512F__)
-template <>
-SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, float payload, Vector<float> sum) {
-  return Vector<float>(_mm512_fmadd_ps(__m512(weight), _mm512_set1_ps(payload), __m512(sum)));
-}
-template <>
-SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, double payload, Vector<double> sum) {
-  return Vector<double>(_mm512_fmadd_pd(__m512d(weight), _mm512_set1_pd(payload), __m512d(sum)));
-}
+// weight * payload + sum, with one rounding where the processor can.
+#if __has_builtin(__builtin_elementwise_fma)
+#define SPARSIFY_FUSED_FLOAT(w, p, s) __builtin_elementwise_fma(w, p, s)
+#define SPARSIFY_FUSED_DOUBLE(w, p, s) __builtin_elementwise_fma(w, p, s)
+#elif defined(__AVX512F__)
+#define SPARSIFY_FUSED_FLOAT(w, p, s) __builtin_ia32_vfmaddps512_mask(w, p, s, -1, 4)
+#define SPARSIFY_FUSED_DOUBLE(w, p, s) __builtin_ia32_vfmaddpd512_mask(w, p, s, -1, 4)
 #elif defined(__FMA__)
-template <>
-SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, float payload, Vector<float> sum) {
-  return Vector<float>(_mm256_fmadd_ps(__m256(weight), _mm256_set1_ps(payload), __m256(sum)));
-}
-template <>
-SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, double payload, Vector<double> sum) {
-  return Vector<double>(_mm256_fmadd_pd(__m256d(weight), _mm256_set1_pd(payload), __m256d(sum)));
-}
+#define SPARSIFY_FUSED_FLOAT(w, p, s) __builtin_ia32_vfmaddps256(w, p, s)
+#define SPARSIFY_FUSED_DOUBLE(w, p, s) __builtin_ia32_vfmaddpd256(w, p, s)
 #else
-template <class F>
-SPARSIFY_INLINE Vector<F> fused(Vector<F> weight, F payload, Vector<F> sum) {
-  return weight * payload + sum;
-}
+#define SPARSIFY_FUSED_FLOAT(w, p, s) (w * p + s)
+#define SPARSIFY_FUSED_DOUBLE(w, p, s) (w * p + s)
 #endif
+SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, float payload, Vector<float> sum) {
+  return SPARSIFY_FUSED_FLOAT(weight, (payload - Vector<float>{}), sum);
+}
+SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, double payload, Vector<double> sum) {
+  return SPARSIFY_FUSED_DOUBLE(weight, (payload - Vector<double>{}), sum);
+}
 
 // ROWS batch rows times COLUMNS vectors of receivers, over some senders; adds to `sums`.
 template <int TILE, int ROWS, int COLUMNS, class F>
@@ -311,7 +320,7 @@ SPARSIFY_INLINE void dense_patch(F* sums, const F* weight, const F* source, int6
     for (int r = 0; r < ROWS; ++r)
       SPARSIFY_UNROLL
       for (int c = 0; c < COLUMNS; ++c)
-        sum[r][c] = fused<F>(weights[c], source[r * source_row + s], sum[r][c]);
+        sum[r][c] = fused(weights[c], source[r * source_row + s], sum[r][c]);
   }
   SPARSIFY_UNROLL
   for (int r = 0; r < ROWS; ++r)

@@ -129,7 +129,8 @@ class _RowsText(KernelText):
         )
         with w.block(head):
             if self.kernel.states:
-                with w.block("do", "} while (false);"):
+                w.comment("Every state gets its initial value.")
+                with w.block(""):
                     w.line("const int64_t t = 0, now = 1, next = 0;")
                     for phase, function in self.starts():
                         self._write_phase(phase, function)

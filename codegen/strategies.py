@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from sparsify.codegen.backend import Strategy
+from sparsify.codegen.neurons_per_thread import NeuronsPerThread
 from sparsify.codegen.rows_per_thread import RowsPerThread
 
-STRATEGIES: tuple[Strategy, ...] = (RowsPerThread(),)
+STRATEGIES: tuple[Strategy, ...] = (RowsPerThread(), NeuronsPerThread())
 
 
 def find_strategy(name: str) -> Strategy:

@@ -6,23 +6,31 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_KEYWORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char
-    char16_t char32_t char8_t class co_await co_return co_yield compl concept const
-    const_cast consteval constexpr constinit continue decltype default delete do double dynamic_cast else enum explicit export
-    extern false final float for friend goto if import inline int linux long main module mutable
-    namespace new noexcept not not_eq nullptr operator or or_eq override private protected public
-    register reinterpret_cast requires return short signed sizeof static static_assert static_cast
-    struct switch template this thread_local throw true try typedef typeid typename union unix
-    unsigned using virtual void volatile wchar_t while xor xor_eq"""
+_KEYWORDS = """
+    alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
+    char32_t char8_t class co_await co_return co_yield compl concept const const_cast consteval
+    constexpr constinit continue decltype default delete do double dynamic_cast else enum
+    explicit export extern false final float for friend goto if import inline int linux long
+    main module mutable namespace new noexcept not not_eq nullptr operator or or_eq override
+    private protected public register reinterpret_cast requires return short signed sizeof
+    static static_assert static_cast struct switch template this thread_local throw true try
+    typedef typeid typename union unix unsigned using virtual void volatile wchar_t while xor
+    xor_eq
+"""
 
 # What skeletons, kernel.h and standard headers say at the places where model names appear.
-_SKELETON = """Arena Call Events Own Rows Runtime Shared Team TILE GROUP Vector WIDTH BLOCK
-    DENSE_BLOCK DENSE_ROWS DENSE_VECTORS VECTOR_BYTES active append b batch blocks_of body
-    call chunk context convert count count_active error errno first gather_dense gather_events i int8_t int16_t int32_t
-    int64_t uint8_t uint16_t uint32_t uint64_t size_t item last load mark mask_bytes measure memory
-    next now own place pointers pool row rows rows_here run runtime scan shared sparsify start std
-    steps step store strides t team thread threads tile unpack width y0 y1 yn j0 j1 jn gamma
-    signgam"""
+_SKELETON = """
+    Arena BLOCK Call DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events GROUP Own Rows Runtime Share
+    Shared TILE Team VECTOR_BYTES Vector WIDTH active append arena b batch before blocks_of body
+    bytes call chunk common context convert count count_active count_events errno error first gamma
+    gather_dense gather_events group here i int16_t int32_t int64_t int8_t item j0 j1 jn last
+    left load mark mask_bytes measure measured memory next now own place pointers pool row rows
+    rows_here run runtime scan share shared signgam size_t sparsify start std step steps store
+    strides t team thread threads tile uint16_t uint32_t uint64_t uint8_t unpack width y0 y1 yn
+"""
+
+# What skeletons append to the name of a value.
+_SUFFIXES = ("", "_t", "_b", "_from", "_to", "_tile", "_sum", "_events", "_values", "_active")
 
 
 class Names:
@@ -37,9 +45,9 @@ class Names:
         base = f"n{base}" if base[0].isdigit() else base
         base = base.lower() if base.isupper() and len(base) > 2 else base  # macros are upper case
         name, number = base, 2
-        while name in self._taken:
+        while any(name + suffix in self._taken for suffix in _SUFFIXES):
             name, number = f"{base}_{number}", number + 1
-        self._taken.add(name)
+        self._taken.update(name + suffix for suffix in _SUFFIXES)
         return name
 
 
@@ -70,7 +78,7 @@ class Writer:
 
     @contextmanager
     def block(self, head: str, end: str = "}") -> Iterator[None]:
-        self.line(f"{head} {{")
+        self.line(f"{head} {{".lstrip())
         self._depth += 1
         yield
         self._depth -= 1

@@ -1,0 +1,232 @@
+"""Strategy: all threads carry the same batch rows through time, each computes its own neurons.
+
+For batches too small to give every thread a row. Activity that the kernel computes is exchanged as
+bits, 8 neurons a byte, and every thread makes its own event lists of them after a barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sparsify import ir
+from sparsify.codegen.backend import Cost
+from sparsify.codegen.cell_text import C_TYPES, Places
+from sparsify.codegen.frame_text import write_call, write_entry, write_head
+from sparsify.codegen.kernel_text import KernelText
+from sparsify.codegen.memory_text import (
+    Field,
+    array,
+    events_field,
+    state_fields,
+    sum_fields,
+    write_struct,
+)
+from sparsify.codegen.predict_cost import predict_cost
+from sparsify.codegen.usage import Source, default_tile, emitted, find_usage, why_not_gather
+from sparsify.errors import Refusal
+
+GROUP = 64
+
+_PARAMETERS = (
+    "const Call& call, const Shared& shared, const Own& own, int64_t t, int64_t b,\n"
+    "    int64_t row, int64_t now, int64_t next, int64_t first, int64_t width"
+)
+_ARGUMENTS = "call, shared, own, t, start + row, row, now, next"
+
+
+class NeuronsPerThread:
+    name = "neurons-per-thread"
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
+        return why_not_gather(kernel, schedule)
+
+    def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
+        return schedule.tile or default_tile(kernel)
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
+        return _SharedText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
+
+    def predict(
+        self,
+        kernel: ir.Kernel,
+        schedule: ir.Schedule,
+        *,
+        steps: int,
+        batch: int,
+        activity: Mapping[str, float],
+    ) -> Cost:
+        usage = find_usage(kernel, schedule)
+        meetings = bool(usage.of_kind("state")) + len(meeting_phases(usage.kernel, schedule))
+        tile = self.tile(kernel, schedule)
+        return predict_cost(
+            kernel,
+            schedule,
+            steps=steps,
+            batch=batch,
+            activity=activity,
+            group=GROUP,
+            barriers=float(steps * -(-batch // GROUP) * meetings),
+            parts=max(-(-p.size // tile) for p in kernel.populations),
+        )
+
+
+def meeting_phases(kernel: ir.Kernel, schedule: ir.Schedule) -> list[int]:
+    """The phases that gather from a result computed since all threads last met in this step."""
+    usage = find_usage(kernel, schedule)
+    unseen: set[str] = set()
+    meetings = []
+    for index, phase in enumerate(kernel.phases):
+        if unseen & {source.name for source in usage.sources_of(phase)}:
+            meetings.append(index)
+            unseen.clear()
+        unseen |= {source.name for source, _ in emitted(phase, usage) if source.kind == "let"}
+    return meetings
+
+
+class _SharedText(KernelText):
+    def render(self, entry: str) -> str:
+        self.mine = {
+            p.name: self.symbols.names.new(f"my_{p.name}") for p in self.kernel.populations
+        }
+        write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile)
+        self.w.line(
+            f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
+        )
+        write_call(self.w, self.kernel, self.symbols, ["int64_t group;"])
+        note = "What all threads see: states, and the activity that neurons exchange."
+        write_struct(self.w, "Shared", note, self._shared_fields())
+        note = "What a thread keeps for itself: event lists, and sums of its neurons."
+        write_struct(self.w, "Own", note, self._own_fields())
+        self.write_cells()
+        self._write_rows()
+        self._write_run()
+        write_entry(self.w, self.kernel, self.symbols, entry, self._set_up())
+        return self.w.text()
+
+    def places(self) -> Places:
+        events, emit = {}, {}
+        for source in self.usage.sources.values():
+            name, size = self.name(source), self.size(source)
+            events[source.name] = f"own.{name}_events, row"
+            slot, lines = "[next]" if source.kind == "state" else "[now]", []
+            if source.events:
+                mask = f"shared.{name}_active{slot} + row * mask_bytes({size})"
+                lines.append(f"mark({mask}, {{values}}, first, width);")
+            if source.needs_values:
+                at = f"shared.{name}_values{slot} + row * {size} + first"
+                lines.append(f"convert({at}, {{values}}, width);")
+            emit[source.name] = lines
+        return Places(_PARAMETERS, _ARGUMENTS, "shared", events, emit)
+
+    def values_of(self, source: Source, slot: str) -> str:
+        if source.kind == "operand":
+            return f"own.{self.name(source)}_values"
+        return f"shared.{self.name(source)}_values{slot or '[now]'}"
+
+    def _shared_fields(self) -> list[Field]:
+        fields = state_fields(self.usage, self.symbols)
+        for source in self.usage.sources.values():
+            if source.kind == "operand":
+                continue
+            name, size = self.name(source), self.size(source)
+            if source.events:
+                note = f"activity of {source.name}, a bit a neuron; by parity of the step"
+                count = f"rows * mask_bytes({size})"
+                fields.append(array("uint8_t", f"{name}_active", count, 2, note))
+            if source.needs_values:
+                kind, note = C_TYPES[source.dtype], f"{source.name}; by parity of the step"
+                fields.append(array(kind, f"{name}_values", f"rows * {size}", 2, note))
+        return fields
+
+    def _own_fields(self) -> list[Field]:
+        fields = []
+        for source in self.usage.sources.values():
+            if source.events:
+                fields.append(events_field(source, self.usage, self.symbols, 1))
+            if self.is_converted(source):
+                fields.append(self.converted_field(source))
+        return fields + sum_fields(self.usage, self.symbols)
+
+    def _write_rows(self) -> None:
+        w = self.w
+        w.line()
+        w.comment("Rows start .. start + rows of the batch, through all time steps.")
+        head = (
+            "void run_rows(const Call& call, const Team& team, const Shared& shared,\n"
+            "              const Own& own, int64_t* active, int64_t start, int64_t rows)"
+        )
+        with w.block(head):
+            for population in dict.fromkeys(phase.population for phase in self.kernel.phases):
+                size, mine = self.symbols.sizes[population], self.mine[population]
+                w.line(f"const Share {mine} = share<TILE>({size}, team);")
+            if self.kernel.states:
+                w.comment("Every state gets its initial value.")
+                with w.block(""):
+                    w.line("const int64_t t = 0, now = 1, next = 0;")
+                    for phase, function in self.starts():
+                        self._write_phase(phase, function)
+            with w.block("for (int64_t t = 0; t < call.steps; ++t)"):
+                w.line("const int64_t now = t & 1, next = now ^ 1;")
+                self.write_scans()
+                self._write_step()
+
+    def _write_step(self) -> None:
+        states = self.usage.of_kind("state")
+        if states:
+            self.w.line("team.wait();", "all have finished the step before")
+            self._write_unpack(states)
+        meetings = meeting_phases(self.kernel, self.schedule)
+        computed: list[Source] = []
+        for index, (phase, function) in enumerate(self.functions()):
+            if index in meetings:
+                self.w.line("team.wait();", "all have finished the phase before")
+                self._write_unpack(computed)
+                computed = []
+            self.write_counts(phase)
+            self._write_phase(phase, function)
+            computed += [s for s, _ in emitted(phase, self.usage) if s.kind == "let"]
+
+    def _write_unpack(self, sources: list[Source]) -> None:
+        for source in sources:
+            if not source.events:
+                continue
+            name, size = self.name(source), self.size(source)
+            mask = f"shared.{name}_active[now] + row * mask_bytes({size})"
+            values = f", shared.{name}_values[now] + row * {size}" if source.payload else ""
+            with self.w.indented("for (int64_t row = 0; row < rows; ++row)"):
+                self.w.line(f"unpack(own.{name}_events, row, {mask}{values});")
+
+    def _write_phase(self, phase: ir.Phase, function: str) -> None:
+        mine = self.mine[phase.population]
+        loop = f"for (int64_t first = {mine}.begin; first < {mine}.end; first += TILE)"
+        self.write_tiles(phase, function, loop)
+
+    def _write_run(self) -> None:
+        w, gathers = self.w, len(self.kernel.gathers)
+        w.line()
+        with w.block("void run(void* context, const Team& team)"):
+            w.line("const Call& call = *static_cast<const Call*>(context);")
+            w.line("Arena common(call.memory);")
+            w.line("const Shared shared(common, call.group);")
+            w.line("const int64_t before = common.used() + team.thread * Own::bytes(call.group);")
+            w.line("Arena arena(call.memory + before);")
+            w.line("const Own own(arena, call.group);")
+            w.line(f"int64_t active[{max(1, gathers)}] = {{}};")
+            with w.block("for (int64_t start = 0; start < call.batch; start += call.group)"):
+                if self.usage.exchanges:
+                    w.line("if (start) team.wait();", "all have finished the rows before")
+                w.line("const int64_t left = call.batch - start;")
+                w.line("const int64_t rows = left < call.group ? left : call.group;")
+                w.line("run_rows(call, team, shared, own, active, start, rows);")
+            if gathers:
+                w.line("if (team.thread > 0) return;", "all have counted the same events")
+                with w.indented(f"for (int k = 0; k < {gathers}; ++k)"):
+                    w.line("__atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);")
+
+    def _set_up(self) -> list[str]:
+        most = max(-(-p.size // self.tile) for p in self.kernel.populations)
+        return [
+            f"if (threads > {most}) threads = {most};  // there are no more tiles",
+            "call.group = batch < GROUP ? batch : GROUP;",
+            "const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);",
+        ]

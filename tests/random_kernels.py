@@ -1,0 +1,254 @@
+"""Random kernels, schedules and data, as hypothesis draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import strategies as st
+
+from sparsify import ir
+from sparsify.reference import Array
+from sparsify.scalar_ops import SCALAR_OPS, ScalarOp
+
+SIZES = (1, 2, 7, 16, 33, 65, 130, 257, 300)  # around tiles and the block of 256 senders
+VALUE_DTYPES: tuple[ir.DType, ...] = ("float32", "float64", "int32", "int64", "bool")
+# Integers only count: a product that overflows has no meaning to compare.
+INTEGER_OPS = ("maximum", "minimum", "where", "gt", "le", "eq", "ne", "neg")
+
+
+@dataclass
+class Drawn:
+    """A kernel, how to run it, and which of its operands hold only 0 and 1."""
+
+    kernel: ir.Kernel
+    schedule: ir.Schedule
+    binary: frozenset[str]
+
+
+@dataclass
+class _Builder:
+    draw: st.DrawFn
+    float_dtype: ir.DType
+    populations: list[ir.Population] = field(default_factory=list)
+    operands: list[ir.Operand] = field(default_factory=list)
+    weights: list[ir.Weight] = field(default_factory=list)
+    states: list[ir.State] = field(default_factory=list)
+    outputs: list[ir.Output] = field(default_factory=list)
+    dtypes: dict[str, ir.DType] = field(default_factory=dict)
+    where: dict[str, str | None] = field(default_factory=dict)  # value -> population
+    binary: set[str] = field(default_factory=set)
+    gatherable: set[str] = field(default_factory=set)
+    updated_in: dict[str, int] = field(default_factory=dict)  # state -> index of the phase
+    fresh: int = 0
+
+    def name(self, prefix: str) -> str:
+        self.fresh += 1
+        return f"{prefix}{self.fresh}"
+
+    def define(self, name: str, dtype: ir.DType, population: str | None) -> str:
+        self.dtypes[name], self.where[name] = dtype, population
+        if dtype == "bool":
+            self.binary.add(name)
+        return name
+
+    def operand(self, axes: tuple[ir.Axis, ...], population: str, dtype: ir.DType) -> str:
+        where = population if "N" in axes else None
+        name = self.define(self.name("operand"), dtype, where)
+        self.operands.append(ir.Operand(name, axes, where, dtype))
+        return name
+
+    def readable(self, population: str, dtype: ir.DType) -> list[str]:
+        return [
+            n for n, d in self.dtypes.items() if d == dtype and self.where[n] in (None, population)
+        ]
+
+    def arg(self, population: str, dtype: ir.DType) -> ir.Arg:
+        known = self.readable(population, dtype)
+        if known and self.draw(st.integers(0, 4)):
+            return self.draw(st.sampled_from(known))
+        if dtype == "bool":
+            return ir.Const(self.draw(st.booleans()))
+        if dtype in ("int32", "int64"):
+            return ir.Const(self.draw(st.integers(-3, 3)))
+        return ir.Const(self.draw(st.sampled_from((0.5, -0.0, 0.9, 1.0, -2.75, 1e-3))))
+
+
+@st.composite
+def kernels(draw: st.DrawFn) -> Drawn:
+    """A kernel of one to three populations and phases, with a schedule that fits it."""
+    b = _Builder(draw, draw(st.sampled_from(("float32", "float64"))))
+    for index in range(draw(st.integers(1, 3))):
+        b.populations.append(ir.Population(f"layer{index}", draw(st.sampled_from(SIZES))))
+    names = [p.name for p in b.populations]
+    order = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3))
+    for population in names:
+        _draw_operands(b, population)
+    for population in dict.fromkeys(order):
+        _draw_states(b, population, [i for i, name in enumerate(order) if name == population])
+    phases = [_draw_phase(b, population, index) for index, population in enumerate(order)]
+    kernel = ir.Kernel(
+        name="random",
+        populations=tuple(b.populations),
+        operands=tuple(b.operands),
+        weights=tuple(b.weights),
+        states=tuple(b.states),
+        phases=tuple(phases),
+        outputs=tuple(b.outputs),
+        origin=("test_kernels.py",),
+    )
+    return Drawn(kernel, draw_schedule(draw, kernel), frozenset(b.binary))
+
+
+def draw_schedule(draw: st.DrawFn, kernel: ir.Kernel) -> ir.Schedule:
+    """Gathers of binary payloads may be dense: their sums are exact, see ``draw_data``."""
+    return ir.Schedule(
+        draw(st.sampled_from(("rows-per-thread", "neurons-per-thread"))),
+        tuple(
+            (g.result, "dense" if g.payload == "binary" and draw(st.booleans()) else "event")
+            for g in kernel.gathers
+        ),
+        draw(st.sampled_from((0, 0, 16, 32, 64, 128))),
+    )
+
+
+def _draw_operands(b: _Builder, population: str) -> None:
+    for _ in range(b.draw(st.integers(1, 2))):
+        axes = b.draw(
+            st.sampled_from(
+                (
+                    ("T", "B", "N"),
+                    ("T", "B", "N"),
+                    ("B", "N"),
+                    ("N",),
+                    ("T",),
+                    ("T", "N"),
+                    ("B",),
+                    (),
+                )
+            )
+        )
+        dtype = b.draw(st.sampled_from((b.float_dtype, b.float_dtype, "bool", "int32", "int64")))
+        name = b.operand(axes, population, dtype)
+        if b.draw(st.booleans()):
+            b.binary.add(name)
+        if axes[-2:] == ("B", "N"):
+            b.gatherable.add(name)
+
+
+def _draw_states(b: _Builder, population: str, phases: list[int]) -> None:
+    for _ in range(b.draw(st.integers(0, 2))):
+        dtype = b.draw(st.sampled_from((b.float_dtype, b.float_dtype, "bool", "int32")))
+        axes: tuple[ir.Axis, ...] = b.draw(st.sampled_from((("B", "N"), ("N",), ())))
+        init = b.operand(axes, population, dtype)
+        name = b.define(b.name("state"), dtype, population)
+        b.states.append(ir.State(name, population, dtype, init))
+        b.updated_in[name] = b.draw(st.sampled_from(phases))
+        b.gatherable.add(name)
+
+
+def _draw_phase(b: _Builder, population: str, index: int) -> ir.Phase:
+    body: list[ir.Statement] = []
+    for _ in range(b.draw(st.integers(0, 2))):
+        body += _draw_gather(b, population)
+    body += [_draw_let(b, population) for _ in range(b.draw(st.integers(1, 5)))]
+    for state in b.states:
+        if b.updated_in[state.name] == index:
+            body.append(ir.Update(state.name, b.arg(population, state.dtype)))
+    body += [_draw_store(b, population) for _ in range(b.draw(st.integers(1, 2)))]
+    b.gatherable |= {s.result for s in body if isinstance(s, ir.Let | ir.Gather)}
+    return ir.Phase(population, tuple(body))
+
+
+def _draw_gather(b: _Builder, population: str) -> list[ir.Statement]:
+    readable = (b.float_dtype, "bool", "int32", "int64")
+    sources = [name for name in b.gatherable if b.dtypes[name] in readable]
+    if not sources:
+        return []
+    source = b.draw(st.sampled_from(sorted(sources)))
+    weight = b.name("weight")
+    senders = b.where[source]
+    assert senders is not None
+    b.weights.append(ir.Weight(weight, population, senders, b.float_dtype))
+    payload: ir.Payload = "binary" if source in b.binary and b.draw(st.booleans()) else "real"
+    result = b.define(b.name("sum"), b.float_dtype, population)
+    return [ir.Gather(result, weight, source, payload)]
+
+
+def _draw_let(b: _Builder, population: str) -> ir.Let:
+    op = SCALAR_OPS[b.draw(st.sampled_from(sorted(SCALAR_OPS)))]
+    if op.rule == "cast":
+        return _draw_cast(b, population)
+    allowed = [
+        d for d in op.dtypes if d in ("bool", "float32", "float64") or op.name in INTEGER_OPS
+    ]
+    dtype = b.draw(st.sampled_from(allowed))
+    args = _draw_args(b, op, population, dtype)
+    result_dtype: ir.DType = "bool" if op.rule in ("compare", "logical") else dtype
+    result = b.define(b.name("value"), result_dtype, population)
+    return ir.Let(result, op.name, args, result_dtype)
+
+
+def _draw_args(b: _Builder, op: ScalarOp, population: str, dtype: ir.DType) -> tuple[ir.Arg, ...]:
+    args = [b.arg(population, dtype) for _ in range(op.arity)]
+    if op.rule == "select":
+        args[0] = b.arg(population, "bool")
+    if op.rule == "compare" and all(isinstance(a, ir.Const) for a in args):
+        known = b.readable(population, dtype)
+        args[0] = known[0] if known else b.operand(("B", "N"), population, dtype)
+    return tuple(args)
+
+
+def _draw_cast(b: _Builder, population: str) -> ir.Let:
+    """Never a float to an integer: out of range that is undefined."""
+    into = b.draw(st.sampled_from(("float32", "float64", "bool")))
+    sources = [n for d in VALUE_DTYPES for n in b.readable(population, d)]
+    source = b.draw(st.sampled_from(sources)) if sources else b.operand((), population, "float32")
+    result = b.define(b.name("value"), into, population)
+    if b.dtypes[source] == "bool":
+        b.binary.add(result)
+    return ir.Let(result, "cast", (source,), into)
+
+
+def _draw_store(b: _Builder, population: str) -> ir.Store:
+    readable = [n for n, p in b.where.items() if p in (None, population)]
+    value = b.draw(st.sampled_from(readable))
+    axes: tuple[ir.Axis, ...] = b.draw(st.sampled_from((("T", "B", "N"), ("B", "N"))))
+    name = b.name("output")
+    b.outputs.append(ir.Output(name, axes, population, b.dtypes[value]))
+    return ir.Store(name, value)
+
+
+def draw_data(
+    drawn: Drawn, seed: int, steps: int, batch: int, *, activity: float, special: bool
+) -> dict[str, Array]:
+    """Tensors for a kernel; ``special`` mixes in infinities, NaN, -0 and subnormals.
+
+    Weights of dense gathers are multiples of 1/64 up to 1: sums of 0 and 1 times those are exact
+    in float32 for up to 2**18 senders, so the order of additions cannot matter.
+    """
+    rng = np.random.default_rng(seed)
+    kernel = drawn.kernel
+    data: dict[str, Array] = {}
+    for operand in kernel.operands:
+        size = 0 if operand.population is None else kernel.population_size(operand.population)
+        extent = {"T": steps, "B": batch, "N": size}
+        shape = tuple(extent[axis] for axis in operand.axes)
+        values = np.asarray(rng.standard_normal(shape) * (rng.random(shape) < activity))
+        if operand.name in drawn.binary:
+            values = (values != 0).astype(np.float64)
+        elif special and operand.dtype in ("float32", "float64"):
+            odd = rng.choice((np.inf, -np.inf, np.nan, -0.0, 1e-42), shape)
+            values = np.where(rng.random(shape) < 0.1, odd, values)
+        elif operand.dtype in ("int32", "int64"):
+            values = np.rint(values * 2)
+        data[operand.name] = np.asarray(values).astype(operand.dtype)
+    dense = {result for result, how in drawn.schedule.gathers if how == "dense"}
+    exact = {g.weight for g in kernel.gathers if g.result in dense}
+    for weight in kernel.weights:
+        shape = (kernel.population_size(weight.receivers), kernel.population_size(weight.senders))
+        values = rng.standard_normal(shape)
+        if weight.name in exact:
+            values = rng.integers(-64, 65, shape) / 64
+        data[weight.name] = values.astype(weight.dtype)
+    return data
