@@ -18,6 +18,15 @@ extern "C" {
 
 const Runtime* sparsify_table() { return &table; }
 
+// Lets teams be formed of the threads that torch uses; see thread_pool.h.
+void sparsify_use_openmp(decltype(OpenMP::parallel) parallel, decltype(OpenMP::thread_num) thread_num,
+                         decltype(OpenMP::num_threads) num_threads,
+                         decltype(OpenMP::max_threads) max_threads) {
+  pool->use(OpenMP{parallel, thread_num, num_threads, max_threads});
+}
+
+int sparsify_uses_openmp() { return pool->uses_openmp(); }
+
 uint64_t sparsify_hash(const unsigned char* rows, int64_t count, int64_t row_bytes,
                        int64_t stride_bytes, int threads) {
   return hash_rows(rows, count, row_bytes, stride_bytes, threads);

@@ -21,8 +21,7 @@ inline void pause_thread() {
 struct Barrier {
   alignas(64) int arrived;
   alignas(64) unsigned round;
-  alignas(64) int threads;
-  int spins;  // pauses before the core is offered to others; 0 if there are more threads than cores
+  alignas(64) int spins;  // pauses before the core is offered to others; 0 if there are more threads than cores
 };
 
 // One thread of a team. Every thread of a team really runs at the same time as the others.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import cache
-from threading import Lock
+from pathlib import Path
 
 import torch
 
@@ -14,8 +15,10 @@ from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-HEADERS = ("thread_pool.h", "weights.h")
+HEADERS = ("thread_pool.h", "weights.h", "workers.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
+IMPORTED_BY = os.getpid()
 PACKABLE = (torch.float32, torch.float64)
 
 
@@ -47,6 +50,16 @@ class Runtime:
         table.restype = POINTER
         self.table = POINTER(table())
         """The ``const sparsify::Runtime*`` that kernels receive."""
+        self._uses_openmp = library["sparsify_uses_openmp"]
+        if functions := openmp_of_torch():
+            use_openmp = library["sparsify_use_openmp"]
+            use_openmp.argtypes, use_openmp.restype = [POINTER] * len(OPENMP), None
+            use_openmp(*functions)
+
+    @property
+    def shares_threads(self) -> bool:
+        """True if kernels run on the threads of torch's OpenMP, False if on their own."""
+        return bool(self._uses_openmp())
 
     def content_hash(self, tensor: torch.Tensor) -> int:
         """64 bits of the elements of a CPU tensor; it differs if any one element differs.
@@ -160,23 +173,30 @@ class PackedWeight:
         return packed
 
 
-LOADING = Lock()
-
-
+@cache
 def load_runtime() -> Runtime:
     """The support library, compiled if need be; one per process.
 
     Raises CompileError and BackendUnavailable like ``compile_shared_library``.
     """
-    with LOADING:  # two threads must not end up with two pools
-        return _load_once()
-
-
-@cache
-def _load_once() -> Runtime:
     headers = {file: read_source(file) for file in HEADERS}
     path = compile_shared_library(read_source("runtime.cpp"), "runtime", headers=headers)
     return Runtime(load_library(path))
+
+
+def openmp_of_torch() -> list[int] | None:
+    """Addresses of the functions ``OPENMP`` in the library that torch uses, None without one.
+
+    Also None in a forked child: there that library waits for threads which were not forked.
+    """
+    if os.getpid() != IMPORTED_BY:
+        return None
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        torch_cpu = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return [ctypes.cast(torch_cpu[name], POINTER).value or 0 for name in OPENMP]
+    except (OSError, AttributeError):  # another system's torch, or one built without OpenMP
+        return None
 
 
 def why_unavailable() -> Refusal | None:

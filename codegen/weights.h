@@ -8,6 +8,7 @@
 #include "thread_pool.h"
 
 namespace sparsify {
+namespace {
 
 // Calls work(first, last) for each part of [0, count), one part per thread of a team.
 template <class Work>
@@ -158,4 +159,5 @@ int64_t count_nonzero(const Word* words, int64_t count, Word mask, int threads) 
   return total;
 }
 
+}  // namespace
 }  // namespace sparsify
