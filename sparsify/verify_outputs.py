@@ -44,11 +44,19 @@ class RegionOutput:
         check_within(place, got, bounded)
         self.event = bounded.event
         self.values += got.numel()
-        self._note_distances(got, expected, bounded)
 
-    def _note_distances(self, got: Tensor, expected: Tensor, bounded: Bounded) -> None:
+    def note_distances(
+        self,
+        computed: tuple[Tensor, ...],
+        results: tuple[Tensor, ...],
+        bounded: Bounded,
+        undecided: Tensor | None,
+    ) -> None:
+        """Neurons whose event is undecided may be a whole reset away from float64: left out."""
         error = bounded.full_error
-        own, eager = (_distances(t, bounded.value) for t in (got, expected))
+        own, eager = (_distances(r[self.index], bounded.value) for r in (computed, results))
+        if undecided is not None:
+            own, eager = (d.masked_fill(undecided, 0) for d in (own, eager))
         is_bounded = error.isfinite()
         share = torch.where(is_bounded & (own > 0), own / error, 0.0)
         self.worst_share = max(self.worst_share, _largest(share))

@@ -60,6 +60,7 @@ class _Checker(fx.Interpreter):
         self, graph: fx.GraphModule, most_undecided: float, progress: Progress | None
     ) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # it would append the node to the message of a mismatch
         self.most_undecided = most_undecided
         self.progress = progress
         self.figures: list[RegionFigures] = []
@@ -121,8 +122,11 @@ class RegionCheck:
         self.undecided += bounds.undecided
         self.without_bound |= bounds.without_row
         got = self._run_step(step, carries)
+        undecided = _find_undecided(bounds)
         for output in self._events_first(bounds):
-            output.check(self.name, step, got, expected, bounds.outputs[output.index])
+            bounded = bounds.outputs[output.index]
+            output.check(self.name, step, got, expected, bounded)
+            output.note_distances(got, expected, bounded, undecided.get(bounded.value.shape))
 
     def _check_chained(self, step: int, carries: Tensors, whole: Tensors) -> Tensors:
         got = self._run_step(step, carries)
@@ -193,3 +197,14 @@ def count_events(region: nn.Module) -> object:
     counters = getattr(region, "launchable", None)
     events = getattr(counters, "events", None)
     return dict(events) if events else None
+
+
+def _find_undecided(bounds: Bounds) -> dict[torch.Size, Tensor]:
+    """Where neurons may or may not have had an event, by the shape of their layer."""
+    found: dict[torch.Size, Tensor] = {}
+    for bounded in bounds.outputs:
+        if bounded.event:
+            shape = bounded.value.shape
+            undecided = bounded.full_error > 0
+            found[shape] = found[shape] | undecided if shape in found else undecided
+    return found
