@@ -16,14 +16,32 @@ View = Literal["transpose", "flatten", "expand"]
 class Binding:
     """Where a tensor of the kernel comes from: operand ``index`` of ``role``, through ``views``.
 
-    ``"transpose"``: a weight ``[S, R]`` as ``[R, S]``; ``"flatten"``: the neuron dims as one;
-    ``"expand"``: broadcast to the full ``[N]`` before it is flattened.
+    ``"transpose"``: a weight ``[S, R]`` as ``[R, S]``; ``"flatten"``: the batch dims as one and the
+    neuron dims as one, those that the kernel's operand lacks dropped; ``"expand"``: the neuron dims
+    broadcast to ``neurons`` before that. ``lead`` of the tensor's dims (without time) are batch.
     """
 
     name: str
     role: Role
     index: int
     views: tuple[View, ...] = ()
+    lead: int = 1
+    neurons: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Returned:
+    """How result i of the Scan comes out of the kernel.
+
+    ``output`` names the kernel's output and ``shape`` is the result's without time, -1 standing for
+    the batch; ``first_row`` says that all batch rows are equal and the result has none. Where
+    ``carry`` is given, the result is the initial value of that carry, which never changes.
+    """
+
+    output: str = ""
+    shape: tuple[int, ...] = ()
+    first_row: bool = False
+    carry: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +56,20 @@ class LoweredSite:
 
 @dataclass(frozen=True)
 class Lowered:
-    """``outputs[i]`` names the kernel's output that holds result i of the Scan."""
+    """``outputs[i]`` names the kernel's output that holds result i of the Scan, "" if none does.
+
+    ``returned`` says how each result comes out. ``batch`` is an operand whose leading dims give the
+    number of batch rows; None where the Scan has no batch, and the kernel runs one row.
+    Two Lowereds of recordings with other batch sizes and steps are equal if one serves both.
+    """
 
     kernel: ir.Kernel
     bindings: tuple[Binding, ...]
     outputs: tuple[str, ...]
     sites: tuple[LoweredSite, ...]
+    returned: tuple[Returned, ...] = ()
+    batch: Binding | None = None
+
+    @property
+    def batched(self) -> bool:
+        return self.batch is not None

@@ -2,25 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from sparsify import ir
 from sparsify.codegen.backend import Launchable
-from sparsify.lowered import Lowered
+from sparsify.lowered import Binding, Lowered, Returned
 from sparsify.scan import Scan
+
+Operands = Mapping[str, Sequence[Tensor]]  # by role
+Release = Callable[[Tensor, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """How one tensor of the kernel is made of the Scan's operand."""
+
+    binding: Binding
+    operand: ir.Operand | None  # None for a weight
+
+    @property
+    def has_rows(self) -> bool:
+        return self.operand is not None and "B" in self.operand.axes
+
+    def rows(self, tensor: Tensor) -> int:
+        time = int(self.binding.role == "x")
+        return math.prod(tensor.shape[time : time + self.binding.lead])
+
+    def misfit(self, tensor: Tensor, batch: int) -> str | None:
+        """What keeps ``tensor`` from being the operand in a call with ``batch`` rows."""
+        if self.operand is None:
+            return None
+        rows = self.rows(tensor)
+        if rows == 1 or (self.has_rows and rows == batch):
+            return None
+        return f"{self.binding.name} has {rows} rows, not {batch if self.has_rows else 1}"
+
+    def __call__(self, tensor: Tensor, steps: int, batch: int) -> Tensor:
+        """The operand with axes T, B, N, and contiguous neurons; a view where that is possible."""
+        views = self.binding.views
+        if self.operand is None:
+            return tensor.t() if "transpose" in views else tensor
+        axes = self.operand.axes
+        if self.binding.role == "x" and tensor.shape[0] != steps:
+            tensor = tensor[:steps]
+        if "expand" in views:
+            tensor = self._expanded(tensor)
+        if "flatten" in views:
+            tensor = self._flattened(tensor, steps, axes)
+        if "B" in axes and tensor.shape[axes.index("B")] != batch:
+            sizes = [batch if axis == "B" else -1 for axis in axes]
+            tensor = tensor.expand(sizes)
+        strided = "N" in axes and tensor.stride(-1) != 1 and tensor.shape[-1] != 1
+        return tensor.contiguous() if strided else tensor
+
+    def _expanded(self, tensor: Tensor) -> Tensor:
+        binding = self.binding
+        lead = int(binding.role == "x") + binding.lead
+        kept, own = tensor.shape[:lead], tensor.shape[lead:]
+        missing = len(binding.neurons) - len(own)
+        aligned = tensor.reshape(*kept, *[1] * missing, *own)
+        return aligned.expand(*kept, *binding.neurons)
+
+    def _flattened(self, tensor: Tensor, steps: int, axes: tuple[ir.Axis, ...]) -> Tensor:
+        time = int(self.binding.role == "x")
+        neurons = math.prod(tensor.shape[time + self.binding.lead :])
+        sizes = {"T": steps, "B": self.rows(tensor), "N": neurons}
+        return tensor.reshape([sizes[axis] for axis in axes])
+
+
+def fetches_of(lowered: Lowered) -> tuple[Fetch, ...]:
+    """One Fetch for each tensor of the kernel."""
+    operands = {operand.name: operand for operand in lowered.kernel.operands}
+    return tuple(Fetch(binding, operands.get(binding.name)) for binding in lowered.bindings)
+
+
+def batch_of(lowered: Lowered, operands: Operands) -> int:
+    """The number of batch rows of a call; 1 where the Scan has no batch."""
+    if lowered.batch is None:
+        return 1
+    tensor = operands[lowered.batch.role][lowered.batch.index]
+    return Fetch(lowered.batch, None).rows(tensor)
+
+
+def released(returned: Returned, output: Tensor, has_time: bool, batch: int) -> Tensor:
+    """The Scan's result in the shape that it has there."""
+    lead = (output.shape[0],) if has_time else ()
+    if returned.first_row:
+        output = output.select(int(has_time), 0).contiguous()
+    shape = [batch if size == -1 else size for size in returned.shape]
+    return output.view(*lead, *shape)
 
 
 class Region(nn.Module):
     """Runs ``launchable`` where ``scan`` ran: same operands, same results.
 
-    Zero steps, empty batches and weights that are not finite run the Scan itself.
+    Zero steps, empty batches, operands whose sizes do not fit and calls that need gradients run the
+    Scan itself. Weights are the caller's own tensors, so that a change is seen.
     """
 
     def __init__(self, scan: Scan, lowered: Lowered, launchable: Launchable) -> None:
         super().__init__()
         self.scan, self.lowered, self.launchable = scan, lowered, launchable
         self.frozen = False
+        self._fetches = fetches_of(lowered)
+        timed = {output.name: "T" in output.axes for output in lowered.kernel.outputs}
+        self._returned = tuple(
+            (returned, timed.get(returned.output, False), _is_plain(lowered, returned))
+            for returned in lowered.returned
+        )
 
     def forward(
         self,
@@ -29,4 +123,45 @@ class Region(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        operands = {"carry": carries, "x": xs, "const": consts}
+        tensors = self._tensors(steps, operands)
+        if tensors is None:
+            result: tuple[Tensor, ...] = self.scan(steps, carries, xs, consts)
+            return result
+        batch = batch_of(self.lowered, operands)
+        outputs = self.launchable(tensors, steps=steps, batch=batch, frozen=self.frozen)
+        results = []
+        for returned, has_time, is_plain in self._returned:
+            if returned.carry is not None:
+                results.append(carries[returned.carry])
+            elif is_plain:
+                results.append(outputs[returned.output])
+            else:
+                results.append(released(returned, outputs[returned.output], has_time, batch))
+        return tuple(results)
+
+    def _tensors(self, steps: int, operands: Operands) -> dict[str, Tensor] | None:
+        """The kernel's tensors, or None where the Scan itself has to run."""
+        batch = batch_of(self.lowered, operands)
+        if steps == 0 or batch == 0 or _needs_grad(operands):
+            return None
+        tensors = {}
+        for fetch in self._fetches:
+            binding = fetch.binding
+            tensor = operands[binding.role][binding.index]
+            too_short = binding.role == "x" and tensor.shape[0] < steps
+            if too_short or fetch.misfit(tensor, batch) is not None:
+                return None
+            tensors[binding.name] = fetch(tensor, steps, batch)
+        return tensors
+
+
+def _needs_grad(operands: Operands) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensors in operands.values() for tensor in tensors)
+
+
+def _is_plain(lowered: Lowered, returned: Returned) -> bool:
+    """True if the kernel's output is the result as it is."""
+    return lowered.batch is not None and len(returned.shape) == 2 and returned.shape[0] == -1

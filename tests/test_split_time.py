@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from sparsify.graph_meta import Fact
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.split_time import HoistProducts, reads_dense, split_time
 from sparsify.scan import Scan
@@ -31,11 +31,6 @@ from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled
 
 aten = torch.ops.aten
 Model = Callable[[Tape, Tensor], Any]
-
-
-@dataclass(frozen=True)
-class Fact:
-    event: bool
 
 
 def rolled_with_events(recorded: Unrolled) -> fx.GraphModule:

@@ -1,0 +1,331 @@
+"""How ATen operations become scalar ops of the kernel IR: one line or one function an op.
+
+Most have a row in ``scalar_ops.SCALAR_OPS`` that names them; what is here is made of several rows,
+in the order of eager's CPU kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from sparsify import ir
+from sparsify.scalar_ops import SCALAR_OPS
+
+aten = torch.ops.aten
+
+
+class Cell(Protocol):
+    """What an expansion may use: the node's result dtype, its operands, and new statements."""
+
+    dtype: ir.DType
+
+    def value(self, argument: Any, dtype: ir.DType) -> ir.Arg:
+        """A node's or a number's value, cast to ``dtype``."""
+
+    def let(self, op: str, *args: ir.Arg, dtype: ir.DType | None = None) -> ir.Arg:
+        """A new statement; ``dtype`` defaults to the node's."""
+
+
+Expansion = Callable[..., ir.Arg]  # (cell, *args of the node, **kwargs) -> result
+
+
+def _add(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
+    if cell.dtype == "bool":
+        return cell.let("logical_or", cell.value(a, "bool"), cell.value(b, "bool"))
+    return cell.let("add", cell.value(a, cell.dtype), _scaled(cell, b, alpha))
+
+
+def _sub(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
+    return cell.let("sub", cell.value(a, cell.dtype), _scaled(cell, b, alpha))
+
+
+def _rsub(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
+    return cell.let("sub", cell.value(b, cell.dtype), _scaled(cell, a, alpha))
+
+
+def _scaled(cell: Cell, argument: Any, alpha: Any) -> ir.Arg:
+    value = cell.value(argument, cell.dtype)
+    # Eager on the CPU fuses this product into the addition and so rounds once less.
+    return value if alpha == 1 else cell.let("mul", value, cell.value(alpha, cell.dtype))
+
+
+def _mul(cell: Cell, a: Any, b: Any) -> ir.Arg:
+    op = "logical_and" if cell.dtype == "bool" else "mul"
+    return cell.let(op, cell.value(a, cell.dtype), cell.value(b, cell.dtype))
+
+
+def _div_mode(cell: Cell, a: Any, b: Any, rounding_mode: str | None = None) -> ir.Arg:
+    quotient = cell.let("div", cell.value(a, cell.dtype), cell.value(b, cell.dtype))
+    return quotient if rounding_mode is None else cell.let("trunc", quotient)
+
+
+def _clamp(cell: Cell, a: Any, low: Any = None, high: Any = None) -> ir.Arg:
+    # The bound comes first: of equal zeros eager keeps the value's, and NaN passes.
+    value = cell.value(a, cell.dtype)
+    if low is not None:
+        value = cell.let("maximum", cell.value(low, cell.dtype), value)
+    if high is not None:
+        value = cell.let("minimum", cell.value(high, cell.dtype), value)
+    return value
+
+
+def _clamp_max(cell: Cell, a: Any, high: Any) -> ir.Arg:
+    return _clamp(cell, a, None, high)
+
+
+def _hardtanh(cell: Cell, a: Any, low: Any = -1, high: Any = 1) -> ir.Arg:
+    return _clamp(cell, a, low, high)
+
+
+def _relu6(cell: Cell, a: Any) -> ir.Arg:
+    return _clamp(cell, a, 0, 6)
+
+
+def _leaky_relu(cell: Cell, a: Any, slope: Any = 0.01) -> ir.Arg:
+    value = cell.value(a, cell.dtype)
+    positive = cell.let("gt", value, ir.Const(0), dtype="bool")
+    return cell.let("where", positive, value, cell.let("mul", value, ir.Const(slope)))
+
+
+def _threshold(cell: Cell, a: Any, threshold: Any, replacement: Any) -> ir.Arg:
+    value = cell.value(a, cell.dtype)
+    below = cell.let("le", value, ir.Const(threshold), dtype="bool")
+    return cell.let("where", below, ir.Const(replacement), value)
+
+
+def _hardshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
+    value = cell.value(a, cell.dtype)
+    above = cell.let("ge", value, ir.Const(-bound), dtype="bool")
+    below = cell.let("le", value, ir.Const(bound), dtype="bool")
+    inside = cell.let("logical_and", above, below, dtype="bool")
+    return cell.let("where", inside, ir.Const(0), value)
+
+
+def _softshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
+    value = cell.value(a, cell.dtype)
+    above = cell.let("gt", value, ir.Const(bound), dtype="bool")
+    below = cell.let("lt", value, ir.Const(-bound), dtype="bool")
+    raised = cell.let("add", value, ir.Const(bound))
+    lowered = cell.let("sub", value, ir.Const(bound))
+    inside = cell.let("mul", value, ir.Const(0))  # NaN stays NaN
+    return cell.let("where", above, lowered, cell.let("where", below, raised, inside))
+
+
+def _heaviside(cell: Cell, a: Any, values: Any) -> ir.Arg:
+    value = cell.value(a, cell.dtype)
+    zero = cell.let("eq", value, ir.Const(0), dtype="bool")
+    positive = cell.let("cast", cell.let("gt", value, ir.Const(0), dtype="bool"))
+    return cell.let("where", zero, cell.value(values, cell.dtype), positive)
+
+
+def _masked_fill(cell: Cell, a: Any, mask: Any, fill: Any) -> ir.Arg:
+    return _where(cell, mask, fill, a)
+
+
+def _where(cell: Cell, condition: Any, a: Any, b: Any) -> ir.Arg:
+    chosen = cell.value(condition, "bool")
+    return cell.let("where", chosen, cell.value(a, cell.dtype), cell.value(b, cell.dtype))
+
+
+def _pow(cell: Cell, a: Any, exponent: Any) -> ir.Arg:
+    value = cell.value(a, cell.dtype)
+    match exponent:
+        case 2:
+            return cell.let("mul", value, value)
+        case 3:
+            return cell.let("mul", cell.let("mul", value, value), value)
+        case 0.5:
+            return cell.let("sqrt", value)
+        case -0.5:
+            return cell.let("reciprocal", cell.let("sqrt", value))
+        case -1:
+            return cell.let("reciprocal", value)
+        case -2:
+            return cell.let("reciprocal", cell.let("mul", value, value))
+    return value
+
+
+POWERS = (1, 2, 3, 0.5, -0.5, -1, -2)
+
+
+def _square(cell: Cell, a: Any) -> ir.Arg:
+    return _pow(cell, a, 2)
+
+
+def _rsqrt(cell: Cell, a: Any) -> ir.Arg:
+    return _pow(cell, a, -0.5)
+
+
+def _addcmul(cell: Cell, a: Any, b: Any, c: Any, value: Any = 1) -> ir.Arg:
+    scaled = _scaled(cell, b, value)
+    product = cell.let("mul", scaled, cell.value(c, cell.dtype))
+    return cell.let("add", cell.value(a, cell.dtype), product)
+
+
+def _addcdiv(cell: Cell, a: Any, b: Any, c: Any, value: Any = 1) -> ir.Arg:
+    scaled = _scaled(cell, b, value)
+    quotient = cell.let("div", scaled, cell.value(c, cell.dtype))
+    return cell.let("add", cell.value(a, cell.dtype), quotient)
+
+
+def _lerp(cell: Cell, a: Any, b: Any, weight: Any) -> ir.Arg:
+    start, end = cell.value(a, cell.dtype), cell.value(b, cell.dtype)
+    share = cell.value(weight, cell.dtype)
+    distance = cell.let("sub", end, start)
+    forward = cell.let("add", start, cell.let("mul", share, distance))
+    rest = cell.let("sub", ir.Const(1), share)
+    backward = cell.let("sub", end, cell.let("mul", distance, rest))
+    size = share if isinstance(share, ir.Const) else cell.let("abs", share)
+    if isinstance(size, ir.Const):
+        return forward if abs(size.value) < 0.5 else backward
+    near = cell.let("lt", size, ir.Const(0.5), dtype="bool")
+    return cell.let("where", near, forward, backward)
+
+
+def _isnan(cell: Cell, a: Any) -> ir.Arg:
+    value = cell.value(a, _dtype_of(a))
+    return cell.let("ne", value, value)
+
+
+def _silu(cell: Cell, a: Any) -> ir.Arg:
+    value = cell.value(a, cell.dtype)
+    exponential = cell.let("exp", cell.let("neg", value))
+    return cell.let("div", value, cell.let("add", ir.Const(1), exponential))
+
+
+def _same(cell: Cell, a: Any, *_: Any, **__: Any) -> ir.Arg:
+    """The value itself: a cast where dtypes differ, a broadcast, a view, a copy."""
+    return cell.value(a, cell.dtype)
+
+
+def _dtype_of(node: fx.Node) -> ir.DType:
+    return DTYPES[node.meta["val"].dtype]
+
+
+DTYPES: dict[torch.dtype, ir.DType] = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.bool: "bool",
+}
+
+# The same elements in the same order, in another shape.
+VIEWS: tuple[object, ...] = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
+)
+
+# The same elements, cast or broadcast.
+SAME: tuple[object, ...] = (
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.other,
+    aten.type_as.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
+    aten.positive.default,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.broadcast_to.default,
+    aten.dropout.default,  # in eval mode; others are refused as random
+    aten.native_dropout.default,
+)
+
+EXPANSIONS: dict[object, Expansion] = {
+    **dict.fromkeys((*VIEWS, *SAME), _same),
+    aten.add.Tensor: _add,
+    aten.add.Scalar: _add,
+    aten.sub.Tensor: _sub,
+    aten.sub.Scalar: _sub,
+    aten.subtract.Tensor: _sub,
+    aten.rsub.Tensor: _rsub,
+    aten.rsub.Scalar: _rsub,
+    aten.mul.Tensor: _mul,
+    aten.mul.Scalar: _mul,
+    aten.multiply.Tensor: _mul,
+    aten.true_divide.Tensor: _div_mode,
+    aten.div.Tensor_mode: _div_mode,
+    aten.div.Scalar_mode: _div_mode,
+    aten.clamp.default: _clamp,
+    aten.clamp.Tensor: _clamp,
+    aten.clip.default: _clamp,
+    aten.clamp_min.default: _clamp,
+    aten.clamp_min.Tensor: _clamp,
+    aten.clamp_max.default: _clamp_max,
+    aten.clamp_max.Tensor: _clamp_max,
+    aten.hardtanh.default: _hardtanh,
+    aten.relu6.default: _relu6,
+    aten.leaky_relu.default: _leaky_relu,
+    aten.threshold.default: _threshold,
+    aten.hardshrink.default: _hardshrink,
+    aten.softshrink.default: _softshrink,
+    aten.heaviside.default: _heaviside,
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.masked_fill.Tensor: _masked_fill,
+    aten.where.self: _where,
+    aten.where.Scalar: _where,
+    aten.where.ScalarSelf: _where,
+    aten.where.ScalarOther: _where,
+    aten.pow.Tensor_Scalar: _pow,
+    aten.square.default: _square,
+    aten.rsqrt.default: _rsqrt,
+    aten.addcmul.default: _addcmul,
+    aten.addcdiv.default: _addcdiv,
+    aten.lerp.Scalar: _lerp,
+    aten.lerp.Tensor: _lerp,
+    aten.isnan.default: _isnan,
+    **({aten.silu.default: _silu} if "exp" in SCALAR_OPS else {}),
+}
+
+# Literals: the value is argument ``index``, or given.
+FILLS: dict[object, tuple[int | None, int]] = {
+    aten.full.default: (1, 0),
+    aten.full_like.default: (1, 0),
+    aten.new_full.default: (2, 0),
+    aten.scalar_tensor.default: (0, 0),
+    aten.zeros.default: (None, 0),
+    aten.zeros_like.default: (None, 0),
+    aten.new_zeros.default: (None, 0),
+    aten.ones.default: (None, 1),
+    aten.ones_like.default: (None, 1),
+    aten.new_ones.default: (None, 1),
+}
+
+# The rows of the table by the ATen overloads that they name.
+ROWS: dict[str, str] = {
+    spelling: row.name
+    for row in SCALAR_OPS.values()
+    for spelling in row.torch
+    if row.rule != "cast"
+}
+
+
+def row_of(node: fx.Node) -> str | None:
+    """The scalar op that ``node`` is, if it is one by itself."""
+    return ROWS.get(str(node.target))
+
+
+def fill_of(node: fx.Node) -> Any:
+    """The literal that a creation op fills its result with; None for every other op."""
+    if node.target not in FILLS:
+        return None
+    index, value = FILLS[node.target]
+    return value if index is None else node.args[index]

@@ -1,0 +1,171 @@
+"""Which operations of a Scan's body have no place in a kernel, and what the user can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from sparsify.errors import Refusal
+from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES, draws_random, product_operand
+from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, FILLS, POWERS, ROWS
+from sparsify.passes.lower_refusals import refuse
+
+aten = torch.ops.aten
+
+_OUTSIDE = "Compute it after the loop, from the stacked values of all steps."
+# Ops that couple the neurons of a layer or rows of the batch, by what they do.
+_COUPLED: dict[str, str] = {
+    "sum": "adds up neurons",
+    "mean": "averages neurons",
+    "softmax": "normalises over neurons",
+    "_softmax": "normalises over neurons",
+    "_log_softmax": "normalises over neurons",
+    "log_softmax": "normalises over neurons",
+    "argmax": "compares neurons",
+    "argmin": "compares neurons",
+    "max": "compares neurons",
+    "min": "compares neurons",
+    "amax": "compares neurons",
+    "amin": "compares neurons",
+    "topk": "compares neurons",
+    "sort": "sorts neurons",
+    "cumsum": "adds up neurons",
+    "norm": "adds up neurons",
+    "linalg_vector_norm": "adds up neurons",
+    "var": "averages neurons",
+    "var_mean": "averages neurons",
+    "std": "averages neurons",
+    "native_layer_norm": "normalises over neurons",
+    "layer_norm": "normalises over neurons",
+    "native_batch_norm": "normalises over the batch",
+    "any": "looks at several neurons",
+    "all": "looks at several neurons",
+}
+
+
+def why_not_operations(nodes: Iterable[fx.Node], consts: set[fx.Node]) -> Refusal | None:
+    """The first operation among ``nodes`` that the kernel IR does not have."""
+    for node in nodes:
+        found = _why_not_dtype(node) or _why_not_operation(node, consts)
+        if found is not None:
+            return found
+    return None
+
+
+def _why_not_dtype(node: fx.Node) -> Refusal | None:
+    info = node.meta.get("val")
+    if isinstance(info, (tuple, list)) or node.op == "output":
+        return None
+    if not hasattr(info, "shape") and node.op in ("placeholder", "call_function"):
+        reason = f"{node.name} is no tensor."
+        return refuse("unsupported-op", reason, "Use tensors in the loop.", node)
+    if info is not None and info.dtype not in DTYPES:
+        dtype = str(info.dtype).removeprefix("torch.")
+        reason = f"{node.name} is {dtype}; kernels compute in float32, float64, integers and bool."
+        return refuse("unsupported-layout", reason, "Use model.float(), without autocast.", node)
+    return None
+
+
+def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
+    if node.op in ("placeholder", "output"):
+        return None
+    if draws_random(node):
+        reason = f"{node.target} draws random numbers in every step."
+        remedy = "Call model.eval(), or draw the numbers before the loop."
+        return refuse("random", reason, remedy, node)
+    if node.op != "call_function":
+        reason = f"The step calls {node.target}, which is not an ATen operation."
+        return refuse("unsupported-op", reason, "Write it with torch operations.", node)
+    if node.target in PRODUCTS:
+        return _why_not_product(node, consts)
+    if node.target in TRANSPOSES:
+        return _why_not_transpose(node, consts)
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] not in POWERS:
+        reason = f"The power {node.args[1]} is none of {', '.join(map(str, POWERS))}."
+        return refuse("unsupported-op", reason, "Write it as products.", node)
+    if node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode):
+        if node.kwargs.get("rounding_mode") == "floor":
+            reason = "Floor division rounds in its own way."
+            return refuse("unsupported-op", reason, "Write torch.floor(a / b).", node)
+    if node.target in EXPANSIONS or node.target in FILLS or str(node.target) in ROWS:
+        return None
+    return _unsupported(node)
+
+
+def _unsupported(node: fx.Node) -> Refusal:
+    name = str(node.target).removeprefix("aten.").split(".")[0]
+    if name in _COUPLED:
+        reason = f"{name} {_COUPLED[name]} in every step; kernels couple neurons by products only."
+        return refuse("unsupported-op", reason, _OUTSIDE, node)
+    if name in ("bmm", "baddbmm"):
+        reason = f"{name} has a weight matrix for each row of the batch."
+        return refuse("unsupported-layout", reason, "Use one weight for all rows.", node)
+    if name in ("index", "gather", "scatter", "index_select", "select", "slice", "cat", "stack"):
+        reason = f"{name} picks or joins neurons within a step."
+        remedy = "Give each part of the layer its own tensor, or do it outside of the loop."
+        return refuse("unsupported-op", reason, remedy, node)
+    reason = f"{node.target} has no scalar operation in kernels."
+    return refuse("unsupported-op", reason, f"Write it with others, or: {_OUTSIDE}", node)
+
+
+def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
+    if node.target is aten.convolution.default:
+        reason = "A convolution inside of the loop has no kernel."
+        remedy = "The loop runs as torch operations; nn.Linear layers become events."
+        return refuse("unsupported-layout", reason, remedy, node)
+    operand = product_operand(node)
+    weight, bias = product_weights(node)
+    for other in (weight, bias):
+        if other is not None and other not in consts:
+            if operand in consts:
+                reason = f"The weight {other.name} changes from step to step."
+            else:
+                reason = f"{operand} is multiplied by {other.name}, which changes in every step."
+            remedy = "Only products with weights that stay the same become events."
+            return refuse("unsupported-layout", reason, remedy, node)
+    if weight is None or untransposed(weight)[0].op != "placeholder":
+        reason = f"The weight of {node.name} is computed in every step."
+        return refuse("unsupported-op", reason, "Compute the weight before the loop.", node)
+    if len(weight.meta["val"].shape) != 2 or weight.meta["val"].dtype not in (
+        torch.float32,
+        torch.float64,
+    ):
+        reason = f"The weight of {node.name} is no matrix of floats."
+        return refuse("unsupported-layout", reason, "Use a matrix as nn.Linear does.", node)
+    return None
+
+
+def _why_not_transpose(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
+    if node in consts and all(product_operand(user) is not None for user in node.users):
+        return None
+    shape = node.all_input_nodes[0].meta["val"].shape
+    if sum(size != 1 for size in shape) <= 1:
+        return None
+    reason = f"{node.target} moves neurons or batch rows around within a step."
+    return refuse("unsupported-op", reason, "Transpose before or after the loop.", node)
+
+
+def product_weights(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The weight and the bias that a linear product reads."""
+    if node.target is aten.addmm.default:
+        weight, bias = node.args[2], node.args[0]
+    else:
+        weight, bias = (*node.args, None)[1:3] if len(node.args) < 3 else node.args[1:3]
+    return (
+        weight if isinstance(weight, fx.Node) else None,
+        bias if isinstance(bias, fx.Node) else None,
+    )
+
+
+def untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
+    """The matrix behind any number of transposes, and whether they swap its dims."""
+    swapped = False
+    while weight.target in TRANSPOSES:
+        order = weight.args[1] if weight.target is aten.permute.default else (1, 0)
+        swapped ^= tuple(d % 2 for d in order) == (1, 0)
+        if weight.target is aten.transpose.int:
+            swapped ^= (weight.args[1] - weight.args[2]) % 2 == 0
+        weight = weight.all_input_nodes[0]
+    return weight, swapped
