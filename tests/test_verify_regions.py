@@ -109,7 +109,7 @@ def test_sums_in_another_order_pass_although_they_flip_spikes() -> None:
     assert spikes.event and not state.event
     # The first flip makes the free run drift away, which is why it is not judged.
     assert int((eager[0] != kernel[0]).sum()) == 1
-    assert float((eager[-1, 0] != kernel[-1, 0]).float().mean()) > 0.05
+    assert int((eager != kernel).sum()) > 20
     assert spikes.rate != spikes.eager_rate
     assert 0 < state.worst_share < 1
     assert 0 < state.distance < 1e-4
