@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -110,9 +111,7 @@ class FourDeep(nn.Module):
     def __init__(self, v_reset: float = -0.25) -> None:
         super().__init__()
         sizes = [IN, HIDDEN, HIDDEN, HIDDEN, OUT]
-        self.linears = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.v_reset = v_reset
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,6 +201,9 @@ class StaticImage(nn.Module):
 
 class CurrentBased(nn.Module):
     """A synaptic current filtered before the membrane, one time constant per neuron."""
+
+    alpha: Tensor
+    beta: Tensor
 
     def __init__(self) -> None:
         super().__init__()

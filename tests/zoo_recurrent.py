@@ -89,6 +89,7 @@ class Feedback(nn.Module):
         self.rec2 = nn.Linear(HIDDEN, HIDDEN, bias=False)
         self.down = nn.Linear(HIDDEN, HIDDEN, bias=False)
         self.read = nn.Linear(HIDDEN, OUT)
+        self.spike = FastSigmoid.apply
 
     def forward(self, x: Tensor) -> Tensor:
         zero = x.new_zeros(x.size(1), HIDDEN)
@@ -96,13 +97,32 @@ class Feedback(nn.Module):
         logits = x.new_zeros(x.size(1), OUT)
         for x_t in x:
             v1 = 0.5 * v1 + self.inp(x_t) + self.rec1(z1) + self.down(z2)
-            z1 = straight_through(v1 - 1)
+            z1 = self.spike(v1 - 1)
             v1 = v1 - z1
             v2 = 0.5 * v2 + self.up(z1) + self.rec2(z2)
-            z2 = straight_through(v2 - 1)
+            z2 = self.spike(v2 - 1)
             v2 = v2 - z2
             logits = logits + self.read(z2)
         return logits / x.size(0)
+
+
+class SumSpikes(nn.Module):
+    """Spikes by arithmetic alone, which rounds: they are not exactly 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(IN, HIDDEN)
+        self.rec = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = z = torch.zeros(x.shape[1], HIDDEN, dtype=x.dtype)
+        out = []
+        for x_t in x:
+            v = 0.5 * v + self.inp(x_t) + self.rec(z)
+            z = straight_through(v - 1)
+            v = v - z
+            out.append(z)
+        return torch.stack(out)
 
 
 class Adaptive(nn.Module):
@@ -129,6 +149,8 @@ class Adaptive(nn.Module):
 
 class NoSelfConnection(nn.Module):
     """The diagonal of the recurrent weights is masked away in forward."""
+
+    mask: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ class ResetsItself(nn.Module):
         for module in self.net.modules():
             if isinstance(module, AttributeLIF):
                 module.reset()
-        out: Tensor = sum(self.net(x_t) for x_t in x)  # type: ignore[assignment]
+        out: Tensor = sum(self.net(x_t) for x_t in x)
         return out / len(x)
 
 
