@@ -1,0 +1,185 @@
+"""Watch a run to learn what it depends on and what it changes beside its tensors.
+
+What cannot be seen: the clock, environment variables, files, and Python that runs in other threads.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from sparsify.recording.environment import environment, random_states
+from sparsify.recording.guard_changes import (
+    Change,
+    SideEffect,
+    doubts,
+    find_changes,
+    tell,
+    undo,
+)
+from sparsify.recording.guard_check import MISSED, CheckWriter, Told
+from sparsify.recording.guard_values import GONE
+from sparsify.recording.guard_walk import Walk, read_cell
+from sparsify.recording.recording import Args, Kwargs
+
+Profiler = Callable[[FrameType, str, Any], Any]
+
+
+class CompiledGuard:
+    """A guard (``recording.Guard``) as one generated function, readable as ``source``."""
+
+    def __init__(self, writer: CheckWriter) -> None:
+        self.source = writer.source
+        self._check = writer.function()
+        self._told: list[Told] = writer.told
+        self._told_at = writer.told_at
+
+    def matches(self, args: Args, kwargs: Kwargs) -> bool:
+        """True if the recording holds for this call."""
+        try:
+            return self._check(args, kwargs) is None
+        except MISSED:  # something that is read is not there any more
+            return False
+
+    def explain(self, args: Args, kwargs: Kwargs) -> str:
+        """The first thing that differs, "" if nothing does."""
+        try:
+            found = self._check(args, kwargs)
+        except MISSED as error:
+            traceback = error.__traceback__
+            inner = traceback.tb_next if traceback else None
+            line = inner.tb_lineno if inner else 0
+            told = next(told for at, told in self._told_at.items() if at + 2 >= line)
+            return f"{self._told[told].path} is not there any more"
+        return self._told[found[0]].say(found[1]) if found else ""
+
+
+class Seen:
+    """What a watched run read and changed; filled when the run is over."""
+
+    def __init__(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        self._args, self._kwargs = args, kwargs
+        self._environment = environment()
+        self._random = random_states()
+        self._walk = Walk()
+        self._walk.root(model, "model")
+        for key, name in _argument_names(model, args, kwargs):
+            value = args[key] if isinstance(key, int) else kwargs[key]
+            self._walk.argument(value, key, f"argument {name}")
+        self._changes: list[Change] = []
+        self._drawn: list[str] = []
+        self._failure = ""
+
+    def guard(self) -> CompiledGuard:
+        """The guard for the state before the run; keeps no tensor alive."""
+        writer = CheckWriter()
+        writer.write(self._walk, self._environment, self._args, self._kwargs)
+        return CompiledGuard(writer)
+
+    def side_effects(self, handled: Collection[tuple[int, Any]]) -> list[SideEffect]:
+        """What the run changed, except where (id of the owner, key) is among ``handled``."""
+        kept = [change for change in self._changes if change.owners.isdisjoint(handled)]
+        effects = [tell(change, self._walk) for change in kept]
+        for name in self._drawn:
+            text = f"forward draws random numbers from Python's {name}."
+            remedy = "Draw them with torch, or outside forward and pass them in."
+            effects.append(SideEffect(name, "", "", text=text, remedy=remedy))
+        if self._failure:
+            text = f"What forward reads could not be followed: {self._failure}."
+            effects.append(SideEffect("model", "", "", text=text))
+        return [*effects, *doubts(self._walk)]
+
+    def restore_python(self) -> None:
+        """Put back the attributes, containers, globals and closures that the run changed."""
+        undo(self._changes)
+
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event != "call" or id(frame.f_code) in self._walk.codes:
+            return
+        code = frame.f_code
+        free = frame.f_locals if code.co_freevars else {}
+        try:
+            self._walk.enter(code, frame.f_globals, {n: free.get(n, GONE) for n in code.co_freevars})
+        except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+            # Objects that answer questions in their own way must not end the user's run.
+            self._failure = f"{type(error).__name__}: {error}"
+
+    def _finish(self) -> None:
+        for function in _functions_of(self._walk):
+            self._walk.root(function, function.__qualname__)
+        self._changes = find_changes(self._walk)
+        states = random_states()
+        self._drawn = [name for name, state in self._random.items() if states[name] != state]
+
+
+@contextmanager
+def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[Seen]:
+    """Watch the run inside the ``with`` block; ask the Seen after it."""
+    seen = Seen(model, args, kwargs)
+    before = _pause_profiler()
+    sys.setprofile(seen._profile)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(None)
+        _resume_profiler(before)
+        seen._finish()
+
+
+def _pause_profiler() -> Any:
+    before = sys.getprofile()
+    if before is not None and not callable(before):  # cProfile: cannot be set again by hand
+        before.disable()
+    return before
+
+
+def _resume_profiler(before: Any) -> None:
+    if before is None or callable(before):
+        sys.setprofile(before)
+    else:
+        before.enable()
+
+
+def _argument_names(
+    model: nn.Module, args: Args, kwargs: Kwargs
+) -> Iterator[tuple[int | str, str]]:
+    """Key and name of every argument; positional ones take the names of forward's parameters."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    for index in range(len(args)):
+        yield index, positional[index] if index < len(positional) else f"number {index}"
+    for name in kwargs:
+        yield name, name
+
+
+def _functions_of(walk: Walk) -> list[FunctionType]:
+    """Functions that ran and that no walk reached, with something in them that can change.
+
+    Those made during the run (their code is a constant of code that ran) are gone or follow from
+    what was read.
+    """
+    made = {id(inner) for code in walk.codes.values() for inner in code.co_consts}
+    unknown: list[CodeType] = [
+        code
+        for key, code in walk.codes.items()
+        if key in walk.free and key not in walk.functions and key not in made
+    ]
+    if not unknown:
+        return []
+    functions = [f for f in gc.get_referrers(*unknown) if isinstance(f, FunctionType)]
+    matching = [f for f in functions if _holds(f, walk.free[id(f.__code__)])]
+    return matching or functions
+
+
+def _holds(function: FunctionType, free: dict[str, Any]) -> bool:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return all(read_cell(cell) is free[name] for name, cell in cells)

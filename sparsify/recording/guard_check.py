@@ -1,0 +1,342 @@
+"""A guard is a generated function: one straight line of comparisons with what was recorded.
+
+    def check(args, kwargs):
+        ...
+        d7 = v6.__dict__
+        if d7['beta'] is not c8 and differs(d7['beta'], c8): return 12, d7['beta']
+
+It returns None if all hold, else the number of what differs and its present value. Containers and
+plain objects are read anew from the model down, so that rebuilding them changes nothing; modules,
+functions and classes are compared by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.recording import environment
+from sparsify.recording.guard_values import (
+    GONE,
+    arrays_differ,
+    atoms_differ,
+    differs,
+    is_atom,
+    sets_differ,
+    show,
+)
+from sparsify.recording.guard_walk import HOOKS, TABLES, Node, Walk, instance_dict
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+BOUND = ("module", "function", "class", "pymodule", "wrapper", "opaque", "iterator", "random")
+DIFFER = {"atoms": "atoms_differ", "set": "sets_differ", "array": "arrays_differ"}
+MISSED = (KeyError, AttributeError, IndexError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What to say when a comparison fails."""
+
+    path: str
+    then: str = ""
+    text: Callable[[Any], str] | None = None
+
+    def say(self, now: object) -> str:
+        if self.text is not None:
+            return self.text(now)
+        return f"{self.path} was {self.then} and is now {show(now)}"
+
+
+def was(path: str, then: object) -> Told:
+    """``then`` itself is not kept: a guard must not keep tensors alive."""
+    return Told(path, show(then))
+
+
+class CheckWriter:
+    """Writes the function for what a walk reached."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.told: list[Told] = []
+        self.told_at: dict[int, int] = {}  # by line, for comparisons that raise
+        self.namespace: dict[str, Any] = {
+            "differs": differs,
+            "atoms_differ": atoms_differ,
+            "arrays_differ": arrays_differ,
+            "sets_differ": sets_differ,
+            "instance_dict": instance_dict,
+            "get": dict.get,
+            "GONE": GONE,
+            **environment.vocabulary(),
+        }
+        self._names: dict[int, str] = {}
+        self._variables: dict[int, str] = {}  # by node
+        self._dicts: dict[int, str] = {}
+        self._aliases: list[tuple[Node, str]] = []
+        self._shared: set[int] = set()
+
+    def write(self, walk: Walk, answers: Mapping[str, object], args: Args, kwargs: Kwargs) -> None:
+        """All comparisons: torch's modes, the arguments, then the model and what else was read."""
+        self._shared = {id(alias) for alias in _aliases(walk)}
+        for what, answer in answers.items():
+            self._compare(environment.QUESTIONS[what], answer, was(what, answer))
+        self._write_call(args, kwargs)
+        for root in sorted(walk.roots, key=lambda root: not root.path.startswith("argument")):
+            self._write_tree(root)
+        for node, text in self._aliases:
+            assert node.alias is not None
+            first = self._name_of(node.alias)
+            if first is not None:
+                said = f"{node.path} and {node.alias.path} were one object and are not any more"
+                self._require(f"{text} is not {first}", text, Told(node.path, text=_saying(said)))
+
+    @property
+    def source(self) -> str:
+        body = "\n".join(f" {line}" for line in [*self.lines, "return None"])
+        return f"def check(args, kwargs):\n{body}\n"
+
+    def function(self) -> Callable[[Args, Kwargs], tuple[int, Any] | None]:
+        """Compile what was written."""
+        scope = dict(self.namespace)
+        exec(compile(self.source, "<guard>", "exec"), scope)
+        check: Callable[[Args, Kwargs], tuple[int, Any] | None] = scope["check"]
+        return check
+
+    def _write_call(self, args: Args, kwargs: Kwargs) -> None:
+        count = len(args)
+        told = was("the number of positional arguments", count)
+        self._require(f"len(args) != {count}", "len(args)", told)
+        names = self._constant(frozenset(kwargs), "k") if kwargs else "()"
+        told = Told("the keyword arguments", text=lambda now: f"the keyword arguments are now {now}")
+        self._require(f"kwargs.keys() != {names}" if kwargs else "kwargs", "[*kwargs]", told)
+
+    def _write_tree(self, root: Node) -> None:
+        stack = [(root, self._root_text(root), root.path.startswith("argument"))]
+        while stack:
+            node, text, is_input = stack.pop()
+            children = self._write_node(node, text, is_input)
+            stack += [(child, where, is_input) for child, where in reversed(children)]
+
+    def _root_text(self, root: Node) -> str:
+        if root.path.startswith("argument"):
+            return f"args[{root.key}]" if isinstance(root.key, int) else f"kwargs[{root.key!r}]"
+        return self._constant(root.value, "r")
+
+    def _write_node(self, node: Node, text: str, is_input: bool) -> list[tuple[Node, str]]:
+        """Write the comparison of one place; return the places to compare below it."""
+        self._told = was(node.path, node.value)
+        if node.value is GONE:
+            return []
+        if node.how == "field" and node.key == "__class__":
+            return self._class(node)
+        if node.alias is not None:
+            self._aliases.append((node, text))
+            return []
+        if node.kind == "atom" or node.kind == "sequence" and node.value == ():
+            self._compare(text, node.value, self._told)
+            return []
+        if id(node) in self._shared and node.kind not in BOUND:
+            text = self._variable(node, text)
+        if node.kind in BOUND:
+            return self._write_bound(node, text)
+        if node.kind == "tensor":
+            self._write_tensor(node, text, is_input)
+            return []
+        return self._write_structure(node, text)
+
+    def _class(self, node: Node) -> list[tuple[Node, str]]:
+        """The class of an object, which its owner has compared; its attributes come once."""
+        if node.alias is not None:
+            return []
+        name = self._constant(node.value, "c")
+        return [(child, self._read(node, name, child)) for child in node.children.values()]
+
+    def _write_bound(self, node: Node, text: str) -> list[tuple[Node, str]]:
+        name = self._constant(node.value, node.kind[0])
+        if node.how != "root":
+            self._require(f"{text} is not {name}", text, self._told)
+        if node.kind == "module":
+            self._write_module(node, name)
+        elif node.kind in ("function", "pymodule") and node.children:
+            self._dicts[id(node)] = f"{name}.__dict__"
+        return [(child, self._read(node, name, child)) for child in node.children.values()]
+
+    def _write_tensor(self, node: Node, text: str, is_input: bool) -> None:
+        told, tensor = self._told, node.value
+        kind = self._constant(type(tensor), "c")
+        self._require(f"type({text}) is not {kind}", text, told)
+        if not is_input:
+            return
+        text = self._variable(node, text)
+        for name in ("requires_grad", "dtype", "layout", "device"):
+            value = getattr(tensor, name)
+            self._compare(f"{text}.{name}", value, was(f"{name} of {node.path}", value))
+
+    def _write_structure(self, node: Node, text: str) -> list[tuple[Node, str]]:
+        if node.kind == "namespace":
+            return [(child, f"{text}[{key!r}]") for (_, key), child in node.children.items()]
+        told = self._told
+        text = self._variable(node, text)
+        kind = self._constant(type(node.value), "c")
+        self._require(f"type({text}) is not {kind}", text, told)
+        if node.kind in ("sequence", "dict"):
+            count = len(node.contents)
+            said = was(f"the length of {node.path}", count)
+            self._require(f"len({text}) != {count}", f"len({text})", said)
+        elif node.kind in ("atoms", "set", "array"):
+            name = self._constant(node.contents, "k")
+            changed = Told(node.path, text=_saying(f"the contents of {node.path} changed"))
+            self._require(f"{DIFFER[node.kind]}({text}, {name})", "None", changed)
+        if node.kind == "object":
+            self._write_object(node, text)
+        return [(child, self._read(node, text, child)) for child in node.children.values()]
+
+    def _write_object(self, node: Node, text: str) -> None:
+        if node.contents["__dict__"] or hasattr(node.value, "__dict__"):
+            own = self._own_dict(node, text)
+            self._write_attributes(node, own)
+
+    def _own_dict(self, node: Node, text: str) -> str:
+        """A variable with the instance's dictionary; classes that intercept are not asked."""
+        plain = type(node.value).__getattribute__ in _PLAIN
+        own = f"d{len(self._dicts)}"
+        self.lines.append(f"{own} = {text}.__dict__" if plain else f"{own} = instance_dict({text})")
+        self._dicts[id(node)] = own
+        return own
+
+    def _write_attributes(self, node: Node, own: str) -> None:
+        """An added attribute can hide one of the class or answer ``hasattr``."""
+        names = node.contents["__dict__"]
+        said = Told(node.path, text=_naming(node.path, names))
+        self._require(f"len({own}) != {len(names)}", f"[*{own}]", said)
+
+    def _write_module(self, node: Node, name: str) -> None:
+        kind = self._constant(type(node.value), "c")
+        said = was(f"the class of {node.path}", type(node.value))
+        self._require(f"{name}.__class__ is not {kind}", f"{name}.__class__", said)
+        own = self._own_dict(node, name)
+        self._write_attributes(node, own)
+        empty = [table for table in HOOKS if not node.contents[table]]
+        for table in HOOKS:
+            if table not in empty:
+                self._write_hooks(node, own, table)
+        if empty:
+            clauses = " or ".join(f"{own}['{table}']" for table in empty)
+            now = ", ".join(f"('{HOOKS[table]}', {own}['{table}'])" for table in empty)
+            said = Told(node.path, text=_naming_hooks(node.path))
+            self._require(clauses, f"({now},)", said)
+        for table in TABLES:
+            keys = node.contents[table]
+            said = Told(node.path, text=_naming(node.path, keys))
+            count = f"len({own}['{table}']) != {len(keys)}" if keys else f"{own}['{table}']"
+            self._require(count, f"[*{own}['{table}']]", said)
+
+    def _write_hooks(self, node: Node, own: str, table: str) -> None:
+        hooks = self._constant(list(map(id, node.contents[table])), "k")
+        said = Told(node.path, text=_saying(f"{HOOKS[table]}s of {node.path} changed"))
+        self._require(f"[*map(id, {own}['{table}'].values())] != {hooks}", "None", said)
+
+    def _read(self, owner: Node, text: str, child: Node) -> str:
+        """How ``child`` is read from its owner, of which ``text`` is the name."""
+        key = child.key
+        if child.how == "attribute":
+            return f"{self._dicts.get(id(owner)) or self._own_dict(owner, text)}[{key!r}]"
+        if child.how == "slot":
+            return f"{text}.{key}"
+        if child.how == "table":
+            if key[0] in HOOKS:
+                return self._constant(child.value, "h")
+            return f"{self._dicts[id(owner)]}['{key[0]}'][{key[1]!r}]"
+        if child.how == "class":
+            return self._read_class(owner, text, child)
+        if child.how == "cell":
+            cells = owner.value.__closure__
+            cell = cells[owner.value.__code__.co_freevars.index(key)]
+            return f"{self._constant(cell, 'k')}.cell_contents"
+        if child.how in ("default", "kwdefault"):
+            return f"{text}.__{child.how}s__[{key!r}]"
+        if child.how == "call":
+            return f"{text}()"
+        if child.how == "field":
+            return f"{text}.{key}"
+        return self._read_item(owner, text, key)
+
+    def _read_class(self, owner: Node, text: str, child: Node) -> str:
+        if child.kind in ("atom", "function"):
+            return f"{text}.{child.key}"
+        # Looking a descriptor up in the class would run it.
+        base = next(base for base in owner.value.__mro__ if child.key in base.__dict__)
+        return f"{self._constant(base, 'c')}.__dict__[{child.key!r}]"
+
+    def _read_item(self, owner: Node, text: str, key: Any) -> str:
+        literal = repr(key) if type(key) in (int, str) else self._constant(key, "k")
+        if owner.kind != "dict" or type(owner.value) is dict:
+            return f"{text}[{literal}]"
+        return f"get({text}, {literal}, GONE)"
+
+    def _compare(self, text: str, then: object, told: Told) -> None:
+        if then is None or then is True or then is False:
+            self._require(f"({text}) is not {then}", text, told)
+            return
+        name = self._constant(then, "c")
+        if is_atom(then):
+            self._require(f"({text}) is not {name} and differs({text}, {name})", text, told)
+        else:
+            self._require(f"({text}) != {name}", text, told)
+
+    def _require(self, fails: str, now: str, told: Told) -> None:
+        self.told_at[len(self.lines)] = len(self.told)
+        self.lines.append(f"if {fails}: return {len(self.told)}, {now}")
+        self.told.append(told)
+
+    def _variable(self, node: Node, text: str) -> str:
+        name = self._variables.get(id(node))
+        if name is None:
+            name = self._variables[id(node)] = f"v{len(self._variables)}"
+            self.lines.append(f"{name} = {text}")
+        return name
+
+    def _name_of(self, node: Node) -> str | None:
+        return self._variables.get(id(node)) or self._names.get(id(node.value))
+
+    def _constant(self, value: object, stem: str) -> str:
+        name = self._names.get(id(value))
+        if name is None:
+            name = self._names[id(value)] = f"{stem}_{len(self._names)}"
+            self.namespace[name] = value
+        return name
+
+
+_PLAIN = (object.__getattribute__,)
+
+
+def _aliases(walk: Walk) -> list[Node]:
+    """The nodes that are reached a second time somewhere."""
+    found = []
+    stack = list(walk.roots)
+    while stack:
+        node = stack.pop()
+        if node.alias is not None:
+            found.append(node.alias)
+        stack += node.children.values()
+    return found
+
+
+def _saying(text: str) -> Callable[[Any], str]:
+    return lambda now: text
+
+
+def _naming(path: str, names: tuple[str, ...]) -> Callable[[Any], str]:
+    return lambda now: _changed_names(path, names, now)
+
+
+def _changed_names(path: str, then: tuple[str, ...], now: list[str]) -> str:
+    added = [f"{path}.{name} was added" for name in now if name not in then]
+    removed = [f"{path}.{name} was removed" for name in then if name not in now]
+    return "; ".join(added + removed)
+
+
+def _naming_hooks(path: str) -> Callable[[Any], str]:
+    return lambda now: "; ".join(f"{what} added on {path}" for what, table in now if table)

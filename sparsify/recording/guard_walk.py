@@ -1,0 +1,413 @@
+"""The Python state that a run can read, as it was before the run could change it.
+
+Nothing is walked up front. As each code object runs for the first time, the names that it mentions
+are looked up in everything reached so far, so an attribute is remembered before any code that can
+name it has run, and what nobody names is never looked at (a trainer hanging on a module, say).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.recording.guard_code import CodeNames, is_users, names_of, origin
+from sparsify.recording.guard_values import GONE, LARGEST_ARRAY, is_atom
+
+Kind = Literal[
+    "atom",
+    "tensor",
+    "module",
+    "object",
+    "sequence",
+    "atoms",  # a long sequence of atoms
+    "dict",
+    "set",
+    "array",
+    "random",
+    "function",
+    "method",
+    "partial",
+    "wrapper",  # property, staticmethod, classmethod
+    "class",
+    "pymodule",
+    "namespace",  # the globals of a module
+    "weakref",
+    "iterator",
+    "opaque",
+]
+How = Literal[
+    "root",
+    "attribute",
+    "slot",
+    "item",
+    "key",  # of a namespace
+    "table",  # parameters, buffers, submodules, hooks: (table, name)
+    "class",
+    "cell",
+    "default",
+    "kwdefault",
+    "field",
+    "call",
+]
+LONG = 32  # atoms in a sequence from which on it is compared as a whole
+MOST_PLACES = 200_000
+TORCH_FIELDS = frozenset(nn.Module().__dict__)
+KEPT = (nn.Module, torch.autograd.Function)  # whose forward is checked in torch's classes too
+WRAPPERS = (property, staticmethod, classmethod, functools.cached_property)
+
+
+class Node:
+    """One place and what it held: ``owner`` holds ``value`` under ``key``."""
+
+    __slots__ = ("path", "owner", "how", "key", "value", "kind", "children", "alias", "contents")
+
+    def __init__(self, path: str, owner: Node | None, how: How, key: Any, value: Any) -> None:
+        self.path, self.owner, self.how, self.key, self.value = path, owner, how, key, value
+        self.kind: Kind = classify(value)
+        self.children: dict[tuple[How, Any], Node] = {}
+        self.alias: Node | None = None  # the first place that held this very object
+        self.contents: Any = None  # a shallow copy of a container, the state of a generator
+
+
+def classify(value: Any) -> Kind:
+    """What kind of thing to a guard; runs no code of the user's."""
+    if is_atom(value):
+        return "atom"
+    kind = type(value)
+    for types, name in _KINDS:
+        if issubclass(kind, types):
+            return name
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and issubclass(kind, numpy.ndarray):
+        return "array"
+    if _random_state(value) is not GONE:
+        return "random"
+    if hasattr(kind, "__next__"):
+        return "iterator"
+    ours = is_users(kind.__module__) or kind.__module__.startswith("torch")
+    return "object" if ours or issubclass(kind, _NAMESPACES) else "opaque"
+
+
+_NAMESPACES = (SimpleNamespace,)
+_KINDS: tuple[tuple[Any, Kind], ...] = (
+    (Tensor, "tensor"),
+    (nn.Module, "module"),
+    ((list, tuple, deque), "sequence"),
+    (dict, "dict"),
+    ((set, frozenset), "set"),
+    (FunctionType, "function"),
+    (MethodType, "method"),
+    (functools.partial, "partial"),
+    (WRAPPERS, "wrapper"),
+    (type, "class"),
+    (ModuleType, "pymodule"),
+    (weakref.ref, "weakref"),
+)
+
+
+def _random_state(value: Any) -> Any:
+    """The state of a random generator of Python's or numpy's, else GONE."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is None or "numpy.random" not in sys.modules:
+        return GONE
+    if isinstance(value, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, numpy.random.RandomState):
+        return repr(value.get_state())
+    return GONE
+
+
+def contents_of(node: Node, value: Any) -> Any:
+    """What a container, an array or a random generator holds now, as a copy."""
+    if node.kind == "sequence":
+        return list(value)
+    if node.kind == "dict":
+        return dict(dict.items(value))
+    if node.kind == "set":
+        return frozenset(value)
+    if node.kind == "array":
+        return value.copy() if value.nbytes <= LARGEST_ARRAY else None
+    return _random_state(value) if node.kind == "random" else None
+
+
+class Walk:
+    """What a run has reached so far. ``enter`` is called as each code object first runs."""
+
+    def __init__(self) -> None:
+        self.roots: list[Node] = []
+        self.nodes: dict[int, Node] = {}
+        self.owners: list[Node] = []  # those whose attributes are looked up by name
+        self.names: set[str] = set()
+        self.anything = False
+        self.codes: dict[int, CodeType] = {}
+        self.functions: dict[int, list[Node]] = {}  # by id of their code
+        self.free: dict[int, dict[str, Any]] = {}  # of codes whose function is not known
+        self.places = 0
+        self._namespaces: dict[int, Node] = {}
+        self._queue: deque[Node] = deque()
+
+    def root(self, value: Any, path: str) -> Node:
+        """Start from ``value``."""
+        node = self._visit(None, "root", path, value, path)
+        self.roots.append(node)
+        self._work()
+        return node
+
+    def argument(self, value: Any, key: int | str, path: str) -> None:
+        """Start from an argument of the call."""
+        self.roots.append(self._visit(None, "root", key, value, path))
+        self._work()
+
+    def enter(self, code: CodeType, namespace: dict[str, Any], free: dict[str, Any]) -> None:
+        """``code`` is about to run for the first time, in a module's ``namespace``."""
+        if id(code) in self.codes:
+            return
+        self.codes[id(code)] = code
+        kind = origin(code.co_filename)
+        if kind == "user":
+            self._read_names(code, namespace)
+        elif kind == "torch":
+            self._learn(frozenset(code.co_names))
+        for node in self.functions.get(id(code), ()):
+            self._expand_function(node)
+        if code.co_freevars and id(code) not in self.functions:
+            self.free[id(code)] = {name: free.get(name, GONE) for name in code.co_freevars}
+        self._work()
+
+    def _read_names(self, code: CodeType, namespace: dict[str, Any]) -> None:
+        names = names_of(code)
+        if names.anything and not self.anything:
+            self.anything = True
+            for owner in self.owners:
+                self._look_up(owner, self._keys(owner))
+        self._learn(names.attributes)
+        self._read_globals(names, namespace)
+
+    def _learn(self, names: frozenset[str]) -> None:
+        new = names - self.names
+        if not new:
+            return
+        self.names |= new
+        for owner in list(self.owners):
+            self._look_up(owner, new)
+        self._work()
+
+    def _read_globals(self, names: CodeNames, namespace: dict[str, Any]) -> None:
+        file = str(namespace.get("__name__", "?"))
+        node = self._namespaces.get(id(namespace))
+        if node is None:
+            node = Node(file, None, "root", file, namespace)
+            node.kind = "namespace"
+            self._namespaces[id(namespace)] = node
+            self.roots.append(node)
+        for name in sorted(names.globals):
+            if name in namespace:
+                self._child(node, "key", name, namespace[name], f"global {name} in {file}")
+        for name in sorted(names.imports):
+            module = sys.modules.get(name)
+            if module is not None and is_users(name):
+                self.roots.append(self._visit(None, "root", name, module, name))
+
+    def _work(self) -> None:
+        while self._queue:
+            self._expand(self._queue.popleft())
+
+    def _visit(self, owner: Node | None, how: How, key: Any, value: Any, path: str) -> Node:
+        node = Node(path, owner, how, key, value)
+        self.places += 1
+        if node.kind == "atom" or (node.kind == "sequence" and value == ()):
+            return node
+        node.alias = self.nodes.get(id(value))
+        if node.alias is None and self.places < MOST_PLACES:
+            self.nodes[id(value)] = node
+            self._queue.append(node)
+        return node
+
+    def _child(self, owner: Node, how: How, key: Any, value: Any, path: str) -> None:
+        if (how, key) not in owner.children:
+            owner.children[how, key] = self._visit(owner, how, key, value, path)
+
+    def _own(self, node: Node) -> None:
+        self.owners.append(node)
+        self._look_up(node, self._keys(node) if self.anything else self.names)
+
+    def _keys(self, owner: Node) -> Iterable[str]:
+        """Every name that could be looked up: only the instance's own, its class adds to it."""
+        own = instance_dict(owner.value)
+        return [name for name in own if name not in TORCH_FIELDS] + list(self.names)
+
+    def _look_up(self, owner: Node, names: Iterable[str]) -> None:
+        value, path = owner.value, _prefix(owner)
+        if owner.kind == "class":
+            for name, held in class_attributes(value, names):
+                self._child(owner, "class", name, held, path + name)
+            return
+        own = instance_dict(value)
+        skip = TORCH_FIELDS if owner.kind == "module" else frozenset(("__builtins__",))
+        for name in names:
+            if name in own and name not in skip:
+                self._child(owner, "attribute", name, own[name], path + name)
+            elif owner.kind == "object" and (held := slot(value, name)) is not GONE:
+                self._child(owner, "slot", name, held, path + name)
+
+    def _expand(self, node: Node) -> None:
+        value, path = node.value, node.path
+        if node.kind == "module":
+            self._expand_module(node)
+        elif node.kind in ("sequence", "dict", "set", "array", "random"):
+            self._expand_container(node)
+        elif node.kind == "function":
+            self.functions.setdefault(id(value.__code__), []).append(node)
+            if value.__dict__:
+                self._own(node)
+            if id(value.__code__) in self.codes:
+                self._expand_function(node)
+        elif node.kind == "method":
+            self._child(node, "field", "__func__", value.__func__, path)
+            self._child(node, "field", "__self__", value.__self__, f"{path}.__self__")
+        elif node.kind == "partial":
+            for name in ("func", "args", "keywords"):
+                self._child(node, "field", name, getattr(value, name), f"{path}.{name}")
+        elif node.kind == "wrapper":
+            for name in ("fget", "__func__", "func"):
+                inner = getattr(value, name, None)
+                if inner is not None:
+                    self._child(node, "field", name, inner, path)
+        elif node.kind == "weakref":
+            self._child(node, "call", None, weakref.ref.__call__(value), path)
+        elif node.kind == "opaque" and isinstance(value, BuiltinFunctionType):
+            if not isinstance(value.__self__, (ModuleType, type(None))):
+                self._child(node, "field", "__self__", value.__self__, f"{path}.__self__")
+        elif node.kind == "class" and (is_users(value.__module__) or issubclass(value, KEPT)):
+            self._own(node)
+        elif node.kind == "pymodule" and is_users(value.__name__):
+            self._own(node)
+        if node.kind == "object":
+            node.contents = {"__dict__": tuple(instance_dict(value))}
+        if node.kind in ("object", "module"):
+            self._own(node)
+            self._child(node, "field", "__class__", type(value), type(value).__qualname__)
+
+    def _expand_module(self, node: Node) -> None:
+        module: nn.Module = node.value
+        node.contents = {name: tuple(module.__dict__.get(name, ())) for name in TABLES}
+        node.contents |= {name: tuple(module.__dict__.get(name, {}).values()) for name in HOOKS}
+        node.contents["__dict__"] = tuple(module.__dict__)
+        prefix = "" if node.path == "model" else f"{node.path}."
+        self._child(node, "attribute", "training", module.training, _prefix(node) + "training")
+        for table in ("_parameters", "_buffers"):
+            for name, tensor in module.__dict__[table].items():
+                self._child(node, "table", (table, name), tensor, prefix + name)
+        for name, child in module._modules.items():
+            self._child(node, "table", ("_modules", name), child, prefix + name)
+        for table, what in HOOKS.items():
+            for hook in module.__dict__.get(table, {}).values():
+                self._child(node, "table", (table, id(hook)), hook, f"{what} of {node.path}")
+
+    def _expand_container(self, node: Node) -> None:
+        value = node.value
+        node.contents = contents_of(node, value)
+        if node.kind == "sequence" and len(value) >= LONG and all(map(is_atom, value)):
+            node.kind = "atoms"
+        elif node.kind == "sequence":
+            fields = getattr(type(value), "_fields", None)
+            for index, held in enumerate(value):
+                name = f".{fields[index]}" if fields else f"[{index}]"
+                self._child(node, "item", index, held, node.path + name)
+        elif node.kind == "dict":
+            for key, held in dict.items(value):
+                shown = repr(key) if is_atom(key) else type(key).__qualname__
+                self._child(node, "item", key, held, f"{node.path}[{shown}]")
+        if instance_dict(value):
+            self._own(node)
+
+    def _expand_function(self, node: Node) -> None:
+        function: FunctionType = node.value
+        name = function.__qualname__
+        self._child(node, "field", "__code__", function.__code__, f"the code of {name}")
+        for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if free != "__class__":
+                held = read_cell(cell)
+                self._child(node, "cell", free, held, f"closure variable {free} of {name}")
+        for index, held in enumerate(function.__defaults__ or ()):
+            self._child(node, "default", index, held, f"default {index} of {name}")
+        for free, held in (function.__kwdefaults__ or {}).items():
+            self._child(node, "kwdefault", free, held, f"default of {free} of {name}")
+
+
+TABLES = ("_parameters", "_buffers", "_modules")
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+
+
+def _prefix(node: Node) -> str:
+    return f"{node.path}."
+
+
+def read_cell(cell: Any) -> Any:
+    """The contents of a closure cell; GONE before the variable is assigned."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return GONE
+
+
+def instance_dict(value: Any) -> dict[str, Any]:
+    """The attributes that ``value`` itself has."""
+    if isinstance(value, type):
+        return {}
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return own if type(own) is dict else {}
+
+
+def slot(value: Any, name: str) -> Any:
+    """The contents of a slot of ``value``, GONE if there is none or it is empty."""
+    for base in type(value).__mro__:
+        member = base.__dict__.get(name)
+        if isinstance(member, MemberDescriptorType):
+            try:
+                return member.__get__(value)
+            except AttributeError:
+                return GONE
+    return GONE
+
+
+def class_attributes(cls: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """What ``cls`` and its bases define under ``names``, as it stands in their dictionaries.
+
+    Of torch's classes only ``forward`` counts.
+    """
+    for name in names:
+        for base in cls.__mro__:
+            if name in base.__dict__:
+                if is_users(base.__module__) or name == "forward":
+                    held = base.__dict__[name]
+                    if not isinstance(held, MemberDescriptorType):
+                        yield name, held
+                break
