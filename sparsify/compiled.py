@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from sparsify.errors import Refusal
+from sparsify.plan import Plan
 from sparsify.recording.recording import Recording
 from sparsify.region import Region
 from sparsify.report import Site
@@ -21,6 +23,11 @@ class Stage:
     done: tuple[str, ...] = ()
     declined: tuple[Refusal, ...] = ()
 
+    def __str__(self) -> str:
+        said = [*self.done, *map(str, self.declined)]
+        count = len(self.graph.graph.nodes)
+        return "\n  ".join([f"{self.name}: {count} nodes", *said])
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -28,14 +35,33 @@ class Compiled:
 
     All stages take ``recording.calling.operands(...)`` and return what ``deliver`` takes. The stage
     ``"split_time"`` and its successors before lowering hold Scans; ``regions`` are the modules that
-    replaced them in the last one, by name.
+    replaced them in the last one, by name. ``placements`` says by site which region and which
+    Gather of its kernel computes it. If ``runs_original``, calls run the model itself.
     """
 
     recording: Recording
     stages: tuple[Stage, ...]
     regions: dict[str, Region]
     sites: tuple[Site, ...]
+    plan: Plan = field(default_factory=Plan)
+    placements: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.GraphModule:
         return self.stages[-1].graph
+
+    @property
+    def runs_original(self) -> bool:
+        return not self.regions
+
+    def live_activity(self) -> dict[str, float]:
+        """The share of active senders of each event site since its kernel was compiled."""
+        rates = {}
+        for site, (name, gather) in self.placements.items():
+            if name not in self.regions:
+                continue
+            active, senders = self.regions[name].launchable.events.get(gather, (0, 0))
+            if senders:
+                rates[site] = active / senders
+        return rates

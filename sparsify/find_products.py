@@ -12,7 +12,7 @@ from torch import fx
 
 from sparsify.errors import Location
 from sparsify.graph_meta import Source
-from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES
+from sparsify.passes.classify_ops import TRANSPOSES
 
 aten = torch.ops.aten
 WEIGHT_ARGUMENT: dict[object, int] = {

@@ -8,14 +8,12 @@ belongs to the compiler lives in a slot, outside of the shared dictionary.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 
+from sparsify.engine import Engine
 from sparsify.errors import SparsifyError
-
-if TYPE_CHECKING:
-    from sparsify.engine import Engine
 
 # The shortcuts that a sparsified module offers; a model's own attribute of that name wins.
 SHORTCUTS = ("report", "plan", "graph", "code", "kernels", "stages")
@@ -64,7 +62,9 @@ class Sparsified:
 
 def rebuild(model: nn.Module, options: Any, plan: Any) -> nn.Module:
     """Install an engine that compiles at its first call: how copies and pickles come back."""
-    from sparsify.engine import Engine  # the engine's own imports are what a pickle must not pay for
+    from sparsify.engine import (
+        Engine,  # the engine's own imports are what a pickle must not pay for
+    )
 
     return install(Engine(model, options, plan))
 
@@ -88,7 +88,7 @@ def install(engine: Engine) -> nn.Module:
     members: dict[str, Any] = {n: _shortcut(n) for n in SHORTCUTS if n not in taken}
     members |= {"__slots__": ("_engine",), "__module__": type(model).__module__}
     cls = type(type(model).__name__, (Sparsified, type(model)), members)
-    fast = cast(nn.Module, cls.__new__(cls))
+    fast = cast(nn.Module, cast(Any, cls).__new__(cls))
     object.__setattr__(fast, "__dict__", vars(model))
     object.__setattr__(fast, "_engine", engine)
     return fast

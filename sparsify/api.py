@@ -1,0 +1,47 @@
+"""The public functions; importing this module binds ``torch.nn.Module.sparsify``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sparsify.engine import Engine
+from sparsify.install import Sparsified, install
+from sparsify.options import Options
+from sparsify.plan import Plan
+
+
+def sparsify(
+    model: nn.Module,
+    *example_args: Any,
+    strict: bool = False,
+    plan: Plan | None = None,
+    backend: str = "cpp",
+    timing: bool = True,
+    **example_kwargs: Any,
+) -> nn.Module:
+    """Return ``model`` as a drop-in module whose event-driven parts run as compiled kernels.
+
+    With an example the model is recorded and compiled now, without one at its first call. The model
+    itself is not changed; parameters, buffers and attributes are shared.
+
+    strict: raise RefusedError for the first candidate site that is refused.
+    plan: decisions to follow, as from ``fast.plan`` or ``Plan.load``.
+    backend, timing: see ``Options``.
+    """
+    if isinstance(model, Sparsified):
+        model = model.original
+    engine = Engine(model, Options(strict=strict, backend=backend, timing=timing), plan)
+    fast = install(engine)
+    if example_args or example_kwargs:
+        engine.compile_example(example_args, example_kwargs)
+    return fast
+
+
+def bind() -> None:
+    """Make ``sparsify`` a method of every module."""
+    nn.Module.sparsify = sparsify  # type: ignore[attr-defined]
+
+
+bind()

@@ -1,0 +1,68 @@
+"""When a call has to run the original, whatever was compiled: asked at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
+
+from sparsify.errors import Refusal
+
+GRAD_REMEDY = (
+    "Call it under torch.no_grad() or torch.inference_mode(), or after requires_grad_(False)."
+)
+HOOK_REMEDY = "Remove the hook, or register it on the whole model, where it keeps firing."
+MODE_REMEDY = "Leave the mode to run the kernels."
+
+
+def is_intercepted() -> bool:
+    """True if something watches torch operations: a mode, a transform, another compiler."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return True
+    if not torch._C._len_torch_function_stack():
+        return False
+    modes = _get_current_function_mode_stack()
+    return not all(isinstance(mode, DeviceContext) for mode in modes)
+
+
+def needs_grad(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def why_grad(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Refusal | None:
+    """Why the original has to run so that gradients flow; looks at all parameters."""
+    if not torch.is_grad_enabled():
+        return None
+    inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    stored = (*model.parameters(), *model.buffers())
+    if not needs_grad(stored) and not needs_grad(inputs):
+        return None
+    reason = "Gradients are enabled and needed, and only inference is compiled."
+    return Refusal("needs-grad", reason, GRAD_REMEDY)
+
+
+def why_observed(model: nn.Module) -> Refusal | None:
+    """A forward hook that would not fire: on a submodule, or on all modules."""
+    for name, module in model.named_modules():
+        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+            reason = f"A forward hook on {name!r} reads what runs inside of the kernels."
+            return Refusal("observed", reason, HOOK_REMEDY)
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return Refusal("observed", "A forward hook is registered on all modules.", HOOK_REMEDY)
+    return None
+
+
+def why_intercepted() -> Refusal:
+    reason = "A mode or transform of torch watches the operations of this call."
+    return Refusal("observed", reason, MODE_REMEDY)

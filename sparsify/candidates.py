@@ -1,0 +1,127 @@
+"""The schedules that are worth compiling for a kernel: what the cost model predicts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sparsify import ir
+from sparsify.codegen.backend import Backend, Strategy
+from sparsify.codegen.strategies import STRATEGIES
+from sparsify.cost_model import Rates
+from sparsify.errors import Refusal
+from sparsify.plan import RegionPlan
+
+How = Literal["event", "dense"]
+Gathers = dict[str, How]
+CLOSE = 2.0  # predictions within this factor of the best are settled by timing
+HOPELESS = 8.0  # a candidate predicted to be this much slower is not compiled
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of one call, and the share of active senders of each Gather."""
+
+    steps: int
+    batch: int
+    activity: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``label`` is "event" if at least one Gather is."""
+
+    label: How
+    schedule: ir.Schedule
+    predicted_seconds: float
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts the schedules of one kernel under one workload."""
+
+    kernel: ir.Kernel
+    workload: Workload
+    rates: Rates
+    backend: Backend
+    region_plan: RegionPlan | None = None
+
+    def candidates(self, gathers: Gathers) -> list[Candidate]:
+        """One for each strategy that takes the kernel, the fastest first."""
+        found = []
+        for strategy in self._strategies():
+            tile = self.region_plan.tile if self.region_plan else 0
+            schedule = ir.Schedule(strategy.name, tuple(gathers.items()), tile)
+            if self.backend.why_not(self.kernel, schedule) is None:
+                label: How = "event" if "event" in gathers.values() else "dense"
+                found.append(Candidate(label, schedule, self._seconds(strategy, schedule)))
+        return sorted(found, key=lambda c: c.predicted_seconds)
+
+    def seconds(self, gathers: Gathers) -> float:
+        return min((c.predicted_seconds for c in self.candidates(gathers)), default=float("inf"))
+
+    def why_not(self, gathers: Gathers) -> Refusal | None:
+        """The first strategy's refusal, if none takes the kernel."""
+        refusals = []
+        for strategy in self._strategies():
+            schedule = ir.Schedule(strategy.name, tuple(gathers.items()))
+            refusal = self.backend.why_not(self.kernel, schedule)
+            if refusal is None:
+                return None
+            refusals.append(refusal)
+        return refusals[0] if refusals else None
+
+    def break_even(self, gathers: Gathers, gather: str) -> float:
+        """The activity of ``gather`` below which it is predicted to be faster as an event."""
+        dense = self.seconds({**gathers, gather: "dense"})
+        low, high = 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            activity = {**self.workload.activity, gather: middle}
+            moved = Workload(self.workload.steps, self.workload.batch, activity)
+            other = Predictor(self.kernel, moved, self.rates, self.backend, self.region_plan)
+            wins = other.seconds({**gathers, gather: "event"}) < dense
+            low, high = (middle, high) if wins else (low, middle)
+        return (low + high) / 2
+
+    def _strategies(self) -> list[Strategy]:
+        wanted = self.region_plan.strategy if self.region_plan else None
+        return [s for s in STRATEGIES if wanted is None or s.name == wanted] or list(STRATEGIES)
+
+    def _seconds(self, strategy: Strategy, schedule: ir.Schedule) -> float:
+        workload = self.workload
+        cost = strategy.predict(
+            self.kernel,
+            schedule,
+            steps=workload.steps,
+            batch=workload.batch,
+            activity=workload.activity,
+        )
+        return self.rates.predict_seconds(cost, torch.get_num_threads())
+
+
+def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Candidate]:
+    """The schedules to compile, the fastest as predicted first; empty if no strategy fits.
+
+    ``pinned`` holds the Gathers that a plan decides. The others are tried all dense, and with those
+    as events that the cost model says gain by it, or all of them if none does.
+    """
+    names = [gather.result for gather in predictor.kernel.gathers]
+    dense: Gathers = {name: pinned.get(name, "dense") for name in names}
+    events = dict(dense)
+    for name in names:
+        tried: Gathers = {**events, name: "event"}
+        if name not in pinned and predictor.seconds(tried) < predictor.seconds(events):
+            events = tried
+    if events == dense:
+        events = {name: pinned.get(name, "event") for name in names}
+    found = predictor.candidates(dense)[:1]
+    if events != dense:
+        of_events = predictor.candidates(events)
+        best = of_events[0].predicted_seconds if of_events else 0.0
+        found += [c for c in of_events if c.predicted_seconds <= CLOSE * best]
+    found.sort(key=lambda c: c.predicted_seconds)
+    return [c for c in found if c.predicted_seconds <= HOPELESS * found[0].predicted_seconds]

@@ -1,0 +1,168 @@
+"""Decide how a region runs: its candidates timed on the example, or predicted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsify import ir
+from sparsify.bench import Timings, measure_pairs
+from sparsify.candidates import Candidate
+from sparsify.codegen.backend import Launchable
+from sparsify.errors import Refusal
+from sparsify.lowered import Lowered
+from sparsify.region import Region, batch_of
+from sparsify.scan import Scan
+
+BUDGET_SECONDS = 0.15  # of timing, for a region
+SLOW_SECONDS = 0.1  # an original that takes this long is timed once
+CLEARLY = 1.2  # what a slowdown must exceed to be believed on a contended machine
+SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
+SLACK_SHARE = 1.05
+REMEDY = "Larger batches, more neurons or fewer events move the balance; a plan can pin the site."
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a Scan is replaced by, or why it is kept.
+
+    ``took_ms`` has what was measured, by "original", "dense" and "event".
+    """
+
+    region: Region | None
+    refusal: Refusal | None = None
+    took_ms: Mapping[str, float] = field(default_factory=dict)
+    events: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A Scan to be decided, with its kernel and the operands of the example."""
+
+    name: str
+    scan: Scan
+    lowered: Lowered
+    operands: tuple[Any, ...]
+
+    @property
+    def batch(self) -> int:
+        _, carries, xs, consts = self.operands
+        return batch_of(self.lowered, {"carry": carries, "x": xs, "const": consts})
+
+
+def choose_region(
+    task: Task,
+    candidates: Sequence[Candidate],
+    load: Callable[[ir.Kernel, ir.Schedule], Launchable],
+    timing: bool,
+) -> Choice:
+    """Run every candidate on the example's operands and take the fastest.
+
+    Without ``timing`` the first candidate is taken, which is the one predicted to be fastest.
+    """
+    regions = [
+        Region(task.scan, task.lowered, load(task.lowered.kernel, c.schedule)) for c in candidates
+    ]
+    with torch.no_grad():
+        for region in regions:
+            region(*task.operands)  # packs weights and counts events
+        events = _exact_events(regions)
+        if not timing:
+            return _chosen(regions[0], {}, events)
+        return _choose_timed(task, candidates, regions, events)
+
+
+def _choose_timed(
+    task: Task,
+    candidates: Sequence[Candidate],
+    regions: Sequence[Region],
+    events: Mapping[str, tuple[int, int]],
+) -> Choice:
+    timings, seconds = time_candidates(task, regions)
+    by_label: dict[str, float] = {"original": seconds[-1]}
+    for candidate, took in zip(candidates, seconds[:-1], strict=True):
+        by_label[candidate.label] = min(took, by_label.get(candidate.label, took))
+    took_ms = {label: took * 1e3 for label, took in by_label.items()}
+    contended = timings.why_contended
+    best = 0 if contended else min(range(len(regions)), key=lambda i: seconds[i])
+    slack = CLEARLY if contended else 1.0
+    if seconds[best] >= slack * seconds[-1]:
+        return _no_gain(task, candidates[best], seconds[best], seconds[-1], took_ms, events)
+    return _chosen(regions[best], took_ms, events, contended)
+
+
+def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, list[float]]:
+    """Interleaved rounds; the medians of the regions and, last, of the original Scan.
+
+    On a contended machine the shortest times are given: other work only ever adds to them.
+    """
+    operands = task.operands
+    start = time.perf_counter()
+    task.scan(*operands)
+    original = time.perf_counter() - start
+    functions: dict[str, Callable[..., Any]] = {
+        str(i): _call(region, operands) for i, region in enumerate(regions)
+    }
+    if original < SLOW_SECONDS:
+        functions["original"] = _call(task.scan, operands)
+    round_seconds = min(original, SLOW_SECONDS) * len(functions)
+    rounds = max(3, min(15, int(BUDGET_SECONDS / max(round_seconds, 1e-4))))
+    timings = measure_pairs(functions, rounds, least_ms=0.2)
+    pick = min if timings.why_contended else _median
+    seconds = [float(pick(timings.seconds[name])) for name in functions]
+    return timings, seconds if "original" in functions else [*seconds, original]
+
+
+def is_slower(ours: float, original: float) -> bool:
+    """True if ``ours`` breaks the promise on what a call may cost over the original's."""
+    return ours > max(SLACK_SHARE * original, original + SLACK_SECONDS)
+
+
+def _call(module: torch.nn.Module, operands: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: module.forward(*operands)
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def _exact_events(regions: Sequence[Region]) -> dict[str, tuple[int, int]]:
+    """Active senders and senders of each Gather, from the counters of the kernels."""
+    found: dict[str, tuple[int, int]] = {}
+    for region in regions:
+        found.update(region.launchable.events)
+        region.launchable.reset_events()
+    return found
+
+
+def _chosen(
+    region: Region,
+    took_ms: Mapping[str, float],
+    events: Mapping[str, tuple[int, int]],
+    contended: str = "",
+) -> Choice:
+    note = f"decided by prediction, because {contended}" if contended else ""
+    return Choice(region, None, took_ms, events, note)
+
+
+def _no_gain(
+    task: Task,
+    candidate: Candidate,
+    ours: float,
+    original: float,
+    took_ms: Mapping[str, float],
+    events: Mapping[str, tuple[int, int]],
+) -> Choice:
+    reason = (
+        f"The {candidate.label} kernel took {ours * 1e3:.3g} ms, the original operations took "
+        f"{original * 1e3:.3g} ms."
+    )
+    facts = {"kernel_ms": ours * 1e3, "original_ms": original * 1e3}
+    refusal = Refusal("no-gain", reason, REMEDY, task.scan.location, facts)
+    return Choice(None, refusal, took_ms, events)

@@ -1,0 +1,100 @@
+"""Write the report's row of every product of a compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.choose import Choice
+from sparsify.errors import Refusal
+from sparsify.find_products import Product
+from sparsify.place_sites import Placement
+from sparsify.report import Decision, Site
+
+PRODUCT_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.Bilinear)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows are written from. ``break_even`` is keyed on region and Gather."""
+
+    placements: Sequence[Placement]
+    choices: Mapping[str, Choice]
+    refused: Mapping[str, Refusal]  # by product name
+    weights: Mapping[str, Tensor]
+    break_even: Mapping[tuple[str, str], float]
+
+    def describe(self, products: Iterable[Product]) -> tuple[Site, ...]:
+        placed = {placement.product.name: placement for placement in self.placements}
+        known = list(products)
+        known += [p.product for p in self.placements if p.product not in known]
+        return tuple(
+            self._placed(product, placed[product.name])
+            if product.name in placed
+            else self._kept(product, self.refused[product.name])
+            for product in known
+        )
+
+    def _kept(self, product: Product, refusal: Refusal) -> Site:
+        return Site(
+            product.name,
+            product.location,
+            "kept",
+            refusal.code,
+            refusal.reason,
+            refusal.remedy,
+            activity=product.activity,
+            weight_density=self._density(product),
+            dense_operations=product.operations or None,
+        )
+
+    def _placed(self, product: Product, placement: Placement) -> Site:
+        choice = self.choices[placement.region]
+        active, senders = choice.events.get(placement.gather, (0, 0))
+        activity = active / senders if senders else product.activity
+        decision: Decision = "kept"
+        if choice.region is not None:
+            decision = dict(choice.region.launchable.schedule.gathers)[placement.gather]
+        refusal = choice.refusal
+        took = choice.took_ms
+        return Site(
+            product.name,
+            product.location,
+            decision,
+            refusal.code if refusal else None,
+            refusal.reason if refusal else choice.note,
+            refusal.remedy if refusal else "",
+            activity=activity,
+            weight_density=self._density(product),
+            dense_operations=product.operations or None,
+            event_operations=None if activity is None else activity * product.operations or None,
+            took_ms=took,
+            fusion_gain=_ratio(took, "original", "dense"),
+            sparsity_gain=_ratio(took, "dense", "event"),
+            break_even=self.break_even.get((placement.region, placement.gather)),
+            region=placement.region if choice.region is not None else "",
+        )
+
+    def _density(self, product: Product) -> float | None:
+        weight = self.weights.get(product.weight)
+        if weight is None or weight.numel() == 0:
+            return None
+        return int(torch.count_nonzero(weight.detach())) / weight.numel()
+
+
+def describe_kept(model: nn.Module, refusal: Refusal) -> tuple[Site, ...]:
+    """Rows of a model that was not compiled at all, from its modules."""
+    return tuple(
+        Site(name, refusal.location, "kept", refusal.code, refusal.reason, refusal.remedy)
+        for name, module in model.named_modules()
+        if isinstance(module, PRODUCT_MODULES)
+    )
+
+
+def _ratio(took_ms: Mapping[str, float], slow: str, fast: str) -> float | None:
+    if slow not in took_ms or fast not in took_ms:
+        return None
+    return took_ms[slow] / took_ms[fast]

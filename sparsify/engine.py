@@ -1,0 +1,287 @@
+"""What runs behind a sparsified module: its recordings, and at each call which one serves it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from sparsify import ir
+from sparsify.call_conditions import (
+    is_intercepted,
+    needs_grad,
+    why_grad,
+    why_observed,
+)
+from sparsify.check_recording import why_not_repeated
+from sparsify.codegen.cpp import CppBackend
+from sparsify.compile_recording import Binaries, Compiler
+from sparsify.compiled import Compiled, Stage
+from sparsify.describe_sites import describe_kept
+from sparsify.entry import Entry, merge
+from sparsify.errors import Refusal, RefusedError, TraceError
+from sparsify.layout import Layout
+from sparsify.options import Options, is_disabled
+from sparsify.plan import Plan
+from sparsify.recording.record import record
+from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
+from sparsify.refused_sites import first_refusal
+from sparsify.report import Report, Site
+
+MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
+COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
+
+
+@dataclass(frozen=True)
+class KernelView:
+    """A kernel of the compiled model as users look at it."""
+
+    source: str
+    kernel: ir.Kernel
+    schedule: ir.Schedule
+    events: Mapping[str, tuple[int, int]]
+
+
+class Engine:
+    """Runs the calls of a sparsified module: compiled where it can, as the original otherwise."""
+
+    def __init__(self, model: nn.Module, options: Options, plan: Plan | None = None) -> None:
+        self.original = model
+        self.options = options
+        self._plan = plan or Plan()
+        self._given_plan = self._plan
+        self._backend = CppBackend()
+        self._compiler = Compiler(options, Binaries(self._backend))
+        self._entries: tuple[Entry, ...] = ()
+        self._frozen = False
+        self._notes: dict[str, None] = {}
+        self._misses: dict[str, int] = {}
+        self._recordings = 0
+        self._refused: Refusal | None = None  # why nothing can be compiled for now
+        self._unrecorded: set[object] = set()
+
+    def __call__(self, args: Args, kwargs: Kwargs) -> Any:
+        if is_intercepted() or is_disabled():
+            return self.original.forward(*args, **kwargs)
+        for entry in self._entries:
+            if entry.guard.matches(args, kwargs):
+                operands = entry.calling.operands(args, kwargs)
+                if entry.serves(operands) and not needs_grad(operands):
+                    return self._run(entry, operands, args, kwargs)
+        return self._miss(args, kwargs)
+
+    def compile_example(self, args: Args, kwargs: Kwargs) -> None:
+        """Record and compile now, leaving the model as it was.
+
+        Raises TraceError if the model cannot be recorded, RefusedError under ``strict``.
+        """
+        if is_disabled():
+            return
+        with COMPILING:
+            refusal = self._why_not_compile()
+            if refusal is not None:
+                self._refuse(refusal)
+                return
+            is_training = why_grad(self.original, args, kwargs) is not None
+            with torch.no_grad() if is_training else nullcontext():
+                recorded = record(self.original, args, kwargs, restore=True)
+                if isinstance(recorded, Unrecorded):
+                    raise recorded.error
+                self._adopt(recorded, args, kwargs)
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    def report(self) -> Report:
+        """What was decided, and what happened since."""
+        live: dict[str, float] = {}
+        for entry in self._entries:
+            live.update(entry.compiled.live_activity())
+        return Report(self._sites(), tuple(self._all_notes()), live)
+
+    @property
+    def compiled(self) -> Compiled:
+        """The newest compiled recording. Raises RuntimeError before there is one."""
+        if not self._entries:
+            raise RuntimeError(
+                "nothing is compiled yet: call the module once, or give sparsify an example"
+                + (f" ({self._refused})" if self._refused else "")
+            )
+        return self._entries[-1].compiled
+
+    def compiled_for(self, args: Args, kwargs: Kwargs) -> Compiled | None:
+        """What would serve this call; None if the original would run."""
+        for entry in self._entries:
+            if not entry.why_miss(args, kwargs) and not entry.compiled.runs_original:
+                return entry.compiled
+        return None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.compiled.stages
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        return self.compiled.graph
+
+    @property
+    def code(self) -> str:
+        return str(self.compiled.graph.code)
+
+    @property
+    def kernels(self) -> dict[str, KernelView]:
+        """The kernels by the name of their module in the graph."""
+        found = {}
+        for name, region in self.compiled.regions.items():
+            launchable = region.launchable
+            source = self._backend.render(launchable.kernel, launchable.schedule)
+            found[name] = KernelView(
+                source.text, launchable.kernel, launchable.schedule, launchable.events
+            )
+        return found
+
+    def freeze(self, frozen: bool = True) -> None:
+        self._frozen = frozen
+        for entry in self._entries:
+            for region in entry.compiled.regions.values():
+                region.frozen = frozen
+
+    def _run(self, entry: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        if entry.compiled.runs_original:
+            return self.original.forward(*args, **kwargs)
+        return entry.run(operands, args, kwargs)
+
+    def _miss(self, args: Args, kwargs: Kwargs) -> Any:
+        refusal = why_grad(self.original, args, kwargs)
+        if refusal is not None:
+            self._say(refusal)
+            return self.original.forward(*args, **kwargs)
+        key = _call_key(self.original, args, kwargs)
+        if key in self._unrecorded:
+            return self.original.forward(*args, **kwargs)
+        with COMPILING:
+            for entry in self._entries:  # another thread may have compiled it meanwhile
+                if not entry.why_miss(args, kwargs):
+                    operands = entry.calling.operands(args, kwargs)
+                    return self._run(entry, operands, args, kwargs)
+            refusal = self._why_not_compile() or self._why_too_many(args, kwargs)
+            if refusal is not None:
+                self._refuse(refusal)
+                return self.original.forward(*args, **kwargs)
+            recorded = record(self.original, args, kwargs, restore=False)
+            if isinstance(recorded, Unrecorded):
+                self._give_up(recorded.error, key)
+            else:
+                self._adopt(recorded, args, kwargs, key)
+        return recorded.result
+
+    def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs, key: object = None) -> None:
+        """Compile a recording and put it to use."""
+        differs = why_not_repeated(self.original, recording, args, kwargs)
+        if differs:
+            error = TraceError(f"the recording does not repeat the model: {differs}")
+            if key is None:
+                raise error
+            self._give_up(error, key)
+            return
+        self._recordings += 1
+        self._refused = None
+        operands = recording.calling.operands(args, kwargs)
+        compiled = self._compiler.compile(recording, operands, self._plan)
+        entry = Entry(compiled, operands, Layout(operands))
+        entry = self._merged(entry, operands, args, kwargs)
+        self._plan = compiled.plan
+        if self.options.strict:
+            refusal = first_refusal(compiled.sites)
+            if refusal is not None:
+                raise RefusedError(refusal)
+        self.freeze(self._frozen)
+
+    def _merged(self, new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Entry:
+        """Add ``new`` to the entries, or put one for all sizes in the place of two."""
+        for old in self._entries:
+            if not old.guard.matches(args, kwargs) or old.is_general:
+                continue
+            if not old.layout.differs_in_sizes_only(operands):
+                continue
+            merged = merge(old, new, operands)
+            if isinstance(merged, Entry):
+                self._entries = tuple(merged if entry is old else entry for entry in self._entries)
+                return merged
+            self._note(f"sizes are compiled one by one: {merged}")
+        self._entries = (*self._entries, new)
+        return new
+
+    def _why_not_compile(self) -> Refusal | None:
+        unavailable = self._backend.why_unavailable()
+        return unavailable or why_observed(self.original)
+
+    def _why_too_many(self, args: Args, kwargs: Kwargs) -> Refusal | None:
+        reasons = [entry.why_miss(args, kwargs) for entry in self._entries]
+        if not reasons:
+            return None
+        kind = reasons[-1].split(" was ")[0].split(" has ")[0].split(" is ")[0]
+        self._misses[kind] = self._misses.get(kind, 0) + 1
+        self._note(f"recorded again: {reasons[-1]}")
+        if self._misses[kind] <= MOST_MISSES:
+            return None
+        reason = f"{MOST_MISSES} recordings did not settle it: {reasons[-1]}."
+        remedy = "Keep it constant between calls, or pass it as a tensor."
+        return Refusal("unsupported-op", reason, remedy)
+
+    def _give_up(self, error: TraceError, key: object) -> None:
+        self._unrecorded.add(key)
+        self._refuse(Refusal("unsupported-op", f"The model cannot be recorded. {error}"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._refused = refusal
+        if self.options.strict:
+            raise RefusedError(refusal)
+        self._say(refusal)
+
+    def _say(self, refusal: Refusal) -> None:
+        """Once per reason: in the report, and as a warning."""
+        if self._note(f"[{refusal.code}] {refusal.reason} {refusal.remedy}".rstrip()):
+            name = type(self.original).__name__
+            warnings.warn(f"{name} runs its original operations: {refusal}", stacklevel=6)
+
+    def _note(self, note: str) -> bool:
+        if note in self._notes:
+            return False
+        self._notes[note] = None
+        return True
+
+    def _sites(self) -> tuple[Site, ...]:
+        if self._entries and self._refused is None:
+            return self._entries[-1].compiled.sites
+        return describe_kept(self.original, self._refused) if self._refused else ()
+
+    def _all_notes(self) -> list[str]:
+        count = self._recordings
+        if not count and not self._notes:
+            return ["nothing is recorded yet: the first call will be"]
+        plural = "recording" if count == 1 else "recordings"
+        notes = [f"{count} {plural}, {len(self._entries)} compiled"] if count else []
+        for entry in self._entries[-1:]:
+            notes += entry.compiled.notes
+        return notes + list(self._notes)
+
+
+def _call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
+    """What is compared cheaply before a model that could not be recorded is tried again."""
+    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+    layouts = tuple(
+        (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
+        for leaf in leaves
+    )
+    modes = (model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return modes, layouts, str(structure)

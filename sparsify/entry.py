@@ -1,0 +1,132 @@
+"""What serves a kind of calls: a compiled graph, its guard, and the layouts that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.compile_recording import with_modules
+from sparsify.compiled import Compiled, Stage
+from sparsify.errors import Refusal
+from sparsify.layout import Layout
+from sparsify.passes.generalize import Generalized, generalize
+from sparsify.recording.recording import Args, Calling, Guard, Kwargs
+from sparsify.region import Region
+from sparsify.scan import Scan
+
+aten = torch.ops.aten
+# What these do depends on whether a size is 1.
+SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+class Entry:
+    """Serves the calls that ``guard`` matches and whose operands ``layout`` takes."""
+
+    def __init__(self, compiled: Compiled, operands: Sequence[Tensor], layout: Layout) -> None:
+        self.compiled = compiled
+        self.guard: Guard = compiled.recording.guard
+        self.calling: Calling = compiled.recording.calling
+        self.layout = layout
+        self.forward: Callable[..., tuple[Tensor, ...]] = compiled.graph.forward
+        kinds = _source_kinds(compiled)
+        self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
+
+    @property
+    def is_general(self) -> bool:
+        return bool(self.layout.classes)
+
+    def serves(self, operands: Sequence[Tensor]) -> bool:
+        return self.layout.serves(operands)
+
+    def run(self, operands: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        return self.calling.deliver(self.forward(*operands), args, kwargs)
+
+    def why_miss(self, args: Args, kwargs: Kwargs) -> str:
+        """What differs from the calls that this entry serves; "" if it serves this one."""
+        if not self.guard.matches(args, kwargs):
+            return self.guard.explain(args, kwargs) or "what the recording depends on changed"
+        names = [node.name for node in self._placeholders()]
+        return self.layout.why_not(self.calling.operands(args, kwargs), names)
+
+    def _placeholders(self) -> list[fx.Node]:
+        return [n for n in self.compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
+
+
+def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | str:
+    """One entry for the sizes of both and all others, or why there is none.
+
+    ``operands`` are those of ``second``.
+    """
+    reason = _why_not_merge(first, second)
+    if reason:
+        return reason
+    ours, theirs = first.compiled, second.compiled
+    found = generalize(ours.graph, theirs.graph, same_module)
+    if isinstance(found, Refusal):
+        return str(found)
+    stages = (*ours.stages[:-2], *_general_stages(ours.stages[-2:], found))
+    compiled = Compiled(
+        ours.recording, stages, ours.regions, ours.sites, ours.plan, ours.placements, ours.notes
+    )
+    least = 2 if any(n.target in SQUEEZES for n in found.graph.graph.nodes) else 1
+    return Entry(compiled, operands, Layout(operands, found.classes, least))
+
+
+def _general_stages(stages: Sequence[Stage], found: Generalized) -> list[Stage]:
+    """The graph for all sizes, with Scans and with Regions."""
+    before, last = stages
+    scans = {
+        name: module.scan
+        for name, module in found.graph.named_children()
+        if isinstance(module, Region)
+    }
+    scanned = with_modules(found.graph, scans)
+    general = "one graph for all sizes, from two recordings"
+    return [
+        Stage(before.name, scanned, before.done, before.declined),
+        Stage(last.name, found.graph, (*last.done, general), last.declined),
+    ]
+
+
+def _why_not_merge(first: Entry, second: Entry) -> str:
+    if first.compiled.runs_original or second.compiled.runs_original:
+        return "one of the two runs the original operations"
+    if _leaves(first) != _leaves(second):
+        return "the model returns other values that are no tensors"
+    if first.constants.keys() != second.constants.keys():
+        return "the recordings have other constants"
+    for index, constant in first.constants.items():
+        other = second.constants[index]
+        if constant.dtype != other.dtype or not torch.equal(constant, other):
+            return "a constant tensor depends on the sizes"
+    return ""
+
+
+def _leaves(entry: Entry) -> list[object]:
+    """What the model returns beside tensors."""
+    flat = torch.utils._pytree.tree_leaves(entry.compiled.recording.result)
+    return [leaf for leaf in flat if not hasattr(leaf, "dtype")]
+
+
+def same_module(first: nn.Module, second: nn.Module) -> bool:
+    """True if one module can run in the place of the other, for other sizes too."""
+    if isinstance(first, Region) and isinstance(second, Region):
+        same = first.lowered == second.lowered
+        same = same and first.launchable.schedule == second.launchable.schedule
+        return same and same_module(first.scan, second.scan)
+    if isinstance(first, Scan) and isinstance(second, Scan):
+        counts = (first.carries, first.xs, first.consts)
+        return counts == (second.carries, second.xs, second.consts) and _same_body(first, second)
+    return False
+
+
+def _same_body(first: Scan, second: Scan) -> bool:
+    return bool(first.body.code == second.body.code)
+
+
+def _source_kinds(compiled: Compiled) -> list[str]:
+    placeholders = [n for n in compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
+    return [getattr(node.meta.get("source"), "kind", "") for node in placeholders]

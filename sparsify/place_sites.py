@@ -1,0 +1,119 @@
+"""Match the products of a model with the Gathers of its kernels, and account for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from sparsify.errors import Location, Refusal
+from sparsify.find_products import RECURRENT, Product
+from sparsify.lowered import Lowered, LoweredSite
+from sparsify.passes.classify_ops import product_operand
+from sparsify.scan import Scan
+
+LoweredScans = Mapping[str, Lowered | Refusal]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """``gather`` of the kernel that replaces the Scan called ``region`` computes the product."""
+
+    product: Product
+    region: str
+    gather: str
+
+
+def place_products(products: Sequence[Product], lowered: LoweredScans) -> list[Placement]:
+    """Find the Gather of every product that has one.
+
+    A Gather that no product of the recording explains gets a product named after its weight.
+    """
+    found: list[Placement] = []
+    free = list(products)
+    names = {product.name for product in products}
+    for region, result in lowered.items():
+        for site in result.sites if isinstance(result, Lowered) else ():
+            product = _find_product(site, free)
+            if product is None:
+                product = _unrecorded_product(site, names)
+                names.add(product.name)
+            else:
+                free.remove(product)
+            found.append(Placement(product, region, site.gather))
+    return found
+
+
+def why_kept(
+    product: Product, graph: fx.GraphModule, lowered: LoweredScans, declined: Iterable[Refusal]
+) -> Refusal:
+    """Why a product has no Gather: the refusal of its Scan, of its loop, or of its operand."""
+    refusals = list(declined)
+    scan = _scan_of(product, graph)
+    if scan is not None and isinstance(refusal := lowered.get(scan), Refusal):
+        return refusal
+    for refusal in refusals:
+        if refusal.location is not None and refusal.location == product.location:
+            return refusal
+    loops = {step.location for node in product.nodes for step in node.meta.get("loops", ())}
+    is_unrolled = scan is None and len(product.nodes) > 1
+    for refusal in refusals if is_unrolled else ():
+        if refusal.code == "not-rolled" and refusal.location in (None, *loops):
+            return refusal
+    return _why_operand(product, graph)
+
+
+def _find_product(site: LoweredSite, products: Iterable[Product]) -> Product | None:
+    candidates = [p for p in products if p.weight == site.weight]
+    here = [p for p in candidates if p.location == site.location]
+    for found in (here, candidates):
+        if found:
+            return found[0]
+    elsewhere = [p for p in products if p.location == site.location and p.module == site.module]
+    return elsewhere[0] if len(elsewhere) == 1 else None
+
+
+def _unrecorded_product(site: LoweredSite, taken: set[str]) -> Product:
+    base = site.weight.removesuffix(".weight")
+    numbered = (f"{base}#{i}" for i in range(2, len(taken) + 3))
+    name = next(n for n in (base, *numbered) if n not in taken)
+    return Product(name, site.weight, site.module, site.location, None, 0.0, ())
+
+
+def _place(node: fx.Node) -> tuple[str, Location | None]:
+    return str(node.meta.get("module", "")), node.meta.get("location")
+
+
+def _scan_of(product: Product, graph: fx.GraphModule) -> str | None:
+    """The name of the Scan whose body has the product."""
+    for name, module in graph.named_children():
+        if not isinstance(module, Scan):
+            continue
+        for node in module.body.graph.nodes:
+            if product_operand(node) is not None and _place(node) == _where(product):
+                return name
+    return None
+
+
+def _where(product: Product) -> tuple[str, Location | None]:
+    return product.module, product.location
+
+
+def _why_operand(product: Product, graph: fx.GraphModule) -> Refusal:
+    remedy = "Put a spiking layer, a ReLU or another threshold before it, where that is meant."
+    for node in graph.graph.nodes:
+        operand = product_operand(node)
+        if operand is None or _place(node) != _where(product):
+            continue
+        fact = operand.meta.get("fact")
+        if fact is not None and fact.event:
+            reason = f"{product.name} reads events of {fact.origin} in a form without a kernel."
+            return Refusal("unsupported-layout", reason, "", product.location)
+        reason = f"{product.name} reads values that pass no threshold: one product of all steps."
+        return Refusal("no-event", reason, remedy, product.location)
+    if any(node.target in RECURRENT for node in product.nodes):
+        reason = f"{product.name} belongs to a recurrent operation of torch that stays whole."
+        return Refusal("no-event", reason, remedy, product.location)
+    reason = f"{product.name} reads values that pass no threshold."
+    return Refusal("no-event", reason, remedy, product.location)
