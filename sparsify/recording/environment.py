@@ -1,4 +1,4 @@
-"""The state of torch that a recording depends on beside the model: modes, defaults, global hooks."""
+"""The state of torch that a recording depends on: modes, defaults, global hooks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def autocast() -> tuple[tuple[str, torch.dtype], ...]:
 
 def active_modes() -> tuple[str, ...]:
     """Function and dispatch modes that the user entered, outermost first; ours do not count."""
-    stack = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    functions = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    stack = [*functions, *_get_current_dispatch_mode_stack()]
     return tuple(
         f"default device {mode.device}" if isinstance(mode, DeviceContext) else type(mode).__name__
         for mode in stack

@@ -1,6 +1,7 @@
 """Watch a run to learn what it depends on and what it changes beside its tensors.
 
-What cannot be seen: the clock, environment variables, files, and Python that runs in other threads.
+What cannot be seen: environment variables, files that are already open, calls into C that keep a
+state of their own, and Python that runs in other threads.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType
@@ -15,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsify.errors import Location
 from sparsify.recording.environment import environment, random_states
 from sparsify.recording.guard_changes import (
     Change,
@@ -25,11 +28,17 @@ from sparsify.recording.guard_changes import (
     undo,
 )
 from sparsify.recording.guard_check import MISSED, CheckWriter, Told
+from sparsify.recording.guard_code import origin
+from sparsify.recording.guard_nodes import read_cell
 from sparsify.recording.guard_values import GONE
-from sparsify.recording.guard_walk import Walk, read_cell
+from sparsify.recording.guard_walk import Walk
 from sparsify.recording.recording import Args, Kwargs
 
-Profiler = Callable[[FrameType, str, Any], Any]
+# Calls that read or write what is outside the process, where they can be seen.
+OUTSIDE: tuple[Callable[..., Any], ...] = (
+    *(print, input, open, time.time, time.time_ns, time.perf_counter, time.perf_counter_ns),
+    *(time.monotonic, time.monotonic_ns, time.process_time, time.sleep),
+)
 
 
 class CompiledGuard:
@@ -76,6 +85,8 @@ class Seen:
         self._changes: list[Change] = []
         self._drawn: list[str] = []
         self._failure = ""
+        self._outside = {id(function) for function in OUTSIDE}
+        self._reached_out: dict[str, tuple[str, int]] = {}
 
     def guard(self) -> CompiledGuard:
         """The guard for the state before the run; keeps no tensor alive."""
@@ -91,6 +102,10 @@ class Seen:
             text = f"forward draws random numbers from Python's {name}."
             remedy = "Draw them with torch, or outside forward and pass them in."
             effects.append(SideEffect(name, "", "", text=text, remedy=remedy))
+        for name, where in self._reached_out.items():
+            text = f"forward calls {name}(), which a replaced run would not do."
+            remedy = "Call it outside forward."
+            effects.append(SideEffect(name, "", "", Location(*where), text, remedy))
         if self._failure:
             text = f"What forward reads could not be followed: {self._failure}."
             effects.append(SideEffect("model", "", "", text=text))
@@ -101,12 +116,18 @@ class Seen:
         undo(self._changes)
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event != "call" or id(frame.f_code) in self._walk.codes:
-            return
         code = frame.f_code
+        if event == "c_call":
+            if id(arg) in self._outside and origin(code.co_filename) == "user":
+                self._reached_out.setdefault(arg.__name__, (code.co_filename, frame.f_lineno))
+            return
+        if event != "call" or id(code) in self._walk.codes:
+            return
         free = frame.f_locals if code.co_freevars else {}
         try:
-            self._walk.enter(code, frame.f_globals, {n: free.get(n, GONE) for n in code.co_freevars})
+            self._walk.enter(
+                code, frame.f_globals, {n: free.get(n, GONE) for n in code.co_freevars}
+            )
         except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
             # Objects that answer questions in their own way must not end the user's run.
             self._failure = f"{type(error).__name__}: {error}"

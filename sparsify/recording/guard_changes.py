@@ -11,18 +11,19 @@ from typing import Any
 
 from sparsify.errors import Location
 from sparsify.recording.guard_code import find_write, origin
-from sparsify.recording.guard_values import GONE, arrays_differ, differs, sets_differ, show
-from sparsify.recording.guard_walk import (
-    MOST_PLACES,
+from sparsify.recording.guard_nodes import (
+    TABLES,
     TORCH_FIELDS,
+    How,
     Node,
-    Walk,
     class_attributes,
     contents_of,
     instance_dict,
     read_cell,
     slot,
 )
+from sparsify.recording.guard_values import GONE, arrays_differ, differs, sets_differ, show
+from sparsify.recording.guard_walk import MOST_PLACES, Walk
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,18 @@ class Change:
     @property
     def owners(self) -> set[tuple[int, Any]]:
         """Every spelling of (owner, key) that a recorder may use for this place."""
-        owner, key = self.node.owner, self.node.key
         spelled: set[tuple[int, Any]] = set()
-        while owner is not None:
+        node = self.node
+        while node.owner is not None:
+            owner, key = node.owner, node.key
             name = key[1] if isinstance(key, tuple) and len(key) == 2 else key
             holders = [owner.value, instance_dict(owner.value)]
             if owner.kind == "module":
-                holders += [owner.value.__dict__[t] for t in ("_buffers", "_parameters")]
+                holders += [owner.value.__dict__[table] for table in TABLES]
+            if self.node.how == "cell" and owner is self.node.owner:
+                spelled.add((id(_cell(owner.value, key)), "cell_contents"))
             spelled |= {(id(holder), k) for holder in holders for k in (name, key) if _is_key(k)}
-            owner, key = owner.owner, owner.key
+            node = owner
         return spelled
 
 
@@ -125,7 +129,7 @@ def _appeared(walk: Walk) -> Iterator[Change]:
         known = {key for _, key in owner.children}
         for name, value in found.items():
             if name not in known:
-                how = "class" if owner.kind == "class" else "attribute"
+                how: How = "class" if owner.kind == "class" else "attribute"
                 path = f"{owner.path}.{name}"
                 yield Change(Node(path, owner, how, name, GONE), value)
 
@@ -144,7 +148,7 @@ def read(owner: Node, holder: Any, child: Node) -> Any:
             return holder[key]
         case "key":
             return holder.get(key, GONE)
-        case "table" if key[0] in ("_parameters", "_buffers", "_modules"):
+        case "table" if key[0] in TABLES:
             return holder.__dict__[key[0]].get(key[1], GONE)
         case "table":
             return child.value if child.value in holder.__dict__[key[0]].values() else GONE
@@ -237,7 +241,7 @@ def _put(owner: Node, node: Node, then: Any) -> None:
     elif node.how in ("attribute", "key"):
         table = holder if node.how == "key" else instance_dict(holder)
         _set_item(table, key, then)
-    elif node.how == "table" and key[0] in ("_parameters", "_buffers", "_modules"):
+    elif node.how == "table" and key[0] in TABLES:
         _set_item(holder.__dict__[key[0]], key[1], then)
     elif node.how in ("slot", "class"):
         setattr(holder, key, then) if then is not GONE else delattr(holder, key)

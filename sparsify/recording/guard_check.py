@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.recording import environment
+from sparsify.recording.guard_nodes import HOOKS, TABLES, Node, instance_dict
 from sparsify.recording.guard_values import (
     GONE,
     arrays_differ,
@@ -26,7 +27,7 @@ from sparsify.recording.guard_values import (
     sets_differ,
     show,
 )
-from sparsify.recording.guard_walk import HOOKS, TABLES, Node, Walk, instance_dict
+from sparsify.recording.guard_walk import Walk
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -109,7 +110,9 @@ class CheckWriter:
         told = was("the number of positional arguments", count)
         self._require(f"len(args) != {count}", "len(args)", told)
         names = self._constant(frozenset(kwargs), "k") if kwargs else "()"
-        told = Told("the keyword arguments", text=lambda now: f"the keyword arguments are now {now}")
+        told = Told(
+            "the keyword arguments", text=lambda now: f"the keyword arguments are now {now}"
+        )
         self._require(f"kwargs.keys() != {names}" if kwargs else "kwargs", "[*kwargs]", told)
 
     def _write_tree(self, root: Node) -> None:
@@ -134,7 +137,7 @@ class CheckWriter:
         if node.alias is not None:
             self._aliases.append((node, text))
             return []
-        if node.kind == "atom" or node.kind == "sequence" and node.value == ():
+        if node.kind == "atom" or (node.kind == "sequence" and node.value == ()):
             self._compare(text, node.value, self._told)
             return []
         if id(node) in self._shared and node.kind not in BOUND:
@@ -200,7 +203,7 @@ class CheckWriter:
 
     def _own_dict(self, node: Node, text: str) -> str:
         """A variable with the instance's dictionary; classes that intercept are not asked."""
-        plain = type(node.value).__getattribute__ in _PLAIN
+        plain = getattr(type(node.value), "__getattribute__", None) is object.__getattribute__
         own = f"d{len(self._dicts)}"
         self.lines.append(f"{own} = {text}.__dict__" if plain else f"{own} = instance_dict({text})")
         self._dicts[id(node)] = own
@@ -307,9 +310,6 @@ class CheckWriter:
             name = self._names[id(value)] = f"{stem}_{len(self._names)}"
             self.namespace[name] = value
         return name
-
-
-_PLAIN = (object.__getattribute__,)
 
 
 def _aliases(walk: Walk) -> list[Node]:

@@ -21,7 +21,10 @@ STANDARD = tuple(
     {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     | {os.path.dirname(os.path.realpath(os.__file__))}
 )
-OUR_FOLDERS = (PACKAGE, *(os.path.realpath(os.path.join(PACKAGE, p)) for p in ("passes", "codegen")))
+OUR_FOLDERS = (
+    PACKAGE,
+    *(os.path.realpath(os.path.join(PACKAGE, p)) for p in ("passes", "codegen")),
+)
 # With these a name need not stand in the code.
 BY_VALUE = {"getattr", "setattr", "hasattr", "delattr"}
 ANYTHING = {

@@ -7,146 +7,41 @@ name it has run, and what nobody names is never looked at (a trainer hanging on 
 
 from __future__ import annotations
 
-import functools
-import random
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    FunctionType,
-    MemberDescriptorType,
-    MethodType,
-    ModuleType,
-    SimpleNamespace,
-)
-from typing import Any, Literal
+from collections.abc import Iterable
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.recording.guard_code import CodeNames, is_users, names_of, origin
-from sparsify.recording.guard_values import GONE, LARGEST_ARRAY, is_atom
+from sparsify.recording.guard_nodes import (
+    HOOKS,
+    TABLES,
+    TORCH_FIELDS,
+    How,
+    Kind,
+    Node,
+    class_attributes,
+    contents_of,
+    has_named_attributes,
+    instance_dict,
+    read_cell,
+    slot,
+)
+from sparsify.recording.guard_values import GONE, is_atom
 
-Kind = Literal[
-    "atom",
-    "tensor",
-    "module",
-    "object",
-    "sequence",
-    "atoms",  # a long sequence of atoms
-    "dict",
-    "set",
-    "array",
-    "random",
-    "function",
-    "method",
-    "partial",
-    "wrapper",  # property, staticmethod, classmethod
-    "class",
-    "pymodule",
-    "namespace",  # the globals of a module
-    "weakref",
-    "iterator",
-    "opaque",
-]
-How = Literal[
-    "root",
-    "attribute",
-    "slot",
-    "item",
-    "key",  # of a namespace
-    "table",  # parameters, buffers, submodules, hooks: (table, name)
-    "class",
-    "cell",
-    "default",
-    "kwdefault",
-    "field",
-    "call",
-]
 LONG = 32  # atoms in a sequence from which on it is compared as a whole
 MOST_PLACES = 200_000
-TORCH_FIELDS = frozenset(nn.Module().__dict__)
-KEPT = (nn.Module, torch.autograd.Function)  # whose forward is checked in torch's classes too
-WRAPPERS = (property, staticmethod, classmethod, functools.cached_property)
 
-
-class Node:
-    """One place and what it held: ``owner`` holds ``value`` under ``key``."""
-
-    __slots__ = ("path", "owner", "how", "key", "value", "kind", "children", "alias", "contents")
-
-    def __init__(self, path: str, owner: Node | None, how: How, key: Any, value: Any) -> None:
-        self.path, self.owner, self.how, self.key, self.value = path, owner, how, key, value
-        self.kind: Kind = classify(value)
-        self.children: dict[tuple[How, Any], Node] = {}
-        self.alias: Node | None = None  # the first place that held this very object
-        self.contents: Any = None  # a shallow copy of a container, the state of a generator
-
-
-def classify(value: Any) -> Kind:
-    """What kind of thing to a guard; runs no code of the user's."""
-    if is_atom(value):
-        return "atom"
-    kind = type(value)
-    for types, name in _KINDS:
-        if issubclass(kind, types):
-            return name
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and issubclass(kind, numpy.ndarray):
-        return "array"
-    if _random_state(value) is not GONE:
-        return "random"
-    if hasattr(kind, "__next__"):
-        return "iterator"
-    ours = is_users(kind.__module__) or kind.__module__.startswith("torch")
-    return "object" if ours or issubclass(kind, _NAMESPACES) else "opaque"
-
-
-_NAMESPACES = (SimpleNamespace,)
-_KINDS: tuple[tuple[Any, Kind], ...] = (
-    (Tensor, "tensor"),
-    (nn.Module, "module"),
-    ((list, tuple, deque), "sequence"),
-    (dict, "dict"),
-    ((set, frozenset), "set"),
-    (FunctionType, "function"),
-    (MethodType, "method"),
-    (functools.partial, "partial"),
-    (WRAPPERS, "wrapper"),
-    (type, "class"),
-    (ModuleType, "pymodule"),
-    (weakref.ref, "weakref"),
-)
-
-
-def _random_state(value: Any) -> Any:
-    """The state of a random generator of Python's or numpy's, else GONE."""
-    if isinstance(value, random.Random):
-        return value.getstate()
-    numpy = sys.modules.get("numpy")
-    if numpy is None or "numpy.random" not in sys.modules:
-        return GONE
-    if isinstance(value, numpy.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, numpy.random.RandomState):
-        return repr(value.get_state())
-    return GONE
-
-
-def contents_of(node: Node, value: Any) -> Any:
-    """What a container, an array or a random generator holds now, as a copy."""
-    if node.kind == "sequence":
-        return list(value)
-    if node.kind == "dict":
-        return dict(dict.items(value))
-    if node.kind == "set":
-        return frozenset(value)
-    if node.kind == "array":
-        return value.copy() if value.nbytes <= LARGEST_ARRAY else None
-    return _random_state(value) if node.kind == "random" else None
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    "method": ("__func__", "__self__"),
+    "partial": ("func", "args", "keywords"),
+    "wrapper": ("fget", "__func__", "func"),
+    "opaque": ("__self__", "__wrapped__"),  # bound builtins, functools.lru_cache
+}
 
 
 class Walk:
@@ -189,7 +84,8 @@ class Walk:
             self._learn(frozenset(code.co_names))
         for node in self.functions.get(id(code), ()):
             self._expand_function(node)
-        if code.co_freevars and id(code) not in self.functions:
+        # ``__class__`` is what super() reads.
+        if set(code.co_freevars) - {"__class__"} and id(code) not in self.functions:
             self.free[id(code)] = {name: free.get(name, GONE) for name in code.co_freevars}
         self._work()
 
@@ -270,42 +166,39 @@ class Walk:
                 self._child(owner, "slot", name, held, path + name)
 
     def _expand(self, node: Node) -> None:
-        value, path = node.value, node.path
-        if node.kind == "module":
-            self._expand_module(node)
-        elif node.kind in ("sequence", "dict", "set", "array", "random"):
+        value = node.value
+        if node.kind in ("sequence", "dict", "set", "array", "random"):
             self._expand_container(node)
+        elif node.kind == "module":
+            self._expand_module(node)
         elif node.kind == "function":
-            self.functions.setdefault(id(value.__code__), []).append(node)
-            if value.__dict__:
-                self._own(node)
-            if id(value.__code__) in self.codes:
-                self._expand_function(node)
-        elif node.kind == "method":
-            self._child(node, "field", "__func__", value.__func__, path)
-            self._child(node, "field", "__self__", value.__self__, f"{path}.__self__")
-        elif node.kind == "partial":
-            for name in ("func", "args", "keywords"):
-                self._child(node, "field", name, getattr(value, name), f"{path}.{name}")
-        elif node.kind == "wrapper":
-            for name in ("fget", "__func__", "func"):
-                inner = getattr(value, name, None)
-                if inner is not None:
-                    self._child(node, "field", name, inner, path)
+            self._meet_function(node)
         elif node.kind == "weakref":
-            self._child(node, "call", None, weakref.ref.__call__(value), path)
-        elif node.kind == "opaque" and isinstance(value, BuiltinFunctionType):
-            if not isinstance(value.__self__, (ModuleType, type(None))):
-                self._child(node, "field", "__self__", value.__self__, f"{path}.__self__")
-        elif node.kind == "class" and (is_users(value.__module__) or issubclass(value, KEPT)):
-            self._own(node)
-        elif node.kind == "pymodule" and is_users(value.__name__):
-            self._own(node)
-        if node.kind == "object":
+            self._child(node, "call", None, weakref.ref.__call__(value), node.path)
+        elif node.kind == "object":
             node.contents = {"__dict__": tuple(instance_dict(value))}
+        elif has_named_attributes(node):
+            self._own(node)
+        for name in FIELDS.get(node.kind, ()):
+            inner = getattr(value, name, None)
+            if inner is not None and not isinstance(inner, ModuleType):
+                path = f"{node.path}.{name}" if name in ("__self__", "args") else node.path
+                self._child(node, "field", name, inner, path)
         if node.kind in ("object", "module"):
             self._own(node)
             self._child(node, "field", "__class__", type(value), type(value).__qualname__)
+
+    def _meet_function(self, node: Node) -> None:
+        """What is in a function counts if it runs; what is set on it may be its wrapped self."""
+        function: FunctionType = node.value
+        self.functions.setdefault(id(function.__code__), []).append(node)
+        wrapped = function.__dict__.get("__wrapped__")
+        if wrapped is not None:
+            self._child(node, "attribute", "__wrapped__", wrapped, node.path)
+        if function.__dict__:
+            self._own(node)
+        if id(function.__code__) in self.codes:
+            self._expand_function(node)
 
     def _expand_module(self, node: Node) -> None:
         module: nn.Module = node.value
@@ -343,8 +236,11 @@ class Walk:
     def _expand_function(self, node: Node) -> None:
         function: FunctionType = node.value
         name = function.__qualname__
-        self._child(node, "field", "__code__", function.__code__, f"the code of {name}")
-        for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if origin(function.__code__.co_filename) == "user":  # which a notebook may swap
+            self._child(node, "field", "__code__", function.__code__, f"the code of {name}")
+        for free, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
             if free != "__class__":
                 held = read_cell(cell)
                 self._child(node, "cell", free, held, f"closure variable {free} of {name}")
@@ -354,60 +250,5 @@ class Walk:
             self._child(node, "kwdefault", free, held, f"default of {free} of {name}")
 
 
-TABLES = ("_parameters", "_buffers", "_modules")
-HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
-
-
 def _prefix(node: Node) -> str:
     return f"{node.path}."
-
-
-def read_cell(cell: Any) -> Any:
-    """The contents of a closure cell; GONE before the variable is assigned."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return GONE
-
-
-def instance_dict(value: Any) -> dict[str, Any]:
-    """The attributes that ``value`` itself has."""
-    if isinstance(value, type):
-        return {}
-    try:
-        own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return own if type(own) is dict else {}
-
-
-def slot(value: Any, name: str) -> Any:
-    """The contents of a slot of ``value``, GONE if there is none or it is empty."""
-    for base in type(value).__mro__:
-        member = base.__dict__.get(name)
-        if isinstance(member, MemberDescriptorType):
-            try:
-                return member.__get__(value)
-            except AttributeError:
-                return GONE
-    return GONE
-
-
-def class_attributes(cls: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """What ``cls`` and its bases define under ``names``, as it stands in their dictionaries.
-
-    Of torch's classes only ``forward`` counts.
-    """
-    for name in names:
-        for base in cls.__mro__:
-            if name in base.__dict__:
-                if is_users(base.__module__) or name == "forward":
-                    held = base.__dict__[name]
-                    if not isinstance(held, MemberDescriptorType):
-                        yield name, held
-                break
