@@ -7,7 +7,7 @@ working precision computes, whatever the order of its sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +126,16 @@ def move(x: Bounded, function: Callable[[Tensor], Tensor]) -> Bounded:
     error = x.error if is_exact(x) else function(x.full_error)
     margin = x.margin and (_moved(function, x.margin[0], x), _moved(function, x.margin[1], x))
     return Bounded(function(x.value), error, x.dtype, x.event, margin)
+
+
+def stack(parts: Sequence[Bounded]) -> Bounded:
+    """One row for each part; margins are not kept."""
+    first = parts[0]
+    value = torch.stack([x.value for x in parts])
+    error = EXACT
+    if not all(map(is_exact, parts)):
+        error = torch.stack([x.full_error for x in parts])
+    return Bounded(value, error, first.dtype, all(x.event for x in parts))
 
 
 def unbounded(p: Precision, value: Tensor) -> Bounded:

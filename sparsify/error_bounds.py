@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sparsify.bounded import Bounded, Precision, exact, is_exact, unbounded
+from sparsify.bounded import Bounded, Precision, exact, is_exact, move, stack, unbounded
 from sparsify.rounding_rows import COMPARISONS, COUPLING, ROWS
+from sparsify.scan import Scan
 
 __all__ = ["Bounded", "Bounds", "ErrorBounds", "bound_errors"]
 aten = torch.ops.aten
@@ -39,10 +40,14 @@ def bound_errors(graph: fx.GraphModule, operands: Sequence[Tensor | Bounded]) ->
 
 
 class ErrorBounds(fx.Interpreter):
-    """Runs a graph of ATen operations on ``Bounded`` values; keep it to run the graph again."""
+    """Runs a graph of ATen operations on ``Bounded`` values; keep it to run the graph again.
+
+    Scans with at least one step are run step by step.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
+        self.extra_traceback = False
         self._dtypes: dict[fx.Node, torch.dtype] = {}
         self._thresholds = 0
         self._undecided = 0
@@ -79,6 +84,24 @@ class ErrorBounds(fx.Interpreter):
         elif n.target in ROWS and n.target not in COUPLING and not result.event:
             result = _with_event(result, given)
         return _settled(result)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a Scan step by step: its carries take their bounds from step to step."""
+        scan = self.fetch_attr(target)
+        if not isinstance(scan, Scan):
+            return super().call_module(target, args, kwargs)
+        steps, carries, xs, consts = args
+        body = ErrorBounds(scan.body)
+        now, kept = tuple(carries), []
+        for step in range(steps):
+            slices = [move(x, lambda t, step=step: t[step]) for x in xs]
+            bounds = body.evaluate([*now, *slices, *consts])
+            now = bounds.outputs[: scan.carries]
+            kept.append(bounds.outputs[scan.carries :])
+            self._thresholds += bounds.thresholds
+            self._undecided += bounds.undecided
+            self._without_row |= bounds.without_row
+        return (*now, *(stack(ys) for ys in zip(*kept, strict=True)))
 
     def _result_dtype(self, node: fx.Node, args: Any, kwargs: Any) -> torch.dtype:
         if node not in self._dtypes:

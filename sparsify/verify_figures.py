@@ -48,13 +48,18 @@ class RegionFigures:
 
 @dataclass(frozen=True)
 class StageFigures:
-    """``stage`` compared with ``reference``: equal bits, or a share of the float64 bound."""
+    """``stage`` compared with ``reference``: equal bits, or within the bound in float64.
+
+    ``worst_share`` is the largest distance as a share of its bound, None where bits were compared;
+    ``largest_bound`` the largest bound as a share of an output's largest value.
+    """
 
     stage: str
     reference: str
     values: int
     worst_share: float | None = None
     undecided: int = 0
+    largest_bound: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def _stage_line(stage: StageFigures) -> str:
     if stage.worst_share is None:
         how = "equal bits"
     else:
-        how = f"float64: at most {stage.worst_share:.3f} of the bound"
+        how = f"float64: at most {stage.worst_share:.3f} of a bound of {stage.largest_bound:.1e}"
         how += f", {stage.undecided:,} undecided" if stage.undecided else ""
     return f"  {stage.stage:<20} {stage.values:>12,} values  {how}, against {stage.reference}"
 

@@ -1,0 +1,202 @@
+"""Check a sparsified module against its original on a given input.
+
+Layers, each naming the place of the first value that it cannot explain:
+
+1. the recorded graph gives the bits of the original model, its written state included;
+2. every stage of the compilation computes what the recording does (``verify_stages``);
+3. every kernel, started at each step from the original's states, is within the reach of rounding,
+   and runs all steps in one call as it runs them one at a time (``verify_regions``);
+4. a call of the module returns what its compiled graph computes.
+
+Freely running results are reported beside eager's and not judged: one legal flip of a spike changes
+all that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.compiled import Compiled, Stage
+from sparsify.engine import Engine
+from sparsify.errors import MismatchError
+from sparsify.install import Sparsified
+from sparsify.keep_state import keep_state
+from sparsify.recording.reachable import walk
+from sparsify.report import Site
+from sparsify.verify_figures import RegionFigures, StageFigures, Verification
+from sparsify.verify_outcome import Outcome, check_outcome, compare_results
+from sparsify.verify_regions import MOST_UNDECIDED, Progress, check_regions
+from sparsify.verify_stages import check_stages
+
+Metric = Callable[[Any], float]
+RECORDED = "the recorded graph against the model"
+DELIVERED = "the module's call against its compiled graph"
+
+
+@dataclass(frozen=True)
+class Call:
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def verify(
+    model: nn.Module,
+    fast: nn.Module,
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    events: int = 1,
+    metric: Metric | None = None,
+    most_undecided: float = MOST_UNDECIDED,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check ``fast``, which ``model.sparsify()`` returned, on a call; gradients are disabled.
+
+    events: how many sites must have run as events; fewer are a MismatchError, so that a model of
+        which nothing is compiled does not pass.
+    metric: computes the task's figure from a result; reported for both.
+    most_undecided: the share of comparisons that may be too close to their threshold to be judged.
+    progress: called with a region's name, the steps checked, and the steps in all.
+
+    Raises MismatchError naming output, step, batch row, neuron, value, expected value and bound.
+    Both modules are left as they were.
+    """
+    if not isinstance(fast, Sparsified):
+        name = type(fast).__name__
+        raise TypeError(f"{name} is not sparsified: pass what model.sparsify() returned")
+    original = model.original if isinstance(model, Sparsified) else model
+    check = _Check(original, fast, Call(args, kwargs or {}))
+    with torch.no_grad():
+        return check.run(events, metric, most_undecided, progress)
+
+
+class _Check:
+    def __init__(self, model: nn.Module, fast: Sparsified, call: Call) -> None:
+        self.model, self.fast, self.call = model, fast, call
+        self.engine = fast.compiled
+
+    def run(
+        self, events: int, metric: Metric | None, most_undecided: float, progress: Progress | None
+    ) -> Verification:
+        eager = self._run(self.model, self._call_model)
+        kernels = self._run(self.engine.original, self._call_fast)
+        compiled = self.engine.compiled_for(self.call.args, self.call.kwargs)
+        sites = compiled.sites if compiled else self.engine.report.sites
+        count = _count_events(sites, events)
+        assert compiled is not None
+        operands = self._operands(compiled)
+        stages = self._stages(compiled, operands)
+        figures = [self._check_recording(stages[0], eager, operands, compiled)]
+        figures += check_stages(stages, operands)
+        regions = check_regions(
+            compiled.stages[-2].graph,
+            compiled.graph,
+            operands,
+            most_undecided=most_undecided,
+            progress=progress,
+        )
+        _check_launched(compiled, regions, events)
+        figures.append(self._check_call(compiled, kernels, operands))
+        results = compare_results(kernels.result, eager.result)
+        measured = _measure(metric, kernels.result, eager.result)
+        return Verification(count, len(sites), tuple(figures), regions, results, measured)
+
+    def _call_model(self) -> Any:
+        return self.model(*self.call.args, **self.call.kwargs)
+
+    def _call_fast(self) -> Any:
+        return self.fast(*self.call.args, **self.call.kwargs)  # type: ignore[operator]
+
+    def _run(self, model: nn.Module, function: Callable[[], Any]) -> Outcome:
+        """Call ``function`` and put back what it changes in ``model``."""
+        with keep_state(model):
+            result = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), function())
+            return Outcome(result, _state(model))
+
+    def _operands(self, compiled: Compiled) -> list[Tensor]:
+        """Copies of all but parameters: a later run writes to buffers."""
+        operands = compiled.recording.calling.operands(self.call.args, self.call.kwargs)
+        return [t if isinstance(t, nn.Parameter) else t.clone() for t in operands]
+
+    def _stages(self, compiled: Compiled, operands: Sequence[Tensor]) -> tuple[Stage, ...]:
+        """The stages before installation, of a recording with the sizes of this call."""
+        if _fits(compiled.stages[0], operands):
+            return compiled.stages[:-1]
+        engine = Engine(self.engine.original, self.engine.options, self.engine.plan)
+        engine.compile_example(self.call.args, self.call.kwargs)
+        return (*engine.stages[:-1], compiled.stages[-2])
+
+    def _check_recording(
+        self, stage: Stage, eager: Outcome, operands: Sequence[Tensor], compiled: Compiled
+    ) -> StageFigures:
+        got = self._deliver(stage, operands, compiled)
+        count = check_outcome(RECORDED, got, eager)
+        return StageFigures(stage.name, "the model", count)
+
+    def _check_call(
+        self, compiled: Compiled, kernels: Outcome, operands: Sequence[Tensor]
+    ) -> StageFigures:
+        stage = compiled.stages[-1]
+        expected = self._deliver(stage, operands, compiled)
+        count = check_outcome(DELIVERED, kernels, expected)
+        return StageFigures("a call", stage.name, count)
+
+    def _deliver(self, stage: Stage, operands: Sequence[Tensor], compiled: Compiled) -> Outcome:
+        args, kwargs = self.call.args, self.call.kwargs
+        deliver = compiled.recording.calling.deliver
+
+        def run() -> Any:
+            return deliver(stage.graph(*operands), args, kwargs)
+
+        return self._run(self.engine.original, run)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a forward can leave changed; parameters are the optimizer's."""
+    return {
+        place.path: place.value.detach().clone()
+        for place in walk([("", model)])
+        if isinstance(place.value, Tensor) and not isinstance(place.value, nn.Parameter)
+    }
+
+
+def _fits(stage: Stage, operands: Sequence[Tensor]) -> bool:
+    placeholders = [node for node in stage.graph.graph.nodes if node.op == "placeholder"]
+    recorded = [tuple(node.meta["val"].shape) for node in placeholders]
+    return recorded == [tuple(operand.shape) for operand in operands]
+
+
+def _count_events(sites: Sequence[Site], least: int) -> int:
+    count = sum(site.decision == "event" for site in sites)
+    if count >= least and (count or least > 0):
+        return count
+    head = "nothing was compiled" if not count else "too little was compiled"
+    lines = [f"{head}: {count} of {len(sites)} sites run as events, {least} are asked for"]
+    lines += [
+        f"  {s.name}: {s.decision} [{s.code}] {s.reason}" for s in sites if s.decision != "event"
+    ]
+    raise MismatchError("\n".join(lines), events=count, sites=len(sites))
+
+
+def _check_launched(compiled: Compiled, regions: Sequence[RegionFigures], least: int) -> None:
+    """A region that left every call to its Scan compared the original with itself."""
+    idle = {region.name for region in regions if not region.launched and region.steps}
+    if not idle:
+        return
+    sites = [name for name, (region, _) in compiled.placements.items() if region in idle]
+    raise MismatchError(
+        f"nothing was compiled for this call: {', '.join(sorted(idle))} ran the original "
+        f"operations of {', '.join(sites)}; at least {least} sites were to run as events",
+        events=len(compiled.placements) - len(sites),
+    )
+
+
+def _measure(metric: Metric | None, kernels: Any, eager: Any) -> dict[str, float]:
+    if metric is None:
+        return {}
+    return {"sparsified": float(metric(kernels)), "eager": float(metric(eager))}
