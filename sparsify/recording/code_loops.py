@@ -1,0 +1,152 @@
+"""The loops of a code object: the natural loops of its control flow, from its bytecode."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import CodeType
+
+_NEVER_FALLS_THROUGH = frozenset(
+    {"RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD"}
+    | {"JUMP_BACKWARD_NO_INTERRUPT", "JUMP_ABSOLUTE"}
+)
+
+
+@dataclass(frozen=True)
+class CodeLoop:
+    """``first`` is where every iteration starts; ``jumps`` are the unconditional jumps back."""
+
+    first: int
+    last: int
+    line: int
+    jumps: frozenset[int]
+    offsets: frozenset[int] = field(repr=False)
+
+
+def find_code_loops(code: CodeType) -> tuple[CodeLoop, ...]:
+    """All loops of ``code`` (not of the functions defined in it), outer ones before inner ones.
+
+    Loops of ``yield from`` and ``await``, and jumps of exception handlers back into the normal
+    flow, are none.
+    """
+    if not any("JUMP_BACKWARD" in name for name in _names(code)):
+        return ()
+    flow = _Flow(code)
+    found = {}
+    for target, sources in flow.find_back_edges().items():
+        found[target] = flow.make_loop(target, sources)
+    return tuple(sorted(found.values(), key=lambda loop: -len(loop.offsets)))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    return (dis.opname[opcode] for opcode in set(code.co_code[::2]))
+
+
+class _Flow:
+    """Basic blocks, numbered in order, with the edges between them."""
+
+    def __init__(self, code: CodeType) -> None:
+        self.code = code
+        self.instructions = list(dis.get_instructions(code))
+        offsets = [i.offset for i in self.instructions]
+        self.ends = dict(zip(offsets, [*offsets[1:], len(code.co_code)], strict=True))
+        handlers = list(dis.Bytecode(code).exception_entries)
+        leaders = {0}
+        for here, after in zip(self.instructions, self.instructions[1:], strict=False):
+            if _target(here) is not None or here.opname in _NEVER_FALLS_THROUGH:
+                leaders.add(after.offset)
+            if _target(here) is not None:
+                leaders.add(_target(here))
+        for entry in handlers:
+            leaders |= {entry.start, entry.end, entry.target}
+        self.blocks: list[list[dis.Instruction]] = []
+        self.block_of: dict[int, int] = {}
+        for instruction in self.instructions:
+            if instruction.offset in leaders or not self.blocks:
+                self.blocks.append([])
+            self.blocks[-1].append(instruction)
+            self.block_of[instruction.offset] = len(self.blocks) - 1
+        self.after: list[set[int]] = [self._successors(i) for i in range(len(self.blocks))]
+        for entry in handlers:
+            for index, block in enumerate(self.blocks):
+                if entry.start <= block[0].offset < entry.end:
+                    self.after[index].add(self.block_of[entry.target])
+        self.before: list[set[int]] = [set() for _ in self.blocks]
+        for index, targets in enumerate(self.after):
+            for target in targets:
+                self.before[target].add(index)
+
+    def _extent(self, instruction: dis.Instruction) -> range:
+        """The offsets of an instruction and its inline caches, all of which ``f_lasti`` may be."""
+        return range(instruction.offset, self.ends[instruction.offset], 2)
+
+    def _successors(self, index: int) -> set[int]:
+        last = self.blocks[index][-1]
+        found = set()
+        target = _target(last)
+        if target is not None:
+            found.add(self.block_of[target])
+        if last.opname not in _NEVER_FALLS_THROUGH and index + 1 < len(self.blocks):
+            found.add(index + 1)
+        return found
+
+    def find_back_edges(self) -> dict[int, list[int]]:
+        """Jumps to a block that dominates them: block -> blocks that jump back to it."""
+        dominators = self._dominators()
+        edges: dict[int, list[int]] = {}
+        for index, block in enumerate(self.blocks):
+            last = block[-1]
+            target = _target(last)
+            if target is None or target > last.offset or last.opname.endswith("NO_INTERRUPT"):
+                continue
+            header = self.block_of[target]
+            if dominators[index] >> header & 1:
+                edges.setdefault(header, []).append(index)
+        return edges
+
+    def _dominators(self) -> list[int]:
+        """For each block the set of blocks, as bits, that every path to it passes."""
+        everything = (1 << len(self.blocks)) - 1
+        found = [everything] * len(self.blocks)
+        found[0] = 1
+        changed = True
+        while changed:
+            changed = False
+            for index in range(1, len(self.blocks)):
+                common = everything
+                for before in self.before[index]:
+                    common &= found[before]
+                new = common | 1 << index
+                changed = changed or new != found[index]
+                found[index] = new
+        return found
+
+    def make_loop(self, header: int, sources: list[int]) -> CodeLoop:
+        inside = {header}
+        waiting = list(sources)
+        while waiting:
+            block = waiting.pop()
+            if block not in inside:
+                inside.add(block)
+                waiting.extend(self.before[block])
+        offsets = frozenset(o for b in inside for i in self.blocks[b] for o in self._extent(i))
+        jumps = [self.blocks[source][-1] for source in sources]
+        lines = [_line(i) for i in (self.blocks[header][0], *jumps)]
+        return CodeLoop(
+            first=self.blocks[header][0].offset,
+            last=max(jump.offset for jump in jumps),
+            line=min((line for line in lines if line), default=self.code.co_firstlineno),
+            jumps=frozenset(j.offset for j in jumps if j.opname == "JUMP_BACKWARD"),
+            offsets=offsets,
+        )
+
+
+def _target(instruction: dis.Instruction) -> int | None:
+    if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs:
+        return int(instruction.argval)
+    return None
+
+
+def _line(instruction: dis.Instruction) -> int | None:
+    return instruction.positions.lineno if instruction.positions is not None else None

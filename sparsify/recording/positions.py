@@ -1,0 +1,267 @@
+"""Where in the user's code an operation runs: line, submodule, autograd Function, loop iterations.
+
+A trace function follows the frames that matter: those whose code has loops, and those of
+``forward`` methods. Python reports a line event at every jump back, so iterations are counted
+exactly, also of loops that recorded nothing, and of loops on one line.
+"""
+
+from __future__ import annotations
+
+import dis
+import linecache
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import CodeType, FrameType, FunctionType, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from sparsify.errors import Location
+from sparsify.graph_meta import LoopStep
+from sparsify.recording.code_loops import CodeLoop, find_code_loops
+
+TORCH_FOLDER = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
+OWN_FOLDER = os.path.dirname(os.path.realpath(__file__)) + os.sep
+# From 3.12 on, switching tracing on and off instruments all code anew: it costs more than it saves.
+_CHEAP_PAUSE = sys.version_info < (3, 12)
+_SUSPENDS = 0x20 | 0x80 | 0x200  # flags of generators, coroutines, asynchronous generators
+_RETURNS = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in dis.opmap}
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    location: Location | None
+    module: str
+    loops: tuple[LoopStep, ...]
+    function: str
+
+
+@dataclass(frozen=True, slots=True)
+class _CodeFacts:
+    """What matters of a code object; ``enclosing`` has the loops around an offset, by index."""
+
+    is_users: bool
+    is_forward: bool
+    loops: tuple[CodeLoop, ...]
+    enclosing: dict[int, tuple[int, ...]]
+    locations: tuple[Location, ...]
+
+
+class Positions:
+    """Context manager: knows where it is while it is entered; ``here`` answers."""
+
+    def __init__(self, model: object, stop: FrameType) -> None:
+        self._stop = stop
+        self._facts: dict[CodeType, _CodeFacts] = {}
+        self._frames: dict[int, _FrameLoops] = {}
+        self._owners: list[tuple[str, str]] = [("", "")]
+        self._started = 0
+        self._located: dict[tuple[CodeType, int], Location] = {}
+        self._names: dict[int, str] = {}
+        if isinstance(model, nn.Module):
+            for name, module in model.named_modules():
+                self._names.setdefault(id(module), name)
+        self._functions: dict[CodeType, str] | None = None
+        self.was_disturbed = False
+
+    def __enter__(self) -> Self:
+        self._before = sys.gettrace()
+        sys.settrace(self._on_call)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self.was_disturbed = sys.gettrace() != self._on_call
+        sys.settrace(self._before)
+        self._frames.clear()
+
+    def pause(self) -> None:
+        if _CHEAP_PAUSE:
+            sys.settrace(None)
+
+    def resume(self) -> None:
+        if _CHEAP_PAUSE:
+            sys.settrace(self._on_call)
+
+    def executed(self) -> Iterable[CodeType]:
+        """The user's code objects that ran."""
+        return [code for code, facts in self._facts.items() if facts.is_users]
+
+    def here(self) -> Here:
+        """Where the innermost frame of the user is; to be called for every operation."""
+        frame: FrameType | None = sys._getframe(1)
+        location: Location | None = None
+        fallback: FrameType | None = None
+        loops: tuple[LoopStep, ...] = ()
+        facts_of = self._facts
+        while frame is not self._stop and frame is not None:
+            code = frame.f_code
+            facts = facts_of.get(code) or self._inspect(code)
+            if facts.is_users:
+                if location is None:
+                    location = self._locate(frame)
+                if facts.loops:
+                    state = self._frames.get(id(frame))
+                    if state is not None:
+                        steps = state.steps_at(frame.f_lasti)
+                        loops = steps + loops if loops else steps
+            elif facts.is_forward and fallback is None:
+                fallback = frame
+            frame = frame.f_back
+        if location is None and fallback is not None:
+            location = self._locate(fallback)
+        module, function = self._owners[-1]
+        return Here(location, module, loops, function)
+
+    def _on_call(self, frame: FrameType, event: str, arg: object) -> Any:
+        code = frame.f_code
+        facts = self._facts.get(code) or self._inspect(code)
+        if not facts.loops and not facts.is_forward:
+            return None
+        state = self._frames.get(id(frame))
+        if state is not None and state.frame is frame:
+            return state.on_event  # a generator goes on
+        state = _FrameLoops(self, facts, frame, self._started)
+        self._started += 1
+        frame.f_trace_lines = bool(facts.loops)
+        self._frames[id(frame)] = state
+        if facts.is_forward:
+            self._enter_forward(frame, state)
+        return state.on_event
+
+    def _enter_forward(self, frame: FrameType, state: _FrameLoops) -> None:
+        module, function = self._owners[-1]
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if code.co_flags & _SUSPENDS:
+            return
+        if isinstance(first, nn.Module):
+            self._owners.append((self._names.get(id(first), module), function))
+        else:
+            self._owners.append((module, self._function_name(code, first) or function))
+        state.is_owner = True
+
+    def _function_name(self, code: CodeType, first: object) -> str:
+        cls = getattr(type(first), "_forward_cls", None)
+        if cls is not None:
+            return str(cls.__name__)
+        if self._functions is None or code not in self._functions:
+            self._functions = {code: "", **dict(_function_codes(torch.autograd.Function))}
+        return self._functions[code]
+
+    def leave(self, state: _FrameLoops, frame: FrameType) -> None:
+        if state.is_owner:
+            self._owners.pop()
+        del self._frames[id(frame)]
+
+    def _inspect(self, code: CodeType) -> _CodeFacts:
+        file = os.path.realpath(code.co_filename)
+        is_users = not file.startswith((TORCH_FOLDER, OWN_FOLDER)) and "<frozen" not in file
+        loops = find_code_loops(code) if is_users else ()
+        enclosing: dict[int, tuple[int, ...]] = {}
+        for index, loop in enumerate(loops):
+            for offset in loop.offsets:
+                enclosing[offset] = (*enclosing.get(offset, ()), index)
+        places = tuple(_location(code.co_filename, loop.line) for loop in loops)
+        facts = _CodeFacts(is_users, code.co_name == "forward", loops, enclosing, places)
+        self._facts[code] = facts
+        return facts
+
+    def _locate(self, frame: FrameType) -> Location:
+        key = (frame.f_code, frame.f_lasti)
+        known = self._located.get(key)
+        if known is None:
+            known = _location(frame.f_code.co_filename, frame.f_lineno)
+            self._located[key] = known
+        return known
+
+
+class _FrameLoops:
+    """The loops that one run of a code object is in, by index and outermost first."""
+
+    __slots__ = (
+        *("positions", "facts", "frame", "number", "is_owner"),
+        *("offset", "inside", "iterations", "steps", "jumped_to"),
+    )
+
+    def __init__(
+        self, positions: Positions, facts: _CodeFacts, frame: FrameType, number: int
+    ) -> None:
+        self.positions = positions
+        self.facts = facts
+        # Only generators outlive their return to the caller; others would keep their locals alive.
+        self.frame = frame if frame.f_code.co_flags & _SUSPENDS else None
+        self.number = number
+        self.is_owner = False
+        self.offset = -1
+        self.inside: tuple[int, ...] = ()
+        self.iterations = [0] * len(facts.loops)
+        self.steps: tuple[LoopStep, ...] | None = ()
+        self.jumped_to = -1
+
+    def on_event(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            self._on_line(frame.f_lasti)
+        elif event == "return" and self._is_over(frame):
+            self.positions.leave(self, frame)
+        return self.on_event
+
+    def steps_at(self, offset: int) -> tuple[LoopStep, ...]:
+        """The iterations that the instruction at ``offset`` runs in."""
+        if offset != self.offset:
+            self._move(offset)
+        if self.steps is None:
+            self.steps = tuple(self._step(index) for index in self.inside)
+        return self.steps
+
+    def _on_line(self, offset: int) -> None:
+        """Count a jump back: seen at its target, or, on one line from 3.12 on, at the jump."""
+        before, jumped_to = self.inside, self.jumped_to
+        self._move(offset)
+        self.jumped_to = -1
+        for index in self.inside:
+            loop = self.facts.loops[index]
+            if offset == loop.first and index in before and jumped_to != offset:
+                self._count(index)
+            if offset in loop.jumps:
+                self._count(index)
+                self.jumped_to = loop.first
+
+    def _move(self, offset: int) -> None:
+        self.offset = offset
+        inside = self.facts.enclosing.get(offset, ())
+        if inside != self.inside:
+            for index in inside:
+                if index not in self.inside:
+                    self.iterations[index] = 0
+            self.inside = inside
+            self.steps = None
+
+    def _count(self, index: int) -> None:
+        self.iterations[index] += 1
+        self.steps = None
+
+    def _step(self, index: int) -> LoopStep:
+        loop = self.facts.loops[index]
+        place = (loop.first, loop.last)
+        return LoopStep(self.number, place, self.iterations[index], self.facts.locations[index])
+
+    def _is_over(self, frame: FrameType) -> bool:
+        return self.frame is None or frame.f_code.co_code[frame.f_lasti] in _RETURNS
+
+
+def _location(file: str, line: int) -> Location:
+    return Location(file, line, linecache.getline(file, line).strip())
+
+
+def _function_codes(function: type) -> Iterator[tuple[CodeType, str]]:
+    """The code of ``forward`` of all subclasses, with their names."""
+    for cls in function.__subclasses__():
+        forward = getattr(cls.__dict__.get("forward"), "__func__", None)
+        if isinstance(forward, FunctionType):
+            yield forward.__code__, cls.__name__
+        yield from _function_codes(cls)
