@@ -32,7 +32,7 @@ def is_intercepted() -> bool:
         return True
     if not torch._C._len_torch_function_stack():
         return False
-    modes = _get_current_function_mode_stack()
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return not all(isinstance(mode, DeviceContext) for mode in modes)
 
 

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify import choose
+from sparsify.bench import Timings
+from sparsify.candidates import Predictor, Workload, find_candidates
+from sparsify.choose import Task, choose_region, is_slower
+from sparsify.codegen.cpp import CppBackend
+from sparsify.compile_recording import Binaries, Compiler, capture_tasks, lower_scans, run_pipeline
+from sparsify.compiled import Compiled
+from sparsify.cost_model import Rates, calibrate_rates
+from sparsify.options import Options
+from sparsify.plan import Plan, RegionPlan
+from sparsify.recording.recording import Args, Kwargs, Recording
+from tests.looped_models import WEIGHTS, H, layer_order, recurrent
+from tests.unrolled import dyadic, record_unrolled
+
+RATES = Rates(weight_bytes=1e12, event_adds=1e10, dense_macs=2e10, pointwise=1e9)
+BACKEND = CppBackend()
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class AnyCall:
+    """A guard and a calling that take all calls."""
+
+    tensors: list[Tensor]
+
+    def matches(self, args: Args, kwargs: Kwargs) -> bool:
+        return True
+
+    def explain(self, args: Args, kwargs: Kwargs) -> str:
+        return ""
+
+    def operands(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
+        return self.tensors
+
+    def deliver(self, values: Any, args: Args, kwargs: Kwargs) -> Any:
+        return values
+
+
+def record(model: Model, steps: int = 6) -> tuple[Recording, list[Tensor]]:
+    found = record_unrolled(model, [dyadic(steps, 3, H, seed=7)], WEIGHTS)
+    call = AnyCall(found.operands)
+    return Recording(found.graph, call, call, found.results), found.operands
+
+
+def task_of(model: Model) -> Task:
+    recording, operands = record(model)
+    graph = run_pipeline(recording.graph)[-1].graph
+    return capture_tasks(graph, operands, lower_scans(graph))[0]
+
+
+def predictor(activity: float, batch: int = 4, region: RegionPlan | None = None) -> Predictor:
+    kernel = task_of(recurrent).lowered.kernel
+    workload = Workload(10, batch, {g.result: activity for g in kernel.gathers})
+    return Predictor(kernel, workload, RATES, BACKEND, region)
+
+
+def compiled(model: Model, plan: Plan | None = None) -> Compiled:
+    recording, operands = record(model)
+    compiler = Compiler(Options(timing=False), Binaries(BACKEND))
+    return compiler.compile(recording, operands, plan or Plan())
+
+
+def test_the_prediction_follows_activity() -> None:
+    quiet, busy = (find_candidates(predictor(a), {}) for a in (0.01, 1.0))
+    assert quiet[0].label == "event"
+    assert busy[0].label == "dense"
+    assert {c.label for c in busy} == {"event", "dense"}
+    assert all(
+        a.predicted_seconds <= b.predicted_seconds for a, b in zip(busy, busy[1:], strict=False)
+    )
+
+
+def test_the_break_even_divides_event_from_dense() -> None:
+    found = predictor(0.1)
+    (gather,) = found.kernel.gathers
+    even = found.break_even({gather.result: "event"}, gather.result)
+    assert 0.3 < even < 0.6  # adds cost twice as much as dense products, lists a little
+    below, above = predictor(even * 0.8), predictor(min(1.0, even * 1.2))
+    assert below.seconds({gather.result: "event"}) < below.seconds({gather.result: "dense"})
+    assert above.seconds({gather.result: "event"}) >= above.seconds({gather.result: "dense"})
+
+
+@pytest.mark.parametrize("how", ["event", "dense"])
+def test_a_pinned_gather_is_not_varied(how: Any) -> None:
+    found = predictor(0.01)
+    (gather,) = found.kernel.gathers
+    candidates = find_candidates(found, {gather.result: how})
+    assert candidates
+    assert all(c.schedule.gathers == ((gather.result, how),) for c in candidates)
+
+
+def test_a_planned_strategy_and_tile_are_kept() -> None:
+    planned = RegionPlan("rows-per-thread", 64)
+    for candidate in find_candidates(predictor(0.01, region=planned), {}):
+        assert (candidate.schedule.strategy, candidate.schedule.tile) == ("rows-per-thread", 64)
+
+
+def test_rates_are_calibrated_once_and_plausible() -> None:
+    rates = calibrate_rates()
+    assert calibrate_rates() is rates
+    # Any processor that runs torch is within these, a busy one too.
+    assert 1e7 < rates.event_adds < rates.dense_macs < 1e13
+    assert 1e7 < rates.pointwise < rates.weight_bytes < 1e13
+
+
+def timings(contended: bool) -> Timings:
+    canary = (1.0, 2.0, 2.0, 1.0) if contended else (1.0,) * 4
+    return Timings({"0": (1.0,) * 4}, canary, 1)
+
+
+def choose_with(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], contended: bool = False
+) -> choose.Choice:
+    task = task_of(recurrent)
+    candidates = find_candidates(predictor(0.01), {})
+    pair = [next(c for c in candidates if c.label == label) for label in ("event", "dense")]
+    monkeypatch.setattr(choose, "time_candidates", lambda *_: (timings(contended), seconds))
+    return choose_region(task, pair, Binaries(BACKEND).load, timing=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "how"), [([1e-3, 2e-3, 9e-3], "event"), ([2e-3, 1e-3, 9e-3], "dense")]
+)
+def test_the_fastest_is_taken(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], how: str
+) -> None:
+    choice = choose_with(monkeypatch, seconds)
+    assert choice.region is not None
+    assert {how for _, how in choice.region.launchable.schedule.gathers} == {how}
+    assert choice.took_ms == {"event": seconds[0] * 1e3, "dense": seconds[1] * 1e3, "original": 9.0}
+
+
+def test_a_kernel_that_is_not_faster_is_refused_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choice = choose_with(monkeypatch, [3e-3, 2e-3, 1e-3])
+    assert choice.region is None
+    assert choice.refusal is not None
+    assert choice.refusal.code == "no-gain"
+    assert "dense kernel took 2 ms, the original operations took 1 ms" in choice.refusal.reason
+    assert choice.refusal.facts == {"kernel_ms": 2.0, "original_ms": 1.0}
+
+
+def test_on_a_contended_machine_predictions_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose_with(monkeypatch, [2e-3, 1e-3, 9e-3], contended=True)
+    assert choice.region is not None
+    assert {how for _, how in choice.region.launchable.schedule.gathers} == {"event"}
+    assert choice.note.startswith("decided by prediction, because 50% of the rounds were disturbed")
+    slightly_slower = choose_with(monkeypatch, [1.1e-3, 1e-3, 1e-3], contended=True)
+    assert slightly_slower.region is not None
+    much_slower = choose_with(monkeypatch, [2e-3, 1e-3, 1e-3], contended=True)
+    assert much_slower.region is None
+
+
+def test_a_call_may_cost_5_percent_or_20_microseconds_more() -> None:
+    assert not is_slower(1.04, 1.0)
+    assert is_slower(1.06, 1.0)
+    assert not is_slower(30e-6, 12e-6)
+    assert is_slower(33e-6, 12e-6)
+
+
+def test_every_product_has_a_row_and_events_are_counted() -> None:
+    found = compiled(layer_order)
+    rows = {site.name: site for site in found.sites}
+    assert set(rows) == {"w0", "w1", "w2"}
+    assert rows["w1"].decision == rows["w2"].decision == "event"
+    assert rows["w0"].code == "no-event"
+    for name in ("w1", "w2"):
+        region, gather = found.placements[name]
+        assert region in found.regions
+        assert rows[name].activity is not None
+        assert rows[name].event_operations == rows[name].activity * 6 * 3 * H * H  # type: ignore[operator]
+        assert rows[name].dense_operations == 6 * 3 * H * H
+    assert found.live_activity() == {}
+
+
+def test_the_installed_graph_gives_the_recorded_results() -> None:
+    recording, operands = record(recurrent)
+    found = Compiler(Options(timing=False), Binaries(BACKEND)).compile(recording, operands, Plan())
+    assert len(found.regions) == 1
+    for stage in found.stages:  # dyadic: sums are exact in any order
+        results = stage.graph(*operands)
+        assert all(map(torch.equal, results, recording.result)), stage.name
+
+
+def test_a_plan_decides_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "time_candidates", lambda *_: pytest.fail("timed"))
+    plan = compiled(recurrent).plan
+    recording, operands = record(recurrent)
+    again = Compiler(Options(), Binaries(BACKEND)).compile(recording, operands, plan)
+    assert again.plan == plan
+    assert again.regions.keys() == {"scan_0"}
+
+
+@pytest.mark.parametrize("how", ["event", "dense"])
+def test_a_pinned_site_runs_as_pinned(how: Any) -> None:
+    found = compiled(recurrent, Plan({"w1": how}))
+    assert {site.decision for site in found.sites if site.name == "w1"} == {how}
+
+
+def test_a_site_that_is_off_stays_with_the_original() -> None:
+    found = compiled(recurrent, Plan({"w1": "off"}))
+    (site,) = (site for site in found.sites if site.name == "w1")
+    assert (site.decision, site.code) == ("kept", "pinned")
+    assert "The plan leaves w1 to the original" in site.reason
+    assert found.runs_original
+    assert found.plan.sites == {"w1": "off"}
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not have: fc; its sites are: w0, w1"):
+        compiled(recurrent, Plan({"fc": "event"}))
