@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class ErrorBounds(fx.Interpreter):
         body = ErrorBounds(scan.body)
         now, kept = tuple(carries), []
         for step in range(steps):
-            slices = [move(x, lambda t, step=step: t[step]) for x in xs]
+            slices = [move(x, partial(torch.select, dim=0, index=step)) for x in xs]
             bounds = body.evaluate([*now, *slices, *consts])
             now = bounds.outputs[: scan.carries]
             kept.append(bounds.outputs[scan.carries :])

@@ -31,7 +31,7 @@ def project() -> dict[str, Any]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel, built from a copy of what is shipped so that the checkout stays clean."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "pytest_sparsify.py"):
         (tree / name).write_bytes((ROOT / name).read_bytes())
     for folder in {*FOLDERS.values()}:
         (tree / folder).mkdir(parents=True, exist_ok=True)
@@ -54,6 +54,7 @@ def test_wheel_holds_every_source_of_the_package(wheel: zipfile.ZipFile) -> None
         for path in (ROOT / folder).iterdir()
         if path.suffix in {".py", ".h", ".cpp", ".typed"}
     }
+    expected.add("pytest_sparsify.py")
     assert {"sparsify/py.typed", "sparsify/codegen/kernel.h"} <= expected
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == expected

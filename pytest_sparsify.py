@@ -1,0 +1,60 @@
+"""The pytest fixture ``sparsify_check``: verify a sparsified model in a project's own tests.
+
+A module of its own, because pytest imports the plugins of all installed packages whenever it
+starts, and importing anything of ``sparsify`` imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsify.plan import Plan
+    from sparsify.verify_figures import Verification
+
+
+class SparsifyCheck(Protocol):
+    def __call__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        events: int = 1,
+        kwargs: dict[str, Any] | None = None,
+        plan: Plan | None = None,
+        **options: Any,
+    ) -> Verification:
+        """Sparsify ``model`` for a call with ``args`` and ``kwargs``, and verify that call.
+
+        Fails when fewer than ``events`` sites run as events, or a value is one that rounding cannot
+        explain. What is compiled is decided by the cost model, not by measuring, unless ``plan``
+        pins it: a busy machine must not change the result. ``options`` are those of
+        ``sparsify.verify``. Gradients are disabled.
+        """
+
+
+@pytest.fixture
+def sparsify_check() -> SparsifyCheck:
+    """Verify a sparsified model: ``sparsify_check(model, x, events=2)``."""
+    import torch
+
+    from sparsify.api import sparsify
+    from sparsify.verify import verify
+
+    def check(
+        model: nn.Module,
+        *args: Any,
+        events: int = 1,
+        kwargs: dict[str, Any] | None = None,
+        plan: Plan | None = None,
+        **options: Any,
+    ) -> Verification:
+        __tracebackhide__ = True
+        with torch.no_grad():
+            fast = sparsify(model, *args, plan=plan, timing=False, **(kwargs or {}))
+        return verify(model, fast, *args, kwargs=kwargs, events=events, **options)
+
+    return check

@@ -1,0 +1,5 @@
+"""``python -m sparsify`` is the command ``sparsify``."""
+
+from sparsify.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,139 @@
+"""What the commands of ``sparsify`` do; each returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.api import sparsify
+from sparsify.bench import measure_pairs
+from sparsify.cli_target import Target, UsageError, UserCode, load_target
+from sparsify.engine import Engine
+from sparsify.explain import explain
+from sparsify.install import Sparsified
+from sparsify.verify import verify
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    target = load_target(options.target, options.batch)
+    _run_original(target)
+    print(explain(target.model, *target.args, **target.kwargs))
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    target = load_target(options.target, options.batch)
+    fast, _ = _compile(target, options)
+    progress = Progress(sys.stderr)
+    found = verify(
+        target.model,
+        fast,
+        *target.args,
+        kwargs=target.kwargs,
+        events=options.events,
+        progress=progress,
+    )
+    progress.clear()
+    print(found)
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Status 1 if the figures do not count because other work ran."""
+    target = load_target(options.target, options.batch)
+    fast, engine = _compile(target, options)
+    args, kwargs = target.args, target.kwargs
+
+    def check(outputs: Mapping[str, Any]) -> None:
+        _check_layouts(outputs["eager"], outputs["sparsified"])
+
+    times = measure_pairs(
+        {
+            "eager": lambda: target.model(*args, **kwargs),
+            "sparsified": lambda: fast(*args, **kwargs),
+        },
+        options.rounds,
+        check=check,
+    )
+    print(times)
+    print()
+    print(engine.report)
+    return 1 if times.why_contended else 0
+
+
+def run_show(options: argparse.Namespace) -> int:
+    target = load_target(options.target, options.batch)
+    _, engine = _compile(target, options)
+    if options.report:
+        print(engine.report)
+    elif options.stage:
+        stages = {stage.name: stage for stage in engine.stages}
+        print(_pick(stages, options.stage, "stage").graph.print_readable(print_output=False))
+    elif options.kernel:
+        print(_pick(engine.kernels, options.kernel, "kernel").source)
+    else:
+        _show_all(engine)
+    return 0
+
+
+class Progress:
+    """One line on a terminal that is written over; nothing where no terminal is."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.is_shown = stream.isatty()
+
+    def __call__(self, region: str, done: int, steps: int) -> None:
+        if self.is_shown:
+            print(f"\r{region}: step {done} of {steps} checked ", end="", file=self.stream)
+
+    def clear(self) -> None:
+        if self.is_shown:
+            print("\r\033[K", end="", file=self.stream, flush=True)
+
+
+def _compile(target: Target, options: argparse.Namespace) -> tuple[nn.Module, Engine]:
+    _run_original(target)
+    fast = sparsify(target.model, *target.args, strict=options.strict, **target.kwargs)
+    assert isinstance(fast, Sparsified)
+    return fast, fast.compiled
+
+
+def _run_original(target: Target) -> None:
+    """A model that fails on its own inputs is the user's to mend: show where."""
+    with UserCode(f"the model of {target.name} fails on the example"):
+        target.model(*target.args, **target.kwargs)
+
+
+def _show_all(engine: Engine) -> None:
+    print("stages (--stage NAME prints the graph)")
+    for stage in engine.stages:
+        print("  " + str(stage).replace("\n", "\n  "))
+    print("\nkernels (--kernel NAME prints the source)")
+    for name, view in engine.kernels.items():
+        kernel = view.kernel
+        layers = ", ".join(f"{p.name}: {p.size}" for p in kernel.populations)
+        kinds = sorted({w.dtype for w in kernel.weights} | {s.dtype for s in kernel.states})
+        lines = len(view.source.splitlines())
+        print(f"  {name}: {view.schedule.strategy}, {layers}, {', '.join(kinds)}, {lines} lines")
+    if not engine.kernels:
+        print("  none: --report says why")
+
+
+def _pick(named: Mapping[str, Any], name: str, kind: str) -> Any:
+    if name in named:
+        return named[name]
+    known = ", ".join(named) or "none"
+    raise UsageError(f"there is no {kind} {name!r}; there is {known}")
+
+
+def _check_layouts(eager: Any, kernels: Any) -> None:
+    pairs = zip(pytree.tree_leaves(eager), pytree.tree_leaves(kernels), strict=True)
+    for a, b in pairs:
+        if isinstance(a, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
+            raise AssertionError(f"{list(b.shape)} {b.dtype} instead of {list(a.shape)} {a.dtype}")
