@@ -134,7 +134,6 @@ class Cell:
             self._stage(source, value)
         self._inside += self._updates  # a state has its old value to the end of the phase
         sums = [s.result for s in phase.body if isinstance(s, ir.Gather)]
-        sums = [result for result in sums if result in self.usage.dense]
         parameters = [f"const {self._type(r)}* {self._sum(r)}" for r in sums]
         head = ", ".join([self.places.parameters, *parameters])
         self.writer.line()
@@ -169,16 +168,7 @@ class Cell:
                 self._store(statement, phase)
 
     def _gather(self, gather: ir.Gather) -> None:
-        name, weight = self.symbols.values[gather.result], self.symbols.values[gather.weight]
-        if gather.result not in self.usage.dense:
-            source = self.usage.sources[gather.source]
-            senders = self.symbols.sizes[source.population]
-            events = self.places.events[gather.source]
-            sums = self._sum(gather.result)
-            self._before += [
-                (f"alignas(64) {self._type(gather.result)} {sums}[TILE];", gather.note),
-                (f"gather_events<TILE>({sums}, call.{weight} + first * {senders}, {events});", ""),
-            ]
+        name = self.symbols.values[gather.result]
         if self._is_read(gather.result):
             self._inside.append(
                 (f"const {self._type(gather.result)} {name} = {self._sum(gather.result)}[i];", "")

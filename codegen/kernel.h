@@ -33,6 +33,7 @@ constexpr int VECTOR_BYTES = 16, DENSE_ROWS = 4, DENSE_VECTORS = 2;
 #endif
 
 constexpr int BLOCK = 256;        // senders that are summed on their own, see gather_events
+constexpr int AHEAD = 8;          // events between asking for a weight row and adding it
 constexpr int DENSE_BLOCK = 256;  // senders of a dense product whose weights stay in the first cache
 
 template <class F>
@@ -63,6 +64,15 @@ SPARSIFY_INLINE void store(F* to, Vector<F> value) {
 
 // ---- scalar operations with one spelling for float and double ----
 
+// A bool goes through int: GCC vectorises only that.
+template <class To, class From>
+SPARSIFY_INLINE To cast(From a) {
+  return To(a);
+}
+template <class To>
+SPARSIFY_INLINE To cast(bool a) {
+  return To(int(a));
+}
 SPARSIFY_INLINE float absolute(float a) { return __builtin_fabsf(a); }
 SPARSIFY_INLINE double absolute(double a) { return __builtin_fabs(a); }
 SPARSIFY_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
@@ -246,7 +256,7 @@ SPARSIFY_INLINE int64_t count_active(const Source* values, int64_t count) {
 
 template <class F, class Source>
 SPARSIFY_INLINE void convert(F* to, const Source* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = F(from[i]);
+  for (int64_t i = 0; i < count; ++i) to[i] = cast<F>(from[i]);
 }
 
 // ---- gathers ----
@@ -256,19 +266,22 @@ SPARSIFY_INLINE void convert(F* to, const Source* from, int64_t count) {
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
 // Nothing is contracted (-ffp-contract=off): every backend and every batch size gets the same bits.
 template <int TILE, class Index, class F>
-SPARSIFY_INLINE void gather_events(F* sums, const F* weight, const Events<Index, F>& events,
-                                   int64_t row) {
-  constexpr int VECTORS = TILE / WIDTH<F>;
+void gather_events(F* sums, const F* weight, const Events<Index, F>& events, int64_t row) {
+  constexpr int VECTORS = TILE / WIDTH<F>, LINE = 64 / sizeof(F);
   const Index* const index = events.index + row * events.senders;
   const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
   const int32_t* const ends = events.ends + row * blocks_of(events.senders);
   const int64_t blocks = blocks_of(events.senders);
+  const int32_t last = events.count[row] - 1;
   int32_t k = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const int32_t end = ends[block];
     Vector<F> sum[VECTORS] = {};
     for (; k < end; ++k) {
       const F* const from = weight + int64_t(index[k]) * TILE;
+      const F* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
+      SPARSIFY_UNROLL
+      for (int i = 0; i < TILE; i += LINE) __builtin_prefetch(later + i);
       SPARSIFY_UNROLL
       for (int v = 0; v < VECTORS; ++v) {
         const Vector<F> weights = load(from + v * WIDTH<F>);

@@ -96,25 +96,35 @@ class KernelText(ABC):
         return self.values_of(source, slot), self.size(source)
 
     def write_tiles(self, phase: ir.Phase, function: str, tiles: str) -> None:
-        """The loop over ``tiles`` (a C++ for-head that sets ``first``) and the rows at hand."""
-        size = self.symbols.sizes[phase.population]
-        sums = []
-        with self.w.block(tiles):
-            for gather in phase.body:
-                if isinstance(gather, ir.Gather) and gather.result in self.usage.dense:
-                    sums.append(self._write_dense(gather))
-            with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
-                self.write_cell_call(function, size, [f"{s} + row * TILE" for s in sums])
+        """The loop over ``tiles`` (a C++ for-head that sets ``first``) and the rows at hand.
 
-    def _write_dense(self, gather: ir.Gather) -> str:
+        One gather at a time for all rows, so that only one tile of weights has to stay cached.
+        """
+        size = self.symbols.sizes[phase.population]
+        gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
+        with self.w.block(tiles):
+            for gather in gathers:
+                self._write_gather(gather)
+            sums = [f"{self._sums(gather)} + row * TILE" for gather in gathers]
+            with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
+                self.write_cell_call(function, size, sums)
+
+    def _sums(self, gather: ir.Gather) -> str:
+        return f"own.{self.symbols.values[gather.result]}_sum"
+
+    def _write_gather(self, gather: ir.Gather) -> None:
         source = self.usage.sources[gather.source]
-        values, row = self.dense_source(source)
-        sums = f"own.{self.symbols.values[gather.result]}_sum"
-        weight = f"call.{self.symbols.values[gather.weight]} + first * {self.size(source)}"
-        self.w.line(
-            f"gather_dense<TILE>({sums}, {weight}, {values}, {row}, rows, {self.size(source)});"
-        )
-        return sums
+        senders = self.size(source)
+        weight = f"call.{self.symbols.values[gather.weight]} + first * {senders}"
+        if gather.result in self.usage.dense:
+            values, row = self.dense_source(source)
+            given = f"{self._sums(gather)}, {weight}, {values}, {row}, rows, {senders}"
+            self.w.line(f"gather_dense<TILE>({given});", gather.note)
+            return
+        events = self.places().events[gather.source]
+        with self.w.indented("for (int64_t row = 0; row < rows; ++row)"):
+            given = f"{self._sums(gather)} + row * TILE, {weight}, {events}"
+            self.w.line(f"gather_events<TILE>({given});", gather.note)
 
     def write_cell_call(self, function: str, size: str, sums: list[str]) -> None:
         """Call a cell; a full tile gets its width as a constant."""

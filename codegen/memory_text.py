@@ -65,17 +65,16 @@ def events_field(
 
 
 def sum_fields(usage: Usage, symbols: Symbols, rows: str = "rows") -> list[Field]:
-    """Sums of dense gathers, one tile of receivers."""
+    """Sums of gathers, one tile of receivers."""
     return [
         array(
             C_TYPES[usage.dtypes[gather.result]],
             f"{symbols.values[gather.result]}_sum",
             f"{rows} * TILE",
             1,
-            "dense product of one tile",
+            "[rows, TILE]",
         )
         for gather in usage.kernel.gathers
-        if gather.result in usage.dense
     ]
 
 

@@ -114,7 +114,8 @@ def compile_flags() -> tuple[str, ...]:
     """Optimised for this machine, without anything that changes the value of an expression."""
     # Apple's compiler knows the machine it runs on as a CPU only.
     target = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
-    return ("-std=c++17", "-O3", target, "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+    exact = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv")
+    return ("-std=c++17", "-O3", target, *exact, "-fPIC", "-shared")
 
 
 @cache

@@ -20,7 +20,7 @@ _KEYWORDS = """
 
 # What skeletons, kernel.h and standard headers say at the places where model names appear.
 _SKELETON = """
-    Arena BLOCK Call DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events GROUP Own Rows Runtime Share
+    AHEAD Arena BLOCK Call DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events GROUP Own Rows Runtime Share
     Shared TILE Team VECTOR_BYTES Vector WIDTH active append arena b batch before blocks_of body
     bytes call chunk common context convert count count_active count_events errno error first gamma
     gather_dense gather_events group here i int16_t int32_t int64_t int8_t item j0 j1 jn last
