@@ -21,6 +21,7 @@ from sparsify.call_conditions import (
     why_observed,
 )
 from sparsify.check_recording import why_not_repeated
+from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.cpp import CppBackend
 from sparsify.compile_recording import Binaries, Compiler
 from sparsify.compiled import Compiled, Stage
@@ -107,6 +108,10 @@ class Engine:
         for entry in self._entries:
             live.update(entry.compiled.live_activity())
         return Report(self._sites(), tuple(self._all_notes()), live)
+
+    @property
+    def is_compiled(self) -> bool:
+        return bool(self._entries)
 
     @property
     def compiled(self) -> Compiled:
@@ -198,15 +203,20 @@ class Engine:
         operands = recording.calling.operands(args, kwargs)
         compiled = self._compiler.compile(recording, operands, self._plan)
         entry = Entry(compiled, operands, Layout(operands))
-        entry = self._merged(entry, operands, args, kwargs)
+        if self.options.timing and not compiled.placements.keys() <= self._plan.sites.keys():
+            refusal = why_not_faster(self.original, entry, args, kwargs)
+            if refusal is not None:
+                compiled = keep_all(compiled, refusal)
+                entry = Entry(compiled, operands, Layout(operands))
         self._plan = compiled.plan
+        self._add(entry, operands, args, kwargs)
         if self.options.strict:
             refusal = first_refusal(compiled.sites)
             if refusal is not None:
                 raise RefusedError(refusal)
         self.freeze(self._frozen)
 
-    def _merged(self, new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Entry:
+    def _add(self, new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> None:
         """Add ``new`` to the entries, or put one for all sizes in the place of two."""
         for old in self._entries:
             if not old.guard.matches(args, kwargs) or old.is_general:
@@ -216,10 +226,9 @@ class Engine:
             merged = merge(old, new, operands)
             if isinstance(merged, Entry):
                 self._entries = tuple(merged if entry is old else entry for entry in self._entries)
-                return merged
+                return
             self._note(f"sizes are compiled one by one: {merged}")
         self._entries = (*self._entries, new)
-        return new
 
     def _why_not_compile(self) -> Refusal | None:
         unavailable = self._backend.why_unavailable()

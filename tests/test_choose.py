@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -75,9 +76,7 @@ def test_the_prediction_follows_activity() -> None:
     assert quiet[0].label == "event"
     assert busy[0].label == "dense"
     assert {c.label for c in busy} == {"event", "dense"}
-    assert all(
-        a.predicted_seconds <= b.predicted_seconds for a, b in zip(busy, busy[1:], strict=False)
-    )
+    assert all(a.predicted_seconds <= b.predicted_seconds for a, b in pairwise(busy))
 
 
 def test_the_break_even_divides_event_from_dense() -> None:
@@ -176,7 +175,7 @@ def test_every_product_has_a_row_and_events_are_counted() -> None:
     assert rows["w1"].decision == rows["w2"].decision == "event"
     assert rows["w0"].code == "no-event"
     for name in ("w1", "w2"):
-        region, gather = found.placements[name]
+        region, _ = found.placements[name]
         assert region in found.regions
         assert rows[name].activity is not None
         assert rows[name].event_operations == rows[name].activity * 6 * 3 * H * H  # type: ignore[operator]

@@ -1,0 +1,83 @@
+"""Whether a compiled call as a whole is worth its while, against the original on the example."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from sparsify.bench import measure_pairs
+from sparsify.choose import BUDGET_SECONDS, CLEARLY, REMEDY, SLOW_SECONDS, is_slower
+from sparsify.compile_recording import with_modules
+from sparsify.compiled import Compiled, Stage
+from sparsify.entry import Entry
+from sparsify.errors import Refusal
+from sparsify.keep_state import keep_state
+from sparsify.plan import Plan, PlanDecision
+from sparsify.recording.recording import Args, Kwargs
+from sparsify.report import Site
+
+
+def why_not_faster(model: nn.Module, entry: Entry, args: Args, kwargs: Kwargs) -> Refusal | None:
+    """Why the original should run: a compiled call, its guard included, costs more."""
+
+    def ours() -> Any:
+        entry.guard.matches(args, kwargs)
+        operands = entry.calling.operands(args, kwargs)
+        entry.serves(operands)
+        return entry.run(operands, args, kwargs)
+
+    with keep_state(model):
+        took, original, contended = _time(ours, lambda: model.forward(*args, **kwargs))
+    if not is_slower(took, original * CLEARLY if contended else original):
+        return None
+    reason = (
+        f"A call took {took * 1e3:.3g} ms compiled and {original * 1e3:.3g} ms as the original."
+    )
+    facts = {"compiled_ms": ms, "original_ms": eager_ms}
+    return Refusal("no-gain", reason, REMEDY, None, facts)
+
+
+def keep_all(compiled: Compiled, refusal: Refusal) -> Compiled:
+    """``compiled`` with nothing replaced: calls run the original."""
+    sites = tuple(_kept(site, refusal) for site in compiled.sites)
+    off: dict[str, PlanDecision] = dict.fromkeys(compiled.placements, "off")
+    plan = Plan({**compiled.plan.sites, **off}, {}, compiled.plan.machine)
+    scans = {name: region.scan for name, region in compiled.regions.items()}
+    graph = with_modules(compiled.graph, scans)
+    stages = (*compiled.stages[:-1], Stage("install", graph, (), (refusal,)))
+    return replace(compiled, stages=stages, regions={}, sites=sites, plan=plan)
+
+
+def _kept(site: Site, refusal: Refusal) -> Site:
+    if site.decision == "kept":
+        return site
+    return replace(
+        site,
+        decision="kept",
+        code=refusal.code,
+        reason=refusal.reason,
+        remedy=refusal.remedy,
+        region="",
+    )
+
+
+def _time(ours: Callable[[], Any], original: Callable[[], Any]) -> tuple[float, float, bool]:
+    """Seconds of each, and whether other work disturbed them."""
+    original()
+    start = time.perf_counter()
+    original()
+    once = time.perf_counter() - start
+    if once > SLOW_SECONDS:
+        ours()
+        start = time.perf_counter()
+        ours()
+        return time.perf_counter() - start, once, True
+    rounds = max(3, min(15, int(BUDGET_SECONDS / max(2 * once, 1e-4))))
+    found = measure_pairs({"ours": ours, "original": original}, rounds, least_ms=0.2)
+    if found.why_contended:
+        return min(found.seconds["ours"]), min(found.seconds["original"]), True
+    return found.median_ms("ours") / 1e3, found.median_ms("original") / 1e3, False
