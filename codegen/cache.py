@@ -18,18 +18,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import zip_longest
 from pathlib import Path
 
 from sparsify.codegen.cache_folder import (
+    FAILED_PREFIX,
     WORKSPACE_PREFIX,
     CacheFolder,
     open_cache_folder,
     open_private_folder,
     read_own_file,
+    remove_stale_workspaces,
 )
-from sparsify.errors import CompileError
+from sparsify.errors import BackendUnavailable, CompileError
 
 RECORD = "entry.json"
 PUBLISH_ATTEMPTS = 3
@@ -66,7 +68,7 @@ class Recipe:
     binary: str
     build: Callable[[Path], None]
 
-    @property
+    @cached_property
     def entry(self) -> str:
         """The name of the entry's folder."""
         labelled = json.dumps(dict(self.parts), sort_keys=True).encode()
@@ -91,11 +93,17 @@ class KernelCache:
     def get(self, recipe: Recipe) -> Path:
         """The binary of ``recipe``: remembered, found or built.
 
-        Raises CompileError if its build step fails.
+        Raises CompileError if its build step fails, BackendUnavailable if no folder can be used.
         """
-        if known := self._known.get(recipe.entry):
+        known = self._known.get(recipe.entry)
+        if known and known.exists():
             return known
-        binary = self.find(recipe) or self._make(recipe)
+        try:
+            self._folder = reopen(self._folder)
+            binary = self.find(recipe) or self._make(recipe)
+        except OSError as error:
+            remedy = "Name a folder of your own in $SPARSIFY_CACHE."
+            raise BackendUnavailable(f"Kernels cannot be stored: {error}. {remedy}") from error
         self._known[recipe.entry] = binary
         return binary
 
@@ -135,14 +143,15 @@ class KernelCache:
             return self._build(recipe)
 
     def _build(self, recipe: Recipe) -> Path:
+        remove_stale_workspaces(self.path)
         workspace = Path(tempfile.mkdtemp(prefix=WORKSPACE_PREFIX, dir=self.path))
         try:
             for file, text in recipe.files.items():
-                (workspace / file).write_text(text, encoding="utf-8")
+                write_text(workspace / file, text)
             recipe.build(workspace)
             sha256 = hashlib.sha256((workspace / recipe.binary).read_bytes()).hexdigest()
             record = {"sha256": sha256, "parts": dict(recipe.parts)}
-            (workspace / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            write_text(workspace / RECORD, json.dumps(record, indent=1))
             return self._publish(recipe, workspace)
         except BuildFailed as failure:
             source = self._keep_failed(recipe, workspace, failure.log) / recipe.source
@@ -176,12 +185,12 @@ class KernelCache:
 
     def _keep_failed(self, recipe: Recipe, workspace: Path, log: str) -> Path:
         """Keep the sources and the log of a build that failed; only the last of each entry."""
-        (workspace / "log.txt").write_text(log, encoding="utf-8")
-        kept = self.path / f"failed-{recipe.entry}"
-        self._remove_entry(kept)
+        kept = self.path / f"{FAILED_PREFIX}{recipe.entry}"
         try:
+            write_text(workspace / "log.txt", log)
+            self._remove_entry(kept)
             return workspace.rename(kept)
-        except OSError:  # another process failed with the same sources at this moment
+        except OSError:  # a full disk, or another process failed with the same sources just now
             return workspace
 
 
@@ -191,13 +200,25 @@ def open_cache(path: Path) -> KernelCache:
     return KernelCache(open_cache_folder(path))
 
 
+def reopen(folder: CacheFolder) -> CacheFolder:
+    """``folder``, checked anew: it may have been changed or removed since the last kernel."""
+    if not folder.private:
+        return open_cache_folder(folder.path)
+    return folder if folder.path.is_dir() else open_private_folder(folder.path, "it was removed")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8. File names and comments of a model may hold what UTF-8 cannot: escaped."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
 def read_record(entry: Path) -> Record | None:
     """What ``entry`` says about itself, or None if that is missing or damaged."""
     content = read_own_file(entry / RECORD)
     try:
         record = json.loads(content or b"null")
         return Record(str(record["sha256"]), {str(k): str(v) for k, v in record["parts"].items()})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

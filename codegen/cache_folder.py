@@ -10,11 +10,13 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 WORKSPACE_PREFIX = ".making-"
+FAILED_PREFIX = "failed-"
 STALE_AFTER_S = 3600.0  # far more than a compiler is given
+# None is the folder for temporary files of this process; the others may allow execution.
+PRIVATE_PLACES = (None, "/var/tmp", "/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -28,29 +30,36 @@ class CacheFolder:
 def cache_path() -> Path:
     """$SPARSIFY_CACHE, else ``sparsify`` in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("SPARSIFY_CACHE"):
-        return Path(chosen).absolute()
+        return Path(os.path.expanduser(chosen)).absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sparsify"
+    if os.path.isabs(base):  # the XDG specification says that a relative path is to be ignored
+        return Path(base) / "sparsify"
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        return Path(home) / ".cache" / "sparsify"
+    # A user without a home. Others may know this name, but what they put there is not used.
+    return Path(tempfile.gettempdir()).absolute() / f"sparsify-{os.geteuid()}"
 
 
-@cache
 def open_cache_folder(path: Path) -> CacheFolder:
-    """The folder at ``path``, made if missing; if unfit a private one, with a warning."""
+    """The folder at ``path``, made if missing; if unfit a private one, with a warning.
+
+    Raises OSError if there is no place for a private one either.
+    """
+    reason = "it is a link" if os.path.islink(path) else make_or_object(path)
+    if reason:
+        return open_private_folder(path, reason)
+    return CacheFolder(path, private=False)
+
+
+def make_or_object(path: Path) -> str | None:
+    """Make the folder if it is missing; why it must not be used, or None."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        return why_unfit(path)
     except OSError as error:
-        return open_private_folder(path, "it is a link" if path.is_symlink() else str(error))
-    try:
-        reason = why_unfit(path, descriptor)
-    finally:
-        os.close(descriptor)
-    if reason:
-        return open_private_folder(path, reason)
-    _remove_stale_workspaces(path)
-    return CacheFolder(path, private=False)
+        return str(error)
 
 
 def open_private_folder(instead_of: Path, reason: str) -> CacheFolder:
@@ -61,19 +70,34 @@ def open_private_folder(instead_of: Path, reason: str) -> CacheFolder:
         RuntimeWarning,
         stacklevel=2,
     )
-    path = Path(tempfile.mkdtemp(prefix="sparsify-"))
-    atexit.register(_remove_private_folder, path, os.getpid())
-    return CacheFolder(path, private=True)
+    objections = []
+    for place in PRIVATE_PLACES:
+        try:
+            path = Path(tempfile.mkdtemp(prefix="sparsify-", dir=place)).absolute()
+        except OSError as error:
+            objections.append(str(error))
+            continue
+        if objection := why_unfit(path):
+            objections.append(f"{path.parent}: {objection}")
+            path.rmdir()
+            continue
+        atexit.register(_remove_private_folder, path, os.getpid())
+        return CacheFolder(path, private=True)
+    raise OSError(f"no folder is fit for compiled kernels ({'; '.join(objections)})")
 
 
-def why_unfit(path: Path, descriptor: int) -> str | None:
-    """Why code in the folder that is open as ``descriptor`` must not be run, or cannot be."""
-    status = os.fstat(descriptor)
+def why_unfit(path: Path) -> str | None:
+    """Why code in the folder ``path`` must not be run, or cannot be. Raises OSError for a link."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        status, system = os.fstat(descriptor), os.fstatvfs(descriptor)
+    finally:
+        os.close(descriptor)
     if status.st_uid != os.geteuid():
         return f"it belongs to user {status.st_uid}, not to user {os.geteuid()}"
     if mode := stat.S_IMODE(status.st_mode) & 0o077:
         return f"others may use it (mode {mode | 0o700:04o}); run: chmod 700 {path}"
-    if os.fstatvfs(descriptor).f_flag & getattr(os, "ST_NOEXEC", 0):
+    if system.f_flag & getattr(os, "ST_NOEXEC", 0):
         return "it lies on a file system that is mounted noexec"
     for parent in path.resolve().parents:
         mode = parent.stat().st_mode
@@ -104,7 +128,7 @@ def read_own_file(path: Path) -> bytes | None:
         return stream.read()
 
 
-def _remove_stale_workspaces(path: Path) -> None:
+def remove_stale_workspaces(path: Path) -> None:
     """Remove what killed processes left; a living one finishes long before it is stale."""
     for workspace in path.glob(f"{WORKSPACE_PREFIX}*"):
         try:
@@ -116,5 +140,11 @@ def _remove_stale_workspaces(path: Path) -> None:
 
 
 def _remove_private_folder(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child runs this too when it exits
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove all but the sources of failed builds, whose path the user was told."""
+    if os.getpid() != owner or not path.is_dir():  # a forked child runs this too when it exits
+        return
+    for entry in path.iterdir():
+        if not entry.name.startswith(FAILED_PREFIX):
+            shutil.rmtree(entry, ignore_errors=True)
+    if not any(path.iterdir()):
+        path.rmdir()

@@ -76,7 +76,7 @@ class Runtime:
         size = check_readable(tensor).element_size()
         if tensor.is_complex() or size not in WORDS:
             raise TypeError(f"cannot count the non-zeros of a tensor of {tensor.dtype}")
-        whole = tensor.contiguous()
+        whole = tensor.detach().contiguous()
         mask = (1 << (8 * size - 1)) - 1 if tensor.is_floating_point() else (1 << 8 * size) - 1
         threads = torch.get_num_threads()
         return int(self._count[size](whole.data_ptr(), whole.numel(), mask, threads))
@@ -91,7 +91,8 @@ class Runtime:
         if weight.dim() != 2 or tile < 1:
             raise ValueError(f"cannot pack shape {tuple(weight.shape)} into tiles of {tile}")
         receivers, senders = weight.shape
-        tiles = torch.empty(-(-receivers // tile), senders, tile, dtype=weight.dtype)
+        shape = (-(-receivers // tile), senders, tile)
+        tiles = torch.empty(shape, dtype=weight.dtype, device="cpu")
         all_finite = self._pack[weight.element_size()](
             weight.data_ptr(),
             receivers,
@@ -136,7 +137,7 @@ def as_rows(tensor: torch.Tensor) -> tuple[int, int, int, torch.Tensor]:
     if len(axes) == 1:
         step, extent = axes[0]
         return extent, run * size, step * size, tensor
-    return as_rows(tensor.contiguous())
+    return as_rows(tensor.detach().contiguous())
 
 
 class PackedWeight:
@@ -205,7 +206,13 @@ def why_unavailable() -> Refusal | None:
         return refusal
     try:
         load_runtime()
-    except (CompileError, BackendUnavailable, OSError) as error:
-        reason = f"The support library cannot be built: {error}"
-        return Refusal("backend-unavailable", reason, "Install a complete C++17 compiler.")
+    except CompileError as error:
+        reason = f"The support library cannot be compiled ({error.source_path})."
+        remedy = "Install a complete C++17 compiler, or name one in $CXX."
+        return Refusal("backend-unavailable", reason, remedy, facts={"log": error.log})
+    except BackendUnavailable as error:
+        return Refusal("backend-unavailable", str(error))
+    except OSError as error:
+        reason = f"The support library cannot be loaded: {error}."
+        return Refusal("backend-unavailable", reason, "Name a C++ compiler in $CXX.")
     return None

@@ -26,6 +26,10 @@ COMPILERS = ("c++", "g++", "clang++")
 SOURCE, BINARY = "kernel.cpp", "kernel.so"
 COMPILE_LIMIT_S = 120.0
 VERSION_LIMIT_S = 20.0
+CPU_LABELS = (  # x86 and Arm
+    *("vendor_id", "cpu family", "model", "flags"),
+    *("Features", "CPU implementer", "CPU part"),
+)
 INSTALL = {
     "linux": "Install a C++ compiler (`apt install g++`, `dnf install gcc-c++`, `apk add g++` or"
     " `conda install gxx`), or name one in $CXX.",
@@ -112,34 +116,33 @@ def run_limited(command: tuple[str, ...], limit_s: float, folder: Path | None = 
 
 def compile_flags() -> tuple[str, ...]:
     """Optimised for this machine, without anything that changes the value of an expression."""
-    # Apple's compiler knows the machine it runs on as a CPU only.
-    target = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
-    exact = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv")
-    return ("-std=c++17", "-O3", target, *exact, "-fPIC", "-shared")
+    # Where -march is a family of processors, -mcpu names the one at hand.
+    target = "-mcpu=native" if platform.machine() in ("arm64", "ppc64le") else "-march=native"
+    # First takes back what $CXX may bring along; it would also bring back contraction.
+    exact = ("-fno-fast-math", "-ffp-contract=off")
+    # Neither errno nor the exception flags are read, so a choice may become a blend.
+    unread = ("-fno-math-errno", "-fno-trapping-math")
+    return ("-std=c++17", "-O3", target, *exact, *unread, "-fPIC", "-shared")
 
 
 @cache
 def cpu_identity() -> str:
     """What ``native`` means here: folders are shared between unequal machines."""
-    if sys.platform == "darwin":
-        answer = run_limited(("sysctl", "-n", "machdep.cpu"), VERSION_LIMIT_S)
-        return f"{platform.machine()}\n{answer}"
-    labels = (
-        "vendor_id",
-        "cpu family",
-        "model",
-        "flags",
-        "Features",
-        "CPU implementer",
-        "CPU part",
-    )
-    lines = [platform.machine()]
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if not line.strip():
-            break  # the first core stands for all
-        if line.split(":")[0].strip() in labels:
-            lines.append(" ".join(line.split()))
-    return "\n".join(lines)
+    try:
+        if sys.platform == "darwin":
+            answer = run_limited(("sysctl", "-n", "machdep.cpu"), VERSION_LIMIT_S)
+        else:
+            answer = features_of(Path("/proc/cpuinfo").read_text(errors="replace"))
+    except (OSError, BuildFailed):
+        answer = f"the processor of {platform.node()}"
+    return f"{platform.machine()}\n{answer}"
+
+
+def features_of(cpuinfo: str) -> str:
+    """The lines of /proc/cpuinfo that say what code the first core can run."""
+    first_core, *_ = cpuinfo.split("\n\n")
+    lines = [" ".join(line.split()) for line in first_core.splitlines()]
+    return "\n".join(line for line in lines if line.split(":")[0].strip() in CPU_LABELS)
 
 
 def compile_shared_library(
@@ -152,7 +155,8 @@ def compile_shared_library(
     """The shared library of ``text``, compiled or from the cache. ``#include "runtime.h"`` works.
 
     ``headers`` are further files (name to text) that the source includes.
-    Raises CompileError (log, path of the kept source) and BackendUnavailable (no compiler).
+    Raises CompileError (log, path of the kept source) and BackendUnavailable (no compiler, or no
+    folder to write to).
     """
     return current_cache().get(recipe_for(text, name, headers or {}, limit_s))
 
@@ -201,6 +205,8 @@ def read_source(file: str) -> str:
 def load_library(path: Path) -> ctypes.CDLL:
     """The library at ``path``, opened once per process; calls release the GIL.
 
+    It is opened by name after its content was checked. In between only this user can exchange it,
+    because the cache lies in a folder that nobody else can write or replace.
     Raises OSError if it is not what the compiler wrote, or cannot be loaded.
     """
     if not is_intact(path):
@@ -216,4 +222,5 @@ def _answer_of(command: str) -> Compiler | str:
     path = shutil.which(program)
     if path is None:
         return "not found"
+    path = os.path.abspath(path)  # it will be run in another folder
     return ask_version((path, *arguments), os.stat(path).st_mtime_ns)

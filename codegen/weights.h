@@ -25,7 +25,7 @@ void divide(int64_t count, int threads, Work work) {
 }
 
 // Waking a thread takes as long as reading this much.
-constexpr int64_t kBytesPerThread = 256 * 1024;
+constexpr int64_t kBytesPerThread = 1024 * 1024;
 
 inline int worthwhile(int64_t bytes, int threads) {
   const int64_t most = 1 + bytes / kBytesPerThread;
@@ -34,12 +34,14 @@ inline int worthwhile(int64_t bytes, int threads) {
 
 // --- content hash ---
 //
-// Guarantee: one changed element of up to 8 bytes always changes the hash. Every step is a
-// bijection of the running value for a fixed word, and of the word for a fixed running value. The
-// shift matters as much as the product: a product alone only carries upwards, so flipping the sign
-// of an even number of elements would cancel.
+// Guarantee: one changed element of up to 8 bytes, wherever it lies, always changes the hash: each
+// 64-bit lane is a chain of bijections, and so is the fold of the lanes. Several changes cancel with
+// probability 2^-64: the shifts carry every difference into both halves of its lane. A product alone
+// carries only upwards, so that flipping the signs of an even number of elements would cancel.
 
-typedef uint32_t Lanes __attribute__((vector_size(32)));
+typedef uint32_t Halves __attribute__((vector_size(32)));
+typedef uint64_t Lanes __attribute__((vector_size(32)));
+typedef uint64_t LanesAnywhere __attribute__((vector_size(32), aligned(1), may_alias));
 constexpr int kVectors = 8;  // independent chains that hide the latency of the product
 constexpr int64_t kStripe = kVectors * sizeof(Lanes);
 constexpr int64_t kBlock = 64 * 1024;  // hashed by one thread; fixed, so threads do not matter
@@ -51,17 +53,19 @@ inline uint64_t fold(uint64_t hash, uint64_t word) {
 
 inline void absorb(Lanes (&state)[kVectors], const unsigned char* stripe) {
   for (int v = 0; v < kVectors; ++v) {
-    Lanes words;
-    std::memcpy(&words, stripe + v * sizeof(Lanes), sizeof words);
-    state[v] = (state[v] ^ words) * 0x9E3779B1u;
-    state[v] ^= state[v] >> 15;
+    const Lanes words = *reinterpret_cast<const LanesAnywhere*>(stripe + v * sizeof(Lanes));
+    state[v] = (Lanes)((Halves)(state[v] ^ words) * 0x9E3779B1u);
+    state[v] ^= state[v] >> 29;
+    state[v] += state[v] << 19;
   }
 }
 
 inline uint64_t hash_block(const unsigned char* data, int64_t bytes) {
   Lanes state[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    for (int lane = 0; lane < 8; ++lane) state[v][lane] = 0x85EBCA6Bu * (8 * v + lane + 1);
+    for (int lane = 0; lane < 4; ++lane) {
+      state[v][lane] = 0x9FB21C651E98DF25u * (4 * v + lane + 1);
+    }
   }
   int64_t at = 0;
   for (; at + kStripe <= bytes; at += kStripe) absorb(state, data + at);
@@ -70,11 +74,10 @@ inline uint64_t hash_block(const unsigned char* data, int64_t bytes) {
     std::memcpy(padded, data + at, bytes - at);
     absorb(state, padded);
   }
-  // Two lanes at a time: a double lies in two lanes and must reach the fold as one word.
-  uint64_t pairs[kStripe / 8];
-  std::memcpy(pairs, state, sizeof pairs);
   uint64_t hash = bytes;
-  for (uint64_t pair : pairs) hash = fold(hash, pair);
+  for (const Lanes& lanes : state) {
+    for (int lane = 0; lane < 4; ++lane) hash = fold(hash, lanes[lane]);
+  }
   return hash;
 }
 
@@ -94,7 +97,7 @@ inline uint64_t hash_rows(const unsigned char* rows, int64_t count, int64_t row_
   const int64_t total = count * row_bytes, blocks = (total + kBlock - 1) / kBlock;
   std::vector<uint64_t> hashes(blocks);
   divide(blocks, worthwhile(total, threads), [&](int64_t first, int64_t last) {
-    std::vector<unsigned char> buffer(stride == row_bytes ? 0 : kBlock);
+    std::vector<unsigned char> buffer(stride == row_bytes ? 0 : total < kBlock ? total : kBlock);
     for (int64_t block = first; block < last; ++block) {
       const int64_t from = block * kBlock, bytes = total - from < kBlock ? total - from : kBlock;
       const unsigned char* data = rows + from;
@@ -112,34 +115,118 @@ inline uint64_t hash_rows(const unsigned char* rows, int64_t count, int64_t row_
 
 // --- packing ---
 
-// weight[R, S] with strides in elements -> tiles[ceil(R / tile)][S][tile], zero padded. Words stand
-// for floats of the same size; returns whether none of them is infinite or NaN.
+template <class Word>
+struct RowOf;
+template <>
+struct RowOf<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(32)));
+  typedef uint32_t anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+};
+template <>
+struct RowOf<uint64_t> {
+  typedef uint64_t type __attribute__((vector_size(32)));
+  typedef uint64_t anywhere __attribute__((vector_size(32), aligned(8), may_alias));
+};
+using Row32 = RowOf<uint32_t>::type;
+using Row64 = RowOf<uint64_t>::type;
+
+// Words of the first (second) half of a, each followed by its neighbour in b.
+#if defined(__clang__)
+inline Row32 low(Row32 a, Row32 b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+inline Row32 high(Row32 a, Row32 b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+inline Row64 low(Row64 a, Row64 b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Row64 high(Row64 a, Row64 b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#else
+inline Row32 low(Row32 a, Row32 b) {
+  return __builtin_shuffle(a, b, Row32{0, 8, 1, 9, 2, 10, 3, 11});
+}
+inline Row32 high(Row32 a, Row32 b) {
+  return __builtin_shuffle(a, b, Row32{4, 12, 5, 13, 6, 14, 7, 15});
+}
+inline Row64 low(Row64 a, Row64 b) { return __builtin_shuffle(a, b, Row64{0, 4, 1, 5}); }
+inline Row64 high(Row64 a, Row64 b) { return __builtin_shuffle(a, b, Row64{2, 6, 3, 7}); }
+#endif
+
+// An n x n square of words in n vectors.
+template <class Word>
+struct Square {
+  using Row = typename RowOf<Word>::type;
+  static constexpr int n = sizeof(Row) / sizeof(Word);
+  Row rows[n];
+
+  // log2(n) perfect shuffles of n * n words turn rows into columns.
+  void transpose() {
+    for (int round = 1; round < n; round *= 2) {
+      Row next[n];
+      for (int i = 0; i < n / 2; ++i) {
+        next[2 * i] = low(rows[i], rows[i + n / 2]);
+        next[2 * i + 1] = high(rows[i], rows[i + n / 2]);
+      }
+      std::memcpy(rows, next, sizeof rows);
+    }
+  }
+};
+
+// Receivers [0, rows) of a weight, with strides in elements -> to[senders][tile], zero padded.
+// Words stand for floats of the same size; returns whether one of them is infinite or NaN.
+template <class Word, Word kExponent>
+bool pack_tile(const Word* from, int64_t rows, int64_t senders, int64_t stride_r, int64_t stride_s,
+               int64_t tile, Word* to) {
+  using Block = Square<Word>;
+  constexpr int n = Block::n;
+  constexpr int64_t kAhead = 4 * n;  // too many streams for the processor to foresee
+  typename Block::Row infinite{};
+  const int64_t square_rows = stride_s == 1 ? rows / n * n : 0;
+  const int64_t square_senders = senders / n * n;
+  for (int64_t s = 0; s < square_senders; s += n) {
+    for (int64_t r = 0; r < square_rows; r += n) {
+      Block block;
+      for (int i = 0; i < n; ++i) {
+        const Word* row = from + (r + i) * stride_r + s;
+        __builtin_prefetch(row + kAhead);
+        block.rows[i] = *reinterpret_cast<const typename RowOf<Word>::anywhere*>(row);
+        infinite |= (typename Block::Row)((block.rows[i] & kExponent) == kExponent);
+      }
+      block.transpose();
+      for (int i = 0; i < n; ++i) {
+        *reinterpret_cast<typename RowOf<Word>::anywhere*>(to + (s + i) * tile + r) = block.rows[i];
+      }
+    }
+  }
+  Word rest = 0;
+  for (int64_t s = 0; s < senders; ++s) {
+    const Word* column = from + s * stride_s;
+    for (int64_t r = s < square_senders ? square_rows : 0; r < rows; ++r) {
+      const Word word = column[r * stride_r];
+      rest |= (word & kExponent) == kExponent;
+      to[s * tile + r] = word;
+    }
+    std::memset(to + s * tile + rows, 0, (tile - rows) * sizeof(Word));
+  }
+  for (int i = 0; i < n; ++i) rest |= infinite[i];
+  return rest != 0;
+}
+
+// weight[R, S] with strides in elements -> tiles[ceil(R / tile)][S][tile]; returns whether all
+// weights are finite.
 template <class Word, Word kExponent>
 bool pack(const Word* weight, int64_t receivers, int64_t senders, int64_t stride_r,
           int64_t stride_s, int64_t tile, Word* tiles, int threads) {
-  constexpr int64_t kColumns = 64 / sizeof(Word);  // one cache line of a row-major weight
   std::atomic<bool> all_finite{true};
-  divide((receivers + tile - 1) / tile, threads, [&](int64_t first, int64_t last) {
-    Word infinite = 0;
+  const int64_t bytes = receivers * senders * static_cast<int64_t>(sizeof(Word));
+  const int team = worthwhile(4 * bytes, threads);  // slower than reading alone
+  divide((receivers + tile - 1) / tile, team, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const int64_t rows = receivers - t * tile < tile ? receivers - t * tile : tile;
-      const Word* from = weight + t * tile * stride_r;
-      Word* to = tiles + t * tile * senders;
-      for (int64_t s0 = 0; s0 < senders; s0 += kColumns) {
-        const int64_t s1 = s0 + kColumns < senders ? s0 + kColumns : senders;
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t s = s0; s < s1; ++s) {
-            const Word word = from[r * stride_r + s * stride_s];
-            infinite |= (word & kExponent) == kExponent;
-            to[s * tile + r] = word;
-          }
-        }
-        for (int64_t s = s0; s < s1; ++s) {
-          std::memset(to + s * tile + rows, 0, (tile - rows) * sizeof(Word));
-        }
+      if (pack_tile<Word, kExponent>(weight + t * tile * stride_r, rows, senders, stride_r,
+                                     stride_s, tile, tiles + t * tile * senders)) {
+        all_finite.store(false, std::memory_order_relaxed);
       }
     }
-    if (infinite) all_finite.store(false, std::memory_order_relaxed);
   });
   return all_finite;
 }
