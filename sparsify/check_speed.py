@@ -34,9 +34,8 @@ def why_not_faster(model: nn.Module, entry: Entry, args: Args, kwargs: Kwargs) -
         took, original, contended = _time(ours, lambda: model.forward(*args, **kwargs))
     if not is_slower(took, original * CLEARLY if contended else original):
         return None
-    reason = (
-        f"A call took {took * 1e3:.3g} ms compiled and {original * 1e3:.3g} ms as the original."
-    )
+    ms, eager_ms = took * 1e3, original * 1e3
+    reason = f"A call took {ms:.3g} ms compiled and {eager_ms:.3g} ms as the original."
     facts = {"compiled_ms": ms, "original_ms": eager_ms}
     return Refusal("no-gain", reason, REMEDY, None, facts)
 
