@@ -11,7 +11,14 @@ aten = torch.ops.aten
 POINTWISE_TOO = (aten._to_copy.default, aten.where.ScalarSelf, aten.where.ScalarOther)
 # Orders of the dims of one tensor: free, and best kept beside the product that reads them.
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+)
 # Linear products and the argument index of the activation; the other operands are weights.
 PRODUCTS: dict[object, int] = {
     aten.mm.default: 0,

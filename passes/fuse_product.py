@@ -1,0 +1,219 @@
+"""Write a product into a Scan's body: the one that reads it, or a new one without states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES, product_operand
+from sparsify.passes.tensor_info import call, contiguous_stride, permuted, with_shape, without_dim
+from sparsify.passes.why_not_lower import product_weights
+from sparsify.scan import Scan
+
+aten = torch.ops.aten
+RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+)
+REORDERS = (aten.permute.default, aten.transpose.int)
+CallArgs = tuple[Any, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """``value``, the last of ``views`` of a product's result, is read by the Scan ``reader`` only."""
+
+    views: tuple[fx.Node, ...]
+    value: fx.Node
+    reader: fx.Node
+
+
+@dataclass(frozen=True)
+class Fused:
+    scan: Scan
+    args: CallArgs
+
+
+def find_chain(product: fx.Node, modules: Mapping[str, nn.Module]) -> Chain | None:
+    """Follow the product's result through views of its rows into the xs of one Scan."""
+    views: list[fx.Node] = []
+    value = product
+    while len(value.users) == 1:
+        [user] = value.users
+        if user.op == "call_module" and isinstance(modules[str(user.target)], Scan):
+            return Chain(tuple(views), value, user) if _is_x_only(value, user) else None
+        if not _keeps_neurons(user, value):
+            return None
+        views.append(user)
+        value = user
+    return None
+
+
+def _is_x_only(value: fx.Node, reader: fx.Node) -> bool:
+    _, carries, xs, consts = reader.args
+    elsewhere = (*carries, *consts)  # type: ignore[misc]
+    return list(xs).count(value) == 1 and value not in elsewhere  # type: ignore[arg-type]
+
+
+def _keeps_neurons(view: fx.Node, value: fx.Node) -> bool:
+    """True for a view that leaves the last dim alone, so that it commutes with the product."""
+    if view.target not in (*RESHAPES, *REORDERS):
+        return False
+    shape, before = view.meta["val"].shape, value.meta["val"].shape
+    if not shape or not before or shape[-1] != before[-1]:
+        return False
+    if view.target in RESHAPES:
+        return math.prod(shape) == math.prod(before) and 0 not in before
+    if view.target is aten.permute.default:
+        order = view.args[1]
+        return order[-1] % len(before) == len(before) - 1  # type: ignore[index, operator]
+    if view.target is aten.transpose.int:
+        dims = [int(d) % len(before) for d in view.args[1:3]]  # type: ignore[arg-type]
+        return len(before) - 1 not in dims
+    return False
+
+
+def moved_views(graph: fx.Graph, product: fx.Node, views: Sequence[fx.Node]) -> fx.Node:
+    """The views of a product's result, of its operand instead."""
+    value = product_operand(product)
+    assert value is not None
+    neurons = value.meta["val"].shape[-1]
+    for view in views:
+        shape = (*view.meta["val"].shape[:-1], neurons)
+        if view.target in REORDERS:
+            order = _order_of(view)
+            info = permuted(value.meta["val"], order)
+            value = call(graph, aten.permute.default, (value, order), info, view)
+            continue
+        value = _reshaped(graph, value, shape, view)
+    return value
+
+
+def _reshaped(graph: fx.Graph, value: fx.Node, shape: tuple[int, ...], like: fx.Node) -> fx.Node:
+    """``value.reshape(shape)``, or what was flattened before, if that has the shape."""
+    if value.target in RESHAPES:
+        [flattened] = value.all_input_nodes
+        if tuple(flattened.meta["val"].shape) == shape:
+            return flattened
+    info = with_shape(value.meta["val"], shape)
+    return call(graph, aten.reshape.default, (value, list(shape)), info, like)
+
+
+def _order_of(view: fx.Node) -> list[int]:
+    rank = len(view.meta["val"].shape)
+    if view.target is aten.permute.default:
+        return [d % rank for d in view.args[1]]  # type: ignore[union-attr]
+    order = list(range(rank))
+    first, second = (int(d) % rank for d in view.args[1:3])  # type: ignore[arg-type]
+    order[first], order[second] = second, first
+    return order
+
+
+def fused_scan(
+    scan: Scan, reader: fx.Node, value: fx.Node, x: fx.Node, product: fx.Node
+) -> Fused | None:
+    """``scan`` with the product in its body: it reads ``x`` instead of ``value``."""
+    steps, carries, xs, consts = reader.args
+    xs, consts = list(xs), list(consts)  # type: ignore[arg-type]
+    index = xs.index(value)
+    if len(x.meta["val"].shape) != 3:
+        return None  # the body's product takes rows [B, N]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    places = scan.placeholders
+    replaced = places[scan.carries + index]
+    for place in places:
+        if place is replaced:
+            inner = _placeholder(graph, x, place.name, without_dim(x.meta["val"], 0))
+        else:
+            copies[place] = graph.node_copy(place)
+    weights = {node: copies[places[scan.carries + scan.xs + i]] for i, node in enumerate(consts)}
+    added = _add_weights(graph, product, weights)
+    copies[replaced] = _write_product(graph, product, inner, weights)
+    for node in scan.body.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], copies.__getitem__))
+        elif node.op != "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    body = fx.GraphModule(nn.Module(), graph, class_name="Body")
+    xs[index] = x
+    consts += added
+    fused = Scan(body, scan.carries, scan.xs, len(consts), scan.location)
+    return Fused(fused, (steps, tuple(carries), tuple(xs), tuple(consts)))  # type: ignore[arg-type]
+
+
+def lone_scan(product: fx.Node) -> tuple[Scan, tuple[fx.Node, ...]]:
+    """A Scan whose one step is the product of rows ``[B, N]``, and its consts."""
+    operand = product_operand(product)
+    assert operand is not None
+    shape = operand.meta["val"].shape
+    graph = fx.Graph()
+    info = with_shape(operand.meta["val"], (math.prod(shape[:-1]), shape[-1]))
+    x = _placeholder(graph, operand, "x_0", info)
+    weights: dict[fx.Node, fx.Node] = {}
+    added = _add_weights(graph, product, weights)
+    graph.output((_write_product(graph, product, x, weights),))
+    body = fx.GraphModule(nn.Module(), graph, class_name="Body")
+    location = product.meta.get("location")
+    return Scan(body, 0, 1, len(added), location), tuple(added)
+
+
+def _add_weights(
+    graph: fx.Graph, product: fx.Node, weights: dict[fx.Node, fx.Node]
+) -> list[fx.Node]:
+    """Placeholders for what the product reads besides its operand; returns the new ones' nodes."""
+    added = []
+    for node in product_weights(product):
+        base = _behind_transposes(node) if node is not None else None
+        if base is not None and base not in weights:
+            weights[base] = _placeholder(graph, base, base.name, base.meta["val"])
+            added.append(base)
+    return added
+
+
+def _behind_transposes(node: fx.Node) -> fx.Node:
+    while node.target in TRANSPOSES:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _write_product(
+    graph: fx.Graph, product: fx.Node, x: fx.Node, weights: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    args = list(product.args)
+    operand_index = PRODUCTS[product.target]
+
+    def inside(node: fx.Node) -> fx.Node:
+        if node not in weights:
+            weights[node] = graph.node_copy(node, inside)
+        return weights[node]
+
+    for index, argument in enumerate(args):
+        if index != operand_index and isinstance(argument, fx.Node):
+            args[index] = inside(argument)
+    args[operand_index] = x
+    shape = (*x.meta["val"].shape[:-1], product.meta["val"].shape[-1])
+    info = with_shape(product.meta["val"], shape, contiguous_stride(shape))
+    result = call(graph, product.target, tuple(args), info, product)
+    result.kwargs = dict(product.kwargs)
+    for key in ("activity", "fact"):
+        if key in product.meta:
+            result.meta[key] = product.meta[key]
+    return result
+
+
+def _placeholder(graph: fx.Graph, outer: fx.Node, name: str, info: Any) -> fx.Node:
+    node = graph.placeholder(name)
+    kept = ("location", "module", "source", "fact")
+    node.meta.update({key: outer.meta[key] for key in kept if key in outer.meta}, val=info)
+    return node

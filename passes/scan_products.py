@@ -1,0 +1,182 @@
+"""Take products of events that stand outside of loops into loops, where they become event kernels.
+
+Before, in layer-by-layer code::
+
+    z = scan_0(T, ..., (x,), ())            # spikes [T, B, H]
+    h = addmm(b, flatten(z), t(w))          # current [T * B, H]
+    y = scan_1(T, ..., (reshape(h),), ())
+
+After, where the current feeds only a loop::
+
+    y = scan_1(T, ..., (reshape(flatten(z)),), (w, b))    # body: addmm(b, z_t, t(w)), ...
+
+and where it does not, for example in a readout::
+
+    h = scan_2(1, (), (flatten(z)[None],), (w, b))[0]     # no states, all rows at once
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsify.errors import Refusal
+from sparsify.passes.call_scan import call_scan, erase_unused
+from sparsify.passes.classify_ops import PRODUCTS, product_operand
+from sparsify.passes.fuse_product import find_chain, fused_scan, lone_scan, moved_views
+from sparsify.passes.lower_refusals import refuse
+from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.result import PassResult
+from sparsify.passes.split_time import DENSE_ACTIVITY
+from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.why_not_lower import product_weights
+from sparsify.scan import Scan
+
+aten = torch.ops.aten
+BATCHED_PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
+
+
+def scan_products(gm: fx.GraphModule) -> PassResult:
+    """Move every product of events into the loop that reads it, or into one of its own.
+
+    A product stays, with a refusal that names its line, if it reads no events, if it is a
+    convolution or a product of two activations, or if its loop could not become a kernel.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copies, return_output_node=True)
+    assert isinstance(output, tuple)
+    graph.output(output[0])
+    modules: dict[str, nn.Module] = dict(gm.named_children())
+    mover = _Mover(graph, modules)
+    for node in list(graph.nodes):
+        if node.target in PRODUCTS or node.target in BATCHED_PRODUCTS:
+            mover.move(node)
+    if not mover.done:
+        return PassResult(gm, [], mover.declined)
+    erase_unused(graph, modules)
+    moved = fx.GraphModule(modules, graph, class_name=type(gm).__name__)
+    return PassResult(moved, mover.done, mover.declined)
+
+
+def why_not_take(product: fx.Node, activations: set[fx.Node]) -> Refusal | None:
+    """Why a product outside of loops stays as it is."""
+    operand = product_operand(product)
+    fact = operand.meta.get("fact") if operand is not None else None
+    if fact is not None and fact.payload == "zero":
+        reason = "It reads zeros only, before any event can have come."
+        return refuse("no-event", reason, "Nothing is lost.", product)
+    if not reads_events(product):
+        activity = product.meta.get("activity")
+        measured = "" if activity is None else f" and {activity:.0%} of them are not zero"
+        reason = f"It reads values that pass no threshold{measured}."
+        remedy = "Nothing is lost: a dense product of all steps at once is the best there is."
+        return refuse("no-event", reason, remedy, product)
+    weight, bias = product_weights(product)
+    if product.target in BATCHED_PRODUCTS or any(w in activations for w in (weight, bias)):
+        reason = "It multiplies two values that both depend on the input."
+        remedy = "Only products with weights become events; it runs as before."
+        return refuse("unsupported-layout", reason, remedy, product)
+    if product.target is aten.convolution.default:
+        reason = "Convolutions have no event kernel."
+        remedy = "It runs as before; nn.Linear layers become events."
+        return refuse("unsupported-layout", reason, remedy, product)
+    return None
+
+
+def reads_events(product: fx.Node) -> bool:
+    """True if an operand is an event, or was measured to be mostly zeros."""
+    facts = [operand.meta.get("fact") for operand in product.all_input_nodes]
+    operand = product_operand(product)
+    if operand is not None:
+        facts = [operand.meta.get("fact")]
+    activity = product.meta.get("activity")
+    is_event = any(fact is not None and fact.event for fact in facts)
+    return is_event or (activity is not None and activity <= DENSE_ACTIVITY)
+
+
+def find_activations(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the arguments of the call."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        source = node.meta.get("source")
+        is_input = node.op == "placeholder" and getattr(source, "kind", "input") == "input"
+        if is_input or any(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+class _Mover:
+    """Rewrites one product at a time."""
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+        self.graph, self.modules = graph, modules
+        self.activations = find_activations(graph)
+        self.done: list[str] = []
+        self.declined: list[Refusal] = []
+
+    def move(self, product: fx.Node) -> None:
+        refusal = why_not_take(product, self.activations)
+        if refusal is None:
+            refusal = None if self._fuse(product) else self._stand_alone(product)
+        if refusal is not None:
+            self.declined.append(refusal)
+
+    def _fuse(self, product: fx.Node) -> bool:
+        """Move the product into the only loop that reads it."""
+        chain = find_chain(product, self.modules)
+        if chain is None:
+            return False
+        reader = chain.reader
+        old = self.modules[str(reader.target)]
+        assert isinstance(old, Scan)
+        with self.graph.inserting_before(reader):
+            x = moved_views(self.graph, product, chain.views)
+        fused = fused_scan(old, reader, chain.value, x, product)
+        if fused is None or isinstance(lower_scan(fused.scan, "fused"), Refusal):
+            return False
+        name = next(
+            n for i in range(len(self.modules) + 1) if (n := f"scan_{i}") not in self.modules
+        )
+        self.modules[name] = fused.scan
+        reader.args, reader.target = fused.args, name
+        place = product.meta.get("location")
+        self.done.append(f"{place}: moved into the loop at {reader.meta.get('location')}")
+        return True
+
+    def _stand_alone(self, product: fx.Node) -> Refusal | None:
+        """Make the product a loop without states of its own: one step, all rows at once."""
+        operand = product_operand(product)
+        assert operand is not None
+        shape = tuple(operand.meta["val"].shape)
+        scan, consts = lone_scan(product)
+        lowered = lower_scan(scan, "product")
+        if isinstance(lowered, Refusal):
+            return lowered
+        with self.graph.inserting_before(product):
+            rows = self._rows(operand, shape)
+            info = with_shape(rows.meta["val"], (1, *rows.meta["val"].shape))
+            x = call(self.graph, aten.unsqueeze.default, (rows, 0), info, product)
+            meta = {key: product.meta.get(key) for key in ("location", "module", "loops")}
+            [y] = call_scan(self.graph, self.modules, scan, (1, (), (x,), consts), meta)
+            info = with_shape(product.meta["val"], y.meta["val"].shape[1:])
+            result = call(self.graph, aten.select.int, (y, 0, 0), info, product)
+            if len(shape) != 2:
+                full = list(product.meta["val"].shape)
+                info = with_shape(product.meta["val"], full)
+                result = call(self.graph, aten.reshape.default, (result, full), info, product)
+        product.replace_all_uses_with(result)
+        self.done.append(f"{product.meta.get('location')}: made a loop of its own")
+        return None
+
+    def _rows(self, operand: fx.Node, shape: tuple[int, ...]) -> fx.Node:
+        if len(shape) == 2:
+            return operand
+        rows = [-1, shape[-1]]
+        count = 1
+        for size in shape[:-1]:
+            count *= size
+        info: Any = with_shape(operand.meta["val"], (count, shape[-1]))
+        return call(self.graph, aten.reshape.default, (operand, rows), info, operand)
