@@ -14,7 +14,7 @@ from sparsify.api import sparsify
 from sparsify.bench import measure_pairs
 from sparsify.cli_target import Target, UsageError, UserCode, load_target
 from sparsify.engine import Engine
-from sparsify.explain import explain
+from sparsify.explain_model import explain
 from sparsify.install import Sparsified
 from sparsify.verify import verify
 
