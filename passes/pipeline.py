@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
+from sparsify.passes.result import PassResult
 from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.scan_products import scan_products
 from sparsify.passes.split_time import split_time
+
+
+def split_products(gm: fx.GraphModule) -> PassResult:
+    """Split in time with every product outside of recurrences computed for all steps at once.
+
+    ``scan_products`` then takes those of events into the loop that reads them, or runs them as
+    kernels over all rows of all steps.
+    """
+    return split_time(gm, lambda _: True)
+
 
 PIPELINE = (
     expand_rnn,
     roll_loops,
     find_events,
-    split_time,
+    split_products,
+    find_events,
+    scan_products,
+    find_events,
 )

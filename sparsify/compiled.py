@@ -34,7 +34,7 @@ class Compiled:
     """``stages`` go from ``"record"`` to ``"install"``; the last one's graph is the one that runs.
 
     All stages take ``recording.calling.operands(...)`` and return what ``deliver`` takes. The stage
-    ``"split_time"`` and its successors before lowering hold Scans; ``regions`` are the modules that
+    ``"roll_loops"`` and its successors before lowering hold Scans; ``regions`` are the modules that
     replaced them in the last one, by name. ``placements`` says by site which region and which
     Gather of its kernel computes it. If ``runs_original``, calls run the model itself.
     """
