@@ -42,7 +42,7 @@ def sparsify_check() -> SparsifyCheck:
     import torch
 
     from sparsify.api import sparsify
-    from sparsify.verify import verify
+    from sparsify.verify_model import verify
 
     def check(
         model: nn.Module,

@@ -16,7 +16,7 @@ from sparsify.cli_target import Target, UsageError, UserCode, load_target
 from sparsify.engine import Engine
 from sparsify.explain_model import explain
 from sparsify.install import Sparsified
-from sparsify.verify import verify
+from sparsify.verify_model import verify
 
 
 def run_explain(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from sparsify.demo_model import (
     split_digits,
     train,
 )
-from sparsify.verify import verify
+from sparsify.verify_model import verify
 
 MISSING = (
     "sparsify demo needs {package}: pip install 'sparsify-fx[demo]' (or: pip install {package})"
