@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from types import CellType, CodeType
+from types import CellType
 from typing import Any
 
 from sparsify.errors import Location
 from sparsify.recording.guard_code import find_write, origin
 from sparsify.recording.guard_nodes import (
+    HOOKS,
     TABLES,
     TORCH_FIELDS,
     How,
@@ -23,7 +24,7 @@ from sparsify.recording.guard_nodes import (
     slot,
 )
 from sparsify.recording.guard_values import GONE, arrays_differ, differs, sets_differ, show
-from sparsify.recording.guard_walk import MOST_PLACES, Walk
+from sparsify.recording.guard_walk import MOST_PLACES, Walk, attribute_path, part_path
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _is_same(node: Node, now: Any) -> bool:
     then = node.value
     if node.kind == "atom":
         return not differs(now, then)
-    if node.alias is not None or node.kind in ("tensor", "opaque", "function", "class", "module"):
+    if node.alias is not None or node.kind in ("tensor", "opaque", "function", "class"):
         return now is then
     if now is not then and type(now) is not type(then):
         return False
@@ -109,29 +110,44 @@ def _is_same(node: Node, now: Any) -> bool:
         return not sets_differ(now, node.contents)
     if node.kind == "array":
         return node.contents is None or not arrays_differ(now, node.contents)
+    if node.kind == "module":
+        return now is then and _hooks(now) == [node.contents[table] for table in HOOKS]
     if node.kind == "random":
         return bool(contents_of(node, now) == node.contents)
     return True
 
 
+def _hooks(module: Any) -> list[tuple[Any, ...]]:
+    return [tuple(module.__dict__[table].values()) for table in HOOKS]
+
+
 def _appeared(walk: Walk) -> Iterator[Change]:
-    """Attributes that were not there before."""
+    """Attributes, parameters, buffers and submodules that were not there before."""
     for owner in walk.owners:
-        if owner.kind == "class":
-            found = dict(class_attributes(owner.value, walk.names))
-        else:
-            found = instance_dict(owner.value)
-            skipped = TORCH_FIELDS if owner.kind == "module" else frozenset(("__builtins__",))
-            found = {k: v for k, v in found.items() if k in walk.names and k not in skipped}
-            if owner.kind == "object":
-                slots = {name: slot(owner.value, name) for name in walk.names}
-                found |= {name: value for name, value in slots.items() if value is not GONE}
         known = {key for _, key in owner.children}
-        for name, value in found.items():
-            if name not in known:
-                how: How = "class" if owner.kind == "class" else "attribute"
-                path = f"{owner.path}.{name}"
-                yield Change(Node(path, owner, how, name, GONE), value)
+        for how, key, value in _held(owner, walk.names):
+            if key not in known:
+                name = key[1] if how == "table" else key
+                path = part_path(owner, name) if how == "table" else attribute_path(owner, name)
+                yield Change(Node(path, owner, how, key, GONE), value)
+
+
+def _held(owner: Node, names: Collection[str]) -> Iterator[tuple[How, Any, Any]]:
+    """What ``owner`` has now under the names that code mentions; all of a module's tables."""
+    if owner.kind == "class":
+        yield from (("class", *held) for held in class_attributes(owner.value, names))
+        return
+    skipped = TORCH_FIELDS if owner.kind == "module" else frozenset(("__builtins__",))
+    for name, value in instance_dict(owner.value).items():
+        if name in names and name not in skipped:
+            yield "attribute", name, value
+    if owner.kind == "object":
+        for name in names:
+            if (value := slot(owner.value, name)) is not GONE:
+                yield "slot", name, value
+    for table in TABLES if owner.kind == "module" else ():
+        for name, value in owner.value.__dict__[table].items():
+            yield "table", (table, name), value
 
 
 def read(owner: Node, holder: Any, child: Node) -> Any:
@@ -173,33 +189,34 @@ def _cell(function: Any, name: str) -> CellType:
 def tell(change: Change, walk: Walk) -> SideEffect:
     """Name the place, both values and, where it can be found, the line that wrote it."""
     node = change.node
-    before, after = show(node.value), show(change.now)
-    if change.now is node.value and node.kind != "random":
-        before, after = _contents(node, node.contents), _contents(node, change.now)
-    codes = [code for code in walk.codes.values() if _is_users(code)]
-    found = None
-    name: Node | None = node
-    while found is None and name is not None:
-        if isinstance(name.key, str):
-            found = find_write(codes, name.key)
-        name = name.owner
-    location = Location(*found) if found else None
-    remedy = "Pass it in and out of forward, or keep it in a buffer (a tensor)."
+    before, after, text = show(node.value), show(change.now), ""
     if node.kind == "random":
-        return SideEffect(
-            node.path, before, after, location, f"forward draws from {node.path}.", remedy
-        )
-    return SideEffect(node.path, before, after, location, remedy=remedy)
+        text = f"forward draws from {node.path}."
+    elif change.now is node.value and node.kind == "module":
+        text = f"forward changed the hooks of {node.path}."
+    elif change.now is node.value:
+        before, after = _contents(node, node.contents), _contents(node, change.now)
+    remedy = "Pass it in and out of forward, or keep it in a buffer (a tensor)."
+    return SideEffect(node.path, before, after, _line_of(node, walk), text, remedy)
+
+
+def _line_of(node: Node, walk: Walk) -> Location | None:
+    """The first line that writes to the place, or else to what holds it."""
+    codes = [code for code in walk.codes.values() if origin(code.co_filename) == "user"]
+    place: Node | None = node
+    while place is not None:
+        name = place.key[1] if place.how == "table" else place.key
+        found = find_write(codes, name) if isinstance(name, str) else None
+        if found is not None:
+            return Location(*found)
+        place = place.owner
+    return None
 
 
 def _contents(node: Node, contents: Any) -> str:
     if node.kind in ("sequence", "dict", "set"):
         return f"{len(contents or ())} entries"
     return "other contents"
-
-
-def _is_users(code: CodeType) -> bool:
-    return origin(code.co_filename) == "user"
 
 
 def doubts(walk: Walk) -> Iterator[SideEffect]:
@@ -223,8 +240,17 @@ def undo(changes: list[Change]) -> None:
         node, then = change.node, change.node.value
         if node.kind in ("sequence", "dict", "set", "atoms") and change.now is then:
             _refill(then, node.contents)
+        elif node.kind == "module" and change.now is then:
+            _drop_hooks(node)
         elif node.owner is not None:
             _put(node.owner, node, then)
+
+
+def _drop_hooks(node: Node) -> None:
+    for table in HOOKS:
+        hooks = node.value.__dict__[table]
+        for key in [key for key, hook in hooks.items() if hook not in node.contents[table]]:
+            del hooks[key]
 
 
 def _refill(container: Any, contents: Any) -> None:

@@ -90,8 +90,7 @@ class CheckWriter:
             assert node.alias is not None
             first = self._name_of(node.alias)
             if first is not None:
-                said = f"{node.path} and {node.alias.path} were one object and are not any more"
-                self._require(f"{text} is not {first}", text, Told(node.path, text=_saying(said)))
+                self._require(f"{text} is not {first}", text, _parted(node, node.alias))
 
     @property
     def source(self) -> str:
@@ -143,7 +142,7 @@ class CheckWriter:
         if id(node) in self._shared and node.kind not in BOUND:
             text = self._variable(node, text)
         if node.kind in BOUND:
-            return self._write_bound(node, text)
+            return self._write_bound(node, text, is_input)
         if node.kind == "tensor":
             self._write_tensor(node, text, is_input)
             return []
@@ -156,9 +155,9 @@ class CheckWriter:
         name = self._constant(node.value, "c")
         return [(child, self._read(node, name, child)) for child in node.children.values()]
 
-    def _write_bound(self, node: Node, text: str) -> list[tuple[Node, str]]:
+    def _write_bound(self, node: Node, text: str, is_input: bool) -> list[tuple[Node, str]]:
         name = self._constant(node.value, node.kind[0])
-        if node.how != "root":
+        if node.how != "root" or is_input:
             self._require(f"{text} is not {name}", text, self._told)
         if node.kind == "module":
             self._write_module(node, name)
@@ -322,6 +321,13 @@ def _aliases(walk: Walk) -> list[Node]:
             found.append(node.alias)
         stack += node.children.values()
     return found
+
+
+def _parted(node: Node, first: Node) -> Told:
+    if node.kind in BOUND:
+        return was(node.path, node.value)
+    said = f"{node.path} and {first.path} were one object and are not any more"
+    return Told(node.path, text=_saying(said))
 
 
 def _saying(text: str) -> Callable[[Any], str]:

@@ -10,7 +10,14 @@ from enum import Enum
 from fractions import Fraction
 from operator import is_
 from pathlib import PurePath
-from types import EllipsisType, NoneType
+from types import (
+    BuiltinFunctionType,
+    EllipsisType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    NoneType,
+)
 from typing import Any
 
 import torch
@@ -112,14 +119,18 @@ def show(value: object) -> str:
     """A short text for a message; runs no code of the user's."""
     if value is GONE:
         return "absent"
-    if is_atom(value) or isinstance(value, type):
-        text = value.__qualname__ if isinstance(value, type) else repr(value)
+    if isinstance(value, (torch.device, torch.Size)):
+        text = str(value)
+    elif is_atom(value):
+        text = repr(value)
     elif isinstance(value, torch.Tensor):
         text = "a tensor"
     elif type(value) in (list, tuple, dict, set, frozenset):
         text = f"a {type(value).__name__} of {len(value)}"  # type: ignore[arg-type]
-    elif hasattr(type(value), "__qualname__") and "__qualname__" in dir(value):
-        text = str(getattr(value, "__qualname__", "?"))
+    elif isinstance(value, (type, FunctionType, MethodType)):
+        text = value.__qualname__
+    elif isinstance(value, (BuiltinFunctionType, ModuleType)):
+        text = value.__name__
     else:
         text = f"a {type(value).__qualname__}"
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

@@ -152,18 +152,18 @@ class Walk:
         return [name for name in own if name not in TORCH_FIELDS] + list(self.names)
 
     def _look_up(self, owner: Node, names: Iterable[str]) -> None:
-        value, path = owner.value, _prefix(owner)
+        value = owner.value
         if owner.kind == "class":
             for name, held in class_attributes(value, names):
-                self._child(owner, "class", name, held, path + name)
+                self._child(owner, "class", name, held, attribute_path(owner, name))
             return
         own = instance_dict(value)
         skip = TORCH_FIELDS if owner.kind == "module" else frozenset(("__builtins__",))
         for name in names:
             if name in own and name not in skip:
-                self._child(owner, "attribute", name, own[name], path + name)
+                self._child(owner, "attribute", name, own[name], attribute_path(owner, name))
             elif owner.kind == "object" and (held := slot(value, name)) is not GONE:
-                self._child(owner, "slot", name, held, path + name)
+                self._child(owner, "slot", name, held, attribute_path(owner, name))
 
     def _expand(self, node: Node) -> None:
         value = node.value
@@ -182,8 +182,8 @@ class Walk:
         for name in FIELDS.get(node.kind, ()):
             inner = getattr(value, name, None)
             if inner is not None and not isinstance(inner, ModuleType):
-                path = f"{node.path}.{name}" if name in ("__self__", "args") else node.path
-                self._child(node, "field", name, inner, path)
+                suffix = f".{name}" if name in ("__self__", "args") else ""
+                self._child(node, "field", name, inner, below(node.path, suffix))
         if node.kind in ("object", "module"):
             self._own(node)
             self._child(node, "field", "__class__", type(value), type(value).__qualname__)
@@ -205,13 +205,12 @@ class Walk:
         node.contents = {name: tuple(module.__dict__.get(name, ())) for name in TABLES}
         node.contents |= {name: tuple(module.__dict__.get(name, {}).values()) for name in HOOKS}
         node.contents["__dict__"] = tuple(module.__dict__)
-        prefix = "" if node.path == "model" else f"{node.path}."
-        self._child(node, "attribute", "training", module.training, _prefix(node) + "training")
+        self._child(node, "attribute", "training", module.training, below(node.path, ".training"))
         for table in ("_parameters", "_buffers"):
             for name, tensor in module.__dict__[table].items():
-                self._child(node, "table", (table, name), tensor, prefix + name)
+                self._child(node, "table", (table, name), tensor, part_path(node, name))
         for name, child in module._modules.items():
-            self._child(node, "table", ("_modules", name), child, prefix + name)
+            self._child(node, "table", ("_modules", name), child, part_path(node, name))
         for table, what in HOOKS.items():
             for hook in module.__dict__.get(table, {}).values():
                 self._child(node, "table", (table, id(hook)), hook, f"{what} of {node.path}")
@@ -225,11 +224,11 @@ class Walk:
             fields = getattr(type(value), "_fields", None)
             for index, held in enumerate(value):
                 name = f".{fields[index]}" if fields else f"[{index}]"
-                self._child(node, "item", index, held, node.path + name)
+                self._child(node, "item", index, held, below(node.path, name))
         elif node.kind == "dict":
             for key, held in dict.items(value):
                 shown = repr(key) if is_atom(key) else type(key).__qualname__
-                self._child(node, "item", key, held, f"{node.path}[{shown}]")
+                self._child(node, "item", key, held, below(node.path, f"[{shown}]"))
         if instance_dict(value):
             self._own(node)
 
@@ -250,5 +249,24 @@ class Walk:
             self._child(node, "kwdefault", free, held, f"default of {free} of {name}")
 
 
-def _prefix(node: Node) -> str:
-    return f"{node.path}."
+def attribute_path(owner: Node, name: str) -> str:
+    """What a message calls an attribute; those of classes and modules belong to no one place."""
+    if owner.kind == "class":
+        return f"{owner.value.__qualname__}.{name}"
+    if owner.kind in ("pymodule", "function"):
+        return f"{owner.value.__name__}.{name}"
+    return below(owner.path, f".{name}")
+
+
+def part_path(module: Node, name: str) -> str:
+    """What torch calls a parameter, buffer or submodule: the model itself has no name."""
+    return name if module.path == "model" else below(module.path, f".{name}")
+
+
+def below(path: str, suffix: str) -> str:
+    """``global cfg in model`` and ``.beta`` make ``global cfg.beta in model``."""
+    for start, middle in (("global ", " in "), ("closure variable ", " of "), ("default ", " of ")):
+        if path.startswith(start):
+            head, _, tail = path.rpartition(middle)
+            return f"{head}{suffix}{middle}{tail}"
+    return path + suffix
