@@ -82,13 +82,15 @@ class Recipe:
 class KernelCache:
     """The entries of one folder. Any number of threads and processes may use it at once."""
 
-    def __init__(self, folder: CacheFolder) -> None:
-        self._folder = folder
+    def __init__(self, path: Path) -> None:
+        self._asked = path
+        self._folder: CacheFolder | None = None
         self._known: dict[str, Path] = {}
 
     @property
     def path(self) -> Path:
-        return self._folder.path
+        """The folder in use: the one asked for, or a private one if that must not be used."""
+        return self._folder.path if self._folder else self._asked
 
     def get(self, recipe: Recipe) -> Path:
         """The binary of ``recipe``: remembered, found or built.
@@ -99,7 +101,7 @@ class KernelCache:
         if known and known.exists():
             return known
         try:
-            self._folder = reopen(self._folder)
+            self._open()
             binary = self.find(recipe) or self._make(recipe)
         except OSError as error:
             remedy = "Name a folder of your own in $SPARSIFY_CACHE."
@@ -133,11 +135,18 @@ class KernelCache:
             return f"{nearest[0]} is in {self.path}, but its binary is not what was written"
         return f"differs from {nearest[0]} in {'; '.join(nearest[1])}"
 
+    def _open(self) -> None:
+        """Check the folder anew: it may have been changed or removed since the last kernel."""
+        if self._folder is None or not self._folder.private:
+            self._folder = open_cache_folder(self._asked)
+        elif not self.path.is_dir():
+            self._folder = open_private_folder(self.path, "it was removed")
+
     def _make(self, recipe: Recipe) -> Path:
         try:
             return self._build(recipe)
         except OSError as error:
-            if self._folder.private:
+            if self._folder and self._folder.private:
                 raise
             self._folder = open_private_folder(self.path, f"it cannot be written ({error})")
             return self._build(recipe)
@@ -149,8 +158,10 @@ class KernelCache:
             for file, text in recipe.files.items():
                 write_text(workspace / file, text)
             recipe.build(workspace)
-            sha256 = hashlib.sha256((workspace / recipe.binary).read_bytes()).hexdigest()
-            record = {"sha256": sha256, "parts": dict(recipe.parts)}
+            content = read_own_file(workspace / recipe.binary)
+            if content is None:
+                raise BuildFailed(f"The build of {recipe.name} made no {recipe.binary}.", "")
+            record = {"sha256": hashlib.sha256(content).hexdigest(), "parts": dict(recipe.parts)}
             write_text(workspace / RECORD, json.dumps(record, indent=1))
             return self._publish(recipe, workspace)
         except BuildFailed as failure:
@@ -196,15 +207,8 @@ class KernelCache:
 
 @cache
 def open_cache(path: Path) -> KernelCache:
-    """The cache in the folder ``path``, or a private one if that must not be used."""
-    return KernelCache(open_cache_folder(path))
-
-
-def reopen(folder: CacheFolder) -> CacheFolder:
-    """``folder``, checked anew: it may have been changed or removed since the last kernel."""
-    if not folder.private:
-        return open_cache_folder(folder.path)
-    return folder if folder.path.is_dir() else open_private_folder(folder.path, "it was removed")
+    """The cache in the folder ``path``; one per process, which remembers what it found."""
+    return KernelCache(path)
 
 
 def write_text(path: Path, text: str) -> None:
