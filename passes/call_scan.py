@@ -21,8 +21,7 @@ def call_scan(
     meta: Mapping[str, Any],
 ) -> list[fx.Node]:
     """Append ``scan(*args)`` under a free name of ``modules``; returns its outputs one by one."""
-    name = next(name for i in range(len(modules) + 1) if (name := f"scan_{i}") not in modules)
-    modules[name] = scan
+    name = add_scan(modules, scan)
     steps = args[0]
     node = graph.create_node("call_module", name, args, name=name)
     node.meta.update(meta)
@@ -33,6 +32,13 @@ def call_scan(
         call(graph, operator.getitem, (node, index), info, node)
         for index, info in enumerate(node.meta["val"])
     ]
+
+
+def add_scan(modules: dict[str, nn.Module], scan: Scan) -> str:
+    """Put ``scan`` under a free name; returns the name."""
+    name = next(name for i in range(len(modules) + 1) if (name := f"scan_{i}") not in modules)
+    modules[name] = scan
+    return name
 
 
 def erase_unused(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -31,7 +31,7 @@ CallArgs = tuple[Any, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Chain:
-    """``value``, the last of ``views`` of a product's result, is read by the Scan ``reader`` only."""
+    """``value``, the last of ``views`` of a product, is read by the Scan ``reader`` only."""
 
     views: tuple[fx.Node, ...]
     value: fx.Node

@@ -81,7 +81,7 @@ class Layout:
 
 def find_layout(scan: Scan) -> Layout | Refusal:
     """Analyse the body of ``scan``."""
-    layout = Layout(scan, _find_live(scan))
+    layout = Layout(scan, find_live(scan))
     pairs = _cell_pairs(layout)
     for node, operand in pairs:
         layout.groups.join(node, operand)
@@ -108,7 +108,8 @@ def is_cellwise(node: fx.Node) -> bool:
     return node.op == "call_function" and not others
 
 
-def _find_live(scan: Scan) -> list[fx.Node]:
+def find_live(scan: Scan) -> list[fx.Node]:
+    """The body's nodes that its results need, in order."""
     needed: set[fx.Node] = set()
     waiting = list(scan.results)
     while waiting:

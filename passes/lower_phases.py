@@ -16,27 +16,32 @@ class Placed:
     statement: ir.Let | ir.Gather
 
 
-def order_phases(
-    placed: Sequence[Placed], writes: Sequence[tuple[str, ir.Store | ir.Update]]
-) -> tuple[ir.Phase, ...]:
-    """Phases in order; ``placed`` is in order of dependence, ``writes`` have their population.
+@dataclass(frozen=True)
+class Write:
+    """A statement that writes a state or an output of a population."""
+
+    population: str
+    statement: ir.Store | ir.Update
+
+
+def order_phases(placed: Sequence[Placed], writes: Sequence[Write]) -> tuple[ir.Phase, ...]:
+    """Phases in order; ``placed`` is in order of dependence, ``writes`` follow.
 
     A Gather waits for the phase before it only if its source is computed in the same step. What
     nothing waits for is computed beside what needs it, so that it need not be kept in memory.
     """
     levels = _latest(placed, _earliest(placed))
     phases: dict[tuple[int, str], list[ir.Statement]] = {}
-    populations = list(dict.fromkeys([p.population for p in placed] + [p for p, _ in writes]))
+    populations = list(dict.fromkeys(item.population for item in (*placed, *writes)))
     for item in placed:
         level = levels[item.statement.result]
         phases.setdefault((level, item.population), []).append(item.statement)
-    for population, write in writes:
-        home = [level for level, name in phases if name == population]
-        value = write.value
-        level = levels.get(value, -1) if isinstance(value, str) else -1
-        if level < 0:
-            level = min(home, default=0)
-        phases.setdefault((level, population), []).append(write)
+    for write in writes:
+        value = write.statement.value
+        level = levels.get(value) if isinstance(value, str) else None
+        if level is None:
+            level = min((n for n, name in phases if name == write.population), default=0)
+        phases.setdefault((level, write.population), []).append(write.statement)
     ordered = sorted(phases, key=lambda key: (key[0], populations.index(key[1])))
     return tuple(ir.Phase(key[1], tuple(phases[key])) for key in ordered)
 

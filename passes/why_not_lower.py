@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -85,10 +86,9 @@ def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     if node.target is aten.pow.Tensor_Scalar and node.args[1] not in POWERS:
         reason = f"The power {node.args[1]} is none of {', '.join(map(str, POWERS))}."
         return refuse("unsupported-op", reason, "Write it as products.", node)
-    if node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode):
-        if node.kwargs.get("rounding_mode") == "floor":
-            reason = "Floor division rounds in its own way."
-            return refuse("unsupported-op", reason, "Write torch.floor(a / b).", node)
+    if node.kwargs.get("rounding_mode") == "floor":
+        reason = "Floor division rounds in its own way."
+        return refuse("unsupported-op", reason, "Write torch.floor(a / b).", node)
     if node.target in EXPANSIONS or node.target in FILLS or str(node.target) in ROWS:
         return None
     return _unsupported(node)
@@ -119,12 +119,12 @@ def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     weight, bias = product_weights(node)
     for other in (weight, bias):
         if other is not None and other not in consts:
-            if operand in consts:
-                reason = f"The weight {other.name} changes from step to step."
-            else:
-                reason = f"{operand} is multiplied by {other.name}, which changes in every step."
+            reason = f"{operand} is multiplied by {other.name}, which changes from step to step."
             remedy = "Only products with weights that stay the same become events."
             return refuse("unsupported-layout", reason, remedy, node)
+    if operand in consts:
+        reason = f"{node.name} is the same in every step."
+        return refuse("no-event", reason, "Compute the product before the loop.", node)
     if weight is None or untransposed(weight)[0].op != "placeholder":
         reason = f"The weight of {node.name} is computed in every step."
         return refuse("unsupported-op", reason, "Compute the weight before the loop.", node)
@@ -163,9 +163,10 @@ def untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
     """The matrix behind any number of transposes, and whether they swap its dims."""
     swapped = False
     while weight.target in TRANSPOSES:
-        order = weight.args[1] if weight.target is aten.permute.default else (1, 0)
-        swapped ^= tuple(d % 2 for d in order) == (1, 0)
-        if weight.target is aten.transpose.int:
-            swapped ^= (weight.args[1] - weight.args[2]) % 2 == 0
+        args: Any = weight.args
+        if weight.target is aten.permute.default:
+            swapped ^= args[1][0] % 2 == 1
+        else:
+            swapped ^= weight.target is aten.t.default or (args[1] - args[2]) % 2 == 1
         weight = weight.all_input_nodes[0]
     return weight, swapped

@@ -1,0 +1,158 @@
+"""The tensors of a kernel: populations, operands, weights, and their bindings to the Scan's."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from sparsify import ir
+from sparsify.lowered import Binding, Role, View
+from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.lower_layout import Layout, Shape, shape_of
+from sparsify.passes.lower_names import Names, layer_name, source_name
+from sparsify.passes.lower_ops import DTYPES
+from sparsify.passes.lower_refusals import Refused, refuse
+from sparsify.passes.why_not_lower import untransposed
+from sparsify.scan import Scan
+
+_SHARED_KINDS = ("parameter", "buffer", "constant", "attribute")
+
+
+class Operands:
+    """Declares what the statements read; ``names`` are those of all values of the kernel."""
+
+    def __init__(self, scan: Scan, layout: Layout) -> None:
+        self.scan, self.layout = scan, layout
+        self.names, self._population_names = Names(), Names()
+        self.populations: dict[str, ir.Population] = {}
+        self.operands: dict[str, ir.Operand] = {}
+        self.weights: dict[tuple[str, str, str], ir.Weight] = {}
+        self.bindings: list[Binding] = []
+        self._neurons: dict[str, Shape] = {}  # population -> neuron dims
+        self._by_root = self._find_populations()
+
+    # ---- populations
+
+    def _find_populations(self) -> dict[fx.Node, str]:
+        """One population for each set of values that belong together, named after its module."""
+        members: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.layout.live:
+            root = self.layout.population(node)
+            if root is not None:
+                members.setdefault(root, []).append(node)
+        return {root: self._new_population(nodes) for root, nodes in members.items()}
+
+    def _new_population(self, nodes: list[fx.Node]) -> str:
+        computed = [n for n in nodes if n.op == "call_function"]
+        layers = [layer_name(n) for n in computed if not product_operand(n)] or [
+            layer_name(n) for n in computed
+        ]
+        fallback = "neurons" if computed else "inputs"
+        name = self._population_names.new(layers[-1] if layers and layers[-1] else fallback)
+        self.populations[name] = ir.Population(name, self.layout.size(nodes[0]))
+        self._neurons[name] = self.layout.neurons(nodes[0])
+        return name
+
+    def population_of(self, node: fx.Node) -> str:
+        """The population that computes ``node``; one of its size if it belongs to none."""
+        root = self.layout.population(node)
+        if root is not None:
+            return self._by_root[root]
+        neurons = self.layout.neurons(node)
+        same = (name for name, known in self._neurons.items() if known == neurons)
+        return next(same, "") or self._new_population([node])
+
+    def size(self, population: str) -> int:
+        return self.populations[population].size
+
+    def neuron_dims(self, population: str) -> Shape:
+        return self._neurons[population]
+
+    # ---- operands
+
+    def role_of(self, place: fx.Node) -> tuple[Role, int]:
+        """The role of a placeholder and its index among those of that role."""
+        index = self.scan.placeholders.index(place)
+        if index < self.scan.carries:
+            return "carry", index
+        if index < self.scan.carries + self.scan.xs:
+            return "x", index - self.scan.carries
+        return "const", index - self.scan.carries - self.scan.xs
+
+    def add_operand(self, place: fx.Node, population: str, wish: str = "") -> str:
+        """Declare the operand that ``place`` is to the neurons of ``population``."""
+        role, index = self.role_of(place)
+        axes, lead, views = self._axes(place, population, role)
+        wish = wish or (source_name(place) if role == "const" else place.name)
+        name = self.names.new(wish, f"{wish}_{population}")
+        note = f"{source_name(place)} [{', '.join(axes)}]"
+        dtype = DTYPES[place.meta["val"].dtype]
+        owner = population if "N" in axes else None
+        self.operands[name] = ir.Operand(name, axes, owner, dtype, note)
+        neurons = self._neurons[population] if "expand" in views else ()
+        self.bindings.append(Binding(name, role, index, views, lead, neurons))
+        return name
+
+    def _axes(
+        self, place: fx.Node, population: str, role: Role
+    ) -> tuple[tuple[ir.Axis, ...], int, tuple[View, ...]]:
+        shape, neurons = shape_of(place), self._neurons[population]
+        lead = max(0, len(shape) - len(neurons))
+        own = shape[lead:]
+        axes: list[ir.Axis] = ["T"] if role == "x" else []
+        if lead and self._has_rows(place, role, math.prod(shape[:lead])):
+            axes.append("B")
+        views: list[View] = []
+        if math.prod(own) != 1 or math.prod(neurons) == 1:
+            axes.append("N")
+            if (1,) * (len(neurons) - len(own)) + own != neurons:
+                views.append("expand")
+        dims = sum(axis != "T" for axis in axes)
+        if views or len(shape) != dims:
+            views.append("flatten")
+        return tuple(axes), lead, tuple(views)
+
+    def _has_rows(self, place: fx.Node, role: Role, rows: int) -> bool:
+        """Whether the rows of a tensor are those of the batch; one row may serve all."""
+        batch = self.layout.batch
+        if rows not in (1, batch):
+            reason = f"{place.name} has {rows} rows where the batch has {batch}."
+            remedy = "Give it all rows of the batch, or one."
+            raise Refused(refuse("unsupported-layout", reason, remedy, place))
+        if rows != 1:
+            return True
+        kind = getattr(place.meta.get("source"), "kind", "")
+        return batch == 1 and not (role == "const" and kind in _SHARED_KINDS)
+
+    def batch_binding(self) -> Binding | None:
+        """An operand that has the rows of the batch; None where there is no batch."""
+        if self.layout.batch is None:
+            return None
+        having = [
+            binding
+            for binding in self.bindings
+            if binding.name in self.operands and "B" in self.operands[binding.name].axes
+        ]
+        having.sort(key=lambda binding: binding.role == "const")
+        return having[0] if having else None
+
+    # ---- weights
+
+    def weight(self, product: fx.Node, node: fx.Node, receivers: str, senders: str) -> ir.Weight:
+        """Declare the matrix that ``product`` multiplies with, ``[receivers, senders]``."""
+        matrix, swapped = untransposed(node)
+        # mm takes [S, R], linear takes [R, S]
+        transposed = swapped == (str(product.target) == "aten.linear.default")
+        key = (f"{matrix.name} {transposed}", receivers, senders)
+        if key not in self.weights:
+            path = source_name(matrix)
+            layer = path.removesuffix(".weight").rsplit(".", 1)[-1]
+            name = self.names.new(f"{layer}_weight" if path.endswith(".weight") else layer)
+            dtype = DTYPES[matrix.meta["val"].dtype]
+            self.weights[key] = ir.Weight(name, receivers, senders, dtype, note=path)
+            _, index = self.role_of(matrix)
+            self.bindings.append(
+                Binding(name, "const", index, ("transpose",) if transposed else (), lead=0)
+            )
+        return self.weights[key]
