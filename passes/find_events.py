@@ -72,7 +72,8 @@ class _Finder:
                 if getattr(node.meta.get("source"), "kind", "") in WEIGHTS and not known:
                     self.fixed.add(node)
             elif node.op != "output":
-                if all(operand in self.fixed for operand in node.all_input_nodes):
+                follows = all(operand in self.fixed for operand in node.all_input_nodes)
+                if follows and not draws_random(node):
                     self.fixed.add(node)
                 fact = self._derive(node)
                 ends = node in self.summed or node in self.fixed
@@ -107,9 +108,10 @@ class _Finder:
 
     def _scan(self, node: fx.Node, scan: Scan) -> tuple[Fact, ...]:
         """Derive the body's facts until no carry's changes."""
-        inits, xs, consts = (self._given(group) for group in node.args[1:])
+        args: Any = node.args
+        inits, xs, consts = (self._given(group) for group in args[1:])
         self.summed |= find_sums(scan)
-        places = zip(scan.placeholders[scan.carries :], [*node.args[2], *node.args[3]], strict=True)
+        places = zip(scan.placeholders[scan.carries :], [*args[2], *args[3]], strict=True)
         self.fixed |= {place for place, argument in places if argument in self.fixed}
         carried = inits
         while True:

@@ -60,9 +60,10 @@ def find_chain(product: fx.Node, modules: Mapping[str, nn.Module]) -> Chain | No
 
 
 def _is_x_only(value: fx.Node, reader: fx.Node) -> bool:
-    _, carries, xs, consts = reader.args
-    elsewhere = (*carries, *consts)  # type: ignore[misc]
-    return list(xs).count(value) == 1 and value not in elsewhere  # type: ignore[arg-type]
+    args: Any = reader.args
+    _, carries, xs, consts = args
+    elsewhere = (*carries, *consts)
+    return list(xs).count(value) == 1 and value not in elsewhere
 
 
 def _keeps_neurons(view: fx.Node, value: fx.Node) -> bool:
@@ -72,15 +73,9 @@ def _keeps_neurons(view: fx.Node, value: fx.Node) -> bool:
     shape, before = view.meta["val"].shape, value.meta["val"].shape
     if not shape or not before or shape[-1] != before[-1]:
         return False
-    if view.target in RESHAPES:
-        return math.prod(shape) == math.prod(before) and 0 not in before
-    if view.target is aten.permute.default:
-        order = view.args[1]
-        return order[-1] % len(before) == len(before) - 1  # type: ignore[index, operator]
-    if view.target is aten.transpose.int:
-        dims = [int(d) % len(before) for d in view.args[1:3]]  # type: ignore[arg-type]
-        return len(before) - 1 not in dims
-    return False
+    if view.target in REORDERS:
+        return _order_of(view)[-1] == len(before) - 1
+    return math.prod(shape) == math.prod(before) and 0 not in before
 
 
 def moved_views(graph: fx.Graph, product: fx.Node, views: Sequence[fx.Node]) -> fx.Node:
@@ -111,10 +106,11 @@ def _reshaped(graph: fx.Graph, value: fx.Node, shape: tuple[int, ...], like: fx.
 
 def _order_of(view: fx.Node) -> list[int]:
     rank = len(view.meta["val"].shape)
+    args: Any = view.args
     if view.target is aten.permute.default:
-        return [d % rank for d in view.args[1]]  # type: ignore[union-attr]
+        return [d % rank for d in args[1]]
     order = list(range(rank))
-    first, second = (int(d) % rank for d in view.args[1:3])  # type: ignore[arg-type]
+    first, second = (d % rank for d in args[1:3])
     order[first], order[second] = second, first
     return order
 
@@ -123,8 +119,9 @@ def fused_scan(
     scan: Scan, reader: fx.Node, value: fx.Node, x: fx.Node, product: fx.Node
 ) -> Fused | None:
     """``scan`` with the product in its body: it reads ``x`` instead of ``value``."""
-    steps, carries, xs, consts = reader.args
-    xs, consts = list(xs), list(consts)  # type: ignore[arg-type]
+    args: Any = reader.args
+    steps, carries = args[:2]
+    xs, consts = list(args[2]), list(args[3])
     index = xs.index(value)
     if len(x.meta["val"].shape) != 3:
         return None  # the body's product takes rows [B, N]
@@ -149,7 +146,7 @@ def fused_scan(
     xs[index] = x
     consts += added
     fused = Scan(body, scan.carries, scan.xs, len(consts), scan.location)
-    return Fused(fused, (steps, tuple(carries), tuple(xs), tuple(consts)))  # type: ignore[arg-type]
+    return Fused(fused, (steps, tuple(carries), tuple(xs), tuple(consts)))
 
 
 def lone_scan(product: fx.Node) -> tuple[Scan, tuple[fx.Node, ...]]:

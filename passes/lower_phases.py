@@ -32,15 +32,15 @@ def order_phases(placed: Sequence[Placed], writes: Sequence[Write]) -> tuple[ir.
     """
     levels = _latest(placed, _earliest(placed))
     phases: dict[tuple[int, str], list[ir.Statement]] = {}
-    populations = list(dict.fromkeys(item.population for item in (*placed, *writes)))
+    owners = [item.population for item in placed] + [item.population for item in writes]
+    populations = list(dict.fromkeys(owners))
     for item in placed:
         level = levels[item.statement.result]
         phases.setdefault((level, item.population), []).append(item.statement)
     for write in writes:
         value = write.statement.value
-        level = levels.get(value) if isinstance(value, str) else None
-        if level is None:
-            level = min((n for n, name in phases if name == write.population), default=0)
+        home = min((n for n, name in phases if name == write.population), default=0)
+        level = levels.get(value, home) if isinstance(value, str) else home
         phases.setdefault((level, write.population), []).append(write.statement)
     ordered = sorted(phases, key=lambda key: (key[0], populations.index(key[1])))
     return tuple(ir.Phase(key[1], tuple(phases[key])) for key in ordered)
