@@ -41,19 +41,19 @@ class Binaries:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._made: dict[tuple[ir.Kernel, ir.Schedule], Binary] = {}
+        self.made: dict[tuple[ir.Kernel, ir.Schedule], Binary] = {}
 
     def compile_all(self, wanted: Sequence[tuple[ir.Kernel, ir.Schedule]]) -> None:
         """Compile what is missing, on all cores. Raises CompileError."""
-        missing = [key for key in dict.fromkeys(wanted) if key not in self._made]
+        missing = [key for key in dict.fromkeys(wanted) if key not in self.made]
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             made = list(pool.map(lambda key: self.backend.compile(*key), missing))
-        self._made.update(zip(missing, made, strict=True))
+        self.made.update(zip(missing, made, strict=True))
 
     def load(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Launchable:
-        if (kernel, schedule) not in self._made:
+        if (kernel, schedule) not in self.made:
             self.compile_all([(kernel, schedule)])
-        return self.backend.load(self._made[kernel, schedule])
+        return self.backend.load(self.made[kernel, schedule])
 
 
 @dataclass(frozen=True)

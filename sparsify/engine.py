@@ -22,6 +22,7 @@ from sparsify.call_conditions import (
 )
 from sparsify.check_recording import why_not_repeated
 from sparsify.check_speed import keep_all, why_not_faster
+from sparsify.codegen.backend import Binary
 from sparsify.codegen.cpp import CppBackend
 from sparsify.compile_recording import Binaries, Compiler
 from sparsify.compiled import Compiled, Stage
@@ -60,18 +61,18 @@ class Engine:
         self._given_plan = self._plan
         self._backend = CppBackend()
         self._compiler = Compiler(options, Binaries(self._backend))
-        self._entries: tuple[Entry, ...] = ()
+        self.entries: tuple[Entry, ...] = ()
         self._frozen = False
         self._notes: dict[str, None] = {}
         self._misses: dict[str, int] = {}
-        self._recordings = 0
+        self.recordings = 0
         self._refused: Refusal | None = None  # why nothing can be compiled for now
         self._unrecorded: set[object] = set()
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         if is_intercepted() or is_disabled():
             return self.original.forward(*args, **kwargs)
-        for entry in self._entries:
+        for entry in self.entries:
             if entry.guard.matches(args, kwargs):
                 operands = entry.calling.operands(args, kwargs)
                 if entry.serves(operands) and not needs_grad(operands):
@@ -105,27 +106,32 @@ class Engine:
     def report(self) -> Report:
         """What was decided, and what happened since."""
         live: dict[str, float] = {}
-        for entry in self._entries:
+        for entry in self.entries:
             live.update(entry.compiled.live_activity())
         return Report(self._sites(), tuple(self._all_notes()), live)
 
     @property
+    def binaries(self) -> Mapping[tuple[ir.Kernel, ir.Schedule], Binary]:
+        """Every kernel that was compiled, the candidates that lost among them."""
+        return self._compiler.binaries.made
+
+    @property
     def is_compiled(self) -> bool:
-        return bool(self._entries)
+        return bool(self.entries)
 
     @property
     def compiled(self) -> Compiled:
         """The newest compiled recording. Raises RuntimeError before there is one."""
-        if not self._entries:
+        if not self.entries:
             raise RuntimeError(
                 "nothing is compiled yet: call the module once, or give sparsify an example"
                 + (f" ({self._refused})" if self._refused else "")
             )
-        return self._entries[-1].compiled
+        return self.entries[-1].compiled
 
     def compiled_for(self, args: Args, kwargs: Kwargs) -> Compiled | None:
         """What would serve this call; None if the original would run."""
-        for entry in self._entries:
+        for entry in self.entries:
             if not entry.why_miss(args, kwargs) and not entry.compiled.runs_original:
                 return entry.compiled
         return None
@@ -156,7 +162,7 @@ class Engine:
 
     def freeze(self, frozen: bool = True) -> None:
         self._frozen = frozen
-        for entry in self._entries:
+        for entry in self.entries:
             for region in entry.compiled.regions.values():
                 region.frozen = frozen
 
@@ -174,7 +180,7 @@ class Engine:
         if key in self._unrecorded:
             return self.original.forward(*args, **kwargs)
         with COMPILING:
-            for entry in self._entries:  # another thread may have compiled it meanwhile
+            for entry in self.entries:  # another thread may have compiled it meanwhile
                 if not entry.why_miss(args, kwargs):
                     operands = entry.calling.operands(args, kwargs)
                     return self._run(entry, operands, args, kwargs)
@@ -198,7 +204,7 @@ class Engine:
                 raise error
             self._give_up(error, key)
             return
-        self._recordings += 1
+        self.recordings += 1
         self._refused = None
         operands = recording.calling.operands(args, kwargs)
         compiled = self._compiler.compile(recording, operands, self._plan)
@@ -218,24 +224,24 @@ class Engine:
 
     def _add(self, new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> None:
         """Add ``new`` to the entries, or put one for all sizes in the place of two."""
-        for old in self._entries:
+        for old in self.entries:
             if not old.guard.matches(args, kwargs) or old.is_general:
                 continue
             if not old.layout.differs_in_sizes_only(operands):
                 continue
             merged = merge(old, new, operands)
             if isinstance(merged, Entry):
-                self._entries = tuple(merged if entry is old else entry for entry in self._entries)
+                self.entries = tuple(merged if entry is old else entry for entry in self.entries)
                 return
             self._note(f"sizes are compiled one by one: {merged}")
-        self._entries = (*self._entries, new)
+        self.entries = (*self.entries, new)
 
     def _why_not_compile(self) -> Refusal | None:
         unavailable = self._backend.why_unavailable()
         return unavailable or why_observed(self.original)
 
     def _why_too_many(self, args: Args, kwargs: Kwargs) -> Refusal | None:
-        reasons = [entry.why_miss(args, kwargs) for entry in self._entries]
+        reasons = [entry.why_miss(args, kwargs) for entry in self.entries]
         if not reasons:
             return None
         kind = reasons[-1].split(" was ")[0].split(" has ")[0].split(" is ")[0]
@@ -270,17 +276,17 @@ class Engine:
         return True
 
     def _sites(self) -> tuple[Site, ...]:
-        if self._entries and self._refused is None:
-            return self._entries[-1].compiled.sites
+        if self.entries and self._refused is None:
+            return self.entries[-1].compiled.sites
         return describe_kept(self.original, self._refused) if self._refused else ()
 
     def _all_notes(self) -> list[str]:
-        count = self._recordings
+        count = self.recordings
         if not count and not self._notes:
             return ["nothing is recorded yet: the first call will be"]
         plural = "recording" if count == 1 else "recordings"
-        notes = [f"{count} {plural}, {len(self._entries)} compiled"] if count else []
-        for entry in self._entries[-1:]:
+        notes = [f"{count} {plural}, {len(self.entries)} compiled"] if count else []
+        for entry in self.entries[-1:]:
             notes += entry.compiled.notes
         return notes + list(self._notes)
 
