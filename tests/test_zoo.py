@@ -1,0 +1,146 @@
+"""Every network of the zoo: equal where arithmetic is exact, verified where it is not.
+
+Nothing here is timed: sites are decided by predictions, and pinned to events where those are in
+doubt, so that a busy machine does not change what is tested.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sparsify.api import sparsify
+from sparsify.verify_model import verify
+from tests.zoo import BATCH, ENTRIES, EXACT_STEPS, Entry, tensors_of
+
+COMPILED = [entry for entry in ENTRIES if entry.code is None]
+LEFT_ALONE = [entry for entry in ENTRIES if entry.code is not None]
+EXACT = [entry for entry in COMPILED if entry.grid is not None]
+LENGTHS = [entry for entry in COMPILED if entry.name in {"recurrent", "in place", "relu by hand"}]
+
+
+def named(entries: list[Entry]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class FloatMeansDouble(TorchFunctionMode):
+    """Lets a network that insists on ``.float()`` run in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].double() if func is Tensor.float else func(*args, **(kwargs or {}))
+
+
+def events_everywhere(model: nn.Module, x: Tensor) -> Any:
+    """Sparsify; what is predicted to gain nothing at these small sizes is pinned to events."""
+    fast: Any = sparsify(model, x, timing=False)
+    plan = fast.plan
+    for site in fast.report.sites:
+        if site.decision == "dense" or site.code == "no-gain":
+            plan = plan.pin(site.name, "event")
+    return fast if plan == fast.plan else sparsify(model, x, plan=plan, timing=False)
+
+
+def events_of(fast: Any) -> int:
+    return sum(site.decision == "event" for site in fast.report.sites)
+
+
+def assert_equal(got: object, expected: object) -> None:
+    pairs = list(zip(tensors_of(got), tensors_of(expected), strict=True))
+    assert pairs
+    for one, other in pairs:
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def assert_same_bits(got: object, expected: object) -> None:
+    """As ``assert_equal``; float64 against float32."""
+    for one, other in zip(tensors_of(got), tensors_of(expected), strict=True):
+        assert torch.equal(one.double(), other.double())
+
+
+@named(EXACT)
+def test_exact_arithmetic_gives_equal_results(entry: Entry) -> None:
+    model, x = entry.dyadic_model(), entry.inputs(EXACT_STEPS)
+    expected = copy.deepcopy(model)(x)
+    with FloatMeansDouble():
+        in_double = entry.dyadic_model(torch.float64)(x.double())
+    assert_same_bits(expected, in_double)  # the premise: no sum was rounded
+
+    fast = events_everywhere(model, x)
+    assert events_of(fast) == entry.events, f"\n{fast.report}"
+    operands = fast.compiled.compiled.recording.calling.operands((x,), {})
+    first, *later = fast.stages
+    recorded = first.graph(*operands)
+    assert later
+    for stage in later:
+        assert_equal(stage.graph(*operands), recorded)
+    assert_equal(fast(x), expected)
+
+
+@named(COMPILED)
+def test_real_weights_are_verified_at_every_size(entry: Entry) -> None:
+    model, x = entry.model(), entry.inputs()
+    fast = events_everywhere(model, x)
+    verify(model, fast, x, events=entry.events)
+    batches = (BATCH, BATCH) if entry.keeps_state else (5, 2)
+    for steps, batch in zip((7, 19), batches, strict=True):
+        other = entry.inputs(steps, batch)
+        verify(model, fast, other, events=entry.events)
+    assert fast.compiled.recordings <= 2, f"\n{fast.report}"
+
+
+@named([entry for entry in COMPILED if entry.doubles])
+def test_float64_agrees_to_rounding(entry: Entry) -> None:
+    model, x = entry.model(torch.float64), entry.inputs(dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    fast = events_everywhere(model, x)
+    assert events_of(fast) == entry.events, f"\n{fast.report}"
+    for got, wanted in zip(tensors_of(fast(x)), tensors_of(expected), strict=True):
+        if set(wanted.unique().tolist()) <= {0.0, 1.0}:
+            assert torch.equal(got, wanted)
+            continue
+        # A sum of n terms is off by at most n/2 ulps of its largest partial sum, and a state
+        # gathers the error of 12 steps: 200 terms, 12 steps and partial sums of up to ten times
+        # the largest value stay below 2 ** 15 half ulps.
+        bound = 2.0**15 * 2.0**-53 * float(wanted.abs().max())
+        assert float((got - wanted).abs().max()) <= bound
+
+
+@named(LENGTHS)
+@pytest.mark.parametrize("steps", [1, 2, 100, 1000])
+def test_any_number_of_steps(entry: Entry, steps: int) -> None:
+    """Recorded at that length, and with the graph of another."""
+    model = entry.model()
+    recorded_here = events_everywhere(model, entry.inputs(steps, batch=2))
+    x = entry.inputs(steps, batch=1)
+    figures = verify(model, recorded_here, x, events=entry.events)
+    assert figures.regions[0].steps == steps
+
+
+@named(LEFT_ALONE)
+def test_left_alone_with_the_reason(entry: Entry) -> None:
+    model, x = entry.model(), entry.inputs()
+    fast: Any = sparsify(model, x, timing=False)
+    assert fast.report.sites
+    for site in fast.report.sites:
+        assert (site.decision, site.code) == ("kept", entry.code), f"\n{fast.report}"
+        assert site.reason
+    assert_equal(fast(x), model(x))
+
+
+@named(list(ENTRIES))
+def test_no_network_is_silent_or_busy(entry: Entry) -> None:
+    """The zoo tests something: outputs are neither all zero nor all the same."""
+    for result in (entry.model()(entry.inputs()), entry.model()(entry.inputs(EXACT_STEPS))):
+        assert any(len(t.unique()) > 1 for t in tensors_of(result))
