@@ -261,36 +261,44 @@ SPARSIFY_INLINE void convert(F* to, const Source* from, int64_t count) {
 
 // ---- gathers ----
 
-// sums[r] = sum over the events of `row` of payload * weight[event][r], for TILE receivers.
+// Sums the events from `k` to `end`, then adds that to `sums`. `last` is the row's last event.
+template <int TILE, class Index, class F>
+SPARSIFY_INLINE void add_block(F* sums, const F* weight, const Index* index, const F* payload,
+                               int32_t k, int32_t end, int32_t last, bool starts) {
+  constexpr int VECTORS = TILE / WIDTH<F>, LINE = 64 / sizeof(F);
+  Vector<F> sum[VECTORS] = {};
+  for (; k < end; ++k) {
+    const F* const from = weight + int64_t(index[k]) * TILE;
+    const F* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
+    SPARSIFY_UNROLL
+    for (int i = 0; i < TILE; i += LINE) __builtin_prefetch(later + i);
+    SPARSIFY_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      const Vector<F> weights = load(from + v * WIDTH<F>);
+      sum[v] += payload ? weights * payload[k] : weights;
+    }
+  }
+  SPARSIFY_UNROLL
+  for (int v = 0; v < VECTORS; ++v)
+    store(sums + v * WIDTH<F>, starts ? sum[v] : load(sums + v * WIDTH<F>) + sum[v]);
+}
+
+// sums[row][r] = sum over the events of `row` of payload * weight[event][r], for TILE receivers.
 //
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
 // Nothing is contracted (-ffp-contract=off): every backend and every batch size gets the same bits.
+// All rows walk a block before the next one, so that its weights are fetched from afar once.
 template <int TILE, class Index, class F>
-void gather_events(F* sums, const F* weight, const Events<Index, F>& events, int64_t row) {
-  constexpr int VECTORS = TILE / WIDTH<F>, LINE = 64 / sizeof(F);
-  const Index* const index = events.index + row * events.senders;
-  const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
-  const int32_t* const ends = events.ends + row * blocks_of(events.senders);
+void gather_events(F* sums, const F* weight, const Events<Index, F>& events, int64_t rows) {
   const int64_t blocks = blocks_of(events.senders);
-  const int32_t last = events.count[row] - 1;
-  int32_t k = 0;
   for (int64_t block = 0; block < blocks; ++block) {
-    const int32_t end = ends[block];
-    Vector<F> sum[VECTORS] = {};
-    for (; k < end; ++k) {
-      const F* const from = weight + int64_t(index[k]) * TILE;
-      const F* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
-      SPARSIFY_UNROLL
-      for (int i = 0; i < TILE; i += LINE) __builtin_prefetch(later + i);
-      SPARSIFY_UNROLL
-      for (int v = 0; v < VECTORS; ++v) {
-        const Vector<F> weights = load(from + v * WIDTH<F>);
-        sum[v] += payload ? weights * payload[k] : weights;
-      }
+    for (int64_t row = 0; row < rows; ++row) {
+      const Index* const index = events.index + row * events.senders;
+      const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
+      const int32_t* const ends = events.ends + row * blocks;
+      add_block<TILE>(sums + row * TILE, weight, index, payload, block ? ends[block - 1] : 0,
+                      ends[block], events.count[row] - 1, block == 0);
     }
-    SPARSIFY_UNROLL
-    for (int v = 0; v < VECTORS; ++v)
-      store(sums + v * WIDTH<F>, block ? load(sums + v * WIDTH<F>) + sum[v] : sum[v]);
   }
 }
 

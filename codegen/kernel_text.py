@@ -78,8 +78,8 @@ class KernelText(ABC):
             if gather not in phase.body:
                 continue
             if gather.result not in self.usage.dense:
-                listed = events[gather.source].rsplit(",", 1)[0]
-                self.w.line(f"active[{index}] += count_events({listed}, rows);")
+                counted = f"count_events({events[gather.source]}, rows)"
+                self.w.line(f"active[{index}] += {counted};")
                 continue
             source = self.usage.sources[gather.source]
             values, row = self.dense_source(source)
@@ -121,10 +121,8 @@ class KernelText(ABC):
             given = f"{self._sums(gather)}, {weight}, {values}, {row}, rows, {senders}"
             self.w.line(f"gather_dense<TILE>({given});", gather.note)
             return
-        events = self.places().events[gather.source]
-        with self.w.indented("for (int64_t row = 0; row < rows; ++row)"):
-            given = f"{self._sums(gather)} + row * TILE, {weight}, {events}"
-            self.w.line(f"gather_events<TILE>({given});", gather.note)
+        given = f"{self._sums(gather)}, {weight}, {self.places().events[gather.source]}, rows"
+        self.w.line(f"gather_events<TILE>({given});", gather.note)
 
     def write_cell_call(self, function: str, size: str, sums: list[str]) -> None:
         """Call a cell; a full tile gets its width as a constant."""

@@ -107,7 +107,7 @@ class _SharedText(KernelText):
         events, emit = {}, {}
         for source in self.usage.sources.values():
             name, size = self.name(source), self.size(source)
-            events[source.name] = f"own.{name}_events, row"
+            events[source.name] = f"own.{name}_events"
             slot, lines = "[next]" if source.kind == "state" else "[now]", []
             if source.events:
                 mask = f"shared.{name}_active{slot} + row * mask_bytes({size})"

@@ -92,7 +92,7 @@ class _RowsText(KernelText):
         for source in self.usage.sources.values():
             name, size = self.name(source), self.size(source)
             is_state = source.kind == "state"
-            events[source.name] = f"own.{name}_events{'[now]' if is_state else ''}, row"
+            events[source.name] = f"own.{name}_events{'[now]' if is_state else ''}"
             slot, lines = "[next]" if is_state else "", []
             if source.events:
                 lines.append(f"append(own.{name}_events{slot}, row, {{values}}, first, width);")
