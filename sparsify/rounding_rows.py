@@ -31,6 +31,23 @@ from sparsify.rounding import (
     square_root,
     subtract,
 )
+from sparsify.rounding_composed import (
+    add_scaled_product,
+    add_scaled_quotient,
+    divide_mode,
+    dropout,
+    filled,
+    heaviside,
+    interpolate,
+    is_nan,
+    leaky_relu,
+    masked_fill,
+    max_pool_with_indices,
+    native_dropout,
+    running_sum,
+    shaped_like,
+    threshold,
+)
 from sparsify.rounding_sums import add_product, convolution, linear, mean, product, total
 
 aten = torch.ops.aten
@@ -80,7 +97,8 @@ STRUCTURAL = (
     aten.flatten.using_ints, aten.index_select.default, aten.flip.default, aten.stack.default,
     aten.cat.default, aten.select_scatter.default, aten.slice_scatter.default, aten.unbind.int,
     aten.split.Tensor, aten.chunk.default, aten.movedim.int, aten.lift_fresh_copy.default,
-    aten.roll.default, aten.repeat.default,
+    aten.roll.default, aten.repeat.default, aten.unflatten.int, aten.positive.default,
+    aten.lift_fresh.default, aten.broadcast_to.default, aten.numpy_T.default,
 )  # fmt: skip
 
 
@@ -88,7 +106,7 @@ STRUCTURAL = (
 COUPLING = frozenset({
     aten.mm.default, aten.addmm.default, aten.linear.default, aten.matmul.default,
     aten.bmm.default, aten.mv.default, aten.dot.default, aten.convolution.default,
-    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim,
+    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default,
 })  # fmt: skip
 
 ROWS: dict[Any, Row] = {
@@ -102,6 +120,9 @@ ROWS: dict[Any, Row] = {
     aten.mul.Scalar: multiply,
     aten.div.Tensor: divide,
     aten.div.Scalar: divide,
+    aten.div.Tensor_mode: divide_mode,
+    aten.div.Scalar_mode: divide_mode,
+    aten.rsqrt.default: lambda p, a: divide(p, exact(1.0, p), square_root(p, a)),
     aten.reciprocal.default: lambda p, a: divide(p, exact(1.0, p), a),
     aten.neg.default: negate,
     aten.abs.default: absolute,
@@ -113,9 +134,9 @@ ROWS: dict[Any, Row] = {
     aten.sigmoid.default: smooth(torch.sigmoid),
     aten.relu.default: monotone(torch.relu),
     aten.hardtanh.default: monotone(aten.hardtanh.default),
-    aten.threshold.default: lambda p, a, at, low: choose(
-        p, comparison(torch.le)(p, a, float(at)), exact(float(low), p), a
-    ),
+    aten.relu6.default: lambda p, a: clamp(p, a, 0.0, 6.0),
+    aten.leaky_relu.default: leaky_relu,
+    aten.threshold.default: threshold,
     aten.softshrink.default: monotone(aten.softshrink.default, roundings=1),
     aten.hardshrink.default: monotone(aten.hardshrink.default),
     aten.sign.default: monotone(torch.sign),
@@ -123,9 +144,21 @@ ROWS: dict[Any, Row] = {
     aten.ceil.default: monotone(torch.ceil),
     aten.trunc.default: monotone(torch.trunc),
     aten.round.default: monotone(torch.round),
-    aten.heaviside.default: lambda p, a, at_zero: choose(
-        p, comparison(torch.eq)(p, a, 0.0), at_zero, cast(p, comparison(torch.gt)(p, a, 0.0))
-    ),
+    aten.heaviside.default: heaviside,
+    aten.isnan.default: is_nan,
+    aten.full_like.default: filled,
+    aten.zeros_like.default: lambda p, a, **_: filled(p, a, 0),
+    aten.ones_like.default: lambda p, a, **_: filled(p, a, 1),
+    aten.masked_fill.Scalar: masked_fill,
+    aten.masked_fill.Tensor: masked_fill,
+    aten.addcmul.default: add_scaled_product,
+    aten.addcdiv.default: add_scaled_quotient,
+    aten.lerp.Scalar: interpolate,
+    aten.lerp.Tensor: interpolate,
+    aten.dropout.default: dropout,
+    aten.native_dropout.default: native_dropout,
+    aten.max_pool2d_with_indices.default: max_pool_with_indices,
+    aten.cumsum.default: running_sum,
     aten.amax.default: largest,
     aten.maximum.default: extreme(torch.maximum),
     aten.minimum.default: extreme(torch.minimum),
@@ -146,6 +179,8 @@ ROWS: dict[Any, Row] = {
     aten.where.ScalarOther: choose,
     aten.where.Scalar: choose,
     aten._to_copy.default: cast,
+    aten.to.other: lambda p, a, *_, **__: cast(p, a),
+    aten.type_as.default: lambda p, a, _: cast(p, a),
     aten.to.dtype: lambda p, a, *_, **__: cast(p, a),
     aten.mm.default: product,
     aten.bmm.default: product,
@@ -166,3 +201,24 @@ COMPARISONS = {
 }
 ROWS |= {target: comparison(function) for target, function in COMPARISONS.items()}
 ROWS |= {target: structural(target) for target in STRUCTURAL}
+ROWS |= {
+    aten.view_as.default: shaped_like(structural(aten.reshape.default)),
+    aten.reshape_as.default: shaped_like(structural(aten.reshape.default)),
+    aten.expand_as.default: shaped_like(structural(aten.expand.default)),
+}
+ALIASES = {
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.true_divide.Tensor: aten.div.Tensor,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
+    aten.sgn.default: aten.sign.default,
+    aten.fix.default: aten.trunc.default,
+    aten.clip.default: aten.clamp.default,
+    aten.clamp_min.Tensor: aten.clamp_min.default,
+    aten.clamp_max.Tensor: aten.clamp_max.default,
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+}
+ROWS |= {alias: ROWS[target] for alias, target in ALIASES.items()}
