@@ -13,17 +13,21 @@ from sparsify import ir
 from sparsify.bench import Timings, measure_pairs
 from sparsify.candidates import Candidate
 from sparsify.codegen.backend import Launchable
-from sparsify.errors import Refusal
+from sparsify.errors import MismatchError, Refusal
 from sparsify.lowered import Lowered
 from sparsify.region import Region, batch_of
 from sparsify.scan import Scan
+from sparsify.verify_regions import RegionCheck
 
 BUDGET_SECONDS = 0.15  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
+CHECKED_STEPS = 3
 CLEARLY = 1.2  # what a slowdown must exceed to be believed on a contended machine
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
 REMEDY = "Larger batches, more neurons or fewer events move the balance; a plan can pin the site."
+
+REPORT = "Please report this with the model and its input; until then the original runs."
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,27 @@ def choose_region(
         for region in regions:
             region(*task.operands)  # packs weights and counts events
         events = _exact_events(regions)
-        if not timing:
-            return _chosen(regions[0], {}, events)
-        return _choose_timed(task, candidates, regions, events)
+        if timing:
+            choice = _choose_timed(task, candidates, regions, events)
+        else:
+            choice = _chosen(regions[0], {}, events)
+        wrong = why_wrong(task, choice.region) if choice.region is not None else None
+        return choice if wrong is None else Choice(None, wrong, choice.took_ms, events)
+
+
+def why_wrong(task: Task, region: Region) -> Refusal | None:
+    """Compare the first steps of a kernel with the original operations, as ``verify`` does all."""
+    steps, carries, xs, consts = task.operands
+    first = min(steps, CHECKED_STEPS)
+    try:
+        check = RegionCheck(task.name, region, first, carries, [x[:first] for x in xs], consts)
+        check.run(most_undecided=1.0)
+    except MismatchError as error:
+        reason = f"The kernel does not compute what the original operations do: {error}"
+        return Refusal("unsupported-op", reason, REPORT, task.scan.location)
+    finally:
+        region.launchable.reset_events()
+    return None
 
 
 def _choose_timed(

@@ -38,6 +38,7 @@ from sparsify.refused_sites import first_refusal
 from sparsify.report import Report, Site
 
 MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
+MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
 
 
@@ -58,7 +59,6 @@ class Engine:
         self.original = model
         self.options = options
         self._plan = plan or Plan()
-        self._given_plan = self._plan
         self._backend = CppBackend()
         self._compiler = Compiler(options, Binaries(self._backend))
         self.entries: tuple[Entry, ...] = ()
@@ -67,6 +67,7 @@ class Engine:
         self._misses: dict[str, int] = {}
         self.recordings = 0
         self._refused: Refusal | None = None  # why nothing can be compiled for now
+        self._given_up: Refusal | None = None  # why nothing more will be recorded
         self._unrecorded: set[object] = set()
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
@@ -74,6 +75,8 @@ class Engine:
             return self.original.forward(*args, **kwargs)
         for entry in self.entries:
             if entry.guard.matches(args, kwargs):
+                if entry.takes_all:
+                    return self.original.forward(*args, **kwargs)
                 operands = entry.calling.operands(args, kwargs)
                 if entry.serves(operands) and not needs_grad(operands):
                     return self._run(entry, operands, args, kwargs)
@@ -167,43 +170,51 @@ class Engine:
                 region.frozen = frozen
 
     def _run(self, entry: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        self._refused = None
         if entry.compiled.runs_original:
             return self.original.forward(*args, **kwargs)
         return entry.run(operands, args, kwargs)
 
     def _miss(self, args: Args, kwargs: Kwargs) -> Any:
-        refusal = why_grad(self.original, args, kwargs)
+        refusal = self._given_up or why_grad(self.original, args, kwargs)
+        if refusal is None and self._refused is not None:
+            refusal = self._why_not_compile()
         if refusal is not None:
             self._say(refusal)
             return self.original.forward(*args, **kwargs)
-        key = _call_key(self.original, args, kwargs)
-        if key in self._unrecorded:
+        if self._unrecorded and _call_key(self.original, args, kwargs) in self._unrecorded:
             return self.original.forward(*args, **kwargs)
         with COMPILING:
-            for entry in self.entries:  # another thread may have compiled it meanwhile
-                if not entry.why_miss(args, kwargs):
-                    operands = entry.calling.operands(args, kwargs)
-                    return self._run(entry, operands, args, kwargs)
-            refusal = self._why_not_compile() or self._why_too_many(args, kwargs)
-            if refusal is not None:
-                self._refuse(refusal)
-                return self.original.forward(*args, **kwargs)
-            recorded = record(self.original, args, kwargs, restore=False)
-            if isinstance(recorded, Unrecorded):
-                self._give_up(recorded.error, key)
-            else:
-                self._adopt(recorded, args, kwargs, key)
+            entry = self._find(args, kwargs)  # another thread may have compiled it meanwhile
+            if entry is None:
+                return self._record(args, kwargs)
+        operands = entry.calling.operands(args, kwargs)
+        return self._run(entry, operands, args, kwargs)
+
+    def _find(self, args: Args, kwargs: Kwargs) -> Entry | None:
+        return next((entry for entry in self.entries if not entry.why_miss(args, kwargs)), None)
+
+    def _record(self, args: Args, kwargs: Kwargs) -> Any:
+        """Run the original under the recorder and compile what it did; returns its result."""
+        refusal = self._why_not_compile() or self._why_too_many(args, kwargs)
+        if refusal is not None:
+            self._refuse(refusal)
+            return self.original.forward(*args, **kwargs)
+        recorded = record(self.original, args, kwargs, restore=False)
+        if isinstance(recorded, Unrecorded):
+            self._give_up(recorded.error, args, kwargs)
+            return recorded.result
+        try:
+            self._adopt(recorded, args, kwargs)
+        except TraceError as error:
+            self._give_up(error, args, kwargs)
         return recorded.result
 
-    def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs, key: object = None) -> None:
-        """Compile a recording and put it to use."""
+    def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
+        """Compile a recording and put it to use; TraceError if it does not repeat the model."""
         differs = why_not_repeated(self.original, recording, args, kwargs)
         if differs:
-            error = TraceError(f"the recording does not repeat the model: {differs}")
-            if key is None:
-                raise error
-            self._give_up(error, key)
-            return
+            raise TraceError(f"the recording does not repeat the model: {differs}")
         self.recordings += 1
         self._refused = None
         operands = recording.calling.operands(args, kwargs)
@@ -225,7 +236,7 @@ class Engine:
     def _add(self, new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> None:
         """Add ``new`` to the entries, or put one for all sizes in the place of two."""
         for old in self.entries:
-            if not old.guard.matches(args, kwargs) or old.is_general:
+            if old.is_general or not old.guard.matches(args, kwargs):
                 continue
             if not old.layout.differs_in_sizes_only(operands):
                 continue
@@ -249,12 +260,14 @@ class Engine:
         self._note(f"recorded again: {reasons[-1]}")
         if self._misses[kind] <= MOST_MISSES:
             return None
+        self.entries = self.entries[-MOST_KEPT:]
         reason = f"{MOST_MISSES} recordings did not settle it: {reasons[-1]}."
         remedy = "Keep it constant between calls, or pass it as a tensor."
-        return Refusal("unsupported-op", reason, remedy)
+        self._given_up = Refusal("unsupported-op", reason, remedy)
+        return self._given_up
 
-    def _give_up(self, error: TraceError, key: object) -> None:
-        self._unrecorded.add(key)
+    def _give_up(self, error: TraceError, args: Args, kwargs: Kwargs) -> None:
+        self._unrecorded.add(_call_key(self.original, args, kwargs))
         self._refuse(Refusal("unsupported-op", f"The model cannot be recorded. {error}"))
 
     def _refuse(self, refusal: Refusal) -> None:

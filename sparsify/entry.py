@@ -23,13 +23,19 @@ SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
 class Entry:
-    """Serves the calls that ``guard`` matches and whose operands ``layout`` takes."""
+    """Serves the calls that ``guard`` matches and whose operands ``layout`` takes.
+
+    ``takes_all``: whatever the sizes, the original runs.
+    """
 
     def __init__(self, compiled: Compiled, operands: Sequence[Tensor], layout: Layout) -> None:
         self.compiled = compiled
         self.guard: Guard = compiled.recording.guard
         self.calling: Calling = compiled.recording.calling
         self.layout = layout
+        self.takes_all = compiled.runs_original and not any(
+            site.code == "no-gain" for site in compiled.sites
+        )
         self.forward: Callable[..., tuple[Tensor, ...]] = compiled.graph.forward
         kinds = _source_kinds(compiled)
         self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
@@ -48,6 +54,8 @@ class Entry:
         """What differs from the calls that this entry serves; "" if it serves this one."""
         if not self.guard.matches(args, kwargs):
             return self.guard.explain(args, kwargs) or "what the recording depends on changed"
+        if self.takes_all:
+            return ""
         names = [node.name for node in self._placeholders()]
         return self.layout.why_not(self.calling.operands(args, kwargs), names)
 
@@ -60,6 +68,9 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
 
     ``operands`` are those of ``second``.
     """
+    if first.compiled.runs_original and second.compiled.runs_original:
+        second.takes_all = True  # no gain at two sizes: no third one is tried
+        return second
     reason = _why_not_merge(first, second)
     if reason:
         return reason
