@@ -109,7 +109,7 @@ COUPLING = frozenset({
     aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default,
 })  # fmt: skip
 
-ROWS: dict[Any, Row] = {
+ROWS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: add,
     aten.add.Scalar: add,
     aten.sub.Tensor: subtract,

@@ -247,7 +247,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "trunc-divide": lambda x: torch.div(x * 7, 0.9, rounding_mode="trunc"),
     "floor-divide": lambda x: torch.div(x * 7, 0.9, rounding_mode="floor"),
     "cumsum": lambda x: x.cumsum(0),
-    "view-as": lambda x: x.flatten().view_as(x) + x.unflatten(0, (2, -1)).reshape_as(x),
+    "view-as": lambda x: x.flatten().view_as(x) + torch.unflatten(x, 0, (2, -1)).reshape_as(x),
     "heaviside": lambda x: torch.heaviside(x, torch.full_like(x, 0.5)) * x,
     "pool": lambda x: F.max_pool2d(x[None], 2, 1)[0].mean() + x,
     "dropout": lambda x: F.dropout(x, 0.5, training=False) - 0.1,
