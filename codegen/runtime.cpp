@@ -14,6 +14,7 @@ const Runtime table = {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 const Runtime* sparsify_table() { return &table; }
@@ -61,3 +62,4 @@ int64_t sparsify_count64(const uint64_t* words, int64_t count, uint64_t mask, in
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -122,7 +122,9 @@ def compile_flags() -> tuple[str, ...]:
     exact = ("-fno-fast-math", "-ffp-contract=off")
     # Neither errno nor the exception flags are read, so a choice may become a blend.
     unread = ("-fno-math-errno", "-fno-trapping-math")
-    return ("-std=c++17", "-O3", target, *exact, *unread, "-fPIC", "-shared")
+    # Visible variables of a header would be one in the whole process, RTLD_LOCAL or not.
+    own = "-fvisibility=hidden"
+    return ("-std=c++17", "-O3", target, *exact, *unread, own, "-fPIC", "-shared")
 
 
 @cache
@@ -154,6 +156,7 @@ def compile_shared_library(
 ) -> Path:
     """The shared library of ``text``, compiled or from the cache. ``#include "runtime.h"`` works.
 
+    Functions to be found need ``extern "C" __attribute__((visibility("default")))``.
     ``headers`` are further files (name to text) that the source includes.
     Raises CompileError (log, path of the kept source) and BackendUnavailable (no compiler, or no
     folder to write to).
