@@ -20,6 +20,9 @@ C_TYPES: dict[ir.DType, str] = {
     "bool": "bool",
 }
 
+# In memory a bool is a byte: loops over bools are not vectorised, loops over bytes are.
+MEMORY_TYPES: dict[ir.DType, str] = {**C_TYPES, "bool": "uint8_t"}
+
 
 @dataclass(frozen=True)
 class Symbols:
@@ -188,12 +191,8 @@ class Cell:
         if result not in self.usage.kept_lets:
             return
         name = self.symbols.values[result]
-        self._pointer(
-            f"{name}_to",
-            self._type(result),
-            f"{self.places.state}.{name} + row * {size} + first",
-            False,
-        )
+        place = f"{self.places.state}.{name} + row * {size} + first"
+        self._pointer(f"{name}_to", self.usage.dtypes[result], place)
         self._inside.append((f"{name}_to[i] = {name};", ""))
 
     def _update(self, state: str, value: ir.Arg, size: str) -> None:
@@ -201,19 +200,14 @@ class Cell:
             return
         name = self.symbols.values[state]
         slot = "[next]" if state in self.usage.doubled_states else ""
-        self._pointer(
-            f"{name}_to",
-            self._type(state),
-            f"{self.places.state}.{name}{slot} + row * {size} + first",
-            False,
-        )
+        place = f"{self.places.state}.{name}{slot} + row * {size} + first"
+        self._pointer(f"{name}_to", self.usage.dtypes[state], place)
         text = operand_text(value, self.usage.dtypes[state], self.symbols)
         self._updates.append((f"{name}_to[i] = {text};", "for the next step"))
 
     def _store(self, store: ir.Store, phase: ir.Phase) -> None:
         output = next(o for o in self.usage.kernel.outputs if o.name == store.output)
         name = self.symbols.outputs[output.name]
-        kind = C_TYPES[output.dtype]
         state = self._updated_with(store.value, phase)
         time = f"t * call.{name}_t + " if "T" in output.axes else ""
         place = f"call.{name} + {time}b * call.{name}_b + first"
@@ -224,7 +218,7 @@ class Cell:
                 f"  for (int64_t i = 0; i < width; ++i) ({place})[i] = {kept};",
             ]
             return
-        self._pointer(f"{name}_to", kind, place, False)
+        self._pointer(f"{name}_to", output.dtype, place)
         text = operand_text(store.value, output.dtype, self.symbols)
         self._inside.append((f"{name}_to[i] = {text};", output.note))
 
@@ -239,6 +233,7 @@ class Cell:
             return
         self._seen.add(name)
         kernel, local, kind = self.usage.kernel, self.symbols.values[name], self._type(name)
+        tested = " != 0" if kind == "bool" else ""
         operand = next((o for o in kernel.operands if o.name == name), None)
         if operand is None:
             slot = "[now]" if name in self.usage.doubled_states else ""
@@ -248,18 +243,18 @@ class Cell:
             if "N" not in operand.axes:
                 index = " + ".join(steps) or "0"
                 self._before.append(
-                    (f"const {kind} {local} = call.{local}[{index}];", operand.note)
+                    (f"const {kind} {local} = call.{local}[{index}]{tested};", operand.note)
                 )
                 return
             place = " + ".join([f"call.{local}", *steps, "first"])
-        self._pointer(f"{local}_from", kind, place, True)
-        self._inside.append((f"const {kind} {local} = {local}_from[i];", ""))
+        self._pointer(f"{local}_from", self.usage.dtypes[name], place, "const ")
+        self._inside.append((f"const {kind} {local} = {local}_from[i]{tested};", ""))
 
-    def _pointer(self, name: str, kind: str, place: str, constant: bool) -> None:
-        self._before.append((f"{'const ' if constant else ''}{kind}* const {name} = {place};", ""))
+    def _pointer(self, name: str, dtype: ir.DType, place: str, constant: str = "") -> None:
+        self._before.append((f"{constant}{MEMORY_TYPES[dtype]}* const {name} = {place};", ""))
 
     def _stage(self, source: Source, value: ir.Arg) -> None:
-        kind, name = C_TYPES[source.value_dtype], self.symbols.values[source.name]
+        kind, name = MEMORY_TYPES[source.value_dtype], self.symbols.values[source.name]
         text = operand_text(value, source.value_dtype, self.symbols)
         self._before.append((f"alignas(64) {kind} {name}_tile[TILE];", ""))
         self._inside.append((f"{name}_tile[i] = {text};", ""))

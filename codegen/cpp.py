@@ -14,6 +14,8 @@ from sparsify.codegen.toolchain import compile_shared_library, load_library, rea
 from sparsify.codegen.writer import Names
 from sparsify.errors import Refusal
 
+HEADERS = ("kernel.h", "elementary.h")
+
 
 class CppBackend:
     """Kernels for this machine's processor."""
@@ -39,7 +41,7 @@ class CppBackend:
     def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
         """The compiled kernel, from the cache if it was compiled before."""
         source = self.render(kernel, schedule)
-        headers = {"kernel.h": read_source("kernel.h")}
+        headers = {file: read_source(file) for file in HEADERS}
         path = compile_shared_library(source.text, source.entry, headers=headers)
         return Binary(path, source, kernel, schedule)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
+from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.usage import UINT16_SENDERS, Source, Usage
 from sparsify.codegen.writer import Writer
 
@@ -38,7 +38,7 @@ def write_call(w: Writer, kernel: ir.Kernel, symbols: Symbols, extra: Sequence[s
     with w.block("struct Call", "};"):
         w.line("int64_t steps, batch;")
         for operand in kernel.operands:
-            name, kind = symbols.values[operand.name], C_TYPES[operand.dtype]
+            name, kind = symbols.values[operand.name], MEMORY_TYPES[operand.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in operand.axes if x != "N")[2:]
             tail = f" int64_t {strides};" if strides else ""
             note = _shape_note(kernel, operand.axes, operand.population, operand.note)
@@ -50,7 +50,7 @@ def write_call(w: Writer, kernel: ir.Kernel, symbols: Symbols, extra: Sequence[s
             note = f"[{receivers}, {senders}] {weight.note}".rstrip()
             w.line(f"const {kind}* {name};", f"{note}, packed as [tile][sender][TILE]")
         for output in kernel.outputs:
-            name, kind = symbols.outputs[output.name], C_TYPES[output.dtype]
+            name, kind = symbols.outputs[output.name], MEMORY_TYPES[output.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in output.axes if x != "N")[2:]
             note = _shape_note(kernel, output.axes, output.population, output.note)
             w.line(f"{kind}* {name}; int64_t {strides};", note)
@@ -67,10 +67,10 @@ def write_entry(
     w.line()
     w.line("}  // namespace")
     w.line()
+    w.line('extern "C" __attribute__((visibility("default")))')
     head = (
-        f'extern "C" __attribute__((visibility("default"))) int {entry}(const Runtime* runtime, '
-        "void* const* pointers,\n    const int64_t* strides, int64_t steps, int64_t batch, "
-        "int threads, int64_t* active)"
+        f"int {entry}(const Runtime* runtime, void* const* pointers, const int64_t* strides,\n"
+        f"    int64_t steps, int64_t batch, int threads, int64_t* active)"
     )
     with w.block(head):
         w.line("Call call;")
@@ -95,12 +95,12 @@ def entry_tensors(kernel: ir.Kernel, symbols: Symbols) -> list[tuple[str, str, l
     tensors = []
     for operand in kernel.operands:
         axes = [x.lower() for x in operand.axes if x != "N"]
-        tensors.append((symbols.values[operand.name], f"const {C_TYPES[operand.dtype]}", axes))
+        tensors.append((symbols.values[operand.name], f"const {MEMORY_TYPES[operand.dtype]}", axes))
     for weight in kernel.weights:
         tensors.append((symbols.values[weight.name], f"const {C_TYPES[weight.dtype]}", []))
     for output in kernel.outputs:
         axes = [x.lower() for x in output.axes if x != "N"]
-        tensors.append((symbols.outputs[output.name], C_TYPES[output.dtype], axes))
+        tensors.append((symbols.outputs[output.name], MEMORY_TYPES[output.dtype], axes))
     return tensors
 
 

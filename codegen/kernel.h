@@ -86,6 +86,12 @@ SPARSIFY_INLINE double round_to_zero(double a) { return __builtin_trunc(a); }
 SPARSIFY_INLINE float round_half_even(float a) { return __builtin_rintf(a); }
 SPARSIFY_INLINE double round_half_even(double a) { return __builtin_rint(a); }
 
+}  // namespace sparsify
+
+#include "elementary.h"
+
+namespace sparsify {
+
 // ---- scratch memory ----
 
 // Hands out 64-byte aligned pieces of one allocation. Without memory it only measures.

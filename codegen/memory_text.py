@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
+from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.frame_text import events_type
 from sparsify.codegen.usage import Source, Usage
 from sparsify.codegen.writer import Writer
@@ -34,9 +34,9 @@ def state_fields(usage: Usage, symbols: Symbols) -> list[Field]:
             size, copies = symbols.sizes[state.population], 1 + (state.name in usage.doubled_states)
             note = f"[rows, {usage.kernel.population_size(state.population)}] {state.note}".rstrip()
             name = symbols.values[state.name]
-            fields.append(array(C_TYPES[state.dtype], name, f"rows * {size}", copies, note))
+            fields.append(array(MEMORY_TYPES[state.dtype], name, f"rows * {size}", copies, note))
     for result, population in kept_results(usage):
-        name, kind = symbols.values[result], C_TYPES[usage.dtypes[result]]
+        name, kind = symbols.values[result], MEMORY_TYPES[usage.dtypes[result]]
         size = symbols.sizes[population]
         fields.append(array(kind, name, f"rows * {size}", 1, "read by a later phase"))
     return fields

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sparsify import elementary
 from sparsify.ir import DType
 
 Array = npt.NDArray[Any]
@@ -223,6 +224,36 @@ _ROWS: tuple[ScalarOp, ...] = (
         "sparsify::round_half_even({0})",
         ("aten.round.default",),
         "exact; ties go to even, as eager",
+    ),
+    ScalarOp(
+        "exp",
+        1,
+        "same",
+        FLOATS,
+        elementary.exponential,
+        "sparsify::exponential({0})",
+        ("aten.exp.default",),
+        "our own sequence of operations, within 1 ulp; eager's is within 1",
+    ),
+    ScalarOp(
+        "tanh",
+        1,
+        "same",
+        FLOATS,
+        elementary.tanh,
+        "sparsify::hyperbolic_tangent({0})",
+        ("aten.tanh.default",),
+        "our own sequence of operations, within 2.5 ulp; eager's is within 1",
+    ),
+    ScalarOp(
+        "sigmoid",
+        1,
+        "same",
+        FLOATS,
+        elementary.sigmoid,
+        "sparsify::sigmoid({0})",
+        ("aten.sigmoid.default",),
+        "our own sequence of operations, within 2 ulp; eager's is within 1",
     ),
     ScalarOp(
         "gt",
