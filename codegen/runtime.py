@@ -74,10 +74,12 @@ class Runtime:
     def count_nonzero(self, tensor: torch.Tensor) -> int:
         """How many elements of a CPU tensor are not zero; NaN counts, -0.0 does not."""
         size = check_readable(tensor).element_size()
-        if tensor.is_complex() or size not in WORDS:
+        is_float = tensor.is_floating_point()
+        # Not all of the 8-bit floats have a zero with a sign.
+        if tensor.is_complex() or size not in WORDS or (is_float and size == 1):
             raise TypeError(f"cannot count the non-zeros of a tensor of {tensor.dtype}")
         whole = tensor.detach().contiguous()
-        mask = (1 << (8 * size - 1)) - 1 if tensor.is_floating_point() else (1 << 8 * size) - 1
+        mask = (1 << (8 * size - 1 if is_float else 8 * size)) - 1
         threads = torch.get_num_threads()
         return int(self._count[size](whole.data_ptr(), whole.numel(), mask, threads))
 
