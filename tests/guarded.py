@@ -19,7 +19,7 @@ from sparsify.recording.guard import CompiledGuard, Seen, watch
 from tests import guarded_settings
 
 THRESHOLD = 1.0
-SCALES = {"in": 1.0, "out": [0.5, 0.25]}
+SCALES: Any = {"in": 1.0, "out": [0.5, 0.25]}
 
 
 def watched(model: nn.Module, *args: Any, **kwargs: Any) -> Seen:
@@ -136,6 +136,8 @@ class Everything(nn.Module):
         self.space = SimpleNamespace(bias=0.0, dtype=torch.float32)
         self.table: Any = {"gain": [1.0, 2.0], 3: (None, True)}
         self.long = [float(i) for i in range(10_000)]
+        self.lookup = {str(i): float(i) for i in range(100)}
+        setattr(self.layers[0].weight, "scale", 1.0)  # noqa: B010
         self.scale = np.float32(1.0)
         self.profile = np.linspace(0.0, 1.0, 4)
         self.delays = deque([1, 2])
@@ -151,8 +153,9 @@ class Everything(nn.Module):
         parts = [config.decay, float(config.reset is Reset.ZERO), self.slotted.gain, space.bias]
         parts += [self.parameters_.tau, self.parameters_.v_th, *self.table["gain"], self.zero]
         parts += [len(self.flags), self.delays[0], float(self.scale), self.long[7], self.one]
-        parts += [SCALES["out"][0], *guarded_settings.RATES, float(self.profile[1])]  # type: ignore
+        parts += [SCALES["out"][0], *guarded_settings.RATES, float(self.profile[1])]
         parts += [guarded_settings.nested.inner.value, 0.0 if self.nan == self.nan else 1.0]
+        parts += [self.lookup["7"], self.layers.get_parameter("0.weight").scale]  # type: ignore
         return float(sum(parts))
 
     def forward(self, x: Tensor, options: dict[str, Any] | None = None) -> Tensor:

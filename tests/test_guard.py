@@ -86,9 +86,28 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
         do(lambda m: m.table["gain"].append(1.0)),
         "length of model.table['gain'] was",
     ),
-    "dict entry": (do(lambda m: m.table.update(new=1)), "the length of model.table was 2"),
+    "dict entry": (do(lambda m: m.table.update(new=1)), "model.table['new'] was added"),
     "dict value": (do(lambda m: m.table.update({3: (None, False)})), "model.table[3][1] was True"),
-    "dict key": (do(lambda m: m.table.update({4: m.table.pop(3)})), "model.table[3] is not there"),
+    "dict key": (
+        do(lambda m: m.table.update({4: m.table.pop(3)})),
+        "model.table[4] was added",
+    ),
+    "dict order": (
+        do(lambda m: m.table.update(gain=m.table.pop("gain"))),
+        "the order of model.table changed",
+    ),
+    "long dict": (
+        do(lambda m: m.lookup.__setitem__("7", 7.5)),
+        "the contents of model.lookup changed",
+    ),
+    "order of modules": (
+        do(lambda m: m.cells.update({"first": m.cells.pop("first")})),
+        "the order of cells changed",
+    ),
+    "on a parameter": (
+        do(lambda m: setattr(m.layers[0].weight, "scale", 2.0)),
+        "layers.0.weight.scale was 1.0 and is now 2.0",
+    ),
     "deque": (do(lambda m: m.delays.appendleft(m.delays.pop())), "model.delays[0] was 1"),
     "set": (do(lambda m: m.flags.remove("a")), "the contents of model.flags changed"),
     "set element": (assign("flags", {"a", "c"}), "the contents of model.flags changed"),
@@ -233,7 +252,7 @@ HARMLESS: dict[str, Mutate] = {
     "an unread constant": in_module(guarded_settings, "UNREAD", 4),
     "another weight": do(lambda m: nn.init.zeros_(m.get_parameter("layers.0.weight"))),
     "a replaced parameter": do(
-        lambda m: setattr(m.layers[0], "weight", nn.Parameter(torch.ones(5, 4)))
+        lambda m: setattr(m.layers[1], "weight", nn.Parameter(torch.ones(3, 5)))
     ),
     "a loaded state": do(lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()))),
     "a hook that is gone": do(lambda m: m.register_forward_hook(lambda *a: None).remove()),

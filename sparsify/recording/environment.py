@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,14 +95,17 @@ def environment() -> dict[str, object]:
     return {name: eval(question, words) for name, question in QUESTIONS.items()}
 
 
-def random_states() -> dict[str, object]:
+def random_states() -> dict[str, Any]:
     """The states of Python's and numpy's global generators; torch's is the recorder's."""
-    states: dict[str, object] = {"random": random.getstate()}
-    if "numpy.random" in sys.modules:
-        states["numpy.random"] = repr(_numpy_random("get_state")())
+    states: dict[str, Any] = {"random": random.getstate()}
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        states["numpy.random"] = numpy_random.get_state()
     return states
 
 
-def _numpy_random(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(sys.modules["numpy.random"], name)
-    return function
+def restore_random(states: Mapping[str, Any]) -> None:
+    """Put the generators back."""
+    random.setstate(states["random"])
+    if "numpy.random" in states:
+        sys.modules["numpy.random"].set_state(states["numpy.random"])

@@ -1,24 +1,25 @@
 """Watch a run to learn what it depends on and what it changes beside its tensors.
 
-What cannot be seen: environment variables, files that are already open, calls into C that keep a
-state of their own, and Python that runs in other threads.
+What cannot be seen: environment variables, C extensions that keep a state of their own, and Python
+that runs in other threads.
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
+import io
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from sparsify.errors import Location
-from sparsify.recording.environment import environment, random_states
+from sparsify.recording.environment import environment, random_states, restore_random
 from sparsify.recording.guard_changes import (
     Change,
     SideEffect,
@@ -29,15 +30,17 @@ from sparsify.recording.guard_changes import (
 )
 from sparsify.recording.guard_check import MISSED, CheckWriter, Told
 from sparsify.recording.guard_code import origin
-from sparsify.recording.guard_nodes import read_cell
+from sparsify.recording.guard_nodes import frozen, read_cell
 from sparsify.recording.guard_values import GONE
 from sparsify.recording.guard_walk import Walk
 from sparsify.recording.recording import Args, Kwargs
 
-# Calls that read or write what is outside the process, where they can be seen.
-OUTSIDE: tuple[Callable[..., Any], ...] = (
-    *(print, input, open, time.time, time.time_ns, time.perf_counter, time.perf_counter_ns),
-    *(time.monotonic, time.monotonic_ns, time.process_time, time.sleep),
+# Calls that read or write what is outside the process; methods of files are found by their type.
+OUTSIDE: frozenset[Any] = frozenset(
+    (
+        *(print, input, open, time.time, time.time_ns, time.perf_counter, time.perf_counter_ns),
+        *(time.monotonic, time.monotonic_ns, time.process_time, time.sleep),
+    )
 )
 
 
@@ -85,7 +88,6 @@ class Seen:
         self._changes: list[Change] = []
         self._drawn: list[str] = []
         self._failure = ""
-        self._outside = {id(function) for function in OUTSIDE}
         self._reached_out: dict[str, tuple[str, int]] = {}
 
     def guard(self) -> CompiledGuard:
@@ -114,11 +116,12 @@ class Seen:
     def restore_python(self) -> None:
         """Put back the attributes, containers, globals and closures that the run changed."""
         undo(self._changes)
+        restore_random(self._random)
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
         if event == "c_call":
-            if id(arg) in self._outside and origin(code.co_filename) == "user":
+            if _is_outside(arg) and origin(code.co_filename) == "user":
                 self._reached_out.setdefault(arg.__name__, (code.co_filename, frame.f_lineno))
             return
         if event != "call" or id(code) in self._walk.codes:
@@ -137,7 +140,10 @@ class Seen:
             self._walk.root(function, function.__qualname__)
         self._changes = find_changes(self._walk)
         states = random_states()
-        self._drawn = [name for name, state in self._random.items() if states[name] != state]
+        drawn = (
+            name for name in self._random if frozen(states[name]) != frozen(self._random[name])
+        )
+        self._drawn = list(drawn)
 
 
 @contextmanager
@@ -151,7 +157,12 @@ def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[Seen]:
     finally:
         sys.setprofile(None)
         _resume_profiler(before)
-        seen._finish()
+    seen._finish()
+
+
+def _is_outside(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, io.IOBase) or (isinstance(owner, ModuleType) and function in OUTSIDE)
 
 
 def _pause_profiler() -> Any:
@@ -192,15 +203,17 @@ def _functions_of(walk: Walk) -> list[FunctionType]:
     unknown: list[CodeType] = [
         code
         for key, code in walk.codes.items()
-        if key in walk.free and key not in walk.functions and key not in made
+        if key not in walk.functions
+        and key not in made
+        and (key in walk.free or origin(code.co_filename) == "user")
     ]
     if not unknown:
         return []
     functions = [f for f in gc.get_referrers(*unknown) if isinstance(f, FunctionType)]
-    matching = [f for f in functions if _holds(f, walk.free[id(f.__code__)])]
+    matching = [f for f in functions if _holds(f, walk.free.get(id(f.__code__), {}))]
     return matching or functions
 
 
 def _holds(function: FunctionType, free: dict[str, Any]) -> bool:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return all(read_cell(cell) is free[name] for name, cell in cells)
+    return all(read_cell(cell) is free[name] for name, cell in cells if name in free)

@@ -23,7 +23,15 @@ from sparsify.recording.guard_nodes import (
     read_cell,
     slot,
 )
-from sparsify.recording.guard_values import GONE, arrays_differ, differs, sets_differ, show
+from sparsify.recording.guard_values import (
+    GONE,
+    arrays_differ,
+    atoms_differ,
+    differs,
+    sets_differ,
+    show,
+    tables_differ,
+)
 from sparsify.recording.guard_walk import MOST_PLACES, Walk, attribute_path, part_path
 
 
@@ -102,10 +110,12 @@ def _is_same(node: Node, now: Any) -> bool:
         return False
     if node.kind in ("sequence", "dict"):
         return len(now) == len(node.contents or ()) and (
-            node.kind == "sequence" or now.keys() == node.contents.keys()
+            node.kind == "sequence" or [*now] == [*node.contents]
         )
     if node.kind == "atoms":
-        return len(now) == len(node.contents) and not any(map(differs, now, node.contents))
+        return not atoms_differ(now, node.contents)
+    if node.kind == "table":
+        return not tables_differ(now, node.contents)
     if node.kind == "set":
         return not sets_differ(now, node.contents)
     if node.kind == "array":
@@ -214,7 +224,7 @@ def _line_of(node: Node, walk: Walk) -> Location | None:
 
 
 def _contents(node: Node, contents: Any) -> str:
-    if node.kind in ("sequence", "dict", "set"):
+    if node.kind in ("sequence", "dict", "set", "atoms", "table"):
         return f"{len(contents or ())} entries"
     return "other contents"
 
@@ -234,11 +244,14 @@ def doubts(walk: Walk) -> Iterator[SideEffect]:
         yield SideEffect("model", "", "", text=text, remedy="Keep tables in tensors.")
 
 
+REFILLED = ("sequence", "dict", "set", "atoms", "table", "array")
+
+
 def undo(changes: list[Change]) -> None:
     """Put back what Python held before the run, tensors' contents excepted."""
     for change in changes:
         node, then = change.node, change.node.value
-        if node.kind in ("sequence", "dict", "set", "atoms") and change.now is then:
+        if node.kind in REFILLED and change.now is then:
             _refill(then, node.contents)
         elif node.kind == "module" and change.now is then:
             _drop_hooks(node)
@@ -258,6 +271,8 @@ def _refill(container: Any, contents: Any) -> None:
         container.clear()
         fill = container.extend if isinstance(container, (list, deque)) else container.update
         fill(contents)
+    elif contents is not None and hasattr(container, "tobytes"):
+        container[...] = contents
 
 
 def _put(owner: Node, node: Node, then: Any) -> None:

@@ -12,7 +12,7 @@ functions and classes are compared by identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,20 @@ from sparsify.recording.guard_values import (
     is_atom,
     sets_differ,
     show,
+    tables_differ,
 )
 from sparsify.recording.guard_walk import Walk
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 BOUND = ("module", "function", "class", "pymodule", "wrapper", "opaque", "iterator", "random")
-DIFFER = {"atoms": "atoms_differ", "set": "sets_differ", "array": "arrays_differ"}
-MISSED = (KeyError, AttributeError, IndexError, TypeError, ValueError)
+DIFFER = {
+    "atoms": "atoms_differ",
+    "set": "sets_differ",
+    "array": "arrays_differ",
+    "table": "tables_differ",
+}
+MISSED = (KeyError, AttributeError, IndexError, TypeError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class CheckWriter:
             "differs": differs,
             "atoms_differ": atoms_differ,
             "arrays_differ": arrays_differ,
+            "tables_differ": tables_differ,
             "sets_differ": sets_differ,
             "instance_dict": instance_dict,
             "get": dict.get,
@@ -144,8 +151,7 @@ class CheckWriter:
         if node.kind in BOUND:
             return self._write_bound(node, text, is_input)
         if node.kind == "tensor":
-            self._write_tensor(node, text, is_input)
-            return []
+            return self._write_tensor(node, text, is_input)
         return self._write_structure(node, text)
 
     def _class(self, node: Node) -> list[tuple[Node, str]]:
@@ -165,16 +171,16 @@ class CheckWriter:
             self._dicts[id(node)] = f"{name}.__dict__"
         return [(child, self._read(node, name, child)) for child in node.children.values()]
 
-    def _write_tensor(self, node: Node, text: str, is_input: bool) -> None:
+    def _write_tensor(self, node: Node, text: str, is_input: bool) -> list[tuple[Node, str]]:
         told, tensor = self._told, node.value
         kind = self._constant(type(tensor), "c")
         self._require(f"type({text}) is not {kind}", text, told)
-        if not is_input:
-            return
-        text = self._variable(node, text)
-        for name in ("requires_grad", "dtype", "layout", "device"):
+        if is_input or node.children:
+            text = self._variable(node, text)
+        for name in ("requires_grad", "dtype", "layout", "device") if is_input else ():
             value = getattr(tensor, name)
             self._compare(f"{text}.{name}", value, was(f"{name} of {node.path}", value))
+        return [(child, self._read(node, text, child)) for child in node.children.values()]
 
     def _write_structure(self, node: Node, text: str) -> list[tuple[Node, str]]:
         if node.kind == "namespace":
@@ -183,17 +189,25 @@ class CheckWriter:
         text = self._variable(node, text)
         kind = self._constant(type(node.value), "c")
         self._require(f"type({text}) is not {kind}", text, told)
-        if node.kind in ("sequence", "dict"):
+        if node.kind == "sequence" or (node.kind == "dict" and len(node.contents) < 2):
             count = len(node.contents)
             said = was(f"the length of {node.path}", count)
             self._require(f"len({text}) != {count}", f"len({text})", said)
-        elif node.kind in ("atoms", "set", "array"):
+        elif node.kind == "dict":
+            self._write_order(node.path, text, [*node.contents], "{}[{!r}]")
+        elif node.kind in DIFFER:
             name = self._constant(node.contents, "k")
             changed = Told(node.path, text=_saying(f"the contents of {node.path} changed"))
             self._require(f"{DIFFER[node.kind]}({text}, {name})", "None", changed)
         if node.kind == "object":
             self._write_object(node, text)
         return [(child, self._read(node, text, child)) for child in node.children.values()]
+
+    def _write_order(self, path: str, text: str, keys: list[Any], shape: str = "{}.{}") -> None:
+        """Code that iterates sees the order of the keys, too."""
+        name = self._constant(keys, "k")
+        said = Told(path, text=_naming(path, keys, shape))
+        self._require(f"[*{text}] != {name}", f"[*{text}]", said)
 
     def _write_object(self, node: Node, text: str) -> None:
         if node.contents["__dict__"] or hasattr(node.value, "__dict__"):
@@ -231,6 +245,9 @@ class CheckWriter:
             self._require(clauses, f"({now},)", said)
         for table in TABLES:
             keys = node.contents[table]
+            if table == "_modules" and len(keys) > 1:
+                self._write_order(node.path, f"{own}['{table}']", [*keys])
+                continue
             said = Told(node.path, text=_naming(node.path, keys))
             count = f"len({own}['{table}']) != {len(keys)}" if keys else f"{own}['{table}']"
             self._require(count, f"[*{own}['{table}']]", said)
@@ -334,14 +351,15 @@ def _saying(text: str) -> Callable[[Any], str]:
     return lambda now: text
 
 
-def _naming(path: str, names: tuple[str, ...]) -> Callable[[Any], str]:
-    return lambda now: _changed_names(path, names, now)
+def _naming(path: str, then: Collection[Any], shape: str = "{}.{}") -> Callable[[Any], str]:
+    """Say which names were added and removed, ``shape`` giving the name of one."""
 
+    def say(now: Collection[Any]) -> str:
+        added = [f"{shape.format(path, name)} was added" for name in now if name not in then]
+        removed = [f"{shape.format(path, name)} was removed" for name in then if name not in now]
+        return "; ".join(added + removed) or f"the order of {path} changed"
 
-def _changed_names(path: str, then: tuple[str, ...], now: list[str]) -> str:
-    added = [f"{path}.{name} was added" for name in now if name not in then]
-    removed = [f"{path}.{name} was removed" for name in then if name not in now]
-    return "; ".join(added + removed)
+    return say
 
 
 def _naming_hooks(path: str) -> Callable[[Any], str]:

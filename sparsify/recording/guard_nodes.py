@@ -25,6 +25,7 @@ Kind = Literal[
     "sequence",
     "atoms",  # a long sequence of atoms
     "dict",
+    "table",  # a long dict of atoms
     "set",
     "array",
     "random",
@@ -122,17 +123,26 @@ def _random_state(value: Any) -> Any:
     if numpy is None or "numpy.random" not in sys.modules:
         return GONE
     if isinstance(value, numpy.random.Generator):
-        return repr(value.bit_generator.state)
+        return frozen(value.bit_generator.state)
     if isinstance(value, numpy.random.RandomState):
-        return repr(value.get_state())
+        return frozen(value.get_state())
     return GONE
+
+
+def frozen(state: Any) -> object:
+    """A copy of a generator's state that ``==`` compares."""
+    if isinstance(state, dict):
+        return {key: frozen(value) for key, value in state.items()}
+    if isinstance(state, tuple):
+        return [frozen(value) for value in state]
+    return state.tobytes() if hasattr(state, "tobytes") else state
 
 
 def contents_of(node: Node, value: Any) -> Any:
     """What a container, an array or a random generator holds now, as a copy."""
     if node.kind == "sequence":
         return list(value)
-    if node.kind == "dict":
+    if node.kind in ("dict", "table"):
         return dict(dict.items(value))
     if node.kind == "set":
         return frozenset(value)

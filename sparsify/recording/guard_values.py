@@ -99,6 +99,11 @@ def atoms_differ(now: Sequence[object], then: Sequence[object]) -> bool:
     return any(map(differs, now, then))
 
 
+def tables_differ(now: Any, then: dict[Any, object]) -> bool:
+    """Compare a long dict of atoms with an earlier copy of it, order included."""
+    return list(now) != list(then) or atoms_differ(list(now.values()), list(then.values()))
+
+
 def sets_differ(now: Any, then: frozenset[object]) -> bool:
     """Compare a set with an earlier copy of it, elements by type and content."""
     if len(now) != len(then) or any(element not in then for element in now):

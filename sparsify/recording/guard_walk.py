@@ -25,6 +25,7 @@ from sparsify.recording.guard_nodes import (
     Kind,
     Node,
     class_attributes,
+    classify,
     contents_of,
     has_named_attributes,
     instance_dict,
@@ -34,8 +35,10 @@ from sparsify.recording.guard_nodes import (
 from sparsify.recording.guard_values import GONE, is_atom
 
 LONG = 32  # atoms in a sequence from which on it is compared as a whole
-MOST_PLACES = 200_000
+MOST_PLACES = 50_000
+PLAIN = ("atom", "tensor", "sequence", "dict", "set", "array")
 
+WHOLES: dict[Kind, Kind] = {"sequence": "atoms", "dict": "table"}
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "method": ("__func__", "__self__"),
     "partial": ("func", "args", "keywords"),
@@ -147,9 +150,13 @@ class Walk:
         self._look_up(node, self._keys(node) if self.anything else self.names)
 
     def _keys(self, owner: Node) -> Iterable[str]:
-        """Every name that could be looked up: only the instance's own, its class adds to it."""
+        """Every name that could be looked up; in a module not the functions, classes, modules."""
         own = instance_dict(owner.value)
-        return [name for name in own if name not in TORCH_FIELDS] + list(self.names)
+        if owner.kind == "class":
+            own = {name: None for base in owner.value.__mro__ for name in base.__dict__}
+        elif owner.kind == "pymodule":
+            own = {name: held for name, held in own.items() if classify(held) in PLAIN}
+        return self.names | {name for name in own if not name.startswith("__")}
 
     def _look_up(self, owner: Node, names: Iterable[str]) -> None:
         value = owner.value
@@ -184,6 +191,8 @@ class Walk:
             if inner is not None and not isinstance(inner, ModuleType):
                 suffix = f".{name}" if name in ("__self__", "args") else ""
                 self._child(node, "field", name, inner, below(node.path, suffix))
+        if node.kind == "tensor" and instance_dict(value):
+            self._own(node)
         if node.kind in ("object", "module"):
             self._own(node)
             self._child(node, "field", "__class__", type(value), type(value).__qualname__)
@@ -206,11 +215,9 @@ class Walk:
         node.contents |= {name: tuple(module.__dict__.get(name, {}).values()) for name in HOOKS}
         node.contents["__dict__"] = tuple(module.__dict__)
         self._child(node, "attribute", "training", module.training, below(node.path, ".training"))
-        for table in ("_parameters", "_buffers"):
-            for name, tensor in module.__dict__[table].items():
-                self._child(node, "table", (table, name), tensor, part_path(node, name))
-        for name, child in module._modules.items():
-            self._child(node, "table", ("_modules", name), child, part_path(node, name))
+        for table in TABLES:
+            for name, held in module.__dict__.get(table, {}).items():
+                self._child(node, "table", (table, name), held, part_path(node, name))
         for table, what in HOOKS.items():
             for hook in module.__dict__.get(table, {}).values():
                 self._child(node, "table", (table, id(hook)), hook, f"{what} of {node.path}")
@@ -218,8 +225,8 @@ class Walk:
     def _expand_container(self, node: Node) -> None:
         value = node.value
         node.contents = contents_of(node, value)
-        if node.kind == "sequence" and len(value) >= LONG and all(map(is_atom, value)):
-            node.kind = "atoms"
+        if node.kind in WHOLES and len(value) >= LONG and all(map(is_atom, _elements(node))):
+            node.kind = WHOLES[node.kind]
         elif node.kind == "sequence":
             fields = getattr(type(value), "_fields", None)
             for index, held in enumerate(value):
@@ -261,6 +268,11 @@ def attribute_path(owner: Node, name: str) -> str:
 def part_path(module: Node, name: str) -> str:
     """What torch calls a parameter, buffer or submodule: the model itself has no name."""
     return name if module.path == "model" else below(module.path, f".{name}")
+
+
+def _elements(node: Node) -> Iterable[Any]:
+    elements: Iterable[Any] = node.contents.values() if node.kind == "dict" else node.contents
+    return elements
 
 
 def below(path: str, suffix: str) -> str:
