@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.passes.classify_ops import PRODUCTS, RESHAPES, is_pointwise, product_operand
+from sparsify.passes.classify_ops import (
+    PRODUCTS,
+    RESHAPES,
+    SLICES,
+    TRANSPOSES,
+    is_pointwise,
+    order_of,
+    product_operand,
+)
 from sparsify.passes.tensor_info import call, is_dense, permuted, with_shape
 
 aten = torch.ops.aten
@@ -19,11 +27,16 @@ def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
     shape = node.meta["val"].shape
     if product_operand(node) is not None:
         return _can_batch_product(node, invariant)
-    if node.target in RESHAPES:
+    if node.target in RESHAPES or is_part(node):
         return True
     # Invariant operands align with the trailing dims, so they must not have more of them.
     ranks = [len(operand.meta["val"].shape) for operand in node.all_input_nodes]
     return is_pointwise(node) and all(rank <= len(shape) for rank in ranks)
+
+
+def is_part(node: fx.Node) -> bool:
+    """True for views that take a part of one tensor, or its dims in another order."""
+    return node.target in SLICES or node.target in TRANSPOSES
 
 
 def _can_batch_product(node: fx.Node, invariant: set[fx.Node]) -> bool:
@@ -62,6 +75,8 @@ def batch_step(
     batcher = _Batcher(graph, node, steps, stacked, constant)
     if product_operand(node) is not None:
         return batcher.product()
+    if is_part(node):
+        return batcher.part()
     return batcher.reshape() if node.target in RESHAPES else batcher.pointwise()
 
 
@@ -87,6 +102,27 @@ class _Batcher:
         shape = [self.steps, *self.shape]
         info = with_shape(self.node.meta["val"], shape)
         return call(self.graph, aten.reshape.default, (operand, shape), info, self.node)
+
+    def part(self) -> fx.Node:
+        """A slice or an order of dims, of the dims behind time."""
+        operand = self.stacked(self.node.all_input_nodes[0])
+        assert operand is not None
+        args: Any = self.node.args
+        info, rank = operand.meta["val"], len(operand.meta["val"].shape) - 1
+        if self.node.target in TRANSPOSES:
+            order = [0, *(dim + 1 for dim in order_of(self.node))]
+            call_args: tuple[Any, ...] = (operand, order)
+            target: Any = aten.permute.default
+            return call(self.graph, target, call_args, permuted(info, order), self.node)
+        dim = (args[1] if len(args) > 1 else 0) % rank + 1
+        target, call_args = self.node.target, (operand, dim, *args[2:])
+        stride = list(info.stride)
+        if target is aten.select.int:
+            del stride[dim]
+        else:
+            stride[dim] *= args[4] if len(args) > 4 else 1
+        info = with_shape(info, (self.steps, *self.shape), stride)
+        return call(self.graph, target, call_args, info, self.node)
 
     def pointwise(self) -> fx.Node:
         args = fx.map_arg(self.node.args, self._aligned)

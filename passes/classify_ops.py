@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -19,6 +21,8 @@ RESHAPES = (
     aten.unsqueeze.default,
     aten.squeeze.dim,
 )
+# Parts of one tensor: free views too.
+SLICES = (aten.select.int, aten.slice.Tensor)
 # Linear products and the argument index of the activation; the other operands are weights.
 PRODUCTS: dict[object, int] = {
     aten.mm.default: 0,
@@ -40,6 +44,18 @@ def draws_random(node: fx.Node) -> bool:
 def is_pointwise(node: fx.Node) -> bool:
     """True for ops that work element by element with broadcasting."""
     return node.target in POINTWISE_TOO or _has_tag(node, torch.Tag.pointwise)
+
+
+def order_of(transpose: fx.Node) -> list[int]:
+    """The order of dims of one of ``TRANSPOSES``, as ``permute`` takes it."""
+    rank = len(transpose.all_input_nodes[0].meta["val"].shape)
+    args: Any = transpose.args
+    if transpose.target is aten.permute.default:
+        return [dim % rank for dim in args[1]]
+    order = list(range(rank))
+    first, second = args[1:3] if transpose.target is aten.transpose.int else (0, rank - 1)
+    order[first], order[second] = order[second], order[first]
+    return order
 
 
 def product_operand(node: fx.Node) -> fx.Node | None:

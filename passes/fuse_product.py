@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES, product_operand
+from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES, order_of, product_operand
 from sparsify.passes.tensor_info import call, contiguous_stride, permuted, with_shape, without_dim
 from sparsify.passes.why_not_lower import product_weights
 from sparsify.scan import Scan
@@ -74,7 +74,7 @@ def _keeps_neurons(view: fx.Node, value: fx.Node) -> bool:
     if not shape or not before or shape[-1] != before[-1]:
         return False
     if view.target in REORDERS:
-        return _order_of(view)[-1] == len(before) - 1
+        return order_of(view)[-1] == len(before) - 1
     return math.prod(shape) == math.prod(before) and 0 not in before
 
 
@@ -86,7 +86,7 @@ def moved_views(graph: fx.Graph, product: fx.Node, views: Sequence[fx.Node]) -> 
     for view in views:
         shape = (*view.meta["val"].shape[:-1], neurons)
         if view.target in REORDERS:
-            order = _order_of(view)
+            order = order_of(view)
             info = permuted(value.meta["val"], order)
             value = call(graph, aten.permute.default, (value, order), info, view)
             continue
@@ -102,17 +102,6 @@ def _reshaped(graph: fx.Graph, value: fx.Node, shape: tuple[int, ...], like: fx.
             return flattened
     info = with_shape(value.meta["val"], shape)
     return call(graph, aten.reshape.default, (value, list(shape)), info, like)
-
-
-def _order_of(view: fx.Node) -> list[int]:
-    rank = len(view.meta["val"].shape)
-    args: Any = view.args
-    if view.target is aten.permute.default:
-        return [d % rank for d in args[1]]
-    order = list(range(rank))
-    first, second = (d % rank for d in args[1:3])
-    order[first], order[second] = second, first
-    return order
 
 
 def fused_scan(

@@ -43,13 +43,23 @@ def assigned_names(nodes: list[fx.Node]) -> dict[fx.Node, str]:
 
 
 def operation_name(node: fx.Node) -> str:
-    """``mul`` for ``aten.mul.Tensor``, ``spike`` for a comparison cast to a number."""
+    """``mul`` for ``aten.mul.Tensor``, ``above`` or ``below`` for a comparison."""
     if node.op == "placeholder":
         return node.name
     name = str(node.target).removeprefix("aten.").split(".")[0].strip("_")
-    return {"to_copy": "cast", "gt": "above", "ge": "above", "lt": "below", "le": "below"}.get(
-        name, name
-    )
+    if name == "to_copy" and operation_name(node.all_input_nodes[0]) in ("above", "below"):
+        return "spike"
+    return _READABLE.get(name, name)
+
+
+_READABLE = {
+    "to_copy": "cast",
+    "gt": "above",
+    "ge": "above",
+    "lt": "below",
+    "le": "below",
+    "rsub": "sub",
+}
 
 
 def source_name(node: fx.Node) -> str:

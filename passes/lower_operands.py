@@ -29,7 +29,6 @@ class Operands:
         self.operands: dict[str, ir.Operand] = {}
         self.weights: dict[tuple[str, str, str], ir.Weight] = {}
         self.bindings: list[Binding] = []
-        self._neurons: dict[str, Shape] = {}  # population -> neuron dims
         self._by_root = self._find_populations()
 
     # ---- populations
@@ -51,7 +50,6 @@ class Operands:
         fallback = "neurons" if computed else "inputs"
         name = self._population_names.new(layers[-1] if layers and layers[-1] else fallback)
         self.populations[name] = ir.Population(name, self.layout.size(nodes[0]))
-        self._neurons[name] = self.layout.neurons(nodes[0])
         return name
 
     def population_of(self, node: fx.Node) -> str:
@@ -59,15 +57,12 @@ class Operands:
         root = self.layout.population(node)
         if root is not None:
             return self._by_root[root]
-        neurons = self.layout.neurons(node)
-        same = (name for name, known in self._neurons.items() if known == neurons)
+        size = self.layout.size(node)
+        same = (name for name, known in self.populations.items() if known.size == size)
         return next(same, "") or self._new_population([node])
 
     def size(self, population: str) -> int:
         return self.populations[population].size
-
-    def neuron_dims(self, population: str) -> Shape:
-        return self._neurons[population]
 
     # ---- operands
 
@@ -80,24 +75,24 @@ class Operands:
             return "x", index - self.scan.carries
         return "const", index - self.scan.carries - self.scan.xs
 
-    def add_operand(self, place: fx.Node, population: str, wish: str = "") -> str:
-        """Declare the operand that ``place`` is to the neurons of ``population``."""
+    def add_operand(self, place: fx.Node, population: str, dims: Shape, wish: str = "") -> str:
+        """Declare the operand that ``place`` is to ``population``, whose neurons are ``dims``."""
         role, index = self.role_of(place)
-        axes, lead, views = self._axes(place, population, role)
+        axes, lead, views = self._axes(place, dims, role)
         wish = wish or (source_name(place) if role == "const" else place.name)
         name = self.names.new(wish, f"{wish}_{population}")
         note = f"{source_name(place)} [{', '.join(axes)}]"
         dtype = DTYPES[place.meta["val"].dtype]
         owner = population if "N" in axes else None
         self.operands[name] = ir.Operand(name, axes, owner, dtype, note)
-        neurons = self._neurons[population] if "expand" in views else ()
+        neurons = dims if "expand" in views else ()
         self.bindings.append(Binding(name, role, index, views, lead, neurons))
         return name
 
     def _axes(
-        self, place: fx.Node, population: str, role: Role
+        self, place: fx.Node, neurons: Shape, role: Role
     ) -> tuple[tuple[ir.Axis, ...], int, tuple[View, ...]]:
-        shape, neurons = shape_of(place), self._neurons[population]
+        shape = shape_of(place)
         lead = max(0, len(shape) - len(neurons))
         own = shape[lead:]
         axes: list[ir.Axis] = ["T"] if role == "x" else []

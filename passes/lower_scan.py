@@ -22,7 +22,14 @@ from sparsify.errors import Refusal
 from sparsify.lowered import Lowered, LoweredSite, Returned
 from sparsify.passes.classify_ops import TRANSPOSES, product_operand
 from sparsify.passes.lower_cell import NodeCell, literal
-from sparsify.passes.lower_layout import Layout, find_constants, find_layout, find_live, shape_of
+from sparsify.passes.lower_layout import (
+    Layout,
+    Shape,
+    find_constants,
+    find_layout,
+    find_live,
+    shape_of,
+)
 from sparsify.passes.lower_names import Names, assigned_names, layer_name, operation_name
 from sparsify.passes.lower_operands import Operands
 from sparsify.passes.lower_ops import DTYPES, VIEWS, fill_of
@@ -56,7 +63,7 @@ class _Lowerer:
         self.operands = Operands(scan, layout)
         self.names = self.operands.names
         self.assigned = assigned_names(layout.live)
-        self.values: dict[tuple[fx.Node, str], ir.Arg] = {}
+        self.values: dict[tuple[fx.Node, str, Shape], ir.Arg] = {}
         self.placed: list[Placed] = []
         self.states: dict[fx.Node, ir.State] = {}
         self.sites: list[LoweredSite] = []
@@ -67,7 +74,7 @@ class _Lowerer:
         self._add_states()
         for node in self.layout.live:
             if node in self.layout.fixed and node.op == "call_function":
-                self._value(node, self.operands.population_of(node), node)
+                self._value(node, self.operands.population_of(node), (), node)
         returned = self._write_results()
         kernel = ir.Kernel(
             self.name,
@@ -109,38 +116,48 @@ class _Lowerer:
 
     def _add_state(self, carry: fx.Node, value: fx.Node) -> None:
         population = self.operands.population_of(carry)
-        name = self.names.new(self.assigned.get(value, "state"))
-        init = self.operands.add_operand(carry, population, f"{name}_start")
+        spike = "spike" if operation_name(value) == "spike" else "state"
+        name = self.names.new(self.assigned.get(value, spike))
+        dims = self.layout.neurons(carry)
+        init = self.operands.add_operand(carry, population, dims, f"{name}_start")
         dtype = DTYPES[carry.meta["val"].dtype]
-        dims = ["B"] * bool(self.layout.lead(carry)) + [str(n) for n in self.layout.neurons(carry)]
-        self.states[carry] = ir.State(name, population, dtype, init, f"[{', '.join(dims)}]")
-        self.values[carry, population] = name
+        axes = ["B"] * bool(self.layout.lead(carry)) + [str(size) for size in dims]
+        self.states[carry] = ir.State(name, population, dtype, init, f"[{', '.join(axes)}]")
+        self.values[carry, population, dims] = name
 
     # ---- values
 
-    def _value(self, node: fx.Node, population: str, reader: fx.Node) -> ir.Arg:
-        """The value of ``node`` as a statement of ``population`` reads it."""
-        if node in self.layout.fixed and self.operands.population_of(node) != population:
-            reason = (
-                f"{node.name} has {self.layout.size(node)} neurons where "
-                f"{self.operands.size(population)} read it, without a product between them."
-            )
-            remedy = "Give both the same size, or compute it outside of the loop."
-            raise Refused(refuse("unsupported-layout", reason, remedy, reader))
-        key = (node, population)
+    def _value(self, node: fx.Node, population: str, dims: Shape, reader: fx.Node) -> ir.Arg:
+        """The value of ``node`` as a statement of ``population`` reads it.
+
+        Values that belong to no population are aligned to the neuron dims ``dims`` of the reader.
+        """
+        if node in self.layout.fixed:
+            dims = self.layout.neurons(node)
+            if self.operands.population_of(node) != population:
+                raise Refused(self._why_not_read(node, population, reader))
+        key = (node, population, dims)
         if key not in self.values:
-            self.values[key] = self._make(node, population)
+            self.values[key] = self._make(node, population, dims)
         return self.values[key]
 
-    def _make(self, node: fx.Node, population: str) -> ir.Arg:
+    def _why_not_read(self, node: fx.Node, population: str, reader: fx.Node) -> Refusal:
+        reason = (
+            f"{node.name} has {self.layout.size(node)} neurons where "
+            f"{self.operands.size(population)} read it, without a product between them."
+        )
+        remedy = "Give both the same size, or compute it outside of the loop."
+        return refuse("unsupported-layout", reason, remedy, reader)
+
+    def _make(self, node: fx.Node, population: str, dims: Shape) -> ir.Arg:
         if node.op == "placeholder":
-            return self.operands.add_operand(node, population)
+            return self.operands.add_operand(node, population, dims)
         fill = fill_of(node)
         if fill is not None:
             return literal(fill, DTYPES[node.meta["val"].dtype])
 
         def read(operand: fx.Node) -> ir.Arg:
-            return self._value(operand, population, node)
+            return self._value(operand, population, dims, node)
 
         def write(op: str, args: tuple[ir.Arg, ...], dtype: ir.DType) -> str:
             name = self._result_name(node)
@@ -154,7 +171,10 @@ class _Lowerer:
 
     def _result_name(self, node: fx.Node) -> str:
         wish = self.assigned.get(node)
-        return self.names.new(*((wish, f"{wish}_next") if wish else ()), operation_name(node))
+        plain = operation_name(node)
+        if wish is None and node in self.scan.results[: self.scan.carries]:
+            wish = plain if plain == "spike" else None
+        return self.names.new(*((wish, f"{wish}_next") if wish else ()), plain)
 
     # ---- products
 
@@ -169,7 +189,7 @@ class _Lowerer:
         matrix = self.operands.weight(node, weight, population, senders)
         fact = source.meta.get("fact")
         binary = fact is not None and fact.event and fact.payload == "binary"
-        result = self.names.new(f"{layer_name(node) or matrix.name}_sum")
+        result = self.names.new(f"{layer_name(node) or matrix.name}_product")
         gather = ir.Gather(result, matrix.name, sent, "binary" if binary else "real", matrix.note)
         self.placed.append(Placed(population, gather))
         module, location = node.meta.get("module") or "", node.meta.get("location")
@@ -190,7 +210,7 @@ class _Lowerer:
 
     def _sent(self, source: fx.Node, senders: str, product: fx.Node) -> str:
         """The value that a Gather reads: one of all rows and neurons."""
-        sent = self._value(source, senders, product)
+        sent = self._value(source, senders, self.layout.neurons(source), product)
         if isinstance(sent, ir.Const):
             reason = f"{source.name} is {sent.value} in every step."
             remedy = "Compute the product before the loop."
@@ -216,21 +236,20 @@ class _Lowerer:
             home = node if node in self.layout.fixed or carry not in self.states else carry
             assert home is not None
             population = self.operands.population_of(home)
-            value = self._value(node, population, node)
+            value = self._value(node, population, self.layout.neurons(home), node)
             wish = value if isinstance(value, str) else "literal"
-            name = output_names.new(f"{wish}_last" if is_carry else wish)
+            name = output_names.new(f"{wish}_last" if is_carry else f"{wish}_all")
             axes: tuple[ir.Axis, ...] = ("B", "N") if is_carry else ("T", "B", "N")
             dtype = DTYPES[node.meta["val"].dtype]
             self.outputs.append(ir.Output(name, axes, population, dtype, f"result {index}"))
             self.writes.append(Write(population, ir.Store(name, value)))
             if carry is not None and carry in self.states:
                 self.writes.append(Write(population, ir.Update(self.states[carry].name, value)))
-            returned.append(self._returned(name, node, population))
+            returned.append(self._returned(name, node, len(self.layout.lead(home))))
         return returned
 
-    def _returned(self, output: str, node: fx.Node, population: str) -> Returned:
+    def _returned(self, output: str, node: fx.Node, lead: int) -> Returned:
         shape = shape_of(node)
-        lead = max(0, len(shape) - len(self.operands.neuron_dims(population)))
         if self.layout.batch is None:
             return Returned(output, shape)
         if lead == 0 or math.prod(shape[:lead]) != self.layout.batch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import networkx as nx  # type: ignore[import-untyped]
 from torch import fx
 
-from sparsify.passes.batch_steps import can_batch
+from sparsify.passes.batch_steps import can_batch, is_part
 from sparsify.passes.classify_ops import draws_random, product_operand
 from sparsify.passes.time_levels import TimeLevels
 
@@ -40,6 +40,7 @@ class Partition:
         self.parts: list[Part] = []
         if any(draws_random(node) for node in levels.nodes):
             return  # moving a draw would change the order of the random numbers
+        self._find_parts_of_xs()
         self._find_batched(hoist_products)
         self._find_parts()
         for part in self.parts:
@@ -53,6 +54,10 @@ class Partition:
         return [n for n in self.levels.nodes if n in self.batched and product_operand(n)]
 
     @property
+    def sliced(self) -> list[fx.Node]:
+        return [node for node in self.levels.nodes if node in self.batched and is_part(node)]
+
+    @property
     def hoisted(self) -> list[fx.Node]:
         """Operations that are the same in every step and are computed once."""
         consts = {const for part in self.parts for const in part.consts}
@@ -61,6 +66,15 @@ class Partition:
     @property
     def changes(self) -> bool:
         return bool(self.batched or self.hoisted or len(self.parts) > 1)
+
+    def _find_parts_of_xs(self) -> None:
+        """Slices of what the loop reads are taken before it: they are views of all steps."""
+        scan = self.levels.scan
+        known = set(scan.placeholders[scan.carries : scan.carries + scan.xs])
+        for node in self.levels.nodes:
+            if is_part(node) and node.all_input_nodes[0] in known:
+                known.add(node)
+                self.batched.add(node)
 
     def _find_batched(self, hoist_products: Callable[[fx.Node], bool]) -> None:
         levels = self.levels

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES, draws_random, product_operand
+from sparsify.passes.classify_ops import (
+    PRODUCTS,
+    TRANSPOSES,
+    draws_random,
+    order_of,
+    product_operand,
+)
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, FILLS, POWERS, ROWS
 from sparsify.passes.lower_refusals import refuse
 
@@ -163,10 +168,6 @@ def untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
     """The matrix behind any number of transposes, and whether they swap its dims."""
     swapped = False
     while weight.target in TRANSPOSES:
-        args: Any = weight.args
-        if weight.target is aten.permute.default:
-            swapped ^= args[1][0] % 2 == 1
-        else:
-            swapped ^= weight.target is aten.t.default or (args[1] - args[2]) % 2 == 1
+        swapped ^= order_of(weight) == [1, 0]
         weight = weight.all_input_nodes[0]
     return weight, swapped
