@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import random
 import time
 import warnings
@@ -14,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import guarded as here
 from tests import guarded_settings
 from tests.guarded import Config, Counting, guarded, matched, watched
 
@@ -241,11 +242,15 @@ def tell(model: Counting, x: Tensor) -> None:
     print("shape", x.shape)
 
 
-def read_table(model: Counting, x: Tensor) -> None:
-    here.SCALES["table"] = model.generator
-    assert TABLE[0] == 0
+def log_shape(model: Counting, x: Tensor) -> None:
+    logging.getLogger("tests.guards").warning("shape %s", x.shape)
 
 
+def write_file(model: Counting, x: Tensor) -> None:
+    LOG.write("called")
+
+
+LOG = io.StringIO()
 TABLE = np.zeros(200_000)
 
 
@@ -263,6 +268,15 @@ TABLE = np.zeros(200_000)
 def test_what_no_graph_repeats(change: Callable[[Counting, Tensor], object], said: str) -> None:
     effects = [str(effect) for effect in watched(Counting(change), X).side_effects(())]
     assert len(effects) == 1 and said in effects[0], effects
+
+
+@pytest.mark.parametrize(("change", "called"), [(write_file, "write"), (log_shape, "handle")])
+def test_what_leaves_the_process(change: Callable[[Counting, Tensor], object], called: str) -> None:
+    effects = watched(Counting(change), X).side_effects(())
+    told = [effect for effect in effects if f"{called}(), which a replaced run" in str(effect)]
+    assert len(told) == 1, effects
+    line = change.__code__.co_firstlineno + 1
+    assert told[0].location is not None and told[0].location.line == line
 
 
 def test_a_large_array_is_refused() -> None:

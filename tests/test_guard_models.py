@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import pytest
@@ -295,6 +296,60 @@ def test_no_scalar_is_silently_ignored(make: Callable[[], nn.Module]) -> None:
         assert read(place.owner, place.key) is place.value
     assert matched(guard, x), explained(guard, x)
     assert hit >= 5 and len(places) >= 10, (hit, len(places))
+
+
+def restructured(place: Place) -> Iterator[Callable[[], object]]:
+    """Ways to change what holds values; each is called, and undone by calling the next."""
+    value = place.value
+    if isinstance(value, list) and value:
+        yield lambda: value.append(value[0])
+        yield value.pop
+        yield value.reverse
+        yield value.reverse
+    elif isinstance(value, dict) and value and place.key != "__dict__":
+        first = next(iter(value))
+        kept = value[first]
+        yield lambda: value.pop(first)
+        yield lambda: value.update({first: kept})  # now the last
+        for key in [key for key in value if key != first]:
+            value[key] = value.pop(key)
+    elif isinstance(value, nn.Module):
+        yield value.eval
+        yield value.train
+        handle = value.register_forward_hook(lambda module, args, result: None)
+        yield lambda: None
+        handle.remove()
+    elif isinstance(value, FunctionType) and value.__code__.co_argcount == 1:
+        yield lambda: rebind(place.owner, place.key, torch.sin)
+        yield lambda: rebind(place.owner, place.key, value)
+    elif type(value) is float:
+        yield lambda: rebind(place.owner, place.key, torch.tensor(value))
+        yield lambda: rebind(place.owner, place.key, value)
+
+
+@pytest.mark.parametrize("make", [Everything, Hierarchy, Functional, Tutorial])
+def test_no_structure_is_silently_ignored(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    x = X[0] if make is Everything else X
+    run(model, x)
+    with torch.no_grad(), watch(model, (x,), {}) as seen:
+        expected = model(x)
+    guard, hit = seen.guard(), 0
+    for place in walk([("model", model)]):
+        if isinstance(place.owner, (tuple, property, type, MethodType)) or place.key == "_modules":
+            continue
+        if isinstance(place.owner, list) and place.key > 10:
+            continue
+        for change in restructured(place):
+            change()
+            if matched(guard, x):
+                torch.testing.assert_close(run(model, x), expected, rtol=0, atol=0, msg=place.path)
+            else:
+                hit += 1
+                assert explained(guard, x)
+    assert hit >= 10, hit
+    assert matched(guard, x), explained(guard, x)
 
 
 def test_time_of_a_match(record_property: Callable[[str, object], None]) -> None:

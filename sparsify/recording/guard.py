@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import io
+import logging
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -42,6 +43,7 @@ OUTSIDE: frozenset[Any] = frozenset(
         *(time.monotonic, time.monotonic_ns, time.process_time, time.sleep),
     )
 )
+LOGGED = logging.Logger.handle.__code__  # runs only for records that are let through
 
 
 class CompiledGuard:
@@ -126,6 +128,8 @@ class Seen:
             return
         if event != "call" or id(code) in self._walk.codes:
             return
+        if code is LOGGED:
+            self._reached_out.setdefault("logging.Logger.handle", _users_line(frame))
         free = frame.f_locals if code.co_freevars else {}
         try:
             self._walk.enter(
@@ -158,6 +162,14 @@ def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[Seen]:
         sys.setprofile(None)
         _resume_profiler(before)
     seen._finish()
+
+
+def _users_line(frame: FrameType) -> tuple[str, int]:
+    """The innermost line of the user's that led here."""
+    place: FrameType = frame
+    while origin(place.f_code.co_filename) != "user" and place.f_back is not None:
+        place = place.f_back
+    return place.f_code.co_filename, place.f_lineno
 
 
 def _is_outside(function: Any) -> bool:

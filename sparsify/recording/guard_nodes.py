@@ -92,7 +92,7 @@ def classify(value: Any) -> Kind:
         return "array"
     if _random_state(value) is not GONE:
         return "random"
-    if hasattr(kind, "__next__"):
+    if any("__next__" in base.__dict__ for base in kind.__mro__):
         return "iterator"
     ours = is_users(kind.__module__) or kind.__module__.startswith("torch")
     return "object" if ours or issubclass(kind, _NAMESPACES) else "opaque"
@@ -101,6 +101,7 @@ def classify(value: Any) -> Kind:
 _NAMESPACES = (SimpleNamespace,)
 _KINDS: tuple[tuple[Any, Kind], ...] = (
     (Tensor, "tensor"),
+    (torch.jit.ScriptModule, "opaque"),  # what it holds is not Python's
     (nn.Module, "module"),
     ((list, tuple, deque), "sequence"),
     (dict, "dict"),

@@ -214,7 +214,9 @@ class Walk:
         node.contents = {name: tuple(module.__dict__.get(name, ())) for name in TABLES}
         node.contents |= {name: tuple(module.__dict__.get(name, {}).values()) for name in HOOKS}
         node.contents["__dict__"] = tuple(module.__dict__)
-        self._child(node, "attribute", "training", module.training, below(node.path, ".training"))
+        if "training" in module.__dict__:
+            training = module.__dict__["training"]
+            self._child(node, "attribute", "training", training, below(node.path, ".training"))
         for table in TABLES:
             for name, held in module.__dict__.get(table, {}).items():
                 self._child(node, "table", (table, name), held, part_path(node, name))
