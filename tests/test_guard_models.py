@@ -298,6 +298,9 @@ def test_no_scalar_is_silently_ignored(make: Callable[[], nn.Module]) -> None:
     assert hit >= 5 and len(places) >= 10, (hit, len(places))
 
 
+READ_ONLY = (tuple, property, type, MethodType, classmethod, staticmethod)
+
+
 def restructured(place: Place) -> Iterator[Callable[[], object]]:
     """Ways to change what holds values; each is called, and undone by calling the next."""
     value = place.value
@@ -337,7 +340,7 @@ def test_no_structure_is_silently_ignored(make: Callable[[], nn.Module]) -> None
         expected = model(x)
     guard, hit = seen.guard(), 0
     for place in walk([("model", model)]):
-        if isinstance(place.owner, (tuple, property, type, MethodType)) or place.key == "_modules":
+        if isinstance(place.owner, READ_ONLY) or place.key == "_modules":
             continue
         if isinstance(place.owner, list) and place.key > 10:
             continue
