@@ -109,7 +109,7 @@ class Runtime:
 
 def check_readable(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, if its elements lie in this process's memory as they are. Raises TypeError."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
         raise TypeError(f"expected a strided CPU tensor, not {tensor.layout} on {tensor.device}")
     if tensor.is_neg() or tensor.is_conj():
         raise TypeError("the tensor's elements are negated or conjugated lazily; resolve it first")

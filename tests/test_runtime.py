@@ -606,7 +606,7 @@ def test_team_has_the_threads_asked_for(team: TeamTest, threads: int) -> None:
 
 def test_barrier_holds_for_many_rounds(team: TeamTest) -> None:
     for threads in (2, 4):
-        assert team.run(threads, rounds=2000)[0] == threads
+        assert team.run(threads, rounds=500)[0] == threads
 
 
 @pytest.mark.usefixtures("two_threads")
