@@ -52,8 +52,12 @@ def events_everywhere(model: nn.Module, x: Tensor) -> Any:
     return fast if plan == fast.plan else sparsify(model, x, plan=plan, timing=False)
 
 
-def events_of(fast: Any) -> int:
-    return sum(site.decision == "event" for site in fast.report.sites)
+def assert_events(fast: Any, entry: Entry) -> None:
+    """The expected sites ran as events, and no site is there twice: every loop was rolled."""
+    decisions = {site.name: site.decision for site in fast.report.sites}
+    missing = [name for name in entry.events if decisions.get(name) != "event"]
+    repeated = [name for name in decisions if "#" in name]
+    assert not missing and not repeated, f"{missing} {repeated}\n{fast.report}"
 
 
 def assert_equal(got: object, expected: object) -> None:
@@ -78,7 +82,7 @@ def test_exact_arithmetic_gives_equal_results(entry: Entry) -> None:
     assert_same_bits(expected, in_double)  # the premise: no sum was rounded
 
     fast = events_everywhere(model, x)
-    assert events_of(fast) == entry.events, f"\n{fast.report}"
+    assert_events(fast, entry)
     operands = fast.compiled.compiled.recording.calling.operands((x,), {})
     first, *later = fast.stages
     recorded = first.graph(*operands)
@@ -92,11 +96,11 @@ def test_exact_arithmetic_gives_equal_results(entry: Entry) -> None:
 def test_real_weights_are_verified_at_every_size(entry: Entry) -> None:
     model, x = entry.model(), entry.inputs()
     fast = events_everywhere(model, x)
-    verify(model, fast, x, events=entry.events)
+    verify(model, fast, x, events=len(entry.events))
     batches = (BATCH, BATCH) if entry.keeps_state else (5, 2)
     for steps, batch in zip((7, 19), batches, strict=True):
         other = entry.inputs(steps, batch)
-        verify(model, fast, other, events=entry.events)
+        verify(model, fast, other, events=len(entry.events))
     assert fast.compiled.recordings <= 2, f"\n{fast.report}"
 
 
@@ -105,7 +109,7 @@ def test_float64_agrees_to_rounding(entry: Entry) -> None:
     model, x = entry.model(torch.float64), entry.inputs(dtype=torch.float64)
     expected = copy.deepcopy(model)(x)
     fast = events_everywhere(model, x)
-    assert events_of(fast) == entry.events, f"\n{fast.report}"
+    assert_events(fast, entry)
     for got, wanted in zip(tensors_of(fast(x)), tensors_of(expected), strict=True):
         if set(wanted.unique().tolist()) <= {0.0, 1.0}:
             assert torch.equal(got, wanted)
@@ -124,7 +128,7 @@ def test_any_number_of_steps(entry: Entry, steps: int) -> None:
     model = entry.model()
     recorded_here = events_everywhere(model, entry.inputs(steps, batch=2))
     x = entry.inputs(steps, batch=1)
-    figures = verify(model, recorded_here, x, events=entry.events)
+    figures = verify(model, recorded_here, x, events=len(entry.events))
     assert figures.regions[0].steps == steps
 
 

@@ -29,7 +29,7 @@ EXACT_STEPS = 4
 class Entry:
     """A network of the zoo.
 
-    ``events``: how many products read events and can run as such. ``code``: why nothing can.
+    ``events``: the sites that read events and must run as such. ``code``: why no site can.
     ``gain`` scales the weights and ``bias`` shifts the biases to a realistic activity. ``layout``
     is the input's: time first ``[T, B, N]``, batch first ``[B, T, N]``, or one ``static`` vector
     ``[B, N]`` for all steps; ``rate`` is how much of a spike train is 1.
@@ -40,7 +40,7 @@ class Entry:
 
     name: str
     build: Callable[[], nn.Module]
-    events: int
+    events: tuple[str, ...] = ()
     code: RefusalCode | None = None
     gain: float = 1.5
     layout: str = "time first"
@@ -98,33 +98,41 @@ def tensors_of(result: object) -> Iterator[Tensor]:
 
 
 ENTRIES = (
-    Entry("step by step", feedforward.StepByStep, events=1),
-    Entry("layer by layer", feedforward.LayerByLayer, events=2, gain=2.2, layout="batch first"),
-    Entry("delayed reset", feedforward.DelayedReset, events=1),
-    Entry("four deep", feedforward.FourDeep, events=3, gain=2.2),
-    Entry("skip, no reset", feedforward.SkipNoReset, events=3),
-    Entry("in place", feedforward.InPlace, events=1, layout="batch first"),
-    Entry("static image", feedforward.StaticImage, events=1, layout="static"),
-    Entry("current based", feedforward.CurrentBased, events=1, layout="batch first"),
-    Entry("graded spikes", feedforward.GradedSpikes, events=1),
-    Entry("exponential decay", feedforward.ExpDecay, events=1, grid=None),
-    Entry("recurrent", recurrent.Recurrent, events=1),
-    Entry("recurrent, hoisted", recurrent.RecurrentHoisted, events=2),
-    Entry("first step differs", recurrent.FirstStepDiffers, events=1, layout="batch first"),
-    Entry("feedback", recurrent.Feedback, events=5),
-    Entry("adaptive threshold", recurrent.Adaptive, events=1),
-    Entry("straight-through sums", recurrent.SumSpikes, events=0, code="no-event", grid=None),
-    Entry("no self-connection", recurrent.NoSelfConnection, events=1),
-    Entry("graded recurrent", recurrent.GradedRecurrent, events=1, gain=1.0, grid=2**-3),
-    Entry("resets itself", stateful.ResetsItself, events=2),
-    Entry("buffer state", lambda: stateful.BufferState(BATCH), events=1, keeps_state=True),
-    Entry("tuple state", stateful.TupleState, events=1),
-    Entry("dict state", stateful.DictState, events=1, layout="batch first"),
-    Entry("relu by hand", rates.ReluRNN, events=2, bias=-1.0, grid=2**-2),
+    Entry("step by step", feedforward.StepByStep, events=("fc2",)),
+    Entry(
+        "layer by layer",
+        feedforward.LayerByLayer,
+        events=("layers.2.linear", "layers.3.linear"),
+        gain=2.2,
+        layout="batch first",
+    ),
+    Entry("delayed reset", feedforward.DelayedReset, events=("fc2",)),
+    Entry(
+        "four deep", feedforward.FourDeep, events=("linears.1", "linears.2", "linears.3"), gain=2.2
+    ),
+    Entry("skip, no reset", feedforward.SkipNoReset, events=("b", "c", "skip")),
+    Entry("in place", feedforward.InPlace, events=("fc2",), layout="batch first"),
+    Entry("static image", feedforward.StaticImage, events=("fc2",), layout="static"),
+    Entry("current based", feedforward.CurrentBased, events=("w2",), layout="batch first"),
+    Entry("graded spikes", feedforward.GradedSpikes, events=("fc2",)),
+    Entry("exponential decay", feedforward.ExpDecay, events=("fc2",), grid=None),
+    Entry("recurrent", recurrent.Recurrent, events=("rec",)),
+    Entry("recurrent, hoisted", recurrent.RecurrentHoisted, events=("rec", "out")),
+    Entry("first step differs", recurrent.FirstStepDiffers, events=("rec",), layout="batch first"),
+    Entry("feedback", recurrent.Feedback, events=("rec1", "down", "up", "rec2", "read")),
+    Entry("adaptive threshold", recurrent.Adaptive, events=("rec",)),
+    Entry("straight-through sums", recurrent.SumSpikes, code="no-event", grid=None),
+    Entry("no self-connection", recurrent.NoSelfConnection, events=("w_rec",)),
+    Entry("graded recurrent", recurrent.GradedRecurrent, events=("rec",), gain=1.0, grid=2**-3),
+    Entry("resets itself", stateful.ResetsItself, events=("net.2", "net.4")),
+    Entry("buffer state", lambda: stateful.BufferState(BATCH), events=("rec",), keeps_state=True),
+    Entry("tuple state", stateful.TupleState, events=("recurrent_weights",)),
+    Entry("dict state", stateful.DictState, events=("layers.high",), layout="batch first"),
+    Entry("relu by hand", rates.ReluRNN, events=("h2h", "h2o"), bias=-1.0, grid=2**-2),
     Entry(
         "nn.RNN relu",
         lambda: rates.TorchRNN(nn.RNN(IN, HIDDEN, nonlinearity="relu")),
-        events=2,
+        events=("rnn.weight_hh_l0", "fc"),
         bias=-0.5,
         grid=2**-2,
     ),
@@ -133,42 +141,46 @@ ENTRIES = (
         lambda: rates.TorchRNN(
             nn.RNN(IN, HIDDEN, num_layers=2, nonlinearity="relu", batch_first=True)
         ),
-        events=4,
+        events=("rnn.weight_hh_l0", "rnn.weight_ih_l1", "rnn.weight_hh_l1", "fc"),
         bias=-0.4,
         grid=2**-2,
         layout="batch first",
     ),
-    Entry("LISTA", rates.LISTA, events=1, layout="static", gain=0.5, grid=2**-3),
+    Entry("LISTA", rates.LISTA, events=("lateral",), layout="static", gain=0.5, grid=2**-3),
     Entry(
         "soft-threshold video",
         rates.SoftThresholdVideo,
-        events=2,
+        events=("keep", "decode"),
         gain=0.8,
         layout="batch first",
         grid=2**-3,
     ),
-    Entry("snnTorch, static", snntorch_nets.StaticNet, events=1, layout="static", doubles=False),
-    Entry("snnTorch, spike trains", snntorch_nets.SpikingInputNet, events=1, doubles=False),
-    Entry("snnTorch, RLeaky", snntorch_nets.RecurrentNet, events=2, doubles=False),
-    Entry("tanh by hand", rates.TanhRNN, events=0, code="no-event", grid=None),
+    Entry(
+        "snnTorch, static", snntorch_nets.StaticNet, events=("fc2",), layout="static", doubles=False
+    ),
+    Entry("snnTorch, spike trains", snntorch_nets.SpikingInputNet, events=("fc2",), doubles=False),
+    Entry(
+        "snnTorch, RLeaky",
+        snntorch_nets.RecurrentNet,
+        events=("rlif.recurrent", "fc2"),
+        doubles=False,
+    ),
+    Entry("tanh by hand", rates.TanhRNN, code="no-event", grid=None),
     Entry(
         "nn.RNN tanh",
         lambda: rates.TorchRNN(nn.RNN(IN, HIDDEN)),
-        events=0,
         code="no-event",
         grid=None,
     ),
     Entry(
         "nn.GRU",
         lambda: rates.TorchRNN(nn.GRU(IN, HIDDEN)),
-        events=0,
         code="no-event",
         grid=None,
     ),
     Entry(
         "nn.LSTM",
         lambda: rates.TorchRNN(nn.LSTM(IN, HIDDEN, batch_first=True)),
-        events=0,
         code="no-event",
         grid=None,
         layout="batch first",
