@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -28,7 +27,7 @@ class Marker:
 
 
 def follow(function: Callable[[Marker], object]) -> Marker:
-    positions = Positions(None, sys._getframe())
+    positions = Positions(None)
     marker = Marker(positions)
     with positions:
         function(marker)
@@ -64,9 +63,7 @@ def inner_runs_once(mark: Marker) -> None:
 
 
 def on_one_line(mark: Marker) -> None:
-    for t in range(3):
-        mark(t)
-        mark(t)  # noqa: E701, E702
+    for t in range(3): mark(t); mark(t)  # noqa: E701, E702  # fmt: skip
 
 
 def comprehension(mark: Marker) -> None:

@@ -53,8 +53,9 @@ class _CodeFacts:
 class Positions:
     """Context manager: knows where it is while it is entered; ``here`` answers."""
 
-    def __init__(self, model: object, stop: FrameType) -> None:
-        self._stop = stop
+    def __init__(self, model: object) -> None:
+        self._stop: FrameType | None = None
+        self._profiler: Any = None
         self._facts: dict[CodeType, _CodeFacts] = {}
         self._frames: dict[int, _FrameLoops] = {}
         self._owners: list[tuple[str, str]] = [("", "")]
@@ -68,6 +69,7 @@ class Positions:
         self.was_disturbed = False
 
     def __enter__(self) -> Self:
+        self._stop = sys._getframe(1)
         self._before = sys.gettrace()
         sys.settrace(self._on_call)
         return self
@@ -78,13 +80,18 @@ class Positions:
         self.was_disturbed = sys.gettrace() != self._on_call
         sys.settrace(self._before)
         self._frames.clear()
+        self._stop = None
 
     def pause(self) -> None:
+        """The recorder's own code need not be traced or profiled."""
         if _CHEAP_PAUSE:
+            self._profiler = sys.getprofile()
             sys.settrace(None)
+            sys.setprofile(None)
 
     def resume(self) -> None:
         if _CHEAP_PAUSE:
+            sys.setprofile(self._profiler)
             sys.settrace(self._on_call)
 
     def executed(self) -> Iterable[CodeType]:

@@ -34,13 +34,15 @@ class Place:
     """``value`` is what ``owner`` holds at ``key``; ``path`` is its readable name.
 
     ``owner`` is a dict (``vars`` of an object among them), a sequence, a closure cell (key
-    ``"cell_contents"``), or an object or class whose attribute ``key`` it is.
+    ``"cell_contents"``), or an object or class whose attribute ``key`` it is. ``table`` is
+    ``"_parameters"`` or ``"_buffers"`` for those of modules.
     """
 
     path: str
     owner: Any
     key: Any
     value: Any
+    table: str = ""
 
 
 def walk(roots: Iterable[tuple[str, object]]) -> Iterator[Place]:
@@ -112,16 +114,28 @@ def _places(path: str, holder: Any) -> Iterator[Place]:
 
 def _module_places(path: str, module: nn.Module) -> Iterator[Place]:
     dot = f"{path}." if path else ""
-    owners: tuple[dict[str, Any], ...]
-    owners = (module._parameters, module._buffers, vars(module), module._modules)
-    for owner in owners:
+    if isinstance(module, torch.jit.ScriptModule):
+        yield from _scripted_places(dot, module)
+        return
+    tables = {"_parameters": module._parameters, "_buffers": module._buffers}
+    for table, owner in {**tables, "": vars(module), "_modules": module._modules}.items():
         for key, value in list(owner.items()):
             if owner is not vars(module) or key not in _OF_MODULES:
-                yield Place(f"{dot}{key}", owner, key, value)
+                yield Place(f"{dot}{key}", owner, key, value, table)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         for number, hook in list(getattr(module, hooks, {}).items()):
             yield Place(f"{dot}{hooks}[{number}]", getattr(module, hooks), number, hook)
     yield from _of_class(path, module)
+
+
+def _scripted_places(dot: str, module: nn.Module) -> Iterator[Place]:
+    """Scripted modules keep their tensors in C++."""
+    for key, parameter in module.named_parameters(recurse=False):
+        yield Place(f"{dot}{key}", module, key, parameter, "_parameters")
+    for key, buffer in module.named_buffers(recurse=False):
+        yield Place(f"{dot}{key}", module, key, buffer, "_buffers")
+    for key, child in module.named_children():
+        yield Place(f"{dot}{key}", module, key, child)
 
 
 def _object_places(path: str, holder: Any) -> Iterator[Place]:

@@ -1,0 +1,158 @@
+"""Call a graph in the model's place: fetch its operands, write back states, rebuild the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.recording.reachable import Place, rebind, walk
+from sparsify.recording.recording import Args, Kwargs
+from sparsify.recording.sources import Fetch, Origin, fetcher, name_of
+
+
+@dataclass(frozen=True)
+class FromGraph:
+    """A leaf that is the graph's output ``index``."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class FromCall:
+    """A leaf that is the very tensor of placeholder ``index``."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Literal:
+    value: Any
+
+
+Leaf = FromGraph | FromCall | Literal
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Leaves and how they are put together."""
+
+    leaves: tuple[Leaf, ...]
+    spec: pytree.TreeSpec
+
+
+@dataclass(frozen=True)
+class Written:
+    """Placeholder ``operand`` is written in place: it gets output ``output``."""
+
+    operand: int
+    output: int
+
+
+class ModelCalling:
+    """See ``recording.Calling``. ``origins`` says for each placeholder where its tensor is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        origins: Sequence[Origin],
+        result: Structure,
+        written: Sequence[Written] = (),
+        bound: Sequence[tuple[Place, Structure]] = (),
+    ) -> None:
+        self._model = model
+        self._origins = list(origins)
+        self._result = result
+        self._written = tuple(written)
+        self._bound = tuple(bound)
+        self._resolve_fetchers()
+
+    def _resolve_fetchers(self) -> None:
+        self._fetchers: list[Fetch] = [fetcher(origin) for origin in self._origins]
+        places = [o for o in self._origins if isinstance(o, Place)]
+        places += [place for place, _ in self._bound]
+        self._modules = _modules_on_the_way(self._model, places)
+        self._names = [name_of(origin) for origin in self._origins]
+
+    def operands(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
+        """The tensors for the graph's placeholders. Raises ``AttributeError`` for missing ones."""
+        for table, name, module in self._modules:
+            if table.get(name) is not module:
+                self._find_places_again()
+                break
+        try:
+            return [fetch(args, kwargs) for fetch in self._fetchers]
+        except (LookupError, AttributeError):
+            raise AttributeError(f"{self._first_missing(args, kwargs)} is not there") from None
+
+    def deliver(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        """Write back the states that forward writes and return what forward returns."""
+        given: list[Tensor] = []
+        if self._written or self._bound or _needs_operands(self._result):
+            given = self.operands(args, kwargs)
+        for written in self._written:
+            with torch.no_grad():
+                given[written.operand].copy_(values[written.output])
+        for place, structure in self._bound:
+            rebind(place.owner, place.key, _build(structure, values, given))
+        return _build(self._result, values, given)
+
+    def _find_places_again(self) -> None:
+        """A submodule was replaced: look its tensors up by their paths."""
+        now = {place.path: place for place in walk([("", self._model)])}
+        for index, origin in enumerate(self._origins):
+            if isinstance(origin, Place):
+                self._origins[index] = _place_now(origin, now)
+        self._bound = tuple((_place_now(place, now), s) for place, s in self._bound)
+        self._resolve_fetchers()
+
+    def _first_missing(self, args: Args, kwargs: Kwargs) -> str:
+        for name, fetch in zip(self._names, self._fetchers, strict=True):
+            try:
+                fetch(args, kwargs)
+            except (LookupError, AttributeError):
+                return name
+        return "a tensor"
+
+
+def _build(structure: Structure, values: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
+    leaves = []
+    for leaf in structure.leaves:
+        if isinstance(leaf, FromGraph):
+            leaves.append(values[leaf.index])
+        else:
+            leaves.append(given[leaf.index] if isinstance(leaf, FromCall) else leaf.value)
+    if structure.spec.is_leaf():
+        return leaves[0]
+    if structure.spec.type is tuple and all(c.is_leaf() for c in structure.spec.children()):
+        return tuple(leaves)
+    return pytree.tree_unflatten(leaves, structure.spec)
+
+
+def _needs_operands(structure: Structure) -> bool:
+    return any(isinstance(leaf, FromCall) for leaf in structure.leaves)
+
+
+def _place_now(place: Place, now: dict[str, Place]) -> Place:
+    found = now.get(place.path)
+    if found is None:
+        raise AttributeError(f"the model's {place.path} is not there")
+    return found
+
+
+def _modules_on_the_way(
+    model: nn.Module, places: Sequence[Place]
+) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """The entries of ``_modules`` that lead to the owners of ``places``."""
+    paths = {place.path for place in places}
+    found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            if any(p.startswith(f"{path}.") for p in paths):
+                found[path] = (module._modules, child_name, child)
+    return list(found.values())

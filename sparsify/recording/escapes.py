@@ -1,0 +1,130 @@
+"""What the dispatcher does not see: values that leave torch, and recurrent layers kept whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from sparsify.recording.operations import operation_of
+from sparsify.recording.recorder import Call, CannotRecord, Recorder
+
+aten = torch.ops.aten
+
+_VALUES = "a tensor's values leave torch through {}(); compute with tensors instead"
+_MEMORY = "a tensor's memory is handed out by {}, so writes to it could not be seen"
+_TEXT = "a tensor's values become text by {}; print outside forward"
+# Calls whose results depend on values. What is made of literals only may still pass.
+REVEALING: dict[Any, str] = {
+    Tensor.tolist: _VALUES.format("tolist"),
+    Tensor.__repr__: _TEXT.format("repr()"),
+    Tensor.__format__: _TEXT.format("format()"),
+}
+REFUSED: dict[Any, str] = {
+    Tensor.numpy: _VALUES.format("numpy"),
+    Tensor.__array__: _VALUES.format("numpy"),
+    Tensor.__dlpack__: _VALUES.format("__dlpack__"),
+    Tensor.data_ptr: _MEMORY.format("data_ptr()"),
+    Tensor.untyped_storage: _MEMORY.format("untyped_storage()"),
+    Tensor.storage: _MEMORY.format("storage()"),
+    Tensor._typed_storage: _MEMORY.format("_typed_storage()"),
+    Tensor.share_memory_: _MEMORY.format("share_memory_()"),
+    Tensor.__reduce_ex__: _VALUES.format("pickle"),
+    Tensor.data.__set__: "a tensor's .data is replaced; write to the tensor instead",
+    Tensor.backward: "backward() is called inside forward",
+    Tensor.register_hook: "a hook is put on a tensor inside forward",
+    Tensor.is_set_to: _MEMORY.format("is_set_to()"),
+    Tensor.map_: "map_() calls Python for every element",
+    Tensor.apply_: "apply_() calls Python for every element",
+}
+_FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+_RECURRENT = ("rnn_relu", "rnn_tanh", "gru", "lstm")
+RECURRENT: dict[Any, str] = {getattr(torch._C._VariableFunctions, n): n for n in _RECURRENT}
+
+
+class Escapes(TorchFunctionMode):
+    """Tells the recorder of calls that its dispatch mode does not see, or sees too late."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._rules: dict[Any, Callable[..., Any]] = {}
+        self._rules.update(dict.fromkeys(REVEALING, self._reveal))
+        self._rules.update(dict.fromkeys(REFUSED, self._refuse))
+        self._rules.update(dict.fromkeys(_FROM_DATA, self._from_data))
+        self._rules.update(dict.fromkeys(RECURRENT, self._keep_whole))
+        self._rules[Tensor.__deepcopy__] = self._deepcopy
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        rule = self._rules.get(func)
+        recorder = self._recorder
+        if rule is None or recorder.error or recorder.is_suspended or recorder.is_busy:
+            return func(*args, **(kwargs or {}))
+        return rule(func, args, kwargs or {})
+
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._recorder.fail(REFUSED[func])
+        return func(*args, **kwargs)
+
+    def _reveal(self, func: Any, args: Any, kwargs: Any) -> Any:
+        recorder = self._recorder
+        try:
+            origin = recorder.origin_of(a for a in args if isinstance(a, Tensor))
+        except CannotRecord as reason:
+            recorder.fail(str(reason))
+        else:
+            if not recorder.may_reveal(origin):
+                recorder.fail(REVEALING[func])
+        return self._unrecorded(func, args, kwargs)
+
+    def _from_data(self, func: Any, args: Any, kwargs: Any) -> Any:
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and any(isinstance(a, numpy.ndarray) for a in _flat((args, kwargs))):
+            self._recorder.fail(
+                "a tensor is made of a numpy array, whose content may change unseen; keep it as a "
+                "tensor of the model"
+            )
+        return func(*args, **kwargs)
+
+    def _keep_whole(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """One node for a recurrent layer of torch."""
+        if kwargs or len(args) != 9:
+            return func(*args, **kwargs)
+        is_packed = isinstance(args[3], (tuple, list))
+        packet = getattr(aten, RECURRENT[func])
+        op = packet.data if is_packed else packet.input
+        return self._whole(op, func, args)
+
+    def _deepcopy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The copy of a tensor has its value."""
+        [tensor, memo] = args
+        if id(tensor) in memo:
+            return memo[id(tensor)]
+        return self._whole(aten.clone.default, lambda t: func(t, memo), (tensor,))
+
+    def _whole(self, op: Any, func: Any, args: Any) -> Any:
+        recorder = self._recorder
+        call = Call(op, operation_of(op), args, {})
+        try:
+            return recorder.record_whole(call, lambda: self._unrecorded(func, args, {}))
+        except CannotRecord as reason:
+            recorder.fail(str(reason))
+        return call.result if call.has_run else func(*args)
+
+    def _unrecorded(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._recorder.is_suspended = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._recorder.is_suspended = False
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    return iter(pytree.tree_leaves(value))

@@ -1,0 +1,127 @@
+"""Run a model once and record what it computes as a graph."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from sparsify.errors import TraceError
+from sparsify.recording.conclusion import Conclusion
+from sparsify.recording.escapes import Escapes
+from sparsify.recording.guard import Seen, watch
+from sparsify.recording.positions import Positions
+from sparsify.recording.recorder import CannotRecord, Recorder
+from sparsify.recording.recording import Args, Guard, Kwargs, Recording, Unrecorded
+from sparsify.recording.rules import make_rules
+from sparsify.recording.saved import SavedTensors, random_states_kept
+from sparsify.recording.sharing import SharingGuard, find_assumptions
+from sparsify.recording.sources import KnownTensors, marked_before
+
+_LOCK = threading.RLock()
+
+
+def record(
+    model: nn.Module, args: Args, kwargs: Kwargs, *, restore: bool = False
+) -> Recording | Unrecorded:
+    """Run ``model(*args, **kwargs)`` and record it.
+
+    The run is a real one: with ``restore=False`` it does all that the model does, and its result
+    can be used. With ``restore=True`` gradients are disabled, and buffers, attributes and random
+    states are put back afterwards. What forward raises is raised.
+    """
+    if is_recording():
+        error = TraceError("the model runs inside another one that is being recorded")
+        return Unrecorded(model(*args, **kwargs), error)
+    with _LOCK, ExitStack() as stack:
+        if restore:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(random_states_kept())
+        return _Run(model, args, kwargs, restore).record()
+
+
+def is_recording() -> bool:
+    """True while this thread records a model."""
+    return any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())
+
+
+class _Run:
+    """One recorded run."""
+
+    def __init__(self, model: nn.Module, args: Args, kwargs: Kwargs, restore: bool) -> None:
+        self.model, self.args, self.kwargs, self.restore = model, args, kwargs, restore
+        self.started = time.perf_counter()
+        self.known = KnownTensors(model, args, kwargs)
+        self.saved = SavedTensors(self.known, active=restore)
+        self.positions = Positions(model)
+        self.recorder = Recorder(self.positions, self.known, make_rules(), self.saved.before_write)
+
+    def record(self) -> Recording | Unrecorded:
+        try:
+            with marked_before():
+                with watch(self.model, self.args, self.kwargs) as seen:
+                    result = self._run()
+                conclusion = self._conclude(result)
+            outcome = self._outcome(seen, conclusion, result)
+        finally:
+            self.saved.put_back()
+        if self.restore:
+            seen.restore_python()
+        return outcome
+
+    def _run(self) -> Any:
+        torch.clear_autocast_cache()
+        with uncompiled(), self.positions, self.recorder, Escapes(self.recorder):
+            return self.model(*self.args, **self.kwargs)
+
+    def _conclude(self, result: Any) -> Conclusion | None:
+        if self.positions.was_disturbed:
+            self.recorder.fail("the trace function of Python was changed during the run")
+        if self.recorder.error is not None:
+            return None
+        try:
+            call = self.args, self.kwargs
+            return Conclusion(self.recorder, self.known, self.model, call, result)
+        except CannotRecord as reason:
+            self.recorder.error = TraceError(str(reason))
+            return None
+
+    def _outcome(
+        self, seen: Seen, conclusion: Conclusion | None, result: Any
+    ) -> Recording | Unrecorded:
+        if conclusion is not None:
+            handled = {(id(place.owner), place.key) for place in conclusion.bound}
+            effects = seen.side_effects(handled)
+            if not effects:
+                guard = self._guard(seen, conclusion)
+                seconds = time.perf_counter() - self.started
+                return Recording(conclusion.graph, guard, conclusion.calling, result, seconds)
+            effect = effects[0]
+            message = str(replace(effect, location=None))
+            self.recorder.error = TraceError(message, effect.location)
+        assert self.recorder.error is not None
+        return Unrecorded(result, self.recorder.error)
+
+    def _guard(self, seen: Seen, conclusion: Conclusion) -> Guard:
+        guard = seen.guard()
+        written = set(conclusion.written)
+        assumptions = find_assumptions(self.known, self.recorder, written, conclusion.operands)
+        return SharingGuard(guard, assumptions) if assumptions else guard
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, what ``torch.compile`` made runs as the original Python."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,376 @@
+"""Record every ATen operation that runs as a node of a functional graph.
+
+A dispatch mode sees all operations, whoever calls them: Python, scripted code, autograd Functions.
+Composite operations are taken apart. The run goes on when something cannot be recorded: the first
+reason is kept in ``error``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsify.errors import TraceError
+from sparsify.graph_meta import Source, TensorInfo
+from sparsify.recording.measure import share_of_nonzeros
+from sparsify.recording.operations import PRODUCTS, Op, Operation, operation_of
+from sparsify.recording.positions import Here, Positions
+from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current, fitting
+from sparsify.recording.writes import part_of_list, write
+
+aten = torch.ops.aten
+PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
+MOST_PINNED = 64  # elements of a state whose content may be part of the guard
+
+
+class CannotRecord(Exception):
+    """Internal: why the run cannot be recorded; caught by the recorder."""
+
+
+class Sources(Protocol):
+    """Says what a tensor is that no recorded operation made."""
+
+    def find(self, tensor: Tensor) -> Source | None:
+        """Where the tensor comes from at each call; None for one made during the call."""
+
+
+class Call:
+    """One call of an operation, and its result once it has run."""
+
+    __slots__ = ("args", "facts", "has_run", "kwargs", "op", "result")
+
+    def __init__(
+        self, op: Op, facts: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.op, self.facts, self.args, self.kwargs = op, facts, args, kwargs
+        self.has_run = False
+        self.result: Any = None
+
+    def run(self) -> Any:
+        if not self.has_run:
+            self.result = self.op(*self.args, **self.kwargs)
+            self.has_run = True
+        return self.result
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The mode. ``rules`` are the operations that are not recorded as they are."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import its compiler here, in the middle of the recorded run."""
+        return False
+
+    def __init__(
+        self,
+        positions: Positions,
+        sources: Sources,
+        rules: dict[Op, Callable[[Recorder, Call], None]],
+        before_write: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = fx.Graph()
+        self.values = Values()
+        self.positions = positions
+        self.sources = sources
+        self.rules = rules
+        self.before_write = before_write
+        self.error: TraceError | None = None
+        self.placeholders: dict[fx.Node, Tensor] = {}
+        self.roots: dict[fx.Node, Value] = {}
+        self.pinned: set[fx.Node] = set()
+        self.is_suspended = False
+        self.is_busy = False  # what the recorder itself does is not the user's
+        self._here: Here | None = None
+        self._origin: Origin | None = NO_ORIGIN
+        self._last_placeholder: fx.Node | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.is_suspended:
+            return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):
+            self.fail(f"{func} cannot be recorded")
+            return func(*args, **kwargs)
+        facts = operation_of(func)
+        if facts.is_composite:
+            with self:
+                return func.decompose(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.error is not None:
+            self._announce_writes(facts, func, args, kwargs)
+            return func(*args, **kwargs)
+        call = Call(func, facts, args, kwargs)
+        self.positions.pause()
+        self.is_busy = True
+        self._here = None
+        self._origin = NO_ORIGIN
+        try:
+            self._record(call)
+            return call.run()
+        except CannotRecord as reason:
+            self.fail(str(reason))
+            return call.run()
+        finally:
+            self.is_busy = False
+            self.positions.resume()
+
+    def fail(self, reason: str) -> None:
+        """Note why the run cannot be recorded, with the line of the user; the first reason stays."""
+        if self.error is None:
+            self.error = TraceError(reason, self.positions.here().location)
+
+    def leave_user_code(self) -> None:
+        """What is emitted from now on has no place in the user's code."""
+        self._here = Here(None, "", (), "")
+
+    def _record(self, call: Call) -> None:
+        rule = self.rules.get(call.op)
+        if rule is not None:
+            rule(self, call)
+        elif call.facts.gives_number or call.facts.shape_depends_on_values:
+            self.reveal(call)
+        elif call.facts.written:
+            raise CannotRecord(f"{call.op} writes to its arguments in a way that is not known")
+        else:
+            self.record_call(call)
+
+    def record_call(self, call: Call) -> None:
+        """Record a call that writes to nothing as it is."""
+        args, kwargs = self.lower_all(call)
+        result = call.run()
+        op = call.op
+        if call.facts.is_view:
+            op = fitting(op, self.value_of(call.args[0]))
+        self.add_results(call, op, args, kwargs, result)
+
+    def record_whole(self, call: Call, run: Callable[[], Any]) -> Any:
+        """Record as one node what ``run`` computes unrecorded."""
+        self._here = None
+        self._origin = NO_ORIGIN
+        args, kwargs = self.lower_all(call)
+        call.result = run()
+        call.has_run = True
+        self.add_results(call, call.op, args, kwargs, call.result)
+        return call.result
+
+    def add_results(self, call: Call, op: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Emit ``op`` and bind what it returned."""
+        if isinstance(result, Tensor):
+            node = self.emit(op, args, kwargs, self.values.info(result))
+            self._measure(node, call)
+            self._bind(call, result, node, (call.op, call.args[1:], call.kwargs))
+            return
+        if not isinstance(result, (tuple, list)):
+            if result is not None:
+                raise CannotRecord(f"{call.op} returns {type(result).__name__}")
+            return
+        tensors = [part for part in result if isinstance(part, Tensor)]
+        infos = tuple(self.values.info(p) if isinstance(p, Tensor) else None for p in result)
+        node = self.emit(op, args, kwargs, infos)
+        for index, part in enumerate(result):
+            if not isinstance(part, Tensor):
+                continue
+            getitem = self.emit(operator.getitem, (node, index), {}, infos[index])
+            view = part_of_list(call.op, call.args[1:], index, tensors)
+            self._bind(call, part, getitem, (*view, {}) if view else None)
+
+    def _bind(self, call: Call, result: Tensor, node: fx.Node, view: Any) -> None:
+        if type(result) not in PLAIN_TYPES:
+            raise CannotRecord(f"{call.op} returns a {type(result).__name__}")
+        if call.facts.is_view:
+            if view is None:
+                raise CannotRecord(f"{call.op} returns views whose parts are not known")
+            self.values.add_view(result, node, self.value_of(call.args[0]), view)
+        elif self.values.knows_memory_of(result):
+            raise CannotRecord(f"{call.op} returns memory of its arguments")
+        else:
+            value = self.values.add_root(result, node)
+            value.origin = None if call.facts.is_random else self._origin
+
+    def _measure(self, node: fx.Node, call: Call) -> None:
+        index = PRODUCTS.get(call.op)
+        if index is not None:
+            node.meta["activity"] = share_of_nonzeros(call.args[index])
+
+    def emit(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], info: Any) -> fx.Node:
+        """Append a node at the user's present place."""
+        node = self.graph.call_function(target, tuple(args), kwargs)
+        here = self._here
+        if here is None:
+            here = self._here = self.positions.here()
+        node.meta = {
+            "val": info,
+            "location": here.location,
+            "module": here.module,
+            "loops": here.loops,
+            "function": here.function,
+            "grad": torch.is_grad_enabled(),
+            "autocast": _autocast(),
+        }
+        return node
+
+    def emit_full(self, info: TensorInfo, number: Any) -> fx.Node:
+        options = {"dtype": info.dtype, "device": info.device}
+        return self.emit(aten.full.default, (list(info.shape), number), options, info)
+
+    def write(self, tensor: Tensor, node: fx.Node, has_layout: bool) -> None:
+        """Record that ``tensor`` now holds ``node``, and all its aliases with it."""
+        value = self.value_of(tensor)
+        problem = write(value, node, has_layout, self.emit)
+        if problem is not None:
+            raise CannotRecord(problem)
+        value.number = None
+        root = value.memory.roots[0]
+        root.origin = value.origin = None
+
+    def announce_write(self, tensor: Tensor) -> None:
+        """To be called before a tensor is written to."""
+        self.before_write(tensor)
+
+    def _announce_writes(self, facts: Operation, op: Op, args: Any, kwargs: Any) -> None:
+        if not facts.written:
+            return
+        for argument, given in zip(op._schema.arguments, args, strict=False):
+            if argument.name in facts.written:
+                self._announce(given)
+        for name in facts.written:
+            self._announce(kwargs.get(name))
+
+    def _announce(self, given: Any) -> None:
+        for tensor in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(tensor, Tensor):
+                self.before_write(tensor)
+
+    def lower_all(self, call: Call) -> tuple[list[Any], dict[str, Any]]:
+        """The call's arguments as nodes and literals."""
+        args = [self.lower(argument) for argument in call.args]
+        kwargs = {
+            name: self.lower(argument)
+            for name, argument in call.kwargs.items()
+            if name not in NOT_SAID
+        }
+        return args, kwargs
+
+    def lower(self, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            value = self.value_of(argument)
+            self._depend_on(value.origin)
+            return self.read(value)
+        if isinstance(argument, (list, tuple)):
+            return [self.lower(item) for item in argument]
+        if isinstance(argument, (torch.Generator, torch.ScriptObject)):
+            raise CannotRecord(f"a {type(argument).__name__} is given to an operation")
+        return argument
+
+    def read(self, value: Value) -> fx.Node:
+        if value.node is None:
+            assert value.number is not None
+            value.node = self.emit_full(value.info, value.number)
+        return current(value, self.emit)
+
+    def _depend_on(self, origin: Origin | None) -> None:
+        if origin is None or self._origin is None:
+            self._origin = None
+        elif origin:
+            self._origin |= origin
+
+    def value_of(self, tensor: Tensor) -> Value:
+        value = self.values.get(tensor)
+        return self._meet(tensor) if value is None else value
+
+    def _meet(self, tensor: Tensor) -> Value:
+        """A tensor that no recorded operation made becomes a placeholder."""
+        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+            raise CannotRecord(f"a {tensor.layout} {type(tensor).__name__} is used")
+        if tensor.is_quantized:
+            raise CannotRecord("a quantized tensor is used")
+        source = self.sources.find(tensor)
+        if source is None:
+            raise CannotRecord(
+                "a tensor is used that no recorded operation made, such as one from numpy or "
+                "another library; make it with torch, or before the call"
+            )
+        memory = self.values.memory_of(tensor)
+        if memory.version or (memory.roots and memory.placeholder is None):
+            raise CannotRecord(f"{source.name} shares memory with a tensor that was written to")
+        return self.add_placeholder(tensor, source)
+
+    def add_placeholder(self, tensor: Tensor, source: Source) -> Value:
+        node = self._placeholder_node(source)
+        info = self.values.info(tensor)
+        node.meta = {"val": info, "source": source, "location": None, "module": "", "loops": ()}
+        value = self.values.add_root(tensor, node, placeholder=node)
+        value.memory.placeholder = value.memory.placeholder or node
+        self.placeholders[node] = tensor
+        self.roots[node] = value
+        if source.kind not in ("input", "constant") and tensor.numel() <= MOST_PINNED:
+            value.origin = frozenset({node})
+        return value
+
+    def _placeholder_node(self, source: Source) -> fx.Node:
+        name = "".join(c if c.isalnum() else "_" for c in source.name).strip("_")
+        first = next(iter(self.graph.nodes), None)
+        if self._last_placeholder is not None:
+            with self.graph.inserting_after(self._last_placeholder):
+                node = self.graph.placeholder(name or source.kind)
+        elif first is not None:
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(name or source.kind)
+        else:
+            node = self.graph.placeholder(name or source.kind)
+        self._last_placeholder = node
+        return node
+
+    def reveal(self, call: Call) -> None:
+        """A value becomes known to Python: allowed if it is the same at every call."""
+        self.lower_all(call)
+        if not self.may_reveal(self._origin):
+            raise CannotRecord(_revealed_by(call.op))
+        if call.facts.shape_depends_on_values:
+            self.record_call(call)
+
+    def may_reveal(self, origin: Origin | None) -> bool:
+        """Whether Python may know such a value; states that it came from become part of the guard."""
+        if origin is None:
+            return False
+        self.pinned |= origin
+        return True
+
+    def origin_of(self, tensors: Iterable[Tensor]) -> Origin | None:
+        origin: Origin | None = NO_ORIGIN
+        for tensor in tensors:
+            other = self.value_of(tensor).origin
+            origin = None if origin is None or other is None else origin | other
+        return origin
+
+
+def _autocast() -> torch.dtype | None:
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    return torch.get_autocast_dtype("cpu")
+
+
+def _revealed_by(op: Op) -> str:
+    what = "item(), bool(), int(), float() or an index"
+    if op is aten._local_scalar_dense.default:
+        return (
+            f"a tensor's value reaches Python ({what}), so that another input could take another "
+            "way; compute with tensors (torch.where) instead"
+        )
+    name = op._schema.name.removeprefix("aten::")
+    if operation_of(op).shape_depends_on_values:
+        return (
+            f"the shape of {name}'s result depends on values; compute with a mask of fixed shape "
+            "(torch.where) instead"
+        )
+    return f"{name} gives a tensor's value to Python; compute with tensors instead"

@@ -1,0 +1,115 @@
+"""What a recording assumes of tensors: which are one and the same, which contents Python has read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.recording.recorder import Recorder
+from sparsify.recording.recording import Args, Guard, Kwargs
+from sparsify.recording.sources import Fetch, KnownTensors, fetcher, name_of
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two places that held the same tensor."""
+
+    names: tuple[str, str]
+    fetch: tuple[Fetch, Fetch]
+
+    def why_not(self, args: Args, kwargs: Kwargs) -> str:
+        first, second = (fetch(args, kwargs) for fetch in self.fetch)
+        if first is second:
+            return ""
+        return f"{self.names[0]} and {self.names[1]} were one tensor and are two"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A state whose content Python has read."""
+
+    name: str
+    fetch: Fetch
+    content: Tensor
+
+    def why_not(self, args: Args, kwargs: Kwargs) -> str:
+        now = self.fetch(args, kwargs)
+        if isinstance(now, Tensor) and _same(now, self.content):
+            return ""
+        return f"{self.name} was {self.content.tolist()} and is not any more"
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A tensor that forward writes shares no memory with another one that it uses."""
+
+    names: tuple[str, ...]
+    written: int
+    fetch: tuple[Fetch, ...]
+
+    def why_not(self, args: Args, kwargs: Kwargs) -> str:
+        tensors = [fetch(args, kwargs) for fetch in self.fetch]
+        memory = tensors[self.written].untyped_storage().data_ptr()
+        for index, tensor in enumerate(tensors):
+            if index != self.written and tensor.untyped_storage().data_ptr() == memory:
+                names = self.names[self.written], self.names[index]
+                return f"{names[0]}, which is written to, shares memory with {names[1]}"
+        return ""
+
+
+Assumption = Tie | Pin | Apart
+
+
+class SharingGuard:
+    """A guard (``recording.Guard``) with assumptions about tensors added."""
+
+    def __init__(self, inner: Guard, assumptions: Sequence[Assumption]) -> None:
+        self._inner = inner
+        self._assumptions = tuple(assumptions)
+
+    def matches(self, args: Args, kwargs: Kwargs) -> bool:
+        return self._inner.matches(args, kwargs) and not self._broken(args, kwargs)
+
+    def explain(self, args: Args, kwargs: Kwargs) -> str:
+        return self._inner.explain(args, kwargs) or self._broken(args, kwargs)
+
+    def _broken(self, args: Args, kwargs: Kwargs) -> str:
+        for assumption in self._assumptions:
+            try:
+                why_not = assumption.why_not(args, kwargs)
+            except (LookupError, AttributeError) as error:
+                return f"a tensor is not there any more: {error}"
+            if why_not:
+                return why_not
+        return ""
+
+
+def find_assumptions(
+    known: KnownTensors,
+    recorder: Recorder,
+    written: set[fx.Node],
+    operands: Sequence[fx.Node],
+) -> list[Assumption]:
+    """What the recording with these placeholders assumes."""
+    tensors = {node: recorder.placeholders[node] for node in operands}
+    fetch = {node: fetcher(known.origin(tensor)) for node, tensor in tensors.items()}
+    found: list[Assumption] = []
+    for node, tensor in tensors.items():
+        name = node.meta["source"].name
+        for other in known.elsewhere.get(id(tensor), ()):
+            found.append(Tie((name, name_of(other)), (fetch[node], fetcher(other))))
+        if node in recorder.pinned:
+            found.append(Pin(name, fetch[node], tensor.detach().clone()))
+    names = tuple(node.meta["source"].name for node in operands)
+    fetchers = tuple(fetch.values())
+    found += [Apart(names, i, fetchers) for i, node in enumerate(operands) if node in written]
+    return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return bool(torch.equal(a, b))

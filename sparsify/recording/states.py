@@ -1,0 +1,73 @@
+"""Tensors that forward binds to new names: what a call in its place must bind as well."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsify.recording.reachable import ATOMS, Place
+from sparsify.recording.recorder import CannotRecord
+
+
+@dataclass(frozen=True)
+class Rebound:
+    """``place`` holds something new that has tensors in it, or had a tensor before."""
+
+    place: Place
+    leaves: list[Any]
+    structure: Any
+
+
+def find_rebound(before: list[Place], after: list[Place]) -> Iterator[Rebound]:
+    """Compare two walks. Raises ``CannotRecord`` where a later call could not do the same."""
+    known = {(id(p.owner), p.key): p for p in before if _has_key(p)}
+    owners = {id(p.owner) for p in before} | {id(p.value) for p in before}
+    present = set()
+    for place in after:
+        if not _has_key(place):
+            continue
+        key = (id(place.owner), place.key)
+        present.add(key)
+        old = known.get(key)
+        if old is not None and old.value is place.value:
+            continue
+        if id(place.owner) not in owners:
+            continue  # inside of something new, which is bound as a whole
+        had = old is not None and isinstance(old.value, Tensor)
+        if had or _holds_tensor(place.value):
+            yield _rebound(place, old)
+    for key, place in known.items():
+        if isinstance(place.value, Tensor) and key not in present:
+            raise CannotRecord(f"forward removes the tensor {place.path}")
+
+
+def _rebound(place: Place, old: Place | None) -> Rebound:
+    if old is None and isinstance(place.owner, (list, deque)):
+        raise CannotRecord(f"forward appends the tensor {place.path} to a list that outlives it")
+    if isinstance(place.owner, tuple):
+        raise CannotRecord(f"forward changes {place.path}, which is in a tuple")
+    leaves, structure = pytree.tree_flatten(place.value)
+    if not all(isinstance(leaf, ATOMS) for leaf in leaves):
+        raise CannotRecord(f"forward binds {place.path} to an object with tensors in it")
+    return Rebound(place, leaves, structure)
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, ATOMS):
+        return isinstance(value, Tensor)
+    if isinstance(value, (list, tuple, dict, deque)):
+        return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return any(isinstance(v, Tensor) for v in getattr(value, "__dict__", {}).values())
+
+
+def _has_key(place: Place) -> bool:
+    try:
+        hash(place.key)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,172 @@
+"""Which node of the graph holds a tensor's value: tensors are views of memory that is written to.
+
+A tensor is known by its memory (torch's storage) and by how it was made from the memory's root: a
+chain of view operations. A write to one of them gives the root a new value; the others notice by
+the memory's version that theirs is out of date, and are made anew from the root when next read.
+Nothing here keeps a tensor alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.graph_meta import TensorInfo
+
+Origin = frozenset[fx.Node]  # the placeholders that a value depends on, where they are few
+NO_ORIGIN: Origin = frozenset()
+View = tuple[Any, tuple[Any, ...], dict[str, Any]]  # operation, arguments after the tensor
+
+
+class Memory:
+    """One storage. ``roots`` are the values that no view made: one, but for shared placeholders."""
+
+    __slots__ = ("placeholder", "roots", "tensors", "version")
+
+    def __init__(self, placeholder: fx.Node | None) -> None:
+        self.roots: list[Value] = []
+        self.version = 0
+        self.tensors = 0  # how many known ones are alive
+        self.placeholder = placeholder
+
+
+class Value:
+    """What is known of one tensor.
+
+    ``view`` makes it from ``parent``; None means the very same elements. ``has_layout`` is False
+    where the node's strides may be others than the tensor's. ``number`` is the Python number that
+    a 0-dim tensor was made from. ``origin`` is None for what may depend on anything.
+    """
+
+    __slots__ = ("has_layout", "info", "memory", "node", "number", "origin", "parent", "version")
+    __slots__ += ("view",)
+
+    def __init__(
+        self,
+        node: fx.Node | None,
+        info: TensorInfo,
+        memory: Memory,
+        parent: Value | None = None,
+        view: View | None = None,
+    ) -> None:
+        self.node = node
+        self.info = info
+        self.memory = memory
+        self.version = memory.version
+        self.parent = parent
+        self.view = view
+        self.has_layout = True
+        self.number: int | float | bool | None = None
+        self.origin: Origin | None = None
+
+
+class _Watched(weakref.ref[Tensor]):
+    __slots__ = ("key",)
+    key: int
+
+
+class Values:
+    """The known tensors, by identity, and the memories, by torch's storage."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[_Watched, Value]] = {}
+        self._memories: dict[int, Memory] = {}
+        self._keys: dict[int, int] = {}  # of memories, id -> storage
+        self._infos: dict[Any, TensorInfo] = {}
+
+    def get(self, tensor: Tensor) -> Value | None:
+        found = self._values.get(id(tensor))
+        return found[1] if found is not None else None
+
+    def memory_of(self, tensor: Tensor, placeholder: fx.Node | None = None) -> Memory:
+        key = tensor.untyped_storage()._cdata
+        memory = self._memories.get(key)
+        if memory is None:
+            memory = self._memories[key] = Memory(placeholder)
+            self._keys[id(memory)] = key
+        return memory
+
+    def knows_memory_of(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._memories
+
+    def info(self, tensor: Tensor) -> TensorInfo:
+        key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        found = self._infos.get(key)
+        if found is None:
+            found = self._infos[key] = TensorInfo.of(tensor)
+        return found
+
+    def bind(self, tensor: Tensor, value: Value) -> None:
+        """From now on ``tensor`` has this value."""
+        key = id(tensor)
+        before = self._values.get(key)
+        if before is not None:
+            self._release(before[1].memory)
+        watched = _Watched(tensor, self._forget)
+        watched.key = key
+        self._values[key] = (watched, value)
+        value.memory.tensors += 1
+
+    def add_root(
+        self, tensor: Tensor, node: fx.Node | None, placeholder: fx.Node | None = None
+    ) -> Value:
+        """A tensor in memory of its own, or, for placeholders, in memory that others may see."""
+        memory = self.memory_of(tensor, placeholder)
+        value = Value(node, self.info(tensor), memory)
+        memory.roots.append(value)
+        self.bind(tensor, value)
+        return value
+
+    def add_view(self, tensor: Tensor, node: fx.Node, parent: Value, view: View | None) -> Value:
+        value = Value(node, self.info(tensor), parent.memory, parent, view)
+        value.has_layout = parent.has_layout
+        value.origin = parent.origin
+        self.bind(tensor, value)
+        return value
+
+    def _forget(self, watched: weakref.ref[Tensor]) -> None:
+        assert isinstance(watched, _Watched)
+        found = self._values.get(watched.key)
+        if found is not None and found[0] is watched:
+            del self._values[watched.key]
+            self._release(found[1].memory)
+
+    def _release(self, memory: Memory) -> None:
+        memory.tensors -= 1
+        if memory.tensors == 0 and memory.placeholder is None:
+            key = self._keys.pop(id(memory))
+            del self._memories[key]
+
+
+Emit = Callable[..., fx.Node]
+
+
+def current(value: Value, emit: Emit) -> fx.Node:
+    """The node that holds the value now; makes views anew that others have written through."""
+    if value.version != value.memory.version:
+        parent = value.parent
+        assert parent is not None, "a root is written when its memory is"
+        node = current(parent, emit)
+        value.has_layout = parent.has_layout
+        value.node = apply_view(value, node, emit) if value.view is not None else node
+        value.version = value.memory.version
+    assert value.node is not None
+    return value.node
+
+
+def apply_view(value: Value, node: fx.Node, emit: Emit) -> fx.Node:
+    assert value.view is not None and value.parent is not None
+    op, args, kwargs = value.view
+    return emit(fitting(op, value.parent), (node, *args), kwargs, value.info)
+
+
+def fitting(op: Any, parent: Value) -> Any:
+    """``reshape`` for ``view`` where the strides of the graph's value are not the tensor's."""
+    aten = torch.ops.aten
+    if not parent.has_layout and op in (aten.view.default, aten._unsafe_view.default):
+        return aten.reshape.default
+    return op

@@ -1,0 +1,106 @@
+"""A write to a tensor as new values: of the tensor, and of all that it is a view of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.recording.values import Emit, Value, current
+
+aten = torch.ops.aten
+
+
+def write(value: Value, node: fx.Node, has_layout: bool, emit: Emit) -> str | None:
+    """Give ``value`` the new content ``node``. Returns why that cannot be recorded, or None."""
+    memory = value.memory
+    if len(memory.roots) > 1:
+        return "writes to memory that two of its tensors share"
+    chain = [(value, node, has_layout)]
+    while chain[-1][0].parent is not None:
+        viewed, content, _ = chain[-1]
+        parent = viewed.parent
+        assert parent is not None
+        whole = _put(viewed, parent, content, emit)
+        if whole is None:
+            view = viewed.view[0] if viewed.view else None
+            return f"writes through {view}, whose inverse is not known"
+        keeps_layout = viewed.view is not None and viewed.view[0] in SCATTERS
+        chain.append((parent, whole, keeps_layout and parent.has_layout))
+    memory.version += 1
+    for written, content, layout in chain:
+        written.node = content
+        written.version = memory.version
+        written.has_layout = layout
+    return None
+
+
+def _put(value: Value, parent: Value, content: fx.Node, emit: Emit) -> fx.Node | None:
+    """The parent's value with ``content`` in place of the view; None if there is no operation."""
+    if value.view is None:
+        return content
+    op, args, kwargs = value.view
+    inverse = INVERSES.get(op)
+    if inverse is not None:
+        target, arguments = inverse(value, parent, args, kwargs)
+        return emit(target, (content, *arguments), {}, parent.info)
+    scatter = SCATTERS.get(op)
+    if scatter is None:
+        return None
+    return emit(scatter, (current(parent, emit), content, *args), kwargs, parent.info)
+
+
+SCATTERS: dict[Any, Any] = {
+    aten.select.int: aten.select_scatter.default,
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.diagonal.default: aten.diagonal_scatter.default,
+    aten.as_strided.default: aten.as_strided_scatter.default,
+}
+
+Inverse = Callable[[Value, Value, tuple[Any, ...], dict[str, Any]], tuple[Any, tuple[Any, ...]]]
+
+
+def _reshape_back(value: Value, parent: Value, args: Any, kwargs: Any) -> Any:
+    return aten.reshape.default, (list(parent.info.shape),)
+
+
+def _transpose_back(value: Value, parent: Value, args: Any, kwargs: Any) -> Any:
+    return aten.transpose.int, args
+
+
+def _t_back(value: Value, parent: Value, args: Any, kwargs: Any) -> Any:
+    return aten.t.default, ()
+
+
+def _permute_back(value: Value, parent: Value, args: Any, kwargs: Any) -> Any:
+    dims = [dim % len(args[0]) for dim in args[0]]
+    return aten.permute.default, ([dims.index(dim) for dim in range(len(dims))],)
+
+
+# Views that keep all elements: what is written to them is the parent's whole new value.
+INVERSES: dict[Any, Inverse] = {
+    aten.view.default: _reshape_back,
+    aten._unsafe_view.default: _reshape_back,
+    aten.reshape.default: _reshape_back,
+    aten._reshape_alias.default: _reshape_back,
+    aten.unsqueeze.default: _reshape_back,
+    aten.squeeze.default: _reshape_back,
+    aten.squeeze.dim: _reshape_back,
+    aten.squeeze.dims: _reshape_back,
+    aten.t.default: _t_back,
+    aten.transpose.int: _transpose_back,
+    aten.permute.default: _permute_back,
+}
+
+
+def part_of_list(op: Any, args: tuple[Any, ...], index: int, parts: list[torch.Tensor]) -> Any:
+    """The view that makes one part of an ``unbind`` or ``split``: (operation, arguments)."""
+    if op is aten.unbind.int:
+        return aten.select.int, (args[0] if args else 0, index)
+    if op in (aten.split.Tensor, aten.split_with_sizes.default):
+        dim = args[1] if len(args) > 1 else 0
+        start = sum(part.shape[dim] for part in parts[:index])
+        return aten.slice.Tensor, (dim, start, start + parts[index].shape[dim])
+    return None
