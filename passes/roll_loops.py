@@ -22,6 +22,7 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.absorb_sum import absorb_sum
+from sparsify.passes.complete_iterations import complete_iterations
 from sparsify.passes.emit_scans import emit_scans
 from sparsify.passes.find_loops import Loop, find_loops
 from sparsify.passes.fold_first import fold_first
@@ -38,26 +39,39 @@ _TORCH = os.path.dirname(torch.__file__)
 
 def roll_loops(gm: fx.GraphModule) -> PassResult:
     """Replace every loop that can be rolled by a Scan; refuse the others as ``not-rolled``."""
-    roller = _Roller(gm)
-    roller.roll(gm.graph.nodes, depth=0)
+    copied = _copy(gm)  # iterations are completed in the graph
+    roller = _Roller(copied)
+    roller.roll(copied.graph.nodes, depth=0)
     if not roller.plans:
         return PassResult(gm, [], roller.declined)
-    graph = emit_scans(gm, roller.plans, roller.depths)
+    graph = emit_scans(copied, roller.plans, roller.depths)
     return PassResult(graph, roller.done, roller.declined)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(dict(gm.named_children()), graph, class_name=type(gm).__name__)
 
 
 class _Roller:
     """Finds the loops from outside to inside and collects plans."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.nodes = list(gm.graph.nodes)
-        self.order = {node: i for i, node in enumerate(self.nodes)}
-        self.varying = _find_varying(gm.graph)
+        self.graph = gm.graph
+        self._look()
         self.plans: list[ScanPlan] = []
         self.owners: dict[fx.Node, tuple[int, int, int]] = {}
         self.depths: dict[fx.Node, int] = {}
         self.done: list[str] = []
         self.declined: list[Refusal] = []
+
+    def _look(self) -> None:
+        self.nodes = list(self.graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.varying = _find_varying(self.graph)
 
     def roll(self, nodes: Iterable[fx.Node], depth: int) -> int:
         """Roll the loops at ``depth`` among ``nodes``; returns how many were rolled."""
@@ -82,6 +96,8 @@ class _Roller:
         if _only_creates(loop):
             return 0
         found, skipped = self._plan(absorb_sum(loop))
+        if isinstance(found, Mismatch) or skipped:
+            found, skipped = self._plan_completed(loop, found, skipped)
         if isinstance(found, ScanPlan):
             self._accept(found, skipped)
             return 1 + sum(self.roll(nodes, loop.depth + 1) for nodes in skipped)
@@ -91,6 +107,23 @@ class _Roller:
         if rolled == 0 and not _is_of_torch(loop):
             self.declined.append(_refusal(loop, found))
         return rolled
+
+    def _plan_completed(
+        self, loop: Loop, found: ScanPlan | Mismatch, skipped: list[list[fx.Node]]
+    ) -> tuple[ScanPlan | Mismatch, list[list[fx.Node]]]:
+        """What was found, or a better plan with unread results that the last iterations lack."""
+        if isinstance(found, Mismatch) and not found.peelable:
+            return found, skipped
+        completed = complete_iterations(loop)
+        if completed is None:
+            return found, skipped
+        self._look()
+        better, fewer = self._plan(absorb_sum(completed.loop))
+        is_worse = isinstance(found, ScanPlan) and len(fewer) >= len(skipped)
+        if isinstance(better, Mismatch) or is_worse:
+            return found, skipped
+        self.depths.update(dict.fromkeys(completed.behind, loop.depth))
+        return better, fewer
 
     def _plan(self, loop: Loop) -> tuple[ScanPlan | Mismatch, list[list[fx.Node]]]:
         """A plan, and the first iterations that it leaves out because they differ."""

@@ -299,9 +299,9 @@ def test_measured_activity_is_the_mean_of_the_iterations() -> None:
 
 def test_a_thousand_steps_take_less_than_a_second() -> None:
     recorded = record(step_order, 1000)
-    started = time.perf_counter()
+    started = time.process_time()  # of this process: a busy machine does not count
     rolled = roll_loops(recorded.graph)
-    took_s = time.perf_counter() - started
+    took_s = time.process_time() - started
 
     assert took_s < 1.0
     assert_same(rolled.graph(*recorded.operands), recorded.results)

@@ -1,0 +1,160 @@
+"""Make the last iterations of a loop do what the others do, where only unread results differ.
+
+A recorder drops what nothing reads: the last update of a state that is not returned, or a readout
+that is returned for the last step only and so was computed in the last step only.
+
+Before::
+
+    v_1 = v_0 * 0.5 + x[0]; z_1 = v_1 > 1; v_1r = v_1 - z_1
+    v_2 = v_1r * 0.5 + x[1]; z_2 = v_2 > 1; out = fc(z_2)
+
+After::
+
+    v_1 = v_0 * 0.5 + x[0]; z_1 = v_1 > 1; v_1r = v_1 - z_1
+    v_2 = v_1r * 0.5 + x[1]; z_2 = v_2 > 1; v_2r = v_2 - z_2        # which nothing reads
+    out = fc(z_2)                                                    # behind the loop
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from sparsify.passes.classify_ops import draws_random
+from sparsify.passes.encode_nodes import Code, Number, Ref, encode, head_of, rebuild
+from sparsify.passes.find_loops import Loop
+
+
+@dataclass(frozen=True)
+class Completed:
+    """``behind`` are nodes of the last iteration that only it has; they follow the loop."""
+
+    loop: Loop
+    behind: list[fx.Node]
+
+
+def complete_iterations(loop: Loop) -> Completed | None:
+    """Add to each iteration what it lacks of the one before it; None if they differ otherwise.
+
+    New nodes go into the graph of the loop. Nothing reads them, so they change no result.
+    """
+    if len(loop.iterations) < 2:
+        return None
+    done = loop.iterations[: min(2, len(loop.iterations) - 1)]
+    behind: list[fx.Node] = []
+    changed = False
+    for index in range(len(done), len(loop.iterations)):
+        aligned = _Alignment(loop, done).align(loop.iterations[index])
+        is_last = index == len(loop.iterations) - 1
+        if aligned is None or (aligned.extra and not is_last):
+            return None
+        changed = changed or bool(aligned.missing or aligned.extra)
+        done = [*done, aligned.complete()]
+        behind = aligned.extra
+    return Completed(replace(loop, iterations=done), behind) if changed else None
+
+
+class _Alignment:
+    """The next iteration side by side with the last one that is complete, the pattern."""
+
+    def __init__(self, loop: Loop, done: list[list[fx.Node]]) -> None:
+        self.loop, self.done = loop, done
+        self.step = len(done)
+        self.pattern = done[-1]
+        self.where = {
+            node: (k, position)
+            for k, iteration in enumerate(done)
+            for position, node in enumerate(iteration)
+        }
+        self.codes = [encode(node, self.step - 1, self.where) for node in self.pattern]
+        before = done[-2] if len(done) > 1 else []
+        comparable = len(before) == len(self.pattern)
+        self.earlier = (
+            [encode(n, self.step - 2, self.where) for n in before] if comparable else None
+        )
+        self.found: dict[int, fx.Node] = {}
+        self.extra: list[fx.Node] = []
+        self.nodes: list[fx.Node] = []
+
+    @property
+    def missing(self) -> list[int]:
+        return [p for p in range(len(self.pattern)) if p not in self.found]
+
+    def align(self, nodes: list[fx.Node]) -> _Alignment | None:
+        """Pair each node with its counterpart; None if the rest is needed or draws numbers."""
+        self.nodes = nodes
+        cursor = 0
+        for position in range(len(self.pattern)):
+            at = next(
+                (i for i in range(cursor, len(nodes)) if self._agrees(nodes[i], position)), None
+            )
+            if at is None:
+                continue
+            self.extra += nodes[cursor:at]
+            self.found[position] = nodes[at]
+            self.where[nodes[at]] = (self.step, position)
+            cursor = at + 1
+        self.extra += nodes[cursor:]
+        extra = set(self.extra)
+        needed = any(i in extra for node in self.found.values() for i in node.all_input_nodes)
+        lost = [self.pattern[position] for position in self.missing]
+        # The same operation missing here and extra there is one that differs, not a dropped one.
+        differs = {node.target for node in lost} & {node.target for node in self.extra}
+        draws = any(map(draws_random, [*lost, *self.extra]))
+        if not self.found or needed or differs or draws:
+            return None
+        return self
+
+    def _agrees(self, node: fx.Node, position: int) -> bool:
+        if head_of(node) != head_of(self.pattern[position]):
+            return False
+        codes = encode(node, self.step, self.where)
+        wanted = self.codes[position]
+        return len(codes) == len(wanted) and all(map(_may_correspond, codes, wanted))
+
+    def complete(self) -> list[fx.Node]:
+        """The iteration with a copy of the pattern's node for each that is missing."""
+        iteration: list[fx.Node] = []
+        for position, node in enumerate(self.pattern):
+            if position not in self.found:
+                self.found[position] = self._copy(node, position, iteration)
+            iteration.append(self.found[position])
+        return iteration
+
+    def _copy(self, node: fx.Node, position: int, before: list[fx.Node]) -> fx.Node:
+        graph = node.graph
+        earlier = self.earlier[position] if self.earlier else self.codes[position]
+        values = [
+            self._value(code, earlier[index] if index < len(earlier) else code)
+            for index, code in enumerate(self.codes[position])
+        ]
+        args, kwargs = rebuild(node, values.__getitem__)
+        place = (
+            graph.inserting_after(before[-1]) if before else graph.inserting_before(self.nodes[0])
+        )
+        with place:
+            copy = graph.create_node(node.op, node.target, args, kwargs)
+        copy.meta.update(node.meta)
+        steps = list(node.meta["loops"])
+        steps[self.loop.depth] = self.nodes[0].meta["loops"][self.loop.depth]
+        copy.meta["loops"] = tuple(steps)
+        return copy
+
+    def _value(self, code: Code, earlier: Code) -> Any:
+        if isinstance(code, Ref):
+            if code.distance == 0:
+                return self.found[code.position]
+            return self.done[self.step - code.distance][code.position]
+        if not isinstance(code, Number):
+            return code
+        is_counted = code.kind is int and isinstance(earlier, Number) and earlier.kind is int
+        return 2 * code.value - earlier.value if is_counted else code.value
+
+
+def _may_correspond(code: Code, wanted: Code) -> bool:
+    """Values of the same iteration must be the same; others are compared after completion."""
+    if isinstance(wanted, Ref) and wanted.distance == 0:
+        return bool(code == wanted)
+    return type(code) is type(wanted) or isinstance(wanted, (Ref, fx.Node))
