@@ -34,7 +34,7 @@ constexpr int VECTOR_BYTES = 16, DENSE_ROWS = 4, DENSE_VECTORS = 2;
 
 constexpr int BLOCK = 256;        // senders that are summed on their own, see gather_events
 constexpr int AHEAD = 8;          // events between asking for a weight row and adding it
-constexpr int DENSE_BLOCK = 256;  // senders of a dense product whose weights stay in the first cache
+constexpr int DENSE_BLOCK = 128;  // senders of a dense product whose weights stay in the first cache
 
 template <class F>
 struct VectorOf;

@@ -14,6 +14,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
 from sparsify.reference import Array, run_reference
+from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule, two_layers
 from tests.random_kernels import Drawn, draw_data, kernels
 
 BACKEND = CppBackend()
@@ -75,3 +76,120 @@ def test_random_kernels(drawn: Drawn, seed: int, special: bool) -> None:
         torch.set_num_threads(threads)
         data = draw_data(drawn, seed, steps, batch, activity=activity, special=special)
         compare(launch, drawn.kernel, data, steps, batch)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_recurrent_lif(strategy: str, tile: int, threads: int) -> None:
+    """Many steps of neurons that all depend on each other: a missing barrier would show."""
+    kernel = lif(70, 300)
+    torch.set_num_threads(threads)
+    launch = load(kernel, schedule(kernel, strategy, tile=tile))
+    for steps, batch in ((30, 1), (20, 5), (3, 131)):  # more rows than a group has
+        compare(launch, kernel, lif_data(kernel, steps, batch), steps, batch)
+    active, senders = launch.events["recurrent"]
+    assert 0.02 < active / senders < 0.3, "the data do not exercise the kernel"
+
+
+@pytest.mark.parametrize("how", ["event", "dense"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_feedback_within_a_step(strategy: str, how: How) -> None:
+    """Dense: products are multiples of 2**-12 up to 1, so 140 of them add exactly in any order."""
+    kernel = two_layers(140, 33)
+    plan = ir.Schedule(strategy, (("back", "event"), ("forward", how)))
+    rng = np.random.default_rng(1)
+    data: dict[str, Array] = {
+        "x": rng.integers(-64, 64, (9, 3, 140)).astype("float32") / 64,
+        "bias": np.full(140, 0.5, "float32"),
+        "h0": np.zeros((), "float32"),
+        "w_back": np.zeros((140, 33), "float32"),
+        "w_forward": rng.integers(-64, 65, (33, 140)).astype("float32") / 64,
+    }
+    if how == "event":
+        data["w_back"] = rng.standard_normal((140, 33)).astype("float32")
+        data["w_forward"] = rng.standard_normal((33, 140)).astype("float32")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        compare(load(kernel, plan), kernel, data, 9, 3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_long_call_equals_several(strategy: str) -> None:
+    kernel = lif(20, 90)
+    launch = load(kernel, schedule(kernel, strategy))
+    data = {n: torch.from_numpy(v) for n, v in lif_data(kernel, 12, 4).items()}
+    whole = launch(data, steps=12, batch=4)
+    parts, start = [], 0
+    for steps in (1, 4, 7):
+        part = launch({**data, "x": data["x"][start : start + steps]}, steps=steps, batch=4)
+        data |= {"v0": part["last_v"], "s0": part["last_s"]}
+        parts.append(part["spikes"])
+        start += steps
+    assert whole["spikes"].any()
+    assert torch.equal(whole["spikes"], torch.cat(parts))
+    assert torch.equal(whole["last_v"], part["last_v"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dense_products_within_their_bound(strategy: str, dtype: ir.DType) -> None:
+    """Any order of n fused or rounded additions errs by at most n u / (1 - n u) sum |w x|."""
+    n, steps = 700, 3
+    for receivers, batch in ((1, 1), (65, 7), (130, 64), (33, 8)):
+        kernel = product(n, receivers, dtype)
+        rng = np.random.default_rng(receivers)
+        x = rng.standard_normal((steps, batch, n)).astype(dtype)
+        w = rng.standard_normal((receivers, n)).astype(dtype)
+        launch = load(kernel, schedule(kernel, strategy, "dense"))
+        tensors = {"x": torch.from_numpy(x), "w": torch.from_numpy(w)}
+        got = launch(tensors, steps=steps, batch=batch)["out"].numpy().astype(np.longdouble)
+        exact = x.astype(np.longdouble) @ w.T.astype(np.longdouble)
+        magnitude = np.abs(x).astype(np.longdouble) @ np.abs(w).T.astype(np.longdouble)
+        u = np.finfo(dtype).eps / 2
+        assert (np.abs(got - exact) <= n * u / (1 - n * u) * magnitude).all()
+        assert launch.events["y"] == (x.size, x.size)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("activity", [0.0, 0.1, 1.0])
+def test_events_are_counted(strategy: str, activity: float) -> None:
+    kernel = product(300, 20)
+    x = (np.random.default_rng(0).random((4, 3, 300)) < activity).astype("float32")
+    tensors = {"x": torch.from_numpy(x), "w": torch.ones(20, 300)}
+    launch = load(kernel, schedule(kernel, strategy))
+    torch.set_num_threads(2)
+    for calls in (1, 2):
+        launch(tensors, steps=4, batch=3)
+        assert launch.events == {"y": (calls * int(x.sum()), calls * x.size)}
+    launch.reset_events()
+    assert launch.events == {"y": (0, 0)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_payloads_are_events(strategy: str) -> None:
+    kernel = product(300, 20)
+    x = np.zeros((1, 2, 300), "float32")
+    x[0, 1, 299] = np.nan
+    data = {"x": x, "w": np.zeros((20, 300), "float32")}
+    launch = load(kernel, schedule(kernel, strategy))
+    compare(launch, kernel, data, 1, 2)
+    assert launch.events == {"y": (1, 600)}
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_that_are_not_finite_run_dense(strategy: str, value: float) -> None:
+    """Skipping the zero would skip 0 * inf, which is NaN in the original."""
+    kernel = product(30, 20)
+    weight = torch.ones(20, 30)
+    launch = load(kernel, schedule(kernel, strategy))
+    x = torch.zeros(1, 2, 30)
+    x[0, 0, 0] = 1.0
+    assert not launch({"x": x, "w": weight}, steps=1, batch=2)["out"].isnan().any()
+    weight[3, 7] = value
+    got = launch({"x": x, "w": weight}, steps=1, batch=2)["out"]
+    assert torch.equal(got.isnan(), torch.nn.functional.linear(x, weight).isnan())
+    assert got.isnan().sum() == 2
+    weight[3, 7] = 0.0
+    assert not launch({"x": x, "w": weight}, steps=1, batch=2)["out"].isnan().any()
