@@ -25,8 +25,10 @@ from sparsify.graph_meta import TensorInfo
 from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
 from sparsify.options import Options
+from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pipeline import PIPELINE
+from sparsify.passes.scan_products import reads_events
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 from sparsify.recording.recording import Recording
@@ -107,8 +109,19 @@ def run_pipeline(graph: fx.GraphModule) -> tuple[Stage, ...]:
 
 
 def lower_scans(graph: fx.GraphModule) -> dict[str, Lowered | Refusal]:
+    """The kernel of every Scan, or why it has none."""
     scans = ((n, m) for n, m in graph.named_children() if isinstance(m, Scan))
-    return {name: lower_scan(scan, name) for name, scan in scans}
+    return {name: why_no_events(scan) or lower_scan(scan, name) for name, scan in scans}
+
+
+def why_no_events(scan: Scan) -> Refusal | None:
+    """Why a loop with products is left alone: none of them reads events."""
+    products = [node for node in scan.body.graph.nodes if product_operand(node) is not None]
+    if not products or any(map(reads_events, products)):
+        return None
+    reason = "It reads values that pass no threshold, so none are zero."
+    remedy = "Use a spiking layer or a ReLU where events are wanted."
+    return Refusal("no-event", reason, remedy, products[0].meta.get("location"))
 
 
 def with_modules(graph: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx.GraphModule:

@@ -32,7 +32,7 @@ _LOCK = threading.RLock()
 def record(
     model: nn.Module, args: Args, kwargs: Kwargs, *, restore: bool = False
 ) -> Recording | Unrecorded:
-    """Run ``model(*args, **kwargs)`` and record it.
+    """Run ``model.forward(*args, **kwargs)`` and record it; the model's own hooks are not run.
 
     The run is a real one: with ``restore=False`` it does all that the model does, and its result
     can be used. With ``restore=True`` gradients are disabled, and buffers, attributes and random
@@ -40,7 +40,7 @@ def record(
     """
     if is_recording():
         error = TraceError("the model runs inside another one that is being recorded")
-        return Unrecorded(model(*args, **kwargs), error)
+        return Unrecorded(model.forward(*args, **kwargs), error)
     with _LOCK, ExitStack() as stack:
         if restore:
             stack.enter_context(torch.no_grad())
@@ -80,7 +80,7 @@ class _Run:
     def _run(self) -> Any:
         torch.clear_autocast_cache()
         with uncompiled(), self.positions, self.recorder, Escapes(self.recorder):
-            return self.model(*self.args, **self.kwargs)
+            return self.model.forward(*self.args, **self.kwargs)
 
     def _conclude(self, result: Any) -> Conclusion | None:
         if self.positions.was_disturbed:

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify.api import sparsify
+from sparsify.engine import Engine
+from sparsify.errors import Refusal, RefusedError, TraceError
+from sparsify.explain_model import explain
+from sparsify.plan import Plan
+from tests.small_nets import RecurrentNet, spikes
+
+X = spikes()
+
+
+def engine_of(fast: nn.Module) -> Engine:
+    engine = fast.compiled
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def run(module: nn.Module, *args: Any) -> Any:
+    with torch.no_grad():
+        return module(*args)
+
+
+def test_every_stage_gives_the_models_result() -> None:
+    model = RecurrentNet().eval()
+    fast = sparsify(model, X, timing=False)
+    compiled = engine_of(fast).compiled
+    operands = compiled.recording.calling.operands((X,), {})
+    names = [stage.name for stage in compiled.stages]
+    assert names[0] == "record"
+    assert names[-1] == "install"
+    assert len(set(names)) == len(names)
+    for stage in compiled.stages:
+        with torch.no_grad():
+            (result,) = stage.graph(*operands)
+        assert torch.equal(result, run(model, X)), stage.name
+
+
+def test_every_product_is_accounted_for() -> None:
+    fast = sparsify(RecurrentNet().eval(), X, timing=False)
+    report = engine_of(fast).report
+    assert [site.name for site in report.sites] == ["inp", "rec", "out"]
+    assert report["rec"].decision == report["out"].decision == "event"
+    assert (report["inp"].decision, report["inp"].code) == ("kept", "no-event")
+    connections = {"inp": 8 * 16, "rec": 16 * 16, "out": 16 * 4}
+    for site in report.sites:
+        assert site.location is not None
+        assert os.path.basename(site.location.file) == "small_nets.py"
+        assert site.weight_density is not None
+        assert site.dense_operations == X.size(0) * X.size(1) * connections[site.name]
+    assert "self.rec(z)" in str(report["rec"].location)
+
+
+def test_measured_activity_is_that_of_the_spikes() -> None:
+    model = RecurrentNet().eval()
+    fast = sparsify(model, X, timing=False)
+    fired: list[Tensor] = []
+    hook = model.out.register_forward_pre_hook(lambda m, args: fired.append(args[0]))
+    run(model, X)
+    hook.remove()
+    spiking = torch.stack(fired)
+    rate = int(spiking.count_nonzero()) / spiking.numel()
+    assert engine_of(fast).report["out"].activity == rate > 0
+    run(fast, X)
+    live = engine_of(fast).report.live()
+    assert live["out"] == engine_of(fast).report["out"].activity
+    run(fast, torch.zeros_like(X))
+    assert engine_of(fast).report.live()["out"] < live["out"]
+
+
+class Reads(nn.Module):
+    """Looks at a value in Python, which no recording can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        if float(out.sum()) > 1e9:
+            out = self.fc(out)
+        return out
+
+
+def test_an_example_that_cannot_be_recorded_raises() -> None:
+    with pytest.raises(TraceError, match=r"test_engine\.py:\d+"):
+        sparsify(Reads().eval(), X)
+
+
+def test_a_first_call_that_cannot_be_recorded_warns_and_runs_the_original() -> None:
+    model = Reads().eval()
+    fast = sparsify(model)
+    with pytest.warns(UserWarning, match="runs its original operations") as caught:
+        assert torch.equal(run(fast, X), run(model, X))
+        assert torch.equal(run(fast, X), run(model, X))
+    assert len(caught) == 1
+    report = engine_of(fast).report
+    assert {site.decision for site in report.sites} == {"kept"}
+    assert "cannot be recorded" in str(report)
+
+
+def test_a_forward_that_raises_raises_and_is_recorded_later() -> None:
+    class Checks(RecurrentNet):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.size(-1) != 8:
+                raise KeyError("eight inputs")
+            return super().forward(x)
+
+    model = Checks().eval()
+    fast = sparsify(model, timing=False)
+    with pytest.raises(KeyError, match="eight inputs"):
+        run(fast, X[..., :5])
+    assert torch.equal(run(fast, X), run(model, X))
+    assert engine_of(fast).recordings == 1
+
+
+class TanhNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.rec = nn.Linear(8, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.size(1), 16)
+        for x_t in x:
+            h = torch.tanh(self.inp(x_t) + self.rec(h))
+        return h
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.net(x)
+        first: Tensor = result[0] if isinstance(result, tuple) else result
+        return first
+
+
+@pytest.mark.parametrize(
+    "net", [TanhNet(), nn.GRU(8, 16), nn.LSTM(8, 16), nn.RNN(8, 16)], ids=lambda n: type(n).__name__
+)
+def test_dense_networks_are_left_alone(net: nn.Module) -> None:
+    model = Wrapped(net).eval()
+    fast = sparsify(model, X, timing=False)
+    report = engine_of(fast).report
+    assert {(site.decision, site.code) for site in report.sites} == {("kept", "no-event")}
+    assert len(report.sites) == 2
+    assert torch.equal(run(fast, X), run(model, X))
+    assert torch.equal(run(fast, X[:3]), run(model, X[:3]))
+
+
+def test_strict_raises_for_what_is_refused() -> None:
+    sparsify(RecurrentNet().eval(), X, strict=True, timing=False)
+    with pytest.raises(RefusedError) as caught:
+        sparsify(TanhNet().eval(), X, strict=True, timing=False)
+    assert caught.value.refusal.code == "no-event"
+    with pytest.raises(RefusedError) as caught:
+        sparsify(RecurrentNet().eval(), X, strict=True, timing=False, plan=Plan({"out": "off"}))
+    assert caught.value.refusal.code == "pinned"
+
+
+def test_a_plan_is_followed_and_kept() -> None:
+    model = RecurrentNet().eval()
+    first = sparsify(model, X, timing=False)
+    plan = engine_of(first).plan.pin("rec", "dense")
+    fast = sparsify(model, X, plan=plan)
+    assert engine_of(fast).report["rec"].decision == "dense"
+    assert engine_of(fast).plan.sites == plan.sites
+    assert torch.equal(run(fast, X), run(model, X))
+
+
+def test_a_plan_for_another_model_names_the_sites_there_are() -> None:
+    with pytest.raises(ValueError, match="does not have: fc; its sites are: inp, rec, out"):
+        sparsify(RecurrentNet().eval(), X, plan=Plan({"fc": "event"}))
+
+
+def test_without_a_compiler_the_original_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = RecurrentNet().eval()
+    fast = sparsify(model, timing=False)
+    refusal = Refusal("backend-unavailable", "No C++ compiler was found.", "Install g++.")
+    monkeypatch.setattr("sparsify.codegen.cpp.CppBackend.why_unavailable", lambda self: refusal)
+    with pytest.warns(UserWarning, match=r"\[backend-unavailable\] No C\+\+ .* Install g\+\+"):
+        assert torch.equal(run(fast, X), run(model, X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        run(fast, X)
+    assert {site.code for site in engine_of(fast).report.sites} == {"backend-unavailable"}
+    monkeypatch.undo()
+    assert torch.equal(run(fast, X), run(model, X))
+    assert engine_of(fast).report["rec"].decision == "event"
+
+
+def test_explain_installs_nothing() -> None:
+    model = RecurrentNet().eval()
+    before = dict(vars(model))
+    text = explain(model, X, timing=False)
+    assert vars(model) == before
+    for part in ("rec", "event", "no-event", "plan", "roll_loops: ", "rolled 5 iterations"):
+        assert part in text
+
+
+def test_under_a_mode_or_a_transform_the_original_runs() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = RecurrentNet().eval()
+    fast = sparsify(model, X, timing=False)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counted:
+            model(X)
+        with FlopCounterMode(display=False) as seen:
+            fast(X)
+        assert seen.get_total_flops() == counted.get_total_flops() > 0
+        plain = TanhNet().eval()
+        mapped = torch.vmap(sparsify(plain, X, timing=False))(torch.stack([X, X]))
+        expected = torch.vmap(plain)(torch.stack([X, X]))
+        assert torch.equal(mapped, expected)
+
+
+def test_the_last_word_catches_a_recording_that_does_not_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sparsify.engine.why_not_repeated", lambda *_: "3 elements differ")
+    with pytest.raises(TraceError, match="does not repeat the model: 3 elements differ"):
+        sparsify(RecurrentNet().eval(), X)
+    model = RecurrentNet().eval()
+    fast = sparsify(model)
+    with pytest.warns(UserWarning, match="does not repeat the model"):
+        assert torch.equal(run(fast, X), run(model, X))
+
+
+def test_an_example_leaves_no_trace_in_random_numbers() -> None:
+    model = RecurrentNet().eval()
+    before = torch.get_rng_state()
+    sparsify(model, X, timing=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_call_costs_little() -> None:
+    """Guards and dispatch are under 100 us; ten times that is allowed on a busy machine."""
+    model = RecurrentNet().eval()
+    fast = sparsify(model, X, timing=False)
+    engine = engine_of(fast)
+    (entry,) = engine.entries
+    with torch.no_grad():
+        operands = entry.calling.operands((X,), {})
+
+        def best(function: Any) -> float:
+            took = []
+            for _ in range(50):
+                start = time.perf_counter()
+                function()
+                took.append(time.perf_counter() - start)
+            return min(took)
+
+        overhead = best(lambda: fast(X)) - best(lambda: entry.forward(*operands))
+    assert overhead < 1e-3
