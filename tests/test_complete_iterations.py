@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from sparsify.passes.complete_iterations import complete_iterations
+from sparsify.passes.find_loops import find_loops
+from sparsify.passes.roll_loops import roll_loops
+from tests.looped_models import ROLLED_WHOLE, W0, W1, lif, step_order, zeros
+from tests.test_roll_loops import assert_same, changed_at, record, scans
+from tests.unrolled import Tape, Unrolled
+
+Model = Callable[[Tape, Tensor], Any]
+aten = torch.ops.aten
+
+
+def pruned(model: Model, steps: int) -> Unrolled:
+    """The recording without what nothing reads."""
+    recorded = record(model, steps)
+    recorded.graph.graph.eliminate_dead_code()
+    return recorded
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("model", ROLLED_WHOLE, ids=lambda model: model.__name__)
+def test_loops_without_unread_results_roll_as_whole(model: Model, steps: int) -> None:
+    recorded = pruned(model, steps)
+    rolled = roll_loops(recorded.graph)
+
+    assert rolled.declined == []
+    assert all(call.args[0] in (steps, 6) for call, _ in scans(rolled.graph))
+    assert_same(rolled.graph(*recorded.operands), recorded.results)
+
+
+def test_the_last_iteration_gets_the_updates_that_nothing_reads() -> None:
+    recorded = pruned(step_order, 3)
+    [loop] = find_loops(recorded.graph.graph.nodes)
+    lengths = [len(iteration) for iteration in loop.iterations]
+    completed = complete_iterations(loop)
+
+    assert lengths[-1] < lengths[-2]
+    assert completed is not None
+    assert [len(iteration) for iteration in completed.loop.iterations] == [lengths[0]] * 3
+    assert completed.behind == []
+    recorded.graph.recompile()
+    assert_same(recorded.graph(*recorded.operands), recorded.results)
+
+
+def test_the_recorded_graph_stays_as_it_was() -> None:
+    recorded = pruned(step_order, 3)
+    before = recorded.graph.graph.python_code("self").src
+    assert roll_loops(recorded.graph).done
+    assert recorded.graph.graph.python_code("self").src == before
+
+
+def test_a_readout_of_the_last_step_only_is_computed_behind_the_loop() -> None:
+    def classify(tape: Tape, x: Tensor) -> Tensor:
+        v, y = zeros(x), x[0]
+        for t in tape.loop(range(x.size(0))):
+            v, z = lif(v, F.linear(x[t], W0))
+            y = F.linear(z, W1)
+        return y
+
+    recorded = pruned(classify, 5)
+    rolled = roll_loops(recorded.graph)
+    [(call, scan)] = scans(rolled.graph)
+
+    assert call.args[0] == 5
+    assert sum(n.target is aten.mm.default for n in scan.body.graph.nodes) == 1
+    [readout] = [n for n in rolled.graph.graph.nodes if n.target is aten.mm.default]
+    assert readout.meta["loops"] == ()
+    assert_same(rolled.graph(*recorded.operands), recorded.results)
+
+
+def test_what_only_the_last_iteration_computes_follows_the_loop() -> None:
+    recorded = record(changed_at(19), 20)
+    rolled = roll_loops(recorded.graph)
+    [(call, _)] = scans(rolled.graph)
+    assert call.args[0] == 20
+    assert_same(rolled.graph(*recorded.operands), recorded.results)
+
+
+def completed_of(graph: fx.GraphModule) -> object:
+    [loop] = find_loops(graph.graph.nodes)
+    return complete_iterations(loop)
+
+
+def test_other_differences_are_not_completed() -> None:
+    assert completed_of(record(changed_at(12), 20).graph) is None
+    assert completed_of(record(step_order, 4).graph) is None  # nothing is missing
+
+
+def test_dropped_random_numbers_are_not_drawn_anew() -> None:
+    def noisy(tape: Tape, x: Tensor) -> Tensor:
+        v = zeros(x)
+        for t in tape.loop(range(x.size(0))):
+            v = v * 0.5 + x[t]
+            if t + 1 < x.size(0):
+                v = v + torch.rand(v.shape)
+        return v
+
+    assert completed_of(record(noisy, 4).graph) is None
