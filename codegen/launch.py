@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -162,10 +162,8 @@ class CppLaunchable:
         infinite = []
         for name, shape, dtype, packed_weight in self._weights:
             weight = tensors.get(name)
-            if weight is None or weight.dtype is not dtype or weight.shape != shape:
-                raise _misfit(weight, name, f"[{shape[0]}, {shape[1]}] of {dtype}")
-            if not weight.is_cpu or weight.layout is not torch.strided:
-                raise _misfit(weight, name, f"[{shape[0]}, {shape[1]}] of {dtype}")
+            if not _fits(weight, dtype, shape):
+                raise _misfit(weight, name, f"{list(shape)} of {dtype}", dtype)
             packed = packed_weight.get(weight, frozen=frozen)
             pointers.append(packed.tiles.data_ptr())
             alive.append(packed.tiles)
@@ -215,10 +213,8 @@ def _add_operand(
     alive: list[torch.Tensor],
 ) -> None:
     tensor = tensors.get(slot.name)
-    if tensor is None or tensor.dtype is not slot.dtype or tensor.shape != shape:
-        raise _misfit(tensor, slot.name, slot.describe(), shape)
-    if not tensor.is_cpu or tensor.layout is not torch.strided:
-        raise _misfit(tensor, slot.name, slot.describe(), shape)
+    if not _fits(tensor, slot.dtype, shape):
+        raise _misfit(tensor, slot.name, slot.describe(), slot.dtype, shape)
     if tensor.is_neg():  # the imaginary part of a conjugate is negated lazily
         tensor = tensor.resolve_neg()
         alive.append(tensor)
@@ -251,9 +247,8 @@ def _add_output(
 
 
 def _check_output(tensor: torch.Tensor, slot: Slot, shape: tuple[int, ...]) -> None:
-    fits = tensor.dtype is slot.dtype and tensor.shape == shape
-    if not fits or not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
-        raise _misfit(tensor, slot.name, slot.describe(), shape)
+    if not _fits(tensor, slot.dtype, shape) or tensor.is_neg():
+        raise _misfit(tensor, slot.name, slot.describe(), slot.dtype, shape)
     *outer, inner = tensor.stride()
     if inner != 1 and slot.size > 1:
         raise ValueError(f"output {slot.name!r}: its last axis must be contiguous")
@@ -261,8 +256,22 @@ def _check_output(tensor: torch.Tensor, slot: Slot, shape: tuple[int, ...]) -> N
         raise ValueError(f"output {slot.name!r} overlaps itself: it was expanded")
 
 
+def _fits(tensor: object, dtype: torch.dtype, shape: tuple[int, ...]) -> TypeGuard[torch.Tensor]:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+    )
+
+
 def _misfit(
-    tensor: object, name: str, wanted: str, shape: tuple[int, ...] | None = None
+    tensor: object,
+    name: str,
+    wanted: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] | None = None,
 ) -> ValueError | TypeError:
     """What is wrong with a tensor that was given to a kernel."""
     if tensor is None:
@@ -272,7 +281,7 @@ def _misfit(
     given = f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
     here = f" = {list(shape)}" if shape is not None else ""
     message = f"tensor {name!r} is {given}, {tensor.layout}: expected {wanted}{here} on the CPU"
-    return ValueError(message) if tensor.dtype.is_floating_point else TypeError(message)
+    return ValueError(message) if tensor.dtype is dtype else TypeError(message)
 
 
 def _declare(function: Any) -> Any:

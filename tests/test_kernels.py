@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule, two_layers
 from tests.random_kernels import Drawn, draw_data, kernels
 
 BACKEND = CppBackend()
 
-pytestmark = pytest.mark.skipif(
-    BACKEND.why_unavailable() is not None, reason=str(BACKEND.why_unavailable())
-)
+pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
