@@ -6,10 +6,11 @@
 #pragma once
 
 #include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <new>
-#include <thread>
 
 #include "runtime.h"
 #include "workers.h"
@@ -24,7 +25,7 @@ inline int usable_cores() {
   cpu_set_t cores;
   if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
 #endif
-  return static_cast<int>(std::thread::hardware_concurrency());
+  return static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
 }
 
 // Functions of the OpenMP library that torch uses; null if they are not to be used.
@@ -40,7 +41,8 @@ class ThreadPool {
   void use(const OpenMP& openmp) { openmp_ = openmp; }
   bool uses_openmp() const { return openmp_.parallel != nullptr; }
 
-  void parallel(Body body, void* context, int threads) {
+  // Never inlined: the body would be compiled twice, once for a team of one.
+  __attribute__((noinline)) void parallel(Body body, void* context, int threads) {
     if (threads <= 1 || inside_team || busy_.exchange(true, std::memory_order_acquire)) {
       Barrier nobody_waits{};
       body(context, Team{0, 1, &nobody_waits});

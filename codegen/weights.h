@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "thread_pool.h"
 
@@ -61,7 +60,7 @@ inline void absorb(Lanes (&state)[kVectors], const unsigned char* stripe) {
 }
 
 inline uint64_t hash_block(const unsigned char* data, int64_t bytes) {
-  Lanes state[kVectors];
+  Lanes state[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) {
     for (int lane = 0; lane < 4; ++lane) {
       state[v][lane] = 0x9FB21C651E98DF25u * (4 * v + lane + 1);
@@ -95,21 +94,23 @@ inline void copy_rows(const unsigned char* rows, int64_t row_bytes, int64_t stri
 inline uint64_t hash_rows(const unsigned char* rows, int64_t count, int64_t row_bytes,
                           int64_t stride, int threads) {
   const int64_t total = count * row_bytes, blocks = (total + kBlock - 1) / kBlock;
-  std::vector<uint64_t> hashes(blocks);
+  uint64_t* const hashes = new uint64_t[blocks];
   divide(blocks, worthwhile(total, threads), [&](int64_t first, int64_t last) {
-    std::vector<unsigned char> buffer(stride == row_bytes ? 0 : total < kBlock ? total : kBlock);
+    unsigned char* const buffer = stride == row_bytes ? nullptr : new unsigned char[kBlock];
     for (int64_t block = first; block < last; ++block) {
       const int64_t from = block * kBlock, bytes = total - from < kBlock ? total - from : kBlock;
       const unsigned char* data = rows + from;
       if (stride != row_bytes) {
-        copy_rows(rows, row_bytes, stride, from, bytes, buffer.data());
-        data = buffer.data();
+        copy_rows(rows, row_bytes, stride, from, bytes, buffer);
+        data = buffer;
       }
       hashes[block] = hash_block(data, bytes);
     }
+    delete[] buffer;
   });
   uint64_t hash = total;
-  for (uint64_t block : hashes) hash = fold(hash, block);
+  for (int64_t block = 0; block < blocks; ++block) hash = fold(hash, hashes[block]);
+  delete[] hashes;
   return hash;
 }
 

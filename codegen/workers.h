@@ -1,14 +1,15 @@
 // Threads of our own, for processes that cannot use torch's; see thread_pool.h.
+//
+// Written with pthreads: the C++ headers for threads take longer to compile than all of this.
 #pragma once
+
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
 
 #include <atomic>
 #include <cfenv>
-#include <chrono>
-#include <condition_variable>
-#include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include <cstdint>
 
 #include "runtime.h"
 
@@ -17,8 +18,15 @@ namespace {  // internal: two versions of this library in a process must not sha
 
 // About the time that Python needs between two kernels of one model: a worker that is still
 // spinning starts in under a microsecond, one that sleeps needs tens.
-constexpr std::chrono::microseconds kSpinBeforeSleep{100};
+constexpr int64_t kSpinBeforeSleepNs = 100'000;
 constexpr int kPausesPerClockRead = 32;
+constexpr int kMostWorkers = 1023;
+
+inline int64_t now_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * INT64_C(1'000'000'000) + now.tv_nsec;
+}
 
 struct Job {
   Body body;
@@ -43,54 +51,71 @@ inline void run_member(const Job& job, int thread, int threads) {
 
 class Worker {
  public:
+  explicit Worker(int thread) : thread_(thread) {}
+
+  // Whether its thread could be started.
+  bool launch() {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return false;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    auto body = [](void* worker) -> void* { static_cast<Worker*>(worker)->run(); };
+    pthread_t id;
+    const int failure = pthread_create(&id, &attributes, body, this);
+    pthread_attr_destroy(&attributes);
+    return failure == 0;
+  }
+
   // The job must stay valid until this worker has counted itself off `unfinished`.
   void start(const Job* job, std::atomic<int>* unfinished) {
     job_ = job;
     unfinished_ = unfinished;
     started_.fetch_add(1);  // sequentially consistent, like the three below: see sleep()
     if (!asleep_.load()) return;
-    { std::lock_guard<std::mutex> lock(mutex_); }
-    wake_.notify_one();
+    pthread_mutex_lock(&mutex_);
+    pthread_mutex_unlock(&mutex_);
+    pthread_cond_signal(&wake_);
   }
 
-  [[noreturn]] void run(int thread) {
+ private:
+  [[noreturn]] void run() {
     for (unsigned done = 0;; ++done) {
       await_start(done);
       spin_ = job_->barrier->spins > 0;
-      run_member(*job_, thread, job_->threads);
+      run_member(*job_, thread_, job_->threads);
       unfinished_->fetch_sub(1, std::memory_order_release);
     }
   }
 
- private:
   void await_start(unsigned done) {
     if (!spin_) return sleep(done);
-    const auto deadline = std::chrono::steady_clock::now() + kSpinBeforeSleep;
+    const int64_t deadline = now_ns() + kSpinBeforeSleepNs;
     do {
       for (int i = 0; i < kPausesPerClockRead; ++i) {
         if (started_.load(std::memory_order_acquire) != done) return;
         pause_thread();
       }
-    } while (std::chrono::steady_clock::now() < deadline);
+    } while (now_ns() < deadline);
     sleep(done);
   }
 
-  // Either start() sees `asleep_`, and its notification cannot come before the wait because it
-  // takes the mutex first, or this thread sees the new value of `started_`.
+  // Either start() sees `asleep_`, and its signal cannot come before the wait because it takes the
+  // mutex first, or this thread sees the new value of `started_`.
   void sleep(unsigned done) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    pthread_mutex_lock(&mutex_);
     asleep_.store(true);
-    while (started_.load() == done) wake_.wait(lock);
+    while (started_.load() == done) pthread_cond_wait(&wake_, &mutex_);
     asleep_.store(false);
+    pthread_mutex_unlock(&mutex_);
   }
 
   alignas(64) std::atomic<unsigned> started_{0};
   const Job* job_ = nullptr;
   std::atomic<int>* unfinished_ = nullptr;
   alignas(64) std::atomic<bool> asleep_{false};
+  const int thread_;
   bool spin_ = false;
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER;
 };
 
 class Workers {
@@ -113,21 +138,19 @@ class Workers {
  private:
   // How many of `wanted` workers there are after trying to start the missing ones.
   int grow(int wanted) {
-    while (static_cast<int>(workers_.size()) < wanted) {
-      Worker* worker = new Worker;
-      const int thread = static_cast<int>(workers_.size()) + 1;
-      try {
-        std::thread([worker, thread] { worker->run(thread); }).detach();
-      } catch (const std::system_error&) {  // a limit on threads: run with those there are
+    while (count_ < wanted && count_ < kMostWorkers) {
+      Worker* worker = new Worker(count_ + 1);
+      if (!worker->launch()) {  // a limit on threads: run with those there are
         delete worker;
-        return static_cast<int>(workers_.size());
+        break;
       }
-      workers_.push_back(worker);
+      workers_[count_++] = worker;
     }
-    return wanted;
+    return wanted < count_ ? wanted : count_;
   }
 
-  std::vector<Worker*> workers_;  // never freed: their threads live as long as the process
+  Worker* workers_[kMostWorkers];  // never freed: their threads live as long as the process
+  int count_ = 0;
   alignas(64) std::atomic<int> unfinished_{0};
 };
 
