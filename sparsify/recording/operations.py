@@ -73,7 +73,7 @@ def operation_of(op: Op) -> Operation:
     has_tensor_result = any("Tensor" in str(r.type) for r in op._schema.returns)
     return Operation(
         written=written,
-        is_view=op.is_view and not written,
+        is_view=(op.is_view and not written) or op is aten._unsafe_view.default,
         is_inplace_view=torch.Tag.inplace_view in tags,
         is_composite=_is_composite(op),
         is_random=torch.Tag.nondeterministic_seeded in tags,

@@ -21,7 +21,7 @@ from sparsify.recording.guard import Seen, watch
 from sparsify.recording.positions import Positions
 from sparsify.recording.recorder import CannotRecord, Recorder
 from sparsify.recording.recording import Args, Guard, Kwargs, Recording, Unrecorded
-from sparsify.recording.rules import make_rules
+from sparsify.recording.rules import rule_of
 from sparsify.recording.saved import SavedTensors, random_states_kept
 from sparsify.recording.sharing import SharingGuard, find_assumptions
 from sparsify.recording.sources import KnownTensors, marked_before
@@ -62,7 +62,7 @@ class _Run:
         self.known = KnownTensors(model, args, kwargs)
         self.saved = SavedTensors(self.known, active=restore)
         self.positions = Positions(model)
-        self.recorder = Recorder(self.positions, self.known, make_rules(), self.saved.before_write)
+        self.recorder = Recorder(self.positions, self.known, rule_of, self.saved.before_write)
 
     def record(self) -> Recording | Unrecorded:
         try:

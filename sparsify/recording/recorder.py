@@ -60,7 +60,7 @@ class Call:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The mode. ``rules`` are the operations that are not recorded as they are."""
+    """The mode. ``rule_of`` says how to record an operation, None: as it is."""
 
     supports_higher_order_operators = True
 
@@ -73,7 +73,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self,
         positions: Positions,
         sources: Sources,
-        rules: dict[Op, Callable[[Recorder, Call], None]],
+        rule_of: Callable[[Op], Callable[[Recorder, Call], None] | None],
         before_write: Callable[[Tensor], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values = Values()
         self.positions = positions
         self.sources = sources
-        self.rules = rules
+        self.rule_of = rule_of
         self.before_write = before_write
         self.error: TraceError | None = None
         self.placeholders: dict[fx.Node, Tensor] = {}
@@ -125,7 +125,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.positions.resume()
 
     def fail(self, reason: str) -> None:
-        """Note why the run cannot be recorded, with the line of the user; the first reason stays."""
+        """Note why the run cannot be recorded, with the line; the first reason stays."""
         if self.error is None:
             self.error = TraceError(reason, self.positions.here().location)
 
@@ -134,13 +134,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._here = Here(None, "", (), "")
 
     def _record(self, call: Call) -> None:
-        rule = self.rules.get(call.op)
+        rule = self.rule_of(call.op)
         if rule is not None:
             rule(self, call)
         elif call.facts.gives_number or call.facts.shape_depends_on_values:
             self.reveal(call)
-        elif call.facts.written:
-            raise CannotRecord(f"{call.op} writes to its arguments in a way that is not known")
         else:
             self.record_call(call)
 
@@ -340,7 +338,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.record_call(call)
 
     def may_reveal(self, origin: Origin | None) -> bool:
-        """Whether Python may know such a value; states that it came from become part of the guard."""
+        """Whether Python may know such a value; the states behind it become part of the guard."""
         if origin is None:
             return False
         self.pinned |= origin

@@ -361,7 +361,7 @@ def _emit_functional(
 ) -> list[fx.Node]:
     args, kwargs = lowered
     returns = op._schema.returns
-    if len(returns) == 1 and "[]" not in str(returns[0].type):
+    if len(returns) == 1 and str(returns[0].type) == "Tensor":
         return [recorder.emit(op, args, kwargs, infos[0])]
     node = recorder.emit(op, args, kwargs, tuple(infos))
     return [_part(recorder, node, k, info) for k, info in enumerate(infos)]
@@ -389,8 +389,18 @@ def _info(recorder: Recorder, tensor: Tensor) -> TensorInfo:
     return recorder.values.info(tensor)
 
 
-def make_rules() -> dict[Op, Rule]:
-    """The rule of every operation that has one; all others are recorded as they are."""
+def rule_of(op: Op) -> Rule | None:
+    """How ``op`` is recorded; None if as it is."""
+    rule = _RULES.get(op)
+    if rule is not None:
+        return rule
+    facts = operation_of(op)
+    if facts.is_inplace_view:
+        return in_place_view
+    return in_place if facts.written else None
+
+
+def _make_rules() -> dict[Op, Rule]:
     rules: dict[Op, Rule] = dict.fromkeys(FILLS, fill)
     rules.update(dict.fromkeys(EMPTIES, empty))
     rules.update(dict.fromkeys(SAME, same))
@@ -413,3 +423,6 @@ def make_rules() -> dict[Op, Rule]:
         }
     )
     return rules
+
+
+_RULES = _make_rules()
