@@ -76,7 +76,7 @@ def literal(value: float | int | bool, dtype: ir.DType) -> str:
         return f'__builtin_nan{builtin}("")'
     if math.isinf(rounded):
         return f"{'-' if rounded < 0 else ''}__builtin_inf{builtin}()"
-    return f"{rounded}{suffix}"
+    return f"{rounded!s}{suffix}"  # the shortest text that rounds to it
 
 
 def expression(let: ir.Let, symbols: Symbols, dtypes: dict[str, ir.DType]) -> str:
