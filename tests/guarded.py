@@ -32,7 +32,8 @@ def watched(model: nn.Module, *args: Any, **kwargs: Any) -> Seen:
 def guarded(model: nn.Module, *args: Any, **kwargs: Any) -> CompiledGuard:
     """The guard of one run; it must match the very call that it was made from."""
     seen = watched(model, *args, **kwargs)
-    assert [str(effect) for effect in seen.side_effects(())] == []
+    effects = [str(effect) for effect in seen.side_effects(())]
+    assert effects == [], effects
     guard = seen.guard()
     assert explained(guard, *args, **kwargs) == ""
     assert matched(guard, *args, **kwargs)

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -235,6 +236,32 @@ class Hierarchy(nn.Module):
                 v = v - spike(v - self.theta)
             _, v = self.inner(x_t, v * power)
         return v
+
+
+LAZY = """
+FACTOR = 2.0
+for name in list(globals()):
+    getattr(__builtins__, name, None)  # would make every name count
+"""
+
+
+def test_a_module_that_forward_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lazily_imported.py").write_text(LAZY)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Importing(nn.Module):
+        unread = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            import lazily_imported  # type: ignore[import-not-found]
+
+            return x * lazily_imported.FACTOR  # type: ignore[no-any-return]
+
+    model = Importing()
+    guard = guarded(model, X)
+    Importing.unread = 2
+    monkeypatch.setattr("lazily_imported.FACTOR", 3.0)
+    assert "lazily_imported.FACTOR was 2.0 and is now 3.0" in explained(guard, X)
 
 
 def other(value: Any) -> Any:

@@ -7,6 +7,7 @@ that runs in other threads.
 from __future__ import annotations
 
 import gc
+import importlib._bootstrap as _bootstrap
 import inspect
 import io
 import logging
@@ -43,6 +44,7 @@ OUTSIDE: frozenset[Any] = frozenset(
         *(time.monotonic, time.monotonic_ns, time.process_time, time.sleep),
     )
 )
+IMPORTED: CodeType = vars(_bootstrap)["_find_and_load"].__code__  # of modules not yet loaded
 LOGGED = logging.Logger.handle.__code__  # runs only for records that are let through
 
 
@@ -90,6 +92,7 @@ class Seen:
         self._changes: list[Change] = []
         self._drawn: list[str] = []
         self._failure = ""
+        self._import: FrameType | None = None
         self._reached_out: dict[str, tuple[str, int]] = {}
 
     def guard(self) -> CompiledGuard:
@@ -122,11 +125,18 @@ class Seen:
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
+        if self._import is not None:  # what a module does when it is imported happens once
+            if event == "return" and frame is self._import:
+                self._import = None
+            return
         if event == "c_call":
             if _is_outside(arg) and origin(code.co_filename) == "user":
                 self._reached_out.setdefault(arg.__name__, (code.co_filename, frame.f_lineno))
             return
         if event != "call" or id(code) in self._walk.codes:
+            return
+        if code is IMPORTED:
+            self._import = frame
             return
         if code is LOGGED:
             self._reached_out.setdefault("logging.Logger.handle", _users_line(frame))
@@ -140,6 +150,7 @@ class Seen:
             self._failure = f"{type(error).__name__}: {error}"
 
     def _finish(self) -> None:
+        self._walk.resolve_imports()
         for function in _functions_of(self._walk):
             self._walk.root(function, function.__qualname__)
         self._changes = find_changes(self._walk)

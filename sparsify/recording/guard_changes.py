@@ -15,6 +15,7 @@ from sparsify.recording.guard_nodes import (
     HOOKS,
     TABLES,
     TORCH_FIELDS,
+    WALKED,
     How,
     Node,
     class_attributes,
@@ -108,8 +109,12 @@ def _is_same(node: Node, now: Any) -> bool:
         return now is then
     if now is not then and type(now) is not type(then):
         return False
+    if node.kind in WALKED and node.contents is None:
+        return True  # it was not walked, which is told elsewhere
+    if node.kind == "module":
+        return now is then and _hooks(now) == [node.contents[table] for table in HOOKS]
     if node.kind in ("sequence", "dict"):
-        return len(now) == len(node.contents or ()) and (
+        return len(now) == len(node.contents) and (
             node.kind == "sequence" or [*now] == [*node.contents]
         )
     if node.kind == "atoms":
@@ -120,8 +125,6 @@ def _is_same(node: Node, now: Any) -> bool:
         return not sets_differ(now, node.contents)
     if node.kind == "array":
         return node.contents is None or not arrays_differ(now, node.contents)
-    if node.kind == "module":
-        return now is then and _hooks(now) == [node.contents[table] for table in HOOKS]
     if node.kind == "random":
         return bool(contents_of(node, now) == node.contents)
     return True

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.recording import environment
-from sparsify.recording.guard_nodes import HOOKS, TABLES, Node, instance_dict
+from sparsify.recording.guard_nodes import HOOKS, TABLES, WALKED, Node, instance_dict
 from sparsify.recording.guard_values import (
     GONE,
     arrays_differ,
@@ -145,6 +145,10 @@ class CheckWriter:
             return []
         if node.kind == "atom" or (node.kind == "sequence" and node.value == ()):
             self._compare(text, node.value, self._told)
+            return []
+        if node.kind in WALKED and node.contents is None:
+            said = f"{node.path} could not be looked at"
+            self._require("True", "None", Told(node.path, text=_saying(said)))
             return []
         if id(node) in self._shared and node.kind not in BOUND:
             text = self._variable(node, text)

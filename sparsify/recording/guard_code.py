@@ -56,10 +56,15 @@ class CodeNames:
 
 
 @lru_cache(maxsize=4096)
-def origin(file: str) -> Origin:
-    """Whose code a file is; only user code (third-party packages included) reads globals."""
-    if file.startswith("<frozen"):
-        return "library"
+def origin(file: str, module_name: str = "") -> Origin:
+    """Whose code a file is; only user code (third-party packages included) reads globals.
+
+    Generated code has no file and belongs to the module in whose namespace it runs.
+    """
+    if file.startswith("<"):
+        made_in = getattr(sys.modules.get(module_name), "__file__", None)
+        foreign = file.startswith("<frozen") or (made_in is not None and origin(made_in) != "user")
+        return "library" if foreign else "user"
     path = os.path.realpath(file) if os.path.isabs(file) else file
     if _is_in(path, TORCH):
         return "torch"

@@ -54,6 +54,7 @@ How = Literal[
     "field",
     "call",
 ]
+WALKED = ("sequence", "dict", "atoms", "table", "set", "module")  # whose contents are kept
 TABLES = ("_parameters", "_buffers", "_modules")
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",

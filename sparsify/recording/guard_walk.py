@@ -55,6 +55,7 @@ class Walk:
         self.nodes: dict[int, Node] = {}
         self.owners: list[Node] = []  # those whose attributes are looked up by name
         self.names: set[str] = set()
+        self.imports: set[str] = set()  # of modules that are not loaded yet
         self.anything = False
         self.codes: dict[int, CodeType] = {}
         self.functions: dict[int, list[Node]] = {}  # by id of their code
@@ -80,7 +81,7 @@ class Walk:
         if id(code) in self.codes:
             return
         self.codes[id(code)] = code
-        kind = origin(code.co_filename)
+        kind = origin(code.co_filename, str(namespace.get("__name__")))
         if kind == "user":
             self._read_names(code, namespace)
         elif kind == "torch":
@@ -121,10 +122,16 @@ class Walk:
         for name in sorted(names.globals):
             if name in namespace:
                 self._child(node, "key", name, namespace[name], f"global {name} in {file}")
-        for name in sorted(names.imports):
-            module = sys.modules.get(name)
-            if module is not None and is_users(name):
-                self.roots.append(self._visit(None, "root", name, module, name))
+        self.imports |= names.imports
+        self.resolve_imports()
+
+    def resolve_imports(self) -> None:
+        """Start from the modules that code imported while it ran, as far as they are loaded."""
+        for name in sorted(self.imports & sys.modules.keys()):
+            self.imports.discard(name)
+            if is_users(name):
+                self.roots.append(self._visit(None, "root", name, sys.modules[name], name))
+        self._work()
 
     def _work(self) -> None:
         while self._queue:
