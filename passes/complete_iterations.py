@@ -112,7 +112,9 @@ class _Alignment:
             return False
         codes = encode(node, self.step, self.where)
         wanted = self.codes[position]
-        return len(codes) == len(wanted) and all(map(_may_correspond, codes, wanted))
+        earlier = self.earlier[position] if self.earlier else ()
+        known = earlier if len(earlier) == len(wanted) else (None,) * len(wanted)
+        return len(codes) == len(wanted) and all(map(_may_correspond, codes, wanted, known))
 
     def complete(self) -> list[fx.Node]:
         """The iteration with a copy of the pattern's node for each that is missing."""
@@ -153,8 +155,17 @@ class _Alignment:
         return 2 * code.value - earlier.value if is_counted else code.value
 
 
-def _may_correspond(code: Code, wanted: Code) -> bool:
-    """Values of the same iteration must be the same; others are compared after completion."""
-    if isinstance(wanted, Ref) and wanted.distance == 0:
-        return bool(code == wanted)
-    return type(code) is type(wanted) or isinstance(wanted, (Ref, fx.Node))
+def _may_correspond(code: Code, wanted: Code, earlier: Code) -> bool:
+    """What did not change before may not change now; what did is compared after completion.
+
+    ``earlier`` is None where the iteration before is no measure, as the first one may be.
+    """
+    if code == wanted:
+        return True
+    is_carried = isinstance(code, Ref) and code.distance > 0
+    if isinstance(wanted, Ref):
+        return wanted.distance > 0 and is_carried and wanted != earlier
+    if isinstance(wanted, fx.Node):  # the initial value of a carry, or another one each time
+        return is_carried or (isinstance(code, fx.Node) and wanted != earlier)
+    numbers = isinstance(wanted, Number) and isinstance(code, Number) and code.kind is wanted.kind
+    return numbers and wanted != earlier

@@ -100,7 +100,10 @@ class _Roller:
             found, skipped = self._plan_completed(loop, found, skipped)
         if isinstance(found, ScanPlan):
             self._accept(found, skipped)
-            return 1 + sum(self.roll(nodes, loop.depth + 1) for nodes in skipped)
+            known = len(self.declined)
+            rolled = 1 + sum(self.roll(nodes, loop.depth + 1) for nodes in skipped)
+            del self.declined[known:]  # single iterations of a loop that was rolled
+            return rolled
         rolled = 0
         if inner:
             rolled = sum(self.roll(nodes, loop.depth + 1) for nodes in loop.iterations)
