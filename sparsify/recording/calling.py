@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsify.recording.reachable import Place, rebind, walk
+from sparsify.recording.reachable import Place, Route, walk
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.recording.sources import Fetch, Origin, fetcher, name_of
 
@@ -73,6 +73,7 @@ class ModelCalling:
 
     def _resolve_fetchers(self) -> None:
         self._fetchers: list[Fetch] = [fetcher(origin) for origin in self._origins]
+        self._routes = [(Route(place), structure) for place, structure in self._bound]
         places = [o for o in self._origins if isinstance(o, Place)]
         places += [place for place, _ in self._bound]
         self._modules = _modules_on_the_way(self._model, places)
@@ -97,9 +98,11 @@ class ModelCalling:
         for written in self._written:
             with torch.no_grad():
                 given[written.operand].copy_(values[written.output])
-        for place, structure in self._bound:
-            rebind(place.owner, place.key, _build(structure, values, given))
-        return _build(self._result, values, given)
+        bound = [(route, _build(parts, values, given)) for route, parts in self._routes]
+        result = _build(self._result, values, given)
+        for route, value in bound:
+            route.set(value)
+        return result
 
     def _find_places_again(self) -> None:
         """A submodule was replaced: look its tensors up by their paths."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ ATOMS = (
     *(torch.layout, torch.memory_format, torch.Generator, type(Ellipsis), type(NotImplemented)),
 )
 _SEQUENCES = (list, tuple, deque)
+_CONTAINERS = (dict, *_SEQUENCES)
+_STAY = (nn.Module, types.FunctionType, types.MethodType, type, functools.partial)
 _NOT_STATE = ("__dict__", "__weakref__", "__doc__", "__annotations__", "__module__")
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
 
@@ -35,7 +38,7 @@ class Place:
 
     ``owner`` is a dict (``vars`` of an object among them), a sequence, a closure cell (key
     ``"cell_contents"``), or an object or class whose attribute ``key`` it is. ``table`` is
-    ``"_parameters"`` or ``"_buffers"`` for those of modules.
+    ``"_parameters"`` or ``"_buffers"`` for those of modules. ``parent`` is the place of the object that it is in.
     """
 
     path: str
@@ -43,6 +46,7 @@ class Place:
     key: Any
     value: Any
     table: str = ""
+    parent: Place | None = field(default=None, repr=False, compare=False)
 
 
 def walk(roots: Iterable[tuple[str, object]]) -> Iterator[Place]:
@@ -52,16 +56,17 @@ def walk(roots: Iterable[tuple[str, object]]) -> Iterator[Place]:
     """
     seen: set[int] = set()
     kept: list[object] = []  # ids stay unique while the objects live
-    waiting = deque(roots)
+    waiting: deque[tuple[str, object, Place | None]] = deque((p, h, None) for p, h in roots)
     while waiting:
-        path, holder = waiting.popleft()
+        path, holder, parent = waiting.popleft()
         if id(holder) in seen or isinstance(holder, ATOMS):
             continue
         seen.add(id(holder))
         kept.append(holder)
-        for place in _places(path, holder):
+        for found in _places(path, holder):
+            place = found if parent is None else replace(found, parent=parent)
             yield place
-            waiting.append((place.path, place.value))
+            waiting.append((place.path, place.value, place))
 
 
 def read(owner: Any, key: Any) -> Any:
@@ -79,6 +84,44 @@ def rebind(owner: Any, key: Any, value: object) -> None:
         owner[key] = value
     else:
         setattr(owner, key, value)
+
+
+class Route:
+    """The way to a place that is gone anew each time: objects and containers may be replaced.
+
+    It starts at a module's, function's or class's own place; those stay the same objects.
+    """
+
+    def __init__(self, place: Place) -> None:
+        steps: list[tuple[bool, Any]] = []
+        while place.parent is not None and not isinstance(place.parent.value, _STAY):
+            is_item = place.owner is place.parent.value
+            steps.append((is_item and isinstance(place.owner, _CONTAINERS), place.key))
+            place = place.parent
+        self._owner, self._key = place.owner, place.key
+        self._steps = tuple(reversed(steps))
+        if isinstance(place.owner, _CONTAINERS) and not self._steps:
+            self.get = functools.partial(operator.getitem, self._owner, self._key)
+        else:
+            self.get = self._follow
+
+    def _follow(self, end: int | None = None) -> Any:
+        value = read(self._owner, self._key)
+        for is_item, key in self._steps[:end]:
+            value = value[key] if is_item else getattr(value, key)
+        return value
+
+    def set(self, value: object) -> None:
+        """Put another value there; not into a tuple."""
+        if not self._steps:
+            rebind(self._owner, self._key, value)
+            return
+        is_item, key = self._steps[-1]
+        holder = self._follow(-1)
+        if is_item:
+            holder[key] = value
+        else:
+            setattr(holder, key, value)
 
 
 def is_foreign(name: str | None) -> bool:

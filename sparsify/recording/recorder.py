@@ -164,6 +164,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def add_results(self, call: Call, op: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Emit ``op`` and bind what it returned."""
         if isinstance(result, Tensor):
+            _check_plain(result)
             node = self.emit(op, args, kwargs, self.values.info(result))
             self._measure(node, call)
             self._bind(call, result, node, (call.op, call.args[1:], call.kwargs))
@@ -173,6 +174,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise CannotRecord(f"{call.op} returns {type(result).__name__}")
             return
         tensors = [part for part in result if isinstance(part, Tensor)]
+        for tensor in tensors:
+            _check_plain(tensor)
         infos = tuple(self.values.info(p) if isinstance(p, Tensor) else None for p in result)
         node = self.emit(op, args, kwargs, infos)
         for index, part in enumerate(result):
@@ -183,8 +186,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(call, part, getitem, (*view, {}) if view else None)
 
     def _bind(self, call: Call, result: Tensor, node: fx.Node, view: Any) -> None:
-        if type(result) not in PLAIN_TYPES:
-            raise CannotRecord(f"{call.op} returns a {type(result).__name__}")
         if call.facts.is_view:
             if view is None:
                 raise CannotRecord(f"{call.op} returns views whose parts are not known")
@@ -288,10 +289,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _meet(self, tensor: Tensor) -> Value:
         """A tensor that no recorded operation made becomes a placeholder."""
-        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
-            raise CannotRecord(f"a {tensor.layout} {type(tensor).__name__} is used")
-        if tensor.is_quantized:
-            raise CannotRecord("a quantized tensor is used")
+        _check_plain(tensor)
         source = self.sources.find(tensor)
         if source is None:
             raise CannotRecord(
@@ -317,15 +315,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _placeholder_node(self, source: Source) -> fx.Node:
         name = "".join(c if c.isalnum() else "_" for c in source.name).strip("_")
+        if not name or not name[0].isalpha():
+            name = f"{source.kind}_{name}"
         first = next(iter(self.graph.nodes), None)
         if self._last_placeholder is not None:
             with self.graph.inserting_after(self._last_placeholder):
-                node = self.graph.placeholder(name or source.kind)
+                node = self.graph.placeholder(name)
         elif first is not None:
             with self.graph.inserting_before(first):
-                node = self.graph.placeholder(name or source.kind)
+                node = self.graph.placeholder(name)
         else:
-            node = self.graph.placeholder(name or source.kind)
+            node = self.graph.placeholder(name)
         self._last_placeholder = node
         return node
 
@@ -350,6 +350,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             other = self.value_of(tensor).origin
             origin = None if origin is None or other is None else origin | other
         return origin
+
+
+def _check_plain(tensor: Tensor) -> None:
+    """Raise for tensors whose memory is not that of their elements."""
+    kind = type(tensor)
+    if kind not in PLAIN_TYPES:
+        raise CannotRecord(f"a tensor of the class {kind.__name__} is used")
+    if tensor.layout is not torch.strided:
+        raise CannotRecord(f"a tensor with the layout {tensor.layout} is used")
+    if tensor.is_quantized:
+        raise CannotRecord("a quantized tensor is used")
 
 
 def _autocast() -> torch.dtype | None:

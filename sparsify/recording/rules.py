@@ -301,7 +301,10 @@ def in_place(recorder: Recorder, call: Call) -> None:
         recorder.value_of(target)
         recorder.announce_write(target)
     received = set(receivers(call.op))
+    defaults = {a.name: a.default_value for a in call.op._schema.arguments}
+    missing = {a.name for a in op._schema.arguments if not a.has_default_value()} - given.keys()
     pure = {name: value for name, value in given.items() if name not in received}
+    pure.update({name: defaults[name] for name in missing})
     args, kwargs = _arranged(op, pure)
     types = find_result_types(op, args, kwargs)
     lowered = [recorder.lower(a) for a in args], {k: recorder.lower(a) for k, a in kwargs.items()}

@@ -1,4 +1,4 @@
-"""What a recording assumes of tensors: which are one and the same, which contents Python has read."""
+"""What a recording assumes of tensors: which share no memory, and the contents that Python read."""
 
 from __future__ import annotations
 
@@ -10,21 +10,7 @@ from torch import Tensor, fx
 
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Guard, Kwargs
-from sparsify.recording.sources import Fetch, KnownTensors, fetcher, name_of
-
-
-@dataclass(frozen=True)
-class Tie:
-    """Two places that held the same tensor."""
-
-    names: tuple[str, str]
-    fetch: tuple[Fetch, Fetch]
-
-    def why_not(self, args: Args, kwargs: Kwargs) -> str:
-        first, second = (fetch(args, kwargs) for fetch in self.fetch)
-        if first is second:
-            return ""
-        return f"{self.names[0]} and {self.names[1]} were one tensor and are two"
+from sparsify.recording.sources import Fetch, KnownTensors, fetcher
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class Apart:
         return ""
 
 
-Assumption = Tie | Pin | Apart
+Assumption = Pin | Apart
 
 
 class SharingGuard:
@@ -99,8 +85,6 @@ def find_assumptions(
     found: list[Assumption] = []
     for node, tensor in tensors.items():
         name = node.meta["source"].name
-        for other in known.elsewhere.get(id(tensor), ()):
-            found.append(Tie((name, name_of(other)), (fetch[node], fetcher(other))))
         if node in recorder.pinned:
             found.append(Pin(name, fetch[node], tensor.detach().clone()))
     names = tuple(node.meta["source"].name for node in operands)

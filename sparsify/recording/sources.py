@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.graph_meta import Source, SourceKind
 from sparsify.recording.inputs import Input, fetch, find_inputs
-from sparsify.recording.reachable import Place, walk
+from sparsify.recording.reachable import Place, Route, walk
 from sparsify.recording.recording import Args, Kwargs
 
 Fetch = Callable[[Args, Kwargs], Any]
@@ -32,7 +32,6 @@ class KnownTensors:
         self.inputs = find_inputs(model, args, kwargs)
         self.places = list(walk([("", model)]))
         self.found: dict[int, Found] = {}
-        self.elsewhere: dict[int, list[Origin]] = {}  # more places of the same tensor
         for given in self.inputs:
             self._add(given.tensor, Source("input", given.name), given)
         for place in sorted(self.places, key=_rank):
@@ -41,10 +40,7 @@ class KnownTensors:
         self.constants: dict[int, Tensor] = {}
 
     def _add(self, tensor: Tensor, source: Source, origin: Origin) -> None:
-        if id(tensor) in self.found:
-            self.elsewhere.setdefault(id(tensor), []).append(origin)
-        else:
-            self.found[id(tensor)] = Found(source, origin)
+        self.found.setdefault(id(tensor), Found(source, origin))
 
     def tensors(self) -> Iterator[Tensor]:
         """All known tensors, arguments included."""
@@ -94,10 +90,8 @@ def _input_fetcher(given: Input) -> Fetch:
 
 
 def _place_fetcher(place: Place) -> Fetch:
-    owner, key = place.owner, place.key
-    if isinstance(owner, (dict, list, tuple)) or hasattr(type(owner), "__getitem__"):
-        return lambda args, kwargs: owner[key]
-    return lambda args, kwargs: getattr(owner, key)
+    get = Route(place).get
+    return lambda args, kwargs: get()
 
 
 def _rank(place: Place) -> int:

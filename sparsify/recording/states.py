@@ -41,8 +41,10 @@ def find_rebound(before: list[Place], after: list[Place]) -> Iterator[Rebound]:
         had = old is not None and isinstance(old.value, Tensor)
         if had or _holds_tensor(place.value):
             yield _rebound(place, old)
+    remaining = {id(p.owner) for p in after} | {id(p.value) for p in after}
     for key, place in known.items():
-        if isinstance(place.value, Tensor) and key not in present:
+        is_gone = key not in present and id(place.owner) in remaining
+        if isinstance(place.value, Tensor) and is_gone:
             raise CannotRecord(f"forward removes the tensor {place.path}")
 
 
