@@ -48,7 +48,7 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
         s.result for ph in kernel.phases for s in ph.body if isinstance(s, ir.Let | ir.Gather)
     ]
     tensors = [v.name for v in kernel.operands]
-    tensors += [v.name for v in (*kernel.weights, *kernel.states)]
+    tensors += [w.name for w in kernel.weights] + [s.name for s in kernel.states]
     for kind, names in (
         ("population", [p.name for p in kernel.populations]),
         ("value", tensors + results),

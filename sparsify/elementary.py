@@ -71,13 +71,13 @@ def exponential(x: Array) -> Array:
     x = np.where(x < real(f.least), real(f.least), x)
     k, tail = _reduce(x, f)
     half = _round(k * real(0.5), f)  # 2**k itself may be out of range
-    return (real(1) + tail) * _power_of_two(half, f) * _power_of_two(k - half, f)
+    return np.asarray((real(1) + tail) * _power_of_two(half, f) * _power_of_two(k - half, f))
 
 
 def sigmoid(x: Array) -> Array:
     real = x.dtype.type
     tail = exponential(-np.abs(x))
-    return np.where(x < 0, tail, real(1)) / (real(1) + tail)
+    return np.asarray(np.where(x < 0, tail, real(1)) / (real(1) + tail))
 
 
 def tanh(x: Array) -> Array:
@@ -88,7 +88,7 @@ def tanh(x: Array) -> Array:
     k, tail = _reduce(twice, f)
     scale = _power_of_two(k, f)
     less_one = scale * tail + (scale - real(1))
-    return np.copysign(less_one / (less_one + real(2)), x)
+    return np.asarray(np.copysign(less_one / (less_one + real(2)), x))
 
 
 def _reduce(x: Array, f: Format) -> tuple[Array, Array]:
@@ -109,7 +109,7 @@ def _coefficient(n: int, real: Any) -> Any:
 def _round(x: Array, f: Format) -> Array:
     """To the nearest integer, ties to even."""
     real = x.dtype.type
-    return (x + real(f.round_bias)) - real(f.round_bias)
+    return np.asarray((x + real(f.round_bias)) - real(f.round_bias))
 
 
 def _power_of_two(k: Array, f: Format) -> Array:

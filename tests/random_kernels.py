@@ -13,6 +13,16 @@ from sparsify.scalar_ops import SCALAR_OPS, ScalarOp
 
 SIZES = (1, 2, 7, 16, 33, 65, 130, 257, 300)  # around tiles and the block of 256 senders
 VALUE_DTYPES: tuple[ir.DType, ...] = ("float32", "float64", "int32", "int64", "bool")
+AXES: tuple[tuple[ir.Axis, ...], ...] = (
+    ("T", "B", "N"),
+    ("T", "B", "N"),
+    ("B", "N"),
+    ("N",),
+    ("T",),
+    ("T", "N"),
+    ("B",),
+    (),
+)
 # Integers only count: a product that overflows has no meaning to compare.
 INTEGER_OPS = ("maximum", "minimum", "where", "gt", "le", "eq", "ne", "neg")
 
@@ -65,8 +75,9 @@ class _Builder:
 
     def arg(self, population: str, dtype: ir.DType) -> ir.Arg:
         known = self.readable(population, dtype)
-        if known and self.draw(st.integers(0, 4)):
-            return self.draw(st.sampled_from(known))
+        if known and self.draw(st.integers(0, 4)) > 0:
+            name: str = self.draw(st.sampled_from(known))
+            return name
         if dtype == "bool":
             return ir.Const(self.draw(st.booleans()))
         if dtype in ("int32", "int64"):
@@ -114,20 +125,7 @@ def draw_schedule(draw: st.DrawFn, kernel: ir.Kernel) -> ir.Schedule:
 
 def _draw_operands(b: _Builder, population: str) -> None:
     for _ in range(b.draw(st.integers(1, 2))):
-        axes = b.draw(
-            st.sampled_from(
-                (
-                    ("T", "B", "N"),
-                    ("T", "B", "N"),
-                    ("B", "N"),
-                    ("N",),
-                    ("T",),
-                    ("T", "N"),
-                    ("B",),
-                    (),
-                )
-            )
-        )
+        axes = b.draw(st.sampled_from(AXES))
         dtype = b.draw(st.sampled_from((b.float_dtype, b.float_dtype, "bool", "int32", "int64")))
         name = b.operand(axes, population, dtype)
         if b.draw(st.booleans()):
@@ -201,7 +199,7 @@ def _draw_args(b: _Builder, op: ScalarOp, population: str, dtype: ir.DType) -> t
 
 def _draw_cast(b: _Builder, population: str) -> ir.Let:
     """Never a float to an integer: out of range that is undefined."""
-    into = b.draw(st.sampled_from(("float32", "float64", "bool")))
+    into: ir.DType = b.draw(st.sampled_from(("float32", "float64", "bool")))
     sources = [n for d in VALUE_DTYPES for n in b.readable(population, d)]
     source = b.draw(st.sampled_from(sources)) if sources else b.operand((), population, "float32")
     result = b.define(b.name("value"), into, population)
