@@ -20,7 +20,7 @@ from sparsify.compiled import Compiled, Stage
 from sparsify.cost_model import calibrate_rates
 from sparsify.describe_sites import Rows
 from sparsify.errors import CompileError, Refusal
-from sparsify.find_products import find_products
+from sparsify.find_products import RECURRENT, Product, find_products
 from sparsify.graph_meta import TensorInfo
 from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
@@ -66,12 +66,12 @@ class Compiler:
     binaries: Binaries
 
     def compile(self, recording: Recording, operands: Sequence[Tensor], plan: Plan) -> Compiled:
-        """Decide every site on ``operands``. Raises ValueError for a plan with unknown sites."""
+        """Decide every site on ``operands``."""
+        products = find_products(recording.graph.graph)
+        plan = measured_plan(plan, products)
         stages = run_pipeline(recording.graph)
         lowered = lower_scans(stages[-1].graph)
-        products = find_products(recording.graph.graph)
         placements = place_products(products, lowered)
-        plan.check_sites([p.name for p in products] + [p.product.name for p in placements])
         tasks = capture_tasks(stages[-1].graph, operands, lowered)
         chooser = _Chooser(self, plan, placements)
         choices = chooser.choose(tasks)
@@ -93,7 +93,7 @@ class Compiler:
             regions,
             rows.describe(products),
             decided_plan(plan, placements, choices),
-            {p.product.name: (p.region, p.gather) for p in placements},
+            {p.product.name: (p.region, p.gather) for p in reversed(placements)},
         )
 
 
@@ -271,7 +271,21 @@ def decided_plan(
         schedule = region.launchable.schedule
         sites[placement.product.name] = dict(schedule.gathers)[placement.gather]
         regions[placement.region] = RegionPlan(schedule.strategy, schedule.tile)
-    return Plan(sites, regions, plan.machine or describe_machine())
+    return Plan(sites, regions, plan.machine or describe_machine(), plan.activity)
+
+
+def measured_plan(plan: Plan, products: Sequence[Product]) -> Plan:
+    """``plan`` with the measured activities it lacks; the graph is made to have those of the plan.
+
+    Passes look at activities, and recordings of other inputs must come out the same.
+    """
+    measured = {p.name: p.activity for p in products if p.activity is not None}
+    activity = {**measured, **plan.activity}
+    for product in products:
+        for node in product.nodes if product.name in activity else ():
+            if node.target not in RECURRENT:
+                node.meta["activity"] = activity[product.name]
+    return replace(plan, activity=activity)
 
 
 def summarize(result: Any) -> Any:

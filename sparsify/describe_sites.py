@@ -28,15 +28,22 @@ class Rows:
     break_even: Mapping[tuple[str, str], float]
 
     def describe(self, products: Iterable[Product]) -> tuple[Site, ...]:
-        placed = {placement.product.name: placement for placement in self.placements}
+        placed: dict[str, Placement] = {}
+        for placement in sorted(self.placements, key=self._senders):
+            placed[placement.product.name] = placement
         known = list(products)
-        known += [p.product for p in self.placements if p.product not in known]
+        known += dict.fromkeys(p.product for p in self.placements if p.product not in known)
         return tuple(
             self._placed(product, placed[product.name])
             if product.name in placed
             else self._kept(product, self.refused[product.name])
             for product in known
         )
+
+    def _senders(self, placement: Placement) -> tuple[bool, int]:
+        """Of several kernels for one product, the one that replaces and does the most is told."""
+        choice = self.choices[placement.region]
+        return choice.region is not None, choice.events.get(placement.gather, (0, 0))[1]
 
     def _kept(self, product: Product, refusal: Refusal) -> Site:
         return Site(

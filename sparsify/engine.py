@@ -219,6 +219,8 @@ class Engine:
         self._refused = None
         operands = recording.calling.operands(args, kwargs)
         compiled = self._compiler.compile(recording, operands, self._plan)
+        if not self.entries:  # other recordings of a model may lack sites that the first one has
+            self._plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
         if self.options.timing and not compiled.placements.keys() <= self._plan.sites.keys():
             refusal = why_not_faster(self.original, entry, args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from sparsify.compile_recording import with_modules
 from sparsify.compiled import Compiled, Stage
 from sparsify.errors import Refusal
 from sparsify.layout import Layout
-from sparsify.passes.generalize import Generalized, generalize
+from sparsify.passes.generalize import generalize
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
 from sparsify.region import Region
 from sparsify.scan import Scan
@@ -75,31 +76,73 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
     if reason:
         return reason
     ours, theirs = first.compiled, second.compiled
-    found = generalize(ours.graph, theirs.graph, same_module)
+    general = GeneralModules()
+    found = generalize(ours.graph, theirs.graph, general.same_module)
     if isinstance(found, Refusal):
         return str(found)
-    stages = (*ours.stages[:-2], *_general_stages(ours.stages[-2:], found))
-    compiled = Compiled(
-        ours.recording, stages, ours.regions, ours.sites, ours.plan, ours.placements, ours.notes
+    graph = with_modules(found.graph, general.replacing(found.graph))
+    compiled = replace(
+        ours,
+        stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),
+        regions={n: m for n, m in graph.named_children() if isinstance(m, Region)},
     )
-    least = 2 if any(n.target in SQUEEZES for n in found.graph.graph.nodes) else 1
+    least = 2 if any(n.target in SQUEEZES for n in graph.graph.nodes) else 1
     return Entry(compiled, operands, Layout(operands, found.classes, least))
 
 
-def _general_stages(stages: Sequence[Stage], found: Generalized) -> list[Stage]:
+def _general_stages(stages: Sequence[Stage], graph: fx.GraphModule) -> list[Stage]:
     """The graph for all sizes, with Scans and with Regions."""
     before, last = stages
-    scans = {
-        name: module.scan
-        for name, module in found.graph.named_children()
-        if isinstance(module, Region)
-    }
-    scanned = with_modules(found.graph, scans)
+    scans = {n: m.scan for n, m in graph.named_children() if isinstance(m, Region)}
     general = "one graph for all sizes, from two recordings"
     return [
-        Stage(before.name, scanned, before.done, before.declined),
-        Stage(last.name, found.graph, (*last.done, general), last.declined),
+        Stage(before.name, with_modules(graph, scans), before.done, before.declined),
+        Stage(last.name, graph, (*last.done, general), last.declined),
     ]
+
+
+class GeneralModules:
+    """Makes modules for all sizes from those that two recordings call in the same place."""
+
+    def __init__(self) -> None:
+        self.made: dict[nn.Module, nn.Module] = {}
+
+    def same_module(self, first: nn.Module, second: nn.Module) -> bool:
+        made = general_module(first, second)
+        if made is not None:
+            self.made[first] = made
+        return made is not None
+
+    def replacing(self, graph: fx.GraphModule) -> dict[str, nn.Module]:
+        return {n: self.made[m] for n, m in graph.named_children() if m in self.made}
+
+
+def general_module(first: nn.Module, second: nn.Module) -> nn.Module | None:
+    """A module that runs in the place of both, for other sizes too; None if there is none."""
+    if isinstance(first, Scan) and isinstance(second, Scan):
+        return _general_scan(first, second)
+    if not isinstance(first, Region) or not isinstance(second, Region):
+        return None
+    schedules = (first.launchable.schedule, second.launchable.schedule)
+    scan = _general_scan(first.scan, second.scan)
+    if scan is None or first.lowered != second.lowered or schedules[0] != schedules[1]:
+        return None
+    return Region(scan, first.lowered, first.launchable)
+
+
+def _general_scan(first: Scan, second: Scan) -> Scan | None:
+    counts = (first.carries, first.xs, first.consts)
+    if counts != (second.carries, second.xs, second.consts):
+        return None
+    if first.body.code == second.body.code:
+        return first
+    body = generalize(first.body, second.body, _never)
+    return None if isinstance(body, Refusal) else Scan(body.graph, *counts, first.location)
+
+
+def _never(first: nn.Module, second: nn.Module) -> bool:
+    """Bodies call no modules."""
+    return False
 
 
 def _why_not_merge(first: Entry, second: Entry) -> str:
@@ -120,22 +163,6 @@ def _leaves(entry: Entry) -> list[object]:
     """What the model returns beside tensors."""
     flat = torch.utils._pytree.tree_leaves(entry.compiled.recording.result)
     return [leaf for leaf in flat if not hasattr(leaf, "dtype")]
-
-
-def same_module(first: nn.Module, second: nn.Module) -> bool:
-    """True if one module can run in the place of the other, for other sizes too."""
-    if isinstance(first, Region) and isinstance(second, Region):
-        same = first.lowered == second.lowered
-        same = same and first.launchable.schedule == second.launchable.schedule
-        return same and same_module(first.scan, second.scan)
-    if isinstance(first, Scan) and isinstance(second, Scan):
-        counts = (first.carries, first.xs, first.consts)
-        return counts == (second.carries, second.xs, second.consts) and _same_body(first, second)
-    return False
-
-
-def _same_body(first: Scan, second: Scan) -> bool:
-    return bool(first.body.code == second.body.code)
 
 
 def _source_kinds(compiled: Compiled) -> list[str]:

@@ -26,21 +26,18 @@ class Placement:
 
 
 def place_products(products: Sequence[Product], lowered: LoweredScans) -> list[Placement]:
-    """Find the Gather of every product that has one.
+    """Find the Gathers of every product: several where the first steps are no part of a loop.
 
     A Gather that no product of the recording explains gets a product named after its weight.
     """
     found: list[Placement] = []
-    free = list(products)
-    names = {product.name for product in products}
+    known = list(products)
     for region, result in lowered.items():
         for site in result.sites if isinstance(result, Lowered) else ():
-            product = _find_product(site, free)
+            product = _find_product(site, known)
             if product is None:
-                product = _unrecorded_product(site, names)
-                names.add(product.name)
-            else:
-                free.remove(product)
+                product = _unrecorded_product(site, {product.name for product in known})
+                known.append(product)
             found.append(Placement(product, region, site.gather))
     return found
 

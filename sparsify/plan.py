@@ -32,6 +32,7 @@ class Plan:
     sites: Mapping[str, PlanDecision] = field(default_factory=dict)
     regions: Mapping[str, RegionPlan] = field(default_factory=dict)
     machine: str = ""
+    activity: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for site, decision in self.sites.items():
@@ -68,6 +69,7 @@ class Plan:
             "machine": self.machine,
             "sites": dict(self.sites),
             "regions": regions,
+            "activity": dict(self.activity),
         }
         return json.dumps(content, indent=2)
 
@@ -78,7 +80,8 @@ class Plan:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']} is not {FORMAT}")
             regions = {name: RegionPlan(**fields) for name, fields in content["regions"].items()}
-            return Plan(dict(content["sites"]), regions, str(content["machine"]))
+            activity = {name: float(share) for name, share in content["activity"].items()}
+            return Plan(dict(content["sites"]), regions, str(content["machine"]), activity)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no plan: {error!r}") from error
 

@@ -8,7 +8,8 @@ import pytest
 
 from sparsify.plan import Plan, RegionPlan
 
-PLAN = Plan({"fc": "event", "rec": "off"}, {"scan_0": RegionPlan("rows-per-thread", 64)}, "x86")
+REGIONS = {"scan_0": RegionPlan("rows-per-thread", 64)}
+PLAN = Plan({"fc": "event", "rec": "off"}, REGIONS, "x86", {"fc": 0.25})
 
 
 def test_a_saved_plan_comes_back(tmp_path: Path) -> None:
