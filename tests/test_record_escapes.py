@@ -1,4 +1,4 @@
-"""Values that leave torch, and tensors that come from elsewhere: refused with the line, or right."""
+"""Values that leave torch, tensors that come from elsewhere: refused with the line, or right."""
 
 from __future__ import annotations
 

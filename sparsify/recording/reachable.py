@@ -38,7 +38,8 @@ class Place:
 
     ``owner`` is a dict (``vars`` of an object among them), a sequence, a closure cell (key
     ``"cell_contents"``), or an object or class whose attribute ``key`` it is. ``table`` is
-    ``"_parameters"`` or ``"_buffers"`` for those of modules. ``parent`` is the place of the object that it is in.
+    ``"_parameters"`` or ``"_buffers"`` for those of modules. ``parent`` is the place of the object
+    that it is in.
     """
 
     path: str
