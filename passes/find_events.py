@@ -118,7 +118,7 @@ class _Finder:
             known = dict(zip(scan.placeholders, [*carried, *xs, *consts], strict=True))
             self.run(scan.body.graph, known)
             results = [self.operand(result) for result in scan.results]
-            joined = [join(a, b) for a, b in zip(carried, results, strict=False)]
+            joined = [_join_step(a, b) for a, b in zip(carried, results, strict=False)]
             if joined == carried:
                 return (*carried, *results[scan.carries :])
             carried = joined
@@ -170,6 +170,14 @@ def _is_gate(node: fx.Node) -> bool:
     rule = RULES.get(node.target)
     follows = rule in (same, cast, negate) or (rule is multiply and len(node.all_input_nodes) == 1)
     return rule in STARTS or (follows and _is_gate(node.all_input_nodes[0]))
+
+
+def _join_step(now: Fact, new: Fact) -> Fact:
+    """A carry's fact: what it may start from is a matter of its first step only."""
+    joined = join(now, new)
+    if joined.event or not new.event or new.payload == "zero":
+        return joined
+    return replace(joined, event=True, origin=new.origin)
 
 
 def _ended(fact: Value) -> Value:

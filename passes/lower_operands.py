@@ -8,7 +8,6 @@ from torch import fx
 
 from sparsify import ir
 from sparsify.lowered import Binding, Role, View
-from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.lower_layout import Layout, Shape, shape_of
 from sparsify.passes.lower_names import Names, layer_name, source_name
 from sparsify.passes.lower_ops import DTYPES
@@ -43,12 +42,11 @@ class Operands:
         return {root: self._new_population(nodes) for root, nodes in members.items()}
 
     def _new_population(self, nodes: list[fx.Node]) -> str:
-        computed = [n for n in nodes if n.op == "call_function"]
-        layers = [layer_name(n) for n in computed if not product_operand(n)] or [
-            layer_name(n) for n in computed
-        ]
+        computed = [node for node in nodes if node.op == "call_function"]
+        updates = [node for node in computed if node in self.scan.results[: self.scan.carries]]
+        layer = layer_name((updates or computed or nodes)[-1])
         fallback = "neurons" if computed else "inputs"
-        name = self._population_names.new(layers[-1] if layers and layers[-1] else fallback)
+        name = self._population_names.new(layer if computed and layer else fallback)
         self.populations[name] = ir.Population(name, self.layout.size(nodes[0]))
         return name
 

@@ -193,7 +193,8 @@ class _Lowerer:
         gather = ir.Gather(result, matrix.name, sent, "binary" if binary else "real", matrix.note)
         self.placed.append(Placed(population, gather))
         module, location = node.meta.get("module") or "", node.meta.get("location")
-        self.sites.append(LoweredSite(result, matrix.note, module, location))
+        event, activity = fact is not None and fact.event, node.meta.get("activity")
+        self.sites.append(LoweredSite(result, matrix.note, module, location, event, activity))
         return self._affine(cell, result, bias)
 
     def _affine(self, cell: NodeCell, product: ir.Arg, bias: fx.Node | None) -> ir.Arg:

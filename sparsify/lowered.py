@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sparsify import ir
@@ -46,12 +46,18 @@ class Returned:
 
 @dataclass(frozen=True)
 class LoweredSite:
-    """A product of the Scan's body that became a Gather of the kernel."""
+    """A product of the Scan's body that became a Gather of the kernel.
+
+    ``event`` says that a threshold decides which of its senders are active; ``activity`` is the
+    share that was measured while recording.
+    """
 
     gather: str  # the Gather's result
     weight: str  # path of the parameter in the model, or the operand's name
     module: str
     location: Location | None
+    event: bool = False
+    activity: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

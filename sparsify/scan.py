@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -184,12 +184,22 @@ def retyped(
         copy.kwargs = pytree.tree_map_only(torch.dtype, swap, dict(copy.kwargs))
         if _creates_by_default(node, source):
             copy.kwargs = {**copy.kwargs, "dtype": dtype}
+        if "val" in node.meta:
+            copy.meta["val"] = _retyped_info(node.meta["val"], dtype, source)
         copies[node] = copy
     modules: dict[str, nn.Module] = {
         name: module.retyped(dtype, source) if isinstance(module, Scan) else module
         for name, module in graph.named_children()
     }
     return fx.GraphModule(modules, copied, class_name=type(graph).__name__)
+
+
+def _retyped_info(info: Any, dtype: torch.dtype, source: torch.dtype) -> Any:
+    """The tensor info, or each of a tuple of them, with ``dtype`` in place of ``source``."""
+    if isinstance(info, (tuple, list)):
+        return tuple(_retyped_info(part, dtype, source) for part in info)
+    changes = is_dataclass(info) and getattr(info, "dtype", None) is source
+    return replace(info, dtype=dtype) if changes else info  # type: ignore[type-var]
 
 
 def _creates_by_default(node: fx.Node, source: torch.dtype) -> bool:
