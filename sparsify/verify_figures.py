@@ -105,7 +105,7 @@ class Verification:
         lines += ["", "free-running, kernels against eager torch", *map(_result_line, self.results)]
         if self.metric:
             kernels, eager = self.metric["sparsified"], self.metric["eager"]
-            lines.append(f"  metric                   {kernels:.6g}, eager {eager:.6g}")
+            lines.append(f"  metric                        {kernels:.6g}, eager {eager:.6g}")
         return "\n".join(lines)
 
 
@@ -128,7 +128,7 @@ def region_lines(region: RegionFigures) -> list[str]:
 
 def _output_line(output: OutputFigures) -> str:
     kind = "events" if output.event else "values"
-    line = f"  {output.name:<20} {output.values:>12,} {kind}  "
+    line = f"  {output.name:<26} {output.values:>12,} {kind}  "
     if output.event:
         rates = f"rate {_rate(output.rate)}, eager {_rate(output.eager_rate)}"
         return line + rates
@@ -148,12 +148,12 @@ def _stage_line(stage: StageFigures) -> str:
     else:
         how = f"float64: at most {stage.worst_share:.3f} of a bound of {stage.largest_bound:.1e}"
         how += f", {stage.undecided:,} undecided" if stage.undecided else ""
-    return f"  {stage.stage:<20} {stage.values:>12,} values  {how}, against {stage.reference}"
+    return f"  {stage.stage:<26} {stage.values:>12,} values  {how}, against {stage.reference}"
 
 
 def _result_line(result: ResultFigures) -> str:
     return (
-        f"  {result.name:<20} {result.values:>12,} values  {result.equal:.2%} equal, "
+        f"  {result.name:<26} {result.values:>12,} values  {result.equal:.2%} equal, "
         f"distance at most {result.distance:.1e}; rate {result.rate:.4f}, "
         f"eager {result.eager_rate:.4f}"
     )

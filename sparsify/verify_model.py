@@ -27,6 +27,7 @@ from sparsify.engine import Engine
 from sparsify.errors import MismatchError
 from sparsify.install import Sparsified
 from sparsify.keep_state import keep_state
+from sparsify.options import is_disabled
 from sparsify.recording.reachable import walk
 from sparsify.report import Site
 from sparsify.verify_figures import RegionFigures, StageFigures, Verification
@@ -69,6 +70,8 @@ def verify(
     if not isinstance(fast, Sparsified):
         name = type(fast).__name__
         raise TypeError(f"{name} is not sparsified: pass what model.sparsify() returned")
+    if is_disabled():
+        raise MismatchError("nothing was compiled: SPARSIFY=0 is set, so all runs as the original")
     original = model.original if isinstance(model, Sparsified) else model
     check = _Check(original, fast, Call(args, kwargs or {}))
     with torch.no_grad():

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify import cli
+from sparsify.cli import main
+from sparsify.cli_target import UsageError, load_target
+
+ROOT = Path(__file__).parents[1]
+MODEL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inp = nn.Linear(20, 128, bias=False)
+        self.rec = nn.Linear(128, 128, bias=False)
+
+    def forward(self, x):
+        v = z = x.new_zeros(x.shape[1], 128)
+        spikes = []
+        for x_t in x:
+            v = 0.5 * v + self.inp(x_t) + self.rec(z)
+            z = (v > 1).to(v.dtype)
+            v = v - z
+            spikes.append(z)
+        return torch.stack(spikes)
+
+
+def make(batch=2):
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randint(-32, 33, weight.shape) / 64)
+    return model, (torch.rand(6, batch, 20) < 0.15).float()
+
+
+def fixed():
+    return make()
+
+
+def as_tuple():
+    model, x = make()
+    return model, (x,)
+
+
+def as_keywords():
+    model, x = make()
+    return model, {"x": x}
+
+
+def dense():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.ones(2, 4)
+
+
+def raises():
+    return make(), wrong_name
+
+
+def wrong_input():
+    model, x = make()
+    return model, x[:, :, :7]
+
+
+def nothing():
+    pass
+
+
+def not_a_model():
+    return 3, torch.ones(2)
+
+
+def bad_inputs():
+    return make()[0], 3
+
+
+constant = 7
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[str]:
+    path = tmp_path / "user_model.py"
+    path.write_text(MODEL)
+    before = list(sys.path)
+    yield str(path)
+    sys.path[:] = before
+    sys.modules.pop("user_model", None)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("factory", ["make", "as_tuple", "as_keywords"])
+def test_verify_prints_the_figures(
+    file: str, factory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "verify", f"{file}:{factory}")
+    assert (status, err) == (0, "")
+    assert re.search(r"verified: [12] of 2 sites run as events", out)
+    assert "threshold decisions equal" in out
+
+
+def test_verify_fails_when_too_little_was_compiled(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "verify", f"{file}:make", "--events", "3")
+    assert (status, out) == (1, "")
+    assert err.startswith("MismatchError: too little was compiled")
+    status, out, err = run(capsys, "verify", f"{file}:dense")
+    assert (status, out) == (1, "")
+    assert err.startswith("MismatchError: nothing was compiled: 0 of 1 sites run as events")
+    assert "[no-event]" in err
+
+
+def test_strict_names_the_refused_site(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "bench", f"{file}:dense", "--strict")
+    assert status == 1
+    assert err.startswith("RefusedError: ") and "[no-event]" in err
+
+
+def test_explain_says_what_is_done_and_why(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "explain", f"{file}:make")
+    assert status == 0
+    assert "rec" in out and "event" in out
+    status, out, _ = run(capsys, "explain", f"{file}:dense")
+    assert status == 0
+    assert "no-event" in out
+
+
+def test_bench_prints_the_ratio_with_its_interval(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "bench", f"{file}:make", "--rounds", "3", "--batch", "4")
+    assert status == (1 if "NOT VALID" in out else 0)
+    assert re.search(r"sparsified +[\d.]+ ms +[\d.]+x \[[\d.]+, [\d.]+\]", out)
+    assert "3 interleaved rounds" in out
+
+
+def test_show_prints_stages_and_kernels(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "show", f"{file}:make")
+    assert status == 0
+    for name in ("record: ", "roll_loops: ", "install: "):
+        assert name in out
+    kernel = re.search(r"^  (\w+): .*float32, (\d+) lines$", out, re.MULTILINE)
+    assert kernel is not None
+
+    status, source, _ = run(capsys, "show", f"{file}:make", "--kernel", kernel[1])
+    assert status == 0
+    assert len(source.splitlines()) == int(kernel[2])
+    assert "user_model.py" in source
+
+    status, graph, _ = run(capsys, "show", f"{file}:make", "--stage", "record")
+    assert status == 0
+    assert graph.count("aten.gt") == 6
+
+    status, report, _ = run(capsys, "show", f"{file}:make", "--report")
+    assert status == 0
+    assert "rec" in report
+
+
+@pytest.mark.parametrize(("option", "kind"), [("--stage", "stage"), ("--kernel", "kernel")])
+def test_show_lists_what_there_is(
+    file: str, option: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "show", f"{file}:make", option, "nonsense")
+    assert (status, out) == (2, "")
+    assert f"sparsify: there is no {kind} 'nonsense'; there is " in err
+
+
+USAGE = {
+    "model.py": "'model.py' is not FILE.py:factory, as in model.py:make",
+    "model:make": "'model:make' is not FILE.py:factory",
+    "{file}:": "is not FILE.py:factory",
+    "absent.py:make": "there is no file absent.py",
+    "{file}:absent": "has no absent; it defines make, fixed, as_tuple",
+    "{file}:constant": "is a int; it has to be a function without arguments",
+    "{file}:nothing": "returned None; it has to return (model, example_inputs)",
+    "{file}:not_a_model": "returned a int for the model",
+    "{file}:bad_inputs": "returned a int for the inputs; they have to be a tensor, a tuple",
+}
+
+
+@pytest.mark.parametrize("target", USAGE)
+def test_wrong_targets_are_explained(
+    target: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "verify", target.format(file=file))
+    assert (status, out) == (2, "")
+    assert err.startswith("sparsify: ")
+    assert USAGE[target] in err
+
+
+def test_a_factory_that_raises_shows_the_users_line(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "show", f"{file}:raises")
+    assert status == 2
+    assert "return make(), wrong_name" in err
+    assert "NameError: name 'wrong_name' is not defined" in err
+    assert "cli_target.py" not in err
+
+
+def test_a_model_that_fails_on_its_example_shows_the_users_line(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "explain", f"{file}:wrong_input")
+    assert status == 2
+    assert "the model of user_model.py:wrong_input fails on the example" in err
+    assert "self.inp(x_t)" in err
+    assert "cli_" not in err
+
+
+def test_a_file_that_cannot_be_imported_shows_the_users_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken_model.py"
+    path.write_text("import torch\nraise RuntimeError('no data')\n")
+    status, _, err = run(capsys, "show", f"{path}:make")
+    assert status == 2
+    assert f"{path} cannot be imported" in err
+    assert "line 2" in err and "RuntimeError: no data" in err
+    path.write_text("def make(:\n")
+    status, _, err = run(capsys, "show", f"{path}:make")
+    assert status == 2
+    assert "SyntaxError" in err
+
+
+def test_batch_is_passed_to_the_factory(file: str) -> None:
+    assert load_target(f"{file}:make", batch=5).args[0].shape == (6, 5, 20)
+    with pytest.raises(UsageError, match="--batch needs a factory that takes it: def fixed"):
+        load_target(f"{file}:fixed", batch=5)
+
+
+def test_files_next_to_the_model_can_be_imported(tmp_path: Path, file: str) -> None:
+    (tmp_path / "beside.py").write_text("from user_model import make\n")
+    path = tmp_path / "importing.py"
+    path.write_text("from beside import make as imported\ndef make():\n    return imported()\n")
+    assert load_target(f"{path}:make").name == "importing.py:make"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["nonsense"], ["verify"], ["verify", "a.py:b", "--batch", "0"], ["bench", "--rounds"]],
+)
+def test_wrong_command_lines_have_status_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert "usage: sparsify" in err
+
+
+def test_help_names_the_commands_and_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for word in ("demo", "explain", "verify", "bench", "show", "FILE.py:factory", "exit status"):
+        assert word in out
+
+
+def test_threads_are_set_for_the_command_and_put_back(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_num_threads()
+    assert "1 threads" in run(capsys, "bench", f"{file}:make", "--rounds", "1", "--threads", "1")[1]
+    assert torch.get_num_threads() == before
+
+
+def test_demo_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+
+    def run_demo(argv: list[str]) -> int:
+        given.append(argv)
+        return 5
+
+    monkeypatch.setattr(cli.demo, "main", run_demo)
+    assert main(["demo", "--seed", "3"]) == 5
+    assert given == [["--seed", "3"]]
+
+
+def test_module_runs_as_a_command(file: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsify", "show", "absent.py:make"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "sparsify: there is no file absent.py\n"

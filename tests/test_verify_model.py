@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify.api import sparsify
+from sparsify.errors import MismatchError
+from sparsify.install import Sparsified
+from sparsify.plan import Plan
+from sparsify.verify_model import verify
+from tests.small_nets import RecurrentNet, StatefulNet, spikes
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def as_events(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Sparsify with every site that has a kernel pinned to events: small nets gain nothing."""
+    probe = sparsify(model, *args, timing=False, **kwargs)
+    assert isinstance(probe, Sparsified)
+    engine = probe.compiled
+    pins = Plan(dict.fromkeys(engine.compiled.placements, "event")) if engine.stages else None
+    return sparsify(model, *args, plan=pins, **kwargs)
+
+
+def random_net() -> RecurrentNet:
+    torch.manual_seed(3)
+    model = RecurrentNet(beta=0.9)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.4)
+    return model
+
+
+def test_a_sound_model_passes_with_figures() -> None:
+    model, x = random_net(), spikes(30, 5)
+    fast = as_events(model, x)
+    found = verify(model, fast, x, metric=lambda y: float(y.mean()))
+    assert found.events == 2 and found.sites == 3
+    assert [stage.stage for stage in found.stages][:2] == ["record", "roll_loops"]
+    assert found.stages[-1].stage == "a call"
+    assert sum(region.steps for region in found.regions) >= 30
+    assert found.thresholds == 30 * 5 * 16
+    assert found.excluded <= 1e-4
+    [result] = found.results
+    assert result.values == 30 * 5 * 4
+    assert 0 < result.rate <= 1
+    assert found.metric.keys() == {"sparsified", "eager"}
+
+
+def test_it_prints_as_a_table() -> None:
+    model, x = random_net(), spikes(10, 5)
+    text = str(verify(model, as_events(model, x), x, metric=lambda y: 0.25))
+    assert text.startswith("verified: 2 of 3 sites run as events")
+    for part in (
+        "equal bits, against the model",
+        "10 steps, each from eager's states",
+        "800 of 800 threshold decisions equal, 0 undecided (0.0e+00)",
+        "free-running",
+        "metric                        0.25, eager 0.25",
+    ):
+        assert part in text
+
+
+def test_exact_models_are_equal_everywhere() -> None:
+    model, x = RecurrentNet(), spikes(4, 3)
+    found = verify(model, as_events(model, x), x)
+    assert found.undecided == 0
+    assert all(result.equal == 1 and result.distance == 0 for result in found.results)
+
+
+def test_nothing_compiled_is_a_mismatch() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), spikes()
+    fast = sparsify(model, x)
+    with pytest.raises(MismatchError, match="nothing was compiled: 0 of 1 sites run as events, 1"):
+        verify(model, fast, x)
+    with pytest.raises(MismatchError, match="no-event"):
+        verify(model, fast, x)
+
+
+def test_too_few_events_are_a_mismatch_that_names_the_others() -> None:
+    model, x = random_net(), spikes()
+    with pytest.raises(
+        MismatchError, match="2 of 3 sites run as events, 3 are asked for"
+    ) as caught:
+        verify(model, as_events(model, x), x, events=3)
+    assert caught.value.facts["events"] == 2
+    assert "inp: kept" in str(caught.value)
+
+
+def test_everything_off_by_the_environment_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = random_net(), spikes()
+    fast = as_events(model, x)
+    monkeypatch.setenv("SPARSIFY", "0")
+    with pytest.raises(MismatchError, match="SPARSIFY=0"):
+        verify(model, fast, x)
+
+
+def test_only_sparsified_modules_can_be_verified() -> None:
+    model = random_net()
+    with pytest.raises(TypeError, match="RecurrentNet is not sparsified: pass what model"):
+        verify(model, model, spikes())
+
+
+def test_the_sparsified_module_itself_stands_for_its_original() -> None:
+    model, x = random_net(), spikes()
+    fast = as_events(model, x)
+    assert verify(fast, fast, x).events == 2
+
+
+def test_another_model_is_told_apart() -> None:
+    x = spikes(10, 3)
+    fast = as_events(random_net(), x)
+    other = random_net()
+    other.inp.weight.mul_(1.5)
+    with pytest.raises(MismatchError, match="the recorded graph against the model: result, batch"):
+        verify(other, fast, x)
+
+
+def test_state_is_compared_and_put_back() -> None:
+    model, x = StatefulNet(), spikes(6, 3)
+    fast = as_events(model, x)
+    model.v.fill_(0.25)
+    before = model.v.clone()
+    found = verify(model, fast, x)
+    assert found.events >= 1
+    assert torch.equal(model.v, before)
+    model_result, model.v = model(x), before.clone()
+    assert torch.equal(fast(x), model_result)  # verification left nothing behind
+
+
+def test_other_sizes_than_recorded_are_verified() -> None:
+    model = random_net()
+    fast = as_events(model, spikes(10, 3))
+    for steps, batch in ((20, 4), (7, 2), (1, 1), (33, 9)):
+        x = spikes(steps, batch)
+        fast(x)
+        found = verify(model, fast, x)
+        assert found.thresholds == steps * batch * 16
+
+
+def test_keyword_arguments() -> None:
+    model, x = random_net(), spikes()
+    fast = as_events(model, x=x)
+    assert verify(model, fast, kwargs={"x": x}).events == 2
+
+
+def find_region(fast: nn.Module) -> Any:
+    assert isinstance(fast, Sparsified)
+    return next(iter(fast.compiled.compiled.regions.values()))
+
+
+class Spoiled:
+    """A launchable whose outputs are changed by ``spoil``."""
+
+    def __init__(self, launchable: Any, spoil: Callable[[dict[str, Tensor]], None]) -> None:
+        self.launchable, self.spoil = launchable, spoil
+
+    def __call__(self, tensors: Any, **options: Any) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self.launchable(tensors, **options)
+        self.spoil(outputs)
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launchable, name)
+
+
+def test_a_spoiled_kernel_is_caught_with_its_place() -> None:
+    model, x = random_net(), spikes(10, 5)
+    fast = as_events(model, x)
+    region = find_region(fast)
+
+    def spoil(outputs: dict[str, Tensor]) -> None:
+        for output in outputs.values():
+            output[..., 1, 3] += 1e-3
+
+    region.launchable = Spoiled(region.launchable, spoil)
+    with pytest.raises(MismatchError, match="batch row 1, neuron 3") as caught:
+        verify(model, fast, x)
+    assert caught.value.facts["step"] == 0
+
+
+def test_a_kernel_that_never_runs_is_a_mismatch() -> None:
+    model, x = random_net(), spikes(10, 5)
+    fast = as_events(model, x)
+    region = find_region(fast)
+    region._tensors = lambda steps, operands: None
+    with pytest.raises(MismatchError, match="nothing was compiled for this call: "):
+        verify(model, fast, x)
+
+
+def test_a_stale_frozen_weight_is_caught() -> None:
+    model, x = random_net(), spikes(10, 5)
+    fast = as_events(model, x)
+    assert isinstance(fast, Sparsified)
+    fast(x)
+    fast.freeze()
+    fast(x)
+    model.rec.weight[5] *= 1.01
+    with pytest.raises(MismatchError, match="each step from the original's states"):
+        verify(model, fast, x)
+    fast.freeze(False)
+    assert verify(model, fast, x).events == 2
+
+
+def test_progress_counts_the_steps() -> None:
+    model, x = random_net(), spikes(5, 2)
+    told: list[tuple[str, int, int]] = []
+    verify(model, as_events(model, x), x, progress=lambda *state: told.append(state))
+    assert {state[1:] for state in told} >= {(step, 5) for step in range(1, 6)}
