@@ -43,7 +43,8 @@ class ThreadPool {
 
   // Never inlined: the body would be compiled twice, once for a team of one.
   __attribute__((noinline)) void parallel(Body body, void* context, int threads) {
-    if (threads <= 1 || inside_team || busy_.exchange(true, std::memory_order_acquire)) {
+    // Busy may also mean that this is a member of the running team.
+    if (threads <= 1 || busy_.exchange(true, std::memory_order_acquire)) {
       Barrier nobody_waits{};
       body(context, Team{0, 1, &nobody_waits});
       return;

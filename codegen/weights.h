@@ -73,7 +73,7 @@ inline uint64_t hash_block(const unsigned char* data, int64_t bytes) {
     std::memcpy(padded, data + at, bytes - at);
     absorb(state, padded);
   }
-  uint64_t hash = bytes;
+  uint64_t hash = 0;
   for (const Lanes& lanes : state) {
     for (int lane = 0; lane < 4; ++lane) hash = fold(hash, lanes[lane]);
   }

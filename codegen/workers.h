@@ -37,15 +37,11 @@ struct Job {
   std::fenv_t environment;
 };
 
-thread_local bool inside_team = false;
-
 inline void run_member(const Job& job, int thread, int threads) {
   std::fenv_t own;
   std::fegetenv(&own);
   std::fesetenv(&job.environment);
-  inside_team = true;
   job.body(job.context, Team{thread, threads, job.barrier});
-  inside_team = false;
   std::fesetenv(&own);
 }
 
