@@ -121,7 +121,7 @@ ENTRIES = (
     Entry("first step differs", recurrent.FirstStepDiffers, events=("rec",), layout="batch first"),
     Entry("feedback", recurrent.Feedback, events=("rec1", "down", "up", "rec2", "read")),
     Entry("adaptive threshold", recurrent.Adaptive, events=("rec",)),
-    Entry("straight-through sums", recurrent.SumSpikes, code="no-event", grid=None),
+    Entry("straight-through sums", recurrent.SumSpikes, events=("rec",), grid=None),
     Entry("no self-connection", recurrent.NoSelfConnection, events=("w_rec",)),
     Entry("graded recurrent", recurrent.GradedRecurrent, events=("rec",), gain=1.0, grid=2**-3),
     Entry("resets itself", stateful.ResetsItself, events=("net.2", "net.4")),
