@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -22,6 +23,8 @@ TORCH_DTYPES: dict[ir.DType, torch.dtype] = {
     "bool": torch.bool,
 }
 CPU = torch.device("cpu")
+PAIRS_PER_NEURON = 64  # weights that cost as much as the update of a neuron, at some 20 % activity
+ALONE = 8192  # neuron updates that take one thread no longer than it takes to wake another
 FunctionOf = Callable[[ir.Kernel, ir.Schedule], Any]
 
 
@@ -83,6 +86,8 @@ class CppLaunchable:
         self._active = (ctypes.c_int64 * max(1, len(kernel.gathers)))()
         self._row_steps = 0  # time steps times batch rows of all calls
         self._lock = Lock()
+        self._work = sum(kernel.population_size(phase.population) for phase in kernel.phases)
+        self._work += sum(math.prod(shape) for _, shape, *_ in self._weights) // PAIRS_PER_NEURON
         self._needs_step = any("T" not in o.axes for o in kernel.outputs)
         self._functions = {frozenset[str](): _declare(function)}
         tensors = len(self._operands) + len(self._weights) + len(self._outputs)
@@ -129,7 +134,7 @@ class CppLaunchable:
                 self._strides(*strides),
                 steps,
                 batch,
-                torch.get_num_threads(),
+                torch.get_num_threads() if steps * batch * self._work > ALONE else 1,
                 self._active,
             )
             if failed:

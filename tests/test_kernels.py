@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
+from sparsify.codegen import launch as launching
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
@@ -23,10 +24,12 @@ BACKEND = CppBackend()
 pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def _restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True, scope="module")
+def _all_threads_for_small_work() -> Iterator[None]:
+    threads, alone = torch.get_num_threads(), launching.ALONE
+    launching.ALONE = 0
     yield
+    launching.ALONE = alone
     torch.set_num_threads(threads)
 
 
@@ -57,7 +60,7 @@ def compare(
 
 
 @settings(
-    max_examples=30,
+    max_examples=24,
     deadline=None,
     derandomize=True,  # a fresh machine compiles every kernel, so the same ones each time
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

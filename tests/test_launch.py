@@ -171,7 +171,8 @@ def test_parameters_and_inference_tensors(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_threads_may_call_at_once(strategy: str) -> None:
+def test_threads_may_call_at_once(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsify.codegen.launch.ALONE", 0)  # teams, however small the work
     kernel = lif(INPUTS, HIDDEN)
     shared = BACKEND.load(BACKEND.compile(kernel, schedule(kernel, strategy)))
     sets = []

@@ -147,7 +147,8 @@ def test_hostile_names_compile_and_run(strategy: str, offset: int) -> None:
     reference = backend.load(backend.compile(plain, schedule(plain, strategy)))
 
     def given(k: ir.Kernel) -> dict[str, torch.Tensor]:
-        return dict(zip([v.name for v in (*k.operands, *k.weights)], tensors, strict=True))
+        names = [o.name for o in k.operands] + [w.name for w in k.weights]
+        return dict(zip(names, tensors, strict=True))
 
     got = run(given(kernel), steps=3, batch=2)
     wanted = reference(given(plain), steps=3, batch=2)

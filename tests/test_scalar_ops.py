@@ -55,7 +55,8 @@ def cases(op: ScalarOp) -> list[tuple[tuple[ir.DType, ...], ir.DType]]:
 
 def kernel_of(op: ScalarOp) -> tuple[ir.Kernel, dict[str, Array]]:
     """One kernel that applies ``op`` in all of its dtypes."""
-    operands, body, outputs, data = [], [], [], {}
+    operands, outputs, data = [], [], {}
+    body: list[ir.Statement] = []
     size = len(SPECIAL) ** 2
     for number, (given, result) in enumerate(cases(op)):
         names = [f"a{number}_{index}" for index in range(op.arity)]
