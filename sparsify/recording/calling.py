@@ -154,6 +154,8 @@ def _modules_on_the_way(
     paths = {place.path for place in places}
     found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
     for name, module in model.named_modules():
+        if not isinstance(module._modules, dict):  # scripted modules keep theirs in C++
+            continue
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
             if any(p.startswith(f"{path}.") for p in paths):

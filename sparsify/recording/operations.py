@@ -126,6 +126,15 @@ def _typed(argument: Any) -> tuple[str, str]:
     return argument.name, str(argument.type)
 
 
+@functools.cache
+def name_of_op(target: Any) -> str:
+    """What nodes of this operation are called, before a number is added."""
+    if not isinstance(target, Op):
+        return str(target.__name__)
+    name = target._schema.name.partition("::")[2]
+    return f"{name}_{target._overloadname}".lower()
+
+
 def receivers(op: Op) -> tuple[str, ...]:
     """The ``out=`` arguments of ``op``."""
     return tuple(a.name for a in op._schema.arguments if _only_receives(a))

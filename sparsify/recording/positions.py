@@ -11,7 +11,7 @@ import dis
 import linecache
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Self
@@ -71,13 +71,14 @@ class Positions:
     def __enter__(self) -> Self:
         self._stop = sys._getframe(1)
         self._before = sys.gettrace()
-        sys.settrace(self._on_call)
+        self._tracer = self._on_call
+        sys.settrace(self._tracer)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
-        self.was_disturbed = sys.gettrace() != self._on_call
+        self._look_for_disturbance()
         sys.settrace(self._before)
         self._frames.clear()
         self._stop = None
@@ -85,6 +86,7 @@ class Positions:
     def pause(self) -> None:
         """The recorder's own code need not be traced or profiled."""
         if _CHEAP_PAUSE:
+            self._look_for_disturbance()
             self._profiler = sys.getprofile()
             sys.settrace(None)
             sys.setprofile(None)
@@ -92,11 +94,10 @@ class Positions:
     def resume(self) -> None:
         if _CHEAP_PAUSE:
             sys.setprofile(self._profiler)
-            sys.settrace(self._on_call)
+            sys.settrace(self._tracer)
 
-    def executed(self) -> Iterable[CodeType]:
-        """The user's code objects that ran."""
-        return [code for code, facts in self._facts.items() if facts.is_users]
+    def _look_for_disturbance(self) -> None:
+        self.was_disturbed = self.was_disturbed or sys.gettrace() is not self._tracer
 
     def here(self) -> Here:
         """Where the innermost frame of the user is; to be called for every operation."""

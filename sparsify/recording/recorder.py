@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsify.errors import TraceError
 from sparsify.graph_meta import Source, TensorInfo
 from sparsify.recording.measure import share_of_nonzeros
-from sparsify.recording.operations import PRODUCTS, Op, Operation, operation_of
+from sparsify.recording.operations import PRODUCTS, Op, Operation, name_of_op, operation_of
 from sparsify.recording.positions import Here, Positions
 from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current, fitting
 from sparsify.recording.writes import part_of_list, write
@@ -170,9 +170,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bind(call, result, node, (call.op, call.args[1:], call.kwargs))
             return
         if not isinstance(result, (tuple, list)):
-            if result is not None:
-                raise CannotRecord(f"{call.op} returns {type(result).__name__}")
-            return
+            return  # a question about layouts
         tensors = [part for part in result if isinstance(part, Tensor)]
         for tensor in tensors:
             _check_plain(tensor)
@@ -203,19 +201,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def emit(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], info: Any) -> fx.Node:
         """Append a node at the user's present place."""
-        node = self.graph.call_function(target, tuple(args), kwargs)
+        # Arguments that are set afterwards are not searched for symbolic numbers, which costs more
+        # than all the rest.
+        node = self.graph.create_node("call_function", target, name=name_of_op(target))
+        node.args = tuple(args)
+        if kwargs:
+            node.kwargs = kwargs
         here = self._here
         if here is None:
             here = self._here = self.positions.here()
-        node.meta = {
-            "val": info,
-            "location": here.location,
-            "module": here.module,
-            "loops": here.loops,
-            "function": here.function,
-            "grad": torch.is_grad_enabled(),
-            "autocast": _autocast(),
-        }
+        node.meta.update(
+            val=info,
+            location=here.location,
+            module=here.module,
+            loops=here.loops,
+            function=here.function,
+            grad=torch.is_grad_enabled(),
+            autocast=_autocast(),
+        )
         return node
 
     def emit_full(self, info: TensorInfo, number: Any) -> fx.Node:
