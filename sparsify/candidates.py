@@ -17,7 +17,7 @@ from sparsify.plan import RegionPlan
 
 How = Literal["event", "dense"]
 Gathers = dict[str, How]
-CLOSE = 2.0  # predictions within this factor of the best are settled by timing
+CLOSE = 1.5  # predictions within this factor of the best are settled by timing
 HOPELESS = 8.0  # a candidate predicted to be this much slower is not compiled
 
 

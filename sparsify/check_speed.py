@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,15 @@ from typing import Any
 from torch import nn
 
 from sparsify.bench import measure_pairs
-from sparsify.choose import BUDGET_SECONDS, CLEARLY, REMEDY, SLOW_SECONDS, is_slower
+from sparsify.choose import (
+    BUDGET_SECONDS,
+    CLEARLY,
+    FAR,
+    REMEDY,
+    SLOW_SECONDS,
+    is_slower,
+    seconds_of,
+)
 from sparsify.compile_recording import with_modules
 from sparsify.compiled import Compiled, Stage
 from sparsify.entry import Entry
@@ -66,15 +73,10 @@ def _kept(site: Site, refusal: Refusal) -> Site:
 
 def _time(ours: Callable[[], Any], original: Callable[[], Any]) -> tuple[float, float, bool]:
     """Seconds of each, and whether other work disturbed them."""
-    original()
-    start = time.perf_counter()
-    original()
-    once = time.perf_counter() - start
-    if once > SLOW_SECONDS:
-        ours()
-        start = time.perf_counter()
-        ours()
-        return time.perf_counter() - start, once, True
+    ours()
+    once, ours_once = seconds_of(original), seconds_of(ours)
+    if once > FAR * ours_once or once > SLOW_SECONDS:
+        return ours_once, once, True
     rounds = max(3, min(15, int(BUDGET_SECONDS / max(2 * once, 1e-4))))
     found = measure_pairs({"ours": ours, "original": original}, rounds, least_ms=0.2)
     if found.why_contended:

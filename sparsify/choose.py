@@ -21,6 +21,7 @@ from sparsify.verify_regions import RegionCheck
 
 BUDGET_SECONDS = 0.15  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
+FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
 CLEARLY = 1.2  # what a slowdown must exceed to be believed on a contended machine
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
@@ -121,23 +122,29 @@ def _choose_timed(
 def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, list[float]]:
     """Interleaved rounds; the medians of the regions and, last, of the original Scan.
 
-    On a contended machine the shortest times are given: other work only ever adds to them.
+    The original takes part only where it is close. On a contended machine the shortest times are
+    given: other work only ever adds to them.
     """
     operands = task.operands
-    start = time.perf_counter()
-    task.scan(*operands)
-    original = time.perf_counter() - start
-    functions: dict[str, Callable[..., Any]] = {
-        str(i): _call(region, operands) for i, region in enumerate(regions)
-    }
-    if original < SLOW_SECONDS:
+    functions = {str(i): _call(region, operands) for i, region in enumerate(regions)}
+    original = seconds_of(_call(task.scan, operands))
+    kernels = min(seconds_of(function) for function in functions.values())
+    is_close = original < FAR * kernels
+    if is_close and original < SLOW_SECONDS:
         functions["original"] = _call(task.scan, operands)
-    round_seconds = min(original, SLOW_SECONDS) * len(functions)
-    rounds = max(3, min(15, int(BUDGET_SECONDS / max(round_seconds, 1e-4))))
+    round_seconds = kernels * len(regions) + original * is_close
+    rounds = max(3, min(15, int(BUDGET_SECONDS / max(round_seconds, 1e-3))))
     timings = measure_pairs(functions, rounds, least_ms=0.2)
     pick = min if timings.why_contended else _median
     seconds = [float(pick(timings.seconds[name])) for name in functions]
     return timings, seconds if "original" in functions else [*seconds, original]
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """The time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def is_slower(ours: float, original: float) -> bool:

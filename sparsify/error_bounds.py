@@ -106,8 +106,7 @@ class ErrorBounds(fx.Interpreter):
 
     def _result_dtype(self, node: fx.Node, args: Any, kwargs: Any) -> torch.dtype:
         if node not in self._dtypes:
-            plain, named = _swap((args, kwargs), _on_meta)
-            named = {k: v for k, v in named.items() if k != "device"}
+            plain, named = _swap((args, kwargs), _rounded)
             result = pytree.tree_leaves(node.target(*plain, **named))[0]  # type: ignore[operator]
             self._dtypes[node] = result.dtype
         return self._dtypes[node]
@@ -153,8 +152,9 @@ def _settled(x: Bounded) -> Bounded:
     return Bounded(x.value, error, x.dtype, x.event, x.margin)
 
 
-def _on_meta(x: Bounded) -> Tensor:
-    return torch.empty(x.value.shape, dtype=x.dtype, device="meta")
+def _rounded(x: Bounded) -> Tensor:
+    """Not a meta tensor: for these torch would import its compiler, which takes seconds."""
+    return x.value.to(x.dtype)
 
 
 def _swap(tree: Any, part: Any) -> Any:
