@@ -148,9 +148,10 @@ def test_frozen_weight_is_not_read(runtime: Runtime, monkeypatch: pytest.MonkeyP
 
 def test_replaced_weight_is_noticed_even_if_frozen(runtime: Runtime) -> None:
     cached = PackedWeight(runtime, 8)
-    for _ in range(20):  # each in memory that its predecessor would have given back
+    for _ in range(20):
         weight = random_tensor((6, 6))
         assert torch.equal(cached.get(weight, frozen=True).tiles, pack_slowly(weight, 8))
+        del weight  # the next one would be given its memory if the cache did not hold it
 
 
 def test_weight_that_became_infinite_is_noticed(runtime: Runtime) -> None:
