@@ -113,12 +113,15 @@ def _clamped(node: fx.Node, operand: Operand, low: Any, high: Any) -> Fact:
     fact = operand(node.args[0])
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
         return DENSE
+    known = fact if all(b is None or float(b).is_integer() for b in (low, high)) else _unknown(fact)
     if low == 0 or high == 0:
-        cut = _cut(node, fact)
-        return cut if (high or 1) >= 1 else replace(cut, payload="real", value=None)
-    if (low is None or low < 0) and (high is None or high >= 1):
-        return fact if low is None or fact.payload == "binary" else _unknown(fact)
-    return _unknown(fact) if (low or -1) <= 0 <= (high or 1) else DENSE
+        return _cut(node, known if (high or 1) >= 1 else _unknown(fact))
+    keeps = (low is None or low <= 0) and (high is None or high >= 1)
+    if keeps and fact.payload in ("zero", "binary"):
+        return fact
+    if (low or -1) > 0 or (high or 1) < 0:
+        return DENSE
+    return _unknown(known) if known.payload == "constant" else known
 
 
 def _unknown(fact: Fact) -> Fact:

@@ -10,6 +10,7 @@ from sparsify.passes.result import PassResult
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.split_time import split_time
+from sparsify.passes.unify_products import unify_products
 
 
 def split_products(gm: fx.GraphModule) -> PassResult:
@@ -23,6 +24,7 @@ def split_products(gm: fx.GraphModule) -> PassResult:
 
 PIPELINE = (
     expand_rnn,
+    unify_products,
     roll_loops,
     find_events,
     split_products,

@@ -17,6 +17,7 @@ from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.split_time import split_time
+from sparsify.passes.unify_products import unify_products
 from sparsify.reference import run_reference
 from sparsify.region import Region
 from sparsify.scan import Scan
@@ -75,7 +76,8 @@ def refused(scan: Scan) -> Refusal:
 
 def prepared(recorded: Unrolled) -> fx.GraphModule:
     """The recording after all passes before lowering."""
-    graph = find_events(roll_loops(recorded.graph).graph).graph
+    rolled = roll_loops(unify_products(recorded.graph).graph)
+    graph = find_events(rolled.graph).graph
     graph = scan_products(split_time(graph).graph).graph
     return find_events(graph).graph
 

@@ -1,0 +1,140 @@
+"""Write products with one weight matrix as ``mm`` or ``addmm``, however torch spelled them.
+
+torch turns ``F.linear`` of a batch-first view and ``einsum`` into batched products whose weight is
+the same matrix in every batch. Before::
+
+    h = bmm(x, expand(t(w), [B, K, N])) + b            # x [B, T, K]
+
+After::
+
+    h = reshape(addmm(b, reshape(x, [B * T, K]), t(w)), [B, T, N])
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.passes.call_scan import erase_unused
+from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES
+from sparsify.passes.result import PassResult
+from sparsify.passes.tensor_info import call, permuted, with_shape
+
+aten = torch.ops.aten
+VIEWS = (*RESHAPES, *TRANSPOSES, aten.expand.default, aten.squeeze.dims, aten.squeeze.default)
+
+
+def unify_products(gm: fx.GraphModule) -> PassResult:
+    """Rewrite every ``bmm`` with one matrix, and every ``mm`` to which a bias is added."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copies, return_output_node=True)
+    assert isinstance(output, tuple)
+    graph.output(output[0]).meta.update(output[1].meta)
+    done: list[str] = []
+    for node in list(graph.nodes):
+        if node.target is aten.bmm.default and _unify_batches(graph, node):
+            done.append(f"{node.meta.get('location')}: one product instead of one a batch")
+    for node in list(graph.nodes):
+        if node.target is aten.mm.default and _add_bias(graph, node):
+            done.append(f"{node.meta.get('location')}: the bias belongs to the product")
+    if not done:
+        return PassResult(gm)
+    modules = dict(gm.named_children())
+    erase_unused(graph, modules)
+    return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+
+
+def _unify_batches(graph: fx.Graph, product: fx.Node) -> bool:
+    x, weight = product.all_input_nodes if len(product.all_input_nodes) == 2 else (None, None)
+    found = _matrix_behind(weight) if weight is not None and weight is product.args[1] else None
+    if x is None or found is None:
+        return False
+    matrix, swapped = found
+    batches, rows, senders = x.meta["val"].shape
+    receivers = product.meta["val"].shape[2]
+    with graph.inserting_before(product):
+        info = with_shape(x.meta["val"], (batches * rows, senders))
+        flat = call(graph, aten.reshape.default, (x, list(info.shape)), info, product)
+        if swapped:
+            info = permuted(matrix.meta["val"], (1, 0))
+            matrix = call(graph, aten.t.default, (matrix,), info, product)
+        info = with_shape(product.meta["val"], (batches * rows, receivers))
+        result = call(graph, aten.mm.default, (flat, matrix), info, product)
+        if "activity" in product.meta:
+            result.meta["activity"] = product.meta["activity"]
+        shape = [batches, rows, receivers]
+        info = with_shape(product.meta["val"], shape)
+        whole = call(graph, aten.reshape.default, (result, shape), info, product)
+    product.replace_all_uses_with(whole)
+    graph.erase_node(product)
+    return True
+
+
+def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
+    """The matrix that every batch of ``weight`` is a view of, and whether it is transposed."""
+    base = weight
+    while base.target in VIEWS:
+        base = base.all_input_nodes[0]
+    info = base.meta.get("val")
+    if base is weight or not hasattr(info, "shape") or len(info.shape) != 2:
+        return None
+    matrix = torch.empty_strided(info.shape, info.stride, device="meta")
+    viewed = _follow(weight, base, matrix)
+    if viewed is None or viewed.dim() != 3 or viewed.storage_offset():
+        return None
+    batches, senders, receivers = viewed.shape
+    if batches != 1 and viewed.stride(0) != 0:
+        return None
+    for swapped, candidate in ((False, matrix), (True, matrix.t())):
+        if candidate.shape == (senders, receivers) and candidate.stride() == viewed.stride()[1:]:
+            return base, swapped
+    return None
+
+
+def _follow(node: fx.Node, base: fx.Node, value: Tensor) -> Tensor | None:
+    """``value`` through the views between ``base`` and ``node``; None if one has to copy."""
+    if node is base:
+        return value
+    operand = _follow(node.all_input_nodes[0], base, value)
+    if operand is None:
+        return None
+    target: Any = node.target
+    is_reshape = target in (aten.reshape.default, aten._unsafe_view.default)
+    try:
+        viewed: Tensor = (aten.view.default if is_reshape else target)(operand, *node.args[1:])
+    except (RuntimeError, ValueError):
+        return None
+    return viewed
+
+
+def _add_bias(graph: fx.Graph, product: fx.Node) -> bool:
+    """``mm(x, w) + b`` as ``addmm``, also where the sum is of a reshaped result."""
+    chain = [product]
+    while len(chain[-1].users) == 1 and (user := next(iter(chain[-1].users))).target in RESHAPES:
+        chain.append(user)
+    receivers = product.meta["val"].shape[-1]
+    if len(chain[-1].users) != 1 or chain[-1].meta["val"].shape[-1] != receivers:
+        return False
+    total = next(iter(chain[-1].users))
+    if total.target is not aten.add.Tensor or total.kwargs or len(total.args) != 2:
+        return False
+    bias = next((a for a in total.args if a is not chain[-1]), None)
+    if not isinstance(bias, fx.Node) or bias.op != "placeholder":
+        return False
+    same_dtype = bias.meta["val"].dtype is product.meta["val"].dtype is total.meta["val"].dtype
+    if tuple(bias.meta["val"].shape) != (receivers,) or not same_dtype:
+        return False
+    if math.prod(total.meta["val"].shape) != math.prod(product.meta["val"].shape):
+        return False
+    with graph.inserting_before(product):
+        args = (bias, *product.args)
+        result = call(graph, aten.addmm.default, args, product.meta["val"], product)
+    if "activity" in product.meta:
+        result.meta["activity"] = product.meta["activity"]
+    product.replace_all_uses_with(result)
+    total.replace_all_uses_with(chain[-1] if len(chain) > 1 else result)
+    return True

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from sparsify.passes.unify_products import unify_products
+from tests.looped_models import W0, W1, WEIGHTS, B, H
+from tests.test_roll_loops import assert_same
+from tests.unrolled import Unrolled, dyadic, record_unrolled
+
+aten = torch.ops.aten
+BIAS = WEIGHTS["bias"]
+Function = Callable[[Tensor], Tensor]
+
+
+def recorded(function: Function) -> Unrolled:
+    return record_unrolled(lambda tape, x: function(x), [dyadic(4, B, H)], WEIGHTS)
+
+
+def targets(graph: fx.GraphModule) -> list[str]:
+    names = [str(node.target) for node in graph.graph.nodes]
+    return [name for name in names if name.split(".")[1:2] in (["mm"], ["addmm"], ["bmm"])]
+
+
+UNIFIED: tuple[tuple[Function, str], ...] = (
+    (lambda x: F.linear(x.transpose(0, 1), W0), "aten.mm.default"),
+    (lambda x: F.linear(x.transpose(0, 1), W0, BIAS), "aten.addmm.default"),
+    (lambda x: torch.einsum("tbi,ij->tbj", x, W0), "aten.mm.default"),
+    (lambda x: torch.einsum("tbi,ji->tbj", x, W0), "aten.mm.default"),
+    (lambda x: x[0] @ W0 + BIAS, "aten.addmm.default"),
+    (lambda x: BIAS + x @ W0, "aten.addmm.default"),
+    (lambda x: torch.matmul(x.transpose(0, 1), W0[None]), "aten.mm.default"),
+)
+
+
+@pytest.mark.parametrize(("function", "target"), UNIFIED, ids=map(str, range(len(UNIFIED))))
+def test_one_matrix_makes_one_product(function: Function, target: str) -> None:
+    found = recorded(function)
+    unified = unify_products(found.graph)
+    assert targets(unified.graph) == [target]
+    assert unified.done
+    assert_same(unified.graph(*found.operands), found.results)
+
+    again = unify_products(unified.graph)
+    assert again.graph is unified.graph
+    assert again.done == []
+
+
+LEFT: tuple[Function, ...] = (
+    lambda x: torch.bmm(x, x.transpose(1, 2)),
+    lambda x: torch.bmm(x[:2], torch.stack((W0, W1))),
+    lambda x: F.linear(x, W0),
+    lambda x: x[0] @ W0 + x[1],
+    lambda x: torch.add(x[0] @ W0, BIAS, alpha=2),
+    lambda x: (x[0] @ W0) + BIAS[:1],
+)
+
+
+@pytest.mark.parametrize("function", LEFT, ids=map(str, range(len(LEFT))))
+def test_other_products_stay(function: Function) -> None:
+    found = recorded(function)
+    assert unify_products(found.graph).graph is found.graph
+
+
+def test_a_product_that_is_read_twice_keeps_its_own_value() -> None:
+    def twice(x: Tensor) -> Tensor:
+        product = x[0] @ W0
+        return (product + BIAS) * product
+
+    found = recorded(twice)
+    assert unify_products(found.graph).graph is found.graph
