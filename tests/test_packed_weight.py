@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -151,7 +152,18 @@ def test_replaced_weight_is_noticed_even_if_frozen(runtime: Runtime) -> None:
     for _ in range(20):
         weight = random_tensor((6, 6))
         assert torch.equal(cached.get(weight, frozen=True).tiles, pack_slowly(weight, 8))
-        del weight  # the next one would be given its memory if the cache did not hold it
+
+
+def test_memory_of_a_weight_is_held_until_there_is_another(runtime: Runtime) -> None:
+    """Else a new weight might be given the same memory, and pass for the frozen one."""
+    array = np.zeros((6, 6), dtype=np.float32)
+    memory = weakref.ref(array)
+    cached = PackedWeight(runtime, 8)
+    cached.get(torch.from_numpy(array))
+    del array
+    assert memory() is not None
+    cached.get(random_tensor((6, 6)))
+    assert memory() is None
 
 
 def test_weight_that_became_infinite_is_noticed(runtime: Runtime) -> None:
