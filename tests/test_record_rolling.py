@@ -57,7 +57,7 @@ class ATan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (u,) = ctx.saved_tensors
+        u: Tensor = ctx.saved_tensors[0]
         return grad / (1 + u * u)
 
 

@@ -1,4 +1,4 @@
-"""The run itself: memory, threads, tracing, scripted parts, and modules that are used in odd ways."""
+"""The run itself: memory, threads, tracing, scripted parts, modules used in odd ways."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Deep(nn.Module):
 def peak_of(run: Callable[[], object]) -> int:
     with torch.no_grad(), Meter() as meter:
         run()
-    return meter.peak
+    return int(meter.peak)
 
 
 def test_intermediates_are_not_kept() -> None:
@@ -230,7 +230,7 @@ def test_modules_that_call_forward_directly_and_closures() -> None:
     recording = check(Direct(), X)
     [product] = [n for n in recording.graph.graph.nodes if "addmm" in str(n.target)]
     assert product.meta["module"] == "fc"
-    kinds = dict((name, kind) for kind, name in sources(recording))
+    kinds = {name: kind for kind, name in sources(recording)}
     assert [kind for name, kind in kinds.items() if name.endswith("gain")] == ["attribute"]
 
 

@@ -73,55 +73,55 @@ def test_the_first_call_differs_from_later_ones() -> None:
         model.mem = eager.mem = None
 
 
-def in_place_buffer(self: Any, x: Tensor) -> Tensor:
+def in_place_buffer(self: Any, x: Tensor) -> Any:
     self.count += 1
     self.v.mul_(0.9).add_(x)
     self.v[0] = 0
     return self.v * 2
 
 
-def rebound_buffer(self: Any, x: Tensor) -> Tensor:
+def rebound_buffer(self: Any, x: Tensor) -> Any:
     self.v = self.v * 0.5 + x
     return self.v
 
 
-def returned_state(self: Any, x: Tensor) -> Tensor:
+def returned_state(self: Any, x: Tensor) -> Any:
     self.v.add_(x)
     return self.v
 
 
-def swapped(self: Any, x: Tensor) -> Tensor:
+def swapped(self: Any, x: Tensor) -> Any:
     self.v, self.w = self.w, self.v
     return self.v + x
 
 
-def kept_input(self: Any, x: Tensor) -> Tensor:
+def kept_input(self: Any, x: Tensor) -> Any:
     out = x - self.v
     self.v = x
     return out
 
 
-def kept_view(self: Any, x: Tensor) -> Tensor:
+def kept_view(self: Any, x: Tensor) -> Any:
     y = x * 2
     self.v = y
     self.w = y[0]
     return y
 
 
-def old_content(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def old_content(self: Any, x: Tensor) -> Any:
     old = torch.empty_like(self.v).copy_(self.v)
     self.v.add_(x)
     return old, self.v.clone()
 
 
-def view_of_state(self: Any, x: Tensor) -> Tensor:
+def view_of_state(self: Any, x: Tensor) -> Any:
     row = self.v[1]
     self.v += x
     row.sub_(1)
     return row
 
 
-def unused_write(self: Any, x: Tensor) -> Tensor:
+def unused_write(self: Any, x: Tensor) -> Any:
     self.v.copy_(x)
     return x * 2
 
@@ -138,24 +138,24 @@ def test_buffers_are_written_back(function: Any) -> None:
     check(Of(function, **states), X.clone(), calls=3)
 
 
-def dict_entry(self: Any, x: Tensor) -> Tensor:
+def dict_entry(self: Any, x: Tensor) -> Any:
     self.state["v"] = self.state["v"] * 0.5 + x
     return self.state["v"]
 
 
-def list_entry(self: Any, x: Tensor) -> Tensor:
+def list_entry(self: Any, x: Tensor) -> Any:
     self.states[1] = self.states[1] + x
     self.states[0].add_(x)
     return self.states[0]
 
 
-def whole_tuple(self: Any, x: Tensor) -> Tensor:
+def whole_tuple(self: Any, x: Tensor) -> Any:
     v, z = self.pair
     self.pair = (v + x, z * 2)
     return self.pair[0]
 
 
-def named_tuple(self: Any, x: Tensor) -> Tensor:
+def named_tuple(self: Any, x: Tensor) -> Any:
     self.lif = State(self.lif.v * 0.5 + x, (self.lif.v > 0).float())
     return self.lif.z
 
@@ -183,31 +183,31 @@ def test_batch_norm_in_training() -> None:
     check(nn.BatchNorm1d(3).eval(), X.clone())
 
 
-def appends(self: Any, x: Tensor) -> Tensor:
+def appends(self: Any, x: Tensor) -> Any:
     self.states.append(x * 2)
     return x + 1
 
 
-def counts(self: Any, x: Tensor) -> Tensor:
+def counts(self: Any, x: Tensor) -> Any:
     self.calls += 1
     return x * self.calls
 
 
-def changes_argument(self: Any, x: Tensor) -> Tensor:
+def changes_argument(self: Any, x: Tensor) -> Any:
     self.calls = {"x": object(), "v": x * 2}
     return x + 1
 
 
-def python_random(self: Any, x: Tensor) -> Tensor:
+def python_random(self: Any, x: Tensor) -> Any:
     return x * random.random()
 
 
-def shared_memory(self: Any, x: Tensor) -> Tensor:
+def shared_memory(self: Any, x: Tensor) -> Any:
     self.v.add_(x)
     return self.row + 1
 
 
-def resized(self: Any, x: Tensor) -> Tensor:
+def resized(self: Any, x: Tensor) -> Any:
     self.w.unsqueeze_(0)
     return x + self.w
 
@@ -234,7 +234,7 @@ def test_changed_argument_containers_are_refused() -> None:
 
 
 def test_an_explicit_recording_changes_nothing() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Any:
         self.v.add_(x)
         self.v[0].view(-1)[1] = 5
         self.w = self.w * 2
@@ -249,19 +249,20 @@ def test_an_explicit_recording_changes_nothing() -> None:
     model.weight = nn.Parameter(torch.ones(3))
     before = copy.deepcopy(state(model))
     x = X.clone()
-    draws = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()]
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = np.random.get_state(legacy=True)[1].copy()  # type: ignore[index]
     record(model, (x,), {}, restore=True)
     assert same(state(model), before)
     assert not hasattr(model, "new")
     assert model.made == 1
     assert torch.equal(x, X)
-    assert torch.equal(draws[0], torch.get_rng_state())
-    assert draws[1] == random.getstate()
-    assert (draws[2] == np.random.get_state()[1]).all()
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert python_state == random.getstate()
+    assert (numpy_state == np.random.get_state(legacy=True)[1]).all()  # type: ignore[index]
 
 
 def test_states_are_put_back_when_forward_raises() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Any:
         self.v.add_(x)
         raise KeyError("mine")
 
@@ -272,7 +273,7 @@ def test_states_are_put_back_when_forward_raises() -> None:
 
 
 def test_writes_after_an_escape_are_put_back() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Any:
         if x.sum() > -1e9:
             self.v.add_(x)
             self.v[0].zero_()
@@ -384,14 +385,14 @@ def test_keyword_and_nested_arguments_are_named() -> None:
         return x * scale["a"] + states[0][1], states
 
     model = of(forward)
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     states, scale = ((X, X + 1), 3), {"a": X * 2}
     recording = recorded(model, X * 3, states, scale=scale)
     names = [name for kind, name in sources(recording) if kind == "input"]
     assert set(names) >= {"x", "states[0][1]", "scale['a']"}
     given = perturbed(((X, states), scale), 3)
     got = call(recording, *given[0], scale=given[1])
-    assert same(got, forward(*given[0], scale=given[1]))
+    assert same(got, forward(given[0][0], given[0][1], given[1]))
     assert got[1][0][1] is given[0][1][0][1]
 
 

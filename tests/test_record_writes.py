@@ -112,7 +112,7 @@ def diagonal(x: Tensor) -> Tensor:
 
 def parts(x: Tensor) -> tuple[Tensor, ...]:
     y = x * 1
-    a, b = y.split([1, 2], dim=1)
+    a, b = y.split([1, 2], dim=1)  # type: ignore[no-untyped-call]
     b.mul_(2)
     rows = y.unbind(0)
     rows[2].add_(a[0])

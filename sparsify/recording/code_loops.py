@@ -51,13 +51,14 @@ class _Flow:
         self.instructions = list(dis.get_instructions(code))
         offsets = [i.offset for i in self.instructions]
         self.ends = dict(zip(offsets, [*offsets[1:], len(code.co_code)], strict=True))
-        handlers = list(dis.Bytecode(code).exception_entries)
+        handlers = list(dis.Bytecode(code).exception_entries)  # type: ignore[attr-defined]
         leaders = {0}
         for here, after in zip(self.instructions, self.instructions[1:], strict=False):
             if _target(here) is not None or here.opname in _NEVER_FALLS_THROUGH:
                 leaders.add(after.offset)
-            if _target(here) is not None:
-                leaders.add(_target(here))
+            target = _target(here)
+            if target is not None:
+                leaders.add(target)
         for entry in handlers:
             leaders |= {entry.start, entry.end, entry.target}
         self.blocks: list[list[dis.Instruction]] = []

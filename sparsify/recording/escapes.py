@@ -35,7 +35,8 @@ REFUSED: dict[Any, str] = {
     Tensor._typed_storage: _MEMORY.format("_typed_storage()"),
     Tensor.share_memory_: _MEMORY.format("share_memory_()"),
     Tensor.__reduce_ex__: _VALUES.format("pickle"),
-    Tensor.data.__set__: "a tensor's .data is replaced; write to the tensor instead",
+    Tensor.data.__set__:  # type: ignore[attr-defined]
+    "a tensor's .data is replaced; write to the tensor instead",
     Tensor.backward: "backward() is called inside forward",
     Tensor.register_hook: "a hook is put on a tensor inside forward",
     Tensor.is_set_to: _MEMORY.format("is_set_to()"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -69,10 +70,10 @@ def _parameter_names(model: Any, count: int) -> list[str]:
     """The names of forward's positional parameters; ``*args`` gives ``args[0]``, ..."""
     names: list[str] = []
     try:
-        parameters = inspect.signature(getattr(model, "forward", model)).parameters.values()
+        parameters = inspect.signature(getattr(model, "forward", model)).parameters
     except (TypeError, ValueError):
-        parameters = ()
-    for parameter in parameters:
+        parameters = MappingProxyType({})
+    for parameter in parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL:

@@ -37,8 +37,8 @@ SAME = frozenset(
 # Write to arguments although their schemas do not say so, when asked to train.
 BATCH_NORMS = frozenset({aten.native_batch_norm.default})
 REPLACES_STORAGE = frozenset(
-    {op for name in aten.set_.overloads() for op in [getattr(aten.set_, name)]}
-    | {aten.resize_.default, aten.resize_as_.default}
+    {aten.set_.default, aten.set_.source_Storage, aten.set_.source_Storage_storage_offset}
+    | {aten.set_.source_Tensor, aten.resize_.default, aten.resize_as_.default}
 )
 # The activation of a product: the index of its argument.
 PRODUCTS: dict[Op, int] = {
@@ -88,8 +88,9 @@ def _is_write(alias: Any) -> bool:
 
 
 def _is_composite(op: Op) -> bool:
+    name = op.name()  # type: ignore[no-untyped-call]
     key = "CompositeImplicitAutograd"
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
 
 
 @functools.cache

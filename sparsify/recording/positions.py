@@ -268,7 +268,8 @@ def _location(file: str, line: int) -> Location:
 
 def _function_codes(function: type) -> Iterator[tuple[CodeType, str]]:
     """The code of ``forward`` of all subclasses, with their names."""
-    for cls in function.__subclasses__():
+    subclasses: list[type] = function.__subclasses__()
+    for cls in subclasses:
         forward = getattr(cls.__dict__.get("forward"), "__func__", None)
         if isinstance(forward, FunctionType):
             yield forward.__code__, cls.__name__

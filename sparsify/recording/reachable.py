@@ -13,7 +13,7 @@ import operator
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ class Place:
 
     ``owner`` is a dict (``vars`` of an object among them), a sequence, a closure cell (key
     ``"cell_contents"``), or an object or class whose attribute ``key`` it is. ``table`` is
-    ``"_parameters"`` or ``"_buffers"`` for those of modules. ``parent`` is the place of the object
+    ``"_parameters"`` or the like for those of modules. ``parent`` is the place of the object
     that it is in.
     """
 
@@ -101,6 +101,7 @@ class Route:
             place = place.parent
         self._owner, self._key = place.owner, place.key
         self._steps = tuple(reversed(steps))
+        self.get: Callable[[], Any]
         if isinstance(place.owner, _CONTAINERS) and not self._steps:
             self.get = functools.partial(operator.getitem, self._owner, self._key)
         else:
@@ -145,8 +146,8 @@ def _places(path: str, holder: Any) -> Iterator[Place]:
     if isinstance(holder, (staticmethod, classmethod)):
         return iter([Place(path, holder, "__func__", holder.__func__)])
     if isinstance(holder, property):
-        keys = ("fget", "fset")
-        return (Place(f"{path}.{key}", holder, key, getattr(holder, key)) for key in keys)
+        accessors = ("fget", "fset")
+        return (Place(f"{path}.{key}", holder, key, getattr(holder, key)) for key in accessors)
     if isinstance(holder, type):
         return _class_places(path, holder)
     if isinstance(holder, nn.Module):
@@ -161,11 +162,13 @@ def _module_places(path: str, module: nn.Module) -> Iterator[Place]:
     if isinstance(module, torch.jit.ScriptModule):
         yield from _scripted_places(dot, module)
         return
-    tables = {"_parameters": module._parameters, "_buffers": module._buffers}
-    for table, owner in {**tables, "": vars(module), "_modules": module._modules}.items():
-        for key, value in list(owner.items()):
-            if owner is not vars(module) or key not in _OF_MODULES:
-                yield Place(f"{dot}{key}", owner, key, value, table)
+    attributes = vars(module)
+    for table in ("_parameters", "_buffers", "_modules"):
+        for key, value in list(attributes[table].items()):
+            yield Place(f"{dot}{key}", attributes[table], key, value, table)
+    for key, value in list(attributes.items()):
+        if key not in _OF_MODULES:
+            yield Place(f"{dot}{key}", attributes, key, value)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         for number, hook in list(getattr(module, hooks, {}).items()):
             yield Place(f"{dot}{hooks}[{number}]", getattr(module, hooks), number, hook)

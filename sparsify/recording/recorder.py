@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         facts = operation_of(func)
         if facts.is_composite:
             with self:
-                return func.decompose(*args, **kwargs)  # type: ignore[no-untyped-call]
+                return func.decompose(*args, **kwargs)
         if self.error is not None:
             self._announce_writes(facts, func, args, kwargs)
             return func(*args, **kwargs)

@@ -310,7 +310,7 @@ def in_place(recorder: Recorder, call: Call) -> None:
     lowered = [recorder.lower(a) for a in args], {k: recorder.lower(a) for k, a in kwargs.items()}
     result = call.run()
     own = _own_results(call.op, result)
-    infos = [recorder.values.info(tensor) for tensor in (*own, *targets)]
+    infos = [recorder.values.info(tensor) for tensor in [*own, *targets]]
     resized = [t for t, before in zip(targets, shapes, strict=True) if t.shape != before.shape]
     for target in resized:
         _start_anew(recorder, target)

@@ -46,7 +46,7 @@ def _key(tensor: Tensor) -> int:
 
 def _whole_memory(tensor: Tensor) -> Tensor:
     memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return memory.set_(tensor.untyped_storage())  # type: ignore[call-overload, no-any-return]
+    return memory.set_(tensor.untyped_storage())
 
 
 @contextmanager
@@ -55,8 +55,8 @@ def random_states_kept() -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

@@ -42,8 +42,10 @@ class Value:
     a 0-dim tensor was made from. ``origin`` is None for what may depend on anything.
     """
 
-    __slots__ = ("has_layout", "info", "memory", "node", "number", "origin", "parent", "version")
-    __slots__ += ("view",)
+    __slots__ = (
+        *("has_layout", "info", "memory", "node", "number"),
+        *("origin", "parent", "version", "view"),
+    )
 
     def __init__(
         self,
