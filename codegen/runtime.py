@@ -6,7 +6,6 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -190,14 +189,14 @@ def load_runtime() -> Runtime:
 def openmp_of_torch() -> list[int] | None:
     """Addresses of the functions ``OPENMP`` in the library that torch uses, None without one.
 
-    Also None in a forked child: there that library waits for threads which were not forked.
+    Looked up in what torch's extension module depends on, wherever that is installed. Also None
+    in a forked child: there, that library waits for threads which were not forked.
     """
     if os.getpid() != IMPORTED_BY:
         return None
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        torch_cpu = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        return [ctypes.cast(torch_cpu[name], POINTER).value or 0 for name in OPENMP]
+        extension = ctypes.CDLL(torch._C.__file__, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return [ctypes.cast(extension[name], POINTER).value or 0 for name in OPENMP]
     except (OSError, AttributeError):  # another system's torch, or one built without OpenMP
         return None
 
