@@ -98,7 +98,7 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
     ),
     "long dict": (
         do(lambda m: m.lookup.__setitem__("7", 7.5)),
-        "the contents of model.lookup changed",
+        "model.lookup['7'] was 7.0 and is now 7.5",
     ),
     "order of modules": (
         do(lambda m: m.cells.update({"first": m.cells.pop("first")})),
@@ -111,8 +111,11 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
     "deque": (do(lambda m: m.delays.appendleft(m.delays.pop())), "model.delays[0] was 1"),
     "set": (do(lambda m: m.flags.remove("a")), "the contents of model.flags changed"),
     "set element": (assign("flags", {"a", "c"}), "the contents of model.flags changed"),
-    "long list": (do(lambda m: m.long.__setitem__(7, -1.0)), "contents of model.long changed"),
-    "long list type": (do(lambda m: m.long.__setitem__(7, 7)), "model.long changed"),
+    "long list": (
+        do(lambda m: m.long.__setitem__(7, -1.0)),
+        "model.long[7] was 7.0 and is now -1.0",
+    ),
+    "long list type": (do(lambda m: m.long.__setitem__(7, 7)), "model.long[7] was 7.0"),
     "array": (do(lambda m: m.profile.__setitem__(1, 9.0)), "contents of model.profile changed"),
     "closure": (
         do(set_closure),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ def vocabulary() -> dict[str, Any]:
         "functorch": torch._C._functorch.peek_interpreter_stack,
         "tracing": torch._C._get_tracing_state,
         "global_hooks": global_hooks,
+        "variables": environment_variables(),
         "hooks_before": torch_module._global_forward_pre_hooks,
         "hooks_after": torch_module._global_forward_hooks,
         "hooks_backward_pre": torch_module._global_backward_pre_hooks,
@@ -93,6 +95,12 @@ def environment() -> dict[str, object]:
     """The answers to all questions now."""
     words = vocabulary()
     return {name: eval(question, words) for name, question in QUESTIONS.items()}
+
+
+def environment_variables() -> dict[Any, object]:
+    """What ``os.environ`` reads, by encoded name."""
+    variables: dict[Any, object] = vars(os.environ)["_data"]
+    return variables
 
 
 def random_states() -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """Watch a run to learn what it depends on and what it changes beside its tensors.
 
-What cannot be seen: environment variables, C extensions that keep a state of their own, and Python
-that runs in other threads.
+What cannot be seen: C extensions that keep a state of their own, and Python that runs in other
+threads.
 """
 
 from __future__ import annotations
 
+import _io
 import gc
 import importlib._bootstrap as _bootstrap
 import inspect
-import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -21,7 +22,12 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import Location
-from sparsify.recording.environment import environment, random_states, restore_random
+from sparsify.recording.environment import (
+    environment,
+    environment_variables,
+    random_states,
+    restore_random,
+)
 from sparsify.recording.guard_changes import (
     Change,
     SideEffect,
@@ -30,9 +36,10 @@ from sparsify.recording.guard_changes import (
     tell,
     undo,
 )
-from sparsify.recording.guard_check import MISSED, CheckWriter, Told
+from sparsify.recording.guard_check import MISSED, CheckWriter
 from sparsify.recording.guard_code import origin
 from sparsify.recording.guard_nodes import frozen, read_cell
+from sparsify.recording.guard_told import Told
 from sparsify.recording.guard_values import GONE
 from sparsify.recording.guard_walk import Walk
 from sparsify.recording.recording import Args, Kwargs
@@ -45,6 +52,7 @@ OUTSIDE: frozenset[Any] = frozenset(
     )
 )
 IMPORTED: CodeType = vars(_bootstrap)["_find_and_load"].__code__  # of modules not yet loaded
+READ_ENVIRONMENT = type(os.environ).__getitem__.__code__
 LOGGED = logging.Logger.handle.__code__  # runs only for records that are let through
 
 
@@ -91,6 +99,7 @@ class Seen:
             self._walk.argument(value, key, f"argument {name}")
         self._changes: list[Change] = []
         self._drawn: list[str] = []
+        self._variables: dict[Any, object] = {}
         self._failure = ""
         self._import: FrameType | None = None
         self._reached_out: dict[str, tuple[str, int]] = {}
@@ -98,7 +107,7 @@ class Seen:
     def guard(self) -> CompiledGuard:
         """The guard for the state before the run; keeps no tensor alive."""
         writer = CheckWriter()
-        writer.write(self._walk, self._environment, self._args, self._kwargs)
+        writer.write(self._walk, self._environment, self._variables, self._args, self._kwargs)
         return CompiledGuard(writer)
 
     def side_effects(self, handled: Collection[tuple[int, Any]]) -> list[SideEffect]:
@@ -130,10 +139,15 @@ class Seen:
                 self._import = None
             return
         if event == "c_call":
-            if _is_outside(arg) and origin(code.co_filename) == "user":
+            if id(code) in self._walk.users and _is_outside(arg):
                 self._reached_out.setdefault(arg.__name__, (code.co_filename, frame.f_lineno))
             return
-        if event != "call" or id(code) in self._walk.codes:
+        if event != "call":
+            return
+        if code is READ_ENVIRONMENT:
+            variable = os.environ.encodekey(frame.f_locals["key"])
+            self._variables.setdefault(variable, environment_variables().get(variable))
+        if id(code) in self._walk.codes:
             return
         if code is IMPORTED:
             self._import = frame
@@ -185,7 +199,7 @@ def _users_line(frame: FrameType) -> tuple[str, int]:
 
 def _is_outside(function: Any) -> bool:
     owner = getattr(function, "__self__", None)
-    return isinstance(owner, io.IOBase) or (isinstance(owner, ModuleType) and function in OUTSIDE)
+    return isinstance(owner, _io._IOBase) or (isinstance(owner, ModuleType) and function in OUTSIDE)
 
 
 def _pause_profiler() -> Any:

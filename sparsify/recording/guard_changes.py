@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from types import CellType
+from types import CellType, MappingProxyType
 from typing import Any
 
 from sparsify.errors import Location
@@ -191,6 +192,8 @@ def read(owner: Node, holder: Any, child: Node) -> Any:
             return holder.__kwdefaults__[key]
         case "call":
             return weakref.ref.__call__(holder)
+        case "get":
+            return holder.get(GONE)
     return getattr(holder, key)
 
 
@@ -232,6 +235,9 @@ def _contents(node: Node, contents: Any) -> str:
     return "other contents"
 
 
+UNWATCHED = (array, bytearray, memoryview, MappingProxyType)
+
+
 def doubts(walk: Walk) -> Iterator[SideEffect]:
     """What was reached and cannot be watched."""
     for node in walk.nodes.values():
@@ -242,6 +248,9 @@ def doubts(walk: Walk) -> Iterator[SideEffect]:
             megabytes = node.value.nbytes / 2**20
             text = f"{node.path} is a numpy array of {megabytes:.1f} MB, too large to compare."
             yield SideEffect(node.path, "", "", text=text, remedy="Register it as a buffer.")
+        if isinstance(node.value, UNWATCHED):
+            text = f"{node.path} is {show(node.value)}, whose contents are not compared."
+            yield SideEffect(node.path, "", "", text=text, remedy="Use a list or a tensor.")
     if walk.places >= MOST_PLACES:
         text = f"forward can read more than {MOST_PLACES} Python values, too many to compare."
         yield SideEffect("model", "", "", text=text, remedy="Keep tables in tensors.")

@@ -12,12 +12,30 @@ functions and classes are compared by identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsify.recording import environment
-from sparsify.recording.guard_nodes import HOOKS, TABLES, WALKED, Node, instance_dict
+from sparsify.recording.guard_code import is_users
+from sparsify.recording.guard_nodes import (
+    HOOKS,
+    TABLES,
+    WALKED,
+    Node,
+    instance_dict,
+    is_namespace,
+    plain_names,
+)
+from sparsify.recording.guard_told import (
+    BOUND,
+    Told,
+    naming,
+    naming_contents,
+    naming_hooks,
+    parted,
+    saying,
+    was,
+)
 from sparsify.recording.guard_values import (
     GONE,
     arrays_differ,
@@ -25,14 +43,12 @@ from sparsify.recording.guard_values import (
     differs,
     is_atom,
     sets_differ,
-    show,
     tables_differ,
 )
 from sparsify.recording.guard_walk import Walk
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
-BOUND = ("module", "function", "class", "pymodule", "wrapper", "opaque", "iterator", "random")
 DIFFER = {
     "atoms": "atoms_differ",
     "set": "sets_differ",
@@ -40,25 +56,6 @@ DIFFER = {
     "table": "tables_differ",
 }
 MISSED = (KeyError, AttributeError, IndexError, TypeError, ValueError, RuntimeError)
-
-
-@dataclass(frozen=True)
-class Told:
-    """What to say when a comparison fails."""
-
-    path: str
-    then: str = ""
-    text: Callable[[Any], str] | None = None
-
-    def say(self, now: object) -> str:
-        if self.text is not None:
-            return self.text(now)
-        return f"{self.path} was {self.then} and is now {show(now)}"
-
-
-def was(path: str, then: object) -> Told:
-    """``then`` itself is not kept: a guard must not keep tensors alive."""
-    return Told(path, show(then))
 
 
 class CheckWriter:
@@ -75,6 +72,7 @@ class CheckWriter:
             "tables_differ": tables_differ,
             "sets_differ": sets_differ,
             "instance_dict": instance_dict,
+            "plain_names": plain_names,
             "get": dict.get,
             "GONE": GONE,
             **environment.vocabulary(),
@@ -84,12 +82,23 @@ class CheckWriter:
         self._dicts: dict[int, str] = {}
         self._aliases: list[tuple[Node, str]] = []
         self._shared: set[int] = set()
+        self._told_of: set[str] = set()  # classes whose names are compared
 
-    def write(self, walk: Walk, answers: Mapping[str, object], args: Args, kwargs: Kwargs) -> None:
-        """All comparisons: torch's modes, the arguments, then the model and what else was read."""
+    def write(
+        self,
+        walk: Walk,
+        answers: Mapping[str, object],
+        variables: Mapping[Any, object],
+        args: Args,
+        kwargs: Kwargs,
+    ) -> None:
+        """All comparisons, what is quick first: modes, arguments, then the model and the rest."""
         self._shared = {id(alias) for alias in _aliases(walk)}
         for what, answer in answers.items():
             self._compare(environment.QUESTIONS[what], answer, was(what, answer))
+        for variable, held in variables.items():
+            told = was(f"environment variable {variable!r}", held)
+            self._compare(f"variables.get({variable!r})", held, told)
         self._write_call(args, kwargs)
         for root in sorted(walk.roots, key=lambda root: not root.path.startswith("argument")):
             self._write_tree(root)
@@ -97,7 +106,7 @@ class CheckWriter:
             assert node.alias is not None
             first = self._name_of(node.alias)
             if first is not None:
-                self._require(f"{text} is not {first}", text, _parted(node, node.alias))
+                self._require(f"{text} is not {first}", text, parted(node, node.alias))
 
     @property
     def source(self) -> str:
@@ -137,6 +146,8 @@ class CheckWriter:
         """Write the comparison of one place; return the places to compare below it."""
         self._told = was(node.path, node.value)
         if node.value is GONE:
+            if node.how == "get":
+                self._require(f"{text} is not GONE", text, self._told)
             return []
         if node.how == "field" and node.key == "__class__":
             return self._class(node)
@@ -148,7 +159,7 @@ class CheckWriter:
             return []
         if node.kind in WALKED and node.contents is None:
             said = f"{node.path} could not be looked at"
-            self._require("True", "None", Told(node.path, text=_saying(said)))
+            self._require("True", "None", Told(node.path, text=saying(said)))
             return []
         if id(node) in self._shared and node.kind not in BOUND:
             text = self._variable(node, text)
@@ -163,7 +174,19 @@ class CheckWriter:
         if node.alias is not None:
             return []
         name = self._constant(node.value, "c")
+        self._write_own_names(node)
         return [(child, self._read(node, name, child)) for child in node.children.values()]
+
+    def _write_own_names(self, node: Node) -> None:
+        """A class that gets another attribute can hide one of a base or answer ``hasattr``."""
+        for base, names in (node.contents or {}).items():
+            name = self._constant(base, "c")
+            if name not in self._told_of:
+                self._told_of.add(name)
+                said = Told(base.__qualname__, text=naming(base.__qualname__, names))
+                now = f"plain_names({name})"
+                fails = f"len({name}.__dict__) != {len(vars(base))} and {now} != "
+                self._require(fails + self._constant(names, "k"), now, said)
 
     def _write_bound(self, node: Node, text: str, is_input: bool) -> list[tuple[Node, str]]:
         name = self._constant(node.value, node.kind[0])
@@ -171,6 +194,8 @@ class CheckWriter:
             self._require(f"{text} is not {name}", text, self._told)
         if node.kind == "module":
             self._write_module(node, name)
+        elif node.kind == "class":
+            self._write_own_names(node)
         elif node.kind in ("function", "pymodule") and node.children:
             self._dicts[id(node)] = f"{name}.__dict__"
         return [(child, self._read(node, name, child)) for child in node.children.values()]
@@ -201,8 +226,8 @@ class CheckWriter:
             self._write_order(node.path, text, [*node.contents], "{}[{!r}]")
         elif node.kind in DIFFER:
             name = self._constant(node.contents, "k")
-            changed = Told(node.path, text=_saying(f"the contents of {node.path} changed"))
-            self._require(f"{DIFFER[node.kind]}({text}, {name})", "None", changed)
+            changed = Told(node.path, text=naming_contents(node.path, node.contents))
+            self._require(f"{DIFFER[node.kind]}({text}, {name})", text, changed)
         if node.kind == "object":
             self._write_object(node, text)
         return [(child, self._read(node, text, child)) for child in node.children.values()]
@@ -210,12 +235,15 @@ class CheckWriter:
     def _write_order(self, path: str, text: str, keys: list[Any], shape: str = "{}.{}") -> None:
         """Code that iterates sees the order of the keys, too."""
         name = self._constant(keys, "k")
-        said = Told(path, text=_naming(path, keys, shape))
+        said = Told(path, text=naming(path, keys, shape))
         self._require(f"[*{text}] != {name}", f"[*{text}]", said)
 
     def _write_object(self, node: Node, text: str) -> None:
-        if node.contents["__dict__"] or hasattr(node.value, "__dict__"):
-            own = self._own_dict(node, text)
+        kind = type(node.value)
+        if not (node.contents["__dict__"] or hasattr(node.value, "__dict__")):
+            return
+        own = self._own_dict(node, text)
+        if is_users(kind.__module__) or is_namespace(kind):  # others keep caches in themselves
             self._write_attributes(node, own)
 
     def _own_dict(self, node: Node, text: str) -> str:
@@ -229,7 +257,7 @@ class CheckWriter:
     def _write_attributes(self, node: Node, own: str) -> None:
         """An added attribute can hide one of the class or answer ``hasattr``."""
         names = node.contents["__dict__"]
-        said = Told(node.path, text=_naming(node.path, names))
+        said = Told(node.path, text=naming(node.path, names))
         self._require(f"len({own}) != {len(names)}", f"[*{own}]", said)
 
     def _write_module(self, node: Node, name: str) -> None:
@@ -245,20 +273,20 @@ class CheckWriter:
         if empty:
             clauses = " or ".join(f"{own}['{table}']" for table in empty)
             now = ", ".join(f"('{HOOKS[table]}', {own}['{table}'])" for table in empty)
-            said = Told(node.path, text=_naming_hooks(node.path))
+            said = Told(node.path, text=naming_hooks(node.path))
             self._require(clauses, f"({now},)", said)
         for table in TABLES:
             keys = node.contents[table]
             if table == "_modules" and len(keys) > 1:
                 self._write_order(node.path, f"{own}['{table}']", [*keys])
                 continue
-            said = Told(node.path, text=_naming(node.path, keys))
+            said = Told(node.path, text=naming(node.path, keys))
             count = f"len({own}['{table}']) != {len(keys)}" if keys else f"{own}['{table}']"
             self._require(count, f"[*{own}['{table}']]", said)
 
     def _write_hooks(self, node: Node, own: str, table: str) -> None:
         hooks = self._constant(list(map(id, node.contents[table])), "k")
-        said = Told(node.path, text=_saying(f"{HOOKS[table]}s of {node.path} changed"))
+        said = Told(node.path, text=saying(f"{HOOKS[table]}s of {node.path} changed"))
         self._require(f"[*map(id, {own}['{table}'].values())] != {hooks}", "None", said)
 
     def _read(self, owner: Node, text: str, child: Node) -> str:
@@ -282,6 +310,8 @@ class CheckWriter:
             return f"{text}.__{child.how}s__[{key!r}]"
         if child.how == "call":
             return f"{text}()"
+        if child.how == "get":
+            return f"{text}.get(GONE)"
         if child.how == "field":
             return f"{text}.{key}"
         return self._read_item(owner, text, key)
@@ -342,29 +372,3 @@ def _aliases(walk: Walk) -> list[Node]:
             found.append(node.alias)
         stack += node.children.values()
     return found
-
-
-def _parted(node: Node, first: Node) -> Told:
-    if node.kind in BOUND:
-        return was(node.path, node.value)
-    said = f"{node.path} and {first.path} were one object and are not any more"
-    return Told(node.path, text=_saying(said))
-
-
-def _saying(text: str) -> Callable[[Any], str]:
-    return lambda now: text
-
-
-def _naming(path: str, then: Collection[Any], shape: str = "{}.{}") -> Callable[[Any], str]:
-    """Say which names were added and removed, ``shape`` giving the name of one."""
-
-    def say(now: Collection[Any]) -> str:
-        added = [f"{shape.format(path, name)} was added" for name in now if name not in then]
-        removed = [f"{shape.format(path, name)} was removed" for name in then if name not in now]
-        return "; ".join(added + removed) or f"the order of {path} changed"
-
-    return say
-
-
-def _naming_hooks(path: str) -> Callable[[Any], str]:
-    return lambda now: "; ".join(f"{what} added on {path}" for what, table in now if table)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import sys
 import weakref
+from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from types import FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Literal
 
@@ -37,6 +40,7 @@ Kind = Literal[
     "pymodule",
     "namespace",  # the globals of a module
     "weakref",
+    "context",
     "iterator",
     "opaque",
 ]
@@ -53,6 +57,7 @@ How = Literal[
     "kwdefault",
     "field",
     "call",
+    "get",
 ]
 WALKED = ("sequence", "dict", "atoms", "table", "set", "module")  # whose contents are kept
 TABLES = ("_parameters", "_buffers", "_modules")
@@ -64,6 +69,7 @@ HOOKS = {
 }
 TORCH_FIELDS = frozenset(nn.Module().__dict__)
 KEPT = (nn.Module, torch.autograd.Function)  # whose forward is checked in torch's classes too
+CachedFunction = type(functools.lru_cache(len))
 WRAPPERS = (property, staticmethod, classmethod, functools.cached_property)
 
 
@@ -96,13 +102,18 @@ def classify(value: Any) -> Kind:
     if any("__next__" in base.__dict__ for base in kind.__mro__):
         return "iterator"
     ours = is_users(kind.__module__) or kind.__module__.startswith("torch")
-    return "object" if ours or issubclass(kind, _NAMESPACES) else "opaque"
+    return "object" if ours or is_namespace(kind) or instance_dict(value) else "opaque"
 
 
-_NAMESPACES = (SimpleNamespace,)
+def is_namespace(kind: type) -> bool:
+    """Classes of Python's whose instances are settings."""
+    return issubclass(kind, (SimpleNamespace, Namespace))
+
+
 _KINDS: tuple[tuple[Any, Kind], ...] = (
     (Tensor, "tensor"),
     (torch.jit.ScriptModule, "opaque"),  # what it holds is not Python's
+    ((torch._ops.OpOverload, torch._ops.OpOverloadPacket, CachedFunction), "opaque"),
     (nn.Module, "module"),
     ((list, tuple, deque), "sequence"),
     (dict, "dict"),
@@ -114,6 +125,7 @@ _KINDS: tuple[tuple[Any, Kind], ...] = (
     (type, "class"),
     (ModuleType, "pymodule"),
     (weakref.ref, "weakref"),
+    (ContextVar, "context"),
 )
 
 
@@ -153,6 +165,21 @@ def contents_of(node: Node, value: Any) -> Any:
     return _random_state(value) if node.kind == "random" else None
 
 
+def hidden_in(value: Any, kind: Kind) -> Iterator[tuple[str, Any]]:
+    """Objects that cannot be read by a key: those in sets, keys of dicts, results of a cache."""
+    if kind == "set":
+        yield from (("an element", element) for element in value)
+    elif kind == "dict":
+        yield from (("a key", key) for key in dict.keys(value))
+    elif isinstance(value, CachedFunction):
+        for referent in gc.get_referents(value):
+            results = referent.values() if type(referent) is dict else (referent,)
+            for result in results:  # a bounded cache keeps each in a link of a list
+                links = type(result).__name__ == "_lru_list_elem"
+                inner = gc.get_referents(result) if links else [result]
+                yield from (("a cached result", found) for found in inner)
+
+
 def has_named_attributes(node: Node) -> bool:
     """Classes and modules whose attributes code may look up; not those of Python and torch."""
     if node.kind == "class":
@@ -189,6 +216,16 @@ def slot(value: Any, name: str) -> Any:
             except AttributeError:
                 return GONE
     return GONE
+
+
+def own_names(cls: type) -> dict[type, set[str]]:
+    """What ``cls`` and its bases define, those of Python and torch left out."""
+    return {base: plain_names(base) for base in cls.__mro__ if is_users(base.__module__)}
+
+
+def plain_names(cls: type) -> set[str]:
+    """What a class itself defines; Python adds names like ``__slotnames__`` when it copies."""
+    return {name for name in vars(cls) if not name.startswith("__")}
 
 
 def class_attributes(cls: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from operator import attrgetter, methodcaller
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -28,12 +29,15 @@ from sparsify.recording.guard_nodes import (
     classify,
     contents_of,
     has_named_attributes,
+    hidden_in,
     instance_dict,
+    own_names,
     read_cell,
     slot,
 )
 from sparsify.recording.guard_values import GONE, is_atom
 
+KEPT_UNDER = ("data", "maps")  # where containers written in Python keep what they hold
 LONG = 32  # atoms in a sequence from which on it is compared as a whole
 MOST_PLACES = 50_000
 PLAIN = ("atom", "tensor", "sequence", "dict", "set", "array")
@@ -54,10 +58,11 @@ class Walk:
         self.roots: list[Node] = []
         self.nodes: dict[int, Node] = {}
         self.owners: list[Node] = []  # those whose attributes are looked up by name
-        self.names: set[str] = set()
+        self.names = set(KEPT_UNDER)
         self.imports: set[str] = set()  # of modules that are not loaded yet
         self.anything = False
         self.codes: dict[int, CodeType] = {}
+        self.users: set[int] = set()  # codes of the user and of other packages
         self.functions: dict[int, list[Node]] = {}  # by id of their code
         self.free: dict[int, dict[str, Any]] = {}  # of codes whose function is not known
         self.places = 0
@@ -83,6 +88,7 @@ class Walk:
         self.codes[id(code)] = code
         kind = origin(code.co_filename, str(namespace.get("__name__")))
         if kind == "user":
+            self.users.add(id(code))
             self._read_names(code, namespace)
         elif kind == "torch":
             self._learn(frozenset(code.co_names))
@@ -189,9 +195,12 @@ class Walk:
             self._meet_function(node)
         elif node.kind == "weakref":
             self._child(node, "call", None, weakref.ref.__call__(value), node.path)
+        elif node.kind == "context":
+            self._child(node, "get", None, value.get(GONE), node.path)
         elif node.kind == "object":
             node.contents = {"__dict__": tuple(instance_dict(value))}
         elif has_named_attributes(node):
+            node.contents = own_names(value) if node.kind == "class" else None
             self._own(node)
         for name in FIELDS.get(node.kind, ()):
             inner = getattr(value, name, None)
@@ -202,7 +211,21 @@ class Walk:
             self._own(node)
         if node.kind in ("object", "module"):
             self._own(node)
-            self._child(node, "field", "__class__", type(value), type(value).__qualname__)
+        kind = type(value)
+        if node.kind in ("object", "module") or is_users(kind.__module__):
+            self._child(node, "field", "__class__", kind, kind.__qualname__)
+        self._expand_hidden(node)
+
+    def _expand_hidden(self, node: Node) -> None:
+        """Start from objects that no key leads to; learn the names that C code looks up."""
+        for what, held in hidden_in(node.value, node.kind):
+            if id(held) not in self.nodes and not is_atom(held) and classify(held) != "tensor":
+                path = f"{what} of {node.path}"
+                self.roots.append(self._visit(None, "root", path, held, path))
+        if isinstance(node.value, (attrgetter, methodcaller)):
+            arguments: Any = node.value.__reduce__()[1]
+            texts = (text for text in arguments if isinstance(text, str))
+            self._learn(frozenset(name for text in texts for name in text.split(".")))
 
     def _meet_function(self, node: Node) -> None:
         """What is in a function counts if it runs; what is set on it may be its wrapped self."""
