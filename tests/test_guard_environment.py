@@ -59,7 +59,7 @@ ENVIRONMENTS: dict[str, tuple[Callable[[], AbstractContextManager[object]], str]
         "default dtype was torch.float32 and is now torch.float64",
     ),
     "deterministic": (
-        lambda: setting(torch.use_deterministic_algorithms, True, False),
+        lambda: setting(torch._C._set_deterministic_algorithms, True, False),
         "deterministic algorithms was False and is now True",
     ),
     "function mode": (Functions, "active modes was"),
@@ -116,6 +116,7 @@ def test_under_vmap_nothing_matches() -> None:
     assert answers == [False]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_under_jit_trace_nothing_matches() -> None:
     guard = guarded(Lif(), X, X.clone())
     answers = []
