@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsify.bounded import Bounded, Precision, exact, is_exact, move, stack, unbounded
-from sparsify.rounding_rows import COMPARISONS, COUPLING, ROWS
+from sparsify.rounding_rows import COUPLING, DECIDING, ROWS
 from sparsify.scan import Scan
 
 __all__ = ["Bounded", "Bounds", "ErrorBounds", "bound_errors"]
@@ -24,8 +24,9 @@ aten = torch.ops.aten
 class Bounds:
     """What a graph returns, with bounds.
 
-    ``thresholds`` counts the elements of all comparisons of floating values, ``undecided`` those
-    that rounding can turn over. ``without_row`` names operations whose error is unknown; what is
+    ``thresholds`` counts the elements of all comparisons of floating values and of what else makes
+    steps of them (``heaviside``, ``sign``, ``floor``), ``undecided`` those that rounding can turn
+    over. ``without_row`` names operations whose error is unknown; what is
     computed from them has an infinite bound.
     """
 
@@ -67,6 +68,8 @@ class ErrorBounds(fx.Interpreter):
         if n.op != "call_function" or n.target is operator.getitem:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is torch.ops.aten.sym_size.int:  # of a body that serves all sizes
+            return args[0].value.shape[args[1]]
         given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Bounded)]
         if not any(x.dtype.is_floating_point or not is_exact(x) for x in given):
             result = _compute_directly(n.target, args, kwargs)
@@ -79,9 +82,10 @@ class ErrorBounds(fx.Interpreter):
         result = row(precision, *args, **kwargs)
         if not isinstance(result, Bounded):
             return [_settled(part) for part in result]
-        if n.target in COMPARISONS and any(x.dtype.is_floating_point for x in given):
+        if n.target in DECIDING and any(x.dtype.is_floating_point for x in given):
             self._thresholds += result.value.numel()
             self._undecided += int(result.full_error.count_nonzero())
+            result = replace(result, event=True)
         elif n.target in ROWS and n.target not in COUPLING and not result.event:
             result = _with_event(result, given)
         return _settled(result)
