@@ -99,6 +99,15 @@ def max_pool_with_indices(p: Precision, x: Bounded, *args: Any) -> tuple[Bounded
     return Bounded(value, error, p.dtype), Bounded(indices, EXACT, torch.int64)
 
 
+def extreme_of_dim(target: Any) -> Any:
+    def row(p: Precision, x: Bounded, *args: Any) -> tuple[Bounded, Bounded]:
+        value, indices = target(x.value, *args)
+        error = EXACT if is_exact(x) else aten.max.dim(x.full_error, *args)[0]
+        return Bounded(value, error, p.dtype), Bounded(indices, EXACT, torch.int64)
+
+    return row
+
+
 def shaped_like(move: Any) -> Any:
     """``view_as`` and its like: the second operand gives only its shape."""
 

@@ -36,6 +36,7 @@ from sparsify.rounding_composed import (
     add_scaled_quotient,
     divide_mode,
     dropout,
+    extreme_of_dim,
     filled,
     heaviside,
     interpolate,
@@ -132,6 +133,7 @@ ROWS: dict[Any, Callable[..., Any]] = {
     aten.exp.default: smooth(torch.exp),
     aten.tanh.default: smooth(torch.tanh),
     aten.sigmoid.default: smooth(torch.sigmoid),
+    aten.silu.default: lambda p, a: multiply(p, a, smooth(torch.sigmoid)(p, a)),
     aten.relu.default: monotone(torch.relu),
     aten.hardtanh.default: monotone(aten.hardtanh.default),
     aten.relu6.default: lambda p, a: clamp(p, a, 0.0, 6.0),
@@ -160,6 +162,8 @@ ROWS: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices.default: max_pool_with_indices,
     aten.cumsum.default: running_sum,
     aten.amax.default: largest,
+    aten.max.dim: extreme_of_dim(aten.max.dim),
+    aten.min.dim: extreme_of_dim(aten.min.dim),
     aten.maximum.default: extreme(torch.maximum),
     aten.minimum.default: extreme(torch.minimum),
     aten.clamp.default: clamp,
@@ -222,3 +226,8 @@ ALIASES = {
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
 }
 ROWS |= {alias: ROWS[target] for alias, target in ALIASES.items()}
+# What makes steps of a continuous value: its results are right or wrong, never a little off.
+DECIDING = frozenset(COMPARISONS) | {
+    aten.heaviside.default, aten.sign.default, aten.sgn.default, aten.floor.default,
+    aten.ceil.default, aten.trunc.default, aten.fix.default, aten.round.default,
+}  # fmt: skip

@@ -153,6 +153,25 @@ def test_sums_of_few_dyadic_terms_are_exact_so_ties_are_decided() -> None:
     assert bounds.thresholds == 64 * 50
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda v: torch.heaviside(v, torch.tensor(0.0)), torch.sign, torch.floor, lambda v: v >= 0],
+    ids=["heaviside", "sign", "floor", "ge"],
+)
+def test_steps_are_events_and_counted(function: Callable[[Tensor], Tensor]) -> None:
+    v = torch.tensor([-0.7, 0.9, 0.3, 0.1 + 0.2 - 0.3])
+
+    def step(v: Tensor) -> tuple[Tensor, Tensor]:
+        z = function(v * 0.1 - v / 10)
+        return z, z.to(v.dtype) * 0.5
+
+    bounds = bounds_of(step, v)
+    assert all(output.event for output in bounds.outputs)
+    assert bounds.thresholds == 4
+    assert bounds.undecided == 3 + bool(v[3])
+    assert bounds_of(function, v).undecided == 0
+
+
 def test_nothing_active_is_exact() -> None:
     [out] = bounds_of(torch.mm, torch.zeros(2, 30), torch.randn(30, 4)).outputs
     assert not out.error.any()
@@ -240,6 +259,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "unbind": lambda x: x.unbind(1)[2].unsqueeze(1) + x,
     "view": lambda x: x.view(-1).view(x.shape),
     "expand": lambda x: x[:1].expand(x.shape) * x,
+    "silu": F.silu,
     "relu6": lambda x: F.relu6(x * 4),
     "leaky": lambda x: F.leaky_relu(x, 0.3),
     "rsqrt": lambda x: torch.rsqrt(x.abs() + 0.2),
@@ -250,6 +270,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "view-as": lambda x: x.flatten().view_as(x) + torch.unflatten(x, 0, (2, -1)).reshape_as(x),
     "heaviside": lambda x: torch.heaviside(x, torch.full_like(x, 0.5)) * x,
     "pool": lambda x: F.max_pool2d(x[None], 2, 1)[0].mean() + x,
+    "max-dim": lambda x: x.max(1, keepdim=True)[0] - x.min(1, keepdim=True)[0] * 0.3 + x,
     "dropout": lambda x: F.dropout(x, 0.5, training=False) - 0.1,
 }
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
