@@ -99,6 +99,8 @@ ALLOWED: dict[str, Function] = {
     "no grad": lambda x: torch.no_grad()(lambda y: y * 2)(x) + x,
     "complex": lambda x: torch.fft.rfft(x).abs(),
     "nothing": lambda x: x,
+    "parameter": lambda x: nn.Parameter(torch.ones(3)) * x + nn.Parameter(x),
+    "module": lambda x: nn.init.ones_(nn.Linear(3, 3, bias=False).weight) * x[:3],
     "structure": lambda x: {"a": [x, (x * 1, None)], "b": 3, "c": "text"},
 }
 

@@ -320,7 +320,8 @@ def test_shared_parameters_and_same_inputs_are_one_operand_and_guarded() -> None
             self.b.weight = self.a.weight
 
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.b(self.a(x)) + y
+            out: Tensor = self.b(self.a(x)) + y
+            return out
 
     model = Tied()
     recording = recorded(model, X, X)

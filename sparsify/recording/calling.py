@@ -151,13 +151,16 @@ def _modules_on_the_way(
     model: nn.Module, places: Sequence[Place]
 ) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
     """The entries of ``_modules`` that lead to the owners of ``places``."""
-    paths = {place.path for place in places}
+    ways: set[str] = set()
+    for place in places:
+        steps = place.path.split(".")
+        ways.update(".".join(steps[:end]) for end in range(1, len(steps)))
     found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module._modules, dict):  # scripted modules keep theirs in C++
             continue
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
-            if any(p.startswith(f"{path}.") for p in paths):
+            if path in ways:
                 found[path] = (module._modules, child_name, child)
     return list(found.values())

@@ -293,6 +293,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _meet(self, tensor: Tensor) -> Value:
         """A tensor that no recorded operation made becomes a placeholder."""
         _check_plain(tensor)
+        if self.values.knows_memory_of(tensor):
+            alias = self._meet_alias(tensor)
+            if alias is not None:
+                return alias
         source = self.sources.find(tensor)
         if source is None:
             raise CannotRecord(
@@ -303,6 +307,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if memory.version or (memory.roots and memory.placeholder is None):
             raise CannotRecord(f"{source.name} shares memory with a tensor that was written to")
         return self.add_placeholder(tensor, source)
+
+    def _meet_alias(self, tensor: Tensor) -> Value | None:
+        """``nn.Parameter(x)`` and the like: another tensor object on the elements of a root."""
+        roots = self.values.memory_of(tensor).roots
+        root = roots[0] if len(roots) == 1 else None
+        if root is None or root.info != self.values.info(tensor) or root.node is None:
+            return None
+        held = self.placeholders.get(root.memory.placeholder or root.node)
+        offset = held.storage_offset() if held is not None else 0
+        if tensor.storage_offset() != offset:
+            return None
+        return self.values.add_view(tensor, self.read(root), root, None)
 
     def add_placeholder(self, tensor: Tensor, source: Source) -> Value:
         node = self._placeholder_node(source)

@@ -328,8 +328,9 @@ def _targets(op: Op, given: dict[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for name in operation_of(op).written:
         value = given.get(name)
-        found.extend(value if isinstance(value, (list, tuple)) else [value])
-    return [target for target in found if isinstance(target, Tensor)]
+        several = value if isinstance(value, (list, tuple)) else (value,)
+        found.extend(tensor for tensor in several if isinstance(tensor, Tensor))
+    return found
 
 
 def _arranged(op: Op, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

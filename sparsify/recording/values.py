@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparsify.graph_meta import TensorInfo
 
@@ -25,9 +26,11 @@ View = tuple[Any, tuple[Any, ...], dict[str, Any]]  # operation, arguments after
 class Memory:
     """One storage. ``roots`` are the values that no view made: one, but for shared placeholders."""
 
-    __slots__ = ("placeholder", "roots", "tensors", "version")
+    __slots__ = ("placeholder", "reserved", "roots", "tensors", "version")
 
-    def __init__(self, placeholder: fx.Node | None) -> None:
+    def __init__(self, placeholder: fx.Node | None, storage: torch.UntypedStorage) -> None:
+        # While this lives, torch gives the storage's address to no other; its memory is freed.
+        self.reserved = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self.roots: list[Value] = []
         self.version = 0
         self.tensors = 0  # how many known ones are alive
@@ -77,7 +80,6 @@ class Values:
     def __init__(self) -> None:
         self._values: dict[int, tuple[_Watched, Value]] = {}
         self._memories: dict[int, Memory] = {}
-        self._keys: dict[int, int] = {}  # of memories, id -> storage
         self._infos: dict[Any, TensorInfo] = {}
 
     def get(self, tensor: Tensor) -> Value | None:
@@ -85,11 +87,10 @@ class Values:
         return found[1] if found is not None else None
 
     def memory_of(self, tensor: Tensor, placeholder: fx.Node | None = None) -> Memory:
-        key = tensor.untyped_storage()._cdata
-        memory = self._memories.get(key)
+        storage = tensor.untyped_storage()
+        memory = self._memories.get(storage._cdata)
         if memory is None:
-            memory = self._memories[key] = Memory(placeholder)
-            self._keys[id(memory)] = key
+            memory = self._memories[storage._cdata] = Memory(placeholder, storage)
         return memory
 
     def knows_memory_of(self, tensor: Tensor) -> bool:
@@ -107,7 +108,7 @@ class Values:
         key = id(tensor)
         before = self._values.get(key)
         if before is not None:
-            self._release(before[1].memory)
+            before[1].memory.tensors -= 1
         watched = _Watched(tensor, self._forget)
         watched.key = key
         self._values[key] = (watched, value)
@@ -135,13 +136,7 @@ class Values:
         found = self._values.get(watched.key)
         if found is not None and found[0] is watched:
             del self._values[watched.key]
-            self._release(found[1].memory)
-
-    def _release(self, memory: Memory) -> None:
-        memory.tensors -= 1
-        if memory.tensors == 0 and memory.placeholder is None:
-            key = self._keys.pop(id(memory))
-            del self._memories[key]
+            found[1].memory.tensors -= 1
 
 
 Emit = Callable[..., fx.Node]
