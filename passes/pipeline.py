@@ -9,6 +9,7 @@ from sparsify.passes.find_events import find_events
 from sparsify.passes.result import PassResult
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
+from sparsify.passes.set_apart import set_apart
 from sparsify.passes.split_time import split_time
 from sparsify.passes.unify_products import unify_products
 
@@ -29,6 +30,7 @@ PIPELINE = (
     find_events,
     split_products,
     find_events,
+    set_apart,
     scan_products,
     find_events,
 )

@@ -53,8 +53,14 @@ def split_time(gm: fx.GraphModule, hoist_products: HoistProducts = reads_dense) 
     of recurrences whose weights are the same in every step.
     """
     partitions = _find_partitions(gm, hoist_products)
+    done = [_describe(node, partition) for node, partition in partitions.items()]
+    return PassResult(split_scans(gm, partitions), done)
+
+
+def split_scans(gm: fx.GraphModule, partitions: dict[fx.Node, Partition]) -> fx.GraphModule:
+    """``gm`` with each call of a Scan written as its partition says."""
     if not partitions:
-        return PassResult(gm)
+        return gm
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     modules: dict[str, nn.Module] = dict(gm.named_children())
@@ -72,8 +78,7 @@ def split_time(gm: fx.GraphModule, hoist_products: HoistProducts = reads_dense) 
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     erase_unused(graph, modules)
-    done = [_describe(node, partition) for node, partition in partitions.items()]
-    return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+    return fx.GraphModule(modules, graph, class_name=type(gm).__name__)
 
 
 def _find_partitions(gm: fx.GraphModule, hoist_products: HoistProducts) -> dict[fx.Node, Partition]:
@@ -82,11 +87,15 @@ def _find_partitions(gm: fx.GraphModule, hoist_products: HoistProducts) -> dict[
         scan = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(scan, Scan):
             continue
-        used = [int(user.args[1]) for user in node.users if user.users]
-        partition = Partition(find_time_levels(scan), hoist_products, used)
+        partition = Partition(find_time_levels(scan), hoist_products, used_outputs(node))
         if partition.changes:
             found[node] = partition
     return found
+
+
+def used_outputs(call: fx.Node) -> list[int]:
+    """Which of a Scan's outputs anything reads."""
+    return [int(user.args[1]) for user in call.users if user.users]  # type: ignore[call-overload]
 
 
 def _describe(node: fx.Node, partition: Partition) -> str:
@@ -190,7 +199,7 @@ class _Emitter:
         xs = tuple(self._stacked(x) for x in part.xs)
         consts = tuple(self._constant(const) for const in part.consts)
         carries = tuple(self.inits[carry] for carry in part.carries)
-        body = _copy_part(part, self.levels.nodes, self.levels.source)
+        body = copy_part(part, self.levels.nodes, self.levels.source)
         scan = Scan(body, len(carries), len(xs), len(consts), self.levels.scan.location)
         meta = dict(self.node.meta)
         meta["module"] = common_module(n for n in self.levels.nodes if n in part.members)
@@ -200,9 +209,10 @@ class _Emitter:
         self.stacks.update(zip(part.ys, outputs[len(carries) :], strict=True))
 
 
-def _copy_part(
+def copy_part(
     part: Part, nodes: Iterable[fx.Node], source: dict[fx.Node, fx.Node]
 ) -> fx.GraphModule:
+    """The body of a part's own Scan."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for kind, operands in (("carry", part.carries), ("x", part.xs), ("const", part.consts)):

@@ -49,9 +49,11 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
 
 
 def _unify_batches(graph: fx.Graph, product: fx.Node) -> bool:
-    x, weight = product.all_input_nodes if len(product.all_input_nodes) == 2 else (None, None)
-    found = _matrix_behind(weight) if weight is not None and weight is product.args[1] else None
-    if x is None or found is None:
+    x, weight = product.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
+    found = _matrix_behind(weight)
+    if found is None:
         return False
     matrix, swapped = found
     batches, rows, senders = x.meta["val"].shape
@@ -79,7 +81,7 @@ def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
     base = weight
     while base.target in VIEWS:
         base = base.all_input_nodes[0]
-    info = base.meta.get("val")
+    info: Any = base.meta.get("val")
     if base is weight or not hasattr(info, "shape") or len(info.shape) != 2:
         return None
     matrix = torch.empty_strided(info.shape, info.stride, device="meta")

@@ -199,7 +199,7 @@ def _retyped_info(info: Any, dtype: torch.dtype, source: torch.dtype) -> Any:
     if isinstance(info, (tuple, list)):
         return tuple(_retyped_info(part, dtype, source) for part in info)
     changes = is_dataclass(info) and getattr(info, "dtype", None) is source
-    return replace(info, dtype=dtype) if changes else info  # type: ignore[type-var]
+    return replace(info, dtype=dtype) if changes else info
 
 
 def _creates_by_default(node: fx.Node, source: torch.dtype) -> bool:
