@@ -100,14 +100,13 @@ class KernelText(ABC):
 
         One gather at a time for all rows, so that only one tile of weights has to stay cached.
         """
-        size = self.symbols.sizes[phase.population]
         gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
         with self.w.block(tiles):
             for gather in gathers:
                 self._write_gather(gather)
             sums = [f"{self._sums(gather)} + row * TILE" for gather in gathers]
             with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
-                self.write_cell_call(function, size, sums)
+                self._write_cell_call(phase, function, sums)
 
     def _sums(self, gather: ir.Gather) -> str:
         return f"own.{self.symbols.values[gather.result]}_sum"
@@ -124,11 +123,18 @@ class KernelText(ABC):
         given = f"{self._sums(gather)}, {weight}, {self.places().events[gather.source]}, rows"
         self.w.line(f"gather_events<TILE>({given});", gather.note)
 
-    def write_cell_call(self, function: str, size: str, sums: list[str]) -> None:
-        """Call a cell; a full tile gets its width as a constant."""
-        given = self.places().arguments
-        tail = "".join(f", {s}" for s in sums)
-        self.w.line(f"if (first + TILE <= {size})")
-        self.w.line(f"  {function}({given}, first, TILE{tail});")
-        self.w.line("else")
-        self.w.line(f"  {function}({given}, first, {size} - first{tail});")
+    def _write_cell_call(self, phase: ir.Phase, function: str, sums: list[str]) -> None:
+        """Call a cell with the width of its tile, a constant wherever it can be."""
+        neurons = self.kernel.population_size(phase.population)
+        size = self.symbols.sizes[phase.population]
+        head, tail = f"{function}({self.places().arguments}, first", "".join(f", {s}" for s in sums)
+        if neurons % self.tile == 0:
+            self.w.line(f"{head}, TILE{tail});")
+            return
+        if neurons < self.tile:
+            self.w.line(f"{head}, {size}{tail});")
+            return
+        with self.w.indented(f"if (first + TILE <= {size})"):
+            self.w.line(f"{head}, TILE{tail});")
+        with self.w.indented("else"):
+            self.w.line(f"{head}, {size} - first{tail});")

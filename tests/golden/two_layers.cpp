@@ -121,10 +121,7 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
     const int64_t t = 0, now = 1, next = 0;
     for (int64_t first = my_two.begin; first < my_two.end; first += TILE) {
       for (int64_t row = 0; row < rows; ++row) {
-        if (first + TILE <= N_TWO)
-          two_start(call, shared, own, t, start + row, row, now, next, first, TILE);
-        else
-          two_start(call, shared, own, t, start + row, row, now, next, first, N_TWO - first);
+        two_start(call, shared, own, t, start + row, row, now, next, first, N_TWO);
       }
     }
   }
@@ -149,10 +146,7 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
     for (int64_t first = my_two.begin; first < my_two.end; first += TILE) {
       gather_dense<TILE>(own.forward_sum, call.w_forward + first * N_ONE, shared.active_2_values[now], N_ONE, rows, N_ONE);
       for (int64_t row = 0; row < rows; ++row) {
-        if (first + TILE <= N_TWO)
-          two_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.forward_sum + row * TILE);
-        else
-          two_step(call, shared, own, t, start + row, row, now, next, first, N_TWO - first, own.forward_sum + row * TILE);
+        two_step(call, shared, own, t, start + row, row, now, next, first, N_TWO, own.forward_sum + row * TILE);
       }
     }
   }
