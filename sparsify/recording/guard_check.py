@@ -208,7 +208,11 @@ class CheckWriter:
             text = self._variable(node, text)
         for name in ("requires_grad", "dtype", "layout", "device") if is_input else ():
             value = getattr(tensor, name)
-            self._compare(f"{text}.{name}", value, was(f"{name} of {node.path}", value))
+            # A device is another object at each look, all others are the same one.
+            unequal = "!=" if name == "device" else "is not"
+            then = self._constant(value, "c")
+            told = was(f"{name} of {node.path}", value)
+            self._require(f"{text}.{name} {unequal} {then}", f"{text}.{name}", told)
         return [(child, self._read(node, text, child)) for child in node.children.values()]
 
     def _write_structure(self, node: Node, text: str) -> list[tuple[Node, str]]:
