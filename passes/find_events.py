@@ -29,9 +29,6 @@ from sparsify.graph_meta import Fact
 from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.event_rules import (
     DENSE,
-    RULES,
-    STARTS,
-    SUMS,
     cast,
     choose,
     constant,
@@ -41,6 +38,7 @@ from sparsify.passes.event_rules import (
     negate,
     same,
 )
+from sparsify.passes.event_table import RULES, STARTS, SUMS
 from sparsify.passes.result import PassResult
 from sparsify.scan import Scan
 

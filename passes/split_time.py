@@ -95,7 +95,8 @@ def _find_partitions(gm: fx.GraphModule, hoist_products: HoistProducts) -> dict[
 
 def used_outputs(call: fx.Node) -> list[int]:
     """Which of a Scan's outputs anything reads."""
-    return [int(user.args[1]) for user in call.users if user.users]  # type: ignore[call-overload]
+    parts: list[Any] = [user.args[1] for user in call.users if user.users]
+    return [int(part) for part in parts]
 
 
 def _describe(node: fx.Node, partition: Partition) -> str:
