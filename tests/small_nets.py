@@ -16,8 +16,13 @@ class Spike(torch.autograd.Function):
         return (v > 0).to(v.dtype)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         return grad
+
+
+def spike(v: Tensor) -> Tensor:
+    result: Tensor = Spike.apply(v)  # type: ignore[no-untyped-call]
+    return result
 
 
 class RecurrentNet(nn.Module):
@@ -37,7 +42,7 @@ class RecurrentNet(nn.Module):
         outputs = []
         for x_t in x:
             v = self.beta * v + self.inp(x_t) + self.rec(z)
-            z = Spike.apply(v - 1.0)
+            z = spike(v - 1.0)
             v = v - z
             outputs.append(self.out(z))
         return torch.stack(outputs)
@@ -59,7 +64,7 @@ class StatefulNet(nn.Module):
         outputs = []
         for x_t in x:
             self.v = 0.5 * self.v + self.inp(x_t)
-            z = Spike.apply(self.v - 1.0)
+            z = spike(self.v - 1.0)
             self.v = self.v - z
             outputs.append(self.out(z))
         return torch.stack(outputs)

@@ -214,8 +214,3 @@ def test_a_site_that_is_off_stays_with_the_original() -> None:
     assert "The plan leaves w1 to the original" in site.reason
     assert found.runs_original
     assert found.plan.sites == {"w1": "off"}
-
-
-def test_a_plan_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not have: fc; its sites are: w0, w1"):
-        compiled(recurrent, Plan({"fc": "event"}))
