@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
-from sparsify.lowered import Binding, Lowered, Returned
+from sparsify.lowered import Binding, Lowered, Returned, Role
 from sparsify.scan import Scan
 
 Operands = Mapping[str, Sequence[Tensor]]  # by role
-Release = Callable[[Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Fetch:
     @property
     def has_rows(self) -> bool:
         return self.operand is not None and "B" in self.operand.axes
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the tensor itself is the operand, where it has the call's steps and rows."""
+        return not self.binding.views
 
     def rows(self, tensor: Tensor) -> int:
         time = int(self.binding.role == "x")
@@ -85,8 +90,10 @@ def batch_of(lowered: Lowered, operands: Operands) -> int:
     """The number of batch rows of a call; 1 where the Scan has no batch."""
     if lowered.batch is None:
         return 1
-    tensor = operands[lowered.batch.role][lowered.batch.index]
-    return Fetch(lowered.batch, None).rows(tensor)
+    binding = lowered.batch
+    time = int(binding.role == "x")
+    shape = operands[binding.role][binding.index].shape
+    return shape[time] if binding.lead == 1 else math.prod(shape[time : time + binding.lead])
 
 
 def released(returned: Returned, output: Tensor, has_time: bool, batch: int) -> Tensor:
@@ -109,7 +116,7 @@ class Region(nn.Module):
         super().__init__()
         self.scan, self.lowered, self.launchable = scan, lowered, launchable
         self.frozen = False
-        self._fetches = fetches_of(lowered)
+        self._fetches = tuple(_Prepared.of(fetch) for fetch in fetches_of(lowered))
         timed = {output.name: "T" in output.axes for output in lowered.kernel.outputs}
         self._returned = tuple(
             (returned, timed.get(returned.output, False), _is_plain(lowered, returned))
@@ -124,36 +131,60 @@ class Region(nn.Module):
         consts: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         operands = {"carry": carries, "x": xs, "const": consts}
-        tensors = self._tensors(steps, operands)
+        batch = batch_of(self.lowered, operands)
+        tensors = self._tensors(steps, batch, operands)
         if tensors is None:
             result: tuple[Tensor, ...] = self.scan(steps, carries, xs, consts)
             return result
-        batch = batch_of(self.lowered, operands)
         outputs = self.launchable(tensors, steps=steps, batch=batch, frozen=self.frozen)
         results = []
         for returned, has_time, is_plain in self._returned:
-            if returned.carry is not None:
-                results.append(carries[returned.carry])
-            elif is_plain:
+            if is_plain:
                 results.append(outputs[returned.output])
+            elif returned.carry is not None:
+                results.append(carries[returned.carry])
             else:
                 results.append(released(returned, outputs[returned.output], has_time, batch))
         return tuple(results)
 
-    def _tensors(self, steps: int, operands: Operands) -> dict[str, Tensor] | None:
+    def _tensors(self, steps: int, batch: int, operands: Operands) -> dict[str, Tensor] | None:
         """The kernel's tensors, or None where the Scan itself has to run."""
-        batch = batch_of(self.lowered, operands)
         if steps == 0 or batch == 0 or _needs_grad(operands):
             return None
         tensors = {}
-        for fetch in self._fetches:
-            binding = fetch.binding
-            tensor = operands[binding.role][binding.index]
-            too_short = binding.role == "x" and tensor.shape[0] < steps
+        for name, role, place, time, rows, is_plain, fetch in self._fetches:
+            tensor = operands[role][place]
+            shape = tensor.shape
+            fits = is_plain and (time < 0 or shape[0] == steps)
+            if fits and (rows < 0 or shape[rows] == batch):
+                tensors[name] = tensor
+                continue
+            too_short = time == 0 and shape[0] < steps
             if too_short or fetch.misfit(tensor, batch) is not None:
                 return None
-            tensors[binding.name] = fetch(tensor, steps, batch)
+            tensors[name] = fetch(tensor, steps, batch)
         return tensors
+
+
+class _Prepared(NamedTuple):
+    """A Fetch with what a call looks at; ``time`` and ``rows`` are dims, -1 where there is none."""
+
+    name: str
+    role: Role
+    place: int
+    time: int
+    rows: int
+    is_plain: bool
+    fetch: Fetch
+
+    @staticmethod
+    def of(fetch: Fetch) -> _Prepared:
+        binding, axes = fetch.binding, fetch.operand.axes if fetch.operand else ()
+        time = 0 if binding.role == "x" else -1
+        rows = axes.index("B") if "B" in axes else -1
+        return _Prepared(
+            binding.name, binding.role, binding.index, time, rows, fetch.is_plain, fetch
+        )
 
 
 def _needs_grad(operands: Operands) -> bool:

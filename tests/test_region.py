@@ -146,14 +146,13 @@ def test_a_batch_first_input_is_passed_without_a_copy(region: Region) -> None:
     assert passed.stride() == view.stride()
 
 
-def test_neurons_that_are_not_contiguous_are_copied(region: Region) -> None:
+def test_neurons_need_not_be_contiguous(region: Region) -> None:
     steps, carries, xs, consts = operands(4, 3)
     view = xs[0].transpose(1, 2).contiguous().transpose(1, 2)
     assert_same(
         list(region(steps, carries, (view,), consts)),
         list(region.scan(steps, carries, (view,), consts)),
     )
-    assert all(tensor.stride(-1) == 1 for tensor in given(region, "x"))
 
 
 def test_weights_are_the_models_own_tensors(region: Region) -> None:
@@ -203,7 +202,7 @@ def test_a_region_holds_no_operands(region: Region) -> None:
     steps, carries, xs, consts = operands(4, 3)
     region.launchable = None  # type: ignore[assignment]
     watched = weakref.ref(xs[0])
-    region._tensors(steps, {"carry": carries, "x": xs, "const": consts})
+    region._tensors(steps, 3, {"carry": carries, "x": xs, "const": consts})
     del xs
     gc.collect()
     assert watched() is None
