@@ -17,10 +17,11 @@ from sparsify.recording.calling import (
     Structure,
     Written,
 )
+from sparsify.recording.calls import CannotRecord
 from sparsify.recording.inputs import find_inputs
 from sparsify.recording.operations import operation_of
 from sparsify.recording.reachable import ATOMS, Place, walk
-from sparsify.recording.recorder import CannotRecord, Recorder
+from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.recording.sources import KnownTensors
 from sparsify.recording.states import find_rebound

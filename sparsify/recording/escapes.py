@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from sparsify.recording.calls import Call, CannotRecord
 from sparsify.recording.operations import operation_of
-from sparsify.recording.recorder import Call, CannotRecord, Recorder
+from sparsify.recording.recorder import Recorder
 
 aten = torch.ops.aten
 
@@ -104,11 +105,14 @@ class Escapes(TorchFunctionMode):
         return self._whole(op, func, args)
 
     def _deepcopy(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The copy of a tensor has its value."""
-        [tensor, memo] = args
-        if id(tensor) in memo:
-            return memo[id(tensor)]
-        return self._whole(aten.clone.default, lambda t: func(t, memo), (tensor,))
+        """What torch does by copying memory, for tensors that have nothing else."""
+        tensor, memo = args
+        if type(tensor) is not Tensor or vars(tensor):
+            return func(tensor, memo)
+        if id(tensor) not in memo:
+            copied = tensor.detach().clone()
+            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
 
     def _whole(self, op: Any, func: Any, args: Any) -> Any:
         recorder = self._recorder

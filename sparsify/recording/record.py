@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsify.errors import TraceError
+from sparsify.recording.calls import CannotRecord
 from sparsify.recording.conclusion import Conclusion
 from sparsify.recording.escapes import Escapes
 from sparsify.recording.guard import Seen, watch
 from sparsify.recording.positions import Positions
-from sparsify.recording.recorder import CannotRecord, Recorder
+from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Guard, Kwargs, Recording, Unrecorded
 from sparsify.recording.rules import rule_of
 from sparsify.recording.saved import SavedTensors, random_states_kept

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import TraceError
 from sparsify.graph_meta import Source, TensorInfo
+from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
 from sparsify.recording.measure import share_of_nonzeros
 from sparsify.recording.operations import PRODUCTS, Op, Operation, name_of_op, operation_of
 from sparsify.recording.positions import Here, Positions
@@ -24,13 +25,8 @@ from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current,
 from sparsify.recording.writes import part_of_list, write
 
 aten = torch.ops.aten
-PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
 MOST_PINNED = 64  # elements of a state whose content may be part of the guard
-
-
-class CannotRecord(Exception):
-    """Internal: why the run cannot be recorded; caught by the recorder."""
 
 
 class Sources(Protocol):
@@ -38,25 +34,6 @@ class Sources(Protocol):
 
     def find(self, tensor: Tensor) -> Source | None:
         """Where the tensor comes from at each call; None for one made during the call."""
-
-
-class Call:
-    """One call of an operation, and its result once it has run."""
-
-    __slots__ = ("args", "facts", "has_run", "kwargs", "op", "result")
-
-    def __init__(
-        self, op: Op, facts: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.op, self.facts, self.args, self.kwargs = op, facts, args, kwargs
-        self.has_run = False
-        self.result: Any = None
-
-    def run(self) -> Any:
-        if not self.has_run:
-            self.result = self.op(*self.args, **self.kwargs)
-            self.has_run = True
-        return self.result
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -164,7 +141,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def add_results(self, call: Call, op: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Emit ``op`` and bind what it returned."""
         if isinstance(result, Tensor):
-            _check_plain(result)
+            check_plain(result)
             node = self.emit(op, args, kwargs, self.values.info(result))
             self._measure(node, call)
             self._bind(call, result, node, (call.op, call.args[1:], call.kwargs))
@@ -173,7 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return  # a question about layouts
         tensors = [part for part in result if isinstance(part, Tensor)]
         for tensor in tensors:
-            _check_plain(tensor)
+            check_plain(tensor)
         infos = tuple(self.values.info(p) if isinstance(p, Tensor) else None for p in result)
         node = self.emit(op, args, kwargs, infos)
         for index, part in enumerate(result):
@@ -275,9 +252,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return argument
 
     def read(self, value: Value) -> fx.Node:
-        if value.node is None:
-            assert value.number is not None
-            value.node = self.emit_full(value.info, value.number)
+        """The node that holds the value now."""
         return current(value, self.emit)
 
     def _depend_on(self, origin: Origin | None) -> None:
@@ -292,7 +267,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _meet(self, tensor: Tensor) -> Value:
         """A tensor that no recorded operation made becomes a placeholder."""
-        _check_plain(tensor)
+        check_plain(tensor)
         if self.values.knows_memory_of(tensor):
             alias = self._meet_alias(tensor)
             if alias is not None:
@@ -312,7 +287,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """``nn.Parameter(x)`` and the like: another tensor object on the elements of a root."""
         roots = self.values.memory_of(tensor).roots
         root = roots[0] if len(roots) == 1 else None
-        if root is None or root.info != self.values.info(tensor) or root.node is None:
+        if root is None or root.info != self.values.info(tensor):
             return None
         held = self.placeholders.get(root.memory.placeholder or root.node)
         offset = held.storage_offset() if held is not None else 0
@@ -352,7 +327,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A value becomes known to Python: allowed if it is the same at every call."""
         self.lower_all(call)
         if not self.may_reveal(self._origin):
-            raise CannotRecord(_revealed_by(call.op))
+            raise CannotRecord(why_not_reveal(call.op))
         if call.facts.shape_depends_on_values:
             self.record_call(call)
 
@@ -371,34 +346,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return origin
 
 
-def _check_plain(tensor: Tensor) -> None:
-    """Raise for tensors whose memory is not that of their elements."""
-    kind = type(tensor)
-    if kind not in PLAIN_TYPES:
-        raise CannotRecord(f"a tensor of the class {kind.__name__} is used")
-    if tensor.layout is not torch.strided:
-        raise CannotRecord(f"a tensor with the layout {tensor.layout} is used")
-    if tensor.is_quantized:
-        raise CannotRecord("a quantized tensor is used")
-
-
 def _autocast() -> torch.dtype | None:
     if not torch.is_autocast_enabled("cpu"):
         return None
     return torch.get_autocast_dtype("cpu")
-
-
-def _revealed_by(op: Op) -> str:
-    what = "item(), bool(), int(), float() or an index"
-    if op is aten._local_scalar_dense.default:
-        return (
-            f"a tensor's value reaches Python ({what}), so that another input could take another "
-            "way; compute with tensors (torch.where) instead"
-        )
-    name = op._schema.name.removeprefix("aten::")
-    if operation_of(op).shape_depends_on_values:
-        return (
-            f"the shape of {name}'s result depends on values; compute with a mask of fixed shape "
-            "(torch.where) instead"
-        )
-    return f"{name} gives a tensor's value to Python; compute with tensors instead"

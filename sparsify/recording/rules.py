@@ -1,4 +1,4 @@
-"""Operations that are recorded as others: creation, copies, masked and in-place writes."""
+"""Operations that are recorded as others: copies, writes in place, and what makes tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify.graph_meta import Source, TensorInfo
+from sparsify.graph_meta import TensorInfo
+from sparsify.recording.calls import Call, CannotRecord
+from sparsify.recording.creation import empty, fill, same
+from sparsify.recording.masked import record_masked
 from sparsify.recording.operations import (
     BATCH_NORMS,
     EMPTIES,
@@ -23,87 +26,12 @@ from sparsify.recording.operations import (
     operation_of,
     receivers,
 )
-from sparsify.recording.recorder import Call, CannotRecord, Recorder
+from sparsify.recording.recorder import Recorder
 from sparsify.recording.result_types import find_result_types
-from sparsify.recording.values import NO_ORIGIN, Value
+from sparsify.recording.values import Value
 
 aten = torch.ops.aten
 Rule = Callable[[Recorder, Call], None]
-MOST_COMPARED = 1 << 16  # elements of a constant that are compared with those known already
-
-
-def fill(recorder: Recorder, call: Call) -> None:
-    """``zeros``, ``ones_like``, ``new_full``, ... as ``full``."""
-    number = FILLS[call.op]
-    if number is None:
-        given = bind(call.op, call.args, call.kwargs)
-        number = given["s"] if "s" in given else given["fill_value"]
-    result = call.run()
-    value = recorder.values.add_root(
-        result, recorder.emit_full(recorder.values.info(result), number)
-    )
-    value.has_layout = result.is_contiguous()
-    value.number = number if result.dim() == 0 else None
-    value.origin = NO_ORIGIN
-
-
-def empty(recorder: Recorder, call: Call) -> None:
-    result = call.run()
-    if result.layout is not torch.strided:
-        raise CannotRecord(f"a {result.layout} tensor is made")
-    value = recorder.values.add_root(result, recorder.emit_full(recorder.values.info(result), 0))
-    value.has_layout = result.is_contiguous()
-
-
-def same(recorder: Recorder, call: Call) -> None:
-    """``detach`` and its like: another tensor, the same elements."""
-    given = call.args[0]
-    if call.op is aten.lift_fresh.default and recorder.values.get(given) is None:
-        constant(recorder, call)
-        return
-    parent = recorder.value_of(given)
-    node = recorder.read(parent)
-    result = call.run()
-    if result is not given:
-        value = recorder.values.add_view(result, node, parent, None)
-        value.number = parent.number
-
-
-def constant(recorder: Recorder, call: Call) -> None:
-    """A tensor made of Python data: a number if it has only one, else a placeholder."""
-    given = call.args[0]
-    if not given.untyped_storage().resizable():
-        raise CannotRecord(
-            "a tensor shares memory with an array of numpy or another library, whose content may "
-            "change unseen; keep it as a tensor of the model"
-        )
-    result = call.run()
-    if result.dim() == 0 and not result.dtype.is_complex:
-        value = recorder.values.add_root(result, None)
-        value.number = result.item()
-        value.origin = NO_ORIGIN
-        return
-    content = result.detach().clone()
-    node = _known_constant(recorder, content)
-    value = recorder.values.add_root(result, node)
-    value.origin = NO_ORIGIN
-
-
-def _known_constant(recorder: Recorder, content: Tensor) -> fx.Node:
-    """The placeholder of a constant with this content."""
-    if content.numel() <= MOST_COMPARED:
-        for node, tensor in recorder.placeholders.items():
-            if node.meta["source"].kind == "constant" and _same_bits(tensor, content):
-                return node
-    number = sum(n.meta["source"].kind == "constant" for n in recorder.placeholders)
-    recorder.add_placeholder(content, Source("constant", f"constant_{number}"))
-    return next(reversed(recorder.placeholders))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def copy(recorder: Recorder, call: Call) -> None:
@@ -164,72 +92,9 @@ def fill_in_place(recorder: Recorder, call: Call) -> None:
 
 
 def masked(recorder: Recorder, call: Call) -> None:
-    """``masked_fill`` and ``x[mask] = number`` as ``where``; in place or not."""
-    given = bind(call.op, call.args, call.kwargs)
-    found = _mask_and_number(recorder, given)
-    if found is None:
-        _write_or_record(recorder, call)
+    """``masked_fill``, ``index_put``: a ``where`` if one number goes where one mask says."""
+    if record_masked(recorder, call):
         return
-    mask, number = found
-    target = given["self"]
-    node = _where(recorder, mask, number, target)
-    if not call.facts.written:
-        result = call.run()
-        node.meta["val"] = recorder.values.info(result)
-        recorder.values.add_root(result, node)
-        return
-    recorder.announce_write(target)
-    call.run()
-    recorder.write(target, node, recorder.value_of(target).has_layout)
-
-
-def _mask_and_number(recorder: Recorder, given: dict[str, Any]) -> tuple[fx.Node, Any] | None:
-    """The mask as a node that broadcasts against the target, and a number or 0-dim tensor."""
-    target, mask = given["self"], given.get("mask")
-    lead = 0
-    if mask is None:
-        tensors = [i for i in given["indices"] if i is not None]
-        number = given["values"]
-        if len(tensors) != 1 or tensors[0].dtype is not torch.bool or given.get("accumulate"):
-            return None
-        mask = tensors[0]
-        lead = next(k for k, i in enumerate(given["indices"]) if i is not None)
-    else:
-        number = given["value"]
-    if isinstance(number, Tensor):
-        value = recorder.value_of(number)
-        if value.number is not None:
-            number = value.number
-        elif number.dim() or number.device != target.device:
-            return None
-    if mask.dim() + lead > target.dim():
-        return None
-    node = recorder.lower(mask)
-    rest = 0 if "mask" in given else target.dim() - lead - mask.dim()
-    if rest:
-        shape = (*mask.shape, *(1 for _ in range(rest)))
-        info = TensorInfo(shape, (*mask.stride(), *shape[mask.dim() :]), mask.dtype, mask.device)
-        node = recorder.emit(aten.reshape.default, (node, list(shape)), {}, info)
-    return node, number
-
-
-def _where(recorder: Recorder, mask: fx.Node, number: Any, target: Tensor) -> fx.Node:
-    info, value = _info(recorder, target), recorder.lower(target)
-    if isinstance(number, Tensor):
-        filler = recorder.lower(number)
-        if number.dtype != target.dtype:
-            scalar = TensorInfo((), (), target.dtype, target.device)
-            options = {"dtype": target.dtype}
-            filler = recorder.emit(aten._to_copy.default, (filler,), options, scalar)
-        return recorder.emit(aten.where.self, (mask, filler, value), {}, info)
-    if torch.result_type(target, number) != target.dtype:
-        scalar = TensorInfo((), (), target.dtype, target.device)
-        filler = recorder.emit_full(scalar, number)
-        return recorder.emit(aten.where.self, (mask, filler, value), {}, info)
-    return recorder.emit(aten.where.ScalarSelf, (mask, number, value), {}, info)
-
-
-def _write_or_record(recorder: Recorder, call: Call) -> None:
     if call.facts.written:
         in_place(recorder, call)
     else:

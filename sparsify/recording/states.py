@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparsify.recording.calls import CannotRecord
 from sparsify.recording.reachable import ATOMS, Place
-from sparsify.recording.recorder import CannotRecord
 
 
 @dataclass(frozen=True)

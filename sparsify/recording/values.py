@@ -52,7 +52,7 @@ class Value:
 
     def __init__(
         self,
-        node: fx.Node | None,
+        node: fx.Node,
         info: TensorInfo,
         memory: Memory,
         parent: Value | None = None,
@@ -114,9 +114,7 @@ class Values:
         self._values[key] = (watched, value)
         value.memory.tensors += 1
 
-    def add_root(
-        self, tensor: Tensor, node: fx.Node | None, placeholder: fx.Node | None = None
-    ) -> Value:
+    def add_root(self, tensor: Tensor, node: fx.Node, placeholder: fx.Node | None = None) -> Value:
         """A tensor in memory of its own, or, for placeholders, in memory that others may see."""
         memory = self.memory_of(tensor, placeholder)
         value = Value(node, self.info(tensor), memory)
@@ -151,7 +149,6 @@ def current(value: Value, emit: Emit) -> fx.Node:
         value.has_layout = parent.has_layout
         value.node = apply_view(value, node, emit) if value.view is not None else node
         value.version = value.memory.version
-    assert value.node is not None
     return value.node
 
 
