@@ -23,7 +23,6 @@ BUDGET_SECONDS = 0.15  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
-CLEARLY = 1.2  # what a slowdown must exceed to be believed on a contended machine
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
 REMEDY = "Larger batches, more neurons or fewer events move the balance; a plan can pin the site."
@@ -113,8 +112,7 @@ def _choose_timed(
     took_ms = {label: took * 1e3 for label, took in by_label.items()}
     contended = timings.why_contended
     best = 0 if contended else min(range(len(regions)), key=lambda i: seconds[i])
-    slack = CLEARLY if contended else 1.0
-    if seconds[best] >= slack * seconds[-1]:
+    if seconds[best] >= seconds[-1]:
         return _no_gain(task, candidates[best], seconds[best], seconds[-1], took_ms, events)
     return _chosen(regions[best], took_ms, events, contended)
 
