@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import weakref
@@ -244,3 +245,22 @@ def test_own_generators_are_refused() -> None:
 def test_derivatives_inside_of_forward() -> None:
     check(of(lambda x: torch.func.grad(lambda a: (a.sin() * a).sum())(x)), X)
     check(of(lambda x: torch.func.jvp(lambda a: a.sin(), (x,), (x,))[1]), X)
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    program = """
+import sys, torch
+from sparsify.recording.record import record
+class Net(torch.nn.Module):
+    def forward(self, x):
+        y = x * 2
+        y[:, 0].add_(x.double()[:, 0]).clamp_(0, 1)
+        return y
+with torch.inference_mode():
+    record(Net(), (torch.ones(2, 2),), {}).graph
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "False"

@@ -172,6 +172,73 @@ def test_states_in_containers(function: Any) -> None:
     check(Of(function, **containers), X.clone(), calls=3)
 
 
+class Cell:
+    def __init__(self) -> None:
+        self.v = torch.zeros(4, 3)
+        self.sub = {"z": [torch.ones(3)]}
+
+
+def in_objects(self: Any, x: Tensor) -> Any:
+    self.cell.v = self.cell.v * 0.5 + x
+    self.cell.sub["z"][0] = self.cell.sub["z"][0] + 1
+    return self.cell.v * self.cell.sub["z"][0]
+
+
+def replaced_dict(self: Any, x: Tensor) -> Any:
+    self.state = {"v": self.state["v"] * 0.5 + x}
+    return self.state["v"] * 1
+
+
+def reset_at_the_end(self: Any, x: Tensor) -> Any:
+    v = x if self.last is None else self.last
+    self.last = v * 2
+    y = self.last + x
+    self.last = None
+    return y
+
+
+@pytest.mark.parametrize("function", [in_objects, replaced_dict, reset_at_the_end])
+def test_states_in_objects_and_replaced_containers(function: Any) -> None:
+    model = Of(function, cell=Cell(), state={"v": torch.ones(4, 3)}, last=None)
+    recording = check(model, X.clone(), calls=1)
+    eager = copy.deepcopy(model)
+    for _ in range(3):
+        with torch.no_grad():
+            expected = eager(X)
+        assert same(call(recording, X), expected)
+    assert same(model.cell.v, eager.cell.v)  # type: ignore[union-attr]
+
+
+GAIN = torch.full((3,), 2.0)
+
+
+def test_rebound_globals() -> None:
+    def forward(x: Tensor) -> Tensor:
+        global GAIN
+        GAIN = GAIN * 0.5 + x[0]
+        return x * GAIN
+
+    global GAIN
+    recording = recorded(of(forward), X)
+    before = GAIN
+    got = call(recording, X)
+    after, GAIN = GAIN, before
+    assert same(got, forward(X))
+    assert same(after, GAIN)
+
+
+def test_hooks_are_part_of_the_run() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    check(model, X)
+    kept: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.no_grad():
+        found = record(model, (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert "kept" in str(found.error)
+
+
 def test_inputs_written_in_place() -> None:
     check(of(lambda x, y: x.add_(y)), X.clone(), X.clone())
     check(of(lambda x: (x[0].zero_(), x * 2)[1]), X.clone())
