@@ -90,6 +90,11 @@ def change_vars(model: Counting, x: Tensor) -> None:
     vars(model)["calls"] = 9
 
 
+def create_by_name(model: Counting, x: Tensor) -> None:
+    for layer in range(1):
+        setattr(model, f"width_{layer}", x.shape[1])
+
+
 def make_counter() -> Callable[[Counting, Tensor], None]:
     total = 0
 
@@ -138,6 +143,7 @@ EFFECTS: dict[str, tuple[Callable[[Counting, Tensor], object], str]] = {
         "changed tests.guarded_settings.neuron.reset_value from",
     ),
     "setattr": (change_by_name, "changed model.calls from 0 to 3"),
+    "setattr, new": (create_by_name, "changed model.width_0 from absent to 3"),
     "vars": (change_vars, "changed model.calls from 0 to 9"),
     "closure": (make_counter(), "changed closure variable total of make_counter"),
     "hook": (add_hook, "forward changed the hooks of model"),

@@ -168,3 +168,39 @@ def test_what_cannot_be_compared_is_told() -> None:
         "model.table is a mappingproxy",
         "model.bytes is a bytearray",
     }
+
+
+class Raising:
+    """Answers no question at all."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name}")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = object.__hash__
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = [Raising(), object(), iter]
+        self.table = {Raising(): 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(self.odd) * len(self.table)
+
+
+def test_odd_objects_do_not_end_the_run() -> None:
+    model = Odd()
+    seen = watched(model, X)
+    effects = [str(effect) for effect in seen.side_effects(())]
+    guard = seen.guard()
+    if effects:  # what could not be looked at is told, and the guard never matches
+        assert all("could not be followed: RuntimeError" in text for text in effects), effects
+        assert not matched(guard, X)
+    else:
+        assert matched(guard, X)
+        model.odd.append(1)
+        assert not matched(guard, X)

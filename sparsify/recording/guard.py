@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
@@ -93,20 +93,19 @@ class Seen:
         self._environment = environment()
         self._random = random_states()
         self._walk = Walk()
-        self._walk.root(model, "model")
-        for key, name in _argument_names(model, args, kwargs):
-            value = args[key] if isinstance(key, int) else kwargs[key]
-            self._walk.argument(value, key, f"argument {name}")
         self._changes: list[Change] = []
         self._drawn: list[str] = []
         self._variables: dict[Any, object] = {}
         self._failure = ""
         self._import: FrameType | None = None
         self._reached_out: dict[str, tuple[str, int]] = {}
+        self._follow(self._start, model)
 
     def guard(self) -> CompiledGuard:
         """The guard for the state before the run; keeps no tensor alive."""
         writer = CheckWriter()
+        if self._failure:
+            writer.never(f"what forward reads could not be followed: {self._failure}")
         writer.write(self._walk, self._environment, self._variables, self._args, self._kwargs)
         return CompiledGuard(writer)
 
@@ -145,34 +144,45 @@ class Seen:
         if event != "call":
             return
         if code is READ_ENVIRONMENT:
-            variable = os.environ.encodekey(frame.f_locals["key"])
-            self._variables.setdefault(variable, environment_variables().get(variable))
-        if id(code) in self._walk.codes:
-            return
+            self._follow(self._read_variable, frame)
+        if id(code) not in self._walk.codes:
+            self._first_call(frame)
+
+    def _first_call(self, frame: FrameType) -> None:
+        code = frame.f_code
         if code is IMPORTED:
             self._import = frame
             return
         if code is LOGGED:
             self._reached_out.setdefault("logging.Logger.handle", _users_line(frame))
-        free = frame.f_locals if code.co_freevars else {}
+        held = frame.f_locals if code.co_freevars else {}
+        free = {name: held.get(name, GONE) for name in code.co_freevars}
+        self._follow(self._walk.enter, code, frame.f_globals, free)
+
+    def _read_variable(self, frame: FrameType) -> None:
+        variable = os.environ.encodekey(frame.f_locals["key"])
+        self._variables.setdefault(variable, environment_variables().get(variable))
+
+    def _follow(self, step: Callable[..., object], *args: Any) -> None:
+        """Objects that answer questions in their own way must not end the user's run."""
         try:
-            self._walk.enter(
-                code, frame.f_globals, {n: free.get(n, GONE) for n in code.co_freevars}
-            )
-        except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
-            # Objects that answer questions in their own way must not end the user's run.
+            step(*args)
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             self._failure = f"{type(error).__name__}: {error}"
+
+    def _start(self, model: nn.Module) -> None:
+        self._walk.root(model, "model")
+        for key, name in _argument_names(model, self._args, self._kwargs):
+            value = self._args[key] if isinstance(key, int) else self._kwargs[key]
+            self._walk.argument(value, key, f"argument {name}")
 
     def _finish(self) -> None:
         self._walk.resolve_imports()
         for function in _functions_of(self._walk):
             self._walk.root(function, function.__qualname__)
         self._changes = find_changes(self._walk)
-        states = random_states()
-        drawn = (
-            name for name in self._random if frozen(states[name]) != frozen(self._random[name])
-        )
-        self._drawn = list(drawn)
+        now = random_states()
+        self._drawn = [n for n, then in self._random.items() if frozen(now[n]) != frozen(then)]
 
 
 @contextmanager
@@ -186,7 +196,7 @@ def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[Seen]:
     finally:
         sys.setprofile(None)
         _resume_profiler(before)
-    seen._finish()
+    seen._follow(seen._finish)
 
 
 def _users_line(frame: FrameType) -> tuple[str, int]:
@@ -240,9 +250,7 @@ def _functions_of(walk: Walk) -> list[FunctionType]:
     unknown: list[CodeType] = [
         code
         for key, code in walk.codes.items()
-        if key not in walk.functions
-        and key not in made
-        and (key in walk.free or origin(code.co_filename) == "user")
+        if key not in walk.functions and key not in made and (key in walk.free or key in walk.users)
     ]
     if not unknown:
         return []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CellType, MappingProxyType
 from typing import Any
 
 from sparsify.errors import Location
-from sparsify.recording.guard_code import find_write, origin
+from sparsify.recording.guard_code import find_write
 from sparsify.recording.guard_nodes import (
     HOOKS,
     TABLES,
@@ -139,21 +139,23 @@ def _appeared(walk: Walk) -> Iterator[Change]:
     """Attributes, parameters, buffers and submodules that were not there before."""
     for owner in walk.owners:
         known = {key for _, key in owner.children}
-        for how, key, value in _held(owner, walk.names):
+        for how, key, value in _held(owner, walk):
             if key not in known:
                 name = key[1] if how == "table" else key
                 path = part_path(owner, name) if how == "table" else attribute_path(owner, name)
                 yield Change(Node(path, owner, how, key, GONE), value)
 
 
-def _held(owner: Node, names: Collection[str]) -> Iterator[tuple[How, Any, Any]]:
-    """What ``owner`` has now under the names that code mentions; all of a module's tables."""
+def _held(owner: Node, walk: Walk) -> Iterator[tuple[How, Any, Any]]:
+    """What ``owner`` has now under the names that code can use; all of a module's tables."""
+    names = walk.names
     if owner.kind == "class":
         yield from (("class", *held) for held in class_attributes(owner.value, names))
         return
     skipped = TORCH_FIELDS if owner.kind == "module" else frozenset(("__builtins__",))
+    computed = walk.anything and owner.kind != "pymodule"
     for name, value in instance_dict(owner.value).items():
-        if name in names and name not in skipped:
+        if (computed or name in names) and name not in skipped:
             yield "attribute", name, value
     if owner.kind == "object":
         for name in names:
@@ -194,6 +196,8 @@ def read(owner: Node, holder: Any, child: Node) -> Any:
             return weakref.ref.__call__(holder)
         case "get":
             return holder.get(GONE)
+        case "field" if key == "__class__":
+            return type(holder)
     return getattr(holder, key)
 
 
@@ -218,7 +222,7 @@ def tell(change: Change, walk: Walk) -> SideEffect:
 
 def _line_of(node: Node, walk: Walk) -> Location | None:
     """The first line that writes to the place, or else to what holds it."""
-    codes = [code for code in walk.codes.values() if origin(code.co_filename) == "user"]
+    codes = [code for key, code in walk.codes.items() if key in walk.users]
     place: Node | None = node
     while place is not None:
         name = place.key[1] if place.how == "table" else place.key
@@ -248,7 +252,7 @@ def doubts(walk: Walk) -> Iterator[SideEffect]:
             megabytes = node.value.nbytes / 2**20
             text = f"{node.path} is a numpy array of {megabytes:.1f} MB, too large to compare."
             yield SideEffect(node.path, "", "", text=text, remedy="Register it as a buffer.")
-        if isinstance(node.value, UNWATCHED):
+        if issubclass(type(node.value), UNWATCHED):
             text = f"{node.path} is {show(node.value)}, whose contents are not compared."
             yield SideEffect(node.path, "", "", text=text, remedy="Use a list or a tensor.")
     if walk.places >= MOST_PLACES:

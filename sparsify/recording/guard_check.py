@@ -12,11 +12,12 @@ functions and classes are compared by identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sparsify.recording import environment
 from sparsify.recording.guard_code import is_users
+from sparsify.recording.guard_lines import Lines
 from sparsify.recording.guard_nodes import (
     HOOKS,
     TABLES,
@@ -41,14 +42,23 @@ from sparsify.recording.guard_values import (
     arrays_differ,
     atoms_differ,
     differs,
-    is_atom,
     sets_differ,
     tables_differ,
 )
 from sparsify.recording.guard_walk import Walk
+from sparsify.recording.recording import Args, Kwargs
 
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
+VOCABULARY: dict[str, Any] = {
+    "differs": differs,
+    "atoms_differ": atoms_differ,
+    "arrays_differ": arrays_differ,
+    "tables_differ": tables_differ,
+    "sets_differ": sets_differ,
+    "instance_dict": instance_dict,
+    "plain_names": plain_names,
+    "get": dict.get,
+    "GONE": GONE,
+}
 DIFFER = {
     "atoms": "atoms_differ",
     "set": "sets_differ",
@@ -58,27 +68,11 @@ DIFFER = {
 MISSED = (KeyError, AttributeError, IndexError, TypeError, ValueError, RuntimeError)
 
 
-class CheckWriter:
+class CheckWriter(Lines):
     """Writes the function for what a walk reached."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.told: list[Told] = []
-        self.told_at: dict[int, int] = {}  # by line, for comparisons that raise
-        self.namespace: dict[str, Any] = {
-            "differs": differs,
-            "atoms_differ": atoms_differ,
-            "arrays_differ": arrays_differ,
-            "tables_differ": tables_differ,
-            "sets_differ": sets_differ,
-            "instance_dict": instance_dict,
-            "plain_names": plain_names,
-            "get": dict.get,
-            "GONE": GONE,
-            **environment.vocabulary(),
-        }
-        self._names: dict[int, str] = {}
-        self._variables: dict[int, str] = {}  # by node
+        super().__init__(VOCABULARY)
         self._dicts: dict[int, str] = {}
         self._aliases: list[tuple[Node, str]] = []
         self._shared: set[int] = set()
@@ -93,6 +87,7 @@ class CheckWriter:
         kwargs: Kwargs,
     ) -> None:
         """All comparisons, what is quick first: modes, arguments, then the model and the rest."""
+        self.namespace |= environment.vocabulary()
         self._shared = {id(alias) for alias in _aliases(walk)}
         for what, answer in answers.items():
             self._compare(environment.QUESTIONS[what], answer, was(what, answer))
@@ -107,18 +102,6 @@ class CheckWriter:
             first = self._name_of(node.alias)
             if first is not None:
                 self._require(f"{text} is not {first}", text, parted(node, node.alias))
-
-    @property
-    def source(self) -> str:
-        body = "\n".join(f" {line}" for line in [*self.lines, "return None"])
-        return f"def check(args, kwargs):\n{body}\n"
-
-    def function(self) -> Callable[[Args, Kwargs], tuple[int, Any] | None]:
-        """Compile what was written."""
-        scope = dict(self.namespace)
-        exec(compile(self.source, "<guard>", "exec"), scope)
-        check: Callable[[Args, Kwargs], tuple[int, Any] | None] = scope["check"]
-        return check
 
     def _write_call(self, args: Args, kwargs: Kwargs) -> None:
         count = len(args)
@@ -158,8 +141,7 @@ class CheckWriter:
             self._compare(text, node.value, self._told)
             return []
         if node.kind in WALKED and node.contents is None:
-            said = f"{node.path} could not be looked at"
-            self._require("True", "None", Told(node.path, text=saying(said)))
+            self.never(f"{node.path} could not be looked at")
             return []
         if id(node) in self._shared and node.kind not in BOUND:
             text = self._variable(node, text)
@@ -244,7 +226,7 @@ class CheckWriter:
 
     def _write_object(self, node: Node, text: str) -> None:
         kind = type(node.value)
-        if not (node.contents["__dict__"] or hasattr(node.value, "__dict__")):
+        if kind.__dictoffset__ == 0:
             return
         own = self._own_dict(node, text)
         if is_users(kind.__module__) or is_namespace(kind):  # others keep caches in themselves
@@ -332,38 +314,6 @@ class CheckWriter:
         if owner.kind != "dict" or type(owner.value) is dict:
             return f"{text}[{literal}]"
         return f"get({text}, {literal}, GONE)"
-
-    def _compare(self, text: str, then: object, told: Told) -> None:
-        if then is None or then is True or then is False:
-            self._require(f"({text}) is not {then}", text, told)
-            return
-        name = self._constant(then, "c")
-        if is_atom(then):
-            self._require(f"({text}) is not {name} and differs({text}, {name})", text, told)
-        else:
-            self._require(f"({text}) != {name}", text, told)
-
-    def _require(self, fails: str, now: str, told: Told) -> None:
-        self.told_at[len(self.lines)] = len(self.told)
-        self.lines.append(f"if {fails}: return {len(self.told)}, {now}")
-        self.told.append(told)
-
-    def _variable(self, node: Node, text: str) -> str:
-        name = self._variables.get(id(node))
-        if name is None:
-            name = self._variables[id(node)] = f"v{len(self._variables)}"
-            self.lines.append(f"{name} = {text}")
-        return name
-
-    def _name_of(self, node: Node) -> str | None:
-        return self._variables.get(id(node)) or self._names.get(id(node.value))
-
-    def _constant(self, value: object, stem: str) -> str:
-        name = self._names.get(id(value))
-        if name is None:
-            name = self._names[id(value)] = f"{stem}_{len(self._names)}"
-            self.namespace[name] = value
-        return name
 
 
 def _aliases(walk: Walk) -> list[Node]:

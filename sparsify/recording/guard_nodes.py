@@ -131,14 +131,15 @@ _KINDS: tuple[tuple[Any, Kind], ...] = (
 
 def _random_state(value: Any) -> Any:
     """The state of a random generator of Python's or numpy's, else GONE."""
-    if isinstance(value, random.Random):
+    kind = type(value)
+    if issubclass(kind, random.Random):
         return value.getstate()
     numpy = sys.modules.get("numpy")
     if numpy is None or "numpy.random" not in sys.modules:
         return GONE
-    if isinstance(value, numpy.random.Generator):
+    if issubclass(kind, numpy.random.Generator):
         return frozen(value.bit_generator.state)
-    if isinstance(value, numpy.random.RandomState):
+    if issubclass(kind, numpy.random.RandomState):
         return frozen(value.get_state())
     return GONE
 
@@ -171,7 +172,7 @@ def hidden_in(value: Any, kind: Kind) -> Iterator[tuple[str, Any]]:
         yield from (("an element", element) for element in value)
     elif kind == "dict":
         yield from (("a key", key) for key in dict.keys(value))
-    elif isinstance(value, CachedFunction):
+    elif type(value) is CachedFunction:
         for referent in gc.get_referents(value):
             results = referent.values() if type(referent) is dict else (referent,)
             for result in results:  # a bounded cache keeps each in a link of a list
@@ -197,7 +198,7 @@ def read_cell(cell: Any) -> Any:
 
 def instance_dict(value: Any) -> dict[str, Any]:
     """The attributes that ``value`` itself has."""
-    if isinstance(value, type):
+    if issubclass(type(value), type):
         return {}
     try:
         own = object.__getattribute__(value, "__dict__")

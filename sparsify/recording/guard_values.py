@@ -59,10 +59,11 @@ GONE = Gone()
 
 def is_atom(value: object) -> bool:
     """True for immutable values that are compared by type and content."""
-    if isinstance(value, ATOMS):
+    kind = type(value)  # isinstance would ask the object for its class
+    if issubclass(kind, ATOMS):
         return True
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.generic)
+    return numpy is not None and issubclass(kind, numpy.generic)
 
 
 def differs(now: object, then: object) -> bool:
@@ -124,18 +125,20 @@ def show(value: object) -> str:
     """A short text for a message; runs no code of the user's."""
     if value is GONE:
         return "absent"
-    if isinstance(value, (torch.device, torch.Size)):
-        text = str(value)
+    kind: Any = type(value)
+    subject: Any = value
+    if issubclass(kind, (torch.device, torch.Size)):
+        text = str(subject)
     elif is_atom(value):
-        text = repr(value)
-    elif isinstance(value, torch.Tensor):
+        text = repr(subject)
+    elif issubclass(kind, torch.Tensor):
         text = "a tensor"
-    elif type(value) in (list, tuple, dict, set, frozenset):
-        text = f"a {type(value).__name__} of {len(value)}"  # type: ignore[arg-type]
-    elif isinstance(value, (type, FunctionType, MethodType)):
-        text = value.__qualname__
-    elif isinstance(value, (BuiltinFunctionType, ModuleType)):
-        text = value.__name__
+    elif kind in (list, tuple, dict, set, frozenset):
+        text = f"a {kind.__name__} of {len(subject)}"
+    elif issubclass(kind, (type, FunctionType)) or kind is MethodType:
+        text = subject.__qualname__
+    elif issubclass(kind, (BuiltinFunctionType, ModuleType)):
+        text = subject.__name__
     else:
-        text = f"a {type(value).__qualname__}"
+        text = f"a {kind.__qualname__}"
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

@@ -222,7 +222,7 @@ class Walk:
             if id(held) not in self.nodes and not is_atom(held) and classify(held) != "tensor":
                 path = f"{what} of {node.path}"
                 self.roots.append(self._visit(None, "root", path, held, path))
-        if isinstance(node.value, (attrgetter, methodcaller)):
+        if type(node.value) in (attrgetter, methodcaller):
             arguments: Any = node.value.__reduce__()[1]
             texts = (text for text in arguments if isinstance(text, str))
             self._learn(frozenset(name for text in texts for name in text.split(".")))
