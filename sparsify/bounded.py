@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,21 @@ class Bounded:
     @property
     def full_error(self) -> Tensor:
         return self.error.expand(self.value.shape)
+
+    @cached_property
+    def magnitude(self) -> Tensor:
+        return self.value.abs()
+
+    @cached_property
+    def lowest_bit_of_few(self) -> float:
+        """The same of a few elements: real-valued ones are told without looking at all."""
+        few = (slice(8),) * self.value.dim()
+        return lowest_bit(self.value[few].double())
+
+    @cached_property
+    def lowest_bit(self) -> float:
+        """The largest power of two that divides all elements; infinity if all are zero."""
+        return lowest_bit(self.value.double())
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,15 @@ def move(x: Bounded, function: Callable[[Tensor], Tensor]) -> Bounded:
     error = x.error if is_exact(x) else function(x.full_error)
     margin = x.margin and (_moved(function, x.margin[0], x), _moved(function, x.margin[1], x))
     return Bounded(function(x.value), error, x.dtype, x.event, margin)
+
+
+def lowest_bit(x: Tensor) -> float:
+    """The largest power of two that divides all elements of ``x``; infinity if all are zero."""
+    mantissa, exponent = torch.frexp(x[x != 0])
+    if mantissa.numel() == 0:
+        return torch.inf
+    whole = (mantissa * 2.0**53).long()
+    return float(torch.ldexp((whole & -whole).double(), exponent - 53).min())
 
 
 def stack(parts: Sequence[Bounded]) -> Bounded:

@@ -47,9 +47,11 @@ class ErrorBounds(fx.Interpreter):
     Scans with at least one step are run step by step.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, repeats: bool = False) -> None:
+        """With ``repeats`` keep what operations gave, for operands that are the same objects."""
         super().__init__(graph)
         self.extra_traceback = False
+        self._kept: dict[fx.Node, tuple[list[Bounded], Any]] | None = {} if repeats else None
         self._dtypes: dict[fx.Node, torch.dtype] = {}
         self._thresholds = 0
         self._undecided = 0
@@ -71,6 +73,16 @@ class ErrorBounds(fx.Interpreter):
         if n.target is torch.ops.aten.sym_size.int:  # of a body that serves all sizes
             return args[0].value.shape[args[1]]
         given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Bounded)]
+        if self._kept is None:
+            return self._run_operation(n, args, kwargs, given)
+        before, result = self._kept.get(n, ([], None))
+        is_same = len(before) == len(given) and all(map(operator.is_, before, given))
+        if n not in self._kept or not is_same or n.target in DECIDING:  # decisions are counted
+            result = self._run_operation(n, args, kwargs, given)
+            self._kept[n] = given, result
+        return result
+
+    def _run_operation(self, n: fx.Node, args: Any, kwargs: Any, given: list[Bounded]) -> Any:
         if not any(x.dtype.is_floating_point or not is_exact(x) for x in given):
             result = _compute_directly(n.target, args, kwargs)
             if not given or not _is_floating(result):
@@ -96,7 +108,7 @@ class ErrorBounds(fx.Interpreter):
         if not isinstance(scan, Scan):
             return super().call_module(target, args, kwargs)
         steps, carries, xs, consts = args
-        body = ErrorBounds(scan.body)
+        body = ErrorBounds(scan.body, repeats=True)
         now, kept = tuple(carries), []
         for step in range(steps):
             slices = [move(x, partial(torch.select, dim=0, index=step)) for x in xs]

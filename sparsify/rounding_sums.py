@@ -16,19 +16,19 @@ aten = torch.ops.aten
 def product(p: Precision, x: Any, weight: Any, bias: Any = None) -> Bounded:
     """``x @ weight + bias``. Terms with a zero sender are exact, so only the others round."""
     a, w = exact(x, p), exact(weight, p)
-    terms = a.value.abs() @ w.value.abs()
+    terms = a.magnitude @ w.magnitude
     inherited = EXACT
     if not is_exact(a):
-        inherited = inherited + a.full_error @ w.value.abs()
+        inherited = inherited + a.full_error @ w.magnitude
     if not is_exact(w):
-        inherited = inherited + (a.value.abs() + a.full_error) @ w.full_error
+        inherited = inherited + (a.magnitude + a.full_error) @ w.full_error
     count = ((a.value != 0) | (a.error > 0)).sum(-1, keepdim=w.value.dim() > 1)
     value = a.value @ w.value
-    parts = [a.value, w.value]
+    parts = [a, w]
     if bias is not None:
         b = exact(bias, p)
         value, terms, inherited = value + b.value, terms + b.value.abs(), inherited + b.error
-        count, parts = count + 1, [*parts, b.value]
+        count, parts = count + 1, [*parts, b]
     if not bool(inherited.any()) and _sums_exactly(terms, parts, p):
         return Bounded(value, EXACT, p.dtype)
     error = inherited + p.gamma(count) * (terms + inherited) + (count > 0) * p.smallest * count
@@ -80,7 +80,7 @@ def total(p: Precision, x: Bounded, dim: Any = None, keepdim: bool = False, **_:
     value = reduce(x.value)
     if not p.dtype.is_floating_point:
         return Bounded(value, inherited, p.dtype)
-    if not bool(inherited.any()) and _sums_exactly(terms, [x.value.double()], p):
+    if not bool(inherited.any()) and _sums_exactly(terms, [x], p):
         return Bounded(value.double(), EXACT, p.dtype)
     count = reduce(((x.value != 0) | (x.full_error > 0)).double())
     return Bounded(value.double(), inherited + p.gamma(count) * (terms + inherited), p.dtype)
@@ -91,16 +91,7 @@ def mean(p: Precision, x: Bounded, dim: Any = None, keepdim: bool = False, **_: 
     return divide(p, summed, float(x.value.numel() // max(summed.value.numel(), 1)))
 
 
-def _lowest_bit(x: Tensor) -> float:
-    """The largest power of two that divides all elements of ``x``; infinity if all are zero."""
-    mantissa, exponent = torch.frexp(x[x != 0])
-    if mantissa.numel() == 0:
-        return torch.inf
-    whole = (mantissa * 2.0**53).long()
-    return float(torch.ldexp((whole & -whole).double(), exponent - 53).min())
-
-
-def _sums_exactly(terms: Tensor, factors: list[Tensor], p: Precision) -> bool:
+def _sums_exactly(terms: Tensor, factors: list[Bounded], p: Precision) -> bool:
     """True if every partial sum of the terms is a small multiple of one power of two.
 
     ``factors``: what is multiplied, then what is added to the products.
@@ -108,9 +99,11 @@ def _sums_exactly(terms: Tensor, factors: list[Tensor], p: Precision) -> bool:
     if terms.numel() == 0 or not bool(torch.isfinite(terms).all()):
         return False
     largest = float(terms.max()) / 2.0**p.digits
-    # A few elements rule out real-valued weights without looking at all of them.
-    for parts in ([t.flatten()[:64] for t in factors], factors):
-        bits = [_lowest_bit(t) for t in parts]
-        if min(bits[0] * bits[1] if len(bits) > 1 else bits[0], *bits[2:], torch.inf) < largest:
-            return False
-    return True
+    if _lowest_term([x.lowest_bit_of_few for x in factors]) < largest:
+        return False
+    return _lowest_term([x.lowest_bit for x in factors]) >= largest
+
+
+def _lowest_term(bits: list[float]) -> float:
+    product = bits[0] * bits[1] if len(bits) > 1 else bits[0]
+    return min(product, *bits[2:], torch.inf)

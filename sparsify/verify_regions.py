@@ -88,7 +88,7 @@ class RegionCheck:
     ) -> None:
         self.name, self.region, self.scan = name, region, region.scan
         self.steps, self.carries, self.xs, self.consts = steps, tuple(carries), xs, tuple(consts)
-        self.bounds = ErrorBounds(self.scan.body)
+        self.bounds = ErrorBounds(self.scan.body, repeats=True)
         self.bounded_consts = [exact(t, Precision(t.dtype)) for t in consts]
         self.outputs = [RegionOutput(self.scan, i) for i in range(len(self.scan.results))]
         self.thresholds = self.undecided = 0

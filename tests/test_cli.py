@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify import cli
 from sparsify.cli import main
 from sparsify.cli_target import UsageError, load_target
 
@@ -287,7 +286,7 @@ def test_demo_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None
         given.append(argv)
         return 5
 
-    monkeypatch.setattr(cli.demo, "main", run_demo)
+    monkeypatch.setattr("sparsify.demo.main", run_demo)
     assert main(["demo", "--seed", "3"]) == 5
     assert given == [["--seed", "3"]]
 
