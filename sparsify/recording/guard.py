@@ -110,7 +110,11 @@ class Seen:
         return CompiledGuard(writer)
 
     def side_effects(self, handled: Collection[tuple[int, Any]]) -> list[SideEffect]:
-        """What the run changed, except where (id of the owner, key) is among ``handled``."""
+        """What the run changed, except where (id of the owner, key) is among ``handled``.
+
+        An attribute that forward sets to the same value at every call is told once only: the next
+        run finds it as it leaves it, and its guard is keyed on that value.
+        """
         kept = [change for change in self._changes if change.owners.isdisjoint(handled)]
         effects = [tell(change, self._walk) for change in kept]
         for name in self._drawn:
