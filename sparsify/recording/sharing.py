@@ -39,6 +39,8 @@ class Apart:
     def why_not(self, args: Args, kwargs: Kwargs) -> str:
         tensors = [fetch(args, kwargs) for fetch in self.fetch]
         memory = tensors[self.written].untyped_storage().data_ptr()
+        if memory == 0:  # it has no elements
+            return ""
         for index, tensor in enumerate(tensors):
             if index != self.written and tensor.untyped_storage().data_ptr() == memory:
                 names = self.names[self.written], self.names[index]
