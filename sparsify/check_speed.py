@@ -22,7 +22,7 @@ from sparsify.compiled import Compiled, Stage
 from sparsify.entry import Entry
 from sparsify.errors import Refusal
 from sparsify.keep_state import keep_state
-from sparsify.plan import Plan, PlanDecision
+from sparsify.plan import PlanDecision
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.report import Site
 
