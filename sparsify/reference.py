@@ -36,6 +36,7 @@ def run_reference(
         return _Interpreter(kernel, tensors, steps, batch).run()
 
 
+@np.errstate(all="ignore")
 def gather(weight: Array, source: Array) -> Array:
     """``[R, S]`` and ``[B, S]`` to ``[B, R]``, added in the order that ``ir.Gather`` states."""
     receivers, senders = weight.shape
