@@ -36,7 +36,7 @@ def make() -> tuple[nn.Module, Tensor]:
     model = Recurrent().eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(torch.randint(-24, 33, weight.shape) / 64)
+            weight.copy_(torch.randint(-24, 25, weight.shape) / 64)
     return model, torch.randint(0, 2, (6, 4, 16)).float()
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     assert not checkout.exists() and "site-packages" in str(sparsify.__file__), sparsify.__file__
     model, x = make()
     with torch.no_grad():
-        fast: Any = sparsify.sparsify(model, x)
+        fast: Any = sparsify.sparsify(model, x, timing=False)
         expected = model(x)
         assert expected.any(), "no neuron fired"
         assert torch.equal(fast(x), expected)
