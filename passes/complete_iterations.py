@@ -103,9 +103,17 @@ class _Alignment:
         # The same operation missing here and extra there is one that differs, not a dropped one.
         differs = {node.target for node in lost} & {node.target for node in self.extra}
         draws = any(map(draws_random, [*lost, *self.extra]))
-        if not self.found or needed or differs or draws:
+        if not self.found or needed or differs or draws or self._reads_what_never_ran(self.missing):
             return None
         return self
+
+    def _reads_what_never_ran(self, missing: list[int]) -> bool:
+        """True if a copy would read a node of an earlier iteration that is shorter."""
+        read = [code for p in missing for code in self.codes[p] if isinstance(code, Ref)]
+        return any(
+            code.distance and code.position >= len(self.done[self.step - code.distance])
+            for code in read
+        )
 
     def _agrees(self, node: fx.Node, position: int) -> bool:
         if head_of(node) != head_of(self.pattern[position]):
