@@ -35,7 +35,8 @@ class Entry:
     ``[B, N]`` for all steps; ``rate`` is how much of a spike train is 1.
     ``grid`` is the power of two that dyadic weights are multiples of, None where the arithmetic
     cannot be exact (an exponential, a tanh). Without ``doubles`` the network itself insists on
-    float32.
+    float32. After ``recordings`` a graph must serve all sizes: two, and one more
+    where the first call leaves an attribute behind, or where each length has a kernel of its own.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     bias: float = 0.0
     grid: float | None = 2**-6
     keeps_state: bool = False
+    recordings: int = 2
     doubles: bool = True
 
     @property
@@ -110,10 +112,16 @@ ENTRIES = (
     Entry(
         "four deep", feedforward.FourDeep, events=("linears.1", "linears.2", "linears.3"), gain=2.2
     ),
-    Entry("skip, no reset", feedforward.SkipNoReset, events=("b", "c", "skip")),
+    Entry("skip, no reset", feedforward.SkipNoReset, events=("b", "c", "skip"), recordings=3),
     Entry("in place", feedforward.InPlace, events=("fc2",), layout="batch first"),
     Entry("static image", feedforward.StaticImage, events=("fc2",), layout="static"),
-    Entry("current based", feedforward.CurrentBased, events=("w2",), layout="batch first"),
+    Entry(
+        "current based",
+        feedforward.CurrentBased,
+        events=("w2",),
+        layout="batch first",
+        recordings=3,
+    ),
     Entry("graded spikes", feedforward.GradedSpikes, events=("fc2",)),
     Entry("exponential decay", feedforward.ExpDecay, events=("fc2",), grid=None),
     Entry("recurrent", recurrent.Recurrent, events=("rec",)),
@@ -124,7 +132,7 @@ ENTRIES = (
     Entry("straight-through sums", recurrent.SumSpikes, events=("rec",), grid=None),
     Entry("no self-connection", recurrent.NoSelfConnection, events=("w_rec",)),
     Entry("graded recurrent", recurrent.GradedRecurrent, events=("rec",), gain=1.0, grid=2**-3),
-    Entry("resets itself", stateful.ResetsItself, events=("net.2", "net.4")),
+    Entry("resets itself", stateful.ResetsItself, events=("net.2", "net.4"), recordings=3),
     Entry("buffer state", lambda: stateful.BufferState(BATCH), events=("rec",), keeps_state=True),
     Entry("tuple state", stateful.TupleState, events=("recurrent_weights",)),
     Entry("dict state", stateful.DictState, events=("layers.high",), layout="batch first"),
@@ -156,14 +164,26 @@ ENTRIES = (
         grid=2**-3,
     ),
     Entry(
-        "snnTorch, static", snntorch_nets.StaticNet, events=("fc2",), layout="static", doubles=False
+        "snnTorch, static",
+        snntorch_nets.StaticNet,
+        events=("fc2",),
+        layout="static",
+        doubles=False,
+        recordings=3,
     ),
-    Entry("snnTorch, spike trains", snntorch_nets.SpikingInputNet, events=("fc2",), doubles=False),
+    Entry(
+        "snnTorch, spike trains",
+        snntorch_nets.SpikingInputNet,
+        events=("fc2",),
+        doubles=False,
+        recordings=3,
+    ),
     Entry(
         "snnTorch, RLeaky",
         snntorch_nets.RecurrentNet,
         events=("rlif.recurrent", "fc2"),
         doubles=False,
+        recordings=3,
     ),
     Entry("tanh by hand", rates.TanhRNN, code="no-event", grid=None),
     Entry(
