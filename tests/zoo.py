@@ -34,8 +34,7 @@ class Entry:
     is the input's: time first ``[T, B, N]``, batch first ``[B, T, N]``, or one ``static`` vector
     ``[B, N]`` for all steps; ``rate`` is how much of a spike train is 1.
     ``grid`` is the power of two that dyadic weights are multiples of, None where the arithmetic
-    cannot be exact (an exponential, a tanh). Without ``doubles`` the network itself insists on
-    float32. After ``recordings`` a graph must serve all sizes: two, and one more
+    cannot be exact (an exponential, a tanh). After ``recordings`` a graph must serve all sizes: two, and one more
     where the first call leaves an attribute behind, or where each length has a kernel of its own.
     """
 
@@ -50,7 +49,6 @@ class Entry:
     grid: float | None = 2**-6
     keeps_state: bool = False
     recordings: int = 2
-    doubles: bool = True
 
     @property
     def is_static(self) -> bool:
@@ -168,21 +166,18 @@ ENTRIES = (
         snntorch_nets.StaticNet,
         events=("fc2",),
         layout="static",
-        doubles=False,
         recordings=3,
     ),
     Entry(
         "snnTorch, spike trains",
         snntorch_nets.SpikingInputNet,
         events=("fc2",),
-        doubles=False,
         recordings=3,
     ),
     Entry(
         "snnTorch, RLeaky",
         snntorch_nets.RecurrentNet,
         events=("rlif.recurrent", "fc2"),
-        doubles=False,
         recordings=3,
     ),
     Entry("tanh by hand", rates.TanhRNN, code="no-event", grid=None),
