@@ -34,8 +34,9 @@ class Entry:
     is the input's: time first ``[T, B, N]``, batch first ``[B, T, N]``, or one ``static`` vector
     ``[B, N]`` for all steps; ``rate`` is how much of a spike train is 1.
     ``grid`` is the power of two that dyadic weights are multiples of, None where the arithmetic
-    cannot be exact (an exponential, a tanh). After ``recordings`` a graph must serve all sizes: two, and one more
-    where the first call leaves an attribute behind, or where each length has a kernel of its own.
+    cannot be exact (an exponential, a tanh). After ``recordings`` a graph must serve all sizes:
+    two, and one more where the first call leaves an attribute behind, or where each length has a
+    kernel of its own.
     """
 
     name: str
