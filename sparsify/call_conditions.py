@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ def why_grad(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if not torch.is_grad_enabled():
         return None
     inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    stored = (*model.parameters(), *model.buffers())
-    if not needs_grad(stored) and not needs_grad(inputs):
+    if not needs_grad(chain(model.parameters(), model.buffers(), inputs)):
         return None
     reason = "Gradients are enabled and needed, and only inference is compiled."
     return Refusal("needs-grad", reason, GRAD_REMEDY)

@@ -32,6 +32,7 @@ from sparsify.passes.scan_products import reads_events
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 from sparsify.recording.recording import Recording
+from sparsify.report import Site
 from sparsify.scan import Scan
 
 UNMEASURED_ACTIVITY = 0.1  # of events that the recorder did not measure
@@ -65,15 +66,24 @@ class Compiler:
     options: Options
     binaries: Binaries
 
-    def compile(self, recording: Recording, operands: Sequence[Tensor], plan: Plan) -> Compiled:
-        """Decide every site on ``operands``."""
+    def compile(
+        self,
+        recording: Recording,
+        operands: Sequence[Tensor],
+        plan: Plan,
+        earlier: Mapping[str, Site] | None = None,
+    ) -> Compiled:
+        """Decide every site on ``operands``.
+
+        ``earlier`` are sites that the plan has from another recording of the model.
+        """
         products = find_products(recording.graph.graph)
         plan = measured_plan(plan, products)
         stages = run_pipeline(recording.graph)
         lowered = lower_scans(stages[-1].graph)
         placements = place_products(products, lowered)
         tasks = capture_tasks(stages[-1].graph, operands, lowered)
-        chooser = _Chooser(self, plan, placements)
+        chooser = _Chooser(self, plan, placements, earlier or {})
         choices = chooser.choose(tasks)
         regions = {name: c.region for name, c in choices.items() if c.region is not None}
         declined = [refusal for stage in stages for refusal in stage.declined]
@@ -172,10 +182,17 @@ class _Capture(fx.Interpreter):
 class _Chooser:
     """Finds the candidates of all regions, compiles them together, and decides."""
 
-    def __init__(self, compiler: Compiler, plan: Plan, placements: Sequence[Placement]) -> None:
+    def __init__(
+        self,
+        compiler: Compiler,
+        plan: Plan,
+        placements: Sequence[Placement],
+        earlier: Mapping[str, Site],
+    ) -> None:
         self.compiler = compiler
         self.plan = plan
         self.placements = placements
+        self.earlier = earlier
         self.break_even: dict[tuple[str, str], float] = {}
 
     def choose(self, tasks: Sequence[Task]) -> dict[str, Choice]:
@@ -206,6 +223,9 @@ class _Chooser:
         off = [name for name in self._sites(task) if self.plan.sites.get(name) == "off"]
         if not off:
             return None
+        known = self.earlier.get(off[0])
+        if known is not None and known.code is not None:
+            return Refusal(known.code, known.reason, known.remedy, known.location)
         reason = f"The plan leaves {', '.join(off)} to the original operations."
         if len(self._sites(task)) > len(off):
             reason += " One kernel computes it together with the others of its loop."

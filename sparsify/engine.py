@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from sparsify import ir
 from sparsify.call_conditions import (
@@ -20,6 +19,7 @@ from sparsify.call_conditions import (
     why_grad,
     why_observed,
 )
+from sparsify.call_key import call_key
 from sparsify.check_recording import why_not_repeated
 from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.backend import Binary
@@ -29,6 +29,7 @@ from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
 from sparsify.entry import Entry, merge
 from sparsify.errors import Refusal, RefusedError, TraceError
+from sparsify.keep_state import Snapshot
 from sparsify.layout import Layout
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
@@ -38,6 +39,7 @@ from sparsify.refused_sites import first_refusal
 from sparsify.report import Report, Site
 
 MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
+MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
 
@@ -68,15 +70,17 @@ class Engine:
         self.recordings = 0
         self._refused: Refusal | None = None  # why nothing can be compiled for now
         self._given_up: Refusal | None = None  # why nothing more will be recorded
-        self._unrecorded: set[object] = set()
+        self._originals: set[object] = set()  # keys of calls that are known to run the original
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         if is_intercepted() or is_disabled():
             return self.original.forward(*args, **kwargs)
+        if self._originals and call_key(self.original, args, kwargs) in self._originals:
+            return self.original.forward(*args, **kwargs)
         for entry in self.entries:
             if entry.guard.matches(args, kwargs):
                 if entry.takes_all:
-                    return self.original.forward(*args, **kwargs)
+                    return self._run_original(args, kwargs)
                 operands = entry.calling.operands(args, kwargs)
                 if entry.serves(operands) and not needs_grad(operands):
                     return self._run(entry, operands, args, kwargs)
@@ -172,8 +176,15 @@ class Engine:
     def _run(self, entry: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Any:
         self._refused = None
         if entry.compiled.runs_original:
-            return self.original.forward(*args, **kwargs)
+            return self._run_original(args, kwargs)
         return entry.run(operands, args, kwargs)
+
+    def _run_original(self, args: Args, kwargs: Kwargs) -> Any:
+        """Run a call that nothing is gained for; its like are recognised sooner from now on."""
+        if len(self._originals) >= MOST_ORIGINALS:
+            self._originals.clear()
+        self._originals.add(call_key(self.original, args, kwargs))
+        return self.original.forward(*args, **kwargs)
 
     def _miss(self, args: Args, kwargs: Kwargs) -> Any:
         refusal = self._given_up or why_grad(self.original, args, kwargs)
@@ -181,8 +192,6 @@ class Engine:
             refusal = self._why_not_compile()
         if refusal is not None:
             self._say(refusal)
-            return self.original.forward(*args, **kwargs)
-        if self._unrecorded and _call_key(self.original, args, kwargs) in self._unrecorded:
             return self.original.forward(*args, **kwargs)
         with COMPILING:
             entry = self._find(args, kwargs)  # another thread may have compiled it meanwhile
@@ -200,14 +209,20 @@ class Engine:
         if refusal is not None:
             self._refuse(refusal)
             return self.original.forward(*args, **kwargs)
+        before = Snapshot(self.original)
         recorded = record(self.original, args, kwargs, restore=False)
         if isinstance(recorded, Unrecorded):
             self._give_up(recorded.error, args, kwargs)
             return recorded.result
+        after = Snapshot(self.original)
         try:
-            self._adopt(recorded, args, kwargs)
+            before.put_back()  # the recording holds for the state that it started from
+            if recorded.guard.matches(args, kwargs):
+                self._adopt(recorded, args, kwargs)
         except TraceError as error:
             self._give_up(error, args, kwargs)
+        finally:
+            after.put_back()
         return recorded.result
 
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
@@ -218,7 +233,8 @@ class Engine:
         self.recordings += 1
         self._refused = None
         operands = recording.calling.operands(args, kwargs)
-        compiled = self._compiler.compile(recording, operands, self._plan)
+        earlier = {site.name: site for e in self.entries for site in e.compiled.sites}
+        compiled = self._compiler.compile(recording, operands, self._plan, earlier)
         if not self.entries:  # other recordings of a model may lack sites that the first one has
             self._plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
@@ -269,7 +285,7 @@ class Engine:
         return self._given_up
 
     def _give_up(self, error: TraceError, args: Args, kwargs: Kwargs) -> None:
-        self._unrecorded.add(_call_key(self.original, args, kwargs))
+        self._originals.add(call_key(self.original, args, kwargs))
         self._refuse(Refusal("unsupported-op", f"The model cannot be recorded. {error}"))
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -304,14 +320,3 @@ class Engine:
         for entry in self.entries[-1:]:
             notes += entry.compiled.notes
         return notes + list(self._notes)
-
-
-def _call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
-    """What is compared cheaply before a model that could not be recorded is tried again."""
-    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-    layouts = tuple(
-        (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
-        for leaf in leaves
-    )
-    modes = (model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    return modes, layouts, str(structure)

@@ -38,9 +38,7 @@ class TensorInfo:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> TensorInfo:
-        return TensorInfo(
-            tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
-        )
+        return TensorInfo(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,34 @@ from sparsify.recording.reachable import Place, read, rebind, walk
 LARGEST_PARAMETER = 2**16
 
 
+class Snapshot:
+    """What ``model`` holds at this moment, and torch's random state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = list(walk([("", model)]))
+        self._contents = [
+            (place.value, *_copy(place)) for place in self._places if _can_change(place)
+        ]
+        self._random = torch.get_rng_state()
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self._random)
+        for place in self._places:
+            _put_back(place)
+        with torch.no_grad():
+            for tensor, version, copy in self._contents:
+                if tensor._version != version:
+                    tensor.copy_(copy)
+
+
 @contextmanager
 def keep_state(model: nn.Module) -> Iterator[None]:
     """Put back what ``model`` holds when the block ends, however it ends."""
-    places = list(walk([("", model)]))
-    contents = [(place.value, *_copy(place)) for place in places if _can_change(place)]
-    random = torch.get_rng_state()
+    before = Snapshot(model)
     try:
         yield
     finally:
-        torch.set_rng_state(random)
-        for place in places:
-            _put_back(place)
-        with torch.no_grad():
-            for tensor, version, copy in contents:
-                if tensor._version != version:
-                    tensor.copy_(copy)
+        before.put_back()
 
 
 def _can_change(place: Place) -> bool:

@@ -274,3 +274,44 @@ def test_a_call_costs_little() -> None:
 
         overhead = best(lambda: fast(X)) - best(lambda: entry.forward(*operands))
     assert overhead < 1e-3
+
+
+class StepNet(nn.Module):
+    """One step a call; its state is made at the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(24, 32)
+        self.v: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.v is None:
+            self.v = torch.zeros(x.size(0), 32)
+        self.v = 0.9 * self.v + self.fc(x)
+        spikes = (self.v > 0.5).to(x.dtype)
+        self.v = self.v - spikes
+        return spikes
+
+
+def test_state_that_starts_as_none_goes_on_after_the_first_recording() -> None:
+    torch.manual_seed(0)
+    model, twin = StepNet().eval(), StepNet().eval()
+    twin.load_state_dict(model.state_dict())
+    fast = sparsify(model, timing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            x = torch.rand(5, 24)
+            assert torch.equal(run(fast, x), run(twin, x))
+            assert torch.equal(model.v, twin.v)  # type: ignore[arg-type]
+    assert engine_of(fast).recordings == 2
+
+
+def test_calls_without_gain_are_recognised_and_keep_their_reason() -> None:
+    model = StepNet().eval()
+    fast = sparsify(model)
+    for _ in range(3):
+        run(fast, torch.rand(1, 24))
+    (site,) = engine_of(fast).report.sites
+    assert site.decision == "kept"
+    assert site.code == "no-event"

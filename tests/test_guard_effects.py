@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import random
@@ -21,6 +22,7 @@ from tests.guarded import Config, Counting, guarded, matched, watched
 
 X = torch.ones(2, 3)
 TOTAL = 0
+COLLECTIONS = 0
 CACHE: dict[str, int] = {}
 
 
@@ -307,6 +309,22 @@ def test_what_forward_does_not_name_is_left_alone() -> None:
     assert len(guard.source) < 20_000
     model.trainer.step += 1  # type: ignore[operator, union-attr]
     assert matched(guard, X)
+
+
+def count_collections(phase: str, info: object) -> None:
+    global COLLECTIONS
+    COLLECTIONS += 1
+
+
+def test_the_garbage_collector_is_none_of_forward() -> None:
+    before = COLLECTIONS
+    gc.callbacks.append(count_collections)
+    try:
+        seen = watched(Counting(lambda model, x: gc.collect()), X)
+    finally:
+        gc.callbacks.remove(count_collections)
+    assert before < COLLECTIONS
+    assert not seen.side_effects(())
 
 
 def test_watching_warns_about_nothing() -> None:

@@ -51,6 +51,7 @@ OUTSIDE: frozenset[Any] = frozenset(
         *(time.monotonic, time.monotonic_ns, time.process_time, time.sleep),
     )
 )
+# What a module does when it is imported happens once; the garbage collector comes at any time.
 IMPORTED: CodeType = vars(_bootstrap)["_find_and_load"].__code__  # of modules not yet loaded
 READ_ENVIRONMENT = type(os.environ).__getitem__.__code__
 LOGGED = logging.Logger.handle.__code__  # runs only for records that are let through
@@ -97,7 +98,8 @@ class Seen:
         self._drawn: list[str] = []
         self._variables: dict[Any, object] = {}
         self._failure = ""
-        self._import: FrameType | None = None
+        self._foreign: FrameType | None = None  # runs in the middle of forward, is none of it
+        self._foreign_codes = {id(c) for c in (IMPORTED, *map(_code_of, gc.callbacks))}
         self._reached_out: dict[str, tuple[str, int]] = {}
         self._follow(self._start, model)
 
@@ -137,15 +139,18 @@ class Seen:
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
-        if self._import is not None:  # what a module does when it is imported happens once
-            if event == "return" and frame is self._import:
-                self._import = None
+        if self._foreign is not None:
+            if event == "return" and frame is self._foreign:
+                self._foreign = None
             return
         if event == "c_call":
             if id(code) in self._walk.users and _is_outside(arg):
                 self._reached_out.setdefault(arg.__name__, (code.co_filename, frame.f_lineno))
             return
         if event != "call":
+            return
+        if id(code) in self._foreign_codes:
+            self._foreign = frame
             return
         if code is READ_ENVIRONMENT:
             self._follow(self._read_variable, frame)
@@ -154,9 +159,6 @@ class Seen:
 
     def _first_call(self, frame: FrameType) -> None:
         code = frame.f_code
-        if code is IMPORTED:
-            self._import = frame
-            return
         if code is LOGGED:
             self._reached_out.setdefault("logging.Logger.handle", _users_line(frame))
         held = frame.f_locals if code.co_freevars else {}
@@ -209,6 +211,10 @@ def _users_line(frame: FrameType) -> tuple[str, int]:
     while origin(place.f_code.co_filename) != "user" and place.f_back is not None:
         place = place.f_back
     return place.f_code.co_filename, place.f_lineno
+
+
+def _code_of(function: object) -> object:
+    return getattr(function, "__code__", None)
 
 
 def _is_outside(function: Any) -> bool:

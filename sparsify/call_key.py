@@ -1,0 +1,28 @@
+"""What is compared of a call before anything else: cheap, and never a reason to run a kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.recording.recording import Args, Kwargs
+
+
+def call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
+    """Modes and the layouts of the arguments. Calls of one key can differ in all else."""
+    modes = (model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    if kwargs or not all(isinstance(argument, Tensor) for argument in args):
+        return modes, _any_layouts(args, kwargs)
+    return modes, tuple([(argument.dtype, argument.shape) for argument in args])
+
+
+def _any_layouts(args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
+    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+    layouts = tuple(
+        (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
+        for leaf in leaves
+    )
+    return layouts, str(structure)
