@@ -102,7 +102,7 @@ def released(returned: Returned, output: Tensor, has_time: bool, batch: int) -> 
     if returned.first_row:
         output = output.select(int(has_time), 0).contiguous()
     shape = [batch if size == -1 else size for size in returned.shape]
-    return output.view(*lead, *shape)
+    return output.view((*lead, *shape))
 
 
 class Region(nn.Module):

@@ -128,6 +128,25 @@ def test_one_row_serves_the_whole_batch(region: Region) -> None:
     assert region.launchable.calls == 1  # type: ignore[attr-defined]
 
 
+def counted(tape: Tape, x: Tensor, count: Tensor) -> tuple[Tensor, ...]:
+    v = z = torch.zeros(x.size(1), H)
+    for t in tape.loop(range(x.size(0))):
+        v, z = lif(v, x[t] + F.linear(z, W1))
+        count = count + 1
+    return v, count
+
+
+def test_a_carry_without_dims_comes_back_without_dims() -> None:
+    start = torch.tensor(2)
+    recorded = record_unrolled(counted, [drive(4), start], NEURONS)
+    graph = prepared(recorded)
+    with_regions(graph)
+    v, count = graph(*recorded.operands)
+    assert count.shape == ()
+    assert_same([v, count], recorded.results)
+    assert int(count) == 2 + drive(4).shape[0]
+
+
 def given(region: Region, role: str) -> list[Tensor]:
     tensors = region.launchable.given  # type: ignore[attr-defined]
     return [tensors[b.name] for b in region.lowered.bindings if b.role == role]
