@@ -16,15 +16,15 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES
+from sparsify.passes.classify_ops import RESHAPES
 from sparsify.passes.result import PassResult
+from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views
 from sparsify.passes.tensor_info import call, permuted, with_shape
 
 aten = torch.ops.aten
-VIEWS = (*RESHAPES, *TRANSPOSES, aten.expand.default, aten.squeeze.dims, aten.squeeze.default)
 
 
 def unify_products(gm: fx.GraphModule) -> PassResult:
@@ -35,26 +35,31 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
     assert isinstance(output, tuple)
     graph.output(output[0]).meta.update(output[1].meta)
     done: list[str] = []
+    united: list[fx.Node] = []
     for node in list(graph.nodes):
-        if node.target is aten.bmm.default and _unify_batches(graph, node):
+        product = _unify_batches(graph, node) if node.target is aten.bmm.default else None
+        if product is not None:
+            united.append(product)
             done.append(f"{node.meta.get('location')}: one product instead of one a batch")
+    modules = dict(gm.named_children())
+    straighten_views(graph, united)
+    erase_unused(graph, modules)
     for node in list(graph.nodes):
         if node.target is aten.mm.default and _add_bias(graph, node):
             done.append(f"{node.meta.get('location')}: the bias belongs to the product")
     if not done:
         return PassResult(gm)
-    modules = dict(gm.named_children())
     erase_unused(graph, modules)
     return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
 
 
-def _unify_batches(graph: fx.Graph, product: fx.Node) -> bool:
+def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
     x, weight = product.args
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
     found = _matrix_behind(weight)
     if found is None:
-        return False
+        return None
     matrix, swapped = found
     batches, rows, senders = x.meta["val"].shape
     receivers = product.meta["val"].shape[2]
@@ -73,7 +78,7 @@ def _unify_batches(graph: fx.Graph, product: fx.Node) -> bool:
         whole = call(graph, aten.reshape.default, (result, shape), info, product)
     product.replace_all_uses_with(whole)
     graph.erase_node(product)
-    return True
+    return result
 
 
 def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
@@ -85,7 +90,7 @@ def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
     if base is weight or not hasattr(info, "shape") or len(info.shape) != 2:
         return None
     matrix = torch.empty_strided(info.shape, info.stride, device="meta")
-    viewed = _follow(weight, base, matrix)
+    viewed = follow_views(weight, base, matrix)
     if viewed is None or viewed.dim() != 3 or viewed.storage_offset():
         return None
     batches, senders, receivers = viewed.shape
@@ -95,22 +100,6 @@ def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
         if candidate.shape == (senders, receivers) and candidate.stride() == viewed.stride()[1:]:
             return base, swapped
     return None
-
-
-def _follow(node: fx.Node, base: fx.Node, value: Tensor) -> Tensor | None:
-    """``value`` through the views between ``base`` and ``node``; None if one has to copy."""
-    if node is base:
-        return value
-    operand = _follow(node.all_input_nodes[0], base, value)
-    if operand is None:
-        return None
-    target: Any = node.target
-    is_reshape = target in (aten.reshape.default, aten._unsafe_view.default)
-    try:
-        viewed: Tensor = (aten.view.default if is_reshape else target)(operand, *node.args[1:])
-    except (RuntimeError, ValueError):
-        return None
-    return viewed
 
 
 def _add_bias(graph: fx.Graph, product: fx.Node) -> bool:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from sparsify.passes.classify_ops import TRANSPOSES
 from sparsify.passes.unify_products import unify_products
 from tests.looped_models import W0, W1, WEIGHTS, B, H
 from tests.test_roll_loops import assert_same
@@ -58,6 +59,24 @@ LEFT: tuple[Function, ...] = (
     lambda x: torch.add(x[0] @ W0, BIAS, alpha=2),
     lambda x: (x[0] @ W0) + BIAS[:1],
 )
+
+
+EINSUMS: tuple[Function, ...] = (
+    lambda x: torch.einsum("bi,ij->bj", x[0], W0),
+    lambda x: torch.einsum("ab,bc->ac", (x[0], W0)) + x[1],
+    lambda x: torch.einsum("ij,tbj->tbi", W0, x),
+)
+
+
+@pytest.mark.parametrize("function", EINSUMS, ids=map(str, range(len(EINSUMS))))
+def test_einsum_leaves_no_turned_views_around_the_product(function: Function) -> None:
+    found = recorded(function)
+    unified = unify_products(found.graph)
+    names = [str(node.target) for node in unified.graph.graph.nodes]
+    product = next(n for n in unified.graph.graph.nodes if n.target is aten.mm.default)
+    assert "aten.unsqueeze.default" not in names
+    assert product.args[0].target not in TRANSPOSES
+    assert_same(unified.graph(*found.operands), found.results)
 
 
 @pytest.mark.parametrize("function", LEFT, ids=map(str, range(len(LEFT))))
