@@ -43,31 +43,36 @@ def complete_iterations(loop: Loop) -> Completed | None:
     if len(loop.iterations) < 2:
         return None
     done = loop.iterations[: min(2, len(loop.iterations) - 1)]
+    where = {
+        node: (k, position)
+        for k, iteration in enumerate(done)
+        for position, node in enumerate(iteration)
+    }
     behind: list[fx.Node] = []
     changed = False
     for index in range(len(done), len(loop.iterations)):
-        aligned = _Alignment(loop, done).align(loop.iterations[index])
+        aligned = _Alignment(loop, done, where).align(loop.iterations[index])
         is_last = index == len(loop.iterations) - 1
         if aligned is None or (aligned.extra and not is_last):
             return None
         changed = changed or bool(aligned.missing or aligned.extra)
-        done = [*done, aligned.complete()]
+        done.append(aligned.complete())
         behind = aligned.extra
     return Completed(replace(loop, iterations=done), behind) if changed else None
 
 
 class _Alignment:
-    """The next iteration side by side with the last one that is complete, the pattern."""
+    """The next iteration side by side with the last one that is complete, the pattern.
 
-    def __init__(self, loop: Loop, done: list[list[fx.Node]]) -> None:
-        self.loop, self.done = loop, done
+    ``where`` has iteration and position of every node in ``done``, and is kept so.
+    """
+
+    def __init__(
+        self, loop: Loop, done: list[list[fx.Node]], where: dict[fx.Node, tuple[int, int]]
+    ) -> None:
+        self.loop, self.done, self.where = loop, done, where
         self.step = len(done)
         self.pattern = done[-1]
-        self.where = {
-            node: (k, position)
-            for k, iteration in enumerate(done)
-            for position, node in enumerate(iteration)
-        }
         self.codes = [encode(node, self.step - 1, self.where) for node in self.pattern]
         before = done[-2] if len(done) > 1 else []
         comparable = len(before) == len(self.pattern)
@@ -130,6 +135,7 @@ class _Alignment:
         for position, node in enumerate(self.pattern):
             if position not in self.found:
                 self.found[position] = self._copy(node, position, iteration)
+                self.where[self.found[position]] = (self.step, position)
             iteration.append(self.found[position])
         return iteration
 

@@ -39,21 +39,15 @@ _TORCH = os.path.dirname(torch.__file__)
 
 def roll_loops(gm: fx.GraphModule) -> PassResult:
     """Replace every loop that can be rolled by a Scan; refuse the others as ``not-rolled``."""
-    copied = _copy(gm)  # iterations are completed in the graph
-    roller = _Roller(copied)
-    roller.roll(copied.graph.nodes, depth=0)
-    if not roller.plans:
-        return PassResult(gm, [], roller.declined)
-    graph = emit_scans(copied, roller.plans, roller.depths)
+    roller = _Roller(gm)
+    try:
+        roller.roll(gm.graph.nodes, depth=0)
+        if not roller.plans:
+            return PassResult(gm, [], roller.declined)
+        graph = emit_scans(gm, roller.plans, roller.depths)
+    finally:
+        roller.take_back()
     return PassResult(graph, roller.done, roller.declined)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(dict(gm.named_children()), graph, class_name=type(gm).__name__)
 
 
 class _Roller:
@@ -62,6 +56,7 @@ class _Roller:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.graph = gm.graph
         self._look()
+        self.recorded = set(self.nodes)
         self.plans: list[ScanPlan] = []
         self.owners: dict[fx.Node, tuple[int, int, int]] = {}
         self.depths: dict[fx.Node, int] = {}
@@ -72,6 +67,12 @@ class _Roller:
         self.nodes = list(self.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.varying = _find_varying(self.graph)
+
+    def take_back(self) -> None:
+        """Leave the graph as it was given: iterations are completed in place, unread."""
+        for node in reversed(self.graph.nodes):
+            if node not in self.recorded:
+                self.graph.erase_node(node)
 
     def roll(self, nodes: Iterable[fx.Node], depth: int) -> int:
         """Roll the loops at ``depth`` among ``nodes``; returns how many were rolled."""

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -297,13 +298,31 @@ def test_measured_activity_is_the_mean_of_the_iterations() -> None:
     assert measured == pytest.approx([0.15] * 4)  # rounding of a mean of four floats
 
 
-def test_a_thousand_steps_take_less_than_a_second() -> None:
-    recorded = record(step_order, 1000)
-    started = time.process_time()  # of this process: a busy machine does not count
-    rolled = roll_loops(recorded.graph)
-    took_s = time.process_time() - started
+def test_the_work_grows_in_proportion_to_the_steps() -> None:
+    def calls(steps: int) -> int:
+        recorded = record(step_order, steps)
+        counted = 0
 
-    assert took_s < 1.0
+        def count(frame: FrameType, event: str, arg: object) -> None:
+            nonlocal counted
+            counted += event == "call"
+
+        sys.setprofile(count)
+        try:
+            rolled = roll_loops(recorded.graph)
+        finally:
+            sys.setprofile(None)
+        assert_same(rolled.graph(*recorded.operands), recorded.results)
+        return counted
+
+    few, many = calls(100), calls(400)
+    assert many < 4.4 * few  # four times the work and a tenth for chance
+
+
+def test_a_thousand_steps_are_rolled() -> None:
+    recorded = record(step_order, 1000)
+    rolled = roll_loops(recorded.graph)
+
     assert_same(rolled.graph(*recorded.operands), recorded.results)
 
 
