@@ -70,6 +70,7 @@ class Engine:
         self.recordings = 0
         self._refused: Refusal | None = None  # why nothing can be compiled for now
         self._given_up: Refusal | None = None  # why nothing more will be recorded
+        self._unsettled: set[object] = set()  # keys of calls that changed state, to be tried again
         self._originals: set[object] = set()  # keys of calls that are known to run the original
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
@@ -285,7 +286,11 @@ class Engine:
         return self._given_up
 
     def _give_up(self, error: TraceError, args: Args, kwargs: Kwargs) -> None:
-        self._originals.add(call_key(self.original, args, kwargs))
+        key = call_key(self.original, args, kwargs)
+        if error.may_settle and key not in self._unsettled and not self.options.strict:
+            self._unsettled.add(key)  # what a first call sets up, the next one finds
+            return
+        self._originals.add(key)
         self._refuse(Refusal("unsupported-op", f"The model cannot be recorded. {error}"))
 
     def _refuse(self, refusal: Refusal) -> None:

@@ -58,11 +58,17 @@ class SparsifyError(Exception):
 
 
 class TraceError(SparsifyError):
-    """The model does something that cannot be recorded soundly; names the user's line."""
+    """The model does something that cannot be recorded soundly; names the user's line.
 
-    def __init__(self, message: str, location: Location | None = None) -> None:
+    ``may_settle`` says that only a first call may do it, such as filling a cache.
+    """
+
+    def __init__(
+        self, message: str, location: Location | None = None, may_settle: bool = False
+    ) -> None:
         super().__init__(f"{location}: {message}" if location else message)
         self.location = location
+        self.may_settle = may_settle
 
 
 class RefusedError(SparsifyError):

@@ -39,7 +39,10 @@ from sparsify.recording.guard_walk import MOST_PLACES, Walk, attribute_path, par
 
 @dataclass(frozen=True)
 class SideEffect:
-    """Something that a replaced run would not do."""
+    """Something that a replaced run would not do.
+
+    ``may_settle`` says that the next run may find it done: a cache that the first call fills.
+    """
 
     path: str
     before: str
@@ -47,6 +50,7 @@ class SideEffect:
     location: Location | None = None
     text: str = ""
     remedy: str = ""
+    may_settle: bool = False
 
     def __str__(self) -> str:
         where = f"{self.location}: " if self.location else ""
@@ -216,8 +220,11 @@ def tell(change: Change, walk: Walk) -> SideEffect:
         text = f"forward changed the hooks of {node.path}."
     elif change.now is node.value:
         before, after = _contents(node, node.contents), _contents(node, change.now)
+    may_settle = node.kind != "random"
     remedy = "Pass it in and out of forward, or keep it in a buffer (a tensor)."
-    return SideEffect(node.path, before, after, _line_of(node, walk), text, remedy)
+    if may_settle:
+        remedy += " If only the first call does this, call the model once before sparsify."
+    return SideEffect(node.path, before, after, _line_of(node, walk), text, remedy, may_settle)
 
 
 def _line_of(node: Node, walk: Walk) -> Location | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import random
 import sys
 import weakref
@@ -99,10 +100,22 @@ def classify(value: Any) -> Kind:
         return "array"
     if _random_state(value) is not GONE:
         return "random"
+    if _is_written_only(value):
+        return "opaque"
     if any("__next__" in base.__dict__ for base in kind.__mro__):
         return "iterator"
     ours = is_users(kind.__module__) or kind.__module__.startswith("torch")
     return "object" if ours or is_namespace(kind) or instance_dict(value) else "opaque"
+
+
+def _is_written_only(value: Any) -> bool:
+    """Streams such as ``sys.stderr``, which give forward nothing to read although they iterate."""
+    if issubclass(type(value), io.TextIOWrapper):
+        try:
+            return not io.TextIOWrapper.readable(value)
+        except ValueError:  # it is closed or detached
+            return True
+    return issubclass(type(value), io.BufferedWriter)
 
 
 def is_namespace(kind: type) -> bool:

@@ -107,7 +107,8 @@ class _Run:
                 return Recording(conclusion.graph, guard, conclusion.calling, result, seconds)
             effect = effects[0]
             message = str(replace(effect, location=None))
-            self.recorder.error = TraceError(message, effect.location)
+            may_settle = all(effect.may_settle for effect in effects)
+            self.recorder.error = TraceError(message, effect.location, may_settle)
         assert self.recorder.error is not None
         return Unrecorded(result, self.recorder.error)
 

@@ -1,0 +1,114 @@
+"""What only a first call does does not keep a model from being compiled."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify
+
+CACHE: dict[str, float] = {}
+
+
+class Spiking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(20, 30)
+        self.out = nn.Linear(30, 4)
+
+    def run(self, x: Tensor, leak: float) -> Tensor:
+        v = x.new_zeros(x.size(1), 30)
+        total = x.new_zeros(x.size(1), 4)
+        for step in x:
+            v = leak * v + self.fc(step)
+            z = (v > 0.3).float()
+            v = v - z
+            total = total + self.out(z)
+        return total
+
+
+class FillsCache(Spiking):
+    def forward(self, x: Tensor) -> Tensor:
+        if "leak" not in CACHE:
+            CACHE["leak"] = 0.75
+        return self.run(x, CACHE["leak"])
+
+
+class Counts(Spiking):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.run(x, 0.75)
+
+
+class HoldsStream(Spiking):
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stream is None:
+            return x
+        return self.run(x, 0.75)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(0)
+    return torch.rand(6, 3, 20)
+
+
+@torch.no_grad()
+def test_a_cache_that_the_first_call_fills_is_recorded_at_the_second(x: Tensor) -> None:
+    CACHE.clear()
+    model = FillsCache().eval()
+    fast: Any = sparsify.sparsify(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = fast(x), fast(x)
+    assert fast.compiled.recordings == 1
+    assert torch.equal(first, model(x))
+    # the readout adds in another order: 6 steps of 30 products below 1, float32
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_example_call_tells_to_call_the_model_first_and_that_helps(x: Tensor) -> None:
+    CACHE.clear()
+    model = FillsCache().eval()
+    with pytest.raises(sparsify.TraceError, match="call the model once before sparsify"):
+        sparsify.sparsify(model, x)
+    assert not CACHE
+    model(x)
+    fast: Any = sparsify.sparsify(model, x)
+    assert fast.compiled.recordings == 1
+
+
+@torch.no_grad()
+def test_a_counter_is_given_up_at_its_second_call(x: Tensor) -> None:
+    fast: Any = sparsify.sparsify(Counts().eval())
+    fast(x)
+    with pytest.warns(UserWarning, match="forward changed model.calls from 1 to 2"):
+        fast(x)
+    assert fast(x) is not None
+    assert fast.original.calls == 3
+    assert fast.compiled.recordings == 0
+
+
+@torch.no_grad()
+def test_streams_that_are_only_written_are_no_iterators(x: Tensor, tmp_path: Any) -> None:
+    with open(os.devnull, "w") as stream:
+        fast: Any = sparsify.sparsify(HoldsStream(stream).eval(), x)
+        assert fast.compiled.recordings == 1
+    assert sparsify.sparsify(HoldsStream(sys.__stderr__).eval(), x) is not None
+    readable = tmp_path / "numbers.txt"
+    readable.write_text("1\n2\n")
+    with open(readable) as stream, pytest.raises(sparsify.TraceError, match="is an iterator"):
+        sparsify.sparsify(HoldsStream(stream).eval(), x)
