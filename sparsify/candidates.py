@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from sparsify.plan import RegionPlan
 How = Literal["event", "dense"]
 Gathers = dict[str, How]
 CLOSE = 1.5  # predictions within this factor of the best are settled by timing
+CLEARLY_FASTER = 1.2  # a prediction this much better moves calls of another size
 HOPELESS = 8.0  # a candidate predicted to be this much slower is not compiled
 
 
@@ -73,6 +74,20 @@ class Predictor:
                 return None
             refusals.append(refusal)
         return refusals[0] if refusals else None
+
+    def better_strategy(self, known: ir.Schedule, steps: int, batch: int) -> ir.Schedule | None:
+        """``known`` under the strategy that is clearly faster for a call of these sizes, if any."""
+        workload = Workload(steps, batch, self.workload.activity)
+        predictor = Predictor(self.kernel, workload, self.rates, self.backend)
+        gathers: Gathers = dict(known.gathers)
+        candidates = {c.schedule.strategy: c for c in predictor.candidates(gathers)}
+        best = min(candidates.values(), key=lambda c: c.predicted_seconds, default=None)
+        if best is None or known.strategy not in candidates:
+            return None
+        now = candidates[known.strategy].predicted_seconds
+        if best.predicted_seconds * CLEARLY_FASTER > now:
+            return None
+        return replace(known, strategy=best.schedule.strategy)
 
     def break_even(self, gathers: Gathers, gather: str) -> float:
         """The activity of ``gather`` below which it is predicted to be faster as an event."""

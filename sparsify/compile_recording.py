@@ -32,8 +32,10 @@ from sparsify.passes.scan_products import reads_events
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 from sparsify.recording.recording import Recording
+from sparsify.region import Region
 from sparsify.report import Site
 from sparsify.scan import Scan
+from sparsify.sized_launchable import SizedLaunchable
 
 UNMEASURED_ACTIVITY = 0.1  # of events that the recorder did not measure
 COMPILER = "Report the source and the log: generated code must compile. Until then, pin it off."
@@ -216,8 +218,22 @@ class _Chooser:
         for task in tasks:
             if task.name in found:
                 timing = self.compiler.options.timing and not self._is_decided(task)
-                choices[task.name] = choose_region(task, found[task.name], load, timing)
+                choice = choose_region(task, found[task.name], load, timing)
+                if choice.region is not None:
+                    self._suit_sizes(task, choice.region, timing)
+                choices[task.name] = choice
         return {task.name: choices[task.name] for task in tasks}
+
+    def _suit_sizes(self, task: Task, region: Region, was_timed: bool) -> None:
+        """Let calls with other batch sizes be shared out among the threads in their own way."""
+        load, kernel = self.compiler.binaries.load, task.lowered.kernel
+        first, predictor = region.launchable, self._predictor(task)
+
+        def suited(steps: int, batch: int) -> Launchable | None:
+            better = predictor.better_strategy(first.schedule, steps, batch)
+            return load(kernel, better) if better is not None else None
+
+        region.launchable = SizedLaunchable(first, suited, task.batch if was_timed else None)
 
     def _why_off(self, task: Task) -> Refusal | None:
         off = [name for name in self._sites(task) if self.plan.sites.get(name) == "off"]

@@ -1,0 +1,81 @@
+"""Calls with other batch sizes are shared out among the threads in their own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify import ir
+from sparsify.api import sparsify
+from sparsify.codegen.cpp import CppBackend
+from sparsify.engine import Engine
+from sparsify.sized_launchable import SizedLaunchable
+from tests.small_nets import RecurrentNet, spikes
+
+KERNEL = ir.Kernel("nothing", (), (), (), (), (), ())
+
+
+class Counted:
+    """A launchable that only counts."""
+
+    def __init__(self, strategy: str) -> None:
+        self.kernel, self.schedule = KERNEL, ir.Schedule(strategy, ())
+        self.calls = 0
+
+    def __call__(self, tensors: Mapping[str, Tensor], **sizes: Any) -> dict[str, Tensor]:
+        self.calls += 1
+        return {}
+
+    @property
+    def events(self) -> dict[str, tuple[int, int]]:
+        return {"sum": (self.calls, 10 * self.calls)}
+
+    def reset_events(self) -> None:
+        self.calls = 0
+
+
+def test_other_batches_run_what_suits_them() -> None:
+    first, other = Counted("first"), Counted("other")
+    asked: list[int] = []
+
+    def suited(steps: int, batch: int) -> Counted | None:
+        asked.append(batch)
+        return other if batch == 1 else None
+
+    sized = SizedLaunchable(first, suited, timed_at=8)
+    for batch in (8, 1, 1, 2, 2):
+        sized({}, steps=3, batch=batch)
+    assert (first.calls, other.calls) == (3, 2)
+    assert asked == [1, 2]  # never for the batch that was timed, and once for each other one
+    assert (sized.strategy_for(1), sized.strategy_for(2)) == ("other", "first")
+    assert sized.events == {"sum": (5, 50)}
+    sized.reset_events()
+    assert sized.events == {"sum": (0, 0)}
+
+
+def test_an_untimed_schedule_is_asked_for_at_every_batch() -> None:
+    first, other = Counted("first"), Counted("other")
+    sized = SizedLaunchable(first, lambda steps, batch: other, timed_at=None)
+    sized({}, steps=1, batch=4)
+    assert (first.calls, other.calls) == (0, 1)
+
+
+def test_every_strategy_serves_the_regions_of_a_model_with_equal_bits() -> None:
+    model, x = RecurrentNet().eval(), spikes()
+    with torch.no_grad():
+        fast = sparsify(model, x, timing=False)
+        engine, backend = fast.compiled, CppBackend()
+        assert isinstance(engine, Engine)
+        regions = engine.compiled.regions.values()
+        assert regions
+        for strategy in ("rows-per-thread", "neurons-per-thread"):
+            for region in regions:
+                kernel, known = region.launchable.kernel, region.launchable.schedule
+                schedule = ir.Schedule(strategy, known.gathers, known.tile)
+                region.launchable = backend.load(backend.compile(kernel, schedule))
+                region.launchable.reset_events()
+            assert torch.equal(fast(x), model(x))
+            assert all(total for r in regions for _, total in r.launchable.events.values())
