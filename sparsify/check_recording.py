@@ -30,10 +30,10 @@ def why_not_repeated(
         # The model takes no such values (an index out of range, say): the example must do.
         call = (args, kwargs)
         expected = _run_model(model, call)
-    with keep_state(model):
+    with keep_state(model, call):
         operands = recording.calling.operands(*call)
         values = fx.Interpreter(recording.graph).run(*operands)
-        got = _with_buffers(recording.calling.deliver(values, *call), model)
+        got = _with_states(recording.calling.deliver(values, *call), model, call)
     return _compare(got, expected)
 
 
@@ -68,12 +68,14 @@ def _moved(tensor: Tensor) -> Tensor:
 
 
 def _run_model(model: nn.Module, call: Call) -> Any:
-    with keep_state(model):
-        return _with_buffers(model.forward(*call[0], **call[1]), model)
+    with keep_state(model, call):
+        return _with_states(model.forward(*call[0], **call[1]), model, call)
 
 
-def _with_buffers(result: Any, model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-    return result, {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _with_states(result: Any, model: nn.Module, call: Call) -> tuple[Any, ...]:
+    """The result, and what buffers and arguments hold after the call."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return result, buffers, pytree.tree_map_only(Tensor, Tensor.clone, call)
 
 
 def _compare(got: Any, expected: Any) -> str:

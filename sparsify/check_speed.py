@@ -36,7 +36,7 @@ def why_not_faster(model: nn.Module, entry: Entry, args: Args, kwargs: Kwargs) -
         entry.serves(operands)
         return entry.run(operands, args, kwargs)
 
-    with keep_state(model):
+    with keep_state(model, (args, kwargs)):
         took, original = _time(ours, lambda: model.forward(*args, **kwargs))
     if not is_slower(took, original):
         return None

@@ -67,6 +67,7 @@ class Rows:
             decision = dict(choice.region.launchable.schedule.gathers)[placement.gather]
         refusal = choice.refusal
         took = choice.took_ms
+        believed = {} if choice.note else took  # ratios of disturbed times say nothing
         return Site(
             product.name,
             product.location,
@@ -79,8 +80,8 @@ class Rows:
             dense_operations=product.operations or None,
             event_operations=None if activity is None else activity * product.operations or None,
             took_ms=took,
-            fusion_gain=_ratio(took, "original", "dense"),
-            sparsity_gain=_ratio(took, "dense", "event"),
+            fusion_gain=_ratio(believed, "original", "dense"),
+            sparsity_gain=_ratio(believed, "dense", "event"),
             break_even=self.break_even.get((placement.region, placement.gather)),
             region=placement.region if choice.region is not None else "",
         )

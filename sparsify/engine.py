@@ -210,12 +210,12 @@ class Engine:
         if refusal is not None:
             self._refuse(refusal)
             return self.original.forward(*args, **kwargs)
-        before = Snapshot(self.original)
+        before = Snapshot(self.original, (args, kwargs))
         recorded = record(self.original, args, kwargs, restore=False)
         if isinstance(recorded, Unrecorded):
             self._give_up(recorded.error, args, kwargs)
             return recorded.result
-        after = Snapshot(self.original)
+        after = Snapshot(self.original, (args, kwargs))
         try:
             before.put_back()  # the recording holds for the state that it started from
             if recorded.guard.matches(args, kwargs):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparsify.recording.reachable import Place, read, rebind, walk
 
@@ -15,12 +17,13 @@ LARGEST_PARAMETER = 2**16
 
 
 class Snapshot:
-    """What ``model`` holds at this moment, and torch's random state."""
+    """What ``model`` holds at this moment, what its arguments do, and torch's random state."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, arguments: Any = ()) -> None:
         self._places = list(walk([("", model)]))
+        held = [place.value for place in self._places] + pytree.tree_leaves(arguments)
         self._contents = [
-            (place.value, *_copy(place)) for place in self._places if _can_change(place)
+            (value, value._version, value.detach().clone()) for value in held if _can_change(value)
         ]
         self._random = torch.get_rng_state()
 
@@ -35,24 +38,19 @@ class Snapshot:
 
 
 @contextmanager
-def keep_state(model: nn.Module) -> Iterator[None]:
-    """Put back what ``model`` holds when the block ends, however it ends."""
-    before = Snapshot(model)
+def keep_state(model: nn.Module, arguments: Any = ()) -> Iterator[None]:
+    """Put back what ``model`` and the ``arguments`` hold when the block ends, however it ends."""
+    before = Snapshot(model, arguments)
     try:
         yield
     finally:
         before.put_back()
 
 
-def _can_change(place: Place) -> bool:
-    value = place.value
+def _can_change(value: object) -> TypeGuard[Tensor]:
     if not isinstance(value, Tensor) or value.is_inference():
         return False
     return not isinstance(value, nn.Parameter) or value.numel() <= LARGEST_PARAMETER
-
-
-def _copy(place: Place) -> tuple[int, Tensor]:
-    return place.value._version, place.value.detach().clone()
 
 
 def _put_back(place: Place) -> None:

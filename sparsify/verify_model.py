@@ -119,8 +119,8 @@ class _Check:
         return self.fast(*self.call.args, **self.call.kwargs)  # type: ignore[operator]
 
     def _run(self, model: nn.Module, function: Callable[[], Any]) -> Outcome:
-        """Call ``function`` and put back what it changes in ``model``."""
-        with keep_state(model):
+        """Call ``function`` and put back what it changes in ``model`` and in the arguments."""
+        with keep_state(model, (self.call.args, self.call.kwargs)):
             result = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), function())
             return Outcome(result, _state(model))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify import check_speed
 from sparsify.api import sparsify
@@ -15,6 +15,7 @@ from sparsify.engine import Engine
 from sparsify.keep_state import keep_state
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
+from sparsify.verify_model import verify
 from tests.small_nets import RecurrentNet, StatefulNet, spikes
 from tests.test_choose import timings
 
@@ -69,6 +70,41 @@ def test_state_is_put_back_after_an_error() -> None:
     assert model.v is held
     assert model.v.count_nonzero() == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class WritesToItsInputs(nn.Module):
+    """Halves its input in place and counts spikes in a tensor of the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(24, 32)
+        self.rec = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        x.mul_(0.5)
+        v = spikes = torch.zeros_like(counts)
+        for x_t in x:
+            v = 0.75 * v + self.fc(x_t) + self.rec(spikes)
+            spikes = (v > 0.5).to(v.dtype)
+            v = v - spikes
+            counts.add_(spikes)
+        return counts * 1.0
+
+
+@pytest.mark.parametrize("has_example", [True, False])
+def test_inputs_that_are_written_are_written_once_a_call(has_example: bool) -> None:
+    torch.manual_seed(0)
+    model = WritesToItsInputs().eval()
+    ours = (torch.rand(5, 3, 24), torch.zeros(3, 32))
+    theirs = tuple(tensor.clone() for tensor in ours)
+    with torch.no_grad():
+        fast = sparsify(model, *(ours if has_example else ()), timing=False)
+        assert all(map(torch.equal, ours, theirs))
+        for _ in range(3):
+            assert torch.equal(fast(*ours), model(*theirs))
+            assert all(map(torch.equal, ours, theirs))
+        verify(model, fast, *ours)
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_a_call_that_gains_nothing_runs_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
