@@ -92,6 +92,8 @@ class Operands:
     ) -> tuple[tuple[ir.Axis, ...], int, tuple[View, ...]]:
         shape = shape_of(place)
         lead = max(0, len(shape) - len(neurons))
+        if role != "const" and self.layout.tail(place) == 0:
+            lead = len(shape)  # a view gives it its neuron dim: one value for each row
         own = shape[lead:]
         axes: list[ir.Axis] = ["T"] if role == "x" else []
         if lead and self._has_rows(place, role, math.prod(shape[:lead])):

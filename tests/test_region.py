@@ -147,6 +147,24 @@ def test_a_carry_without_dims_comes_back_without_dims() -> None:
     assert int(count) == 2 + drive(4).shape[0]
 
 
+def masked(tape: Tape, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    v = z = torch.zeros(x.size(1), H)
+    for t in tape.loop(range(x.size(0))):
+        v, z = lif(v, x[t] + F.linear(z, W1))
+        v = v * mask[:, t, None]
+    return v, z
+
+
+@pytest.mark.parametrize("batch", [1, 3, H], ids=["one row", "rows", "as many rows as neurons"])
+def test_a_number_for_each_row_and_step_is_not_taken_for_neurons(batch: int) -> None:
+    mask = (torch.arange(4 * batch).reshape(batch, 4) % 3).float() / 2
+    recorded = record_unrolled(masked, [dyadic(4, batch, H), mask], NEURONS)
+    graph = prepared(recorded)
+    launchables = with_regions(graph)
+    assert_same(list(graph(*recorded.operands)), recorded.results)
+    assert [launchable.calls for launchable in launchables.values()] == [1]
+
+
 def given(region: Region, role: str) -> list[Tensor]:
     tensors = region.launchable.given  # type: ignore[attr-defined]
     return [tensors[b.name] for b in region.lowered.bindings if b.role == role]
