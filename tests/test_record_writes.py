@@ -121,6 +121,16 @@ def parts(x: Tensor) -> tuple[Tensor, ...]:
     return y, a, b, rows[2]
 
 
+def unsafe_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """How cells of torch take their gates apart and write to them."""
+    y = x * 1
+    a, b = torch.unsafe_chunk(y, 2, 0)
+    b.mul_(a)
+    c, d = torch.unsafe_split_with_sizes(y, [1, 2], 1)
+    d.add_(c)
+    return y, a, b, c, d
+
+
 def strided_slice(x: Tensor) -> Tensor:
     y = x * 1
     y[::2, 1:] += 10
@@ -257,7 +267,17 @@ def channels_last(x: Tensor) -> tuple[Tensor, ...]:
 ALL: tuple[Function, ...] = (
     *(setitem, relu_in_place, out_argument, out_argument_grows, out_argument_converts, out_pair),
     *(base_after_view, view_after_base, overlapping_views, views_of_views, flat_view, transposed),
-    *(squeezed, diagonal, parts, strided_slice, detached, masked_number, masked_rows, masked_fill),
+    *(
+        squeezed,
+        diagonal,
+        parts,
+        unsafe_parts,
+        strided_slice,
+        detached,
+        masked_number,
+        masked_rows,
+        masked_fill,
+    ),
     *(masked_integer, indexed, copied, copy_stays, cast_in_place, shapes_in_place, augmented),
     *(filled, clamped, self_overlap, foreach, channels_last),
 )

@@ -34,6 +34,12 @@ EMPTIES = frozenset(
 SAME = frozenset(
     {aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.detach_.default}
 )
+# Views whose schemas do not say so, and what is recorded instead of them.
+UNSAFE_VIEWS: dict[Op, Op] = {
+    aten._unsafe_view.default: aten._unsafe_view.default,
+    aten.unsafe_split.Tensor: aten.split.Tensor,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+}
 # Write to arguments although their schemas do not say so, when asked to train.
 BATCH_NORMS = frozenset({aten.native_batch_norm.default})
 REPLACES_STORAGE = frozenset(
@@ -73,7 +79,7 @@ def operation_of(op: Op) -> Operation:
     has_tensor_result = any("Tensor" in str(r.type) for r in op._schema.returns)
     return Operation(
         written=written,
-        is_view=(op.is_view and not written) or op is aten._unsafe_view.default,
+        is_view=(op.is_view and not written) or op in UNSAFE_VIEWS,
         is_inplace_view=torch.Tag.inplace_view in tags,
         is_composite=_is_composite(op),
         is_random=torch.Tag.nondeterministic_seeded in tags,

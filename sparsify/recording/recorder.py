@@ -19,7 +19,14 @@ from sparsify.errors import TraceError
 from sparsify.graph_meta import Source, TensorInfo
 from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
 from sparsify.recording.measure import share_of_nonzeros
-from sparsify.recording.operations import PRODUCTS, Op, Operation, name_of_op, operation_of
+from sparsify.recording.operations import (
+    PRODUCTS,
+    UNSAFE_VIEWS,
+    Op,
+    Operation,
+    name_of_op,
+    operation_of,
+)
 from sparsify.recording.positions import Here, Positions
 from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current, fitting
 from sparsify.recording.writes import part_of_list, write
@@ -152,12 +159,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             check_plain(tensor)
         infos = tuple(self.values.info(p) if isinstance(p, Tensor) else None for p in result)
+        op = UNSAFE_VIEWS.get(op, op)
         node = self.emit(op, args, kwargs, infos)
         for index, part in enumerate(result):
             if not isinstance(part, Tensor):
                 continue
             getitem = self.emit(operator.getitem, (node, index), {}, infos[index])
-            view = part_of_list(call.op, call.args[1:], index, tensors)
+            view = part_of_list(op, call.args[1:], index, tensors)
             self._bind(call, part, getitem, (*view, {}) if view else None)
 
     def _bind(self, call: Call, result: Tensor, node: fx.Node, view: Any) -> None:
