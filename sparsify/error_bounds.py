@@ -133,7 +133,13 @@ class ErrorBounds(fx.Interpreter):
         if precision.dtype.is_floating_point and named.get("dtype") is not None:
             named["dtype"] = torch.float64
         result = node.target(*plain, **named)  # type: ignore[operator]
-        return pytree.tree_map_only(Tensor, lambda t: unbounded(precision, t), result)
+
+        def part(tensor: Tensor) -> Bounded:
+            """An index beside values keeps its own dtype: ``topk`` gives both."""
+            own = precision if tensor.is_floating_point() else Precision(tensor.dtype)
+            return unbounded(own, tensor)
+
+        return pytree.tree_map_only(Tensor, part, result)
 
 
 def _compute_directly(target: Any, args: Any, kwargs: Any) -> Any:

@@ -212,6 +212,18 @@ def test_an_operation_without_a_row_is_named_and_infinite() -> None:
     assert bool(bounds.outputs[1].error.isfinite().all())
 
 
+def test_indices_beside_values_without_a_row_stay_indices() -> None:
+    def winners(x: Tensor) -> Tensor:
+        values, places = torch.relu(x).topk(2, -1)
+        return torch.zeros_like(x).scatter_(-1, places, values)
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    bounds = bounds_of(winners, x)
+    assert any(name.startswith("aten.topk") for name in bounds.without_row)
+    assert torch.equal(bounds.outputs[0].value.float(), winners(x))
+    assert bool(bounds.outputs[0].full_error.isinf().all())
+
+
 def test_integers_stay_exact() -> None:
     def step(x: Tensor) -> tuple[Tensor, ...]:
         count = torch.arange(5) * 3 + 1
