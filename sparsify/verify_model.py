@@ -179,13 +179,17 @@ def _fits(stage: Stage, operands: Sequence[Tensor]) -> bool:
 
 def _count_events(sites: Sequence[Site], least: int) -> int:
     count = sum(site.decision == "event" for site in sites)
-    if count >= least and (count or least > 0):
+    compiled = [site for site in sites if site.decision != "kept"]
+    if count >= least and compiled:
         return count
-    head = "nothing was compiled" if not count else "too little was compiled"
+    head = "nothing was compiled" if not compiled else "too little was compiled"
     lines = [f"{head}: {count} of {len(sites)} sites run as events, {least} are asked for"]
-    lines += [
-        f"  {s.name}: {s.decision} [{s.code}] {s.reason}" for s in sites if s.decision != "event"
-    ]
+    for site in sites:
+        if site.decision != "event":
+            code = f" [{site.code}]" if site.code else ""
+            lines.append(f"  {site.name}: {site.decision}{code} {site.reason}".rstrip())
+    if compiled and not count:
+        lines.append("Pin a site to 'event', or pass events=0 to check dense kernels alone.")
     raise MismatchError("\n".join(lines), events=count, sites=len(sites))
 
 

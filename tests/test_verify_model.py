@@ -94,6 +94,23 @@ def test_too_few_events_are_a_mismatch_that_names_the_others() -> None:
     assert "inp: kept" in str(caught.value)
 
 
+def test_dense_kernels_alone_are_verified_where_no_events_are_asked_for() -> None:
+    model, x = random_net(), spikes()
+    probe = as_events(model, x)
+    assert isinstance(probe, Sparsified)
+    sites = probe.compiled.report.sites
+    dense = sparsify(model, x, plan=Plan(sites={site.name: "dense" for site in sites}))
+    with pytest.raises(MismatchError, match="too little was compiled: 0 of 3") as raised:
+        verify(model, dense, x)
+    assert "[None]" not in str(raised.value)
+    assert "events=0" in str(raised.value)
+    assert str(verify(model, dense, x, events=0)).startswith("verified: 0 of 3 sites")
+
+    kept = sparsify(model, x, plan=Plan(sites={site.name: "off" for site in sites}))
+    with pytest.raises(MismatchError, match="nothing was compiled"):
+        verify(model, kept, x, events=0)
+
+
 def test_everything_off_by_the_environment_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = random_net(), spikes()
     fast = as_events(model, x)
