@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins", "sparsify"}
+FOREIGN = frozenset(sys.stdlib_module_names) | {
+    *("torch", "numpy", "builtins", "sparsify"),
+    *("_pytest", "pytest"),  # rewritten assertions lead to all that a test session holds
+}
 ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device),
     *(torch.layout, torch.memory_format, torch.Generator, type(Ellipsis), type(NotImplemented)),
