@@ -30,6 +30,8 @@ PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # the index of the activ
 
 def split_gates(gm: fx.GraphModule) -> PassResult:
     """Split every product of a loop of whose receivers only parts are read."""
+    if not any(_is_product(node) and _readers(node) for node in gm.graph.nodes):
+        return PassResult(gm)  # long recordings are not copied for nothing
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, copies, return_output_node=True)
@@ -39,13 +41,17 @@ def split_gates(gm: fx.GraphModule) -> PassResult:
     done = [
         f"{node.meta.get('location')}: one product for each of its parts"
         for node in list(graph.nodes)
-        if node.target in PRODUCTS and node.meta.get("loops") and splitter.split(node)
+        if _is_product(node) and splitter.split(node)
     ]
     if not done:
         return PassResult(gm)
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
     return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target in PRODUCTS and bool(node.meta.get("loops"))
 
 
 class _Splitter:

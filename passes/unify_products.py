@@ -29,6 +29,8 @@ aten = torch.ops.aten
 
 def unify_products(gm: fx.GraphModule) -> PassResult:
     """Rewrite every ``bmm`` with one matrix, and every ``mm`` to which a bias is added."""
+    if not any(map(_may_change, gm.graph.nodes)):
+        return PassResult(gm)  # long recordings are not copied for nothing
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, copies, return_output_node=True)
@@ -51,6 +53,12 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
         return PassResult(gm)
     erase_unused(graph, modules)
     return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+
+
+def _may_change(node: fx.Node) -> bool:
+    if node.target is aten.mm.default:
+        return _find_bias(node) is not None
+    return node.target is aten.bmm.default
 
 
 def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
@@ -104,28 +112,37 @@ def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
 
 def _add_bias(graph: fx.Graph, product: fx.Node) -> bool:
     """``mm(x, w) + b`` as ``addmm``, also where the sum is of a reshaped result."""
-    chain = [product]
-    while len(chain[-1].users) == 1 and (user := next(iter(chain[-1].users))).target in RESHAPES:
-        chain.append(user)
-    receivers = product.meta["val"].shape[-1]
-    if len(chain[-1].users) != 1 or chain[-1].meta["val"].shape[-1] != receivers:
+    found = _find_bias(product)
+    if found is None:
         return False
-    total = next(iter(chain[-1].users))
-    if total.target is not aten.add.Tensor or total.kwargs or len(total.args) != 2:
-        return False
-    bias = next((a for a in total.args if a is not chain[-1]), None)
-    if not isinstance(bias, fx.Node) or bias.op != "placeholder":
-        return False
-    same_dtype = bias.meta["val"].dtype is product.meta["val"].dtype is total.meta["val"].dtype
-    if tuple(bias.meta["val"].shape) != (receivers,) or not same_dtype:
-        return False
-    if math.prod(total.meta["val"].shape) != math.prod(product.meta["val"].shape):
-        return False
+    last, total, bias = found
     with graph.inserting_before(product):
         args = (bias, *product.args)
         result = call(graph, aten.addmm.default, args, product.meta["val"], product)
     if "activity" in product.meta:
         result.meta["activity"] = product.meta["activity"]
     product.replace_all_uses_with(result)
-    total.replace_all_uses_with(chain[-1] if len(chain) > 1 else result)
+    total.replace_all_uses_with(result if last is product else last)
     return True
+
+
+def _find_bias(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The last reshape of ``product`` (or itself), the sum that reads it, and the bias added."""
+    last = product
+    while len(last.users) == 1 and (user := next(iter(last.users))).target in RESHAPES:
+        last = user
+    receivers = product.meta["val"].shape[-1]
+    if len(last.users) != 1 or last.meta["val"].shape[-1] != receivers:
+        return None
+    total = next(iter(last.users))
+    if total.target is not aten.add.Tensor or total.kwargs or len(total.args) != 2:
+        return None
+    bias = next((a for a in total.args if a is not last), None)
+    if not isinstance(bias, fx.Node) or bias.op != "placeholder":
+        return None
+    same_dtype = bias.meta["val"].dtype is product.meta["val"].dtype is total.meta["val"].dtype
+    if tuple(bias.meta["val"].shape) != (receivers,) or not same_dtype:
+        return None
+    if math.prod(total.meta["val"].shape) != math.prod(product.meta["val"].shape):
+        return None
+    return last, total, bias
