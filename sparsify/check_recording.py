@@ -31,9 +31,10 @@ def why_not_repeated(
         call = (args, kwargs)
         expected = _run_model(model, call)
     with keep_state(model, call):
+        versions = _versions(call)
         operands = recording.calling.operands(*call)
         values = fx.Interpreter(recording.graph).run(*operands)
-        got = _with_states(recording.calling.deliver(values, *call), model, call)
+        got = _with_states(recording.calling.deliver(values, *call), model, call, versions)
     return _compare(got, expected)
 
 
@@ -69,13 +70,27 @@ def _moved(tensor: Tensor) -> Tensor:
 
 def _run_model(model: nn.Module, call: Call) -> Any:
     with keep_state(model, call):
-        return _with_states(model.forward(*call[0], **call[1]), model, call)
+        versions = _versions(call)
+        return _with_states(model.forward(*call[0], **call[1]), model, call, versions)
 
 
-def _with_states(result: Any, model: nn.Module, call: Call) -> tuple[Any, ...]:
-    """The result, and what buffers and arguments hold after the call."""
+def _versions(call: Call) -> list[int | None]:
+    """How often each tensor of the arguments was written; inference tensors do not count."""
+    tensors = (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _with_states(
+    result: Any, model: nn.Module, call: Call, versions: list[int | None]
+) -> tuple[Any, ...]:
+    """The result, and what buffers hold after the call, and arguments that were written."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return result, buffers, pytree.tree_map_only(Tensor, Tensor.clone, call)
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    written = [
+        tensor.clone() if version is None or tensor._version != version else None
+        for tensor, version in zip(tensors, versions, strict=True)
+    ]
+    return result, buffers, written
 
 
 def _compare(got: Any, expected: Any) -> str:
