@@ -25,6 +25,7 @@ from torch import fx, nn
 from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan, erase_unused
 from sparsify.passes.classify_ops import PRODUCTS, product_operand
+from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.fuse_product import find_chain, fused_scan, lone_scan, moved_views
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.lower_scan import lower_scan
@@ -44,11 +45,7 @@ def scan_products(gm: fx.GraphModule) -> PassResult:
     A product stays, with a refusal that names its line, if it reads no events, if it is a
     convolution or a product of two activations, or if its loop could not become a kernel.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, copies, return_output_node=True)
-    assert isinstance(output, tuple)
-    graph.output(output[0])
+    graph = copy_graph(gm.graph)
     modules: dict[str, nn.Module] = dict(gm.named_children())
     mover = _Mover(graph, modules)
     for node in list(graph.nodes):

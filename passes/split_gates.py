@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
+from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, with_shape
 
@@ -32,11 +33,7 @@ def split_gates(gm: fx.GraphModule) -> PassResult:
     """Split every product of a loop of whose receivers only parts are read."""
     if not any(_is_product(node) and _readers(node) for node in gm.graph.nodes):
         return PassResult(gm)  # long recordings are not copied for nothing
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, copies, return_output_node=True)
-    assert isinstance(output, tuple)
-    graph.output(output[0]).meta.update(output[1].meta)
+    graph = copy_graph(gm.graph)
     splitter = _Splitter(graph)
     done = [
         f"{node.meta.get('location')}: one product for each of its parts"

@@ -20,6 +20,7 @@ from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import RESHAPES
+from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views
 from sparsify.passes.tensor_info import call, permuted, with_shape
@@ -31,11 +32,7 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
     """Rewrite every ``bmm`` with one matrix, and every ``mm`` to which a bias is added."""
     if not any(map(_may_change, gm.graph.nodes)):
         return PassResult(gm)  # long recordings are not copied for nothing
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, copies, return_output_node=True)
-    assert isinstance(output, tuple)
-    graph.output(output[0]).meta.update(output[1].meta)
+    graph = copy_graph(gm.graph)
     done: list[str] = []
     united: list[fx.Node] = []
     for node in list(graph.nodes):

@@ -26,6 +26,7 @@ from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
 from sparsify.options import Options
 from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.passes.scan_products import reads_events
@@ -140,17 +141,9 @@ def with_modules(graph: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx.
     """A copy of ``graph`` that calls ``modules`` in place of its own of the same name."""
     return fx.GraphModule(
         {**dict(graph.named_children()), **modules},
-        _copied(graph.graph),
+        copy_graph(graph.graph),
         class_name=type(graph).__name__,
     )
-
-
-def _copied(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        copies[node] = copy.node_copy(node, copies.__getitem__)
-    return copy
 
 
 def capture_tasks(
