@@ -214,7 +214,7 @@ class Cell:
         if not time and state is not None:
             kept = f"{self.symbols.values[state]}_to[i]"
             self._after += [
-                "if (t + 1 == call.steps)",
+                "if (t == 0)" if self.usage.kernel.reverse else "if (t + 1 == call.steps)",
                 f"  for (int64_t i = 0; i < width; ++i) ({place})[i] = {kept};",
             ]
             return

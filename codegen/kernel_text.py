@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Cell, Places, Symbols, start_phases
@@ -59,6 +61,19 @@ class KernelText(ABC):
         return array(C_TYPES[source.dtype], f"{self.name(source)}_values", count, 1, note)
 
     # -- loops ------------------------------------------------------------------------------
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """The loop over time. ``now`` and ``next`` alternate with the steps that have run."""
+        if not self.kernel.reverse:
+            with self.w.block("for (int64_t t = 0; t < call.steps; ++t)"):
+                self.w.line("const int64_t now = t & 1, next = now ^ 1;")
+                yield
+            return
+        with self.w.block("for (int64_t step = 0; step < call.steps; ++step)"):
+            self.w.line("const int64_t t = call.steps - 1 - step;", "the last step runs first")
+            self.w.line("const int64_t now = step & 1, next = now ^ 1;")
+            yield
 
     def write_scans(self) -> None:
         """Turn this step's operands into events, for the rows at hand."""

@@ -165,8 +165,7 @@ class _SharedText(KernelText):
                     w.line("const int64_t t = 0, now = 1, next = 0;")
                     for phase, function in self.starts():
                         self._write_phase(phase, function)
-            with w.block("for (int64_t t = 0; t < call.steps; ++t)"):
-                w.line("const int64_t now = t & 1, next = now ^ 1;")
+            with self.steps():
                 self.write_scans()
                 self._write_step()
 

@@ -134,7 +134,7 @@ def fused_scan(
     body = fx.GraphModule(nn.Module(), graph, class_name="Body")
     xs[index] = x
     consts += added
-    fused = Scan(body, scan.carries, scan.xs, len(consts), scan.location)
+    fused = Scan(body, scan.carries, scan.xs, len(consts), scan.location, scan.reverse)
     return Fused(fused, (steps, tuple(carries), tuple(xs), tuple(consts)))
 
 

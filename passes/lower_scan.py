@@ -85,6 +85,7 @@ class _Lowerer:
             order_phases(self.placed, self.writes),
             tuple(self.outputs),
             self._origin(),
+            self.scan.reverse,
         )
         malformed = why_malformed_kernel(kernel)
         assert malformed is None, f"lowering wrote a malformed kernel: {malformed}\n{kernel}"

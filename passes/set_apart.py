@@ -87,7 +87,8 @@ def _split(scan: Scan, used: list[int]) -> _Apart | None:
     partition.refused = refused
     part = partition.owner[core[0]]
     body = copy_part(part, levels.nodes, levels.source)
-    kernel = Scan(body, len(part.carries), len(part.xs), len(part.consts), scan.location)
+    counts = (len(part.carries), len(part.xs), len(part.consts))
+    kernel = Scan(body, *counts, scan.location, scan.reverse)
     return None if isinstance(lower_scan(kernel, "core"), Refusal) else partition
 
 

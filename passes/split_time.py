@@ -201,7 +201,8 @@ class _Emitter:
         consts = tuple(self._constant(const) for const in part.consts)
         carries = tuple(self.inits[carry] for carry in part.carries)
         body = copy_part(part, self.levels.nodes, self.levels.source)
-        scan = Scan(body, len(carries), len(xs), len(consts), self.levels.scan.location)
+        counts, whole = (len(carries), len(xs), len(consts)), self.levels.scan
+        scan = Scan(body, *counts, whole.location, whole.reverse)
         meta = dict(self.node.meta)
         meta["module"] = common_module(n for n in self.levels.nodes if n in part.members)
         args = (self.steps, carries, xs, consts)

@@ -132,12 +132,14 @@ def general_module(first: nn.Module, second: nn.Module) -> nn.Module | None:
 
 def _general_scan(first: Scan, second: Scan) -> Scan | None:
     counts = (first.carries, first.xs, first.consts)
-    if counts != (second.carries, second.xs, second.consts):
+    if (*counts, first.reverse) != (second.carries, second.xs, second.consts, second.reverse):
         return None
     if first.body.code == second.body.code:
         return first
     body = generalize(first.body, second.body, _never)
-    return None if isinstance(body, Refusal) else Scan(body.graph, *counts, first.location)
+    if isinstance(body, Refusal):
+        return None
+    return Scan(body.graph, *counts, first.location, first.reverse)
 
 
 def _never(first: nn.Module, second: nn.Module) -> bool:

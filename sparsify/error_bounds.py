@@ -110,7 +110,7 @@ class ErrorBounds(fx.Interpreter):
         steps, carries, xs, consts = args
         body = ErrorBounds(scan.body, repeats=True)
         now, kept = tuple(carries), []
-        for step in range(steps):
+        for step in scan.times(steps):
             slices = [move(x, partial(torch.select, dim=0, index=step)) for x in xs]
             bounds = body.evaluate([*now, *slices, *consts])
             now = bounds.outputs[: scan.carries]
@@ -118,7 +118,8 @@ class ErrorBounds(fx.Interpreter):
             self._thresholds += bounds.thresholds
             self._undecided += bounds.undecided
             self._without_row |= bounds.without_row
-        return (*now, *(stack(ys) for ys in zip(*kept, strict=True)))
+        ordered = kept[::-1] if scan.reverse else kept
+        return (*now, *(stack(ys) for ys in zip(*ordered, strict=True)))
 
     def _result_dtype(self, node: fx.Node, args: Any, kwargs: Any) -> torch.dtype:
         if node not in self._dtypes:

@@ -63,7 +63,9 @@ class State:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor the kernel writes: every step if T is among ``axes``, else the last step's value."""
+    """A tensor the kernel writes: every step if T is among ``axes``, else the value of the step
+    that runs last.
+    """
 
     name: str
     axes: tuple[Axis, ...]  # ("T", "B", "N") or ("B", "N")
@@ -145,7 +147,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A region, ready to be rendered. ``origin`` says which lines of the model it came from."""
+    """A region, ready to be rendered. ``origin`` says which lines of the model it came from.
+
+    With ``reverse`` time runs from the last step to step 0, as gradients do; tensors with a T axis
+    keep their order, so that step t reads and writes row t.
+    """
 
     name: str
     populations: tuple[Population, ...]
@@ -155,6 +161,7 @@ class Kernel:
     phases: tuple[Phase, ...]
     outputs: tuple[Output, ...]
     origin: tuple[str, ...] = ()
+    reverse: bool = False
 
     def population_size(self, name: str) -> int:
         return next(p.size for p in self.populations if p.name == name)

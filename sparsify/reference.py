@@ -73,7 +73,8 @@ class _Interpreter:
             init = self._operand(state.init, 0)
             size = self.kernel.population_size(state.population)
             self.values[state.name] = np.broadcast_to(init, (self.batch, size))
-        for t in range(self.steps):
+        times = range(self.steps)
+        for t in reversed(times) if self.kernel.reverse else times:
             self._step(t)
         return self.outputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
@@ -33,6 +33,9 @@ class Scan(nn.Module):
     ``body(*carries, *x_slices, *consts)`` returns ``(new carries..., ys...)``. ``forward`` gives
     step t the slices ``xs[i][t]`` (time is dim 0) and returns ``(final carries..., stacked
     ys...)``; a stacked y is contiguous ``[T, *shape of y]``. Shapes and dtypes are the operands'.
+
+    With ``reverse`` the last step runs first and step 0 last, as in the gradient of a loop. Time
+    stays where it is: step t reads ``xs[i][t]`` and writes row t of a stacked y.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Scan(nn.Module):
         xs: int,
         consts: int,
         location: Location | None = None,
+        reverse: bool = False,
     ) -> None:
         super().__init__()
         self.body = body
@@ -49,6 +53,7 @@ class Scan(nn.Module):
         self.xs = xs
         self.consts = consts
         self.location = location
+        self.reverse = reverse
         placeholders = self.placeholders
         if len(placeholders) != carries + xs + consts:
             counts = f"{carries} carries, {xs} xs and {consts} consts"
@@ -70,6 +75,15 @@ class Scan(nn.Module):
         """The body nodes whose values are the new carries, then the ys."""
         return output_values(self.body.graph)
 
+    def times(self, steps: int) -> range:
+        """The steps in the order in which they run."""
+        return range(steps - 1, -1, -1) if self.reverse else range(steps)
+
+    def stack(self, values: Iterable[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Values of every step, given in the order in which steps run, as tensors ``[T, ...]``."""
+        columns = zip(*values, strict=True)
+        return tuple(torch.stack(c[::-1] if self.reverse else c) for c in columns)
+
     def forward(
         self,
         steps: int,
@@ -86,7 +100,7 @@ class Scan(nn.Module):
         for _, results in self._steps(steps, carries, xs, consts):
             final = results[: self.carries]
             kept.append(results[self.carries :])
-        return (*final, *(torch.stack(ys) for ys in zip(*kept, strict=True)))
+        return (*final, *self.stack(kept))
 
     def trace_states(
         self,
@@ -95,7 +109,7 @@ class Scan(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> StateTrace:
-        """Run as ``forward`` does and also return the carries at the start of every step."""
+        """Run as ``forward`` does and also return the carries that every step started from."""
         self._check_operands(steps, carries, xs, consts)
         if steps == 0:
             empty = tuple(c.new_empty((0, *c.shape)) for c in carries)
@@ -107,19 +121,17 @@ class Scan(nn.Module):
             started.append(before)
             final = results[: self.carries]
             kept.append(results[self.carries :])
-        stacked = tuple(torch.stack(ys) for ys in zip(*kept, strict=True))
-        return StateTrace(
-            tuple(torch.stack(values) for values in zip(*started, strict=True)),
-            (*final, *stacked),
-        )
+        return StateTrace(self.stack(started), (*final, *self.stack(kept)))
 
     def retyped(self, dtype: torch.dtype, source: torch.dtype = torch.float32) -> Scan:
         """A copy whose body computes in ``dtype`` wherever this one names ``source``."""
         body = retyped(self.body, dtype, source)
-        return Scan(body, self.carries, self.xs, self.consts, self.location)
+        counts = (self.carries, self.xs, self.consts)
+        return Scan(body, *counts, self.location, self.reverse)
 
     def extra_repr(self) -> str:
-        return f"carries={self.carries}, xs={self.xs}, consts={self.consts}"
+        backwards = ", reverse=True" if self.reverse else ""
+        return f"carries={self.carries}, xs={self.xs}, consts={self.consts}{backwards}"
 
     def _steps(
         self,
@@ -129,7 +141,7 @@ class Scan(nn.Module):
         consts: Sequence[Tensor],
     ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         now = tuple(carries)
-        for step in range(steps):
+        for step in self.times(steps):
             results = self.body(*now, *(x[step] for x in xs), *consts)
             yield now, results
             now = results[: self.carries]

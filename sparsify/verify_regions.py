@@ -101,14 +101,14 @@ class RegionCheck:
         launched = count_events(self.region) != before or before is None
         kept: list[Tensors] = []
         now = chained = self.carries
-        for step in range(self.steps):
+        for done, step in enumerate(self.scan.times(self.steps), 1):
             expected = self.scan.body(*now, *(x[step] for x in self.xs), *self.consts)
             self._check_forced(step, now, expected)
             chained = self._check_chained(step, chained, whole)
             now = expected[: self.scan.carries]
             kept.append(expected[self.scan.carries :])
             if progress is not None:
-                progress(self.name, step + 1, self.steps)
+                progress(self.name, done, self.steps)
         self._check_final(chained, whole)
         self.expected = self._stack(now, kept)
         self._check_distances()
@@ -155,7 +155,7 @@ class RegionCheck:
         if self.steps == 0:
             empty: Tensors = self.scan(0, self.carries, self.xs, self.consts)
             return empty
-        return (*final, *(torch.stack(ys) for ys in zip(*kept, strict=True)))
+        return (*final, *self.scan.stack(kept))
 
     def _check_distances(self) -> None:
         for output in self.outputs:

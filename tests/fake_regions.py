@@ -100,4 +100,4 @@ def edited(scan: Scan, edit: Callable[[fx.Node], None]) -> Scan:
             edit(node)
     body.recompile()
     assert str(body.graph) != before, "the mutant is no mutant"
-    return Scan(body, scan.carries, scan.xs, scan.consts, scan.location)
+    return Scan(body, scan.carries, scan.xs, scan.consts, scan.location, scan.reverse)

@@ -107,6 +107,7 @@ def kernels(draw: st.DrawFn) -> Drawn:
         phases=tuple(phases),
         outputs=tuple(b.outputs),
         origin=("test_kernels.py",),
+        reverse=draw(st.booleans()),
     )
     return Drawn(kernel, draw_schedule(draw, kernel), frozenset(b.binary))
 

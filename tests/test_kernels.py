@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,18 @@ def test_recurrent_lif(strategy: str, tile: int, threads: int) -> None:
     torch.set_num_threads(threads)
     launch = load(kernel, schedule(kernel, strategy, tile=tile))
     for steps, batch in ((30, 1), (20, 5), (3, 131)):  # more rows than a group has
+        compare(launch, kernel, lif_data(kernel, steps, batch), steps, batch)
+    active, senders = launch.events["recurrent"]
+    assert 0.02 < active / senders < 0.3, "the data do not exercise the kernel"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_time_runs_backwards(strategy: str) -> None:
+    """Odd and even numbers of steps: the copies of a state alternate from the first that runs."""
+    kernel = replace(lif(70, 130), reverse=True)
+    torch.set_num_threads(2)
+    launch = load(kernel, schedule(kernel, strategy))
+    for steps, batch in ((1, 2), (6, 3), (7, 70)):
         compare(launch, kernel, lif_data(kernel, steps, batch), steps, batch)
     active, senders = launch.events["recurrent"]
     assert 0.02 < active / senders < 0.3, "the data do not exercise the kernel"

@@ -89,6 +89,18 @@ def test_events_of_an_earlier_phase_arrive_in_the_same_step() -> None:
     assert got.tolist() == [0.5, 0.5]  # the second step is driven by the first alone
 
 
+def test_a_reversed_kernel_is_the_kernel_over_flipped_time() -> None:
+    kernel = lif(12, 25)
+    data = lif_data(kernel, 6, 3)
+    flipped = {**data, "x": data["x"][::-1]}
+    got = run_reference(replace(kernel, reverse=True), data, steps=6, batch=3)
+    wanted = run_reference(kernel, flipped, steps=6, batch=3)
+    assert 0 < got["spikes"].mean() < 1
+    assert np.array_equal(got["spikes"], wanted["spikes"][::-1])
+    assert np.array_equal(got["last_v"], wanted["last_v"])
+    assert np.array_equal(got["last_s"], got["spikes"][0])
+
+
 def test_zero_steps() -> None:
     data = {"x": np.zeros((0, 2, 3), np.float32), "w": np.zeros((4, 3), np.float32)}
     assert run_reference(product(3, 4), data, steps=0, batch=2)["out"].shape == (0, 2, 4)

@@ -23,6 +23,10 @@ CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         lif(70, 130, "float64"),
         schedule(lif(70, 130), "rows-per-thread", "dense", tile=32),
     ),
+    "lif_reversed": (
+        replace(lif(70, 130), reverse=True),
+        schedule(lif(70, 130), "neurons-per-thread"),
+    ),
     "two_layers": (
         two_layers(140, 33),
         ir.Schedule("neurons-per-thread", (("back", "event"), ("forward", "dense"))),
