@@ -17,7 +17,6 @@ from sparsify.choose import (
     is_slower,
     seconds_of,
 )
-from sparsify.compile_recording import with_modules
 from sparsify.compiled import Compiled, Stage
 from sparsify.entry import Entry
 from sparsify.errors import Refusal
@@ -25,23 +24,33 @@ from sparsify.keep_state import keep_state
 from sparsify.plan import PlanDecision
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.report import Site
+from sparsify.scans import with_originals
+from sparsify.training_step import differentiate_result
 
 
 def why_not_faster(model: nn.Module, entry: Entry, args: Args, kwargs: Kwargs) -> Refusal | None:
-    """Why the original should run: a compiled call, its guard included, costs more."""
+    """Why the original should run: a compiled call, its guard included, costs more.
+
+    Where gradients are needed, a call is one forward and one backward run.
+    """
+    trained = entry.calling.operands(args, kwargs) if entry.required else []
 
     def ours() -> Any:
         entry.guard.matches(args, kwargs)
         operands = entry.calling.operands(args, kwargs)
         entry.serves(operands)
-        return entry.run(operands, args, kwargs)
+        return differentiate_result(entry.run(operands, args, kwargs), trained)
+
+    def original() -> Any:
+        return differentiate_result(model.forward(*args, **kwargs), trained)
 
     with keep_state(model, (args, kwargs)):
-        took, original = _time(ours, lambda: model.forward(*args, **kwargs))
-    if not is_slower(took, original):
+        took, original_took = _time(ours, original)
+    if not is_slower(took, original_took):
         return None
-    ms, eager_ms = took * 1e3, original * 1e3
-    reason = f"A call took {ms:.3g} ms compiled and {eager_ms:.3g} ms as the original."
+    ms, eager_ms = took * 1e3, original_took * 1e3
+    call = "A training step" if entry.required else "A call"
+    reason = f"{call} took {ms:.3g} ms compiled and {eager_ms:.3g} ms as the original."
     facts = {"compiled_ms": ms, "original_ms": eager_ms}
     return Refusal("no-gain", reason, REMEDY, None, facts)
 
@@ -51,8 +60,7 @@ def keep_all(compiled: Compiled, refusal: Refusal) -> Compiled:
     sites = tuple(_kept(site, refusal) for site in compiled.sites)
     off: dict[str, PlanDecision] = dict.fromkeys(compiled.placements, "off")
     plan = replace(compiled.plan, sites={**compiled.plan.sites, **off}, regions={})
-    scans = {name: region.scan for name, region in compiled.regions.items()}
-    graph = with_modules(compiled.graph, scans)
+    graph = with_originals(compiled.graph)
     stages = (*compiled.stages[:-1], Stage("install", graph, (), (refusal,)))
     return replace(compiled, stages=stages, regions={}, sites=sites, plan=plan)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify import ir
+from sparsify.binaries import Binaries
 from sparsify.call_conditions import (
     is_intercepted,
     needs_grad,
@@ -24,7 +25,7 @@ from sparsify.check_recording import why_not_repeated
 from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.backend import Binary
 from sparsify.codegen.cpp import CppBackend
-from sparsify.compile_recording import Binaries, Compiler
+from sparsify.compile_recording import Compiler
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
 from sparsify.entry import Entry, merge

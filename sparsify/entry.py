@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.compile_recording import with_modules
 from sparsify.compiled import Compiled, Stage
 from sparsify.errors import Refusal
 from sparsify.layout import Layout
+from sparsify.outer_product import OuterProduct
 from sparsify.passes.generalize import generalize
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
 from sparsify.region import Region
 from sparsify.scan import Scan
+from sparsify.scans import find_regions, with_modules, without_kernels
+from sparsify.trained_region import TrainedRegion
+from sparsify.training_step import requirement
 
 aten = torch.ops.aten
 # What these do depends on whether a size is 1.
@@ -26,7 +29,8 @@ SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 class Entry:
     """Serves the calls that ``guard`` matches and whose operands ``layout`` takes.
 
-    ``takes_all``: whatever the sizes, the original runs.
+    ``takes_all``: whatever the sizes, the original runs. ``required`` says which operands require
+    grad; empty for calls without gradients.
     """
 
     def __init__(self, compiled: Compiled, operands: Sequence[Tensor], layout: Layout) -> None:
@@ -34,6 +38,7 @@ class Entry:
         self.guard: Guard = compiled.recording.guard
         self.calling: Calling = compiled.recording.calling
         self.layout = layout
+        self.required = requirement(operands)
         self.takes_all = compiled.runs_original and not any(
             site.code == "no-gain" for site in compiled.sites
         )
@@ -46,7 +51,7 @@ class Entry:
         return bool(self.layout.classes)
 
     def serves(self, operands: Sequence[Tensor]) -> bool:
-        return self.layout.serves(operands)
+        return self.required == requirement(operands) and self.layout.serves(operands)
 
     def run(self, operands: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         return self.calling.deliver(self.forward(*operands), args, kwargs)
@@ -58,7 +63,10 @@ class Entry:
         if self.takes_all:
             return ""
         names = [node.name for node in self._placeholders()]
-        return self.layout.why_not(self.calling.operands(args, kwargs), names)
+        operands = self.calling.operands(args, kwargs)
+        if self.required != requirement(operands):
+            return "other tensors require grad"
+        return self.layout.why_not(operands, names)
 
     def _placeholders(self) -> list[fx.Node]:
         return [n for n in self.compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
@@ -84,7 +92,7 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
     compiled = replace(
         ours,
         stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),
-        regions={n: m for n, m in graph.named_children() if isinstance(m, Region)},
+        regions=find_regions(graph),
     )
     least = 2 if any(n.target in SQUEEZES for n in graph.graph.nodes) else 1
     return Entry(compiled, operands, Layout(operands, found.classes, least))
@@ -93,10 +101,9 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
 def _general_stages(stages: Sequence[Stage], graph: fx.GraphModule) -> list[Stage]:
     """The graph for all sizes, with Scans and with Regions."""
     before, last = stages
-    scans = {n: m.scan for n, m in graph.named_children() if isinstance(m, Region)}
     general = "one graph for all sizes, from two recordings"
     return [
-        Stage(before.name, with_modules(graph, scans), before.done, before.declined),
+        Stage(before.name, without_kernels(graph), before.done, before.declined),
         Stage(last.name, graph, (*last.done, general), last.declined),
     ]
 
@@ -121,6 +128,10 @@ def general_module(first: nn.Module, second: nn.Module) -> nn.Module | None:
     """A module that runs in the place of both, for other sizes too; None if there is none."""
     if isinstance(first, Scan) and isinstance(second, Scan):
         return _general_scan(first, second)
+    if isinstance(first, TrainedRegion) and isinstance(second, TrainedRegion):
+        return _general_trained(first, second)
+    if isinstance(first, OuterProduct) and isinstance(second, OuterProduct):
+        return first if first.event == second.event else None
     if not isinstance(first, Region) or not isinstance(second, Region):
         return None
     schedules = (first.launchable.schedule, second.launchable.schedule)
@@ -128,6 +139,24 @@ def general_module(first: nn.Module, second: nn.Module) -> nn.Module | None:
     if scan is None or first.lowered != second.lowered or schedules[0] != schedules[1]:
         return None
     return Region(scan, first.lowered, first.launchable)
+
+
+def _general_trained(first: TrainedRegion, second: TrainedRegion) -> TrainedRegion | None:
+    roles = [
+        (m.required, m.parts.inputs, m.parts.outputs, m.parts.reaches) for m in (first, second)
+    ]
+    scan = _general_scan(first.scan, second.scan)
+    run = general_module(first.run, second.run)
+    general = GeneralModules()
+    found = generalize(first.backward, second.backward, general.same_module)
+    if roles[0] != roles[1] or scan is None or isinstance(found, Refusal):
+        return None
+    if not isinstance(run, (Scan, Region)):
+        return None
+    backward = with_modules(found.graph, general.replacing(found.graph))
+    forward = run.scan if isinstance(run, Region) else run
+    parts = replace(first.parts, forward=forward, backward=without_kernels(backward))
+    return TrainedRegion(scan, parts, first.required, run, backward)
 
 
 def _general_scan(first: Scan, second: Scan) -> Scan | None:
@@ -150,6 +179,8 @@ def _never(first: nn.Module, second: nn.Module) -> bool:
 def _why_not_merge(first: Entry, second: Entry) -> str:
     if first.compiled.runs_original or second.compiled.runs_original:
         return "one of the two runs the original operations"
+    if first.required != second.required:
+        return "other tensors require grad"
     if _leaves(first) != _leaves(second):
         return "the model returns other values that are no tensors"
     if first.constants.keys() != second.constants.keys():

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from sparsify import choose
 from sparsify.bench import Timings
+from sparsify.binaries import Binaries
 from sparsify.candidates import Predictor, Workload, find_candidates
 from sparsify.choose import Task, choose_region, is_slower
 from sparsify.codegen.cpp import CppBackend
-from sparsify.compile_recording import Binaries, Compiler, capture_tasks, lower_scans, run_pipeline
+from sparsify.compile_recording import Compiler, find_tasks, lower_scans, run_pipeline
 from sparsify.compiled import Compiled
 from sparsify.cost_model import Rates, calibrate_rates
 from sparsify.options import Options
 from sparsify.plan import Plan, RegionPlan
 from sparsify.recording.recording import Args, Kwargs, Recording
+from sparsify.scans import capture_calls, find_scans
 from tests.looped_models import WEIGHTS, H, layer_order, recurrent
 from tests.unrolled import dyadic, record_unrolled
 
@@ -56,7 +58,8 @@ def record(model: Model, steps: int = 6) -> tuple[Recording, list[Tensor]]:
 def task_of(model: Model) -> Task:
     recording, operands = record(model)
     graph = run_pipeline(recording.graph)[-1].graph
-    return capture_tasks(graph, operands, lower_scans(graph))[0]
+    scans = find_scans(graph)
+    return find_tasks(scans, capture_calls(graph, operands), lower_scans(scans))[0]
 
 
 def predictor(activity: float, batch: int = 4, region: RegionPlan | None = None) -> Predictor:

@@ -1,0 +1,135 @@
+"""Decide all regions of a recording: find their candidates, compile them together, choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sparsify.binaries import Binaries
+from sparsify.candidates import Candidate, How, Predictor, Workload, find_candidates
+from sparsify.choose import Choice, Task, choose_region
+from sparsify.codegen.backend import Launchable
+from sparsify.cost_model import calibrate_rates
+from sparsify.errors import CompileError, Refusal
+from sparsify.options import Options
+from sparsify.place_sites import Placement
+from sparsify.plan import Plan
+from sparsify.region import Region
+from sparsify.report import Site
+from sparsify.sized_launchable import SizedLaunchable
+
+UNMEASURED_ACTIVITY = 0.1  # of events that the recorder did not measure
+COMPILER = "Report the source and the log: generated code must compile. Until then, pin it off."
+
+
+class Chooser:
+    """Finds the candidates of all regions, compiles them together, and decides."""
+
+    def __init__(
+        self,
+        options: Options,
+        binaries: Binaries,
+        plan: Plan,
+        placements: Sequence[Placement],
+        earlier: Mapping[str, Site],
+    ) -> None:
+        self.options, self.binaries = options, binaries
+        self.plan = plan
+        self.placements = placements
+        self.earlier = earlier
+        self.break_even: dict[tuple[str, str], float] = {}
+
+    def choose(self, tasks: Sequence[Task]) -> dict[str, Choice]:
+        choices: dict[str, Choice] = {}
+        found: dict[str, list[Candidate]] = {}
+        for task in tasks:
+            refusal = self._why_off(task)
+            candidates = [] if refusal else self._candidates(task)
+            if candidates:
+                found[task.name] = candidates
+            else:
+                choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
+        kernels = {task.name: task.lowered.kernel for task in tasks}
+        wanted = [(kernels[name], c.schedule) for name, cs in found.items() for c in cs]
+        try:
+            self.binaries.compile_all(wanted)
+        except CompileError as error:
+            refusal = Refusal("backend-unavailable", f"{error}", COMPILER)
+            return choices | {name: Choice(None, refusal) for name in found}
+        load = self.binaries.load
+        for task in tasks:
+            if task.name in found:
+                timing = self.options.timing and not self._is_decided(task)
+                choice = choose_region(task, found[task.name], load, timing)
+                if choice.region is not None:
+                    self._suit_sizes(task, choice.region, timing)
+                choices[task.name] = choice
+        return {task.name: choices[task.name] for task in tasks}
+
+    def _suit_sizes(self, task: Task, region: Region, was_timed: bool) -> None:
+        """Let calls with other batch sizes be shared out among the threads in their own way."""
+        load, kernel = self.binaries.load, task.lowered.kernel
+        first, predictor = region.launchable, self._predictor(task)
+
+        def suited(steps: int, batch: int) -> Launchable | None:
+            better = predictor.better_strategy(first.schedule, steps, batch)
+            return load(kernel, better) if better is not None else None
+
+        region.launchable = SizedLaunchable(first, suited, task.batch if was_timed else None)
+
+    def _why_off(self, task: Task) -> Refusal | None:
+        off = [name for name in self._sites(task) if self.plan.sites.get(name) == "off"]
+        if not off:
+            return None
+        known = self.earlier.get(off[0])
+        if known is not None and known.code is not None:
+            return Refusal(known.code, known.reason, known.remedy, known.location)
+        reason = f"The plan leaves {', '.join(off)} to the original operations."
+        if len(self._sites(task)) > len(off):
+            reason += " One kernel computes it together with the others of its loop."
+        return Refusal("pinned", reason, "Pin it to 'event' or 'dense', or drop the plan.")
+
+    def _candidates(self, task: Task) -> list[Candidate]:
+        predictor = self._predictor(task)
+        pinned: dict[str, How] = {}
+        for site, gather in self._sites(task).items():
+            decision = self.plan.sites.get(site)
+            if decision in ("event", "dense"):
+                pinned[gather] = "event" if decision == "event" else "dense"
+        candidates = find_candidates(predictor, pinned)
+        for each in task.lowered.kernel.gathers if candidates else ():
+            gathers: dict[str, How] = dict(candidates[0].schedule.gathers)
+            at = predictor.break_even(gathers, each.result)
+            self.break_even[task.name, each.result] = at
+        return candidates
+
+    def _why_no_candidate(self, task: Task) -> Refusal:
+        kernel = task.lowered.kernel
+        refusal = self._predictor(task).why_not({g.result: "dense" for g in kernel.gathers})
+        reason = "No strategy takes this kernel."
+        return refusal or Refusal("unsupported-layout", reason, "", task.scan.location)
+
+    def _predictor(self, task: Task) -> Predictor:
+        measured = {site.gather: site.activity for site in task.lowered.sites}
+        measured |= {p.gather: p.product.activity for p in self._of(task)}
+        activity = {
+            gather.result: UNMEASURED_ACTIVITY if (a := measured.get(gather.result)) is None else a
+            for gather in task.lowered.kernel.gathers
+        }
+        workload = Workload(int(task.operands[0]), task.batch, activity)
+        return Predictor(
+            task.lowered.kernel,
+            workload,
+            calibrate_rates(),
+            self.binaries.backend,
+            self.plan.regions.get(task.name),
+        )
+
+    def _is_decided(self, task: Task) -> bool:
+        sites = self._sites(task)
+        return bool(sites) and all(site in self.plan.sites for site in sites)
+
+    def _sites(self, task: Task) -> dict[str, str]:
+        return {p.product.name: p.gather for p in self._of(task)}
+
+    def _of(self, task: Task) -> list[Placement]:
+        return [p for p in self.placements if p.region == task.name]

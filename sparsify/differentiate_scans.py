@@ -1,0 +1,101 @@
+"""Put the gradient of every Scan beside it, and measure what the gradients read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsify.errors import Refusal
+from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.differentiate import differentiate
+from sparsify.recording.measure import share_of_nonzeros
+from sparsify.scan import Scan
+from sparsify.scans import BACKWARD, with_modules
+from sparsify.trained_region import TrainedRegion, places_of
+
+MEASURED_STEPS = 8  # of a gradient's loop, the first that run
+
+
+def differentiate_scans(
+    graph: fx.GraphModule, operands: Sequence[Tensor], wanted: Mapping[str, Scan]
+) -> tuple[fx.GraphModule, dict[str, Refusal]]:
+    """Replace every Scan of ``wanted`` of which an operand requires grad by a TrainedRegion.
+
+    ``operands`` are the graph's on an example, and require grad where they do in calls. Also
+    returns the Scans that need gradients and have none, with the reasons.
+    """
+    finder = _RequiredFinder(graph)
+    with torch.enable_grad():
+        finder.run(*operands)
+    made: dict[str, TrainedRegion] = {}
+    refused: dict[str, Refusal] = {}
+    for name, scan in wanted.items():
+        required = finder.required.get(name, frozenset())
+        parts = differentiate(scan, required) if required else None
+        if isinstance(parts, Refusal):
+            refused[name] = parts
+        elif parts is not None:
+            made[name] = TrainedRegion(scan, parts, required, parts.forward, parts.backward)
+    return with_modules(graph, made) if made else graph, refused
+
+
+def measure_gradients(scans: Mapping[str, Scan], calls: Mapping[str, tuple[Any, ...]]) -> None:
+    """Note on every product of a gradient's loop which share of what it reads is not zero."""
+    for name, scan in scans.items():
+        if BACKWARD in name and name in calls:
+            _measure(scan, *calls[name])
+
+
+class _RequiredFinder(fx.Interpreter):
+    """Which operands of every Scan require grad."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.required: dict[str, frozenset[tuple[str, int]]] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, Scan):
+            _, *groups = args
+            given = [tensor for group in groups for tensor in group]
+            places = zip(places_of(module), given, strict=True)
+            self.required[target] = frozenset(p for p, tensor in places if tensor.requires_grad)
+        return super().call_module(target, args, kwargs)
+
+
+def _measure(
+    scan: Scan,
+    steps: int,
+    carries: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    consts: Sequence[Tensor],
+) -> None:
+    products = [node for node in scan.body.graph.nodes if product_operand(node) is not None]
+    seen: dict[fx.Node, list[float]] = {node: [] for node in products}
+    now = tuple(carries)
+    with torch.no_grad():
+        for step in list(scan.times(steps))[:MEASURED_STEPS]:
+            run = _ProductWatcher(scan.body, seen)
+            results = run.run(*now, *(x[step] for x in xs), *consts)
+            now = results[: scan.carries]
+    for node, shares in seen.items():
+        if shares:
+            node.meta["activity"] = sum(shares) / len(shares)
+
+
+class _ProductWatcher(fx.Interpreter):
+    def __init__(self, body: fx.GraphModule, seen: dict[fx.Node, list[float]]) -> None:
+        super().__init__(body)
+        self.seen = seen
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.seen:
+            operand = product_operand(n)
+            assert operand is not None
+            share = share_of_nonzeros(self.env[operand])
+            if share is not None:
+                self.seen[n].append(share)
+        return super().run_node(n)

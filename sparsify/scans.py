@@ -1,0 +1,143 @@
+"""The Scans of a graph, in its own calls and in the gradients of TrainedRegions.
+
+A Scan is named after the module of its call: ``scan_0``; one that computes a gradient after both:
+``scan_0.backward.scan_1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.passes.copy_graph import copy_graph
+from sparsify.region import Region
+from sparsify.scan import Scan
+from sparsify.trained_region import TrainedRegion
+
+BACKWARD = ".backward."
+SEED = 0  # of the gradients that stand for those of a loss
+
+
+def find_scans(graph: fx.GraphModule) -> dict[str, Scan]:
+    """Every Scan that a kernel could replace."""
+    found: dict[str, Scan] = {}
+    for name, module in graph.named_children():
+        if isinstance(module, Scan):
+            found[name] = module
+        elif isinstance(module, TrainedRegion) and isinstance(module.run, Scan):
+            found[name] = module.run
+            nested = find_scans(module.backward)
+            found |= {f"{name}{BACKWARD}{inner}": scan for inner, scan in nested.items()}
+    return found
+
+
+def find_regions(graph: fx.GraphModule) -> dict[str, Region]:
+    """Every kernel that runs in place of a Scan, under the Scan's name."""
+    found: dict[str, Region] = {}
+    for name, module in graph.named_children():
+        if isinstance(module, Region):
+            found[name] = module
+        elif isinstance(module, TrainedRegion):
+            if isinstance(module.run, Region):
+                found[name] = module.run
+            nested = find_regions(module.backward)
+            found |= {f"{name}{BACKWARD}{inner}": region for inner, region in nested.items()}
+    return found
+
+
+def capture_calls(graph: fx.GraphModule, operands: Sequence[Tensor]) -> dict[str, tuple[Any, ...]]:
+    """Run ``graph`` and the gradients in it, and keep what every Scan is called with.
+
+    Gradients of results are random numbers: which elements are zero does not depend on them.
+    """
+    capture = _Capture(graph)
+    with torch.no_grad():
+        capture.run(*operands)
+    return capture.calls
+
+
+def with_regions(graph: fx.GraphModule, regions: Mapping[str, Region]) -> fx.GraphModule:
+    """A copy of ``graph`` with ``regions`` in the places of the Scans of their names.
+
+    A TrainedRegion whose Scan has no kernel is taken back: torch differentiates it step by step.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name, module in graph.named_children():
+        if isinstance(module, TrainedRegion):
+            modules[name] = _with_kernels(name, module, regions)
+        elif name in regions:
+            modules[name] = regions[name]
+    return with_modules(graph, modules)
+
+
+def with_originals(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``graph`` with the Scans that Regions and TrainedRegions stand for."""
+    kinds = (Region, TrainedRegion)
+    return with_modules(
+        graph, {n: m.scan for n, m in graph.named_children() if isinstance(m, kinds)}
+    )
+
+
+def without_kernels(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``graph`` with Scans in place of Regions, also in the gradients."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in graph.named_children():
+        if isinstance(module, Region):
+            modules[name] = module.scan
+        elif isinstance(module, TrainedRegion):
+            parts = module.parts
+            modules[name] = TrainedRegion(
+                module.scan, parts, module.required, parts.forward, parts.backward
+            )
+    return with_modules(graph, modules)
+
+
+def with_modules(graph: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx.GraphModule:
+    """A copy of ``graph`` that calls ``modules`` in place of its own of the same name."""
+    return fx.GraphModule(
+        {**dict(graph.named_children()), **modules},
+        copy_graph(graph.graph),
+        class_name=type(graph).__name__,
+    )
+
+
+def _with_kernels(name: str, module: TrainedRegion, regions: Mapping[str, Region]) -> nn.Module:
+    if name not in regions:
+        return module.scan
+    start = f"{name}{BACKWARD}"
+    inner = {full.removeprefix(start): r for full, r in regions.items() if full.startswith(start)}
+    backward = with_modules(module.backward, inner)
+    return TrainedRegion(module.scan, module.parts, module.required, regions[name], backward)
+
+
+class _Capture(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.calls: dict[str, tuple[Any, ...]] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, Scan):
+            self.calls[target] = args
+        if not isinstance(module, TrainedRegion):
+            return super().call_module(target, args, kwargs)
+        self.calls[target] = args
+        steps, *groups = args
+        values = module.run(steps, *groups)
+        results, saved = values[: module.results], values[module.results :]
+        known = dict(zip(module.places, [t for group in groups for t in group], strict=True))
+        known |= {("saved", i): value for i, value in enumerate(saved)}
+        known |= {("d_result", i): _random_like(r) for i, r in enumerate(results)}
+        inner = _Capture(module.backward)
+        inner.run(*(known[place] for place in module.parts.inputs))
+        self.calls |= {f"{target}{BACKWARD}{name}": call for name, call in inner.calls.items()}
+        return results
+
+
+def _random_like(result: Tensor) -> Tensor:
+    generator = torch.Generator(result.device).manual_seed(SEED)
+    dtype = result.dtype if result.is_floating_point() else torch.get_default_dtype()
+    return torch.randn(result.shape, generator=generator, dtype=dtype, device=result.device)

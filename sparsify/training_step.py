@@ -1,0 +1,42 @@
+"""The gradients of one call, for checks and timing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+SEED = 1  # of the gradients of the results
+
+
+def requirement(operands: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which operands require grad in this call; empty if none does, or gradients are disabled."""
+    if not torch.is_grad_enabled():
+        return ()
+    required = tuple([operand.requires_grad for operand in operands])
+    return required if True in required else ()
+
+
+def differentiate_result(result: Any, operands: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of the ``operands`` that require grad, from random gradients of all results.
+
+    ``result`` is what a call returned, in any structure. None for what no result depends on.
+    Nothing is accumulated in ``.grad``, and the graph can be differentiated again.
+    """
+    leaves = pytree.tree_leaves(result)
+    results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    sources = [operand for operand in operands if operand.requires_grad]
+    if not results or not sources:
+        return [None for _ in sources]
+    weights = [_random_like(r, i) for i, r in enumerate(results)]
+    found = torch.autograd.grad(results, sources, weights, retain_graph=True, allow_unused=True)
+    return list(found)
+
+
+def _random_like(result: Tensor, index: int) -> Tensor:
+    generator = torch.Generator(result.device).manual_seed(SEED + index)
+    shape, dtype, device = result.shape, result.dtype, result.device
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
