@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,14 @@ class Structure:
 
 @dataclass(frozen=True)
 class Written:
-    """Placeholder ``operand`` is written in place: it gets output ``output``."""
+    """Placeholder ``operand`` is written in place: it gets output ``output``.
+
+    ``has_history``: autograd sees the write.
+    """
 
     operand: int
     output: int
+    has_history: bool = False
 
 
 class ModelCalling:
@@ -96,7 +101,7 @@ class ModelCalling:
         if self._written or self._bound or _needs_operands(self._result):
             given = self.operands(args, kwargs)
         for written in self._written:
-            with torch.no_grad():
+            with nullcontext() if written.has_history else torch.no_grad():
                 given[written.operand].copy_(values[written.output])
         bound = [(route, _build(parts, values, given)) for route, parts in self._routes]
         result = _build(self._result, values, given)

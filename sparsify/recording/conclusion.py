@@ -60,6 +60,7 @@ class Conclusion:
         ]
         self.bound = [place for place, _ in bound]
         self._check_arguments(*call)
+        self._check_histories()
         self.written = self._find_written()
         operands = self._order_placeholders([placed, *(parts for _, parts in bound)])
         self.operands = operands
@@ -81,9 +82,23 @@ class Conclusion:
             self._model,
             [self._known.origin(tensor) for tensor in tensors],
             structure(placed),
-            [Written(index_of[node], output) for node, output in self.written.items()],
+            [self._written(node, index_of[node]) for node in self.written],
             [(place, structure(parts)) for place, parts in bound],
         )
+
+    def _written(self, node: fx.Node, operand: int) -> Written:
+        histories = self._recorder.histories
+        tensor = self._recorder.placeholders[node]
+        has_history = histories is not None and histories.is_rebuilt(tensor)
+        return Written(operand, self.written[node], has_history)
+
+    def _check_histories(self) -> None:
+        histories = self._recorder.histories
+        for node, tensor in self._recorder.placeholders.items() if histories else ():
+            assert histories is not None
+            reason = histories.why_changed(tensor, node.meta["source"].name)
+            if reason:
+                raise CannotRecord(reason)
 
     def _place(self, leaves: list[Any], spec: pytree.TreeSpec, repeat: bool) -> Parts:
         return [self._leaf(leaf, repeat) for leaf in leaves], spec
@@ -98,11 +113,23 @@ class Conclusion:
         value = self._recorder.value_of(leaf)
         own = self._placeholder_of(leaf)
         if repeat or (own is None and id(leaf) not in self._index):
-            node = self._recorder.read(value)
+            node = self._settled(self._recorder.read(value), leaf, own is None)
             self._outputs.append(node if own else self._owned(node, value.memory))
             self._index.setdefault(id(leaf), len(self._outputs) - 1)
             self._kept.append(leaf)
         return own or FromGraph(self._index[id(leaf)])
+
+    def _settled(self, node: fx.Node, tensor: Tensor, is_own: bool) -> fx.Node:
+        """``node`` with the gradient history of ``tensor``."""
+        histories = self._recorder.histories
+        if histories is None:
+            return node
+        if is_own and tensor.requires_grad and not histories.has(node):
+            raise CannotRecord(
+                "forward returns or keeps a tensor whose gradient goes to one that it made itself "
+                "(requires_grad is set inside forward); make that one before the call"
+            )
+        return histories.settle(node, tensor)
 
     def _placeholder_of(self, tensor: Tensor) -> fx.Node | None:
         for node, held in self._recorder.placeholders.items():
@@ -140,7 +167,8 @@ class Conclusion:
         written = {}
         for node, value in list(self._recorder.roots.items()):
             if value.memory.version:
-                content = self._recorder.read(value)
+                tensor = self._recorder.placeholders[node]
+                content = self._settled(self._recorder.read(value), tensor, False)
                 if content in self._outputs:
                     written[node] = self._outputs.index(content)
                 else:

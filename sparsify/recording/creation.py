@@ -7,9 +7,10 @@ from torch import Tensor, fx
 
 from sparsify.graph_meta import Source
 from sparsify.recording.calls import Call, CannotRecord
+from sparsify.recording.histories import Histories
 from sparsify.recording.operations import FILLS, bind
 from sparsify.recording.recorder import Recorder
-from sparsify.recording.values import NO_ORIGIN
+from sparsify.recording.values import NO_ORIGIN, Value
 
 aten = torch.ops.aten
 MOST_COMPARED = 1 << 16  # elements of a constant that are compared with those known already
@@ -50,6 +51,15 @@ def same(recorder: Recorder, call: Call) -> None:
     if result is not given:
         value = recorder.values.add_view(result, node, parent, None)
         value.number = parent.number
+        if call.op is aten.detach.default and recorder.histories is not None:
+            detach(recorder.histories, value)
+
+
+def detach(histories: Histories, value: Value) -> None:
+    """End the history of ``value``, which is current: with a node where autograd sees it."""
+    if not histories.is_closed():
+        value.node = histories.detach(value.node)
+    value.detached, value.follows = True, False
 
 
 def constant(recorder: Recorder, call: Call) -> None:

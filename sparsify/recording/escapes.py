@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from sparsify.recording.calls import Call, CannotRecord
+from sparsify.recording.creation import detach
 from sparsify.recording.operations import operation_of
 from sparsify.recording.recorder import Recorder
 
@@ -44,6 +45,15 @@ REFUSED: dict[Any, str] = {
     Tensor.map_: "map_() calls Python for every element",
     Tensor.apply_: "apply_() calls Python for every element",
 }
+GRAD: Any = Tensor.grad.__get__  # type: ignore[attr-defined]
+REFUSED_IN_TRAINING: dict[Any, str] = {
+    Tensor.retain_grad: "retain_grad() is called inside forward; return the tensor and call it "
+    "outside",
+    Tensor.grad_fn.__get__:  # type: ignore[attr-defined]
+    "forward looks at a tensor's grad_fn, which is another one where kernels run; look at "
+    "requires_grad",
+    Tensor.register_post_accumulate_grad_hook: "a hook is put on a tensor inside forward",
+}
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _RECURRENT = ("rnn_relu", "rnn_tanh", "gru", "lstm")
 RECURRENT: dict[Any, str] = {getattr(torch._C._VariableFunctions, n): n for n in _RECURRENT}
@@ -61,6 +71,10 @@ class Escapes(TorchFunctionMode):
         self._rules.update(dict.fromkeys(_FROM_DATA, self._from_data))
         self._rules.update(dict.fromkeys(RECURRENT, self._keep_whole))
         self._rules[Tensor.__deepcopy__] = self._deepcopy
+        if recorder.histories is not None:
+            self._rules.update(dict.fromkeys(REFUSED_IN_TRAINING, self._refuse))
+            self._rules[Tensor.detach_] = self._detach_in_place
+            self._rules[GRAD] = self._gradient
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -72,7 +86,7 @@ class Escapes(TorchFunctionMode):
         return rule(func, args, kwargs or {})
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self._recorder.fail(REFUSED[func])
+        self._recorder.fail(REFUSED.get(func) or REFUSED_IN_TRAINING[func])
         return func(*args, **kwargs)
 
     def _reveal(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -113,6 +127,26 @@ class Escapes(TorchFunctionMode):
             copied = tensor.detach().clone()
             memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
         return memo[id(tensor)]
+
+    def _detach_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Autograd does this one without an operation."""
+        recorder = self._recorder
+        result = func(*args, **kwargs)
+        recorder.arrive()
+        try:
+            value = recorder.value_of(args[0])
+            value.node = recorder.read(value)
+            assert recorder.histories is not None
+            detach(recorder.histories, value)
+        except CannotRecord as reason:
+            recorder.fail(str(reason))
+        return result
+
+    def _gradient(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if result is not None:
+            self._recorder.fail("forward reads a tensor's .grad; pass it in as a tensor")
+        return result
 
     def _whole(self, op: Any, func: Any, args: Any) -> Any:
         recorder = self._recorder

@@ -137,7 +137,7 @@ def _typed(argument: Any) -> tuple[str, str]:
 def name_of_op(target: Any) -> str:
     """What nodes of this operation are called, before a number is added."""
     if not isinstance(target, Op):
-        return str(target.__name__)
+        return str(target.__name__).lower()
     name = target._schema.name.partition("::")[2]
     return f"{name}_{target._overloadname}".lower()
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -45,9 +45,19 @@ class _CodeFacts:
 
     is_users: bool
     is_forward: bool
+    is_watched: bool
     loops: tuple[CodeLoop, ...]
     enclosing: dict[int, tuple[int, ...]]
     locations: tuple[Location, ...]
+
+
+class Watcher(Protocol):
+    """Follows the frames of some codes of its own; ``on_call`` returns what traces a frame."""
+
+    @property
+    def codes(self) -> frozenset[CodeType]: ...
+
+    def on_call(self, frame: FrameType) -> Any: ...
 
 
 class Positions:
@@ -67,6 +77,7 @@ class Positions:
                 self._names.setdefault(id(module), name)
         self._functions: dict[CodeType, str] | None = None
         self.was_disturbed = False
+        self.watcher: Watcher | None = None
 
     def __enter__(self) -> Self:
         self._stop = sys._getframe(1)
@@ -128,6 +139,8 @@ class Positions:
     def _on_call(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
         facts = self._facts.get(code) or self._inspect(code)
+        if facts.is_watched and self.watcher is not None:
+            return self.watcher.on_call(frame)
         if not facts.loops and not facts.is_forward:
             return None
         state = self._frames.get(id(frame))
@@ -175,7 +188,9 @@ class Positions:
             for offset in loop.offsets:
                 enclosing[offset] = (*enclosing.get(offset, ()), index)
         places = tuple(_location(code.co_filename, loop.line) for loop in loops)
-        facts = _CodeFacts(is_users, code.co_name == "forward", loops, enclosing, places)
+        is_watched = self.watcher is not None and code in self.watcher.codes
+        is_forward = code.co_name == "forward"
+        facts = _CodeFacts(is_users, is_forward, is_watched, loops, enclosing, places)
         self._facts[code] = facts
         return facts
 

@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsify.errors import TraceError
+from sparsify.recording.applications import Applications
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.conclusion import Conclusion
 from sparsify.recording.escapes import Escapes
 from sparsify.recording.guard import Seen, watch
+from sparsify.recording.histories import look_up
 from sparsify.recording.positions import Positions
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Guard, Kwargs, Recording, Unrecorded
@@ -36,15 +38,15 @@ def record(
     """Run ``model.forward(*args, **kwargs)`` and record it; the model's own hooks are not run.
 
     The run is a real one: with ``restore=False`` it does all that the model does, and its result
-    can be used. With ``restore=True`` gradients are disabled, and buffers, attributes and random
-    states are put back afterwards. What forward raises is raised.
+    can be used. With ``restore=True`` buffers, attributes and random states are put back
+    afterwards. Where gradients are enabled and required, they are recorded (``histories.py``). What
+    forward raises is raised.
     """
     if is_recording():
         error = TraceError("the model runs inside another one that is being recorded")
         return Unrecorded(model.forward(*args, **kwargs), error)
     with _LOCK, ExitStack() as stack:
         if restore:
-            stack.enter_context(torch.no_grad())
             stack.enter_context(random_states_kept())
         return _Run(model, args, kwargs, restore).record()
 
@@ -64,6 +66,10 @@ class _Run:
         self.saved = SavedTensors(self.known, active=restore)
         self.positions = Positions(model)
         self.recorder = Recorder(self.positions, self.known, rule_of, self.saved.before_write)
+        self.before = look_up(self.known.tensors()) if torch.is_grad_enabled() else {}
+        if any(history.required for history in self.before.values()):
+            histories = self.recorder.record_gradients(self.before)
+            self.positions.watcher = Applications(self.recorder, histories)
 
     def record(self) -> Recording | Unrecorded:
         try:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsify.errors import TraceError
 from sparsify.graph_meta import Source, TensorInfo
 from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
+from sparsify.recording.histories import Before, Histories
 from sparsify.recording.measure import share_of_nonzeros
 from sparsify.recording.operations import (
     PRODUCTS,
@@ -73,6 +74,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.pinned: set[fx.Node] = set()
         self.is_suspended = False
         self.is_busy = False  # what the recorder itself does is not the user's
+        self.histories: Histories | None = None
         self._here: Here | None = None
         self._origin: Origin | None = NO_ORIGIN
         self._last_placeholder: fx.Node | None = None
@@ -113,6 +115,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.error is None:
             self.error = TraceError(reason, self.positions.here().location)
 
+    def record_gradients(self, before: Before) -> Histories:
+        """Give the graph the run's gradients; ``before``: see ``Histories``."""
+        self.histories = Histories(self.emit, before)
+        self.values.is_closed = self.histories.is_closed
+        return self.histories
+
+    def arrive(self) -> None:
+        """What is emitted from now on stands at the user's present line."""
+        self._here = None
+        self._origin = NO_ORIGIN
+
     def leave_user_code(self) -> None:
         """What is emitted from now on has no place in the user's code."""
         self._here = Here(None, "", (), "")
@@ -137,8 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def record_whole(self, call: Call, run: Callable[[], Any]) -> Any:
         """Record as one node what ``run`` computes unrecorded."""
-        self._here = None
-        self._origin = NO_ORIGIN
+        self.arrive()
         args, kwargs = self.lower_all(call)
         call.result = run()
         call.has_run = True
@@ -204,6 +216,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             grad=torch.is_grad_enabled(),
             autocast=_autocast(),
         )
+        if self.histories is not None:
+            self.histories.note(node)
         return node
 
     def emit_full(self, info: TensorInfo, number: Any) -> fx.Node:
@@ -213,7 +227,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def write(self, tensor: Tensor, node: fx.Node, has_layout: bool) -> None:
         """Record that ``tensor`` now holds ``node``, and all its aliases with it."""
         value = self.value_of(tensor)
-        problem = write(value, node, has_layout, self.emit)
+        problem = write(value, node, has_layout, self)
         if problem is not None:
             raise CannotRecord(problem)
         value.number = None
@@ -261,7 +275,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def read(self, value: Value) -> fx.Node:
         """The node that holds the value now."""
-        return current(value, self.emit)
+        node = current(value, self.emit)
+        return node if self.histories is None else self.histories.read(value, node)
 
     def _depend_on(self, origin: Origin | None) -> None:
         if origin is None or self._origin is None:
@@ -309,6 +324,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta = {"val": info, "source": source, "location": None, "module": "", "loops": ()}
         value = self.values.add_root(tensor, node, placeholder=node)
         value.memory.placeholder = value.memory.placeholder or node
+        if self.histories is not None:
+            value.detached = False
+            self.histories.meet(node, tensor)
         self.placeholders[node] = tensor
         self.roots[node] = value
         if source.kind not in ("input", "constant") and tensor.numel() <= MOST_PINNED:

@@ -48,7 +48,24 @@ class Apart:
         return ""
 
 
-Assumption = Pin | Apart
+@dataclass(frozen=True)
+class Requires:
+    """Which of the tensors require gradients, in the order of the placeholders."""
+
+    names: tuple[str, ...]
+    required: tuple[bool, ...]
+    fetch: tuple[Fetch, ...]
+
+    def why_not(self, args: Args, kwargs: Kwargs) -> str:
+        for index, fetch in enumerate(self.fetch):
+            if fetch(args, kwargs).requires_grad is not self.required[index]:
+                now = "does not any more" if self.required[index] else "does now"
+                then = "required" if self.required[index] else "did not require"
+                return f"{self.names[index]} {then} gradients and {now}"
+        return ""
+
+
+Assumption = Pin | Apart | Requires
 
 
 class SharingGuard:
@@ -92,6 +109,9 @@ def find_assumptions(
     names = tuple(node.meta["source"].name for node in operands)
     fetchers = tuple(fetch.values())
     found += [Apart(names, i, fetchers) for i, node in enumerate(operands) if node in written]
+    if recorder.histories is not None:
+        required = tuple(map(recorder.histories.required, tensors.values()))
+        found.append(Requires(names, required, fetchers))
     return found
 
 

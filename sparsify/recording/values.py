@@ -42,11 +42,13 @@ class Value:
 
     ``view`` makes it from ``parent``; None means the very same elements. ``has_layout`` is False
     where the node's strides may be others than the tensor's. ``number`` is the Python number that
-    a 0-dim tensor was made from. ``origin`` is None for what may depend on anything.
+    a 0-dim tensor was made from. ``origin`` is None for what may depend on anything. ``detached``
+    tensors have no gradient history, whatever the node would have; ``follows`` is False for views
+    whose writes autograd does not see in the parent.
     """
 
     __slots__ = (
-        *("has_layout", "info", "memory", "node", "number"),
+        *("detached", "follows", "has_layout", "info", "memory", "node", "number"),
         *("origin", "parent", "version", "view"),
     )
 
@@ -67,6 +69,8 @@ class Value:
         self.has_layout = True
         self.number: int | float | bool | None = None
         self.origin: Origin | None = None
+        self.detached = False
+        self.follows = True
 
 
 class _Watched(weakref.ref[Tensor]):
@@ -81,6 +85,7 @@ class Values:
         self._values: dict[int, tuple[_Watched, Value]] = {}
         self._memories: dict[int, Memory] = {}
         self._infos: dict[Any, TensorInfo] = {}
+        self.is_closed: Callable[[], bool] | None = None  # where gradients are recorded
 
     def get(self, tensor: Tensor) -> Value | None:
         found = self._values.get(id(tensor))
@@ -118,6 +123,7 @@ class Values:
         """A tensor in memory of its own, or, for placeholders, in memory that others may see."""
         memory = self.memory_of(tensor, placeholder)
         value = Value(node, self.info(tensor), memory)
+        value.detached = self.is_closed is not None and self.is_closed()
         memory.roots.append(value)
         self.bind(tensor, value)
         return value
@@ -126,6 +132,9 @@ class Values:
         value = Value(node, self.info(tensor), parent.memory, parent, view)
         value.has_layout = parent.has_layout
         value.origin = parent.origin
+        is_closed = self.is_closed is not None and self.is_closed()
+        value.detached = parent.detached or is_closed
+        value.follows = not is_closed
         self.bind(tensor, value)
         return value
 

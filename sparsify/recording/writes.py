@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from sparsify.recording.values import Emit, Value, current
+from sparsify.recording.histories import Histories
+from sparsify.recording.values import Emit, Value
 
 aten = torch.ops.aten
 
 
-def write(value: Value, node: fx.Node, has_layout: bool, emit: Emit) -> str | None:
+Written = tuple[Value, fx.Node, bool]  # its new content, and whether the strides are the tensor's
+
+
+class Writer(Protocol):
+    """Emits nodes and reads values."""
+
+    histories: Histories | None
+
+    @property
+    def emit(self) -> Emit: ...
+
+    def read(self, value: Value) -> fx.Node: ...
+
+
+def write(value: Value, node: fx.Node, has_layout: bool, writer: Writer) -> str | None:
     """Give ``value`` the new content ``node``. Returns why that cannot be recorded, or None."""
     memory = value.memory
     if len(memory.roots) > 1:
         return "writes to memory that two of its tensors share"
-    chain = [(value, node, has_layout)]
+    chain: list[Written] = [(value, node, has_layout)]
     while chain[-1][0].parent is not None:
         viewed, content, _ = chain[-1]
         parent = viewed.parent
         assert parent is not None
-        whole = _put(viewed, parent, content, emit)
+        whole = _put(viewed, parent, content, writer)
         if whole is None:
             view = viewed.view[0] if viewed.view else None
             return f"writes through {view}, whose inverse is not known"
         keeps_layout = viewed.view is not None and viewed.view[0] in SCATTERS
         chain.append((parent, whole, keeps_layout and parent.has_layout))
+    if writer.histories is not None:
+        chain = _with_histories(chain, writer.histories)
     memory.version += 1
     for written, content, layout in chain:
         written.node = content
@@ -37,7 +54,21 @@ def write(value: Value, node: fx.Node, has_layout: bool, emit: Emit) -> str | No
     return None
 
 
-def _put(value: Value, parent: Value, content: fx.Node, emit: Emit) -> fx.Node | None:
+def _with_histories(chain: list[Written], histories: Histories) -> list[Written]:
+    """The chain with the gradient history that each tensor has after the write."""
+    done: list[Written] = []
+    is_seen = not histories.is_closed()
+    for written, content, layout in chain:
+        if is_seen:
+            written.detached = False
+            done.append((written, content, layout))
+        else:
+            done.append((written, histories.keep(written, content), layout))
+        is_seen = is_seen and written.follows
+    return done
+
+
+def _put(value: Value, parent: Value, content: fx.Node, writer: Writer) -> fx.Node | None:
     """The parent's value with ``content`` in place of the view; None if there is no operation."""
     if value.view is None:
         return content
@@ -45,11 +76,11 @@ def _put(value: Value, parent: Value, content: fx.Node, emit: Emit) -> fx.Node |
     inverse = INVERSES.get(op)
     if inverse is not None:
         target, arguments = inverse(value, parent, args, kwargs)
-        return emit(target, (content, *arguments), {}, parent.info)
+        return writer.emit(target, (content, *arguments), {}, parent.info)
     scatter = SCATTERS.get(op)
     if scatter is None:
         return None
-    return emit(scatter, (current(parent, emit), content, *args), kwargs, parent.info)
+    return writer.emit(scatter, (writer.read(parent), content, *args), kwargs, parent.info)
 
 
 SCATTERS: dict[Any, Any] = {

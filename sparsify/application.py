@@ -1,0 +1,121 @@
+"""A use of an ``autograd.Function`` in a recorded graph: a value, and whose gradient it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Stands for tensor number ``index`` among the arguments of a Function."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """The target of a graph's node ``Application(...)(value, *tensors)``.
+
+    The node's value is ``value``, which the operations of ``function.forward`` computed; its
+    gradient is that of ``function.apply(*arguments)`` with ``tensors`` in the places of the
+    Operands. ``index`` is which of several outputs it is, None where there is one only.
+
+    Two are equal if they apply the same class to equal arguments, so that iterations of a loop can
+    be compared: numbers by type and bits, objects as they compare themselves.
+    """
+
+    function: type[torch.autograd.Function]
+    arguments: tuple[Any, ...]
+    index: int | None = None
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, value: Tensor, *tensors: Tensor) -> Tensor:
+        """``value`` if no gradient can be asked for, else the output of ``function.apply``."""
+        if not torch.is_grad_enabled():
+            return value
+        if not any(tensor.requires_grad for tensor in tensors):
+            return value.detach() if value.requires_grad else value
+        result: Any = self.function.apply(*self.given(tensors))
+        return result if self.index is None else result[self.index]
+
+    def given(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The arguments of ``function.apply``."""
+        return tuple(_with_tensors(argument, tensors) for argument in self.arguments)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Application):
+            return NotImplemented
+        is_same = self.function is other.function and self.index == other.index
+        return is_same and _agree(self.arguments, other.arguments)
+
+    def __hash__(self) -> int:
+        return hash((self.function, self.index))  # arguments need not be hashable
+
+    def __repr__(self) -> str:
+        part = "" if self.index is None else f"[{self.index}]"
+        return f"{self.__name__}{part}"
+
+
+class WrittenUnseen(torch.autograd.Function):
+    """What a tensor holds after a write that autograd does not see, as under ``no_grad``.
+
+    The content is new; the gradient is still that of the tensor before.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, content: Tensor) -> Tensor:
+        return content.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
+        return gradients[0], None
+
+
+WRITTEN_UNSEEN = Application(WrittenUnseen, (Operand(0), Operand(1)))
+
+
+def take_operands(argument: Any, add: Callable[[Tensor], Operand]) -> Any:
+    """``argument`` with ``add(tensor)`` in the place of every tensor, also inside of containers."""
+    if isinstance(argument, Tensor):
+        return add(argument)
+    return _rebuilt(argument, lambda inner: take_operands(inner, add))
+
+
+def _with_tensors(argument: Any, tensors: tuple[Tensor, ...]) -> Any:
+    if isinstance(argument, Operand):
+        return tensors[argument.index]
+    return _rebuilt(argument, lambda inner: _with_tensors(inner, tensors))
+
+
+def _rebuilt(argument: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a list, tuple or dict with changed items; everything else as it is."""
+    kind = type(argument)
+    if kind is dict:
+        return {key: change(item) for key, item in argument.items()}
+    if kind in (list, tuple):
+        return kind(change(item) for item in argument)
+    if isinstance(argument, tuple) and hasattr(argument, "_fields"):
+        return kind(*(change(item) for item in argument))
+    return argument
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return a.hex() == b.hex()
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_agree, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
+    return (a == b) is True  # arrays give arrays
