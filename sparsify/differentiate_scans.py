@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify.differentiated import Operand
 from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.differentiate import differentiate
@@ -33,8 +34,8 @@ def differentiate_scans(
     made: dict[str, TrainedRegion] = {}
     refused: dict[str, Refusal] = {}
     for name, scan in wanted.items():
-        required = finder.required.get(name, frozenset())
-        parts = differentiate(scan, required) if required else None
+        required, steps = finder.found.get(name, (frozenset[Operand](), 0))
+        parts = differentiate(scan, required, steps) if required and steps else None
         if isinstance(parts, Refusal):
             refused[name] = parts
         elif parts is not None:
@@ -50,19 +51,19 @@ def measure_gradients(scans: Mapping[str, Scan], calls: Mapping[str, tuple[Any, 
 
 
 class _RequiredFinder(fx.Interpreter):
-    """Which operands of every Scan require grad."""
+    """Which operands of every Scan require grad, and how many steps it runs."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.required: dict[str, frozenset[tuple[str, int]]] = {}
+        self.found: dict[str, tuple[frozenset[Operand], int]] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, Scan):
-            _, *groups = args
+            steps, *groups = args
             given = [tensor for group in groups for tensor in group]
             places = zip(places_of(module), given, strict=True)
-            self.required[target] = frozenset(p for p, tensor in places if tensor.requires_grad)
+            self.found[target] = frozenset(p for p, t in places if t.requires_grad), steps
         return super().call_module(target, args, kwargs)
 
 

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from sparsify.binaries import Binaries
 from sparsify.call_conditions import (
     is_intercepted,
     needs_grad,
-    why_grad,
     why_observed,
 )
 from sparsify.call_key import call_key
+from sparsify.check_gradients import why_gradients_differ
 from sparsify.check_recording import why_not_repeated
 from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.backend import Binary
@@ -84,7 +84,7 @@ class Engine:
                 if entry.takes_all:
                     return self._run_original(args, kwargs)
                 operands = entry.calling.operands(args, kwargs)
-                if entry.serves(operands) and not needs_grad(operands):
+                if entry.serves(operands):
                     return self._run(entry, operands, args, kwargs)
         return self._miss(args, kwargs)
 
@@ -100,8 +100,8 @@ class Engine:
             if refusal is not None:
                 self._refuse(refusal)
                 return
-            is_training = why_grad(self.original, args, kwargs) is not None
-            with torch.no_grad() if is_training else nullcontext():
+            # In eval mode an example is one of inference, even where gradients are not disabled.
+            with nullcontext() if self.original.training else torch.no_grad():
                 recorded = record(self.original, args, kwargs, restore=True)
                 if isinstance(recorded, Unrecorded):
                     raise recorded.error
@@ -189,7 +189,7 @@ class Engine:
         return self.original.forward(*args, **kwargs)
 
     def _miss(self, args: Args, kwargs: Kwargs) -> Any:
-        refusal = self._given_up or why_grad(self.original, args, kwargs)
+        refusal = self._given_up
         if refusal is None and self._refused is not None:
             refusal = self._why_not_compile()
         if refusal is not None:
@@ -230,22 +230,30 @@ class Engine:
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
         differs = why_not_repeated(self.original, recording, args, kwargs)
+        operands = recording.calling.operands(args, kwargs)
+        if not differs and needs_grad(operands):
+            differs = why_gradients_differ(self.original, recording, args, kwargs)
         if differs:
             raise TraceError(f"the recording does not repeat the model: {differs}")
         self.recordings += 1
         self._refused = None
-        operands = recording.calling.operands(args, kwargs)
-        earlier = {site.name: site for e in self.entries for site in e.compiled.sites}
-        compiled = self._compiler.compile(recording, operands, self._plan, earlier)
-        if not self.entries:  # other recordings of a model may lack sites that the first one has
-            self._plan.check_sites(site.name for site in compiled.sites)
+        is_trained = needs_grad(operands)
+        plan = (self._plan.training or Plan()) if is_trained else self._plan
+        like = [entry for entry in self.entries if bool(entry.required) == is_trained]
+        earlier = {site.name: site for e in like for site in e.compiled.sites}
+        compiled = self._compiler.compile(recording, operands, plan, earlier)
+        if not like:  # other recordings of a model may lack sites that the first one has
+            plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
-        if self.options.timing and not compiled.placements.keys() <= self._plan.sites.keys():
+        if self.options.timing and not compiled.placements.keys() <= plan.sites.keys():
             refusal = why_not_faster(self.original, entry, args, kwargs)
             if refusal is not None:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))
-        self._plan = compiled.plan
+        if is_trained:
+            self._plan = replace(self._plan, training=compiled.plan)
+        else:
+            self._plan = replace(compiled.plan, training=self._plan.training)
         self._add(entry, operands, args, kwargs)
         if self.options.strict:
             refusal = first_refusal(compiled.sites)

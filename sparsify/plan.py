@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 PlanDecision = Literal["event", "dense", "off"]
 PLAN_DECISIONS: tuple[str, ...] = get_args(PlanDecision)
 FORMAT = 1
+GRADIENT = ".backward"  # ends the name of a product that a gradient takes
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Plan:
     """What was decided for each site by name, and how each region's kernel is built.
 
     ``"off"`` leaves a site to the original operations. Sites that a plan does not name are decided
-    when they are compiled. ``machine`` says where the decisions were taken.
+    when they are compiled. ``machine`` says where the decisions were taken. ``training`` has the
+    decisions for calls with gradients, which are taken on their own.
     """
 
     sites: Mapping[str, PlanDecision] = field(default_factory=dict)
     regions: Mapping[str, RegionPlan] = field(default_factory=dict)
     machine: str = ""
     activity: Mapping[str, float] = field(default_factory=dict)
+    training: Plan | None = None
 
     def __post_init__(self) -> None:
         for site, decision in self.sites.items():
@@ -41,8 +44,16 @@ class Plan:
                 raise ValueError(f"site {site!r}: {decision!r} is no decision; known: {known}")
 
     def pin(self, site: str, decision: PlanDecision) -> Plan:
-        """A copy in which ``site`` is decided: ``model.sparsify(x, plan=fast.plan.pin(...))``."""
-        return replace(self, sites={**self.sites, site: decision})
+        """A copy in which ``site`` is decided: ``model.sparsify(x, plan=fast.plan.pin(...))``.
+
+        A site called ``<site>.backward`` belongs to the gradient; others are pinned for calls with
+        and without gradients.
+        """
+        trained = self.training or Plan()
+        trained = replace(trained, sites={**trained.sites, site: decision})
+        if site.partition("#")[0].endswith(GRADIENT):
+            return replace(self, training=trained)
+        return replace(self, sites={**self.sites, site: decision}, training=trained)
 
     def check_sites(self, known: Iterable[str]) -> None:
         """Raise ValueError if a site is named that the model does not have."""
@@ -64,13 +75,15 @@ class Plan:
 
     def to_json(self) -> str:
         regions = {n: {"strategy": r.strategy, "tile": r.tile} for n, r in self.regions.items()}
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "machine": self.machine,
             "sites": dict(self.sites),
             "regions": regions,
             "activity": dict(self.activity),
         }
+        if self.training is not None:
+            content["training"] = json.loads(self.training.to_json())
         return json.dumps(content, indent=2)
 
     @staticmethod
@@ -81,7 +94,14 @@ class Plan:
                 raise ValueError(f"format {content['format']} is not {FORMAT}")
             regions = {name: RegionPlan(**fields) for name, fields in content["regions"].items()}
             activity = {name: float(share) for name, share in content["activity"].items()}
-            return Plan(dict(content["sites"]), regions, str(content["machine"]), activity)
+            training = content.get("training")
+            return Plan(
+                dict(content["sites"]),
+                regions,
+                str(content["machine"]),
+                activity,
+                Plan.from_json(json.dumps(training)) if training is not None else None,
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no plan: {error!r}") from error
 
@@ -94,4 +114,6 @@ class Plan:
         ]
         if self.machine:
             lines.append(f"decided on {self.machine}")
+        if self.training is not None:
+            lines += ["with gradients:", *(f"  {line}" for line in str(self.training).splitlines())]
         return "\n".join(lines) or "nothing is decided yet"

@@ -130,6 +130,7 @@ class _Capture(fx.Interpreter):
         results, saved = values[: module.results], values[module.results :]
         known = dict(zip(module.places, [t for group in groups for t in group], strict=True))
         known |= {("saved", i): value for i, value in enumerate(saved)}
+        known |= {("result", i): result for i, result in enumerate(results)}
         known |= {("d_result", i): _random_like(r) for i, r in enumerate(results)}
         inner = _Capture(module.backward)
         inner.run(*(known[place] for place in module.parts.inputs))

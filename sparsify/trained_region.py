@@ -6,13 +6,13 @@ gradients of the operands from that. Both are the Scan's own operations until ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.differentiated import Differentiated, Operand
+from sparsify.differentiated import Differentiated, Input, Operand
 from sparsify.errors import Refusal, RefusedError
 from sparsify.region import Region
 from sparsify.scan import Scan
@@ -70,7 +70,7 @@ class TrainedRegion(nn.Module):
         first, second = self.scan.carries, self.scan.carries + self.scan.xs
         return operands[:first], operands[first:second], operands[second:]
 
-    def gradients(self, known: dict[Operand, Tensor], live: set[int]) -> list[Tensor | None]:
+    def gradients(self, known: Mapping[Input, Tensor], live: set[int]) -> list[Tensor | None]:
         """The gradient of every operand; None where no result in ``live`` depends on it."""
         found = self.backward(*(known[place] for place in self.parts.inputs))
         by_place = dict(zip(self.parts.outputs, found, strict=True))
@@ -85,9 +85,12 @@ class _TrainedScan(torch.autograd.Function):
     def forward(ctx: Any, region: TrainedRegion, steps: int, *operands: Tensor) -> Any:
         carries, xs, consts = region.split(operands)
         values = region.run(steps, carries, xs, consts)
-        results, saved = values[: region.results], values[region.results :]
-        known = dict(zip(region.places, operands, strict=True))
+        # Users may write to results in place, which autograd forbids for views.
+        results = tuple(v.data if v._is_view() else v for v in values[: region.results])
+        saved = values[region.results :]
+        known: dict[Input, Tensor] = dict(zip(region.places, operands, strict=True))
         known |= {("saved", i): value for i, value in enumerate(saved)}
+        known |= {("result", i): value for i, value in enumerate(results)}
         ctx.region = region
         ctx.kept = [place for place in region.parts.inputs if place in known]
         ctx.save_for_backward(*(known[place] for place in ctx.kept))
@@ -101,7 +104,7 @@ class _TrainedScan(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RefusedError(TWICE)
         region: TrainedRegion = ctx.region
-        known: dict[Operand, Tensor] = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        known: dict[Input, Tensor] = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
         for i, gradient in enumerate(d_results):
             known["d_result", i] = _zeros(ctx.shapes[i]) if gradient is None else gradient
         live = {i for i, gradient in enumerate(d_results) if gradient is not None}
