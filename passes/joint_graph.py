@@ -1,0 +1,250 @@
+"""Trace one step of a loop together with its gradients.
+
+Before, a body with a surrogate::
+
+    v_1 = v * 0.5 + x; z = (v_1 > 1).float(); spike = Application(Spike)(z, v_1); return v_1, spike
+
+After, with what ``Spike.backward`` does written out::
+
+    v_1 = v * 0.5 + x; z = (v_1 > 1).float()
+    d = d_v_1 + d_spike / (1 + v_1 ** 2); return d * 0.5, d       # gradients of v and x
+
+The body runs as Python under autograd on fake tensors, ``torch.autograd.grad`` included, and
+``make_fx`` records what that computes: no derivative is written by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sparsify.application import Application
+from sparsify.differentiated import Operand
+from sparsify.passes.simplify_joint import erase_dead, simplify_joint
+from sparsify.scan import Scan
+
+aten = torch.ops.aten
+_KEPT_META = ("fact", "activity", "location", "module", "source")
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """One step and its gradients; the maps lead to nodes of ``graph``.
+
+    ``values`` has the node of each tensor of the body, ``gradients`` those of the operands.
+    """
+
+    scan: Scan
+    graph: fx.Graph
+    operands: dict[Operand, fx.Node]
+    d_results: dict[int, fx.Node]
+    values: dict[fx.Node, fx.Node]
+    gradients: dict[Operand, fx.Node]
+
+    def name_of(self, node: fx.Node) -> str:
+        """The body's name of the value of ``node``, or its own."""
+        return next((body.name for body, value in self.values.items() if value is node), node.name)
+
+
+def operand_places(scan: Scan) -> dict[Operand, fx.Node]:
+    """The placeholder of every operand of the body."""
+    counts = {"carry": scan.carries, "x": scan.xs, "const": scan.consts}
+    keys = [(role, index) for role, count in counts.items() for index in range(count)]
+    return dict(zip(keys, scan.placeholders, strict=True))
+
+
+def find_dependences(scan: Scan) -> list[set[Operand]]:
+    """For each result of a step, the operands that have a gradient through it in that step."""
+    places = operand_places(scan)
+    mode = FakeTensorMode()
+    with mode, torch.enable_grad():
+        operands = [_fake(place).requires_grad_(is_float(place)) for place in places.values()]
+        results = scan.body(*operands)
+        found: list[set[Operand]] = []
+        taking = [(key, t) for key, t in zip(places, operands, strict=True) if t.requires_grad]
+        for result in results:
+            if not result.requires_grad or not taking:
+                found.append(set())
+                continue
+            gradients = torch.autograd.grad(
+                result,
+                [tensor for _, tensor in taking],
+                torch.ones_like(result),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            pairs = zip(taking, gradients, strict=True)
+            found.append({key for (key, _), gradient in pairs if gradient is not None})
+    return found
+
+
+def trace_joint(scan: Scan, active: Sequence[Operand], useful: Sequence[int]) -> JointGraph:
+    """Trace a step with gradients of the results ``useful`` with respect to ``active``.
+
+    Raises what the user's backward raises.
+    """
+    places = operand_places(scan)
+    reached: list[Operand] = []
+    kept: list[fx.Node] = []
+
+    def joint(*tensors: Tensor) -> list[Tensor]:
+        given, d_results = tensors[: len(places)], tensors[len(places) :]
+        with torch.enable_grad():
+            operands = {
+                key: tensor.detach().requires_grad_(key in active)
+                for key, tensor in zip(places, given, strict=True)
+            }
+            run = _KeepValues(scan.body)
+            run.run(*operands.values())
+            results = [run.values[scan.results[index]] for index in useful]
+            gradients = torch.autograd.grad(
+                results, [operands[key] for key in active], d_results, allow_unused=True
+            )
+        pairs = [(k, g) for k, g in zip(active, gradients, strict=True) if g is not None]
+        reached[:] = [key for key, _ in pairs]
+        kept[:] = run.values
+        return [*run.values.values(), *(gradient for _, gradient in pairs)]
+
+    with FakeTensorMode():
+        examples = [_fake(place) for place in places.values()]
+        examples += [_fake(scan.results[index]) for index in useful]
+    traced = _trace(joint, examples)
+    graph = traced.graph
+    _write_out_numbers(traced)
+    simplify_joint(graph)
+    _join_applications(graph, kept)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    [output] = [node for node in graph.nodes if node.op == "output"]
+    returned: Any = output.args[0]
+    values = dict(zip(kept, returned, strict=False))
+    for node, value in values.items():
+        for key in _KEPT_META:
+            if key in node.meta:
+                value.meta.setdefault(key, node.meta[key])
+    return JointGraph(
+        scan,
+        graph,
+        dict(zip(places, inputs, strict=False)),
+        dict(zip(useful, inputs[len(places) :], strict=True)),
+        values,
+        dict(zip(reached, returned[len(kept) :], strict=True)),
+    )
+
+
+def is_application(node: fx.Node) -> bool:
+    """True for uses of an autograd.Function, whose value is their first argument."""
+    return isinstance(node.target, Application)
+
+
+def _join_applications(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:
+    """Let what a Function's forward computes again be the value that the step has already."""
+    [output] = [node for node in graph.nodes if node.op == "output"]
+    for index, node in enumerate(kept):
+        if is_application(node):
+            returned: Any = output.args[0]
+            known, again = returned[kept.index(node.args[0])], returned[index]
+            if again is not known:
+                again.replace_all_uses_with(known)
+    erase_dead(graph)
+
+
+def _write_out_numbers(traced: fx.GraphModule) -> None:
+    """Make literals of the tensors that a backward made of one number, as ``d[mask] = 0`` does.
+
+    Others stay, as ``get_attr`` nodes.
+    """
+    for node in list(traced.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(traced, node.target)
+        if value.numel() == 0 or not bool((value == value.reshape(-1)[0]).all()):
+            continue
+        with traced.graph.inserting_before(node):
+            full = traced.graph.call_function(
+                aten.full.default,
+                (list(value.shape), value.reshape(-1)[0].item()),
+                {"dtype": value.dtype, "device": value.device},
+            )
+        full.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(full)
+        traced.graph.erase_node(node)
+
+
+def is_float(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype.is_floating_point)
+
+
+class _KeepValues(fx.Interpreter):
+    """Runs a body and keeps the value of every node that is a tensor."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__(body, garbage_collect_values=False)
+        self.values: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.values[n] = value
+        return value
+
+
+def _trace(function: Callable[..., Any], examples: list[Tensor]) -> fx.GraphModule:
+    traced = make_fx(function, _decompositions(), tracing_mode="fake")(*examples)
+    if not any(_writes(node) for node in traced.graph.nodes):
+        return traced
+    # Gradients are in the graph now, so that writes can be made new values.
+    pure = torch.func.functionalize(traced, remove="mutations")
+    return make_fx(pure, _decompositions(), tracing_mode="fake")(*examples)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _fake(node: fx.Node) -> Tensor:
+    """A tensor of the active fake mode with the layout of ``node``."""
+    info = node.meta["val"]
+    return torch.empty_strided(info.shape, info.stride, dtype=info.dtype, device=info.device)
+
+
+def _shrink_backward(d: Tensor, value: Tensor, bound: Any) -> Tensor:
+    inside = (value >= -bound) & (value <= bound)
+    return torch.where(inside, torch.zeros((), dtype=d.dtype, device=d.device), d)
+
+
+def _decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """Gradient formulas that torch has as one operation, by those that kernels have."""
+    found: dict[Any, Callable[..., Any]] = {
+        aten.hardshrink_backward.default: _shrink_backward,
+        aten.softshrink_backward.default: _shrink_backward,
+    }
+    for name in _DECOMPOSED:
+        overload = getattr(aten, name).default
+        found[overload] = decomposition_table[overload]
+    return found
+
+
+_DECOMPOSED = (
+    "sigmoid_backward",
+    "tanh_backward",
+    "threshold_backward",
+    "hardtanh_backward",
+    "leaky_relu_backward",
+    "softplus_backward",
+    "elu_backward",
+    "gelu_backward",
+    "silu_backward",
+    "hardsigmoid_backward",
+    "hardswish_backward",
+    "log_sigmoid_backward",
+    "native_dropout_backward",
+    "slice_backward",
+    "select_backward",
+)
