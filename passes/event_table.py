@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from sparsify.application import Application
 from sparsify.passes.event_rules import (
     ZERO,
     Rule,
@@ -112,6 +113,12 @@ RULES: dict[object, Rule] = {
     **_overloads(lambda node, operand: constant(1, False), "ones", "ones_like", "new_ones"),
     aten.scatter.value: scatter_value,
 }
+
+
+def rule_of(target: object) -> Rule | None:
+    """What an operation makes of facts; None for dense real values."""
+    return same if isinstance(target, Application) else RULES.get(target)
+
 
 # Sums: a value that is added to from step to step is soon zero nowhere.
 SUMS: frozenset[Rule] = frozenset({add, subtract, subtract_from, add_product, blend})

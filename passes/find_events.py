@@ -38,8 +38,9 @@ from sparsify.passes.event_rules import (
     negate,
     same,
 )
-from sparsify.passes.event_table import RULES, STARTS, SUMS
+from sparsify.passes.event_table import STARTS, SUMS, rule_of
 from sparsify.passes.result import PassResult
+from sparsify.passes.without_gradients import is_application
 from sparsify.scan import Scan
 
 aten = torch.ops.aten
@@ -83,7 +84,7 @@ class _Finder:
             return self._scan(node, module) if isinstance(module, Scan) else DENSE
         if node.target is operator.getitem:
             return self._part(node)
-        rule = RULES.get(node.target)
+        rule = rule_of(node.target)
         is_noise = draws_random(node) and node.target is not aten.bernoulli.default
         if rule is None or is_noise or not node.args:
             return DENSE
@@ -144,28 +145,33 @@ def find_sums(scan: Scan) -> set[fx.Node]:
     """
     graph: nx.DiGraph[fx.Node] = nx.DiGraph()
     for node in scan.body.graph.nodes:
-        if node.target in RULES and not _cuts(node):
-            graph.add_edges_from((operand, node) for operand in node.all_input_nodes)
+        if rule_of(node.target) is not None and not _cuts(node):
+            graph.add_edges_from((operand, node) for operand in _sources(node))
     carries = scan.placeholders[: scan.carries]
     graph.add_edges_from(
         (value, carry) for carry, value in zip(carries, scan.results, strict=False)
     )
     found: set[fx.Node] = set()
     for component in nx.strongly_connected_components(graph):
-        if any(RULES.get(node.target) in SUMS for node in component):
+        if any(rule_of(node.target) in SUMS for node in component):
             found |= component
     return found
 
 
 def _cuts(node: fx.Node) -> bool:
     """A threshold decides what of the result is zero, whatever the operands were."""
-    rule = RULES[node.target]
+    rule = rule_of(node.target)
     gated = rule in (multiply, choose, fill_masked)
     return rule in STARTS or (gated and any(map(_is_gate, node.all_input_nodes)))
 
 
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The operands that the value is made of: of a Function's use its value alone."""
+    return node.all_input_nodes[:1] if is_application(node) else node.all_input_nodes
+
+
 def _is_gate(node: fx.Node) -> bool:
-    rule = RULES.get(node.target)
+    rule = rule_of(node.target)
     follows = rule in (same, cast, negate) or (rule is multiply and len(node.all_input_nodes) == 1)
     return rule in STARTS or (follows and _is_gate(node.all_input_nodes[0]))
 

@@ -36,6 +36,7 @@ from sparsify.passes.lower_ops import DTYPES, VIEWS, fill_of
 from sparsify.passes.lower_phases import Placed, Write, order_phases
 from sparsify.passes.lower_refusals import Refused, refuse
 from sparsify.passes.why_not_lower import product_weights, why_not_operations
+from sparsify.passes.without_gradients import without_gradients
 from sparsify.scan import Scan
 
 
@@ -44,6 +45,7 @@ def lower_scan(scan: Scan, name: str) -> Lowered | Refusal:
 
     Kernels of recordings that differ in batch size or steps only are equal.
     """
+    scan = without_gradients(scan)
     live = find_live(scan)
     refused = why_not_operations(live, find_constants(scan, live))
     if refused is not None:

@@ -17,6 +17,7 @@ from sparsify.passes.classify_ops import (
 )
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, FILLS, POWERS, ROWS
 from sparsify.passes.lower_refusals import refuse
+from sparsify.passes.without_gradients import is_application
 
 aten = torch.ops.aten
 
@@ -75,7 +76,7 @@ def _why_not_dtype(node: fx.Node) -> Refusal | None:
 
 
 def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
-    if node.op in ("placeholder", "output"):
+    if node.op in ("placeholder", "output") or is_application(node):
         return None
     if draws_random(node):
         reason = f"{node.target} draws random numbers in every step."

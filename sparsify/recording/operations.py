@@ -133,11 +133,14 @@ def _typed(argument: Any) -> tuple[str, str]:
     return argument.name, str(argument.type)
 
 
-@functools.cache
 def name_of_op(target: Any) -> str:
     """What nodes of this operation are called, before a number is added."""
-    if not isinstance(target, Op):
-        return str(target.__name__).lower()
+    # Uses of Functions hold their arguments, which no cache may keep alive.
+    return _name(target) if isinstance(target, Op) else str(target.__name__).lower()
+
+
+@functools.cache
+def _name(target: Op) -> str:
     name = target._schema.name.partition("::")[2]
     return f"{name}_{target._overloadname}".lower()
 
