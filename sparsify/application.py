@@ -26,7 +26,8 @@ class Application:
     Operands. ``index`` is which of several outputs it is, None where there is one only.
 
     Two are equal if they apply the same class to equal arguments, so that iterations of a loop can
-    be compared: numbers by type and bits, objects as they compare themselves.
+    be compared: numbers by type and bits, objects as they compare themselves. Each output of several
+    has a call of ``apply`` of its own, so gradients that come through two of them are added up.
     """
 
     function: type[torch.autograd.Function]
@@ -43,8 +44,10 @@ class Application:
             return value
         if not any(tensor.requires_grad for tensor in tensors):
             return value.detach() if value.requires_grad else value
-        result: Any = self.function.apply(*self.given(tensors))
-        return result if self.index is None else result[self.index]
+        apply: Any = self.function.apply
+        result = apply(*self.given(tensors))
+        output: Tensor = result if self.index is None else result[self.index]
+        return output
 
     def given(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """The arguments of ``function.apply``."""
@@ -118,4 +121,5 @@ def _agree(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_agree, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
-    return (a == b) is True  # arrays give arrays
+    equal: Any = a == b
+    return equal is True  # arrays give arrays

@@ -238,17 +238,17 @@ def straight_through(x: Tensor) -> Tensor:
 
 
 SURROGATES: dict[str, Spike] = {
-    "atan": lambda x: ATan.apply(x, 2.0),  # type: ignore[no-any-return]
-    "fast sigmoid": lambda x: FastSigmoid.apply(x),  # type: ignore[no-any-return]
-    "super spike": lambda x: SuperSpike.apply(x, torch.as_tensor(10.0)),  # type: ignore[no-any-return]
-    "triangular": lambda x: Triangular.apply(x, alpha=0.5),  # type: ignore[no-any-return]
-    "rect": lambda x: Rect.apply(x, 1.0),  # type: ignore[no-any-return]
-    "piecewise quadratic": lambda x: PiecewiseQuadratic.apply(x, 1.0),  # type: ignore[no-any-return]
-    "sigmoid slope": lambda x: SigmoidSlope.apply(x, 4.0),  # type: ignore[no-any-return]
-    "gaussian": lambda x: Gaussian.apply(x, bell),  # type: ignore[no-any-return]
-    "straight through": lambda x: StraightThrough.apply(x),  # type: ignore[no-any-return]
-    "event triangle": lambda x: EventTriangle.apply(x, torch.zeros(()), 0.7, 1.0),  # type: ignore[no-any-return]
-    "spike and reset": lambda x: SpikeAndReset.apply(x, torch.zeros(1))[0],  # type: ignore[no-any-return]
+    "atan": lambda x: ATan.apply(x, 2.0),
+    "fast sigmoid": lambda x: FastSigmoid.apply(x),
+    "super spike": lambda x: SuperSpike.apply(x, torch.as_tensor(10.0)),
+    "triangular": lambda x: Triangular.apply(x, alpha=0.5),
+    "rect": lambda x: Rect.apply(x, 1.0),
+    "piecewise quadratic": lambda x: PiecewiseQuadratic.apply(x, 1.0),
+    "sigmoid slope": lambda x: SigmoidSlope.apply(x, 4.0),
+    "gaussian": lambda x: Gaussian.apply(x, bell),
+    "straight through": lambda x: StraightThrough.apply(x),
+    "event triangle": lambda x: EventTriangle.apply(x, torch.zeros(()), 0.7, 1.0),
+    "spike and reset": lambda x: SpikeAndReset.apply(x, torch.zeros(1))[0],
     "captured apply": CapturedApply(),
     "plain in eval": PlainInEval(),
     "detach alone": straight_through,

@@ -58,6 +58,7 @@ class Applications:
     def __init__(self, recorder: Recorder, histories: Histories) -> None:
         self._recorder = recorder
         self._histories = histories
+        self.functions: dict[type[torch.autograd.Function], None] = {}  # those that were applied
 
     def on_call(self, frame: FrameType) -> Any:
         """What traces the frame, None for nothing."""
@@ -81,10 +82,15 @@ class Applications:
         use = self._try(self._begin, function, given["args"], given["kwargs"])
         frame.f_trace_lines = False
         self._histories.functions += 1
+        if use is not None:
+            self._histories.applied = function.__name__
+            self.functions[function] = None
 
         def on_event(frame: FrameType, event: str, result: Any) -> Any:
             if event == "return":
                 self._histories.functions -= 1
+                if use is not None:
+                    self._histories.applied = ""
                 if result is not None:
                     self._try(self._end, function, use, result)
             return on_event

@@ -22,6 +22,9 @@ GLOBAL_HOOKS = {
 }
 
 
+saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def autocast() -> tuple[tuple[str, torch.dtype], ...]:
     """The devices on which autocast is enabled, with its dtype."""
     return tuple(
@@ -61,6 +64,7 @@ QUESTIONS: Mapping[str, str] = {
     "active modes": "active_modes() if function_modes() or dispatch_modes() else ()",
     "functorch transform": "functorch() is not None",
     "torch.jit tracing": "tracing() is not None",
+    "saved-tensor hooks": "saved_hooks(True) is not None",
     "global hooks": (
         "global_hooks() if hooks_before or hooks_after or hooks_backward or hooks_backward_pre "
         "else ()"
@@ -82,6 +86,7 @@ def vocabulary() -> dict[str, Any]:
         "dispatch_modes": torch._C._len_torch_dispatch_stack,
         "functorch": torch._C._functorch.peek_interpreter_stack,
         "tracing": torch._C._get_tracing_state,
+        "saved_hooks": saved_hooks,
         "global_hooks": global_hooks,
         "variables": environment_variables(),
         "hooks_before": torch_module._global_forward_pre_hooks,

@@ -45,13 +45,13 @@ REFUSED: dict[Any, str] = {
     Tensor.map_: "map_() calls Python for every element",
     Tensor.apply_: "apply_() calls Python for every element",
 }
-GRAD: Any = Tensor.grad.__get__  # type: ignore[attr-defined]
+_PROPERTIES: Any = Tensor
+GRAD = _PROPERTIES.grad.__get__
 REFUSED_IN_TRAINING: dict[Any, str] = {
     Tensor.retain_grad: "retain_grad() is called inside forward; return the tensor and call it "
     "outside",
-    Tensor.grad_fn.__get__:  # type: ignore[attr-defined]
-    "forward looks at a tensor's grad_fn, which is another one where kernels run; look at "
-    "requires_grad",
+    _PROPERTIES.grad_fn.__get__: "forward looks at a tensor's grad_fn, which is another one where "
+    "kernels run; look at requires_grad",
     Tensor.register_post_accumulate_grad_hook: "a hook is put on a tensor inside forward",
 }
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)

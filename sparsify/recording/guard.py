@@ -137,6 +137,20 @@ class Seen:
         undo(self._changes)
         restore_random(self._random)
 
+    def will_run(self, *functions: object) -> None:
+        """Follow what functions, and those that they name, can read when they run later."""
+        waiting = [held for held in functions if isinstance(held, FunctionType)]
+        while waiting:
+            function = waiting.pop()
+            if id(function.__code__) in self._walk.codes:
+                continue
+            known = set(self._walk.functions)
+            self._follow(self._walk.root, function, function.__qualname__)
+            for code in _codes_in(function.__code__):
+                self._follow(self._walk.enter, code, function.__globals__, {})
+            new = self._walk.functions.keys() - known
+            waiting += [self._walk.functions[key][0].value for key in new]
+
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
         if self._foreign is not None:
@@ -203,6 +217,14 @@ def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[Seen]:
         sys.setprofile(None)
         _resume_profiler(before)
     seen._follow(seen._finish)
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    """``code`` and that of the functions defined in it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes_in(inner)
 
 
 def _users_line(frame: FrameType) -> tuple[str, int]:

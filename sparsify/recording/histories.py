@@ -37,6 +37,18 @@ def look_up(tensors: Iterable[Tensor]) -> Before:
     return {id(t): History(t.requires_grad, t.grad_fn) for t in tensors}
 
 
+def put_back_histories(tensors: Iterable[Tensor], before: Before) -> None:
+    """Take from tensors the histories that a run gave them."""
+    for tensor in tensors:
+        known = before.get(id(tensor))
+        if known is None or known.maker is not None:
+            continue
+        if tensor.grad_fn is not None:
+            tensor.detach_()
+        elif tensor.requires_grad is not known.required:
+            tensor.requires_grad_(known.required)
+
+
 class Histories:
     """``before`` has the tensors that were there when the run began."""
 
@@ -44,6 +56,7 @@ class Histories:
         self._emit = emit
         self._before = before
         self.functions = 0  # how many autograd Functions are being applied, one in the other
+        self.applied = ""  # the outermost of them, where it becomes an Application
         self._present: set[fx.Node] = set()  # nodes that have a history when the graph is executed
         self._ended: set[fx.Node] = set()  # nodes whose operands are all detached
         self._detached: dict[fx.Node, fx.Node] = {}

@@ -18,9 +18,10 @@ from sparsify.errors import TraceError
 from sparsify.recording.applications import Applications
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.conclusion import Conclusion
+from sparsify.recording.environment import saved_hooks
 from sparsify.recording.escapes import Escapes
 from sparsify.recording.guard import Seen, watch
-from sparsify.recording.histories import look_up
+from sparsify.recording.histories import look_up, put_back_histories
 from sparsify.recording.positions import Positions
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Guard, Kwargs, Recording, Unrecorded
@@ -67,25 +68,34 @@ class _Run:
         self.positions = Positions(model)
         self.recorder = Recorder(self.positions, self.known, rule_of, self.saved.before_write)
         self.before = look_up(self.known.tensors()) if torch.is_grad_enabled() else {}
+        self.applications: Applications | None = None
         if any(history.required for history in self.before.values()):
             histories = self.recorder.record_gradients(self.before)
-            self.positions.watcher = Applications(self.recorder, histories)
+            self.applications = Applications(self.recorder, histories)
+            self.positions.watcher = self.applications
 
     def record(self) -> Recording | Unrecorded:
         try:
             with marked_before():
                 with watch(self.model, self.args, self.kwargs) as seen:
                     result = self._run()
+                    for function in self.applications.functions if self.applications else ():
+                        seen.will_run(function.backward, function.vjp)
                 conclusion = self._conclude(result)
             outcome = self._outcome(seen, conclusion, result)
         finally:
             self.saved.put_back()
         if self.restore:
             seen.restore_python()
+            put_back_histories(self.known.tensors(), self.before)
         return outcome
 
     def _run(self) -> Any:
         torch.clear_autocast_cache()
+        if self.applications is not None and saved_hooks(True) is not None:
+            self.recorder.fail(
+                "saved_tensors_hooks are in use around the model, which kernels would not call"
+            )
         with uncompiled(), self.positions, self.recorder, Escapes(self.recorder):
             return self.model.forward(*self.args, **self.kwargs)
 

@@ -131,6 +131,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._here = Here(None, "", (), "")
 
     def _record(self, call: Call) -> None:
+        if self.histories is not None and self.histories.applied and call.facts.is_random:
+            raise CannotRecord(
+                f"{self.histories.applied}.forward draws random numbers, which its gradient would "
+                "draw anew; draw them outside and pass them in"
+            )
         rule = self.rule_of(call.op)
         if rule is not None:
             rule(self, call)

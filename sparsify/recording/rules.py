@@ -119,6 +119,11 @@ def batch_norm(recorder: Recorder, call: Call) -> None:
     op = aten._native_batch_norm_legit_functional.default
     args = (x, weight, bias, mean, variance, training, momentum, eps)
     lowered = [recorder.lower(a) for a in args]
+    if recorder.histories is not None:  # autograd saves them, and the call writes to them later
+        lowered[3:5] = [
+            recorder.emit(aten.clone.default, (node,), {}, node.meta["val"])
+            for node in lowered[3:5]
+        ]
     for written in (mean, variance):
         recorder.announce_write(written)
     result = call.run()

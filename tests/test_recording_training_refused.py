@@ -1,0 +1,186 @@
+"""What cannot be recorded with gradients: the message names what, the line and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsify.recording.record import record
+from sparsify.recording.recording import Recording, Unrecorded
+from tests.recorded_gradients import Weighted, check, refused
+from tests.surrogates import ATan
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.clamp_(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Noisy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (torch.rand_like(x) < x).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def saved_by_hand(self: Any, x: Tensor) -> Any:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        return (x @ self.weight).sigmoid()
+
+
+def inner_gradient(self: Any, x: Tensor) -> Any:
+    h = (x @ self.weight).sin()
+    [slope] = torch.autograd.grad(h.sum(), x, create_graph=True)
+    return h * slope.detach()
+
+
+def inner_backward(self: Any, x: Tensor) -> Any:
+    y = (x.detach().requires_grad_() * 2).sum()
+    torch.autograd.backward([y])
+    return x @ self.weight
+
+
+def retained(self: Any, x: Tensor) -> Any:
+    h = x @ self.weight
+    h.retain_grad()
+    return h * 2
+
+
+def hooked(self: Any, x: Tensor) -> Any:
+    h = x @ self.weight
+    h.register_hook(lambda gradient: gradient * 2)
+    return h * 2
+
+
+def maker_of(self: Any, x: Tensor) -> Any:
+    h = x @ self.weight
+    return h if h.grad_fn is None else h * 2
+
+
+def own_leaf(self: Any, x: Tensor) -> Any:
+    v = torch.zeros(3, 4, requires_grad=True)
+    return x @ self.weight, v * 2
+
+
+def sets_requires_grad(self: Any, x: Tensor) -> Any:
+    self.scale.requires_grad_()
+    return x @ self.weight * self.scale
+
+
+def reentrant(self: Any, x: Tensor) -> Any:
+    result: Tensor = checkpoint(lambda h: (h @ self.weight).sin(), x, use_reentrant=True)
+    return result
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "mark_dirty": (
+        lambda self, x: InPlace.apply(x @ self.weight),
+        "InPlace.forward writes to its argument in place (mark_dirty); let it return a new tensor",
+        "InPlace.apply",
+    ),
+    "saved-tensor hooks": (saved_by_hand, "saved_tensors_hooks are used", "saved_tensors_hooks("),
+    "autograd.grad": (inner_gradient, "computed inside forward", "torch.autograd.grad("),
+    "autograd.backward": (inner_backward, "computed inside forward", "torch.autograd.backward"),
+    "retain_grad": (retained, "retain_grad() is called inside forward", "h.retain_grad()"),
+    "hook": (hooked, "a hook is put on a tensor inside forward", "register_hook"),
+    "grad_fn": (maker_of, "grad_fn", "h.grad_fn is None"),
+    "a leaf of its own": (own_leaf, "requires_grad is set inside forward", ""),
+    "requires_grad_": (sets_requires_grad, "forward sets requires_grad of scale", ""),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    function, message, line = REFUSED[name]
+    error = refused(Weighted(function, scale=torch.ones(4)), X)
+    assert message in str(error)
+    if line:
+        assert error.location is not None and line in error.location.code
+
+
+def test_random_numbers_in_a_function() -> None:
+    torch.manual_seed(0)
+
+    found = record(Weighted(lambda self, x: Noisy.apply(x @ self.weight)), (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert "Noisy.forward draws random numbers" in str(found.error)
+    assert "pass them in" in str(found.error)
+
+
+def test_a_reentrant_checkpoint() -> None:
+    model = Weighted(reentrant)
+    found = record(model, (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert "give it use_reentrant=False" in str(found.error)
+    found.result.sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_a_gradient_that_is_read() -> None:
+    model = Weighted(lambda self, x: x @ self.weight + self.weight.grad.sum())
+    model.weight.grad = torch.ones(4, 4)
+
+    found = record(model, (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert "forward reads a tensor's .grad" in str(found.error)
+
+
+def test_a_backward_hook_on_a_submodule() -> None:
+    seen: list[object] = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model[0].register_full_backward_hook(lambda module, before, after: seen.append(module))
+
+    found = record(model, (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert "a backward hook is on a module" in str(found.error)
+    found.result.sum().backward()
+    assert seen == [model[0]]
+
+
+def test_hooks_around_the_model() -> None:
+    with torch.autograd.graph.save_on_cpu():
+        error = refused(Weighted(lambda self, x: x @ self.weight), X)
+    assert "saved_tensors_hooks are in use around the model" in str(error)
+
+
+def test_a_detached_state() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        self.mem.detach_()
+        self.mem = x @ self.weight + self.mem
+        return self.mem * 2
+
+    model = Weighted(forward, mem=torch.zeros(3, 4))
+
+    first = record(model, (X,), {})
+    assert isinstance(first, Recording), first.error
+    found = record(model, (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert "forward detaches mem in place; bind the detached tensor instead" in str(found.error)
+
+
+def test_checkpoint_without_reentry_is_recorded() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        def part(h: Tensor) -> Tensor:
+            spikes: Tensor = ATan.apply(h @ self.weight, 2.0)
+            return spikes.sin()
+
+        result: Tensor = checkpoint(part, x, use_reentrant=False)
+        return result * self.decay
+
+    check(Weighted(forward), X)
