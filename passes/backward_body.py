@@ -12,7 +12,7 @@ After::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,14 @@ def write_backward(
     joint: JointGraph,
     leaving: Leaving,
     saved: Mapping[fx.Node, Input],
-    carries: Sequence[int],
+    required: Set[Operand],
     steps: int,
 ) -> BackwardGraph:
-    """The gradients of ``joint`` for all steps. ``carries`` are those whose gradients flow."""
-    return _Writer(joint, leaving, saved, carries, steps).write()
+    """The gradients with respect to ``required`` for all steps.
+
+    ``saved`` says where the values of every step are found that the gradients read.
+    """
+    return _Writer(joint, leaving, saved, required, steps).write()
 
 
 class _Writer:
@@ -61,11 +64,12 @@ class _Writer:
         joint: JointGraph,
         leaving: Leaving,
         saved: Mapping[fx.Node, Input],
-        carries: Sequence[int],
+        required: Set[Operand],
         steps: int,
     ) -> None:
         self.joint, self.leaving, self.saved, self.steps = joint, leaving, saved, steps
-        self.carries = carries
+        self.required = required
+        self.carries = joint.active_carries
         self.stacked = self._find_stacked()
         self.graph = fx.Graph()
         self.names = Names()
@@ -95,6 +99,8 @@ class _Writer:
         by_operand: dict[Operand, fx.Node] = {}
         for operand, gradient in sorted(self.joint.gradients.items(), key=_place):
             role, index = operand
+            if operand not in self.required:
+                continue
             if role == "carry":
                 by_operand[operand] = finals[index]
             else:

@@ -15,7 +15,7 @@ The body runs as Python under autograd on fake tensors, ``torch.autograd.grad`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsify.application import Application
 from sparsify.differentiated import Operand
+from sparsify.passes.new_values import without_writes
 from sparsify.passes.simplify_joint import erase_dead, simplify_joint
 from sparsify.scan import Scan
 
@@ -38,13 +39,15 @@ _KEPT_META = ("fact", "activity", "location", "module", "source")
 class JointGraph:
     """One step and its gradients; the maps lead to nodes of ``graph``.
 
-    ``values`` has the node of each tensor of the body, ``gradients`` those of the operands.
+    ``values`` has the node of each tensor of the body, ``gradients`` those of the operands, and
+    ``active_carries`` are the carries whose gradients are wanted or flow to wanted ones.
     """
 
     scan: Scan
     graph: fx.Graph
     operands: dict[Operand, fx.Node]
     d_results: dict[int, fx.Node]
+    active_carries: tuple[int, ...]
     values: dict[fx.Node, fx.Node]
     gradients: dict[Operand, fx.Node]
 
@@ -60,37 +63,16 @@ def operand_places(scan: Scan) -> dict[Operand, fx.Node]:
     return dict(zip(keys, scan.placeholders, strict=True))
 
 
-def find_dependences(scan: Scan) -> list[set[Operand]]:
-    """For each result of a step, the operands that have a gradient through it in that step."""
-    places = operand_places(scan)
-    mode = FakeTensorMode()
-    with mode, torch.enable_grad():
-        operands = [_fake(place).requires_grad_(is_float(place)) for place in places.values()]
-        results = scan.body(*operands)
-        found: list[set[Operand]] = []
-        taking = [(key, t) for key, t in zip(places, operands, strict=True) if t.requires_grad]
-        for result in results:
-            if not result.requires_grad or not taking:
-                found.append(set())
-                continue
-            gradients = torch.autograd.grad(
-                result,
-                [tensor for _, tensor in taking],
-                torch.ones_like(result),
-                retain_graph=True,
-                allow_unused=True,
-            )
-            pairs = zip(taking, gradients, strict=True)
-            found.append({key for (key, _), gradient in pairs if gradient is not None})
-    return found
+def trace_joint(
+    scan: Scan, dependences: Sequence[Set[Operand]], active: Set[Operand]
+) -> JointGraph:
+    """Trace a step with gradients with respect to ``active``, through all results.
 
-
-def trace_joint(scan: Scan, active: Sequence[Operand], useful: Sequence[int]) -> JointGraph:
-    """Trace a step with gradients of the results ``useful`` with respect to ``active``.
-
-    Raises what the user's backward raises.
+    ``dependences`` are those of ``find_dependences``. Raises what the user's backward raises.
     """
     places = operand_places(scan)
+    wanted = [key for key in places if key in active]
+    useful = [index for index, found in enumerate(dependences) if found & active]
     reached: list[Operand] = []
     kept: list[fx.Node] = []
 
@@ -104,17 +86,18 @@ def trace_joint(scan: Scan, active: Sequence[Operand], useful: Sequence[int]) ->
             run = _KeepValues(scan.body)
             run.run(*operands.values())
             results = [run.values[scan.results[index]] for index in useful]
-            gradients = torch.autograd.grad(
-                results, [operands[key] for key in active], d_results, allow_unused=True
-            )
-        pairs = [(k, g) for k, g in zip(active, gradients, strict=True) if g is not None]
+            gradients: Sequence[Tensor | None] = ()
+            if results:
+                sources = [operands[key] for key in wanted]
+                gradients = torch.autograd.grad(results, sources, d_results, allow_unused=True)
+        pairs = [(k, g) for k, g in zip(wanted, gradients, strict=False) if g is not None]
         reached[:] = [key for key, _ in pairs]
         kept[:] = run.values
         return [*run.values.values(), *(gradient for _, gradient in pairs)]
 
     with FakeTensorMode():
-        examples = [_fake(place) for place in places.values()]
-        examples += [_fake(scan.results[index]) for index in useful]
+        examples = [fake_like(place) for place in places.values()]
+        examples += [fake_like(scan.results[index]) for index in useful]
     traced = _trace(joint, examples)
     graph = traced.graph
     _write_out_numbers(traced)
@@ -133,6 +116,7 @@ def trace_joint(scan: Scan, active: Sequence[Operand], useful: Sequence[int]) ->
         graph,
         dict(zip(places, inputs, strict=False)),
         dict(zip(useful, inputs[len(places) :], strict=True)),
+        tuple(index for role, index in wanted if role == "carry"),
         values,
         dict(zip(reached, returned[len(kept) :], strict=True)),
     )
@@ -197,18 +181,14 @@ class _KeepValues(fx.Interpreter):
 
 def _trace(function: Callable[..., Any], examples: list[Tensor]) -> fx.GraphModule:
     traced = make_fx(function, _decompositions(), tracing_mode="fake")(*examples)
-    if not any(_writes(node) for node in traced.graph.nodes):
+    if without_writes(traced.graph):
         return traced
     # Gradients are in the graph now, so that writes can be made new values.
     pure = torch.func.functionalize(traced, remove="mutations")
     return make_fx(pure, _decompositions(), tracing_mode="fake")(*examples)
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _fake(node: fx.Node) -> Tensor:
+def fake_like(node: fx.Node) -> Tensor:
     """A tensor of the active fake mode with the layout of ``node``."""
     info = node.meta["val"]
     return torch.empty_strided(info.shape, info.stride, dtype=info.dtype, device=info.device)

@@ -14,7 +14,7 @@ After: that comparison is saved, one bit, and not ``u``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import networkx as nx  # type: ignore[import-untyped]
 import torch
@@ -44,23 +44,25 @@ _TIE = 16  # costs are in sixteenths of a bit, so that ties can be broken
 _DUPLICATED = 1000  # times what it costs to save: a product computed a second time to be saved
 
 
-def choose_saved(joint: JointGraph, needed: Iterable[fx.Node]) -> list[fx.Node]:
+def choose_saved(
+    joint: JointGraph, needed: Iterable[fx.Node], kept: Set[fx.Node] = frozenset()
+) -> list[fx.Node]:
     """The nodes whose values of every step the gradient is given, in the order of the graph.
 
-    ``needed`` are nodes of a step that do not depend on gradients. Operands x may be among the
-    result, constants never are.
+    ``needed`` are nodes of a step that do not depend on gradients; those that are ``kept`` are not
+    computed anew. Operands x may be among the result, constants never are.
     """
     wanted = set(needed)
     invariant = find_invariant(joint)
     network: nx.DiGraph[object] = nx.DiGraph()
     network.add_nodes_from(("source", "sink"))
-    for node in _before(wanted):
+    for node in _before(wanted, kept):
         if node in invariant:
             continue
         network.add_edge((node, "in"), (node, "out"), capacity=_cost(joint, node))
         if node in wanted:
             network.add_edge((node, "out"), "sink")
-        if not is_recomputable(node):
+        if node in kept or not is_recomputable(node):
             network.add_edge("source", (node, "in"))
             continue
         for operand in node.all_input_nodes:
@@ -94,7 +96,7 @@ def is_binary(node: fx.Node) -> bool:
     return bool(info.dtype is torch.bool or (known and info.dtype.is_floating_point))
 
 
-def _before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def _before(nodes: Iterable[fx.Node], kept: Set[fx.Node]) -> set[fx.Node]:
     """``nodes`` and all that they are computed from, as far as it would be computed anew."""
     found: set[fx.Node] = set()
     waiting = list(nodes)
@@ -102,7 +104,8 @@ def _before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            waiting.extend(node.all_input_nodes if is_recomputable(node) else ())
+            again = node not in kept and is_recomputable(node)
+            waiting.extend(node.all_input_nodes if again else ())
     return found
 
 

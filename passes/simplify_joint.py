@@ -44,7 +44,7 @@ def simplify_joint(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "output":
             continue
-        value = pytree.tree_map_only(torch.Tensor, TensorInfo.of, node.meta["val"])
+        value = pytree.tree_map_only(torch.Tensor, TensorInfo.of, node.meta.get("val"))
         node.meta = {"val": value}
         if node.op != "call_function":
             continue

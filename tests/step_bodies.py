@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,24 +32,33 @@ class Operands:
 
 @dataclass(frozen=True)
 class Body:
-    """``carries`` and ``xs`` are shapes without batch (and time), ``consts`` full shapes."""
+    """``carries``, ``xs`` (without time) and ``consts`` are shapes, in which -1 is the batch.
+
+    Kernels can compute what is ``lowered`` ("both", "backward", or "none").
+    """
 
     name: str
     step: Callable[..., Any]
-    carries: tuple[tuple[int, ...], ...] = ((N,), (N,))
-    xs: tuple[tuple[int, ...], ...] = ((N,),)
+    carries: tuple[tuple[int, ...], ...] = ((-1, N), (-1, N))
+    xs: tuple[tuple[int, ...], ...] = ((-1, N),)
     consts: tuple[tuple[int, ...], ...] = ()
-    spikes: tuple[int, ...] = field(default=(1,))  # carries that hold spikes
+    spikes: tuple[int, ...] = (1,)  # carries that hold spikes
+    counts: tuple[int, ...] = ()  # carries of integers
+    masks: tuple[int, ...] = ()  # xs of bools
+    lowered: str = "both"
 
     def operands(self, steps: int, batch: int, dtype: torch.dtype = torch.float64) -> Operands:
         generator = torch.Generator().manual_seed(steps * 100 + batch)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=dtype)
+            sizes = [batch if size == -1 else size for size in shape]
+            return torch.randn(sizes, generator=generator, dtype=dtype)
 
-        carries = [draw(batch, *shape) for shape in self.carries]
+        carries = [draw(*shape) for shape in self.carries]
         carries = [(c > 0.5).to(dtype) if i in self.spikes else c for i, c in enumerate(carries)]
-        xs = [draw(steps, batch, *shape) for shape in self.xs]
+        carries = [c.to(torch.int64) if i in self.counts else c for i, c in enumerate(carries)]
+        xs = [draw(steps, *shape) for shape in self.xs]
+        xs = [x > 0 if i in self.masks else x for i, x in enumerate(xs)]
         return Operands(tuple(carries), tuple(xs), tuple(draw(*s) for s in self.consts))
 
 
@@ -253,36 +262,138 @@ def counted(v: Tensor, z: Tensor, count: Tensor, i: Tensor, w: Tensor) -> Any:
     return v - z, z, count + z, z
 
 
+def affine(v: Tensor, z: Tensor, x: Tensor, w: Tensor, b: Tensor) -> Any:
+    v = 0.9 * v + x + F.linear(z, w, b)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def matrix_first(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + w @ z
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def other_side(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + (w @ z.t()).t()
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def maps(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + F.conv2d(z, w, padding=1)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def masked_weight(v: Tensor, z: Tensor, x: Tensor, w: Tensor, mask: Tensor) -> Any:
+    v = 0.9 * v + x + F.linear(z, w * mask)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def static_image(v: Tensor, z: Tensor, x: Tensor, w: Tensor, image: Tensor, w_in: Tensor) -> Any:
+    v = 0.9 * v + x + F.linear(z, w) + F.linear(image, w_in)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def integers(v: Tensor, z: Tensor, n: Tensor, x: Tensor, keep: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + torch.where(keep, x, 0.0) + F.linear(z, w)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, n + 1, z
+
+
+def one_to_one(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + z * w
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def row_number(v: Tensor, z: Tensor, x: Tensor, row: Tensor, gain: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + row.detach() * gain + F.linear(z, w)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def softmax(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + F.linear(z, w)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, torch.softmax(v, -1)
+
+
+def sums(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + F.linear(z, w)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, (z * v).sum(-1), z.mean()
+
+
+def lateral(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Any:
+    v = 0.9 * v + x + F.linear(z, w) - 0.1 * z.sum(-1, keepdim=True)
+    z = apply(ATan, v - 1.0)
+    return v - z, z, z
+
+
+def passing(v: Tensor, x: Tensor, k: Tensor) -> Any:
+    return v + x, x, k * 1.0, v
+
+
+def unreached(
+    v: Tensor, z: Tensor, idle: Tensor, x: Tensor, other: Tensor, w: Tensor, bound: Tensor
+) -> Any:
+    """Gradients that are None: of what is compared or detached only, and over one step late."""
+    v = 0.9 * v + x + F.linear(z, w.detach()) + (other > bound)
+    z = (v > 1).to(v.dtype)
+    return v - z, z, v, idle
+
+
 W = (N, N)
+V = (-1, N)
 BODIES = (
     Body("lif", lif, consts=(W,)),
     Body("learnable", learnable, consts=(W, (N,), (N,), (N,))),
     Body("scalars", scalars, consts=(W, (), ())),
-    Body("from input", from_input, xs=((S,),), consts=((N, S), W, (N,))),
+    Body("from input", from_input, xs=((-1, S),), consts=((N, S), W, (N,))),
     Body(
         "EGRU",
         egru_gates,
-        carries=((N,), (N,), (N,)),
-        xs=((N,), (N,), (N,)),
+        carries=(V, V, V),
+        xs=(V, V, V),
         consts=(W, W, W, (N,), (N,), (N,)),
         spikes=(),
     ),
     Body("EGRU of the paper", egru_paper, consts=(W, W, W, (N,)), spikes=()),
-    Body("synapse", synapse, carries=((N,), (N,), (N,)), consts=(W, (N,))),
-    Body("adaptive", adaptive, carries=((N,), (N,), (N,)), consts=(W, (), (N,))),
+    Body("synapse", synapse, carries=(V, V, V), consts=(W, (N,))),
+    Body("adaptive", adaptive, carries=(V, V, V), consts=(W, (), (N,))),
     Body(
         "feedback",
         feedback,
-        carries=((N,), (N,), (S,), (S,)),
+        carries=(V, V, (-1, S), (-1, S)),
         consts=((S, N), (N, S)),
         spikes=(1, 3),
     ),
-    Body("two layers", two_layers, xs=((S,),), consts=((N, S), W, (N,)), spikes=()),
-    Body("tied", tied, consts=(W,)),
+    Body("two layers", two_layers, xs=((-1, S),), consts=((N, S), W, (N,)), spikes=()),
+    Body("tied", tied, consts=(W,), lowered="backward"),
     Body("detached", detached, consts=(W,)),
     Body("no surrogate", no_surrogate, consts=(W,)),
-    Body("rates", rates, carries=((N,),), consts=(W, (N,)), spikes=()),
-    Body("hard", hard, carries=((N,),), consts=(W, (N,)), spikes=()),
-    Body("smooth", smooth, carries=((N,),), consts=(W, (N,)), spikes=()),
-    Body("counted", counted, carries=((N,), (N,), (N,)), consts=(W,)),
+    Body("rates", rates, carries=(V,), consts=(W, (N,)), spikes=()),
+    Body("hard", hard, carries=(V,), consts=(W, (N,)), spikes=()),
+    Body("smooth", smooth, carries=(V,), consts=(W, (N,)), spikes=()),
+    Body("counted", counted, carries=(V, V, V), consts=(W,)),
+    # ---- other layouts
+    Body("no batch", affine, ((N,), (N,)), ((N,),), (W, (N,))),
+    Body("no batch, by hand", matrix_first, ((N,), (N,)), ((N,),), (W,), lowered="none"),
+    Body("kept time", affine, ((1, -1, N), (1, -1, N)), ((1, -1, N),), (W, (N,))),
+    Body("other side", other_side, consts=(W,), lowered="backward"),
+    Body("maps", maps, ((-1, 2, 5, 5),) * 2, ((-1, 2, 5, 5),), ((2, 2, 3, 3),), lowered="none"),
+    Body("masked weight", masked_weight, consts=(W, W), lowered="backward"),
+    Body("static image", static_image, consts=(W, (-1, S), (N, S)), lowered="backward"),
+    Body("integers and masks", integers, (V, V, ()), (V, V), (W,), counts=(2,), masks=(1,)),
+    Body("one to one", one_to_one, consts=((N,),)),
+    Body("a number for each row", row_number, xs=(V, (-1, 1)), consts=((N,), W)),
+    Body("softmax", softmax, consts=(W,), lowered="none"),
+    Body("sums of neurons", sums, consts=(W,), lowered="backward"),
+    Body("lateral", lateral, consts=(W,), lowered="none"),
+    Body("nothing but passing", passing, (V,), consts=((N,),), spikes=(), lowered="backward"),
+    Body("not reached", unreached, (V, V, V), (V, V), (W, (N,))),
 )

@@ -15,6 +15,8 @@ from sparsify.scan import Scan
 from tests.step_bodies import BODIES, Body, Operands
 from tests.steps import make_scan
 
+LOWERED = [body for body in BODIES if body.lowered != "none"]
+
 
 def eager_gradients(
     scan: Scan, steps: int, operands: Operands, required: set[Operand], read: Sequence[int]
@@ -90,35 +92,47 @@ def assert_close(got: Tensor | None, expected: Tensor | None, name: object) -> N
     assert distance <= 1e-11 * scale, f"{name}: {distance} of {scale}"
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 3), (2, 1), (5, 3)])
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name)
-def test_gradients_are_those_of_autograd(body: Body, steps: int) -> None:
-    for batch in (1, 3):
-        operands = body.operands(steps, batch)
-        scan = make_scan(body.step, *operands.groups())
-        required = floats(operands)
-        everything = list(range(len(scan.results)))
-        parts = differentiated(scan, required, steps)
-        for read in (everything, *([i] for i in everything)):
-            expected_results, expected = eager_gradients(scan, steps, operands, required, read)
-            results, got = own_gradients(parts, steps, operands, read)
-            for a, b in zip(results, expected_results, strict=True):
-                assert torch.equal(a, b)
-            for key in sorted(required):
-                assert_close(got.get(key), expected[key], (body.name, batch, read, key))
+def test_gradients_are_those_of_autograd(body: Body, steps: int, batch: int) -> None:
+    operands = body.operands(steps, batch)
+    scan = make_scan(body.step, *operands.groups())
+    required = floats(operands)
+    everything = list(range(len(scan.results)))
+    parts = differentiated(scan, required, steps)
+    for read in (everything, *([i] for i in everything)):
+        expected_results, expected = eager_gradients(scan, steps, operands, required, read)
+        results, got = own_gradients(parts, steps, operands, read)
+        for a, b in zip(results, expected_results, strict=True):
+            assert torch.equal(a, b)
+        for key in sorted(required):
+            assert_close(got.get(key), expected[key], (read, key))
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name)
+def test_only_what_is_required_is_differentiated(body: Body) -> None:
+    operands = body.operands(3, 2)
+    scan = make_scan(body.step, *operands.groups())
+    everything = list(range(len(scan.results)))
+    for key in sorted(floats(operands)):
+        parts = differentiated(scan, {key}, 3)
+        assert {operand for _, operand in parts.reaches} <= {key}
+        assert set(parts.outputs) <= {key} | {("carry", i) for i in range(scan.carries)}
+        _, expected = eager_gradients(scan, 3, operands, {key}, everything)
+        _, got = own_gradients(parts, 3, operands, everything)
+        assert_close(got.get(key), expected[key], key)
+
+
+@pytest.mark.parametrize("body", LOWERED, ids=lambda body: body.name)
 def test_loops_of_gradients_become_kernels(body: Body) -> None:
     operands = body.operands(5, 3)
     scan = make_scan(body.step, *operands.groups())
     parts = differentiated(scan, floats(operands), 5)
     scans = [m for m in parts.backward.children() if isinstance(m, Scan)]
     assert scans
-    if body.name != "tied":  # whose weight's row is taken in every step, before passes
-        assert isinstance(lower_scan(parts.forward, "forward"), Lowered)
+    is_lowered = isinstance(lower_scan(parts.forward, "forward"), Lowered)
+    assert is_lowered == (body.lowered == "both")  # others need passes before
     for index, each in enumerate(scans):
         assert each.reverse
         lowered = lower_scan(each, f"backward_{index}")
         assert isinstance(lowered, Lowered), f"{lowered}\n{each.body.code}"
-
