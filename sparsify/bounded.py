@@ -92,6 +92,7 @@ class Precision:
         return float(torch.tensor(value, dtype=torch.float64).to(self.dtype))
 
 
+FEW = 1 << 16  # elements that are looked at together: what that takes is many times their memory
 EXACT = torch.zeros((), dtype=torch.float64)
 
 
@@ -146,6 +147,9 @@ def move(x: Bounded, function: Callable[[Tensor], Tensor]) -> Bounded:
 
 def lowest_bit(x: Tensor) -> float:
     """The largest power of two that divides all elements of ``x``; infinity if all are zero."""
+    if x.numel() > FEW:
+        rows = max(1, FEW * len(x) // x.numel())
+        return min(map(lowest_bit, torch.split(x, rows))) if len(x) > 1 else lowest_bit(x[0])
     mantissa, exponent = torch.frexp(x[x != 0])
     if mantissa.numel() == 0:
         return torch.inf

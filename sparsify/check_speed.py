@@ -44,7 +44,7 @@ def why_not_faster(model: nn.Module, entry: Entry, args: Args, kwargs: Kwargs) -
     def original() -> Any:
         return differentiate_result(model.forward(*args, **kwargs), trained)
 
-    with keep_state(model, (args, kwargs)):
+    with keep_state(model, entry.calling.written(args, kwargs)):
         took, original_took = _time(ours, original)
     if not is_slower(took, original_took):
         return None

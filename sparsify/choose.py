@@ -46,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Task:
-    """A Scan to be decided, with its kernel and the operands of the example."""
+    """A Scan to be decided, with its kernel and the operands of the example, or their layouts."""
 
     name: str
     scan: Scan
@@ -80,6 +80,7 @@ def choose_region(
             choice = _choose_timed(task, candidates, regions, events)
         else:
             choice = _chosen(regions[0], {}, events)
+        regions.clear()  # the others' packed weights
         wrong = why_wrong(task, choice.region) if choice.region is not None else None
         return choice if wrong is None else Choice(None, wrong, choice.took_ms, events)
 

@@ -37,33 +37,35 @@ class Chooser:
         self.placements = placements
         self.earlier = earlier
         self.break_even: dict[tuple[str, str], float] = {}
+        self.choices: dict[str, Choice] = {}
+        self._found: dict[str, list[Candidate]] = {}
 
-    def choose(self, tasks: Sequence[Task]) -> dict[str, Choice]:
-        choices: dict[str, Choice] = {}
-        found: dict[str, list[Candidate]] = {}
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Compile the candidates of all; of their operands only the layouts are looked at."""
         for task in tasks:
             refusal = self._why_off(task)
             candidates = [] if refusal else self._candidates(task)
             if candidates:
-                found[task.name] = candidates
+                self._found[task.name] = candidates
             else:
-                choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
+                self.choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
         kernels = {task.name: task.lowered.kernel for task in tasks}
-        wanted = [(kernels[name], c.schedule) for name, cs in found.items() for c in cs]
+        wanted = [(kernels[name], c.schedule) for name, cs in self._found.items() for c in cs]
         try:
             self.binaries.compile_all(wanted)
         except CompileError as error:
             refusal = Refusal("backend-unavailable", f"{error}", COMPILER)
-            return choices | {name: Choice(None, refusal) for name in found}
-        load = self.binaries.load
-        for task in tasks:
-            if task.name in found:
-                timing = self.options.timing and not self._is_decided(task)
-                choice = choose_region(task, found[task.name], load, timing)
-                if choice.region is not None:
-                    self._suit_sizes(task, choice.region, timing)
-                choices[task.name] = choice
-        return {task.name: choices[task.name] for task in tasks}
+            self.choices |= {name: Choice(None, refusal) for name in self._found}
+
+    def choose(self, task: Task) -> None:
+        """Decide a task that was prepared, on its operands."""
+        if task.name in self.choices:
+            return
+        timing = self.options.timing and not self._is_decided(task)
+        choice = choose_region(task, self._found[task.name], self.binaries.load, timing)
+        if choice.region is not None:
+            self._suit_sizes(task, choice.region, timing)
+        self.choices[task.name] = choice
 
     def _suit_sizes(self, task: Task, region: Region, was_timed: bool) -> None:
         """Let calls with other batch sizes be shared out among the threads in their own way."""

@@ -32,7 +32,14 @@ from sparsify.plan import Plan, PlanDecision, RegionPlan
 from sparsify.recording.recording import Recording
 from sparsify.report import Site
 from sparsify.scan import Scan
-from sparsify.scans import BACKWARD, capture_calls, find_scans, with_regions
+from sparsify.scans import (
+    BACKWARD,
+    call_layouts,
+    capture_calls,
+    find_scans,
+    visit_calls,
+    with_regions,
+)
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,23 @@ class Compiler:
             stage, undifferentiated = differentiate(stages[-1].graph, operands)
             stages = (*stages, stage)
         graph = stages[-1].graph
-        scans, calls = find_scans(graph), capture_calls(graph, operands)
+        scans = find_scans(graph)
+        # A call without gradients frees what a loop is given when it is through: so do we.
+        calls = capture_calls(graph, operands) if needs_grad(operands) else call_layouts(graph)
         measure_gradients(scans, calls)
         lowered = lower_scans(scans) | undifferentiated
         forward = {name: low for name, low in lowered.items() if BACKWARD not in name}
         placements = place_products(products, forward)
         placements += place_gradients(placements, lowered)
         chooser = Chooser(self.options, self.binaries, plan, placements, earlier or {})
-        choices = chooser.choose(find_tasks(scans, calls, lowered))
+        tasks = find_tasks(scans, calls, lowered)
+        chooser.prepare(tasks)
+        if needs_grad(operands):
+            for task in tasks:
+                chooser.choose(task)
+        else:
+            choose_in_turn(chooser, tasks, graph, operands)
+        choices = {task.name: chooser.choices[task.name] for task in tasks}
         regions = {name: c.region for name, c in choices.items() if c.region is not None}
         declined = [refusal for stage in stages for refusal in stage.declined]
         placed = {placement.product for placement in placements}
@@ -153,6 +169,21 @@ def find_tasks(
         for name, result in lowered.items()
         if isinstance(result, Lowered) and name in calls
     ]
+
+
+def choose_in_turn(
+    chooser: Chooser, tasks: Sequence[Task], graph: fx.GraphModule, operands: Sequence[Tensor]
+) -> None:
+    """Run ``graph``, and decide every task when its Scan is called: no operands are kept."""
+    waiting = {task.name: task for task in tasks if task.name not in chooser.choices}
+
+    def visit(name: str, call: tuple[Any, ...]) -> bool:
+        if name in waiting:
+            chooser.choose(replace(waiting.pop(name), operands=call))
+        return bool(waiting)
+
+    if waiting:
+        visit_calls(graph, operands, visit)
 
 
 def decided_plan(

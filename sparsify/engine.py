@@ -25,7 +25,7 @@ from sparsify.check_recording import why_not_repeated
 from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.backend import Binary
 from sparsify.codegen.cpp import CppBackend
-from sparsify.compile_recording import Compiler
+from sparsify.compile_recording import Compiler, summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
 from sparsify.entry import Entry, merge
@@ -105,6 +105,7 @@ class Engine:
                 recorded = record(self.original, args, kwargs, restore=True)
                 if isinstance(recorded, Unrecorded):
                     raise recorded.error
+                recorded = replace(recorded, result=summarize(recorded.result))
                 self._adopt(recorded, args, kwargs)
 
     @property
@@ -216,7 +217,7 @@ class Engine:
         if isinstance(recorded, Unrecorded):
             self._give_up(recorded.error, args, kwargs)
             return recorded.result
-        after = Snapshot(self.original, (args, kwargs))
+        after = before.now()
         try:
             before.put_back()  # the recording holds for the state that it started from
             if recorded.guard.matches(args, kwargs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -19,13 +19,29 @@ LARGEST_PARAMETER = 2**16
 class Snapshot:
     """What ``model`` holds at this moment, what its arguments do, and torch's random state."""
 
-    def __init__(self, model: nn.Module, arguments: Any = ()) -> None:
+    def __init__(
+        self, model: nn.Module, arguments: Any = (), unchanged: Container[int] = ()
+    ) -> None:
+        """Tensors whose ids are in ``unchanged`` are not copied."""
+        self._model, self._arguments = model, arguments
         self._places = list(walk([("", model)]))
         held = [place.value for place in self._places] + pytree.tree_leaves(arguments)
         self._contents = [
-            (value, value._version, value.detach().clone()) for value in held if _can_change(value)
+            (value, value._version, value.detach().clone())
+            for value in held
+            if _can_change(value) and id(value) not in unchanged
         ]
         self._random = torch.get_rng_state()
+
+    def now(self) -> Snapshot:
+        """What the same model and arguments hold at this moment, where it differs from before.
+
+        What was not written since is copied no longer: it takes the memory of a call's arguments.
+        """
+        same = {id(tensor) for tensor, version, _ in self._contents if tensor._version == version}
+        after = Snapshot(self._model, self._arguments, same)
+        self._contents = [copied for copied in self._contents if id(copied[0]) not in same]
+        return after
 
     def put_back(self) -> None:
         torch.set_rng_state(self._random)

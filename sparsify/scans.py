@@ -6,7 +6,7 @@ A Scan is named after the module of its call: ``scan_0``; one that computes a gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,23 @@ def capture_calls(graph: fx.GraphModule, operands: Sequence[Tensor]) -> dict[str
     with torch.no_grad():
         capture.run(*operands)
     return capture.calls
+
+
+def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
+    """What every Scan of ``graph`` is called with, with TensorInfos for tensors; runs nothing."""
+    scans = find_scans(graph)
+    calls = (n for n in graph.graph.nodes if n.op == "call_module" and n.target in scans)
+    return {node.target: fx.node.map_arg(node.args, lambda n: n.meta["val"]) for node in calls}
+
+
+def visit_calls(
+    graph: fx.GraphModule,
+    operands: Sequence[Tensor],
+    visit: Callable[[str, tuple[Any, ...]], bool],
+) -> None:
+    """Run ``graph`` and show ``visit`` what every Scan is called with, while it returns True."""
+    with torch.no_grad():
+        _Visitor(graph, visit).run(*operands)
 
 
 def with_regions(graph: fx.GraphModule, regions: Mapping[str, Region]) -> fx.GraphModule:
@@ -136,6 +153,23 @@ class _Capture(fx.Interpreter):
         inner.run(*(known[place] for place in module.parts.inputs))
         self.calls |= {f"{target}{BACKWARD}{name}": call for name, call in inner.calls.items()}
         return results
+
+
+class _Visitor(fx.Interpreter):
+    def __init__(
+        self, graph: fx.GraphModule, visit: Callable[[str, tuple[Any, ...]], bool]
+    ) -> None:
+        super().__init__(graph)
+        self.visit = visit
+        self.goes_on = True
+
+    def run_node(self, n: fx.Node) -> Any:
+        return super().run_node(n) if self.goes_on else None
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(self.fetch_attr(target), Scan):
+            self.goes_on = self.visit(target, args)
+        return super().call_module(target, args, kwargs) if self.goes_on else None
 
 
 def _random_like(result: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ class AnyCall:
     def operands(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
         return self.tensors
 
+    def written(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
+        return []
+
     def deliver(self, values: Any, args: Args, kwargs: Kwargs) -> Any:
         return values
 

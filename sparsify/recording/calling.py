@@ -95,6 +95,10 @@ class ModelCalling:
         except (LookupError, AttributeError):
             raise AttributeError(f"{self._first_missing(args, kwargs)} is not there") from None
 
+    def written(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
+        """The tensors that ``deliver`` writes to."""
+        return [self._fetchers[written.operand](args, kwargs) for written in self._written]
+
     def deliver(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Write back the states that forward writes and return what forward returns."""
         given: list[Tensor] = []

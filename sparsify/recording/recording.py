@@ -35,6 +35,9 @@ class Calling(Protocol):
     def operands(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
         """The tensors for the graph's placeholders, fetched anew: a replaced parameter is seen."""
 
+    def written(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
+        """The tensors that ``deliver`` writes to."""
+
     def deliver(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Write back the state that forward writes and return what forward returns.
 

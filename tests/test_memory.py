@@ -1,0 +1,157 @@
+"""Peak memory: of compiled calls no more than eager's, of compiling no more than half above it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify.api import sparsify
+from sparsify.bench import measure_pairs
+from sparsify.bounded import lowest_bit
+from sparsify.engine import Engine
+from sparsify.keep_state import Snapshot
+from tests.live_bytes import peak_of
+
+MOST_OVER_EAGER = 1.5
+STEPS, BATCH, INPUTS, HIDDEN = 40, 96, 128, 256
+
+
+class Recurrent(nn.Module):
+    """Returns all spikes: the result is half of what eager needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(INPUTS, HIDDEN)
+        self.rec = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = spikes = x.new_zeros(x.shape[1], HIDDEN)
+        out = []
+        for x_t in x:
+            v = 0.75 * v + self.inp(x_t) + self.rec(spikes)
+            spikes = (v > 0.5).to(v.dtype)
+            v = v - spikes
+            out.append(spikes)
+        return torch.stack(out)
+
+
+class Layers(nn.Module):
+    """Layers one after the other; each hands all of its spikes to the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [INPUTS, HIDDEN, HIDDEN, HIDDEN]
+        self.linears = nn.ModuleList(map(nn.Linear, sizes[:-1], sizes[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.linears:
+            v = x.new_zeros(x.shape[1], HIDDEN)
+            out = []
+            for current in linear(x):
+                v = 0.75 * v + current
+                spikes = (v > 0.25).to(v.dtype)
+                v = v - spikes
+                out.append(spikes)
+            x = torch.stack(out)
+        return x
+
+
+class Classifier(Recurrent):
+    """Returns next to nothing, and counts in a buffer and in an argument of the caller's."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(BATCH, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = super().forward(x)
+        self.seen.add_(spikes[-1])
+        return spikes.mean((0, 1))
+
+
+MODELS = pytest.mark.parametrize("kind", [Recurrent, Layers, Classifier])
+
+
+def example(kind: type[nn.Module]) -> tuple[nn.Module, Tensor, int]:
+    """A model, an input, and the bytes of both, which are there whatever runs."""
+    torch.manual_seed(0)
+    model, x = kind().eval(), (torch.rand(STEPS, BATCH, INPUTS) < 0.2).float()
+    held = [x, *model.parameters(), *model.buffers()]
+    return model, x, sum(tensor.nbytes for tensor in held)
+
+
+def looped(model: nn.Module, x: Tensor) -> Tensor:
+    """Calls as loops make them: a result lives until the next one is there."""
+    y: Tensor = model(x)
+    y = model(x)
+    return y
+
+
+def has_compiled(fast: nn.Module) -> bool:
+    engine = fast.compiled
+    assert isinstance(engine, Engine)
+    return bool(engine.binaries)
+
+
+@MODELS
+def test_compiling_an_example(kind: type[nn.Module]) -> None:
+    model, x, held = example(kind)
+    made: list[nn.Module] = []
+    eager = held + peak_of(lambda: model(x))
+    assert held + peak_of(lambda: made.append(sparsify(model, x))) <= MOST_OVER_EAGER * eager
+    assert has_compiled(made[0])
+
+
+@MODELS
+def test_a_first_call_that_compiles(kind: type[nn.Module]) -> None:
+    """Its result is made by the recording, and must be held while the recording is compiled."""
+    model, x, held = example(kind)
+    fast = sparsify(model)
+    eager = held + peak_of(lambda: looped(model, x))
+    assert held + peak_of(lambda: fast(x)) <= MOST_OVER_EAGER * eager
+    assert has_compiled(fast)
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Layers])
+def test_compiled_calls(kind: type[nn.Module]) -> None:
+    model, x, _ = example(kind)
+    fast = sparsify(model, x, timing=False)
+    engine = fast.compiled
+    assert isinstance(engine, Engine) and not engine.compiled.runs_original
+    # A kernel makes all that it returns at once: the last voltages and spikes too, and it is given
+    # the first ones. Eager holds one of these at its peak.
+    states = 3 * BATCH * HIDDEN * x.element_size()
+    assert peak_of(lambda: fast(x)) <= peak_of(lambda: model(x)) + states
+
+
+def test_results_are_not_held_while_functions_are_timed() -> None:
+    def make() -> Tensor:
+        return torch.empty(1 << 20)
+
+    functions = {"a": make, "b": make, "c": make}
+    canary = peak_of(lambda: measure_pairs({"a": lambda: None}, 3, least_ms=0.1))
+    assert peak_of(lambda: measure_pairs(functions, 3, least_ms=0.1)) <= canary + (4 << 20)
+
+
+def test_a_snapshot_keeps_what_was_written_only() -> None:
+    model, x, y = Classifier(), torch.zeros(1 << 16), torch.zeros(1 << 16)
+    before = Snapshot(model, [x, y])
+    x.add_(1)
+    model.seen.add_(2)
+    assert peak_of(before.now) < 1.5 * x.nbytes  # x and the buffer, but not y
+    after = before.now()
+    before.put_back()
+    assert x.count_nonzero() == model.seen.count_nonzero() == 0
+    after.put_back()
+    assert bool((x == 1).all()) and bool((model.seen == 2).all())
+
+
+def test_bits_of_a_large_matrix_are_looked_at_in_parts() -> None:
+    matrix = torch.full((512, 1024), 0.75, dtype=torch.float64)
+    matrix[300, 5] = 2.0**-40
+    assert lowest_bit(matrix) == lowest_bit(matrix.t()) == 2.0**-40
+    # Of 2^16 elements it makes at most ten copies.
+    assert peak_of(lambda: lowest_bit(matrix)) <= 10 * 8 * 2**16
