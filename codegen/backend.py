@@ -77,7 +77,10 @@ class Launchable(Protocol):
 
     @property
     def events(self) -> dict[str, tuple[int, int]]:
-        """Per Gather, how many senders were active and how many there were, over all calls."""
+        """Per Gather, how many senders were active and how many there were, over all calls.
+
+        Of restricted ones, how many sums were wanted and how many there were.
+        """
 
     def reset_events(self) -> None: ...
 
@@ -119,4 +122,7 @@ class Strategy(Protocol):
         batch: int,
         activity: Mapping[str, float],
     ) -> Cost:
-        """The cost of a call, given the share of active senders of each Gather."""
+        """The cost of a call, given the share of active senders of each Gather.
+
+        Of restricted ones, the share of wanted sums.
+        """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sparsify import ir
-from sparsify.codegen.usage import Source, Usage, emitted, statement_args
+from sparsify.codegen.usage import Source, Usage, emitted, neuron_reads, statement_args
 from sparsify.codegen.writer import Names, Writer
 from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
 
@@ -184,7 +184,7 @@ class Cell:
 
     def _is_read(self, name: str) -> bool:
         statements = (s for phase in self.usage.kernel.phases for s in phase.body)
-        return name in self.usage.sources or any(name in statement_args(s) for s in statements)
+        return name in self.usage.sources or any(name in neuron_reads(s) for s in statements)
 
     def _keep(self, result: str, size: str) -> None:
         """Store a result that a later phase reads neuron by neuron."""

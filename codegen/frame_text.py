@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
-from sparsify.codegen.usage import UINT16_SENDERS, Source, Usage
+from sparsify.codegen.usage import UINT16_SENDERS, Packing, Source, packings
 from sparsify.codegen.writer import Writer
 
 
@@ -20,6 +20,8 @@ def write_head(
     w.comment(f"{schedule.strategy}; gathers: {how or 'none'}")
     w.line()
     w.line('#include "kernel.h"')
+    if any(gather.only is not None for gather in kernel.gathers):
+        w.line('#include "restricted.h"')
     w.line()
     w.line("namespace {")
     w.line()
@@ -31,7 +33,13 @@ def write_head(
     w.line(f"constexpr int64_t TILE = {tile};", "receivers whose sums stay in registers")
 
 
-def write_call(w: Writer, kernel: ir.Kernel, symbols: Symbols, extra: Sequence[str] = ()) -> None:
+def write_call(
+    w: Writer,
+    kernel: ir.Kernel,
+    schedule: ir.Schedule,
+    symbols: Symbols,
+    extra: Sequence[str] = (),
+) -> None:
     """The struct that holds what one call was given, and the ``extra`` members of a strategy."""
     w.line()
     w.comment("Element (t, b, n) of a tensor is at [t * _t + b * _b + n].")
@@ -43,25 +51,40 @@ def write_call(w: Writer, kernel: ir.Kernel, symbols: Symbols, extra: Sequence[s
             tail = f" int64_t {strides};" if strides else ""
             note = _shape_note(kernel, operand.axes, operand.population, operand.note)
             w.line(f"const {kind}* {name};{tail}", note)
-        for weight in kernel.weights:
-            name, kind = symbols.values[weight.name], C_TYPES[weight.dtype]
+        for packing in packings(kernel, schedule):
+            weight = packing.weight
             receivers = kernel.population_size(weight.receivers)
             senders = kernel.population_size(weight.senders)
             note = f"[{receivers}, {senders}] {weight.note}".rstrip()
-            w.line(f"const {kind}* {name};", f"{note}, packed as [tile][sender][TILE]")
+            by = {"receivers": "[tile][sender][TILE]", "senders": "[block][receiver][SOURCE_BLOCK]"}
+            kind, name = C_TYPES[weight.dtype], weight_name(packing, symbols)
+            w.line(f"const {kind}* {name};", f"{note}, packed as {by[packing.by]}")
         for output in kernel.outputs:
             name, kind = symbols.outputs[output.name], MEMORY_TYPES[output.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in output.axes if x != "N")[2:]
             note = _shape_note(kernel, output.axes, output.population, output.note)
             w.line(f"{kind}* {name}; int64_t {strides};", note)
-        w.line("int64_t* active;", "per gather, how many senders were active")
+        counted = "how many senders were active"
+        if any(gather.only is not None for gather in kernel.gathers):
+            counted += ", or sums wanted"
+        w.line("int64_t* active;", f"per gather, {counted}")
         w.line("char* memory;")
         for member in extra:
             w.line(member)
 
 
+def weight_name(packing: Packing, symbols: Symbols) -> str:
+    name = symbols.values[packing.weight.name]
+    return name if packing.by == "receivers" else f"{name}_blocks"
+
+
 def write_entry(
-    w: Writer, kernel: ir.Kernel, symbols: Symbols, entry: str, set_up: Sequence[str]
+    w: Writer,
+    kernel: ir.Kernel,
+    schedule: ir.Schedule,
+    symbols: Symbols,
+    entry: str,
+    set_up: Sequence[str],
 ) -> None:
     """The function that Python calls. ``set_up`` are lines that end by declaring ``bytes``."""
     w.line()
@@ -77,7 +100,7 @@ def write_entry(
         w.line("call.steps = steps;")
         w.line("call.batch = batch;")
         w.line("call.active = active;")
-        for name, kind, axes in entry_tensors(kernel, symbols):
+        for name, kind, axes in entry_tensors(kernel, schedule, symbols):
             w.line(f"call.{name} = static_cast<{kind}*>(*pointers++);")
             for axis in axes:
                 w.line(f"call.{name}_{axis} = *strides++;")
@@ -90,14 +113,17 @@ def write_entry(
         w.line("return 0;")
 
 
-def entry_tensors(kernel: ir.Kernel, symbols: Symbols) -> list[tuple[str, str, list[str]]]:
+def entry_tensors(
+    kernel: ir.Kernel, schedule: ir.Schedule, symbols: Symbols
+) -> list[tuple[str, str, list[str]]]:
     """Identifier, C type and strided axes of what the entry takes, in its order."""
     tensors = []
     for operand in kernel.operands:
         axes = [x.lower() for x in operand.axes if x != "N"]
         tensors.append((symbols.values[operand.name], f"const {MEMORY_TYPES[operand.dtype]}", axes))
-    for weight in kernel.weights:
-        tensors.append((symbols.values[weight.name], f"const {C_TYPES[weight.dtype]}", []))
+    for packing in packings(kernel, schedule):
+        kind = f"const {C_TYPES[packing.weight.dtype]}"
+        tensors.append((weight_name(packing, symbols), kind, []))
     for output in kernel.outputs:
         axes = [x.lower() for x in output.axes if x != "N"]
         tensors.append((symbols.outputs[output.name], MEMORY_TYPES[output.dtype], axes))
@@ -109,10 +135,9 @@ def events_type(source: Source, kernel: ir.Kernel) -> str:
     return f"Events<{'uint16_t' if small else 'int32_t'}, {C_TYPES[source.dtype]}>"
 
 
-def operand_row(source: Source, usage: Usage, symbols: Symbols, t: str, b: str) -> str:
-    """The address of a row of an operand that is gathered from."""
-    operand = next(o for o in usage.kernel.operands if o.name == source.name)
-    name = symbols.values[source.name]
+def operand_row(operand: ir.Operand, symbols: Symbols, t: str, b: str) -> str:
+    """The address of a row of an operand with axes (T,)B,N."""
+    name = symbols.values[operand.name]
     time = f" + {t} * call.{name}_t" if "T" in operand.axes else ""
     return f"call.{name}{time} + {b} * call.{name}_b"
 

@@ -322,11 +322,19 @@ void gather_events(F* sums, const F* weight, const Events<Index, F>& events, int
 #define SPARSIFY_FUSED_FLOAT(w, p, s) (w * p + s)
 #define SPARSIFY_FUSED_DOUBLE(w, p, s) (w * p + s)
 #endif
+SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, Vector<float> payload,
+                                    Vector<float> sum) {
+  return SPARSIFY_FUSED_FLOAT(weight, payload, sum);
+}
+SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, Vector<double> payload,
+                                     Vector<double> sum) {
+  return SPARSIFY_FUSED_DOUBLE(weight, payload, sum);
+}
 SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, float payload, Vector<float> sum) {
-  return SPARSIFY_FUSED_FLOAT(weight, (payload - Vector<float>{}), sum);
+  return fused(weight, payload - Vector<float>{}, sum);
 }
 SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, double payload, Vector<double> sum) {
-  return SPARSIFY_FUSED_DOUBLE(weight, (payload - Vector<double>{}), sum);
+  return fused(weight, payload - Vector<double>{}, sum);
 }
 
 // ROWS batch rows times COLUMNS vectors of receivers, over some senders; adds to `sums`.

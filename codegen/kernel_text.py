@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Cell, Places, Symbols, start_phases
-from sparsify.codegen.frame_text import operand_row
+from sparsify.codegen.frame_text import operand_row, weight_name
 from sparsify.codegen.memory_text import Field, array
-from sparsify.codegen.usage import Source, find_usage
+from sparsify.codegen.usage import Source, find_usage, packings
 from sparsify.codegen.writer import Writer
 
 
@@ -34,6 +34,10 @@ class KernelText(ABC):
     @abstractmethod
     def values_of(self, source: Source, slot: str) -> str:
         """The array ``[rows, N]`` of a source's values, for dense products."""
+
+    @abstractmethod
+    def blocks_of(self, source: Source) -> str:
+        """The ``Blocks`` of a source's values, for restricted products."""
 
     def functions(self) -> list[tuple[ir.Phase, str]]:
         return list(zip(self.kernel.phases, self.symbols.phases, strict=True))
@@ -78,19 +82,29 @@ class KernelText(ABC):
     def write_scans(self) -> None:
         """Turn this step's operands into events, for the rows at hand."""
         for source in self.usage.of_kind("operand"):
-            row = operand_row(source, self.usage, self.symbols, "t", "(start + row)")
+            row = operand_row(self._operand(source.name), self.symbols, "t", "(start + row)")
             loop = "for (int64_t row = 0; row < rows; ++row)"
             if source.events:
                 self.w.line(f"{loop} scan(own.{self.name(source)}_events, row, {row});")
             if self.is_converted(source):
                 to = f"own.{self.name(source)}_values + row * {self.size(source)}"
                 self.w.line(f"{loop} convert({to}, {row}, {self.size(source)});")
+            if source.blocks:
+                blocks = self.blocks_of(source)
+                self.w.line(f"{loop} arrange({blocks}, row, {row}, 0, {self.size(source)});")
 
     def write_counts(self, phase: ir.Phase) -> None:
-        """Add the active senders of each gather of this phase to its counter."""
+        """Add the active senders of each gather of this phase to its counter.
+
+        The wanted sums of restricted ones are counted where they are found; the rows with wild
+        values are found here.
+        """
         events = self.places().events
         for index, gather in enumerate(self.kernel.gathers):
             if gather not in phase.body:
+                continue
+            if gather.only is not None:
+                self._write_wild(gather)
                 continue
             if gather.result not in self.usage.dense:
                 counted = f"count_events({events[gather.source]}, rows)"
@@ -102,10 +116,23 @@ class KernelText(ABC):
                 counted = f"count_active({values} + row * {row}, {self.size(source)})"
                 self.w.line(f"active[{index}] += {counted};")
 
+    def _write_wild(self, gather: ir.Gather) -> None:
+        source = self.usage.sources[gather.source]
+        given = f"{self.blocks_of(source) if source.blocks else ''}, rows"
+        if gather.result in self.usage.dense:
+            given = f"{', '.join(self.dense_source(source))}, rows, {self.size(source)}"
+        self.w.line(f"const uint64_t {self._wild(gather)} = wild_rows({given});")
+
+    def _wild(self, gather: ir.Gather) -> str:
+        return f"{self.symbols.values[gather.result]}_wild"
+
+    def _operand(self, name: str) -> ir.Operand:
+        return next(o for o in self.kernel.operands if o.name == name)
+
     def dense_source(self, source: Source) -> tuple[str, str]:
         """Address of the first row at hand and the distance of rows, for a dense product."""
         if source.kind == "operand" and not self.is_converted(source):
-            row = operand_row(source, self.usage, self.symbols, "t", "start")
+            row = operand_row(self._operand(source.name), self.symbols, "t", "start")
             return row, f"call.{self.name(source)}_b"
         slot = "[now]" if source.kind == "state" else ""
         return self.values_of(source, slot), self.size(source)
@@ -129,14 +156,47 @@ class KernelText(ABC):
     def _write_gather(self, gather: ir.Gather) -> None:
         source = self.usage.sources[gather.source]
         senders = self.size(source)
+        if gather.result in self.usage.selective:
+            self._write_selective(gather)
+            return
         weight = f"call.{self.symbols.values[gather.weight]} + first * {senders}"
         if gather.result in self.usage.dense:
             values, row = self.dense_source(source)
             given = f"{self._sums(gather)}, {weight}, {values}, {row}, rows, {senders}"
             self.w.line(f"gather_dense<TILE>({given});", gather.note)
+            if gather.only is not None:
+                given = f"{self._sums(gather)}, {self._wanted(gather)}"
+                self.w.line(f"{self._count(gather)} += keep_wanted<TILE>({given}, rows);")
             return
         given = f"{self._sums(gather)}, {weight}, {self.places().events[gather.source]}, rows"
         self.w.line(f"gather_events<TILE>({given});", gather.note)
+
+    def _write_selective(self, gather: ir.Gather) -> None:
+        packing = next(
+            p
+            for p in packings(self.kernel, self.schedule)
+            if p.weight.name == gather.weight and p.by == "senders"
+        )
+        weight = f"call.{weight_name(packing, self.symbols)}"
+        blocks = self.blocks_of(self.usage.sources[gather.source])
+        given = f"{self._sums(gather)}, {weight}, {blocks}, {self._wanted(gather)}, rows"
+        self.w.line(f"{self._count(gather)} += gather_restricted<TILE>({given});", gather.note)
+
+    def _count(self, gather: ir.Gather) -> str:
+        return f"active[{self.kernel.gathers.index(gather)}]"
+
+    def _wanted(self, gather: ir.Gather) -> str:
+        """The object that says which sums of a tile are wanted."""
+        assert gather.only is not None
+        weight = next(w for w in self.kernel.weights if w.name == gather.weight)
+        size, name = self.symbols.sizes[weight.receivers], self.symbols.values[gather.only]
+        if any(o.name == gather.only for o in self.kernel.operands):
+            place = operand_row(self._operand(gather.only), self.symbols, "t", "start")
+            row = f"call.{name}_b"
+        else:
+            slot = "[now]" if gather.only in self.usage.doubled_states else ""
+            place, row = f"{self.places().state}.{name}{slot}", size
+        return f"Only({place}, {row}, {self._wild(gather)}, {size}, first)"
 
     def _write_cell_call(self, phase: ir.Phase, function: str, sums: list[str]) -> None:
         """Call a cell with the width of its tile, a constant wherever it can be."""

@@ -14,6 +14,7 @@ import torch
 from sparsify import ir
 from sparsify.codegen.backend import Source
 from sparsify.codegen.runtime import PackedWeight, Runtime
+from sparsify.codegen.usage import SOURCE_BLOCK, Packing, packings
 
 TORCH_DTYPES: dict[ir.DType, torch.dtype] = {
     "float32": torch.float32,
@@ -46,6 +47,29 @@ class Slot:
         return f"[{axes}] of {self.dtype}"
 
 
+@dataclass(frozen=True, slots=True)
+class _PackedSlot:
+    """A weight of the kernel in one layout."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    packed: PackedWeight
+    by_senders: bool
+
+    @staticmethod
+    def of(kernel: ir.Kernel, packing: Packing, runtime: Runtime, tile: int) -> _PackedSlot:
+        weight, by_senders = packing.weight, packing.by == "senders"
+        receivers, senders = weight.receivers, weight.senders
+        return _PackedSlot(
+            weight.name,
+            (kernel.population_size(receivers), kernel.population_size(senders)),
+            TORCH_DTYPES[weight.dtype],
+            PackedWeight(runtime, SOURCE_BLOCK if by_senders else tile),
+            by_senders,
+        )
+
+
 class CppLaunchable:
     """A loaded kernel; see ``backend.Launchable``. Any number of threads may call it at once.
 
@@ -74,20 +98,14 @@ class CppLaunchable:
             for o in kernel.outputs
         ]
         self._weights = [
-            (
-                w.name,
-                (kernel.population_size(w.receivers), kernel.population_size(w.senders)),
-                TORCH_DTYPES[w.dtype],
-                PackedWeight(runtime, tile),
-            )
-            for w in kernel.weights
+            _PackedSlot.of(kernel, packing, runtime, tile) for packing in packings(kernel, schedule)
         ]
-        self._senders = {g.result: _senders(kernel, g) for g in kernel.gathers}
+        self._counted = {g.result: _counted(kernel, g) for g in kernel.gathers}
         self._active = (ctypes.c_int64 * max(1, len(kernel.gathers)))()
         self._row_steps = 0  # time steps times batch rows of all calls
         self._lock = Lock()
         self._work = sum(kernel.population_size(phase.population) for phase in kernel.phases)
-        self._work += sum(math.prod(shape) for _, shape, *_ in self._weights) // PAIRS_PER_NEURON
+        self._work += sum(math.prod(w.shape) for w in self._weights) // PAIRS_PER_NEURON
         self._needs_step = any("T" not in o.axes for o in kernel.outputs)
         self._functions = {frozenset[str](): _declare(function)}
         tensors = len(self._operands) + len(self._weights) + len(self._outputs)
@@ -145,10 +163,13 @@ class CppLaunchable:
 
     @property
     def events(self) -> dict[str, tuple[int, int]]:
-        """Per Gather, how many senders were active and how many there were, over all calls."""
+        """Per Gather, how many senders were active and how many there were, over all calls.
+
+        Of restricted ones, how many sums were wanted and how many there were.
+        """
         with self._lock:
             counted, row_steps = list(self._active), self._row_steps
-        pairs = zip(counted, self._senders.items(), strict=False)
+        pairs = zip(counted, self._counted.items(), strict=False)
         return {result: (active, row_steps * n) for active, (result, n) in pairs}
 
     def reset_events(self) -> None:
@@ -165,20 +186,25 @@ class CppLaunchable:
     ) -> frozenset[str]:
         """Pack the weights; the names of those that are not finite."""
         infinite = []
-        for name, shape, dtype, packed_weight in self._weights:
-            weight = tensors.get(name)
-            if not _fits(weight, dtype, shape):
-                raise _misfit(weight, name, f"{list(shape)} of {dtype}", dtype)
-            packed = packed_weight.get(weight, frozen=frozen)
+        for slot in self._weights:
+            weight = tensors.get(slot.name)
+            if not _fits(weight, slot.dtype, slot.shape):
+                wanted = f"{list(slot.shape)} of {slot.dtype}"
+                raise _misfit(weight, slot.name, wanted, slot.dtype)
+            packed = slot.packed.get(weight.t() if slot.by_senders else weight, frozen=frozen)
             pointers.append(packed.tiles.data_ptr())
             alive.append(packed.tiles)
             if not packed.all_finite:
-                infinite.append(name)
+                infinite.append(slot.name)
         return frozenset(infinite)
 
     def _dense_function(self, infinite: frozenset[str]) -> Any:
-        """The kernel whose gathers through ``infinite`` weights are dense, compiled at need."""
-        dense = {g.result for g in self.kernel.gathers if g.weight in infinite}
+        """The kernel whose gathers through ``infinite`` weights are dense, compiled at need.
+
+        Restricted ones skip no sender, and what they skip is zero whatever the weights are.
+        """
+        read = [g for g in self.kernel.gathers if g.only is None]
+        dense = {g.result for g in read if g.weight in infinite}
         gathers: tuple[tuple[str, Any], ...] = tuple(
             (result, "dense" if result in dense else how) for result, how in self.schedule.gathers
         )
@@ -301,6 +327,7 @@ def _extent(kernel: ir.Kernel, population: str | None) -> int:
     return 1 if population is None else kernel.population_size(population)
 
 
-def _senders(kernel: ir.Kernel, gather: ir.Gather) -> int:
+def _counted(kernel: ir.Kernel, gather: ir.Gather) -> int:
+    """How many senders a Gather has, or how many sums, if it is restricted."""
     weight = next(w for w in kernel.weights if w.name == gather.weight)
-    return kernel.population_size(weight.senders)
+    return kernel.population_size(weight.senders if gather.only is None else weight.receivers)

@@ -64,6 +64,15 @@ def events_field(
     return Field(f"{kind} {name}[2]", f"{name}{{{{{made}}}, {{{made}}}}}", f"{note}, now and next")
 
 
+def blocks_field(source: Source, symbols: Symbols, copies: int, note: str) -> Field:
+    """Values of a source as restricted products read them."""
+    name, size = f"{symbols.values[source.name]}_blocks", symbols.sizes[source.population]
+    kind, made = f"Blocks<{C_TYPES[source.dtype]}>", f"arena, rows, {size}"
+    if copies == 1:
+        return Field(f"{kind} {name}", f"{name}({made})", note)
+    return Field(f"{kind} {name}[2]", f"{name}{{{{{made}}}, {{{made}}}}}", note)
+
+
 def sum_fields(usage: Usage, symbols: Symbols, rows: str = "rows") -> list[Field]:
     """Sums of gathers, one tile of receivers."""
     return [

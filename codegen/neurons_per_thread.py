@@ -16,6 +16,7 @@ from sparsify.codegen.kernel_text import KernelText
 from sparsify.codegen.memory_text import (
     Field,
     array,
+    blocks_field,
     events_field,
     state_fields,
     sum_fields,
@@ -25,7 +26,7 @@ from sparsify.codegen.predict_cost import predict_cost
 from sparsify.codegen.usage import Source, default_tile, emitted, find_usage, why_not_gather
 from sparsify.errors import Refusal
 
-GROUP = 64
+GROUP = 64  # at most, because a set of rows is one word
 
 _PARAMETERS = (
     "const Call& call, const Shared& shared, const Own& own, int64_t t, int64_t b,\n"
@@ -92,7 +93,7 @@ class _SharedText(KernelText):
         self.w.line(
             f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
         )
-        write_call(self.w, self.kernel, self.symbols, ["int64_t group;"])
+        write_call(self.w, self.kernel, self.schedule, self.symbols, ["int64_t group;"])
         note = "What all threads see: states, and the activity that neurons exchange."
         write_struct(self.w, "Shared", note, self._shared_fields())
         note = "What a thread keeps for itself: event lists, and sums of its neurons."
@@ -100,7 +101,7 @@ class _SharedText(KernelText):
         self.write_cells()
         self._write_rows()
         self._write_run()
-        write_entry(self.w, self.kernel, self.symbols, entry, self._set_up())
+        write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, self._set_up())
         return self.w.text()
 
     def places(self) -> Places:
@@ -115,6 +116,9 @@ class _SharedText(KernelText):
             if source.needs_values:
                 at = f"shared.{name}_values{slot} + row * {size} + first"
                 lines.append(f"convert({at}, {{values}}, width);")
+            if source.blocks:
+                at = f"shared.{name}_blocks{slot}"
+                lines.append(f"arrange({at}, row, {{values}}, first, width);")
             emit[source.name] = lines
         return Places(_PARAMETERS, _ARGUMENTS, "shared", events, emit)
 
@@ -122,6 +126,10 @@ class _SharedText(KernelText):
         if source.kind == "operand":
             return f"own.{self.name(source)}_values"
         return f"shared.{self.name(source)}_values{slot or '[now]'}"
+
+    def blocks_of(self, source: Source) -> str:
+        name = f"{self.name(source)}_blocks"
+        return f"own.{name}" if source.kind == "operand" else f"shared.{name}[now]"
 
     def _shared_fields(self) -> list[Field]:
         fields = state_fields(self.usage, self.symbols)
@@ -136,6 +144,9 @@ class _SharedText(KernelText):
             if source.needs_values:
                 kind, note = C_TYPES[source.dtype], f"{source.name}; by parity of the step"
                 fields.append(array(kind, f"{name}_values", f"rows * {size}", 2, note))
+            if source.blocks:
+                note = f"{source.name}, for restricted products; by parity of the step"
+                fields.append(blocks_field(source, self.symbols, 2, note))
         return fields
 
     def _own_fields(self) -> list[Field]:
@@ -145,6 +156,9 @@ class _SharedText(KernelText):
                 fields.append(events_field(source, self.usage, self.symbols, 1))
             if self.is_converted(source):
                 fields.append(self.converted_field(source))
+            if source.blocks and source.kind == "operand":
+                note = f"{source.name}, for restricted products"
+                fields.append(blocks_field(source, self.symbols, 1, note))
         return fields + sum_fields(self.usage, self.symbols)
 
     def _write_rows(self) -> None:
@@ -218,9 +232,19 @@ class _SharedText(KernelText):
                 w.line("const int64_t rows = left < call.group ? left : call.group;")
                 w.line("run_rows(call, team, shared, own, active, start, rows);")
             if gathers:
-                w.line("if (team.thread > 0) return;", "all have counted the same events")
+                self._write_common_counts()
                 with w.indented(f"for (int k = 0; k < {gathers}; ++k)"):
                     w.line("__atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);")
+
+    def _write_common_counts(self) -> None:
+        """Let one thread count what all have found; wanted sums are found by one thread each."""
+        note = "all have counted the same events"
+        shared = [i for i, g in enumerate(self.kernel.gathers) if g.only is None]
+        if len(shared) == len(self.kernel.gathers):
+            self.w.line("if (team.thread > 0) return;", note)
+        elif shared:
+            cleared = " = ".join(f"active[{index}]" for index in shared)
+            self.w.line(f"if (team.thread > 0) {cleared} = 0;", note)
 
     def _set_up(self) -> list[str]:
         most = max(-(-p.size // self.tile) for p in self.kernel.populations)

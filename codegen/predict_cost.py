@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 
+WANTED_MACS = 1.6  # what a product of a restricted gather costs, in those of a dense one
 BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8}
 
 
@@ -23,23 +24,28 @@ def predict_cost(
 ) -> Cost:
     """The cost of a call in which ``group`` batch rows share a tile of weights while it is cached.
 
-    A weight row that several rows of a group touch is then read from memory once.
+    A weight row that several rows of a group touch is then read from memory once. ``activity`` is
+    the share of active senders, or of wanted sums where a gather is restricted.
     """
     how = dict(schedule.gathers)
     weights = {w.name: w for w in kernel.weights}
     groups = -(-batch // group) if batch else 0
     weight_bytes = event_adds = dense_macs = 0.0
+    neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
     for gather in kernel.gathers:
         weight = weights[gather.weight]
         pairs = kernel.population_size(weight.receivers) * kernel.population_size(weight.senders)
-        if how[gather.result] == "dense":
-            touched = 1.0
-            dense_macs += steps * batch * pairs
+        is_dense = how[gather.result] == "dense"
+        share = 1.0 if is_dense else min(1.0, max(0.0, activity[gather.result]))
+        products = steps * batch * share * pairs
+        if is_dense:
+            dense_macs += products
+        elif gather.only is None:
+            event_adds += products
         else:
-            share = min(1.0, max(0.0, activity[gather.result]))
-            touched = 1.0 - (1.0 - share) ** (batch / max(1, groups))
-            event_adds += steps * batch * share * pairs
+            dense_macs += products * WANTED_MACS
+            neurons += kernel.population_size(weight.receivers)
+        touched = 1.0 - (1.0 - share) ** (batch / max(1, groups))
         weight_bytes += steps * groups * touched * pairs * BYTES[weight.dtype]
-    neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
     pointwise = float(steps * batch * neurons)
     return Cost(weight_bytes, event_adds, dense_macs, pointwise, barriers, parts)

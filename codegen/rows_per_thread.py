@@ -16,6 +16,7 @@ from sparsify.codegen.kernel_text import KernelText
 from sparsify.codegen.memory_text import (
     Field,
     array,
+    blocks_field,
     events_field,
     state_fields,
     sum_fields,
@@ -25,7 +26,7 @@ from sparsify.codegen.predict_cost import predict_cost
 from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
 from sparsify.errors import Refusal
 
-GROUP = 64
+GROUP = 64  # at most, because a set of rows is one word
 
 _PARAMETERS = (
     "const Call& call, const Rows& own, int64_t t, int64_t b, int64_t row,\n"
@@ -78,13 +79,13 @@ class _RowsText(KernelText):
         self.w.line(
             f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
         )
-        write_call(self.w, self.kernel, self.symbols, ["int64_t group;"])
+        write_call(self.w, self.kernel, self.schedule, self.symbols, ["int64_t group;"])
         note = "What a thread keeps of the rows that it carries through time."
         write_struct(self.w, "Rows", note, self._fields())
         self.write_cells()
         self._write_rows()
         self._write_run()
-        write_entry(self.w, self.kernel, self.symbols, entry, _SET_UP)
+        write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, _SET_UP)
         return self.w.text()
 
     def places(self) -> Places:
@@ -99,11 +100,17 @@ class _RowsText(KernelText):
             if source.dense:
                 at = f"own.{name}_values{slot} + row * {size} + first"
                 lines.append(f"convert({at}, {{values}}, width);")
+            if source.blocks:
+                at = f"own.{name}_blocks{slot}"
+                lines.append(f"arrange({at}, row, {{values}}, first, width);")
             emit[source.name] = lines
         return Places(_PARAMETERS, _ARGUMENTS, "own", events, emit)
 
     def values_of(self, source: Source, slot: str) -> str:
         return f"own.{self.name(source)}_values{slot}"
+
+    def blocks_of(self, source: Source) -> str:
+        return f"own.{self.name(source)}_blocks{'[now]' if source.kind == 'state' else ''}"
 
     def _fields(self) -> list[Field]:
         fields = state_fields(self.usage, self.symbols)
@@ -111,6 +118,9 @@ class _RowsText(KernelText):
             copies = 2 if source.kind == "state" else 1
             if source.events:
                 fields.append(events_field(source, self.usage, self.symbols, copies))
+            if source.blocks:
+                note = f"{source.name}, for restricted products"
+                fields.append(blocks_field(source, self.symbols, copies, note))
             if self.is_converted(source):
                 fields.append(self.converted_field(source))
             elif source.dense and source.kind != "operand":

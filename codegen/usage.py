@@ -10,6 +10,7 @@ from sparsify.check_ir import value_dtypes
 from sparsify.errors import Refusal
 
 UINT16_SENDERS = 65536
+SOURCE_BLOCK = 128  # senders whose weights lie together for a restricted product
 TILES = (16, 32, 64, 128)  # multiples of every vector, divisors of a block of 256 senders
 
 
@@ -22,9 +23,10 @@ class Source:
     population: str
     value_dtype: ir.DType
     dtype: ir.DType
-    events: bool  # an event Gather reads it
+    events: bool  # a Gather reads its events
     payload: bool  # one of them has real payloads
     dense: bool  # a dense Gather reads it
+    blocks: bool  # a Gather that computes wanted sums alone reads it
 
     @property
     def needs_values(self) -> bool:
@@ -38,6 +40,7 @@ class Usage:
     kernel: ir.Kernel
     dtypes: dict[str, ir.DType]
     dense: frozenset[str]  # results of dense Gathers
+    selective: frozenset[str]  # results of restricted Gathers that compute wanted sums alone
     sources: dict[str, Source]
     kept_states: frozenset[str]  # read per neuron: the old value is stored
     doubled_states: frozenset[str]  # read after they were updated: two copies
@@ -59,6 +62,7 @@ class Usage:
 def find_usage(kernel: ir.Kernel, schedule: ir.Schedule) -> Usage:
     dtypes = value_dtypes(kernel)
     dense = frozenset(result for result, how in schedule.gathers if how == "dense")
+    selective = selective_gathers(kernel, schedule)
     reads = _pointwise_reads(kernel)
     updated = {
         s.state: index
@@ -78,11 +82,41 @@ def find_usage(kernel: ir.Kernel, schedule: ir.Schedule) -> Usage:
         kernel=kernel,
         dtypes=dtypes,
         dense=dense,
-        sources=_find_sources(kernel, dtypes, dense),
+        selective=selective,
+        sources=_find_sources(kernel, dtypes, dense, selective),
         kept_states=frozenset(states),
         doubled_states=frozenset(s for s in states if last_read[s] > updated[s]),
         kept_lets=frozenset(n for n, p in defined.items() if last_read.get(n, p) > p),
     )
+
+
+def selective_gathers(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:
+    """The results of restricted Gathers that compute wanted sums alone."""
+    how = dict(schedule.gathers)
+    return frozenset(
+        g.result for g in kernel.gathers if g.only is not None and how[g.result] == "event"
+    )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A layout of a weight: in tiles of receivers, for each the senders, or the other way round."""
+
+    weight: ir.Weight
+    by: Literal["receivers", "senders"]
+
+
+def packings(kernel: ir.Kernel, schedule: ir.Schedule) -> list[Packing]:
+    """What a kernel is given of each weight, in its order."""
+    selective = selective_gathers(kernel, schedule)
+    found = []
+    for weight in kernel.weights:
+        readers = [g.result in selective for g in kernel.gathers if g.weight == weight.name]
+        if not all(readers) or not readers:
+            found.append(Packing(weight, "receivers"))
+        if any(readers):
+            found.append(Packing(weight, "senders"))
+    return found
 
 
 def default_tile(kernel: ir.Kernel) -> int:
@@ -119,14 +153,20 @@ def _pointwise_reads(kernel: ir.Kernel) -> dict[str, list[int]]:
     reads: dict[str, list[int]] = {}
     for index, phase in enumerate(kernel.phases):
         for statement in phase.body:
-            for arg in statement_args(statement):
-                if not isinstance(arg, ir.Const):
-                    reads.setdefault(arg, []).append(index)
+            for name in neuron_reads(statement):
+                reads.setdefault(name, []).append(index)
     return reads
 
 
+def neuron_reads(statement: ir.Statement) -> list[str]:
+    """The values that a statement, or the product of a Gather, reads neuron by neuron."""
+    if isinstance(statement, ir.Gather):
+        return [] if statement.only is None else [statement.only]
+    return [arg for arg in statement_args(statement) if not isinstance(arg, ir.Const)]
+
+
 def statement_args(statement: ir.Statement) -> tuple[ir.Arg, ...]:
-    """What a statement reads neuron by neuron."""
+    """What a statement reads neuron by neuron, where cells compute it."""
     match statement:
         case ir.Let(args=args):
             return args
@@ -148,7 +188,10 @@ def emitted(phase: ir.Phase, usage: Usage) -> list[tuple[Source, ir.Arg]]:
 
 
 def _find_sources(
-    kernel: ir.Kernel, dtypes: dict[str, ir.DType], dense: frozenset[str]
+    kernel: ir.Kernel,
+    dtypes: dict[str, ir.DType],
+    dense: frozenset[str],
+    selective: frozenset[str],
 ) -> dict[str, Source]:
     weights = {w.name: w for w in kernel.weights}
     states = {s.name for s in kernel.states}
@@ -156,7 +199,7 @@ def _find_sources(
     sources: dict[str, Source] = {}
     for name in dict.fromkeys(g.source for g in kernel.gathers):
         readers = [g for g in kernel.gathers if g.source == name]
-        events = [g for g in readers if g.result not in dense]
+        events = [g for g in readers if g.result not in dense | selective]
         weight = weights[readers[0].weight]
         sources[name] = Source(
             name=name,
@@ -166,6 +209,7 @@ def _find_sources(
             dtype=weight.dtype,
             events=bool(events),
             payload=any(g.payload == "real" for g in events),
-            dense=len(events) < len(readers),
+            dense=any(g.result in dense for g in readers),
+            blocks=any(g.result in selective for g in readers),
         )
     return sources

@@ -27,7 +27,7 @@ class Write:
 def order_phases(placed: Sequence[Placed], writes: Sequence[Write]) -> tuple[ir.Phase, ...]:
     """Phases in order; ``placed`` is in order of dependence, ``writes`` follow.
 
-    A Gather waits for the phase before it only if its source is computed in the same step. What
+    A Gather waits for the phase before it only if what it reads is computed in the same step. What
     nothing waits for is computed beside what needs it, so that it need not be kept in memory.
     """
     levels = _latest(placed, _earliest(placed))
@@ -48,7 +48,7 @@ def order_phases(placed: Sequence[Placed], writes: Sequence[Write]) -> tuple[ir.
 
 def _reads(statement: ir.Let | ir.Gather) -> list[str]:
     if isinstance(statement, ir.Gather):
-        return [statement.source]
+        return [statement.source, *([] if statement.only is None else [statement.only])]
     return [arg for arg in statement.args if isinstance(arg, str)]
 
 
@@ -67,10 +67,10 @@ def _latest(placed: Sequence[Placed], earliest: dict[str, int]) -> dict[str, int
     for item in placed:
         if not isinstance(item.statement, ir.Gather):
             continue
-        level, source = earliest[item.statement.result], item.statement.source
-        anchors.setdefault(item.population, set()).add(level)
-        if source in earliest:
-            anchors.setdefault(owners[source], set()).add(earliest[source])
+        anchors.setdefault(item.population, set()).add(earliest[item.statement.result])
+        for name in _reads(item.statement):
+            if name in earliest:
+                anchors.setdefault(owners[name], set()).add(earliest[name])
     latest: dict[str, int] = {}
     bounds: dict[str, int] = {}
     for item in reversed(placed):

@@ -172,7 +172,19 @@ class _Scope:
             return f"source {gather.source!r} has axes {operand.axes}"
         if self.dtypes[gather.source] in FLOATS and self.dtypes[gather.source] != weight.dtype:
             return "source and weight have different float dtypes"
+        if gather.only is not None and (reason := self._why_bad_only(gather.only, population)):
+            return reason
         self._define(gather.result, weight.dtype, population)
+        return None
+
+    def _why_bad_only(self, only: ir.Ref, population: str) -> str | None:
+        if only not in self.dtypes or only in self.phase_results:
+            return f"only {only!r} is not a value of an earlier phase"
+        if self.populations[only] != population:
+            return f"only {only!r} belongs to another population"
+        operand = self.operands.get(only)
+        if operand is not None and operand.axes not in (("T", "B", "N"), ("B", "N")):
+            return f"only {only!r} has axes {operand.axes}"
         return None
 
     def _why_bad_write(

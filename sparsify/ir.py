@@ -109,6 +109,13 @@ class Gather:
     blocks of 256 sender indices, each block from +0, then the block sums in ascending order, from
     +0; every product and sum is rounded to the weight's dtype. ``binary`` promises that sources
     are 0 or 1.
+
+    A restricted Gather names in ``only`` a value ``[B, R]`` of the receivers: a State (its old
+    value), an Operand with axes (T,)B,N, or a result of an earlier phase. What has ``only == 0`` is
+    not computed but 0: the way back from a neuron whose surrogate gradient is zero there. A row
+    with a wild source, one that is not below ``WILD`` in magnitude, is computed for all receivers:
+    in the whole product it may give infinities and NaN, which a factor of zero does not undo.
+    The order of additions is free.
     """
 
     result: str
@@ -116,6 +123,7 @@ class Gather:
     source: Ref
     payload: Payload
     note: str = ""
+    only: Ref | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a kernel is to be run: the strategy's name and, per Gather result, event or dense."""
+    """How a kernel is to be run: the strategy's name and, per Gather result, event or dense.
+
+    The events of a restricted Gather are its wanted sums: "event" computes those alone, "dense"
+    computes all and clears the others.
+    """
 
     strategy: str
     gathers: tuple[tuple[str, Literal["event", "dense"]], ...]
@@ -181,3 +193,7 @@ class Schedule:
 
 
 GATHER_BLOCK = 256
+
+# Sources from here on are wild. Below, a sum of products stays finite as long as the magnitudes of
+# a receiver's weights add up to less than 2**64 (2**512), which no trained network comes near.
+WILD: dict[DType, float] = {"float32": 2.0**63, "float64": 2.0**511}

@@ -51,6 +51,13 @@ def gather(weight: Array, source: Array) -> Array:
     return total
 
 
+@np.errstate(all="ignore")
+def wanted(only: Array, source: Array, dtype: ir.DType) -> Array:
+    """Which sums of a restricted Gather are computed: bools ``[B, R]``, see ``ir.Gather``."""
+    wild = ~(np.abs(source.astype(dtype)) < ir.WILD[dtype]).all(1)
+    return np.asarray((only != 0) | wild[:, None])
+
+
 class _Interpreter:
     def __init__(
         self, kernel: ir.Kernel, tensors: Mapping[str, Array], steps: int, batch: int
@@ -91,14 +98,22 @@ class _Interpreter:
         match statement:
             case ir.Let(result=result):
                 self.values[result] = np.broadcast_to(self._let(statement), shape)
-            case ir.Gather(result=result, weight=weight, source=source):
-                self.values[result] = gather(self.tensors[weight], self.values[source])
+            case ir.Gather(result=result):
+                self.values[result] = self._gather(statement)
             case ir.Update(state=state, value=value):
                 self.next[state] = self._full(value, self.dtypes[state], shape)
             case ir.Store(output=output, value=value):
                 target = self.outputs[output]
                 where = target[t] if target.ndim == 3 else target
                 where[...] = self._full(value, target.dtype, shape)
+
+    def _gather(self, statement: ir.Gather) -> Array:
+        source = self.values[statement.source]
+        total = gather(self.tensors[statement.weight], source)
+        if statement.only is None:
+            return total
+        keep = wanted(self.values[statement.only], source, self.dtypes[statement.result])
+        return np.where(keep, total, np.zeros_like(total))
 
     def _let(self, let: ir.Let) -> Array:
         op = SCALAR_OPS[let.op]

@@ -77,6 +77,76 @@ def lif_data(kernel: ir.Kernel, steps: int, batch: int, seed: int = 0) -> dict[s
     return {name: np.ascontiguousarray(v).astype(dtype) for name, v in values.items()}
 
 
+def lif_gradient(hidden: int, dtype: ir.DType = "float32") -> ir.Kernel:
+    """The way back through ``lif`` with a surrogate gradient that is zero far from threshold."""
+    near = ir.Phase(
+        "hidden",
+        (
+            ir.Let("distance", "sub", ("v", ir.Const(1.0)), dtype),
+            ir.Let("away", "abs", ("distance",), dtype),
+            ir.Let("near", "lt", ("away", ir.Const(0.5)), "bool"),
+        ),
+    )
+    body = (
+        ir.Gather("returned", "w_rec", "d", "real", "self.rec(s)", only="near"),
+        ir.Let("arrived", "add", ("returned", "g"), dtype),
+        ir.Let("passed", "where", ("near", "arrived", ir.Const(0.0)), dtype),
+        ir.Let("decayed", "mul", ("d", ir.Const(0.5)), dtype),
+        ir.Let("d_new", "add", ("decayed", "passed"), dtype),
+        ir.Update("d", "d_new"),
+        ir.Store("currents", "d_new"),
+        ir.Store("products", "returned"),
+        ir.Store("first", "d_new"),
+    )
+    every: tuple[ir.Axis, ...] = ("T", "B", "N")
+    return ir.Kernel(
+        name="lif_gradient",
+        populations=(ir.Population("hidden", hidden),),
+        operands=(
+            ir.Operand("v", every, "hidden", dtype, "charged"),
+            ir.Operand("g", every, "hidden", dtype, "gradient of the spikes"),
+            ir.Operand("d0", ("B", "N"), "hidden", dtype),
+        ),
+        weights=(ir.Weight("w_rec", "hidden", "hidden", dtype, note="rec.weight, transposed"),),
+        states=(ir.State("d", "hidden", dtype, "d0", "gradient of the current"),),
+        phases=(near, ir.Phase("hidden", body)),
+        outputs=(
+            ir.Output("currents", every, "hidden", dtype),
+            ir.Output("products", every, "hidden", dtype),
+            ir.Output("first", ("B", "N"), "hidden", dtype),
+        ),
+        origin=("model.py:41  s, v = self.cell(x[t], s, v)",),
+        reverse=True,
+    )
+
+
+def gradient_data(
+    kernel: ir.Kernel, steps: int, batch: int, share: float, seed: int = 0
+) -> dict[str, Array]:
+    """Data of ``lif_gradient`` with the ``share`` of potentials near threshold.
+
+    All are integers, each receiver has 4 weights of 1 or -1, and a step halves what it keeps: after
+    5 steps, values have at most 15 bits before the point and 5 behind it. Sums are exact.
+
+    Weights and gradients are small multiples of powers of two.
+    """
+    rng = np.random.default_rng(seed)
+    hidden = kernel.population_size("hidden")
+    shape = (steps, batch, hidden)
+    weight = np.zeros((hidden, hidden))
+    for _ in range(4):
+        weight[np.arange(hidden), rng.integers(0, hidden, hidden)] = rng.choice((-1, 1), hidden)
+    values = {
+        "v": np.where(rng.random(shape) < share, 1.25, 3.0),
+        "g": rng.integers(-4, 5, shape),
+        "d0": rng.integers(-4, 5, (batch, hidden)),
+        "w_rec": weight,
+    }
+    return {
+        name: np.ascontiguousarray(v).astype(kernel.operands[0].dtype) for name, v in values.items()
+    }
+
+
 def two_layers(first: int, second: int) -> ir.Kernel:
     """Feed-forward: ReLU events of one layer reach the next in the same step, which feeds back."""
     one = ir.Phase(

@@ -50,6 +50,7 @@ class _Builder:
     binary: set[str] = field(default_factory=set)
     gatherable: set[str] = field(default_factory=set)
     updated_in: dict[str, int] = field(default_factory=dict)  # state -> index of the phase
+    restricted: bool = False  # gathers are restricted wherever they can be
     fresh: int = 0
 
     def name(self, prefix: str) -> str:
@@ -86,9 +87,12 @@ class _Builder:
 
 
 @st.composite
-def kernels(draw: st.DrawFn) -> Drawn:
-    """A kernel of one to three populations and phases, with a schedule that fits it."""
-    b = _Builder(draw, draw(st.sampled_from(("float32", "float64"))))
+def kernels(draw: st.DrawFn, restricted: bool = False) -> Drawn:
+    """A kernel of one to three populations and phases, with a schedule that fits it.
+
+    Its gathers are restricted wherever they can be, or nowhere.
+    """
+    b = _Builder(draw, draw(st.sampled_from(("float32", "float64"))), restricted=restricted)
     for index in range(draw(st.integers(1, 3))):
         b.populations.append(ir.Population(f"layer{index}", draw(st.sampled_from(SIZES))))
     names = [p.name for p in b.populations]
@@ -164,14 +168,19 @@ def _draw_gather(b: _Builder, population: str) -> list[ir.Statement]:
     sources = [name for name in b.gatherable if b.dtypes[name] in readable]
     if not sources:
         return []
-    source = b.draw(st.sampled_from(sorted(sources)))
+    binary = sorted(b.binary.intersection(sources))
+    source = b.draw(st.sampled_from(binary if b.restricted and binary else sorted(sources)))
     weight = b.name("weight")
     senders = b.where[source]
     assert senders is not None
     b.weights.append(ir.Weight(weight, population, senders, b.float_dtype))
-    payload: ir.Payload = "binary" if source in b.binary and b.draw(st.booleans()) else "real"
+    is_binary = source in b.binary and (b.restricted or b.draw(st.booleans()))
+    payload: ir.Payload = "binary" if is_binary else "real"
     result = b.define(b.name("sum"), b.float_dtype, population)
-    return [ir.Gather(result, weight, source, payload)]
+    wanting = [name for name in sorted(b.gatherable) if b.where[name] == population]
+    if payload == "real" or not wanting or not b.restricted:
+        return [ir.Gather(result, weight, source, payload)]
+    return [ir.Gather(result, weight, source, payload, only=b.draw(st.sampled_from(wanting)))]
 
 
 def _draw_let(b: _Builder, population: str) -> ir.Let:
@@ -223,8 +232,8 @@ def draw_data(
 ) -> dict[str, Array]:
     """Tensors for a kernel; ``special`` mixes in infinities, NaN, -0 and subnormals.
 
-    Weights of dense gathers are multiples of 1/64 up to 1: sums of 0 and 1 times those are exact
-    in float32 for up to 2**18 senders, so the order of additions cannot matter.
+    Weights of dense and restricted gathers are multiples of 1/64 up to 1: sums of 0 and 1 times
+    those are exact in float32 for up to 2**18 senders, so the order of additions cannot matter.
     """
     rng = np.random.default_rng(seed)
     kernel = drawn.kernel
@@ -243,7 +252,7 @@ def draw_data(
             values = np.rint(values * 2)
         data[operand.name] = np.asarray(values).astype(operand.dtype)
     dense = {result for result, how in drawn.schedule.gathers if how == "dense"}
-    exact = {g.weight for g in kernel.gathers if g.result in dense}
+    exact = {g.weight for g in kernel.gathers if g.result in dense or g.only is not None}
     for weight in kernel.weights:
         shape = (kernel.population_size(weight.receivers), kernel.population_size(weight.senders))
         values = rng.standard_normal(shape)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
@@ -68,6 +68,22 @@ def compare(
 )
 @given(drawn=kernels(), seed=st.integers(0, 2**16), special=st.booleans())
 def test_random_kernels(drawn: Drawn, seed: int, special: bool) -> None:
+    compare_with_random_data(drawn, seed, special)
+
+
+@settings(
+    max_examples=16,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(drawn=kernels(restricted=True), seed=st.integers(0, 2**16), special=st.booleans())
+def test_random_restricted_kernels(drawn: Drawn, seed: int, special: bool) -> None:
+    assume(any(gather.only is not None for gather in drawn.kernel.gathers))
+    compare_with_random_data(drawn, seed, special)
+
+
+def compare_with_random_data(drawn: Drawn, seed: int, special: bool) -> None:
     launch = load(drawn.kernel, drawn.schedule)
     for steps, batch, threads, activity in (
         (4, 3, 2, 0.2),

@@ -13,7 +13,7 @@ from sparsify.codegen.cell_text import literal
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.writer import Names, comment_text
-from tests.example_kernels import STRATEGIES, lif, product, schedule, two_layers
+from tests.example_kernels import STRATEGIES, lif, lif_gradient, product, schedule, two_layers
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
@@ -26,6 +26,14 @@ CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_reversed": (
         replace(lif(70, 130), reverse=True),
         schedule(lif(70, 130), "neurons-per-thread"),
+    ),
+    "lif_gradient": (
+        lif_gradient(130),
+        schedule(lif_gradient(130), "rows-per-thread"),
+    ),
+    "lif_gradient_neurons": (
+        lif_gradient(130),
+        schedule(lif_gradient(130), "neurons-per-thread"),
     ),
     "two_layers": (
         two_layers(140, 33),
@@ -97,7 +105,8 @@ def hostile(kernel: ir.Kernel, offset: int) -> ir.Kernel:
                 return replace(s, result=new(s.result), args=args, note=HOSTILE[4])
             case ir.Gather():
                 result, weight, source = new(s.result), new(s.weight), new(s.source)
-                return ir.Gather(result, weight, source, s.payload, HOSTILE[5])
+                only = None if s.only is None else new(s.only)
+                return ir.Gather(result, weight, source, s.payload, HOSTILE[5], only)
             case ir.Store():
                 return ir.Store(new(s.output), arg(s.value))
             case ir.Update():
