@@ -2,27 +2,153 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from sparsify.codegen.outer_product import C_TYPES, Outcome, outer_product
+from sparsify.cost_model import EVENT_ADDS_PER_MAC
+from sparsify.errors import BackendUnavailable, CompileError
+from sparsify.saved_bits import check_packed, unpack_bits
+
+ROWS_PER_SUM = 512  # outer_product.h adds the rows of so many on their own
+# Listing an event takes as long as adding it to so many receivers, as measured.
+RECEIVERS_PER_LISTING = 40
+UNPACKED_ROWS = 4096  # of a dense product, so that bits are never unpacked all at once
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a call was computed, and why it was dense where events were asked for.
+
+    ``active`` of ``seen`` values of the activation were not zero, in a sample of rows if dense;
+    nobody looked if ``seen`` is 0.
+    """
+
+    how: Literal["event", "dense"]
+    active: int = 0
+    seen: int = 0
+    reason: str = ""
+
+    @property
+    def activity(self) -> float | None:
+        return self.active / self.seen if self.seen else None
 
 
 class OuterProduct(nn.Module):
     """``d [..., R], y [..., S] -> [R, S]``: the sum over all leading axes of ``d[r] * y[s]``.
 
-    ``event`` says that the activation is mostly zero.
+    ``event`` says that the activation ``y`` is mostly zero: a kernel then reads ``d`` only where it
+    is not, unless so much is active that a dense product is faster, ``d`` is not finite (eager's
+    0 * inf is NaN), or there is no compiler. With ``senders`` the activation comes as the bits of
+    so many senders (``pack_bits``). ``last`` says how the last call was computed.
     """
 
-    def __init__(self, event: bool = False) -> None:
+    def __init__(self, event: bool = False, senders: int | None = None) -> None:
         super().__init__()
-        self.event = event
+        self.event, self.senders = event, senders
+        self.last: Ran | None = None
+        self._unavailable = ""
 
     def forward(self, d: Tensor, activation: Tensor) -> Tensor:
-        """``[R, S]`` in the dtype of ``d``. Raises ValueError if the leading axes differ."""
-        if d.shape[:-1] != activation.shape[:-1]:
+        """``[R, S]`` in the dtype of ``d``. Raises ValueError if the operands do not fit."""
+        self._check(d, activation)
+        ran, result = self._run_events(d, activation)
+        self.last = ran
+        if result is None:
+            return dense_outer_product(d, activation, self.senders)
+        return result
+
+    def _run_events(self, d: Tensor, activation: Tensor) -> tuple[Ran, Tensor | None]:
+        if not self.event:
+            return Ran("dense"), None
+        if reason := self._unavailable or why_dense(d, activation):
+            return Ran("dense", reason=reason), None
+        senders = activation.shape[-1] if self.senders is None else self.senders
+        packed, most = self.senders is not None, break_even(d.shape[-1])
+        try:
+            product = outer_product(d, activation, senders, packed=packed, most=most)
+        except (BackendUnavailable, CompileError, OSError) as error:
+            self._unavailable = str(error)
+            return Ran("dense", reason=self._unavailable), None
+        active, seen = product.active, product.seen
+        if product.outcome is Outcome.TOO_ACTIVE:
+            reason = f"{active / seen:.1%} of the activation is active, more than {most:.1%}"
+            return Ran("dense", active, seen, reason), None
+        if product.outcome is Outcome.NOT_FINITE:
+            return Ran("dense", active, seen, "skipping a zero would skip 0 * inf"), None
+        return Ran("event", active, seen), product.result
+
+    def _check(self, d: Tensor, activation: Tensor) -> None:
+        if self.senders is not None:
+            check_packed(activation, self.senders)
+        if d.dim() < 1 or activation.dim() < 1 or d.shape[:-1] != activation.shape[:-1]:
             shapes = f"{list(d.shape)} and {list(activation.shape)}"
             raise ValueError(f"outer products need equal leading axes, not {shapes}")
-        rows = activation.reshape(-1, activation.shape[-1]).to(d.dtype)
-        return torch.mm(d.reshape(-1, d.shape[-1]).t(), rows)
 
     def extra_repr(self) -> str:
-        return f"event={self.event}"
+        bits = "" if self.senders is None else f", senders={self.senders}"
+        return f"event={self.event}{bits}"
+
+
+def dense_outer_product(d: Tensor, activation: Tensor, senders: int | None = None) -> Tensor:
+    """The same sum by ``torch.mm``; ``activation`` holds the bits of ``senders`` if given."""
+    rows = d.shape[:-1].numel()
+    left, right = d.reshape(rows, d.shape[-1]), activation.reshape(rows, activation.shape[-1])
+    if senders is None:
+        return torch.mm(left.t(), right.to(d.dtype))
+    result = d.new_zeros(d.shape[-1], senders)
+    for start in range(0, rows, UNPACKED_ROWS):
+        some = slice(start, start + UNPACKED_ROWS)
+        result = result.addmm(left[some].t(), unpack_bits(right[some], senders, d.dtype))
+    return result
+
+
+def break_even(receivers: int) -> float:
+    """The share of active values above which a dense product is expected to be faster."""
+    return EVENT_ADDS_PER_MAC * receivers / (receivers + RECEIVERS_PER_LISTING)
+
+
+def why_dense(d: Tensor, activation: Tensor) -> str:
+    """What keeps a kernel from reading these tensors, empty if nothing does."""
+    tensors = (d, activation)
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return "operations are being intercepted"
+    if torch.is_grad_enabled() and (d.requires_grad or activation.requires_grad):
+        return "the gradient of the gradient was asked for"
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        return "a tensor is of a class of its own"
+    if any(not tensor.is_cpu or tensor.layout is not torch.strided for tensor in tensors):
+        return "a tensor is not a strided one on the CPU"
+    if d.dtype not in C_TYPES or activation.is_complex():
+        return f"there is no kernel for {d.dtype} and {activation.dtype}"
+    if any(tensor.is_neg() or tensor.is_conj() for tensor in tensors):
+        return "a tensor is negated or conjugated lazily"
+    if not d.numel() or not activation.numel():
+        return "there is nothing to add"
+    return ""
+
+
+def reference_outer_product(
+    d: NDArray[np.floating], activation: NDArray[np.generic]
+) -> NDArray[np.floating]:
+    """What the kernel computes, to the bit: ``[rows, R], [rows, S] -> [R, S]``.
+
+    Where the activation is not zero, products are rounded, then added in ascending order of rows
+    within each block of 512, from +0; the sums of the blocks are added in ascending order.
+    """
+    total = np.zeros((activation.shape[1], d.shape[1]), d.dtype)
+    for start in range(0, len(d), ROWS_PER_SUM):
+        block = np.zeros_like(total)
+        for row in range(start, min(start + ROWS_PER_SUM, len(d))):
+            (active,) = np.nonzero(activation[row])
+            block[active] += activation[row, active].astype(d.dtype)[:, None] * d[row]
+        total = block if start == 0 else total + block
+    return total.T

@@ -1,0 +1,49 @@
+"""Spikes that are kept for the backward pass, at one bit each.
+
+The first of eight neurons is the lowest bit, as in ``numpy.packbits(..., bitorder="little")``.
+Everything is made of torch operations, so it can be traced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# A byte of 0 or 1 for each of eight neurons, times this, has their bits in its highest byte.
+GATHER_BITS = sum(1 << (56 - 7 * bit) for bit in range(8))
+
+
+def packed_size(neurons: int) -> int:
+    """How many bytes hold the bits of ``neurons``."""
+    return -(-neurons // 8)
+
+
+def pack_bits(spikes: Tensor) -> Tensor:
+    """``[..., N]`` of any dtype -> uint8 ``[..., ceil(N / 8)]``: which values are not zero."""
+    active = spikes != 0
+    missing = -active.shape[-1] % 8
+    if missing:
+        active = functional.pad(active, (0, missing))
+    words = active.contiguous().view(torch.int64)
+    return (words * GATHER_BITS >> 56).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, neurons: int, dtype: torch.dtype = torch.bool) -> Tensor:
+    """uint8 ``[..., ceil(N / 8)]`` -> ``[..., N]`` of 0 and 1.
+
+    Raises ValueError if ``packed`` has not the bytes of so many neurons.
+    """
+    check_packed(packed, neurons)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = packed.unsqueeze(-1).bitwise_right_shift(places).bitwise_and(1)
+    return bits.flatten(-2)[..., :neurons].to(dtype)
+
+
+def check_packed(packed: Tensor, neurons: int) -> None:
+    """Raises ValueError if ``packed`` cannot be what ``pack_bits`` made of ``[..., neurons]``."""
+    if packed.dtype is torch.uint8 and packed.shape[-1:] == (packed_size(neurons),):
+        return
+    given = f"{list(packed.shape)} of {packed.dtype}"
+    wanted = f"[..., {packed_size(neurons)}] of torch.uint8"
+    raise ValueError(f"the bits of {neurons} neurons are {wanted}, not {given}; use pack_bits")

@@ -1,0 +1,333 @@
+"""The gradient of a weight: bits of the kernel, when it is used, and what it does with bits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsify import outer_product as module
+from sparsify.codegen.outer_product import Outcome, outer_product
+from sparsify.outer_product import (
+    OuterProduct,
+    break_even,
+    dense_outer_product,
+    reference_outer_product,
+)
+from sparsify.saved_bits import pack_bits, unpack_bits
+from tests.threads import torch_threads
+
+ALL = 1.0  # events are never too many
+
+Activity = Callable[[Tensor], Tensor]
+KINDS: dict[str, Activity] = {
+    "same": lambda mask: mask.to(torch.get_default_dtype()),
+    "bool": lambda mask: mask,
+    "uint8": lambda mask: mask.to(torch.uint8),
+    "counts": lambda mask: mask.to(torch.uint8) * 3,
+    "payload": lambda mask: mask * torch.randn(mask.shape, dtype=torch.float64),
+    "int64": lambda mask: mask.to(torch.int64) * -2,
+}
+
+
+def spikes(shape: tuple[int, ...], activity: float = 0.1) -> Tensor:
+    return torch.rand(shape) < activity
+
+
+def reference(d: Tensor, y: Tensor) -> Tensor:
+    left, right = (tensor.reshape(-1, tensor.shape[-1]).numpy() for tensor in (d, y))
+    return torch.from_numpy(reference_outer_product(left, right))
+
+
+def run(d: Tensor, y: Tensor, senders: int | None = None) -> Tensor:
+    """What the kernel gives, whatever the activity."""
+    size = y.shape[-1] if senders is None else senders
+    product = outer_product(d, y, size, packed=senders is not None, most=ALL)
+    assert product.outcome is Outcome.DONE and product.result is not None
+    return product.result
+
+
+# --- bits ---
+
+
+@given(
+    rows=st.sampled_from([1, 2, 63, 64, 65, 511, 512, 513, 1100]),
+    receivers=st.sampled_from([1, 7, 8, 9, 16, 31, 32, 33, 70]),
+    senders=st.sampled_from([1, 5, 8, 63, 64, 65, 130]),
+    activity=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    kind=st.sampled_from(sorted(KINDS)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    threads=st.sampled_from([1, 2, 5]),
+    seed=st.integers(0, 1 << 30),
+)
+@settings(max_examples=150, deadline=None)
+def test_bits_are_those_of_the_reference(
+    rows: int,
+    receivers: int,
+    senders: int,
+    activity: float,
+    kind: str,
+    dtype: torch.dtype,
+    threads: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    d, y = torch.randn(rows, receivers, dtype=dtype), KINDS[kind](spikes((rows, senders), activity))
+    y = y.to(dtype) if y.is_floating_point() else y
+    with torch_threads(threads):
+        assert torch.equal(run(d, y), reference(d, y))
+
+
+def test_sums_of_blocks_are_added_to_one_another() -> None:
+    """1 + tiny + tiny is 1, but a later block keeps what its own tiny values add up to."""
+    tiny = 2.0**-24
+    d = torch.full((516, 1), tiny)
+    d[0] = 1.0
+    y = torch.ones(516, 1)
+    assert run(d[:512], y[:512]).item() == 1.0
+    assert run(d, y).item() == 1.0 + 4 * tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    d, y = torch.randn(3000, 200, dtype=dtype), spikes((3000, 333))
+    results = []
+    for threads in (1, 2, 3, 7):
+        with torch_threads(threads):
+            results.append(run(d, y))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(results[0], reference(d, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_as_eager_where_all_sums_are_exact(dtype: torch.dtype) -> None:
+    d, y = torch.randint(-8, 9, (700, 45)).to(dtype), spikes((700, 90), 0.2).to(dtype)
+    assert torch.equal(run(d, y), d.t() @ y)
+
+
+def test_no_event_gives_plus_zero() -> None:
+    result = run(torch.full((9, 3), -1.0), torch.full((9, 4), -0.0))
+    assert result.shape == (3, 4) and not result.any() and not result.signbit().any()
+
+
+# --- layouts ---
+
+LAYOUTS: dict[str, Activity] = {
+    "time and batch": lambda t: t,
+    "slice of steps": lambda t: t[2:],
+    "every other step": lambda t: t[::2],
+    "batch first": lambda t: t.transpose(0, 1),
+    "transposed neurons": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "some neurons": lambda t: t[..., 3:-2],
+    "every other neuron": lambda t: t[..., ::2],
+    "one step for all": lambda t: t[:1].expand(t.shape),
+    "one row for all": lambda t: t[:, :1].expand(t.shape),
+    "one value for all": lambda t: t[:1, :1, :1].expand(t.shape),
+    "a row": lambda t: t[0, 0],
+    "more axes": lambda t: t.reshape(2, -1, *t.shape[1:]),
+    "two axes": lambda t: t.flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("of_d", [True, False])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_any_layout_gives_the_same_bits(layout: str, of_d: bool) -> None:
+    d, y = torch.randn(80, 7, 40), spikes((80, 7, 70), 0.3).float()
+    changed = LAYOUTS[layout](d if of_d else y)
+    other = (y if of_d else d).flatten(0, 1)[: changed.shape[:-1].numel()]
+    other = other.reshape(*changed.shape[:-1], -1)
+    d, y = (changed, other) if of_d else (other, changed)
+    assert torch.equal(run(d, y), reference(d, y))
+    assert torch.equal(run(d, y.bool()), reference(d, y))
+
+
+def test_result_has_the_layout_of_a_weight() -> None:
+    """An optimiser then reads gradient and weight side by side."""
+    assert run(torch.randn(30, 40), spikes((30, 50))).is_contiguous()
+
+
+# --- which way ---
+
+
+def test_events_are_used_and_counted() -> None:
+    product = OuterProduct(event=True)
+    d, y = torch.randn(20, 30, 64), spikes((20, 30, 50)).float()
+    assert torch.equal(product(d, y), reference(d, y))
+    assert product.last is not None and product.last.how == "event"
+    assert (product.last.active, product.last.seen) == (int(y.sum()), y.numel())
+    assert product.last.activity == int(y.sum()) / y.numel()
+
+
+@pytest.mark.parametrize("activity, how", [(0.9, "dense"), (0.05, "event")])
+def test_too_many_events_run_dense(activity: float, how: str) -> None:
+    product = OuterProduct(event=True)
+    d, y = torch.randn(700, 64), spikes((700, 80), activity).float()
+    result = product(d, y)
+    assert product.last is not None and product.last.how == how
+    assert ("more than" in product.last.reason) == (how == "dense")
+    wanted = d.t() @ y if how == "dense" else reference(d, y)
+    assert torch.equal(result, wanted)
+
+
+def test_few_receivers_run_dense_earlier() -> None:
+    shares = [break_even(receivers) for receivers in (1, 10, 100, 1000, 10000)]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.02 and 0.3 < shares[-1] < 0.5
+
+
+@pytest.mark.parametrize("period", [2, 7, 16, 64])
+def test_the_sample_sees_every_phase_of_a_period(period: int) -> None:
+    """Rows are active in one step of a period; a sample at equal distances could miss them all."""
+    y = torch.zeros(6400, 16)
+    y[::period] = 1.0
+    product = outer_product(torch.randn(6400, 4), y, 16, packed=False, most=0.0)
+    assert product.outcome is Outcome.TOO_ACTIVE and product.result is None
+    assert 0.4 / period < product.active / product.seen < 2.5 / period
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("column", [0, 31, 32, 39])
+def test_zero_times_infinite_is_nan_as_in_eager(value: float, column: int) -> None:
+    product = OuterProduct(event=True)
+    d, y = torch.randn(600, 40), spikes((600, 30)).float()
+    d[599, column] = value
+    result = product(d, y)
+    assert result[column].isnan().any()
+    assert torch.equal(result.isnan(), (d.t() @ y).isnan())
+    assert product.last is not None and product.last.reason == "skipping a zero would skip 0 * inf"
+
+
+def test_nan_and_infinite_activations_are_events() -> None:
+    product = OuterProduct(event=True)
+    d, y = torch.randn(600, 40), torch.zeros(600, 30)
+    y[5, 1], y[6, 2] = float("nan"), float("inf")
+    result = product(d, y)
+    assert product.last is not None and product.last.how == "event" and product.last.active == 2
+    assert torch.equal(result.nan_to_num(), (d.t() @ y).nan_to_num())
+    assert torch.equal(result.isnan(), (d.t() @ y).isnan()) and result[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("shapes", [((0, 3), (0, 4)), ((5, 0), (5, 4)), ((5, 3), (5, 0))])
+@pytest.mark.parametrize("event", [True, False])
+def test_nothing_to_add_gives_zeros(
+    shapes: tuple[tuple[int, int], tuple[int, int]], event: bool
+) -> None:
+    result = OuterProduct(event)(torch.randn(shapes[0]), torch.rand(shapes[1]))
+    assert result.shape == (shapes[0][1], shapes[1][1]) and not result.any()
+
+
+def test_a_gradient_of_the_gradient_is_torchs() -> None:
+    d = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.rand(12, 6, dtype=torch.float64, requires_grad=True)
+    product = OuterProduct(event=True)
+    assert torch.autograd.gradcheck(product, (d, y))
+    assert product.last is not None and "gradient of the gradient" in product.last.reason
+
+
+def test_fake_tensors_get_a_shape() -> None:
+    product = OuterProduct(event=True)
+    with FakeTensorMode():
+        result = product(torch.randn(12, 3, 5), torch.rand(12, 3, 6))
+    assert result.shape == (5, 6)
+    assert product.last is not None and product.last.reason == "operations are being intercepted"
+
+
+def test_other_dtypes_are_dense() -> None:
+    product = OuterProduct(event=True)
+    d, y = torch.randn(40, 8).bfloat16(), spikes((40, 9))
+    assert torch.equal(product(d, y), d.t() @ y.bfloat16())
+    assert product.last is not None and "no kernel for torch.bfloat16" in product.last.reason
+
+
+def test_without_a_compiler_it_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(module, "outer_product", uncached_outer_product)
+    product = OuterProduct(event=True)
+    d, y = torch.randn(40, 8), spikes((40, 9)).float()
+    for _ in range(2):
+        assert torch.equal(product(d, y), d.t() @ y)
+    assert product.last is not None and product.last.how == "dense"
+    assert "no-such-compiler: not found" in product.last.reason
+
+
+def uncached_outer_product(*arguments: object, **options: object) -> object:
+    """As in a process that has not compiled the kernel yet."""
+    from_the_start = outer_product.__globals__["load_function"].__wrapped__
+    return from_the_start("float", "float")
+
+
+@pytest.mark.parametrize("event", [True, False])
+def test_other_leading_axes_are_an_error(event: bool) -> None:
+    with pytest.raises(ValueError, match=r"equal leading axes, not \[4, 3\] and \[5, 3\]"):
+        OuterProduct(event)(torch.randn(4, 3), torch.rand(5, 3))
+
+
+def test_copies_and_pickles() -> None:
+    product = OuterProduct(event=True, senders=9)
+    d, y = torch.randn(40, 30), spikes((40, 9))
+    wanted = product(d, pack_bits(y))
+    for other in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
+        assert repr(other) == "OuterProduct(event=True, senders=9)"
+        assert torch.equal(other(d, pack_bits(y)), wanted)
+
+
+# --- packed bits ---
+
+
+@pytest.mark.parametrize("neurons", [1, 7, 8, 9, 63, 64, 65, 130])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
+def test_bits_are_numpys(neurons: int, dtype: torch.dtype) -> None:
+    y = spikes((5, 3, neurons), 0.5).to(dtype)
+    packed = pack_bits(y)
+    wanted = np.packbits(y.bool().numpy(), axis=-1, bitorder="little")
+    assert packed.dtype is torch.uint8 and np.array_equal(packed.numpy(), wanted)
+    assert torch.equal(unpack_bits(packed, neurons, dtype), y)
+
+
+def test_bits_of_a_strided_tensor() -> None:
+    y = spikes((40, 3, 5), 0.5).permute(2, 1, 0)
+    assert torch.equal(unpack_bits(pack_bits(y), 40), y)
+    assert torch.equal(unpack_bits(pack_bits(y.mT), 3), y.mT)
+
+
+@pytest.mark.parametrize("senders", [1, 8, 63, 64, 65, 130])
+@pytest.mark.parametrize("event", [True, False])
+def test_bits_as_activation(senders: int, event: bool) -> None:
+    d, y = torch.randn(30, 40, 50), spikes((30, 40, senders), 0.02)
+    product = OuterProduct(event, senders=senders)
+    result = product(d, pack_bits(y))
+    wanted = reference(d, y) if event else d.flatten(0, 1).t() @ y.flatten(0, 1).float()
+    assert torch.equal(result, wanted)
+    assert product.last is not None and product.last.how == ("event" if event else "dense")
+
+
+def test_bits_behind_the_last_sender_are_not_read() -> None:
+    d, packed = torch.randn(30, 50), torch.full((30, 2), 255, dtype=torch.uint8)
+    assert torch.equal(run(d, packed, senders=11), reference(d, torch.ones(30, 11)))
+
+
+def test_a_dense_product_unpacks_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UNPACKED_ROWS", 16)
+    unpacked: list[int] = []
+
+    def watched(packed: Tensor, *others: object) -> Tensor:
+        unpacked.append(packed.shape[0])
+        return unpack_bits(packed, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "unpack_bits", watched)
+    d, y = torch.randint(-8, 9, (40, 6)).float(), spikes((40, 13), 0.5)
+    assert torch.equal(dense_outer_product(d, pack_bits(y), 13), d.t() @ y.float())
+    assert unpacked == [16, 16, 8]
+
+
+@pytest.mark.parametrize("packed", [torch.zeros(4, 3, dtype=torch.uint8), torch.zeros(4, 2)])
+def test_bits_of_other_sizes_are_an_error(packed: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"bits of 11 neurons are \[\.\.\., 2\] of torch.uint8"):
+        OuterProduct(event=True, senders=11)(torch.randn(4, 5), packed)
