@@ -29,8 +29,10 @@ from sparsify.compile_recording import Compiler, summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
 from sparsify.entry import Entry, merge
-from sparsify.errors import Refusal, RefusedError, TraceError
+from sparsify.errors import CompileError, Refusal, RefusedError, SparsifyError, TraceError
+from sparsify.failures import describe_failure, is_own, refuse_failure
 from sparsify.keep_state import Snapshot
+from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
@@ -38,6 +40,7 @@ from sparsify.recording.record import record
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.refused_sites import first_refusal
 from sparsify.report import Report, Site
+from sparsify.settle import settled
 
 MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
@@ -46,13 +49,10 @@ COMPILING = threading.RLock()  # one recording and compilation at a time, in all
 
 
 @dataclass(frozen=True)
-class KernelView:
-    """A kernel of the compiled model as users look at it."""
+class Failed:
+    """The recorder failed; the model alone gave ``result``."""
 
-    source: str
-    kernel: ir.Kernel
-    schedule: ir.Schedule
-    events: Mapping[str, tuple[int, int]]
+    result: Any
 
 
 class Engine:
@@ -73,6 +73,7 @@ class Engine:
         self._given_up: Refusal | None = None  # why nothing more will be recorded
         self._unsettled: set[object] = set()  # keys of calls that changed state, to be tried again
         self._originals: set[object] = set()  # keys of calls that are known to run the original
+        self.failure: CompileError | None = None  # the last bug of ours that was met
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         if is_intercepted() or is_disabled():
@@ -102,11 +103,23 @@ class Engine:
                 return
             # In eval mode an example is one of inference, even where gradients are not disabled.
             with nullcontext() if self.original.training else torch.no_grad():
-                recorded = record(self.original, args, kwargs, restore=True)
-                if isinstance(recorded, Unrecorded):
-                    raise recorded.error
-                recorded = replace(recorded, result=summarize(recorded.result))
-                self._adopt(recorded, args, kwargs)
+                error = self._compile_restored(args, kwargs)
+                if error is not None and error.may_settle:
+                    with settled(self.original, args, kwargs):
+                        error = self._compile_restored(args, kwargs)
+                if error is not None:
+                    raise error
+
+    def _compile_restored(self, args: Args, kwargs: Kwargs) -> TraceError | None:
+        """Record and compile a call that leaves nothing behind; returns why it could not be."""
+        before = Snapshot(self.original)  # arguments that forward writes are put back by record
+        recorded = self._run_recorded(args, kwargs, before, restore=True)
+        if isinstance(recorded, Unrecorded):
+            return recorded.error
+        if isinstance(recorded, Recording):
+            recorded = replace(recorded, result=summarize(recorded.result))
+            self._try_adopt(recorded, args, kwargs)
+        return None
 
     @property
     def plan(self) -> Plan:
@@ -161,14 +174,7 @@ class Engine:
     @property
     def kernels(self) -> dict[str, KernelView]:
         """The kernels by the name of their module in the graph."""
-        found = {}
-        for name, region in self.compiled.regions.items():
-            launchable = region.launchable
-            source = self._backend.render(launchable.kernel, launchable.schedule)
-            found[name] = KernelView(
-                source.text, launchable.kernel, launchable.schedule, launchable.events
-            )
-        return found
+        return view_kernels(self.compiled.regions, self._backend)
 
     def freeze(self, frozen: bool = True) -> None:
         self._frozen = frozen
@@ -213,7 +219,9 @@ class Engine:
             self._refuse(refusal)
             return self.original.forward(*args, **kwargs)
         before = Snapshot(self.original, (args, kwargs))
-        recorded = record(self.original, args, kwargs, restore=False)
+        recorded = self._run_recorded(args, kwargs, before, restore=False)
+        if isinstance(recorded, Failed):
+            return recorded.result
         if isinstance(recorded, Unrecorded):
             self._give_up(recorded.error, args, kwargs)
             return recorded.result
@@ -221,12 +229,52 @@ class Engine:
         try:
             before.put_back()  # the recording holds for the state that it started from
             if recorded.guard.matches(args, kwargs):
-                self._adopt(recorded, args, kwargs)
+                self._try_adopt(recorded, args, kwargs)
         except TraceError as error:
             self._give_up(error, args, kwargs)
         finally:
             after.put_back()
         return recorded.result
+
+    # ---- The boundary: bugs of sparsify end here, and nothing else in the package catches them.
+    # The user's call goes on with the original operations, and the user is told once.
+
+    def _run_recorded(
+        self, args: Args, kwargs: Kwargs, before: Snapshot, restore: bool
+    ) -> Recording | Unrecorded | Failed:
+        """Run the model under the recorder, or alone where the recorder fails."""
+        try:
+            return record(self.original, args, kwargs, restore=restore)
+        except SparsifyError:
+            raise
+        except Exception as error:
+            if not is_own(error):
+                raise
+            failure = describe_failure(error, "while recording")
+        # What torch raises passes lines of ours too. Then the model alone raises it as well.
+        before.put_back()
+        result = self.original.forward(*args, **kwargs)
+        if restore:
+            before.put_back()
+        self._fail(failure, args, kwargs)
+        return Failed(result)
+
+    def _try_adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
+        """``_adopt``; what it raises on purpose is raised, anything else is a bug of ours."""
+        try:
+            self._adopt(recording, args, kwargs)
+        except SparsifyError:
+            raise
+        except Exception as error:
+            self._fail(describe_failure(error, "while compiling"), args, kwargs)
+
+    def _fail(self, failure: CompileError, args: Args, kwargs: Kwargs) -> None:
+        """Remember a bug and run such calls as the original; raises it under ``strict``."""
+        self.failure = failure
+        self._originals.add(call_key(self.original, args, kwargs))
+        if self.options.strict:
+            raise failure
+        self._refuse(refuse_failure(failure))
 
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
@@ -297,7 +345,7 @@ class Engine:
 
     def _give_up(self, error: TraceError, args: Args, kwargs: Kwargs) -> None:
         key = call_key(self.original, args, kwargs)
-        if error.may_settle and key not in self._unsettled and not self.options.strict:
+        if error.may_settle and key not in self._unsettled:
             self._unsettled.add(key)  # what a first call sets up, the next one finds
             return
         self._originals.add(key)

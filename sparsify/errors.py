@@ -18,6 +18,7 @@ RefusalCode = Literal[
     "non-finite-weights",  # skipping zeros would change 0 * inf
     "backend-unavailable",  # no compiler, no driver
     "pinned",  # the user's plan says so
+    "bug",  # sparsify itself failed; the message says how to report it
 ]
 REFUSAL_CODES: tuple[str, ...] = get_args(RefusalCode)
 
@@ -79,8 +80,16 @@ class RefusedError(SparsifyError):
         self.refusal = refusal
 
 
+class PlanError(SparsifyError, ValueError):
+    """A plan that does not fit the model."""
+
+
 class CompileError(SparsifyError):
-    """The compiler rejected generated code: a bug. Carries its log and the source's path."""
+    """A bug of sparsify: the compiler rejected generated code, or a pass failed.
+
+    ``log`` is the compiler's, or the traceback; ``source_path`` is the generated source, or the
+    line of sparsify that failed.
+    """
 
     def __init__(self, message: str, log: str, source_path: str) -> None:
         super().__init__(f"{message}\nsource: {source_path}\n{log}")

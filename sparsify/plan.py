@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sparsify.errors import PlanError
+
 PlanDecision = Literal["event", "dense", "off"]
 PLAN_DECISIONS: tuple[str, ...] = get_args(PlanDecision)
 FORMAT = 1
@@ -56,11 +58,11 @@ class Plan:
         return replace(self, sites={**self.sites, site: decision}, training=trained)
 
     def check_sites(self, known: Iterable[str]) -> None:
-        """Raise ValueError if a site is named that the model does not have."""
+        """Raise PlanError if a site is named that the model does not have."""
         names = tuple(known)
         unknown = [site for site in self.sites if site not in names]
         if unknown:
-            raise ValueError(
+            raise PlanError(
                 f"the plan names sites that the model does not have: {', '.join(unknown)}; "
                 f"its sites are: {', '.join(names) or 'none'}"
             )

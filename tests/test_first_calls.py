@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import sparsify
 
 CACHE: dict[str, float] = {}
+IS_SET = False
 
 
 class Spiking(nn.Module):
@@ -79,16 +81,73 @@ def test_a_cache_that_the_first_call_fills_is_recorded_at_the_second(x: Tensor) 
     torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
 
 
+class FlipsGlobal(Spiking):
+    """A setting of a module that stays as the first call leaves it, as snnTorch's ``reset``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        global IS_SET
+        IS_SET = True
+        return self.run(x, 0.75)
+
+
+class MakesTensors(Spiking):
+    """A cached tensor, and a state that starts as None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+        self.v: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "leak" not in self.cache:
+            self.cache["leak"] = torch.full((30,), 0.75)
+        if self.v is None:
+            self.v = x.new_zeros(x.size(1), 30)
+        total = x.new_zeros(x.size(1), 4)
+        for step in x:
+            self.v = self.cache["leak"] * self.v + self.fc(step)
+            z = (self.v > 0.3).float()
+            self.v = self.v - z
+            total = total + self.out(z)
+        return total
+
+
 @torch.no_grad()
-def test_an_example_call_tells_to_call_the_model_first_and_that_helps(x: Tensor) -> None:
+@pytest.mark.parametrize("build", [FillsCache, FlipsGlobal, MakesTensors])
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_example_call_leaves_what_the_first_call_sets_up_to_it(
+    x: Tensor, build: Any, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     CACHE.clear()
-    model = FillsCache().eval()
-    with pytest.raises(sparsify.TraceError, match="call the model once before sparsify"):
+    monkeypatch.setitem(globals(), "IS_SET", False)
+    torch.manual_seed(0)
+    model = build().eval()
+    original = copy.deepcopy(model)
+    plan = sparsify.Plan(sites={"out": "event"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast: Any = sparsify.sparsify(model, x, plan=plan, strict=strict)
+        assert fast.compiled.recordings == 1
+        assert not CACHE and not IS_SET
+        assert getattr(model, "v", None) is None and not getattr(model, "cache", None)
+        got = [fast(x) for _ in range(3)]
+    assert fast.compiled.recordings <= 2
+    assert fast.report["out"].decision == "event"
+    assert fast.compiled.compiled_for((x,), {}) is not None
+    for one in got:
+        # the readout adds in another order: 6 steps of 30 products below 1, float32
+        torch.testing.assert_close(one, original(x), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_example_of_a_model_that_never_settles_is_refused(x: Tensor) -> None:
+    model = Counts().eval()
+    message = (
+        r"test_first_calls.py:\d+: forward changed model.calls from 1 to 2\. Pass it in and out"
+    )
+    with pytest.raises(sparsify.TraceError, match=message):
         sparsify.sparsify(model, x)
-    assert not CACHE
-    model(x)
-    fast: Any = sparsify.sparsify(model, x)
-    assert fast.compiled.recordings == 1
+    assert model.calls == 0
 
 
 @torch.no_grad()

@@ -222,8 +222,6 @@ def tell(change: Change, walk: Walk) -> SideEffect:
         before, after = _contents(node, node.contents), _contents(node, change.now)
     may_settle = node.kind != "random"
     remedy = "Pass it in and out of forward, or keep it in a buffer (a tensor)."
-    if may_settle:
-        remedy += " If only the first call does this, call the model once before sparsify."
     return SideEffect(node.path, before, after, _line_of(node, walk), text, remedy, may_settle)
 
 
