@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sparsify import ir
-from sparsify.scalar_ops import FLOATS, SCALAR_OPS, why_malformed
+from sparsify.scalar_op import FLOATS
+from sparsify.scalar_ops import SCALAR_OPS, why_malformed
 
 _AXES: tuple[tuple[ir.Axis, ...], ...] = (
     (),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sparsify import ir
 from sparsify.reference import Array
-from sparsify.scalar_ops import SCALAR_OPS, ScalarOp
+from sparsify.scalar_op import ScalarOp
+from sparsify.scalar_ops import SCALAR_OPS
 
 SIZES = (1, 2, 7, 16, 33, 65, 130, 257, 300)  # around tiles and the block of 256 senders
 VALUE_DTYPES: tuple[ir.DType, ...] = ("float32", "float64", "int32", "int64", "bool")

@@ -13,7 +13,8 @@ from sparsify import elementary, ir
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
-from sparsify.scalar_ops import ANY, SCALAR_OPS, ScalarOp, operand_dtypes, why_malformed
+from sparsify.scalar_op import ANY, ScalarOp
+from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes, why_malformed
 from tests.test_kernels import assert_same_bits
 
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, np.inf, -np.inf, np.nan, 1e-42, 3e38, 1e-310, 88.9)
