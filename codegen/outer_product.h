@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernel.h"
+#include "square.h"
 
 namespace sparsify {
 
@@ -39,7 +40,8 @@ struct OuterCall {
   void* out;  // [receivers][senders]
   int64_t rows, run, receivers, senders;
   int64_t d_outer, d_inner, y_outer, y_inner;
-  double most;  // the share of active values above which nothing is done
+  int64_t adds;  // whether to add to `out`, if all of d is finite
+  double most;   // the share of active values above which nothing is done
   int64_t threads;
   int64_t active, seen;  // results: how many of `seen` values of y were active
 };
@@ -253,15 +255,50 @@ SPARSIFY_INLINE void add_rows(F* sums, const F* tile, const Lists<F>& lists, con
   }
 }
 
-// sums[senders][width] -> out[receivers][senders], a line of `out` at a time.
-template <class F>
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<4> {
+  typedef uint32_t type;
+};
+template <>
+struct WordOf<8> {
+  typedef uint64_t type;
+};
+
+// sums[senders][width] -> out[receivers][senders], or added to it.
+template <bool ADDS, class F>
 void write_transposed(F* out, const F* sums, int64_t width, int64_t receivers, int64_t senders,
                       const Share& own) {
-  constexpr int64_t LINE = 64 / sizeof(F);
-  for (int64_t s = own.begin; s < own.end; s += LINE) {
-    const int64_t count = own.end - s < LINE ? own.end - s : LINE;
-    for (int64_t r = 0; r < receivers; ++r)
-      for (int64_t i = 0; i < count; ++i) out[r * senders + s + i] = sums[(s + i) * width + r];
+  using Word = typename WordOf<sizeof(F)>::type;
+  using Row = typename RowOf<Word>::anywhere;
+  typedef F Values __attribute__((vector_size(sizeof(Row))));
+  typedef F ValuesAnywhere __attribute__((vector_size(sizeof(Row)), may_alias, aligned(sizeof(F))));
+  constexpr int64_t n = Square<Word>::n, LINE = 64 / sizeof(F);
+  const int64_t square_receivers = receivers / n * n;
+  const int64_t square_senders = own.begin + (own.end - own.begin) / n * n;
+  for (int64_t line = own.begin; line < square_senders; line += LINE) {
+    const int64_t end = line + LINE < square_senders ? line + LINE : square_senders;
+    for (int64_t r = 0; r < square_receivers; r += n) {
+      for (int64_t s = line; s < end; s += n) {  // innermost: a line of `out` is written at once
+        Square<Word> square;
+        for (int64_t i = 0; i < n; ++i)
+          square.rows[i] = *reinterpret_cast<const Row*>(sums + (s + i) * width + r);
+        square.transpose();
+        for (int64_t i = 0; i < n; ++i) {
+          F* const to = out + (r + i) * senders + s;
+          Values values = (Values)square.rows[i];
+          if (ADDS) values = *reinterpret_cast<const ValuesAnywhere*>(to) + values;
+          *reinterpret_cast<ValuesAnywhere*>(to) = values;
+        }
+      }
+    }
+  }
+  for (int64_t s = own.begin; s < own.end; ++s) {
+    for (int64_t r = s < square_senders ? square_receivers : 0; r < receivers; ++r) {
+      F* const to = out + r * senders + s;
+      *to = ADDS ? *to + sums[s * width + r] : sums[s * width + r];
+    }
   }
 }
 
@@ -328,12 +365,16 @@ struct Outer {
       team.wait();
       finite &= add_block_of_rows(team, lists, first, rows);
     }
-    for_each_tile(team, [&](int64_t at, const Share& senders) {
-      write_transposed(static_cast<F*>(call.out) + at * Tiles<F>::TILE * call.senders, sums_of(at),
-                       tiles.vectors(at) * WIDTH<F>, tiles.columns(at), call.senders, senders);
-    });
-    if (!finite) __atomic_store_n(&all_finite, 0, __ATOMIC_RELAXED);
     __atomic_fetch_add(&active, found, __ATOMIC_RELAXED);
+    if (!finite) __atomic_store_n(&all_finite, 0, __ATOMIC_RELAXED);
+    team.wait();
+    if (!__atomic_load_n(&all_finite, __ATOMIC_RELAXED)) return;
+    for_each_tile(team, [&](int64_t at, const Share& senders) {
+      F* const to = static_cast<F*>(call.out) + at * Tiles<F>::TILE * call.senders;
+      const auto write = call.adds ? write_transposed<true, F> : write_transposed<false, F>;
+      const int64_t width = tiles.vectors(at) * WIDTH<F>;
+      write(to, sums_of(at), width, tiles.columns(at), call.senders, senders);
+    });
   }
 
  private:

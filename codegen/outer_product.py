@@ -60,19 +60,27 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("d", "y", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "run", "receivers", "senders")),
         *((name, ctypes.c_int64) for name in ("d_outer", "d_inner", "y_outer", "y_inner")),
+        ("adds", ctypes.c_int64),
         ("most", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("threads", "active", "seen")),
     )
 
 
 def outer_product(
-    d: Tensor, activity: Tensor, senders: int, *, packed: bool, most: float
+    d: Tensor,
+    activity: Tensor,
+    senders: int,
+    *,
+    packed: bool,
+    most: float,
+    total: Tensor | None = None,
 ) -> Product:
     """The sum of ``d[row, r] * activity[row, s]`` over all rows where the activity is not zero.
 
     ``d`` is ``[..., R]`` of float32 or float64, ``activity`` ``[..., senders]`` of any real dtype
     or, if ``packed``, what ``pack_bits`` makes of it; both have the same leading axes, and neither
-    is empty. Nothing is computed if more than the share ``most`` of sampled values is active.
+    is empty. Nothing is computed if more than the share ``most`` of sampled values is active. If
+    ``total`` is given, a contiguous ``[R, senders]`` of the dtype of ``d``, the sum is added to it.
 
     The bits of the result do not depend on the number of threads: rows are added in ascending order
     within blocks of 512 rows, and the sums of the blocks in ascending order.
@@ -84,11 +92,12 @@ def outer_product(
     function = load_function(C_TYPES[check_readable(d).dtype], source)
     run, d_steps, d = _rows_of(d)
     _, y_steps, readable = _rows_of(readable)
-    result = d.new_empty(d.shape[-1], senders)
+    result = d.new_empty(d.shape[-1], senders) if total is None else total
     call = Call(
         *(d.data_ptr(), readable.data_ptr(), result.data_ptr()),
         *(d.shape[:-1].numel(), run, d.shape[-1], senders),
         *(*d_steps, *y_steps),
+        total is not None,
         most,
         torch.get_num_threads(),
     )
@@ -102,7 +111,7 @@ def outer_product(
 @cache
 def load_function(value: str, source: str) -> Any:
     """The compiled kernel for ``d`` of ``value`` and an activity of ``source``."""
-    headers = {file: read_source(file) for file in (*HEADERS, "outer_product.h")}
+    headers = {file: read_source(file) for file in (*HEADERS, "square.h", "outer_product.h")}
     entry = f"outer_product_{value}_{source.lower()}"
     text = TEXT.format(value=value, source=source, entry=entry)
     function = load_library(compile_shared_library(text, entry, headers=headers))[entry]

@@ -14,7 +14,7 @@ from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-HEADERS = ("thread_pool.h", "weights.h", "workers.h")
+HEADERS = ("square.h", "thread_pool.h", "weights.h", "workers.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 IMPORTED_BY = os.getpid()

@@ -54,24 +54,35 @@ class OuterProduct(nn.Module):
         self.last: Ran | None = None
         self._unavailable = ""
 
-    def forward(self, d: Tensor, activation: Tensor) -> Tensor:
-        """``[R, S]`` in the dtype of ``d``. Raises ValueError if the operands do not fit."""
-        self._check(d, activation)
-        ran, result = self._run_events(d, activation)
-        self.last = ran
-        if result is None:
-            return dense_outer_product(d, activation, self.senders)
-        return result
+    def forward(self, d: Tensor, activation: Tensor, total: Tensor | None = None) -> Tensor:
+        """``[R, S]`` in the dtype of ``d``; it is added to ``total``, in place, if that is given.
 
-    def _run_events(self, d: Tensor, activation: Tensor) -> tuple[Ran, Tensor | None]:
+        Raises ValueError if the operands do not fit.
+        """
+        self._check(d, activation)
+        if total is not None and not can_add_to(total, d.shape[-1], self._senders(activation), d):
+            product: Tensor = self(d, activation)
+            return total.add_(product)
+        ran, result = self._run_events(d, activation, total)
+        self.last = ran
+        if result is not None:
+            if total is not None:
+                torch.autograd.graph.increment_version(total)
+            return result
+        dense = dense_outer_product(d, activation, self.senders)
+        return dense if total is None else total.add_(dense)
+
+    def _run_events(
+        self, d: Tensor, activation: Tensor, total: Tensor | None
+    ) -> tuple[Ran, Tensor | None]:
         if not self.event:
             return Ran("dense"), None
         if reason := self._unavailable or why_dense(d, activation):
             return Ran("dense", reason=reason), None
-        senders = activation.shape[-1] if self.senders is None else self.senders
-        packed, most = self.senders is not None, break_even(d.shape[-1])
+        senders, packed = self._senders(activation), self.senders is not None
+        most = break_even(d.shape[-1])
         try:
-            product = outer_product(d, activation, senders, packed=packed, most=most)
+            product = outer_product(d, activation, senders, packed=packed, most=most, total=total)
         except (BackendUnavailable, CompileError, OSError) as error:
             self._unavailable = str(error)
             return Ran("dense", reason=self._unavailable), None
@@ -82,6 +93,9 @@ class OuterProduct(nn.Module):
         if product.outcome is Outcome.NOT_FINITE:
             return Ran("dense", active, seen, "skipping a zero would skip 0 * inf"), None
         return Ran("event", active, seen), product.result
+
+    def _senders(self, activation: Tensor) -> int:
+        return activation.shape[-1] if self.senders is None else self.senders
 
     def _check(self, d: Tensor, activation: Tensor) -> None:
         if self.senders is not None:
@@ -111,6 +125,20 @@ def dense_outer_product(d: Tensor, activation: Tensor, senders: int | None = Non
 def break_even(receivers: int) -> float:
     """The share of active values above which a dense product is expected to be faster."""
     return EVENT_ADDS_PER_MAC * receivers / (receivers + RECEIVERS_PER_LISTING)
+
+
+def can_add_to(total: Tensor, receivers: int, senders: int, d: Tensor) -> bool:
+    """Whether a kernel can add to ``total`` what torch would add to it."""
+    return (
+        type(total) in (Tensor, nn.Parameter)
+        and total.shape == (receivers, senders)
+        and total.dtype is d.dtype
+        and total.is_cpu
+        and total.layout is torch.strided
+        and total.is_contiguous()
+        and not total.is_neg()
+        and not (torch.is_grad_enabled() and total.requires_grad)
+    )
 
 
 def why_dense(d: Tensor, activation: Tensor) -> str:

@@ -154,6 +154,57 @@ def test_result_has_the_layout_of_a_weight() -> None:
     assert run(torch.randn(30, 40), spikes((30, 50))).is_contiguous()
 
 
+# --- totals ---
+
+
+@pytest.mark.parametrize("event", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(30, 1), (40, 70), (33, 130)])
+def test_sums_are_added_to_a_total(event: bool, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    receivers, senders = sizes
+    d, y = torch.randint(-8, 9, (600, receivers)).to(dtype), spikes((600, senders), 0.01)
+    total = torch.randint(-8, 9, sizes).to(dtype)
+    wanted, version = total + d.t() @ y.to(dtype), total._version
+    product = OuterProduct(event)
+    assert product(d, y, total) is total
+    assert torch.equal(total, wanted) and total._version > version  # autograd sees the change
+    assert product.last is not None
+    assert product.last.how == ("event" if event else "dense")
+
+
+TOTALS: dict[str, Activity] = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "slice": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "other dtype": lambda t: t.double(),
+    "differentiated": lambda t: t.clone().requires_grad_() * 1,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(TOTALS))
+def test_totals_that_the_kernel_cannot_write(kind: str) -> None:
+    d, y = torch.randn(600, 40), spikes((600, 30)).float()
+    total = TOTALS[kind](torch.randn(40, 30))
+    wanted = total.detach() + reference(d, y)
+    assert OuterProduct(event=True)(d, y, total) is total
+    assert torch.equal(total.detach(), wanted)
+
+
+def test_a_total_of_another_shape_is_an_error() -> None:
+    total = torch.zeros(3, 5)
+    with pytest.raises(RuntimeError, match="must match"):
+        OuterProduct(event=True)(torch.randn(9, 4), torch.zeros(9, 5), total)
+    assert not total.any()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_total_is_untouched_until_all_of_d_is_known_to_be_finite(threads: int) -> None:
+    d, y, total = torch.randn(600, 300), spikes((600, 300)).float(), torch.ones(300, 300)
+    d[0, 299] = float("nan")
+    with torch_threads(threads):
+        product = outer_product(d, y, 300, packed=False, most=ALL, total=total)
+    assert product.outcome is Outcome.NOT_FINITE and torch.equal(total, torch.ones(300, 300))
+
+
 # --- which way ---
 
 
