@@ -231,7 +231,7 @@ class BodyBuilder:
     def _value(self, position: int, index: int, slot: Slot) -> Any:
         source = self.plan.per_step.get((position, index))
         if source is not None:
-            leaf = list(leaves(self.plan.match.pattern[position]))[index]
+            leaf = leaves(self.plan.match.pattern[position])[index]
             like = leaf if isinstance(leaf, fx.Node) else self.plan.match.pattern[position]
             return self._slice(source, like)
         if isinstance(slot, Same):

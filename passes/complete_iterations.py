@@ -23,7 +23,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.passes.classify_ops import draws_random
-from sparsify.passes.encode_nodes import Code, Number, Ref, encode, head_of, rebuild
+from sparsify.passes.encode_nodes import Code, Number, Ref, encode, head_of, rebuild, same_heads
 from sparsify.passes.find_loops import Loop
 
 
@@ -51,7 +51,13 @@ def complete_iterations(loop: Loop) -> Completed | None:
     behind: list[fx.Node] = []
     changed = False
     for index in range(len(done), len(loop.iterations)):
-        aligned = _Alignment(loop, done, where).align(loop.iterations[index])
+        nodes = loop.iterations[index]
+        if same_heads(nodes, done[-1]):  # the nodes, one by one; arguments are compared afterwards
+            where.update((node, (index, position)) for position, node in enumerate(nodes))
+            done.append(nodes)
+            behind = []
+            continue
+        aligned = _Alignment(loop, done, where).align(nodes)
         is_last = index == len(loop.iterations) - 1
         if aligned is None or (aligned.extra and not is_last):
             return None

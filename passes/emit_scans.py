@@ -17,6 +17,7 @@ from sparsify.passes.match_iterations import Fill
 from sparsify.passes.scan_plan import ScanPlan
 from sparsify.passes.tensor_info import call, moved_order, permuted, with_shape
 from sparsify.scan import Scan
+from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 JOINS = (aten.stack.default, aten.cat.default)
@@ -59,7 +60,7 @@ class _Emitter:
             elif node in last_of:
                 self._require(last_of[node])
         erase_unused(self.graph, self.modules)
-        return fx.GraphModule(self.modules, self.graph, class_name=type(self.gm).__name__)
+        return UnwrittenGraph(self.modules, self.graph, class_name=type(self.gm).__name__)
 
     def _call(self, target: Any, args: tuple[Any, ...], info: Any, like: fx.Node | None) -> fx.Node:
         """Append a call at the place of ``like``, outside of the loops that are being rolled."""

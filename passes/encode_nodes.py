@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -44,6 +44,20 @@ def head_of(node: fx.Node) -> tuple[Any, ...]:
     return (node.op, node.target, *shape_of(node))
 
 
+def same_heads(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> bool:
+    """Whether ``head_of`` is the same of all, in order; infos are mostly the same objects."""
+    return len(nodes) == len(others) and all(map(_same_head, nodes, others))
+
+
+def _same_head(node: fx.Node, other: fx.Node) -> bool:
+    if node.target is other.target and node.op == other.op:
+        info = node.meta.get("val")
+        return (info is not None and info is other.meta.get("val")) or (
+            shape_of(node) == shape_of(other)
+        )
+    return head_of(node) == head_of(other)
+
+
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """(shape, dtype) of a tensor; the same for each part of a multiple result."""
     value = node.meta.get("val")
@@ -54,16 +68,25 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 def encode(node: fx.Node, iteration: int, where: Where) -> tuple[Code, ...]:
     """The arguments of ``node`` as a flat tuple; values of the loop become ``Ref``."""
-    return tuple(_encode_leaf(leaf, iteration, where) for leaf in leaves(node))
+    codes: list[Code] = []
+    for leaf in leaves(node):
+        if isinstance(leaf, fx.Node):
+            found = where.get(leaf)
+            codes.append(Ref(iteration - found[0], found[1]) if found else leaf)
+        else:
+            codes.append(encode_literal(leaf))
+    return tuple(codes)
 
 
-def leaves(node: fx.Node) -> Iterator[Any]:
+def leaves(node: fx.Node) -> list[Any]:
     """Every argument in a fixed order, ``Open`` marking the structure."""
+    found: list[Any] = []
     for argument in node.args:
-        yield from _leaves(argument)
+        _add_leaves(argument, found)
     for keyword in sorted(node.kwargs):
-        yield Open(1, keyword)
-        yield from _leaves(node.kwargs[keyword])
+        found.append(Open(1, keyword))
+        _add_leaves(node.kwargs[keyword], found)
+    return found
 
 
 def rebuild(node: fx.Node, values: Callable[[int], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,20 +107,13 @@ def rebuild(node: fx.Node, values: Callable[[int], Any]) -> tuple[tuple[Any, ...
     return args, kwargs
 
 
-def _leaves(argument: Any) -> Iterator[Any]:
+def _add_leaves(argument: Any, found: list[Any]) -> None:
     if not isinstance(argument, (list, tuple)):
-        yield argument
+        found.append(argument)
         return
-    yield Open(len(argument))
+    found.append(Open(len(argument)))
     for item in argument:
-        yield from _leaves(item)
-
-
-def _encode_leaf(leaf: Any, iteration: int, where: Where) -> Code:
-    if isinstance(leaf, fx.Node):
-        found = where.get(leaf)
-        return Ref(iteration - found[0], found[1]) if found else leaf
-    return encode_literal(leaf)
+        _add_leaves(item, found)
 
 
 def encode_literal(leaf: Any) -> Code:

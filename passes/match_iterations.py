@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from sparsify.passes.classify_ops import is_pointwise
-from sparsify.passes.encode_nodes import Code, Number, Ref, Where, encode, head_of, shape_of
+from sparsify.passes.encode_nodes import (
+    Code,
+    Number,
+    Ref,
+    Where,
+    encode,
+    head_of,
+    same_heads,
+    shape_of,
+)
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,11 @@ def match_iterations(
 
 def _first_difference(iterations: Sequence[list[fx.Node]], start: int) -> Mismatch | None:
     """The highest iteration whose operations or shapes differ from the last one's."""
-    pattern = [head_of(node) for node in iterations[-1]]
     for k in range(len(iterations) - 2, start - 1, -1):
-        heads = [head_of(node) for node in iterations[k]]
-        if heads == pattern:
+        if same_heads(iterations[k], iterations[-1]):
             continue
+        pattern = [head_of(node) for node in iterations[-1]]
+        heads = [head_of(node) for node in iterations[k]]
         differing = (i for i, (a, b) in enumerate(zip(heads, pattern, strict=False)) if a != b)
         at = next(differing, min(len(heads), len(pattern)))
         node = iterations[k][at] if at < len(heads) else None

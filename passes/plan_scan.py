@@ -146,4 +146,4 @@ def leaves_of_first(node: fx.Node) -> Iterable[object]:
     """The flattened first argument: what comes before the second one in ``leaves(node)``."""
     shape = node.args[0]
     assert isinstance(shape, (list, tuple))
-    return list(leaves(node))[: len(shape) + 1]
+    return leaves(node)[: len(shape) + 1]

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.fingerprint import Fingerprint
 from sparsify.keep_state import keep_state
 from sparsify.recording.recording import Recording
+from sparsify.run_graph import run_graph
 
 # What a model raises for values that it does not take: an index out of range, a failed assertion.
 NOT_TAKEN = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
@@ -72,11 +73,11 @@ def _moved(tensor: Tensor) -> Tensor:
 
 
 def _repeating(recording: Recording) -> Callable[..., Any]:
-    """The recorded graph as forward; an interpreter frees every value after its last use."""
+    """The recorded graph as forward; every value is freed after its last use."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         operands = recording.calling.operands(args, kwargs)
-        values = fx.Interpreter(recording.graph).run(*operands)
+        values = run_graph(recording.graph, operands)
         return recording.calling.deliver(values, args, kwargs)
 
     return forward

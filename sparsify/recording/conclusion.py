@@ -26,6 +26,7 @@ from sparsify.recording.recording import Args, Kwargs
 from sparsify.recording.sources import KnownTensors
 from sparsify.recording.states import find_rebound
 from sparsify.recording.values import Memory
+from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 _ORDER = ("input", "parameter", "buffer", "attribute", "constant")
@@ -64,7 +65,7 @@ class Conclusion:
         self.written = self._find_written()
         operands = self._order_placeholders([placed, *(parts for _, parts in bound)])
         self.operands = operands
-        self.graph = fx.GraphModule(nn.Module(), recorder.graph, class_name="Recorded")
+        self.graph = UnwrittenGraph(nn.Module(), recorder.graph, class_name="Recorded")
         self.calling = self._make_calling(operands, placed, bound)
 
     def _make_calling(

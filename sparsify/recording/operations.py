@@ -60,7 +60,11 @@ PRODUCTS: dict[Op, int] = {
 
 @dataclass(frozen=True)
 class Operation:
-    """Facts about one overload. ``written`` names the arguments that it writes to."""
+    """Facts about one overload.
+
+    ``written`` names the arguments that it writes to. ``activation`` is the index of the argument
+    of a product that weights are multiplied with.
+    """
 
     written: tuple[str, ...]
     is_view: bool
@@ -70,6 +74,10 @@ class Operation:
     gives_number: bool
     shape_depends_on_values: bool
     is_pointwise: bool
+    activation: int | None
+
+
+NOTHING_KNOWN = Operation((), False, False, False, False, False, False, False, None)
 
 
 @functools.cache
@@ -86,6 +94,7 @@ def operation_of(op: Op) -> Operation:
         gives_number=torch.Tag.data_dependent_output in tags and not has_tensor_result,
         shape_depends_on_values=torch.Tag.dynamic_output_shape in tags,
         is_pointwise=torch.Tag.pointwise in tags,
+        activation=PRODUCTS.get(op),
     )
 
 

@@ -43,6 +43,7 @@ class Here:
 class _CodeFacts:
     """What matters of a code object; ``enclosing`` has the loops around an offset, by index."""
 
+    code: CodeType
     is_users: bool
     is_forward: bool
     is_watched: bool
@@ -66,11 +67,12 @@ class Positions:
     def __init__(self, model: object) -> None:
         self._stop: FrameType | None = None
         self._profiler: Any = None
-        self._facts: dict[CodeType, _CodeFacts] = {}
+        # By identity, which the facts keep unique: hashing code takes longer than all the rest.
+        self._facts: dict[int, _CodeFacts] = {}
         self._frames: dict[int, _FrameLoops] = {}
         self._owners: list[tuple[str, str]] = [("", "")]
         self._started = 0
-        self._located: dict[tuple[CodeType, int], Location] = {}
+        self._located: dict[tuple[int, int], Location] = {}
         self._names: dict[int, str] = {}
         if isinstance(model, nn.Module):
             for name, module in model.named_modules():
@@ -97,10 +99,10 @@ class Positions:
     def pause(self) -> None:
         """The recorder's own code need not be traced or profiled."""
         if _CHEAP_PAUSE:
-            self._look_for_disturbance()
             self._profiler = sys.getprofile()
+            sys.setprofile(None)  # first: it would be told of the other calls
+            self._look_for_disturbance()
             sys.settrace(None)
-            sys.setprofile(None)
 
     def resume(self) -> None:
         if _CHEAP_PAUSE:
@@ -119,7 +121,7 @@ class Positions:
         facts_of = self._facts
         while frame is not self._stop and frame is not None:
             code = frame.f_code
-            facts = facts_of.get(code) or self._inspect(code)
+            facts = facts_of.get(id(code)) or self._inspect(code)
             if facts.is_users:
                 if location is None:
                     location = self._locate(frame)
@@ -138,7 +140,7 @@ class Positions:
 
     def _on_call(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
-        facts = self._facts.get(code) or self._inspect(code)
+        facts = self._facts.get(id(code)) or self._inspect(code)
         if facts.is_watched and self.watcher is not None:
             return self.watcher.on_call(frame)
         if not facts.loops and not facts.is_forward:
@@ -190,12 +192,12 @@ class Positions:
         places = tuple(_location(code.co_filename, loop.line) for loop in loops)
         is_watched = self.watcher is not None and code in self.watcher.codes
         is_forward = code.co_name == "forward"
-        facts = _CodeFacts(is_users, is_forward, is_watched, loops, enclosing, places)
-        self._facts[code] = facts
+        facts = _CodeFacts(code, is_users, is_forward, is_watched, loops, enclosing, places)
+        self._facts[id(code)] = facts
         return facts
 
     def _locate(self, frame: FrameType) -> Location:
-        key = (frame.f_code, frame.f_lasti)
+        key = (id(frame.f_code), frame.f_lasti)
         known = self._located.get(key)
         if known is None:
             known = _location(frame.f_code.co_filename, frame.f_lineno)

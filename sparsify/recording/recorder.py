@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_re
 from sparsify.recording.histories import Before, Histories
 from sparsify.recording.measure import share_of_nonzeros
 from sparsify.recording.operations import (
-    PRODUCTS,
+    NOTHING_KNOWN,
     UNSAFE_VIEWS,
     Op,
     Operation,
@@ -34,6 +35,8 @@ from sparsify.recording.writes import part_of_list, write
 
 aten = torch.ops.aten
 NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
+# Setting an attribute of a node looks up its operation, whose hash is slow; the properties do not.
+set_args, set_kwargs = fx.Node.args.__set__, fx.Node.kwargs.__set__  # type: ignore[attr-defined]
 MOST_PINNED = 64  # elements of a state whose content may be part of the guard
 
 
@@ -42,6 +45,16 @@ class Sources(Protocol):
 
     def find(self, tensor: Tensor) -> Source | None:
         """Where the tensor comes from at each call; None for one made during the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How the calls of ``op`` are recorded; found by its identity, as its hash is slow."""
+
+    op: object
+    facts: Operation
+    rule: Callable[[Recorder, Call], None] | None
+    is_single: bool  # not composite, and known to torch's dispatcher
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -64,6 +77,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.values = Values()
+        self._hows: dict[int, _How] = {}
         self.positions = positions
         self.sources = sources
         self.rule_of = rule_of
@@ -85,30 +99,40 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self.is_suspended:
             return func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
-            self.fail(f"{func} cannot be recorded")
-            return func(*args, **kwargs)
-        facts = operation_of(func)
-        if facts.is_composite:
+        self.positions.pause()
+        try:
+            how = self._hows.get(id(func)) or self._look_up(func)
+            if how.is_single and self.error is None:
+                return self._run_recorded(how, Call(func, how.facts, args, kwargs))
+        finally:
+            self.positions.resume()
+        if how.facts.is_composite:
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.error is not None:
-            self._announce_writes(facts, func, args, kwargs)
-            return func(*args, **kwargs)
-        call = Call(func, facts, args, kwargs)
-        self.positions.pause()
+        if self.error is None:
+            self.fail(f"{func} cannot be recorded")
+        self._announce_writes(how.facts, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _look_up(self, func: Any) -> _How:
+        is_known = isinstance(func, torch._ops.OpOverload)
+        facts = operation_of(func) if is_known else NOTHING_KNOWN
+        rule = self.rule_of(func) if is_known else None
+        is_single = is_known and not facts.is_composite
+        how = self._hows[id(func)] = _How(func, facts, rule, is_single)
+        return how
+
+    def _run_recorded(self, how: _How, call: Call) -> Any:
         self.is_busy = True
         self._here = None
         self._origin = NO_ORIGIN
         try:
-            self._record(call)
-            return call.run()
+            self._record(how, call)
         except CannotRecord as reason:
             self.fail(str(reason))
-            return call.run()
         finally:
             self.is_busy = False
-            self.positions.resume()
+        return call.run()
 
     def fail(self, reason: str) -> None:
         """Note why the run cannot be recorded, with the line; the first reason stays."""
@@ -130,15 +154,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What is emitted from now on has no place in the user's code."""
         self._here = Here(None, "", (), "")
 
-    def _record(self, call: Call) -> None:
+    def _record(self, how: _How, call: Call) -> None:
         if self.histories is not None and self.histories.applied and call.facts.is_random:
             raise CannotRecord(
                 f"{self.histories.applied}.forward draws random numbers, which its gradient would "
                 "draw anew; draw them outside and pass them in"
             )
-        rule = self.rule_of(call.op)
-        if rule is not None:
-            rule(self, call)
+        if how.rule is not None:
+            how.rule(self, call)
         elif call.facts.gives_number or call.facts.shape_depends_on_values:
             self.reveal(call)
         else:
@@ -197,7 +220,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value.origin = None if call.facts.is_random else self._origin
 
     def _measure(self, node: fx.Node, call: Call) -> None:
-        index = PRODUCTS.get(call.op)
+        index = call.facts.activation
         if index is not None:
             node.meta["activity"] = share_of_nonzeros(call.args[index])
 
@@ -206,9 +229,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Arguments that are set afterwards are not searched for symbolic numbers, which costs more
         # than all the rest.
         node = self.graph.create_node("call_function", target, name=name_of_op(target))
-        node.args = tuple(args)
+        set_args(node, tuple(args))
         if kwargs:
-            node.kwargs = kwargs
+            set_kwargs(node, kwargs)
         here = self._here
         if here is None:
             here = self._here = self.positions.here()
