@@ -18,6 +18,7 @@ RESAMPLES = 2000
 SLOW_CANARY = 1.25  # a round whose canary took this much longer than the best tenth was disturbed
 MOST_DISTURBED = 0.2  # share of disturbed rounds above which the medians are not to be trusted
 LEAST_CORES = 0.85  # share of the cores that torch uses which must have been free for us
+SLOW_SECONDS = 0.1  # a function that takes this long is called once a round: few calls tell so
 LEAST_SECONDS = 0.3  # the kernel counts time in steps of 10 ms: too coarse for shorter runs
 
 
@@ -131,9 +132,9 @@ def _count_calls(
     function: Callable[..., Any], arguments: list[tuple[Any, ...]], least_ms: float
 ) -> int:
     """Warm up on every input; then how many calls take ``least_ms``."""
-    for given in arguments:
-        function(*given)
-    took = min(_time(function, given, 1)[0] for given in arguments[:3] * 2)
+    warm = min(_time(function, given, 1)[0] for given in arguments)
+    again = arguments[:1] if warm > SLOW_SECONDS else arguments[:3] * 2
+    took = min(_time(function, given, 1)[0] for given in again)
     return max(1, round(least_ms * 1e-3 / max(took, 1e-7)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsify.bench import Ratio, Timings, bootstrap, measure_pairs
+from sparsify.bench import SLOW_SECONDS, Ratio, Timings, bootstrap, measure_pairs
 
 
 def timings(canary: tuple[float, ...], free_cores: float | None = None) -> Timings:
@@ -55,6 +55,17 @@ def test_short_functions_are_called_often() -> None:
     calls = []
     measure_pairs({"a": lambda: calls.append(1)}, 2, least_ms=1)
     assert len(calls) > 200  # an append takes well under 5 us
+
+
+def test_slow_functions_are_not_called_in_vain() -> None:
+    calls: list[int] = []
+
+    def slow(x: int) -> None:
+        calls.append(x)
+        time.sleep(SLOW_SECONDS)  # a sleep never ends early
+
+    measure_pairs({"slow": slow}, 2, inputs=[1, 2, 3])
+    assert calls == [1, 2, 3, 1, 1, 2]  # to warm up, to count calls, and two rounds
 
 
 def test_the_interval_covers_the_truth_of_noisy_ratios() -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from networks import spike_trains
-from peers import Network, dense_peers
+from memory import measure_memory
+from networks import Network, spike_trains
+from peers import dense_peers
 from roofline import measure_roofline
 from torch import Tensor
 
@@ -23,9 +20,9 @@ from sparsify.bench import Timings, measure_pairs
 DENSE, EVENT = "sparsify dense", "sparsify event"
 # These keep the order of every operation but the sums, which are exact: their spikes are equal.
 EQUAL = ("eager", "hoisted", DENSE, EVENT)
-OURS = ("sparsify", DENSE, EVENT)
 INPUTS, INPUT_RATE = 700, 0.02
 EXAMPLES = 4  # inputs that take turns
+CALIBRATION = (40, 16)  # steps and samples on which thresholds are chosen
 
 
 @dataclass(frozen=True)
@@ -39,28 +36,36 @@ class Size:
 
 
 def measure(
-    build: Callable[[int, int], Network], size: Size, *, rounds: int, compiled: bool
+    build: Callable[[int, int], Network],
+    size: Size,
+    *,
+    rounds: int,
+    compiled: bool,
+    memory: bool = True,
 ) -> dict[str, Any]:
-    """Calibrate the network, time everything, print a table and return its figures."""
+    """Calibrate the network, measure everything, print a table and return its figures.
+
+    ``compiled`` adds torch.compile to the peers.
+    """
     torch.manual_seed(0)
     model = build(INPUTS, size.hidden).eval()
+    model.calibrate(spike_trains(*CALIBRATION, INPUTS, INPUT_RATE), size.activity)
     shape = (size.steps, size.batch, INPUTS, INPUT_RATE)
     inputs = [spike_trains(*shape) for _ in range(EXAMPLES)]
-    model.calibrate(inputs[0][:40, :16], size.activity)
     activity = float(model(inputs[0]).mean())
     print(
         f"\n{type(model).__name__}, {size.hidden} neurons a layer, batch {size.batch}, "
         f"{size.steps} steps, {INPUTS} inputs at {INPUT_RATE:.0%}; {activity:.1%} of neurons fire"
     )
     peers = dense_peers(model, inputs[0], compiled=compiled)
-    ours = {
-        DENSE: with_decision(model, inputs[0], "dense"),
-        EVENT: with_decision(model, inputs[0], "event"),
-    }
+    ours = our_variants(model, inputs[0])
     timings = measure_pairs({**peers, **ours}, rounds, inputs=inputs, check=check_outputs)
     best = min(peers.keys() - {"eager"}, key=timings.median_ms)
     least = least_ms(model, inputs, ours[EVENT])
     _print(timings, best, least)
+    taken = measure_memory(model, {**asdict(size), "rate": INPUT_RATE}, INPUTS) if memory else None
+    if taken is not None:
+        print(taken)
     return {
         **asdict(size),
         "network": type(model).__name__,
@@ -70,19 +75,22 @@ def measure(
         "best_dense_peer": best,
         "dense_over_best_peer": asdict(timings.ratio(best, DENSE)),
         "roofline_ms": least,
+        "memory_mib": asdict(taken) if taken is not None else None,
         "contended": timings.why_contended,
     }
 
 
-def with_decision(model: Network, x: Tensor, decision: str) -> Any:
-    """The sparsified model with every site that can take it decided so."""
+def our_variants(model: Network, x: Tensor) -> dict[str, Any]:
+    """The sparsified model with every site that has a kernel dense, and with events."""
     fast: Any = sparsify.sparsify(model, x)
-    plan = fast.plan
-    for site in fast.report.sites:
-        if site.decision != "kept" and site.decision != decision:
-            plan = plan.pin(site.name, decision)
-    pinned: Any = sparsify.sparsify(model, x, plan=plan)
-    return pinned
+    sites = [site.name for site in fast.report.sites if site.decision != "kept"]
+    variants: dict[str, Any] = {}
+    for name, decision in ((DENSE, "dense"), (EVENT, "event")):
+        plan = fast.plan
+        for site in sites:
+            plan = plan.pin(site, decision)
+        variants[name] = sparsify.sparsify(model, x, plan=plan)
+    return variants
 
 
 def check_outputs(outputs: Mapping[str, Any]) -> None:
@@ -124,45 +132,3 @@ def _print(timings: Timings, best: str, least: float) -> None:
     print(f"event kernel over best dense peer: {timings.ratio(best, EVENT)}")
     share = least / timings.median_ms(EVENT)
     print(f"roofline of the event products: {least:.3f} ms, {share:.0%} of the event kernel's time")
-
-
-def run(
-    description: str,
-    build: Callable[[int, int], Network],
-    sizes: Sequence[Size],
-    argv: Sequence[str] | None = None,
-) -> None:
-    """The command line of both benchmarks."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="one small size, to see that it runs")
-    parser.add_argument("--hidden", type=int, nargs="+", help="neurons a layer")
-    parser.add_argument("--batch", type=int, nargs="+", help="samples a call")
-    parser.add_argument("--activity", type=float, nargs="+", help="share that fires, 0.05 is 5 %%")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.rounds, args.no_compile = 3, True
-        sizes = [Size(hidden=256, batch=2, steps=20)]
-    elif args.hidden or args.batch or args.activity:
-        sizes = [
-            Size(hidden, batch, activity, args.steps)
-            for hidden in args.hidden or [1024]
-            for batch in args.batch or [1]
-            for activity in args.activity or [0.075]
-        ]
-    with torch.no_grad():
-        figures = [
-            measure(build, size, rounds=args.rounds, compiled=not args.no_compile) for size in sizes
-        ]
-    if args.json:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        }
-        content = {"machine": machine, "figures": figures}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,8 @@ python examples/benchmarks/feedforward.py --hidden 1024 --activity 0.01 0.02 0.0
 
 from __future__ import annotations
 
-from compare import Size, run
+from command_line import run
+from compare import Size
 from networks import FeedForward
 
 SIZES = (

@@ -126,6 +126,10 @@ class FeedForward(nn.Module):
             x = self.fire(currents, self.thetas[i])
 
 
+Network = Recurrent | FeedForward
+NETWORKS: dict[str, type[Network]] = {"Recurrent": Recurrent, "FeedForward": FeedForward}
+
+
 def draw_weights(linear: nn.Linear, spread: float) -> None:
     """Normal weights, rounded to a grid of ``BITS`` bits over four times their spread."""
     grid = 2.0 ** math.ceil(math.log2(4 * spread / 2 ** (BITS - 1)))

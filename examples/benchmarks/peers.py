@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import LEAK, FeedForward, Product, Recurrent
+from networks import LEAK, Network, Product, Recurrent
 from torch import Tensor
 
-Network = Recurrent | FeedForward
 Peer = Callable[[Tensor], Any]
 # A library's bfloat16 product that takes this much longer than float32 has no hardware under it.
 EMULATED = 3.0
