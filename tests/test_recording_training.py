@@ -57,7 +57,7 @@ class LIF(nn.Module):
         self.spike = spike
 
     def forward(self, x: Tensor) -> Tensor:
-        v = z = torch.zeros(x.shape[1], 6)
+        v = z = x.new_zeros(x.shape[1], 6)
         out = []
         for x_t in x:
             v = self.decay * v + self.fc(x_t) + self.rec(z)
