@@ -45,14 +45,22 @@ class OuterProduct(nn.Module):
     ``event`` says that the activation ``y`` is mostly zero: a kernel then reads ``d`` only where it
     is not, unless so much is active that a dense product is faster, ``d`` is not finite (eager's
     0 * inf is NaN), or there is no compiler. With ``senders`` the activation comes as the bits of
-    so many senders (``pack_bits``). ``last`` says how the last call was computed.
+    so many senders (``pack_bits``).
+
+    ``last`` says how the last call was computed. ``runs`` counts how calls were, and ``events`` how
+    many values were active and how many there were, over all calls that looked.
     """
 
     def __init__(self, event: bool = False, senders: int | None = None) -> None:
         super().__init__()
         self.event, self.senders = event, senders
-        self.last: Ran | None = None
         self._unavailable = ""
+        self.reset_events()
+
+    def reset_events(self) -> None:
+        self.last: Ran | None = None
+        self.runs: dict[str, int] = {"event": 0, "dense": 0}
+        self.events: tuple[int, int] = (0, 0)
 
     def forward(self, d: Tensor, activation: Tensor, total: Tensor | None = None) -> Tensor:
         """``[R, S]`` in the dtype of ``d``; it is added to ``total``, in place, if that is given.
@@ -64,7 +72,7 @@ class OuterProduct(nn.Module):
             product: Tensor = self(d, activation)
             return total.add_(product)
         ran, result = self._run_events(d, activation, total)
-        self.last = ran
+        self._count(ran, d.shape[:-1].numel() * self._senders(activation))
         if result is not None:
             if total is not None:
                 torch.autograd.graph.increment_version(total)
@@ -93,6 +101,13 @@ class OuterProduct(nn.Module):
         if product.outcome is Outcome.NOT_FINITE:
             return Ran("dense", active, seen, "skipping a zero would skip 0 * inf"), None
         return Ran("event", active, seen), product.result
+
+    def _count(self, ran: Ran, values: int) -> None:
+        self.last = ran
+        self.runs[ran.how] += 1
+        if ran.seen:  # a sample stands for all values
+            active, seen = self.events
+            self.events = active + round(ran.active / ran.seen * values), seen + values
 
     def _senders(self, activation: Tensor) -> int:
         return activation.shape[-1] if self.senders is None else self.senders

@@ -217,6 +217,19 @@ def test_events_are_used_and_counted() -> None:
     assert product.last.activity == int(y.sum()) / y.numel()
 
 
+def test_counts_of_all_calls() -> None:
+    product = OuterProduct(event=True)
+    rows = torch.arange(600)
+    few = (rows[:, None] % 20 == 0).expand(600, 50)
+    product(torch.randn(600, 64), few)
+    product(torch.randn(600, 64), torch.ones(600, 50))  # a sample is enough to see it
+    product(torch.randn(0, 64), torch.ones(0, 50))  # nobody looks
+    assert product.runs == {"event": 1, "dense": 2}
+    assert product.events == (30 * 50 + 600 * 50, 2 * 600 * 50)
+    product.reset_events()
+    assert product.runs == {"event": 0, "dense": 0} and product.events == (0, 0)
+
+
 @pytest.mark.parametrize("activity, how", [(0.9, "dense"), (0.05, "event")])
 def test_too_many_events_run_dense(activity: float, how: str) -> None:
     product = OuterProduct(event=True)
