@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -26,8 +28,9 @@ class Application:
     Operands. ``index`` is which of several outputs it is, None where there is one only.
 
     Two are equal if they apply the same class to equal arguments, so that iterations of a loop can
-    be compared: numbers by type and bits, objects as they compare themselves. Each output of several
-    has a call of ``apply`` of its own, so gradients that come through two of them are added up.
+    be compared: numbers by type and bits, functions by what they do, objects as they compare
+    themselves. Each output of several has a call of ``apply`` of its own, so gradients that come
+    through two of them are added up.
     """
 
     function: type[torch.autograd.Function]
@@ -116,10 +119,37 @@ def _agree(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, float):
-        return a.hex() == b.hex()
+        return bool(a.hex() == b.hex())
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_agree, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
-    equal: Any = a == b
+    if isinstance(a, FunctionType):  # forward may make one anew in every step
+        return a.__code__ is b.__code__ and _agree(_held(a), _held(b))
+    if isinstance(a, partial):
+        return _agree((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    equal: object = a == b
     return equal is True  # arrays give arrays
+
+
+def _held(function: FunctionType) -> tuple[object, ...]:
+    """All that two functions of the same code can differ in."""
+    cells = tuple(map(_content, function.__closure__ or ()))
+    return (function.__defaults__, function.__kwdefaults__, cells, _Only(function.__globals__))
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _Only(cell)
+
+
+@dataclass(frozen=True, eq=False)
+class _Only:
+    """Equal if it holds the very same object."""
+
+    held: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Only) and self.held is other.held

@@ -132,6 +132,24 @@ def test_a_reentrant_checkpoint() -> None:
     assert model.weight.grad is not None
 
 
+@torch.jit.script
+def scripted(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight).sigmoid() * 2 + x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("then", [1.0, None])
+def test_gradients_in_c(then: float | None) -> None:
+    """After some runs torch.jit has a backward of its own, which the dispatcher does not show."""
+    square = torch.randn(4, 4, requires_grad=True)
+    for _ in range(4):
+        scripted(square, square).sum().backward()
+    error = refused(
+        Weighted(lambda self, x: scripted(x, self.weight) * (then or self.decay)), square
+    )
+    assert "torch.jit.script" in str(error) and "write that part in Python" in str(error)
+
+
 def test_a_gradient_that_is_read() -> None:
     model = Weighted(lambda self, x: x @ self.weight + self.weight.grad.sum())
     model.weight.grad = torch.ones(4, 4)

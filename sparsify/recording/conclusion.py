@@ -125,6 +125,8 @@ class Conclusion:
         histories = self._recorder.histories
         if histories is None:
             return node
+        if is_own:
+            histories.check(node, tensor)
         if is_own and tensor.requires_grad and not histories.has(node):
             raise CannotRecord(
                 "forward returns or keeps a tensor whose gradient goes to one that it made itself "

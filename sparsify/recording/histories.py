@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.application import WRITTEN_UNSEEN, Application
+from sparsify.recording.calls import CannotRecord
 from sparsify.recording.values import Value, current
 
 aten = torch.ops.aten
@@ -60,6 +61,7 @@ class Histories:
         self._present: set[fx.Node] = set()  # nodes that have a history when the graph is executed
         self._ended: set[fx.Node] = set()  # nodes whose operands are all detached
         self._detached: dict[fx.Node, fx.Node] = {}
+        self._own: set[fx.Node] = set()  # nodes with a history that ends at leaves of the run
 
     def is_closed(self) -> bool:
         """Whether autograd does not see what happens now."""
@@ -84,6 +86,22 @@ class Histories:
         if self.is_rebuilt(tensor):
             return f"forward detaches {name} in place; bind the detached tensor instead"
         return f"forward sets requires_grad of {name}; set it before the call"
+
+    def check(self, node: fx.Node, tensor: Tensor) -> None:
+        """Raise ``CannotRecord`` if the node lacks a history that the tensor has.
+
+        One that ends at a tensor that forward makes and lets require gradients need not be there:
+        nobody else can ask for it.
+        """
+        if not tensor.requires_grad or node in self._present or self.is_closed():
+            return
+        if tensor.is_leaf:
+            self._own.add(node)
+        elif node not in self._own:
+            raise CannotRecord(
+                "a tensor has a gradient that no recorded operation has, as torch.jit.script and "
+                "autograd functions in C++ make them; write that part in Python"
+            )
 
     def settle(self, node: fx.Node, tensor: Tensor) -> fx.Node:
         """``node``, which is returned as ``tensor``, with no more history than that has."""
@@ -110,6 +128,8 @@ class Histories:
             sources = node.args[1:]
         elif not _has_gradient(node):
             return
+        if any(source in self._own for source in sources):
+            self._own.add(node)
         if any(source in self._present for source in sources):
             self._present.add(node)
         elif any(source in self._ended for source in sources):

@@ -294,7 +294,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(argument, Tensor):
             value = self.value_of(argument)
             self._depend_on(value.origin)
-            return self.read(value)
+            node = self.read(value)
+            if self.histories is not None:
+                self.histories.check(node, argument)
+            return node
         if isinstance(argument, (list, tuple)):
             return [self.lower(item) for item in argument]
         if isinstance(argument, (torch.Generator, torch.ScriptObject)):
