@@ -29,9 +29,11 @@ def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
         return _can_batch_product(node, invariant)
     if node.target in RESHAPES or is_part(node):
         return True
+    if not is_pointwise(node):
+        return False
     # Invariant operands align with the trailing dims, so they must not have more of them.
     ranks = [len(operand.meta["val"].shape) for operand in node.all_input_nodes]
-    return is_pointwise(node) and all(rank <= len(shape) for rank in ranks)
+    return all(rank <= len(shape) for rank in ranks)
 
 
 def is_part(node: fx.Node) -> bool:

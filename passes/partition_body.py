@@ -38,6 +38,7 @@ class Partition:
         self.owner: dict[fx.Node, Part] = {}
         self.batched: set[fx.Node] = set()
         self.parts: list[Part] = []
+        self.requested: set[fx.Node] = set()
         if any(draws_random(node) for node in levels.nodes):
             return  # moving a draw would change the order of the random numbers
         self._find_parts_of_xs()
@@ -91,17 +92,17 @@ class Partition:
     def _batchable(self, node: fx.Node) -> set[fx.Node] | None:
         """What must be batched so that ``node`` is had for all steps; None if that cannot be."""
         levels = self.levels
-        has_time = node.op == "placeholder" or levels.level[node] > 0 or node in self.batched
-        if node in levels.invariant or has_time:
-            return set()
-        if product_operand(node) is not None or not can_batch(node, levels.invariant):
-            return None
-        found = {node}
-        for operand in node.all_input_nodes:
-            feeding = self._batchable(operand)
-            if feeding is None:
+        found: set[fx.Node] = set()
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            has_time = node.op == "placeholder" or levels.level[node] > 0 or node in self.batched
+            if node in found or node in levels.invariant or has_time:
+                continue
+            if product_operand(node) is not None or not can_batch(node, levels.invariant):
                 return None
-            found |= feeding
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
         return found
 
     def _find_parts(self) -> None:
@@ -170,14 +171,17 @@ class Partition:
         self._sort_operands(part)
 
     def _request(self, node: fx.Node | None) -> None:
-        """Have the values of ``node`` returned by the part that computes it."""
-        if node is None:
-            return
-        if node in self.batched and product_operand(node) is None:
-            for operand in node.all_input_nodes:
-                self._request(operand)
-        elif node in self.owner:
-            self.owner[node].ys[node] = None
+        """Have the values of ``node`` returned by the parts that compute what it is made of."""
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in self.requested:
+                continue
+            self.requested.add(node)
+            if node in self.batched and product_operand(node) is None:
+                waiting.extend(reversed(node.all_input_nodes))
+            elif node in self.owner:
+                self.owner[node].ys[node] = None
 
     def _sort_operands(self, part: Part) -> None:
         order = {node: i for i, node in enumerate(self.levels.scan.body.graph.nodes)}

@@ -11,6 +11,7 @@ from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.set_apart import set_apart
 from sparsify.passes.split_gates import split_gates
+from sparsify.passes.split_operands import split_operands
 from sparsify.passes.split_time import split_time
 from sparsify.passes.unify_products import unify_products
 
@@ -27,6 +28,7 @@ def split_products(gm: fx.GraphModule) -> PassResult:
 PIPELINE = (
     expand_rnn,
     unify_products,
+    split_operands,
     split_gates,
     roll_loops,
     find_events,

@@ -141,7 +141,9 @@ class _Roller:
             if isinstance(found, ScanPlan):
                 return found, loop.iterations[:skip]
             skip += found.iteration + 1
-            if not found.peelable or not _worth_peeling(loop, skip):
+            rest = Loop(loop.depth, loop.iterations[skip:], loop.location)
+            single = len(rest.iterations) == 1 and self._repeats_inside(rest)  # roll that instead
+            if not found.peelable or single or not _worth_peeling(loop, skip):
                 at = skip - 1
                 return Mismatch(at, found.node, found.what), []
 
@@ -176,11 +178,13 @@ class _Roller:
         inside = set(loop.nodes)
         reached: set[fx.Node] = set()
         for node in self.nodes[self._first(inside) : self._last(inside)]:
+            if node in inside:
+                if reached and not reached.isdisjoint(node.all_input_nodes):
+                    return Mismatch(0, node, "reads what was computed outside", peelable=False)
+                continue
             inputs = node.all_input_nodes
-            if node not in inside and any(i in inside or i in reached for i in inputs):
+            if not inside.isdisjoint(inputs) or not reached.isdisjoint(inputs):
                 reached.add(node)
-            elif node in inside and any(i in reached for i in inputs):
-                return Mismatch(0, node, "reads what was computed outside", peelable=False)
         return None
 
     def _first(self, nodes: set[fx.Node]) -> int:
@@ -238,6 +242,6 @@ def _find_varying(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         source = node.meta.get("source")
         is_input = node.op == "placeholder" and getattr(source, "kind", "input") == "input"
-        if is_input or any(operand in varying for operand in node.all_input_nodes):
+        if is_input or not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
     return varying

@@ -59,6 +59,7 @@ class _Apart(Partition):
         self.batched: set[fx.Node] = set()
         self.refused: list[fx.Node] = []
         self.parts: list[Part] = []
+        self.requested: set[fx.Node] = set()
         for group in groups:
             self._add_part(group)
         for part in self.parts:

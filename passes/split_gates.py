@@ -1,174 +1,200 @@
-"""Give every gate its own product where one layer computes several gates of a loop.
+"""Compute the gates of a loop one by one where a layer computes several of them at once.
 
-Kernels have one population of receivers a product. Before, in every iteration::
+Kernels have one population of receivers a product, and neurons of one size in a cell. Before, in
+every iteration::
 
-    h = addmm(b, y, t(w))                       # [B, 2 * N]
-    u, r = split(h, N, 1)
+    s = p + addmm(b, y, t(w))                  # [B, 2 * N]
+    u, r = split(sigmoid(s), N, 1)
 
 After, with the parts of ``w`` and ``b`` taken once, outside of the loop::
 
-    u = addmm(b[:N], y, t(w[:N]))
-    r = addmm(b[N:], y, t(w[N:]))
+    u = sigmoid(p[:, :N] + addmm(b[:N], y, t(w[:N])))
+    r = sigmoid(p[:, N:] + addmm(b[N:], y, t(w[N:])))
+
+Parts move from the readers of a value to what it is made of: through operations that work element
+by element, views, and writes to other parts, up to products and to what comes from outside.
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
+from sparsify.passes.classify_ops import draws_random, is_pointwise
 from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.find_parts import SPLITS, Part, Reader, Shape, find_behind, find_readers
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, with_shape
 
 aten = torch.ops.aten
-Part = tuple[int, int]  # first receiver, one past the last
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # the index of the activation
+COPIES = (aten.clone.default, aten.detach.default, aten.alias.default)
+MOST_PARTS = 16  # of one value: a layer has few gates
 
 
 def split_gates(gm: fx.GraphModule) -> PassResult:
-    """Split every product of a loop of whose receivers only parts are read."""
-    if not any(_is_product(node) and _readers(node) for node in gm.graph.nodes):
+    """Split every value of a loop of which only parts are read."""
+    if not any(_find_parts(node) for node in gm.graph.nodes):
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     splitter = _Splitter(graph)
-    done = [
-        f"{node.meta.get('location')}: one product for each of its parts"
-        for node in list(graph.nodes)
-        if _is_product(node) and splitter.split(node)
-    ]
-    if not done:
-        return PassResult(gm)
+    for node in reversed(list(graph.nodes)):
+        splitter.split(node)
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
+    done = list(reversed(splitter.done))
     return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
 
 
-def _is_product(node: fx.Node) -> bool:
-    return node.target in PRODUCTS and bool(node.meta.get("loops"))
+def _find_parts(node: fx.Node) -> list[Reader] | None:
+    """The readers of a value that are to have parts of their own; None for every other node."""
+    if not node.meta.get("loops") or node.op != "call_function":
+        return None
+    readers = find_readers(node)
+    if readers is None or any(_is_returned(reader) for reader, _ in readers):
+        return None
+    shape = tuple(node.meta["val"].shape)
+    parts = {part for _, part in readers}
+    is_step = any(part.dim != -1 and _is_deeper(reader, node) for reader, part in readers)
+    is_row = readers[0][1].dim == -len(shape) < -1
+    if len(parts) > MOST_PARTS or is_step or is_row or any(part.is_whole(shape) for part in parts):
+        return None
+    if not all(_may_take(node, part) for part in parts):
+        return readers if any(user.target in SPLITS for user in node.users) else None
+    computes = node.target in PRODUCTS or is_pointwise(node)
+    if computes and sum(part.size for part in parts) > shape[readers[0][1].dim]:
+        return None  # overlapping parts would be computed several times
+    return readers
+
+
+def _is_returned(reader: fx.Node) -> bool:
+    """Views that a call returns keep their strides and what they share memory with."""
+    return any(user.op == "output" for user in reader.users)
+
+
+def _is_deeper(reader: fx.Node, value: fx.Node) -> bool:
+    """True for what a loop inside reads: steps in time rather than gates."""
+    return len(reader.meta.get("loops", ())) > len(value.meta["loops"])
+
+
+def _may_take(node: fx.Node, part: Part) -> bool:
+    """Whether ``part`` of ``node`` can be had from parts of its operands."""
+    if node.target in PRODUCTS:
+        return part.dim == -1 and not node.kwargs and _bias_fits(node)
+    if is_pointwise(node) or node.target in COPIES:
+        return not draws_random(node)
+    return node.target is aten.full.default or find_behind(node, part) is not None
+
+
+def _bias_fits(product: fx.Node) -> bool:
+    if product.target is not aten.addmm.default:
+        return True
+    bias: Any = product.args[0]
+    return bool(tuple(bias.meta["val"].shape) == product.meta["val"].shape[1:])
 
 
 class _Splitter:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.parts: dict[tuple[fx.Node, int, Part], fx.Node] = {}
-        inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self.last_input = inputs[-1] if inputs else None
+        self.parts: dict[tuple[fx.Node, Part], fx.Node] = {}
+        self.done: list[str] = []
+        self.last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
 
-    def split(self, product: fx.Node) -> bool:
-        readers = _readers(product)
+    def split(self, value: fx.Node) -> None:
+        """Make each part that is read of its own, and drop what nothing reads any more."""
+        readers = _find_parts(value)
         if readers is None:
-            return False
-        stored = _stored_operands(product)
-        if stored is None:
-            return False
-        bias, matrix, swapped = stored
-        made: dict[Part, fx.Node] = {}
+            return
+        made: dict[tuple[Part, Shape], fx.Node] = {}
         for reader, part in readers:
-            if part not in made:
-                made[part] = self._product(product, bias, matrix, swapped, part)
-            reader.replace_all_uses_with(made[part])
-        return True
+            shape = tuple(reader.meta["val"].shape)
+            if (part, shape) not in made:
+                with self.graph.inserting_before(value.next):
+                    made[part, shape] = self._shaped(self._take(value, part), shape, reader)
+            reader.replace_all_uses_with(made[part, shape])
+        for user in list(value.users):
+            if user.target in SPLITS:
+                for reader in list(user.users):
+                    self.graph.erase_node(reader)
+            if not user.users:
+                self.graph.erase_node(user)
+        if value.users:
+            return
+        self.graph.erase_node(value)
+        if value.target in PRODUCTS:
+            self.done.append(f"{value.meta.get('location')}: one product for each of its parts")
 
-    def _product(
-        self, product: fx.Node, bias: fx.Node | None, matrix: fx.Node, swapped: bool, part: Part
-    ) -> fx.Node:
+    def _take(self, value: fx.Node, part: Part) -> fx.Node:
+        """``part`` of ``value``, from parts of its operands if it can be; of any shape."""
+        if not _may_take(value, part):
+            return self._part(value, part, value)
+        if value.target in PRODUCTS:
+            return self._product(value, part)
+        info = with_shape(value.meta["val"], part.shape(value.meta["val"].shape))
+        if value.target is aten.full.default:
+            return self._again(value, (list(info.shape), *value.args[1:]), info)
+        if is_pointwise(value) or value.target in COPIES:
+            args = fx.map_arg(value.args, lambda operand: self._operand(operand, part, value))
+            return self._again(value, args, info)
+        found = find_behind(value, part)
+        assert found is not None, "_may_take found it"
+        base, own = found
+        return base if own is None else self._part(base, own, value)
+
+    def _again(self, value: fx.Node, args: Any, info: Any) -> fx.Node:
+        node = call(self.graph, value.target, tuple(args), info, value)
+        node.kwargs = dict(value.kwargs)
+        return node
+
+    def _operand(self, operand: fx.Node, part: Part, reader: fx.Node) -> fx.Node:
+        """The part of an operand that ``part`` of an elementwise result reads."""
+        shape = operand.meta["val"].shape
+        is_broadcast = len(shape) < -part.dim or shape[part.dim] == 1
+        return operand if is_broadcast else self._part(operand, part, reader)
+
+    def _product(self, product: fx.Node, part: Part) -> fx.Node:
         """``product`` for the receivers of ``part`` alone."""
-        weight = self._part(matrix, 0 if swapped else 1, part)
-        operand: Any = product.args[PRODUCTS[product.target]]  # type: ignore[index]
-        with self.graph.inserting_before(product):
-            if swapped:
-                info = weight.meta["val"]
-                turned = with_shape(info, info.shape[::-1], info.stride[::-1])
-                weight = call(self.graph, aten.t.default, (weight,), turned, product)
-            own = () if bias is None else (self._part(bias, 0, part),)
-        rows = product.meta["val"].shape[0]
-        info = with_shape(product.meta["val"], (rows, part[1] - part[0]))
-        with self.graph.inserting_before(product):
-            args = (*own, operand, weight)
-            result = call(self.graph, product.target, args, info, product)
+        args: list[Any] = list(product.args)
+        weight = args[-1]
+        if weight.target is aten.t.default:
+            rows = self._part(weight.args[0], Part(-2, part.first, part.end, part.step), product)
+            info = rows.meta["val"]
+            turned = with_shape(info, info.shape[::-1], info.stride[::-1])
+            args[-1] = call(self.graph, aten.t.default, (rows,), turned, product)
+        else:
+            args[-1] = self._part(weight, part, product)
+        if product.target is aten.addmm.default:
+            args[0] = self._part(args[0], part, product)
+        info = with_shape(product.meta["val"], part.shape(product.meta["val"].shape))
+        result = self._again(product, args, info)
         if "activity" in product.meta:
             result.meta["activity"] = product.meta["activity"]
         return result
 
-    def _part(self, stored: fx.Node, dim: int, part: Part) -> fx.Node:
-        """The part of a stored tensor, taken once; it keeps the tensor's name."""
-        key = (stored, dim, part)
-        if key not in self.parts:
-            info = stored.meta["val"]
-            shape = list(info.shape)
-            shape[dim] = part[1] - part[0]
-            assert self.last_input is not None
-            with self.graph.inserting_after(self.last_input):
-                args = (stored, dim, *part)
-                made = with_shape(info, shape, info.stride)
-                self.parts[key] = call(self.graph, aten.slice.Tensor, args, made, None)
-            self.parts[key].meta["source"] = stored.meta.get("source")
-        return self.parts[key]
+    def _part(self, base: fx.Node, part: Part, reader: fx.Node) -> fx.Node:
+        """A part of ``base``; of a stored tensor it is taken once, and keeps the tensor's name."""
+        is_stored = base.op == "placeholder" or "source" in base.meta
+        if is_stored and (base, part) in self.parts:
+            return self.parts[base, part]
+        info, dim = base.meta["val"], part.dim % len(base.meta["val"].shape)
+        stride = list(info.stride)
+        stride[dim] *= part.step
+        info = with_shape(info, part.shape(info.shape), stride)
+        args = (base, dim, part.first, part.end, *((part.step,) if part.step != 1 else ()))
+        if not is_stored:
+            return call(self.graph, aten.slice.Tensor, args, info, reader)
+        with self.graph.inserting_after(self.last_input if base.op == "placeholder" else base):
+            made = call(self.graph, aten.slice.Tensor, args, info, None)
+        made.meta["source"] = base.meta.get("source")
+        self.parts[base, part] = made
+        return made
 
-
-def _stored_operands(product: fx.Node) -> tuple[fx.Node | None, fx.Node, bool] | None:
-    """The bias, the matrix, and whether it is read transposed; None if they are computed."""
-    bias: Any = product.args[0] if product.target is aten.addmm.default else None
-    matrix: Any = product.args[-1]
-    swapped = matrix.target is aten.t.default
-    if swapped:
-        matrix = matrix.args[0]
-    receivers = product.meta["val"].shape[1]
-    if product.kwargs or matrix.op != "placeholder":
-        return None
-    if bias is not None and (bias.op != "placeholder" or bias.meta["val"].shape != (receivers,)):
-        return None
-    return bias, matrix, swapped
-
-
-def _readers(product: fx.Node) -> list[tuple[fx.Node, Part]] | None:
-    """Who reads which receivers; None if anything else is done with the result."""
-    size = product.meta["val"].shape[1]
-    found: list[tuple[fx.Node, Part]] = []
-    for user in product.users:
-        parts = [(user, _sliced(user, size))]
-        if user.target in (aten.split.Tensor, aten.split_with_sizes.default):
-            parts = _split_parts(user, size)
-        if not parts:
-            return None
-        for reader, part in parts:
-            if part is None:
-                return None
-            found.append((reader, part))
-    parts_read = {part for _, part in found}
-    if (0, size) in parts_read or sum(b - a for a, b in parts_read) > size:
-        return None
-    return found or None
-
-
-def _sliced(user: fx.Node, size: int) -> Part | None:
-    if user.target is not aten.slice.Tensor:
-        return None
-    given: tuple[Any, ...] = (*user.args, *(None, 0, None, None, 1)[len(user.args) :])
-    _, dim, first, end, step = given
-    if not isinstance(dim, int) or dim % 2 != 1 or step != 1:
-        return None
-    first, end, _ = slice(first, end).indices(size)
-    return (first, end) if first < end else None
-
-
-def _split_parts(split: fx.Node, size: int) -> list[tuple[fx.Node, Part | None]]:
-    given: tuple[Any, ...] = (*split.args, 0)
-    sizes, dim = given[1:3]
-    if dim % 2 != 1:
-        return []
-    if isinstance(sizes, int):
-        sizes = [sizes] * -(-size // sizes)
-    ends = [min(sum(sizes[: i + 1]), size) for i in range(len(sizes))]
-    starts = [0, *ends[:-1]]
-    parts: list[tuple[fx.Node, Part | None]] = []
-    for reader in split.users:
-        if reader.target is not operator.getitem:
-            return []
-        index: Any = reader.args[1]
-        parts.append((reader, (starts[index], ends[index])))
-    return parts
+    def _shaped(self, node: fx.Node, shape: Shape, reader: fx.Node) -> fx.Node:
+        info = node.meta["val"]
+        if tuple(info.shape) == shape:
+            return node
+        made = with_shape(info, shape)
+        return call(self.graph, aten.reshape.default, (node, list(shape)), made, reader)

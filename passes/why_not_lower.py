@@ -53,7 +53,13 @@ _COUPLED: dict[str, str] = {
 
 
 def why_not_operations(nodes: Iterable[fx.Node], consts: set[fx.Node]) -> Refusal | None:
-    """The first operation among ``nodes`` that the kernel IR does not have."""
+    """The first operation among ``nodes`` that the kernel IR does not have; random ones first.
+
+    Where numbers are drawn, nothing is moved out of a loop, which leaves more behind to refuse.
+    """
+    nodes = list(nodes)
+    for node in filter(draws_random, nodes):
+        return _refuse_random(node)
     for node in nodes:
         found = _why_not_dtype(node) or _why_not_operation(node, consts)
         if found is not None:
@@ -75,13 +81,24 @@ def _why_not_dtype(node: fx.Node) -> Refusal | None:
     return None
 
 
+_DRAW_BEFORE = "Draw the numbers of all steps before the loop, and read those of a step in it"
+
+
+def _refuse_random(node: fx.Node) -> Refusal:
+    """Dropout stops drawing in eval mode; other draws are the model's own."""
+    name = str(node.target).removeprefix("aten.").split(".")[0]
+    reason = f"{name} draws random numbers in every step."
+    if "dropout" in name:
+        return refuse("random", reason, "Call model.eval().", node)
+    if "bernoulli" in name:  # what dropout and zoneout are made of
+        remedy = f"Call model.eval() if training does this, as in dropout. If not: {_DRAW_BEFORE}."
+        return refuse("random", reason, remedy, node)
+    return refuse("random", reason, f"{_DRAW_BEFORE}.", node)
+
+
 def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     if node.op in ("placeholder", "output") or is_application(node):
         return None
-    if draws_random(node):
-        reason = f"{node.target} draws random numbers in every step."
-        remedy = "Call model.eval(), or draw the numbers before the loop."
-        return refuse("random", reason, remedy, node)
     if node.op != "call_function":
         reason = f"The step calls {node.target}, which is not an ATen operation."
         return refuse("unsupported-op", reason, "Write it with torch operations.", node)

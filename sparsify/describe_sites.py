@@ -51,7 +51,7 @@ class Rows:
             product.location,
             "kept",
             refusal.code,
-            refusal.reason,
+            _reason_with_line(refusal, product),
             refusal.remedy,
             activity=product.activity,
             weight_density=self._density(product),
@@ -91,6 +91,13 @@ class Rows:
         if weight is None or weight.numel() == 0:
             return None
         return int(torch.count_nonzero(weight.detach())) / weight.numel()
+
+
+def _reason_with_line(refusal: Refusal, product: Product) -> str:
+    """The reason, with the line that is to blame where it is not the product's own."""
+    if refusal.location in (None, product.location):
+        return refusal.reason
+    return f"{refusal.reason} It is in {refusal.location}"
 
 
 def describe_kept(model: nn.Module, refusal: Refusal) -> tuple[Site, ...]:

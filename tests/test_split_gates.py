@@ -41,11 +41,28 @@ def sliced(y: Tensor) -> tuple[Tensor, ...]:
     return h[:, :H], h[:, -H:]
 
 
+def in_place(y: Tensor) -> tuple[Tensor, ...]:
+    h = F.linear(y, WIDE, BIAS)
+    h[:, :H].clamp_(-1, 1)
+    h[:, H:].mul_(0.5)
+    return h[:, :H], h[:, H:]
+
+
+def chunk_of_slice(y: Tensor) -> tuple[Tensor, ...]:
+    h = torch.cat([torch.zeros(B, 4), torch.relu(F.linear(y, WIDE, BIAS))], 1)
+    return h[:, 4:].chunk(2, 1)
+
+
 SPLIT: tuple[Gates, ...] = (
     lambda y: F.linear(y, WIDE, BIAS).chunk(2, -1),
     lambda y: torch.split(F.linear(y, WIDE), [H, H], 1),
     lambda y: (y @ TURNED).chunk(2, 1),
     sliced,
+    lambda y: F.linear(y, WIDE, BIAS).view(-1, 2, H).unbind(1),
+    lambda y: F.linear(y, WIDE, BIAS).view(-1, H, 2).unbind(-1),  # gates alternate
+    lambda y: torch.sigmoid(F.linear(y, WIDE, BIAS).view(-1, 2, H) * 2).unbind(-2),
+    in_place,
+    chunk_of_slice,
 )
 
 
@@ -55,7 +72,8 @@ def test_every_gate_gets_its_own_product(gates: Gates) -> None:
     result = split_gates(found.graph)
     assert len(result.done) == STEPS
     assert [tuple(n.meta["val"].shape) for n in products(result.graph)] == [(B, H)] * 2 * STEPS
-    parts = [n for n in result.graph.graph.nodes if n.target is aten.slice.Tensor]
+    parts = [n for n in result.graph.graph.nodes if "source" in n.meta and n.op != "placeholder"]
+    assert {n.target for n in parts} == {aten.slice.Tensor}
     assert len({n.meta["source"].name for n in parts}) == len(parts) // 2
     assert_same(result.graph(*found.operands), found.results)
 
@@ -79,16 +97,81 @@ def rows_are_read(y: Tensor) -> tuple[Tensor, ...]:
     return h, h[:1]
 
 
-def weight_is_computed(y: Tensor) -> tuple[Tensor, ...]:
-    return F.linear(y, WIDE * 2).chunk(2, -1)
+def groups_are_cut(y: Tensor) -> tuple[Tensor, ...]:
+    h = F.linear(y, WIDE, BIAS).view(-1, 2, H)
+    return h[:, :, : H // 2].reshape(B, H), h[:, :, H // 2 :].reshape(B, H)
 
 
-KEPT = (whole_is_read, parts_overlap, rows_are_read, weight_is_computed)
+KEPT = (whole_is_read, parts_overlap, rows_are_read, groups_are_cut)
 
 
 @pytest.mark.parametrize("gates", KEPT)
 def test_other_products_stay(gates: Gates) -> None:
     found = recorded(gates)
+    assert split_gates(found.graph).graph is found.graph
+
+
+def test_the_gates_of_a_computed_weight_are_parts_of_it() -> None:
+    found = recorded(lambda y: F.linear(y, WIDE * 2).chunk(2, -1))
+    result = split_gates(found.graph)
+    assert [tuple(n.meta["val"].shape) for n in products(result.graph)] == [(B, H)] * 2 * STEPS
+    assert_same(result.graph(*found.operands), found.results)
+
+
+def add_in_parts(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    for i in (0, H):
+        p[:, i : i + H].add_(q[:, i : i + H])
+    return p.chunk(2, 1)
+
+
+Both = Callable[[Tensor, Tensor], Any]
+PARTS: dict[str, Both] = {
+    "the sum": lambda p, q: (p + q).chunk(2, -1),
+    "the sum, activated": lambda p, q: torch.split(torch.relu(p + q), H, 1),
+    "the sum with a row": lambda p, q: (p + BIAS + q).view(B, 2, H).unbind(1),
+    "both operands": lambda p, q: [
+        a + b for a, b in zip(p.chunk(2, 1), q.chunk(2, 1), strict=True)
+    ],
+    "slices": lambda p, q: (p[:, :H] + q[:, :H], p[:, H:] + q[:, H:]),
+    "one operand": lambda p, q: (p[:, :H] + q.chunk(2, 1)[0], q.chunk(2, 1)[1] * p[:, H:]),
+    "a written sum": lambda p, q: p.add_(q).chunk(2, 1),
+    "written parts": add_in_parts,
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_parts_are_taken_of_what_a_value_is_made_of(parts: Both) -> None:
+    def model(tape: Tape, x: Tensor) -> Tensor:
+        y = torch.zeros(B, H)
+        for t in tape.loop(range(x.size(0))):
+            u, r = parts(F.linear(x[t], WIDE, BIAS), F.linear(y, WIDE))
+            y = (u + r * x[t] > 0.25).float()
+        return y
+
+    found = record_unrolled(model, [dyadic(STEPS, B, H)], WEIGHTS)
+    result = split_gates(found.graph)
+    assert [tuple(n.meta["val"].shape) for n in products(result.graph)] == [(B, H)] * 4 * STEPS
+    inside = {str(n.target) for n in result.graph.graph.nodes if n.meta.get("loops")}
+    assert not [name for name in inside if "slice" in name or "split" in name], inside
+    assert_same(result.graph(*found.operands), found.results)
+    assert split_gates(result.graph).graph is result.graph
+
+
+def test_steps_of_a_loop_inside_are_no_gates() -> None:
+    """The outer loop goes over layers, the inner one over time."""
+
+    def model(tape: Tape, x: Tensor) -> Tensor:
+        for _ in tape.loop(range(2), line=1):
+            currents = F.linear(x, TURNED.T[:H]) * 2
+            v = torch.zeros(B, H)
+            spikes = []
+            for t in tape.loop(range(STEPS), line=2):
+                v = 0.5 * v + currents[:, t]
+                spikes.append((v > 1).float())
+            x = torch.stack(spikes, 1)
+        return x
+
+    found = record_unrolled(model, [dyadic(B, STEPS, H)], WEIGHTS)
     assert split_gates(found.graph).graph is found.graph
 
 

@@ -30,6 +30,8 @@ IN_DOUBLE = {
     "recurrent, hoisted",
     "first step differs",
     "graded recurrent",
+    "EGRU",
+    "EGRU, joined operands",
     "tuple state",
     "nn.RNN relu, two layers",
     "soft-threshold video",

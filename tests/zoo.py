@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import RefusalCode
 from tests import zoo_feedforward as feedforward
+from tests import zoo_gated as gated
 from tests import zoo_rates as rates
 from tests import zoo_recurrent as recurrent
 from tests import zoo_snntorch as snntorch_nets
@@ -131,6 +132,35 @@ ENTRIES = (
     Entry("straight-through sums", recurrent.SumSpikes, events=("rec",), grid=None),
     Entry("no self-connection", recurrent.NoSelfConnection, events=("w_rec",)),
     Entry("graded recurrent", recurrent.GradedRecurrent, events=("rec",), gain=1.0, grid=2**-3),
+    Entry(
+        "EGRU", lambda: gated.EGRU(zoneout=0.125), events=("rnns.0.recurrent_kernel",), grid=None
+    ),
+    Entry(
+        "EGRU, two layers",
+        lambda: gated.EGRU(2, trace=False),
+        events=(
+            "rnns.0.recurrent_kernel",
+            "rnns.1.kernel",
+            "rnns.1.recurrent_kernel",
+            "decoder",
+        ),
+        grid=None,
+    ),
+    Entry(
+        "EGRU, two exchanges",
+        gated.TwoExchangeEGRU,
+        events=("gates", "candidate"),
+        grid=None,
+    ),
+    Entry(
+        "EGRU, joined operands",
+        gated.JoinedEGRU,
+        events=("gates", "candidate"),
+        grid=None,
+        layout="batch first",
+    ),
+    Entry("EGRU of eighths", gated.QuantisedEGRU, events=("recur",), grid=2**-3),
+    Entry("gates in place", gated.InPlaceGates, events=("recur",), grid=2**-3),
     Entry("resets itself", stateful.ResetsItself, events=("net.2", "net.4"), recordings=3),
     Entry("buffer state", lambda: stateful.BufferState(BATCH), events=("rec",), keeps_state=True),
     Entry("tuple state", stateful.TupleState, events=("recurrent_weights",)),

@@ -1,0 +1,107 @@
+"""EGRU networks of the zoo as kernels: one a layer, with the bits of the reference interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify.compile_recording import run_pipeline
+from sparsify.lowered import Lowered
+from sparsify.passes.lower_scan import lower_scan
+from sparsify.recording.record import record
+from sparsify.recording.recording import Recording
+from sparsify.reference import run_reference
+from sparsify.region import Region
+from sparsify.scan import Scan
+from tests.test_zoo import events_everywhere
+from tests.zoo import ENTRIES, Entry
+from tests.zoo_gated import EGRU
+
+GATED = {entry.name: entry for entry in ENTRIES if "EGRU" in entry.name or "gates" in entry.name}
+# The kernels of each: one a layer, and one for each product that reads the events of all steps.
+DEEP = Entry("three layers", lambda: EGRU(3, trace=False))
+TRACES = Entry("traces, two layers", lambda: EGRU(2, zoneout=0.125))
+KERNELS = dict.fromkeys(GATED, 1) | {"EGRU, two layers": 4, DEEP.name: 6, TRACES.name: 2}
+GATHERS = {"gates in place": 2}
+
+
+@pytest.mark.parametrize("entry", [*GATED.values(), DEEP, TRACES], ids=lambda entry: entry.name)
+@torch.no_grad()
+def test_every_layer_is_one_kernel_with_a_product_for_each_gate(entry: Entry) -> None:
+    recorded = record(entry.model(), (entry.inputs(),), {}, restore=True)
+    assert isinstance(recorded, Recording)
+    last = run_pipeline(recorded.graph)[-1].graph
+    lowered = [lower_scan(m, "kernel") for m in last.children() if isinstance(m, Scan)]
+    assert all(isinstance(result, Lowered) for result in lowered), lowered
+    assert len(lowered) == KERNELS[entry.name]
+    first = lowered[0]
+    assert isinstance(first, Lowered)
+    assert len(first.kernel.gathers) == GATHERS.get(entry.name, 3)
+    assert all(site.event for site in first.sites)
+
+
+class Checked:
+    """Runs a kernel and the reference interpreter on the same tensors."""
+
+    def __init__(self, launchable: Any) -> None:
+        self.launchable = launchable
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launchable, name)
+
+    def __call__(self, tensors: Mapping[str, Tensor], **sizes: Any) -> Any:
+        self.calls += 1
+        arrays = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+        got = self.launchable(tensors, **sizes)
+        steps, batch = sizes["steps"], sizes["batch"]
+        wanted = run_reference(self.launchable.kernel, arrays, steps=steps, batch=batch)
+        assert wanted
+        for name, value in wanted.items():
+            assert got[name].numpy().tobytes() == value.tobytes(), name
+        return got
+
+
+@pytest.mark.parametrize("name", ["EGRU", "EGRU, joined operands"])
+@torch.no_grad()
+def test_kernels_have_the_bits_of_the_reference_interpreter(name: str) -> None:
+    entry = GATED[name]
+    fast = events_everywhere(entry.model(), entry.inputs())
+    regions = [m for m in fast.compiled.graph.children() if isinstance(m, Region)]
+    assert len(regions) == KERNELS[name]
+    checked = []
+    for region in regions:
+        region.launchable = Checked(region.launchable)
+        checked.append(region.launchable)
+    fast(entry.inputs())
+    assert [each.calls for each in checked] == [1] * len(checked)
+
+
+@torch.no_grad()
+def test_a_threshold_that_is_clamped_in_forward_is_clamped_by_the_kernel_too() -> None:
+    entry = GATED["EGRU"]
+    model, x = entry.model(), entry.inputs()
+    fast = events_everywhere(model, x)
+    assert isinstance(model, EGRU)
+    layer: Any = model.rnns[0]
+    layer.thr.fill_(-1.0)
+    fast(x)
+    assert float(layer.thr.min()) == float(layer.thr.max()) == 0.0
+    layer.thr.fill_(7.0)
+    _, finals = fast(x)
+    assert float(layer.thr.max()) == 1.0
+    assert not finals[0][1].any()  # no unit passes a threshold that tanh does not reach
+
+
+@torch.no_grad()
+def test_zoneout_that_draws_in_every_step_is_refused_with_its_line() -> None:
+    model = EGRU(1, zoneout=0.125).train()
+    fast = events_everywhere(model, GATED["EGRU"].inputs())
+    site = fast.report["rnns.0.recurrent_kernel"]
+    assert (site.decision, site.code) == ("kept", "random")
+    assert "torch.bernoulli" in site.reason
+    assert "model.eval()" in site.remedy
