@@ -9,6 +9,7 @@ namespace sparsify {
 
 constexpr int SOURCE_BLOCK = 128;  // senders; their values of all rows stay in the first cache
 constexpr int TOGETHER = 4;        // rows that read the weights of a receiver at once
+constexpr int PARTS = 2;           // of each sum, to hide the latency of additions
 
 // The values of at most 64 rows: those of a block of senders lie together, whatever the row.
 template <class F>
@@ -127,11 +128,10 @@ SPARSIFY_INLINE double total(Vector<double> a) {
 #endif
 
 // Adds to ROWS sums what a block of senders contributes: those of the rows that are the lowest bits
-// of `wanted`. Returns the other bits. Few rows need several sums each to hide the time of a sum.
+// of `wanted`. Returns the other bits. How a sum is added up does not depend on ROWS.
 template <int TILE, int ROWS, class F>
 SPARSIFY_INLINE uint64_t add_rows(F* sums, const F* weight, const F* block, uint64_t wanted,
                                   int vectors) {
-  constexpr int PARTS = ROWS > 2 ? 2 : 4;
   const F* from[ROWS];
   F* to[ROWS];
   SPARSIFY_UNROLL
@@ -175,7 +175,8 @@ SPARSIFY_INLINE void add_receiver(F* sums, const F* weight, const F* block, uint
 // where the row wants it, else 0. Returns how many sums were wanted.
 //
 // `weight` is packed as [block of senders][receiver][SOURCE_BLOCK], zero behind the last sender.
-// The order of additions is free and products are fused: compared by a bound, not by bits.
+// The order of additions is free and products are fused: compared by a bound, not by bits. It is the
+// same whoever else wants a receiver, so that other batch sizes and threads give the same bits.
 template <int TILE, class F, class Mask>
 inline int64_t gather_restricted(F* sums, const F* weight, const Blocks<F>& from,
                                  const Only<Mask>& only, int64_t rows) {

@@ -193,7 +193,9 @@ class _Lowerer:
         fact = source.meta.get("fact")
         binary = fact is not None and fact.event and fact.payload == "binary"
         result = self.names.new(f"{layer_name(node) or matrix.name}_product")
-        gather = ir.Gather(result, matrix.name, sent, "binary" if binary else "real", matrix.note)
+        payload: ir.Payload = "binary" if binary else "real"
+        only = self._only(node, population)
+        gather = ir.Gather(result, matrix.name, sent, payload, matrix.note, only)
         self.placed.append(Placed(population, gather))
         module, location = node.meta.get("module") or "", node.meta.get("location")
         event, activity = fact is not None and fact.event, node.meta.get("activity")
@@ -219,12 +221,34 @@ class _Lowerer:
             reason = f"{source.name} is {sent.value} in every step."
             remedy = "Compute the product before the loop."
             raise Refused(refuse("no-event", reason, remedy, product))
-        operand = self.operands.operands.get(sent)
+        return self._full(sent, senders)
+
+    def _full(self, value: str, population: str) -> str:
+        """``value`` with all rows and neurons of the population."""
+        operand = self.operands.operands.get(value)
         if operand is None or {"B", "N"} <= set(operand.axes):
-            return sent
-        rows = self.names.new(f"{sent}_rows")
-        self.placed.append(Placed(senders, ir.Let(rows, "cast", (sent,), operand.dtype)))
+            return value
+        rows = self.names.new(f"{value}_rows")
+        self.placed.append(Placed(population, ir.Let(rows, "cast", (value,), operand.dtype)))
         return rows
+
+    def _only(self, product: fx.Node, population: str) -> ir.Ref | None:
+        """What says for which neurons ``product`` matters, where ``restrict_products`` knows it."""
+        mask = product.meta.get("only")
+        if mask is None or mask.node not in self.layout.live:  # a copied graph has other nodes
+            return None
+        value = self._value(mask.node, population, self.layout.neurons(product), product)
+        if isinstance(value, ir.Const):
+            return None
+        if mask.inverted:
+            dtype = DTYPES[mask.node.meta["val"].dtype]
+            op, args = (
+                ("logical_not", (value,)) if dtype == "bool" else ("eq", (value, ir.Const(0)))
+            )
+            inverted = self.names.new(f"not_{value}")
+            self.placed.append(Placed(population, ir.Let(inverted, op, args, "bool")))
+            return inverted
+        return self._full(value, population)
 
     # ---- results
 

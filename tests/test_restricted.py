@@ -137,6 +137,24 @@ def test_wanted_sums_lie_within_their_bound(strategy: str, dtype: ir.DType, how:
 
 @needs_compiler
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_row_has_the_same_bits_in_every_batch(strategy: str, how: How) -> None:
+    """Whichever rows want a receiver together, and however many threads share them."""
+    kernel = product(300, 70)
+    launch = load(kernel, strategy, how)
+    data = data_of(kernel, 1, 67, 0.15)
+    torch.set_num_threads(2)
+    whole = run(launch, data, 1, 67)["out"]
+    torch.set_num_threads(1)
+    assert np.array_equal(whole, run(launch, data, 1, 67)["out"])
+    for start, end in ((0, 1), (1, 3), (3, 11), (11, 67)):
+        rows = {name: data[name][:, start:end] for name in ("d", "near")}
+        part = run(launch, {**rows, "w": data["w"]}, 1, end - start)["out"]
+        assert np.array_equal(part, whole[:, start:end])
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", WAYS)
 def test_one_sum_is_wanted(how: How) -> None:
     """Of the last row and receiver, of a kind of ``only`` that has a sign."""
     kernel = product(257, 70, only="int32")
