@@ -18,6 +18,7 @@ from sparsify.saved_bits import check_packed, unpack_bits
 ROWS_PER_SUM = 512  # outer_product.h adds the rows of so many on their own
 # Listing an event takes as long as adding it to so many receivers, as measured.
 RECEIVERS_PER_LISTING = 40
+SMALL_PRODUCT = 1 << 21  # multiplications that take no longer than calling the kernel
 UNPACKED_ROWS = 4096  # of a dense product, so that bits are never unpacked all at once
 
 
@@ -43,7 +44,7 @@ class OuterProduct(nn.Module):
     """``d [..., R], y [..., S] -> [R, S]``: the sum over all leading axes of ``d[r] * y[s]``.
 
     ``event`` says that the activation ``y`` is mostly zero: a kernel then reads ``d`` only where it
-    is not, unless so much is active that a dense product is faster, ``d`` is not finite (eager's
+    is not, unless a dense product is faster for its size or activity, ``d`` is not finite (eager's
     0 * inf is NaN), or there is no compiler. With ``senders`` the activation comes as the bits of
     so many senders (``pack_bits``).
 
@@ -88,6 +89,8 @@ class OuterProduct(nn.Module):
         if reason := self._unavailable or why_dense(d, activation):
             return Ran("dense", reason=reason), None
         senders, packed = self._senders(activation), self.senders is not None
+        if d.numel() * senders < SMALL_PRODUCT:
+            return Ran("dense", reason="the product is small"), None
         most = break_even(d.shape[-1])
         try:
             product = outer_product(d, activation, senders, packed=packed, most=most, total=total)

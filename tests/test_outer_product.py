@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -36,6 +36,14 @@ KINDS: dict[str, Activity] = {
     "payload": lambda mask: mask * torch.randn(mask.shape, dtype=torch.float64),
     "int64": lambda mask: mask.to(torch.int64) * -2,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def any_size() -> Iterator[None]:
+    """Products of any size are worth the kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SMALL_PRODUCT", 0)
+        yield
 
 
 def spikes(shape: tuple[int, ...], activity: float = 0.1) -> Tensor:
@@ -239,6 +247,14 @@ def test_too_many_events_run_dense(activity: float, how: str) -> None:
     assert ("more than" in product.last.reason) == (how == "dense")
     wanted = d.t() @ y if how == "dense" else reference(d, y)
     assert torch.equal(result, wanted)
+
+
+def test_small_products_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL_PRODUCT", 600 * 64 * 50)
+    product = OuterProduct(event=True)
+    for senders, how in ((49, "dense"), (50, "event")):
+        product(torch.randn(600, 64), torch.zeros(600, senders))
+        assert product.last is not None and product.last.how == how
 
 
 def test_few_receivers_run_dense_earlier() -> None:
