@@ -37,7 +37,7 @@ def run(
     with torch.no_grad():
         figures = list(_measure_all(build, sizes, args))
     if args.json:
-        content = {"machine": _machine(), "figures": figures}
+        content = {"machine": machine(), "figures": figures}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     return {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,243 @@
+"""An event-based language model of English text beside ``nn.GRU`` and ``nn.LSTM`` of equal size.
+
+python examples/training/language_model.py --plot egru.png --json egru.json
+
+The text is Python's own reference manual (``pydoc_data.topics``, in every CPython), the units are
+EGRUs (Subramoney et al. 2023) in the form of EvNN. All four are trained alike, on characters, by
+truncated back-propagation through time; what is compared is the time to equal held-out loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pydoc_data.topics import topics
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from example_options import arguments
+from torch import Tensor, nn
+from training_loop import EAGER, SPARSIFIED, Run, largest_gap, save, summarise, train
+
+import sparsify
+
+GAMMA, EPSILON = 0.7, 1.5  # height and steepness of the triangle behind the gate
+SHARE_OF_TRAINING = 0.9
+UPDATES = 24  # between two evaluations, about a quarter of the text
+State = Any  # what the model's layers carry from chunk to chunk; None at first
+
+
+class EventGate(torch.autograd.Function):
+    """1 above threshold; its pseudo-derivative is zero further than 1 / EPSILON from it."""
+
+    @staticmethod
+    def forward(ctx: Any, above: Tensor) -> Tensor:
+        ctx.save_for_backward(above)
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (above,) = ctx.saved_tensors
+        result: Tensor = grad * GAMMA * torch.relu(1 - EPSILON * above.abs())
+        return result
+
+
+class EGRULayer(nn.Module):
+    """Gated units that tell others their state only when it passes their threshold."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.inp = nn.Linear(inputs, 3 * hidden)
+        self.rec = nn.Linear(hidden, 3 * hidden)
+        self.theta = nn.Parameter(0.2 * torch.rand(hidden))
+        for parameter in (*self.inp.parameters(), *self.rec.parameters()):
+            nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
+
+    def forward(self, x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs ``[T, B, hidden]`` of inputs ``[T, B, inputs]``, and the last state."""
+        theta = self.theta.clamp(0, 1)
+        outputs = []
+        for p in self.inp(x):
+            p_z, p_r, p_g = p.chunk(3, dim=1)
+            q_z, q_r, q_g = self.rec(y).chunk(3, dim=1)
+            z = torch.sigmoid(p_z + q_z)
+            r = torch.sigmoid(p_r + q_r)
+            c = z * h + (1 - z) * torch.tanh(p_g + r * q_g)
+            o = EventGate.apply(c - theta)
+            y = o * c
+            h = c - o * theta
+            outputs.append(y)
+        return torch.stack(outputs), h, y
+
+
+class EGRULanguageModel(nn.Module):
+    """Characters through an embedding and layers of events."""
+
+    def __init__(self, characters: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(characters, hidden)
+        self.layers = nn.ModuleList(EGRULayer(a, b) for a, b in pairwise([hidden] * (layers + 1)))
+        self.decode = nn.Linear(hidden, characters)
+
+    def forward(self, text: Tensor, state: State = None) -> tuple[Tensor, State, Tensor]:
+        """Logits ``[T, B, characters]`` of ``[T, B]``, the state, and the share that was active."""
+        x = self.embed(text)
+        if state is None:
+            zeros = x.new_zeros(x.shape[1:])
+            state = [(zeros, zeros)] * len(self.layers)
+        states, shares = [], []
+        for layer, (h, y) in zip(self.layers, state, strict=True):
+            x, h, y = layer(x, h, y)
+            states.append((h, y))
+            shares.append((x != 0).to(x.dtype).mean())
+        return self.decode(x), states, torch.stack(shares).mean()
+
+
+class GatedLanguageModel(nn.Module):
+    """The same around ``nn.GRU`` or ``nn.LSTM``, whose units are always active."""
+
+    def __init__(
+        self, kind: Callable[[int, int, int], nn.Module], characters: int, hidden: int, layers: int
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(characters, hidden)
+        self.rnn = kind(hidden, hidden, layers)
+        self.decode = nn.Linear(hidden, characters)
+
+    def forward(self, text: Tensor, state: State = None) -> tuple[Tensor, State, Tensor]:
+        out, state = self.rnn(self.embed(text), state)
+        return self.decode(out), state, torch.ones(())
+
+
+def detached(state: State) -> State:
+    """The same values, through which no gradient flows to earlier chunks."""
+    if isinstance(state, Tensor):
+        return state.detach()
+    return type(state)(detached(each) for each in state)
+
+
+class Reader:
+    """Reads a text in ``batch`` places at once, ``steps`` characters at a time, over and over."""
+
+    def __init__(self, text: Tensor, batch: int, steps: int) -> None:
+        length = len(text) // batch
+        self.columns = text[: length * batch].view(batch, length).T.contiguous()
+        self.steps, self.at = steps, 0
+        self.chunks = (length - 1) // steps
+
+    def __next__(self) -> tuple[bool, Tensor, Tensor]:
+        """Whether it starts anew, characters ``[T, B]``, and those that follow them."""
+        if self.at == self.chunks:
+            self.at = 0
+        start = self.at * self.steps
+        self.at += 1
+        rows = self.columns[start : start + self.steps + 1]
+        return start == 0, rows[:-1], rows[1:]
+
+    def passes(self, count: int, updates: int) -> Iterator[Iterator[tuple[bool, Tensor, Tensor]]]:
+        for _ in range(count):
+            yield (next(self) for _ in range(updates))
+
+
+class Trainer:
+    """A step of truncated back-propagation: the state goes on, its gradient does not."""
+
+    def __init__(self) -> None:
+        self.state: State = None
+
+    def step(self, module: nn.Module, batch: tuple[bool, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        starts, text, following = batch
+        state = None if starts or self.state is None else detached(self.state)
+        logits, self.state, activity = module(text, state)
+        return F.cross_entropy(logits.flatten(0, 1), following.flatten()), activity
+
+
+def evaluate(module: nn.Module, text: Tensor, batch: int, steps: int) -> tuple[float, float]:
+    """Cross-entropy of the held-out text, and the same in bits per character."""
+    reader, trainer = Reader(text, batch, steps), Trainer()
+    losses = [float(trainer.step(module, next(reader))[0]) for _ in range(reader.chunks)]
+    return mean(losses), mean(losses) / math.log(2)
+
+
+def load_text() -> tuple[Tensor, Tensor, int]:
+    """Characters to train on, those held out, and how many different ones there are."""
+    text = "\n".join(topics[name] for name in sorted(topics))
+    known = {character: index for index, character in enumerate(sorted(set(text)))}
+    codes = torch.tensor([known[character] for character in text])
+    cut = int(SHARE_OF_TRAINING * len(codes))
+    return codes[:cut], codes[cut:], len(known)
+
+
+def size_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def equal_lstm(characters: int, layers: int, parameters: int) -> nn.Module:
+    """The LSTM whose number of parameters is closest; it has four gates, the others three."""
+    sizes = range(8, 4096, 4)
+    build = partial(GatedLanguageModel, nn.LSTM, characters, layers=layers)
+    with torch.device("meta"):
+        best = min(sizes, key=lambda hidden: abs(size_of(build(hidden)) - parameters))
+    return build(best)
+
+
+def seconds_to(run: Run, loss: float) -> float:
+    """Training time until the held-out loss was reached, on the line between two evaluations."""
+    for before, after in pairwise(run.points):
+        if before.loss <= loss:
+            return before.seconds
+        if after.loss <= loss:
+            share = (before.loss - loss) / (before.loss - after.loss)
+            return before.seconds + share * (after.seconds - before.seconds)
+    return run.last.seconds if run.last.loss <= loss else math.inf
+
+
+def compare_times(runs: list[Run]) -> str:
+    """Time to the best loss that every run reaches, the mean over seeds for each name."""
+    loss = max(min(point.loss for point in run.points) for run in runs)
+    rows = [f"seconds of training to a held-out loss of {loss:.3f} ({loss / math.log(2):.3f} bits)"]
+    for name in dict.fromkeys(run.name for run in runs):
+        times = [seconds_to(run, loss) for run in runs if run.name == name]
+        rows.append(f"{name:<10} {mean(times):8.1f} [{min(times):.1f}, {max(times):.1f}]")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, hidden=256, steps=70, passes=40, batch=64, quick=(32, 10, 2), layers=2
+    )
+    training, held_out, characters = load_text()
+    updates = UPDATES
+    if args.quick:
+        training, held_out, updates = training[:20_000], held_out[:3_000], 2
+    egru = partial(EGRULanguageModel, characters, args.hidden, args.layers)
+    builds: dict[str, Callable[[], nn.Module]] = {
+        EAGER: egru,
+        SPARSIFIED: egru,
+        "nn.GRU": partial(GatedLanguageModel, nn.GRU, characters, args.hidden, args.layers),
+        "nn.LSTM": partial(equal_lstm, characters, args.layers, size_of(egru())),
+    }
+    sizes = ", ".join(f"{name} {size_of(build()):,}" for name, build in builds.items())
+    print(f"{len(training):,} characters to train on; parameters: {sizes}")
+    runs = []
+    for seed in range(args.seeds):
+        for name, build in builds.items():
+            torch.manual_seed(seed)
+            module = build()
+            if name == SPARSIFIED:
+                module = sparsify.sparsify(module)
+            passes = Reader(training, args.batch, args.steps).passes(args.passes, updates)
+            check = partial(evaluate, text=held_out, batch=args.batch, steps=args.steps)
+            runs.append(train(name, seed, module, passes, Trainer().step, check, rate=3e-3))
+    print(summarise(runs, "bits per character"))
+    print(compare_times(runs))
+    print(f"held-out losses of the EGRUs differ by at most {largest_gap(runs):.1e}")
+    save(runs, args.json, args.plot, "bits per character")
+
+
+if __name__ == "__main__":
+    main()
