@@ -128,7 +128,7 @@ def test_loops_of_gradients_become_kernels(body: Body) -> None:
     operands = body.operands(5, 3)
     scan = make_scan(body.step, *operands.groups())
     parts = differentiated(scan, floats(operands), 5)
-    scans = [m for m in parts.backward.children() if isinstance(m, Scan)]
+    scans = [m for m in parts.backward.modules() if isinstance(m, Scan)]
     assert scans
     is_lowered = isinstance(lower_scan(parts.forward, "forward"), Lowered)
     assert is_lowered == (body.lowered == "both")  # others need passes before

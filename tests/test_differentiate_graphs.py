@@ -44,7 +44,7 @@ def backward_of(name: str, steps: int = 4) -> fx.GraphModule:
 
 
 def scans(graph: fx.GraphModule) -> list[Scan]:
-    return [module for module in graph.children() if isinstance(module, Scan)]
+    return [module for module in graph.modules() if isinstance(module, Scan)]
 
 
 def test_products_outside_of_recurrences_leave_the_loop() -> None:

@@ -86,7 +86,7 @@ def test_what_is_not_required_saves_nothing() -> None:
 def test_saved_spikes_and_weight_gradients_know_of_events() -> None:
     scan, operands = lif_with(lambda u: apply(ATan, u))
     parts = differentiated(scan, floats(operands), 4)
-    [product] = [m for m in parts.backward.children() if isinstance(m, OuterProduct)]
+    [product] = [m for m in parts.backward.modules() if isinstance(m, OuterProduct)]
     assert product.event
     places = [n for n in parts.backward.graph.nodes if n.op == "placeholder"]
     [spikes] = [n for n in places if n.meta["val"].dtype is torch.bool]
