@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from sparsify.differentiated import Differentiated, Operand
 from sparsify.errors import Refusal
-from sparsify.passes.backward_body import BackwardGraph, write_backward
+from sparsify.passes.backward_graph import BackwardGraph, write_backward
 from sparsify.passes.find_reaches import find_active, find_dependences, find_reaches
 from sparsify.passes.joint_graph import (
     JointGraph,
@@ -27,6 +27,7 @@ from sparsify.passes.joint_graph import (
     trace_joint,
 )
 from sparsify.passes.leave_loop import find_leaving
+from sparsify.passes.restrict_products import restrict_products
 from sparsify.passes.save_values import choose_saved, find_invariant, is_binary
 from sparsify.passes.set_apart import set_apart
 from sparsify.passes.split_time import split_time
@@ -57,10 +58,11 @@ def differentiate(scan: Scan, required: Set[Operand], steps: int) -> Differentia
     if refusal is not None:
         return refusal
     saved, written = _write_gradient(joint, required, steps)
+    backward = set_apart(split_time(written.graph).graph).graph
     return Differentiated(
         _write_forward(joint, saved),
         len(saved),
-        set_apart(split_time(written.graph).graph).graph,
+        restrict_products(backward).graph,
         written.inputs,
         written.outputs,
         find_reaches(scan, dependences, active & required, steps),

@@ -59,17 +59,19 @@ def choose_saved(
     for node in _before(wanted, kept):
         if node in invariant:
             continue
-        network.add_edge((node, "in"), (node, "out"), capacity=_cost(joint, node))
+        # Edges lead from what is needed to what it is made of, so that of cuts with equal costs
+        # the one next to the gradient is found: it computes the least anew.
+        network.add_edge((node, "out"), (node, "in"), capacity=_cost(joint, node, wanted))
         if node in wanted:
-            network.add_edge((node, "out"), "sink")
+            network.add_edge("sink", (node, "out"))
         if node in kept or not is_recomputable(node):
-            network.add_edge("source", (node, "in"))
+            network.add_edge((node, "in"), "source")
             continue
         for operand in node.all_input_nodes:
             if operand not in invariant:
-                network.add_edge((operand, "out"), (node, "in"))
-    _, (reached, _) = nx.minimum_cut(network, "source", "sink")
-    return [n for n in joint.graph.nodes if (n, "in") in reached and (n, "out") not in reached]
+                network.add_edge((node, "in"), (operand, "out"))
+    _, (reached, _) = nx.minimum_cut(network, "sink", "source")
+    return [n for n in joint.graph.nodes if (n, "out") in reached and (n, "in") not in reached]
 
 
 def find_invariant(joint: JointGraph) -> set[fx.Node]:
@@ -109,16 +111,17 @@ def _before(nodes: Iterable[fx.Node], kept: Set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _cost(joint: JointGraph, node: fx.Node) -> int:
+def _cost(joint: JointGraph, node: fx.Node, wanted: Set[fx.Node]) -> int:
     info = node.meta["val"]
     if not hasattr(info, "shape"):
         return _DUPLICATED * 64 * _TIE  # several tensors: its parts are saved
     size: int = math.prod(info.shape)
     bits: int = 1 if is_binary(node) else 8 * info.dtype.itemsize
     if node in joint.operands.values():
-        # An operand of every step exists already, so that it need not be written.
+        # An x need not be written, and eager keeps those that are read themselves. Others are
+        # often a part of something larger, which they would keep in memory.
         is_x = any(n is node and role == "x" for (role, _), n in joint.operands.items())
-        return size * bits * _TIE - is_x * size
+        return size * (bits * _TIE + is_x * (-1 if node in wanted else 2))
     if node in joint.values.values():
         return size * bits * _TIE
     # What the step does not compute by itself costs an operation.

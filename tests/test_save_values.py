@@ -47,8 +47,8 @@ def saved_dtypes(scan: Scan, operands: Operands) -> tuple[list[torch.dtype], lis
         # Spikes of the first layer are a bit although they follow from the membrane.
         ("two layers", [BIT, F64, F64], [0]),
         ("rates", [BIT, F64], []),
-        # Gates z and r, what r gates, the old state, the old output; g follows from an x.
-        ("EGRU", [F64] * 5, [2]),
+        # Gates z and r, what r gates, the candidate, the old state and the old output.
+        ("EGRU", [F64] * 6, []),
         ("detached", [BIT, F64], []),
         ("not reached", [], []),
     ],

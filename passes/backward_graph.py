@@ -1,0 +1,235 @@
+"""Write the gradient of a loop: a loop that runs from the last step to the first, and the rest.
+
+Before, one step with its gradients (``joint_graph.py``)::
+
+    d = d_v_1 * beta + ...; d_z = mm(d, w); d_w = mm(t(d), z); d_beta = sum(d * v, [0])
+
+After::
+
+    d_v_0, d_z_0, s, d_x, ds = scan(T, (d_v_T, d_z_T, zeros), (d_ys, saved), (w, beta))  # reversed
+    d_w = OuterProduct(ds, zs); d_beta = sum(s, [0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsify.differentiated import Input, Operand
+from sparsify.outer_product import OuterProduct
+from sparsify.passes.backward_body import BackwardBody
+from sparsify.passes.call_scan import call_scan
+from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.joint_graph import JointGraph
+from sparsify.passes.leave_loop import Leaving
+from sparsify.passes.lower_names import Names
+from sparsify.passes.save_values import is_binary
+from sparsify.passes.scan_products import reads_events
+from sparsify.passes.tensor_info import call, with_shape
+from sparsify.scan import Scan
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BackwardGraph:
+    """A graph of the gradients, with what its placeholders are and what it returns."""
+
+    graph: fx.GraphModule
+    inputs: tuple[Input, ...]
+    outputs: tuple[Operand, ...]
+
+
+def write_backward(
+    joint: JointGraph,
+    leaving: Leaving,
+    saved: Mapping[fx.Node, Input],
+    required: Set[Operand],
+    steps: int,
+) -> BackwardGraph:
+    """The gradients with respect to ``required`` for all steps.
+
+    ``saved`` says where the values of every step are found that the gradients read.
+    """
+    return _Writer(joint, leaving, saved, required, steps).write()
+
+
+class _Writer:
+    """Writes the body of the loop, then the graph around it."""
+
+    def __init__(
+        self,
+        joint: JointGraph,
+        leaving: Leaving,
+        saved: Mapping[fx.Node, Input],
+        required: Set[Operand],
+        steps: int,
+    ) -> None:
+        self.joint, self.leaving, self.saved, self.steps = joint, leaving, saved, steps
+        self.required = required
+        self.carries = joint.active_carries
+        self.stacked = self._find_stacked()
+        self.graph = fx.Graph()
+        self.names = Names()
+        self.modules: dict[str, nn.Module] = {}
+        self.inputs: dict[Input, fx.Node] = {}
+        self.sums: dict[fx.Node, fx.Node] = {}  # value of a step -> its sum over all steps
+        self.stacks: dict[fx.Node, fx.Node] = {}  # value of a step -> the values of all steps
+        self.after: dict[fx.Node, fx.Node] = {}
+
+    def _find_stacked(self) -> list[fx.Node]:
+        """What the loop returns of every step."""
+        joint, found = self.joint, dict[fx.Node, None]()
+        for (role, _), gradient in joint.gradients.items():
+            if role == "x":
+                found[gradient] = None
+        for product in self.leaving.products.values():
+            if not product.waits:
+                found[product.d] = None
+                found |= {} if product.activation in self.saved else {product.activation: None}
+        return list(found)
+
+    def write(self) -> BackwardGraph:
+        body = BackwardBody(
+            self.joint, self.carries, list(self.leaving.summed), self.stacked, self.saved
+        )
+        scan = body.write()
+        self._add_inputs(body)
+        finals = self._call(scan, body)
+        by_operand: dict[Operand, fx.Node] = {}
+        for (role, index), gradient in self.joint.gradients.items():
+            if (role, index) not in self.required:
+                continue
+            if role == "carry":
+                by_operand[role, index] = finals[index]
+            else:
+                known = self.stacks[gradient] if role == "x" else self._after(gradient)
+                by_operand[role, index] = known
+        self.graph.output(tuple(by_operand.values()))
+        graph = fx.GraphModule(self.modules, self.graph, class_name="Backward")
+        return BackwardGraph(graph, tuple(self.inputs), tuple(by_operand))
+
+    # ---- operands
+
+    def _add_inputs(self, body: BackwardBody) -> None:
+        joint, scan = self.joint, self.joint.scan
+        for index, place in joint.d_results.items():
+            time = [self.steps] if index >= scan.carries else []
+            self._add_input(("d_result", index), place, time, f"d_{scan.results[index].name}")
+        for node, source in self.saved.items():
+            self._add_input(source, node, [self.steps], f"{source[0]}_{joint.name_of(node)}")
+        consts = [(key, node) for key, node in joint.operands.items() if key[0] == "const"]
+        wanted = {*body.consts, *self._consts_after()}
+        for key, node in consts:
+            if node in wanted:
+                self._add_input(key, node, [], joint.name_of(node))
+
+    def _consts_after(self) -> set[fx.Node]:
+        """Constants that what is computed after the loop reads."""
+        found: set[fx.Node] = set()
+        waiting = [*self.leaving.after, *self.leaving.products]
+        waiting += [g for (role, _), g in self.joint.gradients.items() if role == "const"]
+        known = {*self.leaving.summed, *self.stacked, *self.saved}
+        while waiting:
+            node = waiting.pop()
+            if node not in found and node not in known:
+                found.add(node)
+                waiting.extend(node.all_input_nodes)
+        return found
+
+    def _add_input(self, key: Input, like: fx.Node, time: list[int], name: str) -> None:
+        node = self.graph.placeholder(self.names.new(name))
+        node.meta.update({k: v for k, v in like.meta.items() if k in ("fact", "source")})
+        info = like.meta["val"]
+        if key[0] == "saved" and is_binary(like):
+            info = with_shape(info, info.shape, dtype=torch.bool)
+        if time or key[0] == "d_result":
+            info = with_shape(info, (*time, *info.shape))
+        node.meta["val"] = info
+        self.inputs[key] = node
+
+    # ---- the loop
+
+    def _call(self, scan: Scan, body: BackwardBody) -> dict[int, fx.Node]:
+        """Append the loop; returns the gradients of the initial carries."""
+        inits = [self._init(index) for index in self.carries]
+        inits += [self._zeros(node.meta["val"], node) for node in self.leaving.summed]
+        xs = tuple(self.inputs[key] for key in body.xs)
+        consts = tuple(self.inputs[key] for key in body.const_keys)
+        meta = {"location": scan.location, "module": body.module, "loops": ()}
+        results = call_scan(
+            self.graph, self.modules, scan, (self.steps, tuple(inits), xs, consts), meta
+        )
+        count = len(self.carries)
+        self.sums = dict(zip(self.leaving.summed, results[count:], strict=False))
+        self.stacks = dict(zip(self.stacked, results[scan.carries :], strict=True))
+        self.stacks |= {node: self.inputs[key] for node, key in self.saved.items()}
+        return dict(zip(self.carries, results[:count], strict=True))
+
+    def _init(self, index: int) -> fx.Node:
+        if index in self.joint.d_results:
+            return self.inputs["d_result", index]
+        like = self.joint.operands["carry", index]
+        return self._zeros(like.meta["val"], like)
+
+    def _zeros(self, info: Any, like: fx.Node) -> fx.Node:
+        zeros = call(
+            self.graph,
+            aten.full.default,
+            (list(info.shape), 0),
+            with_shape(info, info.shape),
+            like,
+        )
+        zeros.kwargs = {"dtype": info.dtype, "device": info.device}
+        return zeros
+
+    # ---- after the loop
+
+    def _after(self, node: fx.Node) -> fx.Node:
+        """The sum over all steps of ``node``, or its value if that is the same in every step."""
+        if node in self.sums:
+            return self.sums[node]
+        if node not in self.after:
+            if node in self.leaving.products:
+                self.after[node] = self._outer_product(node)
+            elif node.op == "placeholder":
+                self.after[node] = next(
+                    self.inputs[key] for key, n in self.joint.operands.items() if n is node
+                )
+            else:
+                self.after[node] = self.graph.node_copy(node, self._after)
+        return self.after[node]
+
+    def _outer_product(self, node: fx.Node) -> fx.Node:
+        """``mm(t(a), b)`` for all steps: the gradient is the module's first argument."""
+        product = self.leaving.products[node]
+        d, activation = product.d, product.activation
+        d_values = self.sums[d] if product.waits else self.stacks[d]
+        values = self._after(activation) if product.waits else self.stacks[activation]
+        readers = {body for body, value in self.joint.values.items() if value is activation}
+        reader = _forward_product(self.joint.scan, readers)
+        fact = activation.meta.get("fact")
+        event = fact is not None and fact.event and fact.payload != "zero"
+        event = event or (reader is not None and reads_events(reader))
+        name = f"outer_product_{sum(isinstance(m, OuterProduct) for m in self.modules.values())}"
+        self.modules[name] = OuterProduct(event=event)
+        result = self.graph.create_node("call_module", name, (d_values, values), name=name)
+        keep = ("location", "module", "activity")
+        if reader is not None:
+            result.meta.update({key: reader.meta[key] for key in keep if key in reader.meta})
+        info, sizes = node.meta["val"], [f.meta["val"].shape[-1] for f in (d, activation)]
+        result.meta["loops"] = ()
+        result.meta["val"] = with_shape(info, sizes)
+        if not product.swapped:
+            return result
+        return call(self.graph, aten.t.default, (result,), info, node)
+
+
+def _forward_product(scan: Scan, activations: set[fx.Node]) -> fx.Node | None:
+    """A product of the step that reads one of ``activations``."""
+    nodes = scan.body.graph.nodes
+    return next((node for node in nodes if product_operand(node) in activations), None)
