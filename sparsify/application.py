@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType
@@ -130,6 +130,27 @@ def _agree(a: Any, b: Any) -> bool:
         return _agree((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
     equal: object = a == b
     return equal is True  # arrays give arrays
+
+
+def tensors_held(argument: Any) -> Iterator[Tensor]:
+    """The tensors that functions among the arguments of a Function carry with them."""
+    waiting = [argument]
+    seen: set[int] = set()
+    while waiting:
+        held = waiting.pop()
+        if isinstance(held, Tensor):
+            yield held
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, FunctionType):
+            waiting += _held(held)
+        elif isinstance(held, partial):
+            waiting += [held.func, held.args, held.keywords]
+        elif isinstance(held, dict):
+            waiting += held.values()
+        elif isinstance(held, (list, tuple)):
+            waiting += held
 
 
 def _held(function: FunctionType) -> tuple[object, ...]:

@@ -170,7 +170,7 @@ class EventTriangle(torch.autograd.Function):
     def forward(ctx: Any, c: Tensor, threshold: Tensor, gamma: float, eps: float) -> Tensor:
         ctx.save_for_backward(c, threshold)
         ctx.gamma, ctx.eps = gamma, eps
-        return torch.heaviside(c - threshold, torch.zeros(()))
+        return torch.heaviside(c - threshold, torch.zeros((), dtype=c.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording, Unrecorded
 from tests.recorded_gradients import Weighted, check, refused
-from tests.surrogates import ATan
+from tests.surrogates import ATan, Gaussian
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
@@ -88,11 +88,54 @@ def reentrant(self: Any, x: Tensor) -> Any:
     return result
 
 
+class ReadsOthers(torch.autograd.Function):
+    """Its forward reads a tensor that a function among its arguments holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: Any) -> Tensor:
+        result: Tensor = (x > 0).float() * shape(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class Holder:
+    """Hides a tensor from who looks at closures."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __call__(self, x: Tensor) -> Any:
+        return x * self.tensor
+
+
+def holds_a_result(self: Any, x: Tensor) -> Any:
+    gain = x.abs().mean().detach()
+    return Gaussian.apply(x @ self.weight, lambda u: u * gain)
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "mark_dirty": (
         lambda self, x: InPlace.apply(x @ self.weight),
         "InPlace.forward writes to its argument in place (mark_dirty); let it return a new tensor",
         "InPlace.apply",
+    ),
+    "a function that holds a result": (
+        holds_a_result,
+        "Gaussian is given a function that holds a tensor of this call; pass the tensor to apply",
+        "Gaussian.apply",
+    ),
+    "a function that holds an input": (
+        lambda self, x: Gaussian.apply(x @ self.weight, lambda u: u * x),
+        "Gaussian is given a function that holds a tensor of this call",
+        "Gaussian.apply",
+    ),
+    "a tensor that is no argument": (
+        lambda self, x: ReadsOthers.apply(x @ self.weight, Holder(x.detach() * 2)),
+        "ReadsOthers.forward reads a tensor of this call that is none of its arguments",
+        "return x * self.tensor",
     ),
     "saved-tensor hooks": (saved_by_hand, "saved_tensors_hooks are used", "saved_tensors_hooks("),
     "autograd.grad": (inner_gradient, "computed inside forward", "torch.autograd.grad("),

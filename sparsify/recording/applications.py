@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import graph as autograd_graph
 
-from sparsify.application import Application, Operand, take_operands
+from sparsify.application import Application, Operand, take_operands, tensors_held
 from sparsify.recording.calls import CannotRecord
-from sparsify.recording.histories import Histories
+from sparsify.recording.histories import Applied, Histories
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.values import current
 
@@ -48,6 +48,7 @@ class _Use:
     arguments: tuple[Any, ...]
     tensors: list[Tensor]
     nodes: list[fx.Node]
+    applied: Applied
 
 
 class Applications:
@@ -83,14 +84,14 @@ class Applications:
         frame.f_trace_lines = False
         self._histories.functions += 1
         if use is not None:
-            self._histories.applied = function.__name__
+            self._histories.applied = use.applied
             self.functions[function] = None
 
         def on_event(frame: FrameType, event: str, result: Any) -> Any:
             if event == "return":
                 self._histories.functions -= 1
                 if use is not None:
-                    self._histories.applied = ""
+                    self._histories.applied = None
                 if result is not None:
                     self._try(self._end, function, use, result)
             return on_event
@@ -129,7 +130,18 @@ class Applications:
             return Operand(len(tensors) - 1)
 
         arguments = tuple(take_operands(argument, add) for argument in args)
-        return _Use(function, arguments, tensors, [self._recorder.lower(t) for t in tensors])
+        nodes = [self._recorder.lower(tensor) for tensor in tensors]
+        values = self._recorder.values
+        memories = frozenset(self._recorder.value_of(tensor).memory for tensor in tensors)
+        applied = Applied(function.__name__, memories, values.made)
+        for tensor in tensors_held(arguments):
+            value = values.get(tensor)
+            if value is not None and applied.is_foreign(value):
+                raise CannotRecord(
+                    f"{function.__name__} is given a function that holds a tensor of this call; "
+                    "pass the tensor to apply"
+                )
+        return _Use(function, arguments, tensors, nodes, applied)
 
     def _end(self, function: Any, use: _Use | None, result: Any) -> None:
         outputs = result if isinstance(result, tuple) else (result,)

@@ -10,6 +10,7 @@ was: the new content with the old gradient is a ``WRITTEN_UNSEEN``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 
 from sparsify.application import WRITTEN_UNSEEN, Application
 from sparsify.recording.calls import CannotRecord
-from sparsify.recording.values import Value, current
+from sparsify.recording.values import Memory, Value, current
 
 aten = torch.ops.aten
 DETACH = aten.detach.default
@@ -36,6 +37,24 @@ Before = dict[int, History]  # of tensors by id
 
 def look_up(tensors: Iterable[Tensor]) -> Before:
     return {id(t): History(t.requires_grad, t.grad_fn) for t in tensors}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The use of a Function that is running: the memories of its arguments, and the first later."""
+
+    name: str
+    memories: frozenset[Memory]
+    first: int
+
+    def is_foreign(self, value: Value) -> bool:
+        """True for what this call made or was given, other than through the arguments."""
+        memory = value.memory
+        if memory.number >= self.first or memory in self.memories:
+            return False
+        if memory.placeholder is None:
+            return value.node.target is not aten.full.default  # which is the same in every call
+        return bool(memory.placeholder.meta["source"].kind == "input")
 
 
 def put_back_histories(tensors: Iterable[Tensor], before: Before) -> None:
@@ -57,7 +76,7 @@ class Histories:
         self._emit = emit
         self._before = before
         self.functions = 0  # how many autograd Functions are being applied, one in the other
-        self.applied = ""  # the outermost of them, where it becomes an Application
+        self.applied: Applied | None = None  # the outermost, if it becomes an Application
         self._present: set[fx.Node] = set()  # nodes that have a history when the graph is executed
         self._ended: set[fx.Node] = set()  # nodes whose operands are all detached
         self._detached: dict[fx.Node, fx.Node] = {}
@@ -101,6 +120,25 @@ class Histories:
             raise CannotRecord(
                 "a tensor has a gradient that no recorded operation has, as torch.jit.script and "
                 "autograd functions in C++ make them; write that part in Python"
+            )
+
+    def check_random(self) -> None:
+        """Raise ``CannotRecord`` if a Function's forward draws random numbers."""
+        if self.applied is not None:
+            raise CannotRecord(
+                f"{self.applied.name}.forward draws random numbers, which its gradient would draw "
+                "anew; draw them outside and pass them in"
+            )
+
+    def check_applied(self, value: Value) -> None:
+        """Raise ``CannotRecord`` if a Function's forward reads what another call would not give it.
+
+        Its gradient runs it again, with its arguments and with what the model holds.
+        """
+        if self.applied is not None and self.applied.is_foreign(value):
+            raise CannotRecord(
+                f"{self.applied.name}.forward reads a tensor of this call that is none of its "
+                "arguments; pass it to apply"
             )
 
     def settle(self, node: fx.Node, tensor: Tensor) -> fx.Node:

@@ -155,11 +155,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._here = Here(None, "", (), "")
 
     def _record(self, how: _How, call: Call) -> None:
-        if self.histories is not None and self.histories.applied and call.facts.is_random:
-            raise CannotRecord(
-                f"{self.histories.applied}.forward draws random numbers, which its gradient would "
-                "draw anew; draw them outside and pass them in"
-            )
+        if self.histories is not None and call.facts.is_random:
+            self.histories.check_random()
         if how.rule is not None:
             how.rule(self, call)
         elif call.facts.gives_number or call.facts.shape_depends_on_values:
@@ -297,6 +294,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node = self.read(value)
             if self.histories is not None:
                 self.histories.check(node, argument)
+                self.histories.check_applied(value)
             return node
         if isinstance(argument, (list, tuple)):
             return [self.lower(item) for item in argument]

@@ -26,9 +26,12 @@ View = tuple[Any, tuple[Any, ...], dict[str, Any]]  # operation, arguments after
 class Memory:
     """One storage. ``roots`` are the values that no view made: one, but for shared placeholders."""
 
-    __slots__ = ("placeholder", "reserved", "roots", "tensors", "version")
+    __slots__ = ("number", "placeholder", "reserved", "roots", "tensors", "version")
 
-    def __init__(self, placeholder: fx.Node | None, storage: torch.UntypedStorage) -> None:
+    def __init__(
+        self, placeholder: fx.Node | None, storage: torch.UntypedStorage, number: int
+    ) -> None:
+        self.number = number  # counts up
         # While this lives, torch gives the storage's address to no other; its memory is freed.
         self.reserved = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self.roots: list[Value] = []
@@ -84,6 +87,7 @@ class Values:
     def __init__(self) -> None:
         self._values: dict[int, tuple[_Watched, Value]] = {}
         self._memories: dict[int, Memory] = {}
+        self.made = 0  # how many memories there have been
         self._infos: dict[Any, TensorInfo] = {}
         self.is_closed: Callable[[], bool] | None = None  # where gradients are recorded
 
@@ -95,7 +99,9 @@ class Values:
         storage = tensor.untyped_storage()
         memory = self._memories.get(storage._cdata)
         if memory is None:
-            memory = self._memories[storage._cdata] = Memory(placeholder, storage)
+            memory = Memory(placeholder, storage, self.made)
+            self._memories[storage._cdata] = memory
+            self.made += 1
         return memory
 
     def knows_memory_of(self, tensor: Tensor) -> bool:
