@@ -12,6 +12,7 @@ from sparsify.differentiated import Operand
 from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.differentiate import differentiate
+from sparsify.passes.find_masks import Mask
 from sparsify.recording.measure import share_of_nonzeros
 from sparsify.scan import Scan
 from sparsify.scans import BACKWARD, with_modules
@@ -44,7 +45,10 @@ def differentiate_scans(
 
 
 def measure_gradients(scans: Mapping[str, Scan], calls: Mapping[str, tuple[Any, ...]]) -> None:
-    """Note on every product of a gradient's loop which share of what it reads is not zero."""
+    """Note on every product of a gradient's loop which share of what it reads is not zero.
+
+    On those that are computed for some neurons only, which share of their values matters.
+    """
     for name, scan in scans.items():
         if BACKWARD in name and name in calls:
             _measure(scan, *calls[name])
@@ -76,10 +80,11 @@ def _measure(
 ) -> None:
     products = [node for node in scan.body.graph.nodes if product_operand(node) is not None]
     seen: dict[fx.Node, list[float]] = {node: [] for node in products}
+    masks = {node: node.meta["only"] for node in products if "only" in node.meta}
     now = tuple(carries)
     with torch.no_grad():
         for step in list(scan.times(steps))[:MEASURED_STEPS]:
-            run = _ProductWatcher(scan.body, seen)
+            run = _ProductWatcher(scan.body, seen, masks)
             results = run.run(*now, *(x[step] for x in xs), *consts)
             now = results[: scan.carries]
     for node, shares in seen.items():
@@ -88,15 +93,24 @@ def _measure(
 
 
 class _ProductWatcher(fx.Interpreter):
-    def __init__(self, body: fx.GraphModule, seen: dict[fx.Node, list[float]]) -> None:
+    def __init__(
+        self, body: fx.GraphModule, seen: dict[fx.Node, list[float]], masks: Mapping[fx.Node, Mask]
+    ) -> None:
         super().__init__(body)
-        self.seen = seen
+        self.seen, self.masks = seen, masks
 
     def run_node(self, n: fx.Node) -> Any:
-        if n in self.seen:
+        if n in self.seen and n not in self.masks:
             operand = product_operand(n)
             assert operand is not None
-            share = share_of_nonzeros(self.env[operand])
-            if share is not None:
-                self.seen[n].append(share)
-        return super().run_node(n)
+            self._note(n, self.env[operand])
+        result = super().run_node(n)
+        for product, mask in self.masks.items():
+            if mask.node is n:
+                self._note(product, result == 0 if mask.inverted else result)
+        return result
+
+    def _note(self, product: fx.Node, value: Tensor) -> None:
+        share = share_of_nonzeros(value)
+        if share is not None:
+            self.seen[product].append(share)

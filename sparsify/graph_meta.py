@@ -10,7 +10,9 @@ Every node of a recording, and every node that a pass creates, has in ``node.met
     function    name of the autograd.Function whose forward ran, or ""
     grad        whether gradients were enabled there
     autocast    the autocast dtype, or None
-    activity    of a product: measured share of non-zeros in the activation that it reads
+    activity    of a product: measured share of non-zeros in the activation that it reads, or of
+                values that matter, where ``only`` is given
+    only        Mask, written by ``restrict_products``: where a product's values matter
     fact        Fact, written by ``find_events``
 """
 

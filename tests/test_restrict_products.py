@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsify.differentiate_scans import measure_gradients
+from sparsify.differentiated import Differentiated
 from sparsify.graph_meta import TensorInfo
 from sparsify.lowered import Lowered
 from sparsify.passes.call_scan import call_scan
+from sparsify.passes.differentiate import differentiate
 from sparsify.passes.restrict_products import find_restrictions, restrict_products
 from sparsify.scan import Scan, output_values
 from tests.run_lowered import lowered, scans_of, with_regions
+from tests.steps import apply, make_scan
 from tests.test_roll_loops import assert_same
 
 STEPS, B, H = 5, 3, 6
@@ -234,3 +238,52 @@ def test_a_mask_of_a_copied_body_is_not_taken_for_its_own() -> None:
     [scan] = scans_of(restrict_products(recurrent_graph(box)).graph).values()
     [gather] = lowered(scan.retyped(torch.float64)).kernel.gathers
     assert gather.only is None
+
+
+class Boxed(torch.autograd.Function):
+    """A spike whose gradient passes within half of threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return (v > 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Tensor:
+        v: Tensor = ctx.saved_tensors[0]
+        return d * (v.abs() < 0.5)
+
+
+def spiking(v: Tensor, z: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    charged = v * 0.5 + x + z.mm(w)
+    spikes: Tensor = apply(Boxed, charged - 1)
+    return charged - spikes, spikes, spikes
+
+
+def test_the_gradient_of_a_spiking_layer_is_restricted() -> None:
+    """In the graph of ``differentiate``, where ``measure_gradients`` finds how much matters."""
+    given: list[list[Tensor]] = [
+        [dyadic(B, H, seed=1), torch.zeros(B, H)],
+        [dyadic(STEPS, B, H, seed=2)],
+        [dyadic(H, H, seed=3)],
+    ]
+    scan = make_scan(spiking, *given)
+    parts = differentiate(scan, {("carry", 0), ("x", 0), ("const", 0)}, STEPS)
+    assert isinstance(parts, Differentiated)
+    loops = [m for m in parts.backward.modules() if isinstance(m, Scan)]
+    products = [n for loop in loops for n in loop.body.graph.nodes if "only" in n.meta]
+    [product] = products
+    assert any(n is product.meta["only"].node for n in product.graph.nodes)
+
+
+@pytest.mark.parametrize(("surrogate", "share"), [(box, 0.25), (cut, 0.25)])
+def test_how_much_matters_is_measured(surrogate: Surrogate, share: float) -> None:
+    graph = restrict_products(recurrent_graph(surrogate)).graph
+    [scan] = scans_of(graph).values()
+    potentials = torch.full((STEPS, B, 4), 2.0)
+    potentials[..., 0] = 0.25
+    carries = [torch.zeros(B, 4)] * 3
+    call = (STEPS, carries, [torch.ones(STEPS, B, 4), potentials], [torch.ones(4, 4)])
+    measure_gradients({"scan_0.backward.scan_0": scan}, {"scan_0.backward.scan_0": call})
+    [product] = [n for n in scan.body.graph.nodes if "only" in n.meta]
+    assert product.meta["activity"] == share
