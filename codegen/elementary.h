@@ -1,4 +1,4 @@
-// Exponential, tanh and sigmoid: the same operations in the same order as elementary.py, which
+// Exponential functions, tanh and sigmoid: the same operations in the same order as elementary.py, which
 // explains them. They vectorise, and no library call rounds in its own way.
 #pragma once
 
@@ -84,6 +84,16 @@ SPARSIFY_INLINE F exponential(F x) {
   const F k = round_to_integer(x * F(INVERSE_LN2));
   const F half = round_to_integer(k * F(0.5));
   return (F(1) + reduced_tail(x, k)) * power_of_two(half) * power_of_two(k - half);
+}
+
+template <class F>
+SPARSIFY_INLINE F exponential_less_one(F x) {
+  x = x > Format<F>::MOST ? Format<F>::MOST : x;
+  x = x < F(-40) ? F(-40) : x;
+  const F k = round_to_integer(x * F(INVERSE_LN2));
+  const F half = power_of_two(k - F(1));
+  const F found = (half * reduced_tail(x, k) + (half - F(0.5))) * F(2);
+  return x == F(0) ? x : found;
 }
 
 template <class F>

@@ -77,6 +77,8 @@ SPARSIFY_INLINE float absolute(float a) { return __builtin_fabsf(a); }
 SPARSIFY_INLINE double absolute(double a) { return __builtin_fabs(a); }
 SPARSIFY_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
 SPARSIFY_INLINE double square_root(double a) { return __builtin_sqrt(a); }
+SPARSIFY_INLINE float remainder_of(float a, float b) { return __builtin_fmodf(a, b); }
+SPARSIFY_INLINE double remainder_of(double a, double b) { return __builtin_fmod(a, b); }
 SPARSIFY_INLINE float round_down(float a) { return __builtin_floorf(a); }
 SPARSIFY_INLINE double round_down(double a) { return __builtin_floor(a); }
 SPARSIFY_INLINE float round_up(float a) { return __builtin_ceilf(a); }
@@ -89,6 +91,8 @@ SPARSIFY_INLINE double round_half_even(double a) { return __builtin_rint(a); }
 }  // namespace sparsify
 
 #include "elementary.h"
+#include "error_function.h"
+#include "logarithms.h"
 
 namespace sparsify {
 

@@ -6,31 +6,33 @@ in the order of eager's CPU kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
 
 from sparsify import ir
+from sparsify.passes.expansion import Cell, Expansion
+from sparsify.passes.lower_activations import (
+    celu,
+    clamp,
+    clamp_max,
+    elu,
+    gelu,
+    hardshrink,
+    hardtanh,
+    heaviside,
+    leaky_relu,
+    relu6,
+    remainder,
+    silu,
+    softplus,
+    softshrink,
+    threshold,
+)
 from sparsify.scalar_ops import SCALAR_OPS
 
 aten = torch.ops.aten
-
-
-class Cell(Protocol):
-    """What an expansion may use: the node's result dtype, its operands, and new statements."""
-
-    dtype: ir.DType
-
-    def value(self, argument: Any, dtype: ir.DType) -> ir.Arg:
-        """A node's or a number's value, cast to ``dtype``."""
-
-    def let(self, op: str, *args: ir.Arg, dtype: ir.DType | None = None) -> ir.Arg:
-        """A new statement; ``dtype`` defaults to the node's."""
-
-
-Expansion = Callable[..., ir.Arg]  # (cell, *args of the node, **kwargs) -> result
 
 
 def _add(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
@@ -61,65 +63,6 @@ def _mul(cell: Cell, a: Any, b: Any) -> ir.Arg:
 def _div_mode(cell: Cell, a: Any, b: Any, rounding_mode: str | None = None) -> ir.Arg:
     quotient = cell.let("div", cell.value(a, cell.dtype), cell.value(b, cell.dtype))
     return quotient if rounding_mode is None else cell.let("trunc", quotient)
-
-
-def _clamp(cell: Cell, a: Any, low: Any = None, high: Any = None) -> ir.Arg:
-    # The bound comes first: of equal zeros eager keeps the value's, and NaN passes.
-    value = cell.value(a, cell.dtype)
-    if low is not None:
-        value = cell.let("maximum", cell.value(low, cell.dtype), value)
-    if high is not None:
-        value = cell.let("minimum", cell.value(high, cell.dtype), value)
-    return value
-
-
-def _clamp_max(cell: Cell, a: Any, high: Any) -> ir.Arg:
-    return _clamp(cell, a, None, high)
-
-
-def _hardtanh(cell: Cell, a: Any, low: Any = -1, high: Any = 1) -> ir.Arg:
-    return _clamp(cell, a, low, high)
-
-
-def _relu6(cell: Cell, a: Any) -> ir.Arg:
-    return _clamp(cell, a, 0, 6)
-
-
-def _leaky_relu(cell: Cell, a: Any, slope: Any = 0.01) -> ir.Arg:
-    value = cell.value(a, cell.dtype)
-    positive = cell.let("gt", value, ir.Const(0), dtype="bool")
-    return cell.let("where", positive, value, cell.let("mul", value, ir.Const(slope)))
-
-
-def _threshold(cell: Cell, a: Any, threshold: Any, replacement: Any) -> ir.Arg:
-    value = cell.value(a, cell.dtype)
-    below = cell.let("le", value, ir.Const(threshold), dtype="bool")
-    return cell.let("where", below, ir.Const(replacement), value)
-
-
-def _hardshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
-    value = cell.value(a, cell.dtype)
-    above = cell.let("ge", value, ir.Const(-bound), dtype="bool")
-    below = cell.let("le", value, ir.Const(bound), dtype="bool")
-    inside = cell.let("logical_and", above, below, dtype="bool")
-    return cell.let("where", inside, ir.Const(0), value)
-
-
-def _softshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
-    value = cell.value(a, cell.dtype)
-    above = cell.let("gt", value, ir.Const(bound), dtype="bool")
-    below = cell.let("lt", value, ir.Const(-bound), dtype="bool")
-    raised = cell.let("add", value, ir.Const(bound))
-    lowered = cell.let("sub", value, ir.Const(bound))
-    inside = cell.let("mul", value, ir.Const(0))  # NaN stays NaN
-    return cell.let("where", above, lowered, cell.let("where", below, raised, inside))
-
-
-def _heaviside(cell: Cell, a: Any, values: Any) -> ir.Arg:
-    value = cell.value(a, cell.dtype)
-    zero = cell.let("eq", value, ir.Const(0), dtype="bool")
-    positive = cell.let("cast", cell.let("gt", value, ir.Const(0), dtype="bool"))
-    return cell.let("where", zero, cell.value(values, cell.dtype), positive)
 
 
 def _masked_fill(cell: Cell, a: Any, mask: Any, fill: Any) -> ir.Arg:
@@ -191,12 +134,6 @@ def _isnan(cell: Cell, a: Any) -> ir.Arg:
     return cell.let("ne", value, value)
 
 
-def _silu(cell: Cell, a: Any) -> ir.Arg:
-    value = cell.value(a, cell.dtype)
-    exponential = cell.let("exp", cell.let("neg", value))
-    return cell.let("div", value, cell.let("add", ir.Const(1), exponential))
-
-
 def _same(cell: Cell, a: Any, *_: Any, **__: Any) -> ir.Arg:
     """The value itself: a cast where dtypes differ, a broadcast, a view, a copy."""
     return cell.value(a, cell.dtype)
@@ -264,20 +201,20 @@ EXPANSIONS: dict[object, Expansion] = {
     aten.true_divide.Tensor: _div_mode,
     aten.div.Tensor_mode: _div_mode,
     aten.div.Scalar_mode: _div_mode,
-    aten.clamp.default: _clamp,
-    aten.clamp.Tensor: _clamp,
-    aten.clip.default: _clamp,
-    aten.clamp_min.default: _clamp,
-    aten.clamp_min.Tensor: _clamp,
-    aten.clamp_max.default: _clamp_max,
-    aten.clamp_max.Tensor: _clamp_max,
-    aten.hardtanh.default: _hardtanh,
-    aten.relu6.default: _relu6,
-    aten.leaky_relu.default: _leaky_relu,
-    aten.threshold.default: _threshold,
-    aten.hardshrink.default: _hardshrink,
-    aten.softshrink.default: _softshrink,
-    aten.heaviside.default: _heaviside,
+    aten.clamp.default: clamp,
+    aten.clamp.Tensor: clamp,
+    aten.clip.default: clamp,
+    aten.clamp_min.default: clamp,
+    aten.clamp_min.Tensor: clamp,
+    aten.clamp_max.default: clamp_max,
+    aten.clamp_max.Tensor: clamp_max,
+    aten.hardtanh.default: hardtanh,
+    aten.relu6.default: relu6,
+    aten.leaky_relu.default: leaky_relu,
+    aten.threshold.default: threshold,
+    aten.hardshrink.default: hardshrink,
+    aten.softshrink.default: softshrink,
+    aten.heaviside.default: heaviside,
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.where.self: _where,
@@ -292,7 +229,13 @@ EXPANSIONS: dict[object, Expansion] = {
     aten.lerp.Scalar: _lerp,
     aten.lerp.Tensor: _lerp,
     aten.isnan.default: _isnan,
-    **({aten.silu.default: _silu} if "exp" in SCALAR_OPS else {}),
+    aten.silu.default: silu,
+    aten.elu.default: elu,
+    aten.celu.default: celu,
+    aten.softplus.default: softplus,
+    aten.gelu.default: gelu,
+    aten.remainder.Tensor: remainder,
+    aten.remainder.Scalar: remainder,
 }
 
 # Literals: the value is argument ``index``, or given.

@@ -64,6 +64,16 @@ ARITHMETIC: tuple[ScalarOp, ...] = (
         ("aten.div.Tensor", "aten.div.Scalar"),
         f"{EXACT} on the CPU; eager on CUDA multiplies by the reciprocal of a scalar divisor",
     ),
+    ScalarOp(
+        "fmod",
+        2,
+        "same",
+        FLOATS,
+        np.fmod,
+        "sparsify::remainder_of({0}, {1})",
+        ("aten.fmod.Tensor", "aten.fmod.Scalar"),
+        "exact; eager's vector library gives NaN where the quotient overflows",
+    ),
     ScalarOp("neg", 1, "same", NUMBERS, np.negative, "-{0}", ("aten.neg.default",), "exact"),
     ScalarOp(
         "abs",

@@ -1,4 +1,4 @@
-"""Exponential, tanh and sigmoid of numpy arrays, from additions and products only.
+"""Exponential functions, tanh and sigmoid of numpy arrays, from additions and products only.
 
 Every library rounds these functions in its own way. Ours are fixed sequences of operations that
 round once each, so that all backends agree bit for bit; ``codegen/elementary.h`` spells the same
@@ -89,6 +89,17 @@ def tanh(x: Array) -> Array:
     scale = _power_of_two(k, f)
     less_one = scale * tail + (scale - real(1))
     return np.asarray(np.copysign(less_one / (less_one + real(2)), x))
+
+
+def exponential_less_one(x: Array) -> Array:
+    """exp(x) - 1: small x keep their digits."""
+    f, real = FORMATS[x.dtype], x.dtype.type
+    x = np.where(x > real(f.most), real(f.most), x)
+    x = np.where(x < real(-SATURATED), real(-SATURATED), x)
+    k, tail = _reduce(x, f)
+    half = _power_of_two(k - real(1), f)  # 2**k itself may be out of range
+    found = (half * tail + (half - real(0.5))) * real(2)
+    return np.asarray(np.where(x == 0, x, found))
 
 
 def _reduce(x: Array, f: Format) -> tuple[Array, Array]:

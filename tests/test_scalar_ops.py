@@ -12,6 +12,8 @@ import torch
 from sparsify import elementary, ir
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
+from sparsify.error_function import error_function
+from sparsify.logarithms import logarithm, logarithm_of_one_plus
 from sparsify.reference import Array, run_reference
 from sparsify.scalar_op import ANY, ScalarOp
 from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes, why_malformed
@@ -22,7 +24,12 @@ OURS = {
     "exp": (elementary.exponential, mpmath.exp, 1.0),
     "tanh": (elementary.tanh, mpmath.tanh, 2.5),
     "sigmoid": (elementary.sigmoid, lambda x: 1 / (1 + mpmath.exp(-x)), 2.0),
+    "expm1": (elementary.exponential_less_one, mpmath.expm1, 2.0),
+    "log": (logarithm, mpmath.log, 1.0),
+    "log1p": (logarithm_of_one_plus, mpmath.log1p, 1.0),
+    "erf": (error_function, mpmath.erf, 2.5),
 }
+LEAST = {"log": 0.0, "log1p": -1.0}  # of the domain
 
 
 def values_of(dtype: ir.DType, seed: int) -> Array:
@@ -114,6 +121,13 @@ def test_means_what_torch_means(name: str) -> None:
                 with np.errstate(all="ignore"):
                     apart = np.abs(got.numpy().astype("longdouble") - value)
                     assert (~(apart > np.spacing(value))).all(), what
+            elif name == "fmod":  # eager's vector library gives NaN where the quotient overflows
+                with np.errstate(all="ignore"):
+                    a, b = (operand.numpy() for operand in args)
+                    is_far = np.abs(a / b) > np.finfo(a.dtype).max / 2**25
+                    is_far |= np.abs(b) < np.finfo(b.dtype).tiny
+                assert is_far.mean() < 0.5, what
+                assert_same_bits(got[torch.from_numpy(~is_far)], value[~is_far], what)
             else:
                 assert_same_bits(got, value, what)
 
@@ -129,6 +143,7 @@ def test_accuracy(name: str, dtype: str) -> None:
     x = np.concatenate(
         [rng.standard_normal(700), rng.uniform(low, high, 300), rng.standard_normal(300) * 1e-3]
     ).astype(dtype)
+    x = x[x > LEAST.get(name, low)]
     got = ours(x)
     assert got.dtype == x.dtype
     with mpmath.workprec(120):
@@ -142,7 +157,8 @@ def test_accuracy(name: str, dtype: str) -> None:
 def test_limits_are_those_of_torch(name: str) -> None:
     """Where the result is 0, 1, infinite or NaN."""
     for dtype in (np.float32, np.float64):
-        x = np.asarray([0.0, -0.0, np.inf, -np.inf, np.nan, 1e4, -1e4], dtype)
+        numbers = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e4, -1e4]
+        x = np.asarray([v for v in numbers if name not in LEAST or v != 1e4], dtype)
         with np.errstate(all="ignore"):
             got = OURS[name][0](x)
         assert_same_bits(getattr(torch, name)(torch.from_numpy(x)), got, name)
