@@ -357,6 +357,22 @@ def requires_grad_in_the_middle(self: Any, x: Tensor) -> Any:
     return (v + h) * self.decay + x @ self.weight
 
 
+def filled_over(self: Any, x: Tensor) -> Any:
+    h = x @ self.weight
+    g = h * 2
+    g.zero_()
+    h = h + g.add_(x * self.decay)
+    k = h * 2
+    k.copy_(torch.ones(3, 4))
+    return h * k
+
+
+def parameter_of_a_result(self: Any, x: Tensor) -> Any:
+    h = x @ self.weight
+    leaf = nn.Parameter(h)
+    return h * self.decay + leaf * self.weight[0]
+
+
 def saved_results(self: Any, x: Tensor) -> Any:
     """Autograd detaches results that it saves, which is no detach of the user's."""
     h = torch.sigmoid(x @ self.weight)
@@ -381,6 +397,8 @@ CONSTRUCTS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "set_grad_enabled": (set_grad_disabled, 1, 0),
     "requires_grad in the middle": (requires_grad_in_the_middle, 1, 0),
     "saved results": (saved_results, 0, 0),
+    "filled over": (filled_over, 0, 0),
+    "a parameter of a result": (parameter_of_a_result, 1, 0),
 }
 
 

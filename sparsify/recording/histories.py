@@ -198,6 +198,13 @@ class Histories:
         """A ``detach`` at the user's present line."""
         return self._emit(DETACH, (node,), {}, node.meta["val"])
 
+    def overwrite(self, value: Value, content: fx.Node) -> None:
+        """``value`` gets a content that autograd sees; one without a history takes none along."""
+        before = current(value, self._emit)
+        if content not in self._present and not value.detached and before in self._present:
+            self._own.add(content)  # to autograd it still requires gradients, which are all zero
+        value.detached = False
+
     def keep(self, value: Value, content: fx.Node) -> fx.Node:
         """What ``value`` is after a write of ``content`` that autograd does not see."""
         before = current(value, self._emit)

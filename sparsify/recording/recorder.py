@@ -345,7 +345,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         offset = held.storage_offset() if held is not None else 0
         if tensor.storage_offset() != offset:
             return None
-        return self.values.add_view(tensor, self.read(root), root, None)
+        value = self.values.add_view(tensor, self.read(root), root, None)
+        if self.histories is not None:  # it is a leaf of its own
+            value.detached, value.follows = True, False
+        return value
 
     def add_placeholder(self, tensor: Tensor, source: Source) -> Value:
         node = self._placeholder_node(source)

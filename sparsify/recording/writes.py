@@ -60,7 +60,7 @@ def _with_histories(chain: list[Written], histories: Histories) -> list[Written]
     is_seen = not histories.is_closed()
     for written, content, layout in chain:
         if is_seen:
-            written.detached = False
+            histories.overwrite(written, content)
             done.append((written, content, layout))
         else:
             done.append((written, histories.keep(written, content), layout))
