@@ -6,16 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.fingerprint import Fingerprint
+from sparsify.free_memory import free_memory
 from sparsify.keep_state import keep_state
 from sparsify.recording.recording import Recording
 from sparsify.run_graph import run_graph
 
 # What a model raises for values that it does not take: an index out of range, a failed assertion.
 NOT_TAKEN = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+# Operations of LAPACK, whose bits depend on how the memory that they are given is aligned.
+LAPACK = (
+    *("linalg_svd", "linalg_eig", "linalg_qr", "linalg_cholesky", "linalg_inv", "linalg_lu"),
+    *("linalg_solve", "linalg_lstsq", "linalg_pinv", "linalg_matrix_norm", "svd", "eig", "qr"),
+    *("cholesky", "inverse", "lu", "geqrf", "triangular_solve", "lstsq", "symeig"),
+)
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
@@ -29,6 +36,7 @@ def why_not_repeated(
     Of the model's run only fingerprints are kept, so that a check needs no more memory than a call
     on new inputs.
     """
+    free_memory()  # what recording left
     given = args, kwargs
     try:
         expected = _run(model, given, perturb(given), model.forward)
@@ -37,7 +45,22 @@ def why_not_repeated(
         got = _run(model, given, given, _repeating(recording))
     else:
         got = _run(model, given, perturb(given), _repeating(recording))
-    return _compare(got, expected)
+    differs = _compare(got, expected)
+    return differs and f"{differs}{_blame(recording.graph)}"
+
+
+def _blame(graph: fx.GraphModule) -> str:
+    """The line that may round differently at each call, or one that makes the results."""
+    for node in graph.graph.nodes:
+        name = str(node.target).removeprefix("aten.").split(".")[0].strip("_")
+        if name.startswith(LAPACK) and node.meta.get("location") is not None:
+            return (
+                f". {name} in {node.meta['location']} may round in another way at each call: "
+                "compute it outside of forward, and keep it in a buffer or pass it in"
+            )
+    output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
+    made = [node for node in output.all_input_nodes if node.meta.get("location") is not None]
+    return f"; a result is made in {made[0].meta['location']}" if made else ""
 
 
 def perturb(call: Call) -> Call:

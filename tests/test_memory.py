@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +14,7 @@ from sparsify.api import sparsify
 from sparsify.bench import measure_pairs
 from sparsify.bounded import lowest_bit
 from sparsify.engine import Engine
+from sparsify.free_memory import free_memory
 from sparsify.keep_state import Snapshot
 from tests.live_bytes import peak_of
 
@@ -147,6 +152,26 @@ def test_a_snapshot_keeps_what_was_written_only() -> None:
     assert x.count_nonzero() == model.seen.count_nonzero() == 0
     after.put_back()
     assert bool((x == 1).all()) and bool((model.seen == 2).all())
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_holes_between_objects_are_given_back() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc has malloc_trim")
+    size, count = 64 << 10, 1000  # bytes; below what malloc asks of the system one by one
+    blocks, pins = [], []
+    for index in range(count):
+        blocks.append(b"x" * size)
+        pins.append(bytes([index % 256]) * 600)  # more than Python's own allocator takes
+    blocks.clear()
+    before = resident()
+    free_memory()
+    assert len(pins) == count
+    assert before - resident() > size * count // 2
 
 
 def test_bits_of_a_large_matrix_are_looked_at_in_parts() -> None:
