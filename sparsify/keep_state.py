@@ -51,6 +51,8 @@ class Snapshot:
             for tensor, version, copy in self._contents:
                 if tensor._version != version:
                     tensor.copy_(copy)
+                    # It is what it was, also to backwards that have saved it.
+                    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.application import WRITTEN_UNSEEN, Application
+from sparsify.keep_state import keep_state
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
@@ -567,6 +568,39 @@ def test_backward_through_a_freed_state_raises_as_eager_does() -> None:
     total = call(second, X).sum()
     with pytest.raises(RuntimeError, match="second time"):
         total.backward()
+
+
+def test_a_silent_write_is_silent_again() -> None:
+    """``.data`` writes do not tell what was saved before, and neither does a call of the graph."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        h = x * self.decay
+        self.decay.data.mul_(0.5)
+        return h * self.decay
+
+    check(Weighted(forward), X)
+
+
+def test_a_loud_write_raises_as_eager_does() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        h = x * self.decay
+        with torch.no_grad():
+            self.decay.mul_(0.5)
+        return h
+
+    model = Weighted(forward)
+    recording = recorded(model, X)
+    for result in (model(X), recording.result, call(recording, X)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward()
+
+
+def test_checks_leave_no_trace_in_what_backwards_have_saved() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    result = model(X)
+    with keep_state(model):
+        model(X)
+    result.sum().backward()
 
 
 def test_truncated() -> None:

@@ -50,12 +50,14 @@ class Structure:
 class Written:
     """Placeholder ``operand`` is written in place: it gets output ``output``.
 
-    ``has_history``: autograd sees the write.
+    ``has_history``: autograd sees the write. ``is_silent``: what backwards have saved of the tensor
+    is not told, as by writes through ``.data``.
     """
 
     operand: int
     output: int
     has_history: bool = False
+    is_silent: bool = False
 
 
 class ModelCalling:
@@ -106,7 +108,9 @@ class ModelCalling:
             given = self.operands(args, kwargs)
         for written in self._written:
             with nullcontext() if written.has_history else torch.no_grad():
-                given[written.operand].copy_(values[written.output])
+                tensor = given[written.operand]
+                target = tensor.data if written.is_silent else tensor
+                target.copy_(values[written.output])
         bound = [(route, _build(parts, values, given)) for route, parts in self._routes]
         result = _build(self._result, values, given)
         for route, value in bound:

@@ -90,8 +90,10 @@ class Conclusion:
     def _written(self, node: fx.Node, operand: int) -> Written:
         histories = self._recorder.histories
         tensor = self._recorder.placeholders[node]
-        has_history = histories is not None and histories.is_rebuilt(tensor)
-        return Written(operand, self.written[node], has_history)
+        if histories is None:
+            return Written(operand, self.written[node])
+        how = histories.is_rebuilt(tensor), histories.is_silent(tensor)
+        return Written(operand, self.written[node], *how)
 
     def _check_histories(self) -> None:
         histories = self._recorder.histories

@@ -30,13 +30,18 @@ class History(NamedTuple):
 
     required: bool
     maker: Any
+    version: int
 
 
 Before = dict[int, History]  # of tensors by id
 
 
 def look_up(tensors: Iterable[Tensor]) -> Before:
-    return {id(t): History(t.requires_grad, t.grad_fn) for t in tensors}
+    return {id(t): History(t.requires_grad, t.grad_fn, _version(t)) for t in tensors}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class Histories:
         """Whether the run gave a tensor of before another history."""
         known = self._before.get(id(tensor))
         return known is not None and tensor.grad_fn is not known.maker
+
+    def is_silent(self, tensor: Tensor) -> bool:
+        """Whether the run wrote to a tensor of before unknown to autograd, as through ``.data``."""
+        known = self._before.get(id(tensor))
+        return known is not None and known.version == _version(tensor)
 
     def why_changed(self, tensor: Tensor, name: str) -> str:
         """What the run did to a tensor of before that no later call could do; "" for nothing."""
