@@ -20,6 +20,7 @@ from torch import fx, nn
 from sparsify.differentiated import Differentiated, Operand
 from sparsify.errors import Refusal
 from sparsify.passes.backward_graph import BackwardGraph, write_backward
+from sparsify.passes.chunk_products import chunk_products
 from sparsify.passes.find_reaches import find_active, find_dependences, find_reaches
 from sparsify.passes.joint_graph import (
     JointGraph,
@@ -62,7 +63,7 @@ def differentiate(scan: Scan, required: Set[Operand], steps: int) -> Differentia
     return Differentiated(
         _write_forward(joint, saved),
         len(saved),
-        restrict_products(backward).graph,
+        chunk_products(restrict_products(backward).graph).graph,
         written.inputs,
         written.outputs,
         find_reaches(scan, dependences, active & required, steps),

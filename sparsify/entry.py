@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.chunked_scan import ChunkedScan
 from sparsify.compiled import Compiled, Stage
 from sparsify.errors import Refusal
 from sparsify.layout import Layout
@@ -131,7 +132,10 @@ def general_module(first: nn.Module, second: nn.Module) -> nn.Module | None:
     if isinstance(first, TrainedRegion) and isinstance(second, TrainedRegion):
         return _general_trained(first, second)
     if isinstance(first, OuterProduct) and isinstance(second, OuterProduct):
-        return first if first.event == second.event else None
+        is_same = (first.event, first.senders) == (second.event, second.senders)
+        return first if is_same else None
+    if isinstance(first, ChunkedScan) and isinstance(second, ChunkedScan):
+        return _general_chunked(first, second)
     if not isinstance(first, Region) or not isinstance(second, Region):
         return None
     schedules = (first.launchable.schedule, second.launchable.schedule)
@@ -157,6 +161,14 @@ def _general_trained(first: TrainedRegion, second: TrainedRegion) -> TrainedRegi
     forward = run.scan if isinstance(run, Region) else run
     parts = replace(first.parts, forward=forward, backward=without_kernels(backward))
     return TrainedRegion(scan, parts, first.required, run, backward)
+
+
+def _general_chunked(first: ChunkedScan, second: ChunkedScan) -> ChunkedScan | None:
+    run = general_module(first.run, second.run)
+    products = [general_module(*p) for p in zip(first.products, second.products, strict=False)]
+    if first.reads != second.reads or None in products or not isinstance(run, (Scan, Region)):
+        return None
+    return first.with_run(run)
 
 
 def _general_scan(first: Scan, second: Scan) -> Scan | None:

@@ -130,13 +130,33 @@ class Region(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
+        return self._run(steps, carries, xs, consts, self.frozen)
+
+    def again(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """``forward``, where the weights are those of the last call, unchanged."""
+        return self._run(steps, carries, xs, consts, True)
+
+    def _run(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        frozen: bool,
+    ) -> tuple[Tensor, ...]:
         operands = {"carry": carries, "x": xs, "const": consts}
         batch = batch_of(self.lowered, operands)
         tensors = self._tensors(steps, batch, operands)
         if tensors is None:
             result: tuple[Tensor, ...] = self.scan(steps, carries, xs, consts)
             return result
-        outputs = self.launchable(tensors, steps=steps, batch=batch, frozen=self.frozen)
+        outputs = self.launchable(tensors, steps=steps, batch=batch, frozen=frozen)
         results = []
         for returned, has_time, is_plain in self._returned:
             if is_plain:

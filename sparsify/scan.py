@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,13 @@ from torch.utils import _pytree as pytree
 from sparsify.errors import Location
 
 ROLES = ("carry", "x", "const")
+
+
+@runtime_checkable
+class Retypable(Protocol):
+    """A module of a graph that can be had in another dtype."""
+
+    def retyped(self, dtype: torch.dtype, source: torch.dtype = ...) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ def retyped(
             copy.meta["val"] = _retyped_info(node.meta["val"], dtype, source)
         copies[node] = copy
     modules: dict[str, nn.Module] = {
-        name: module.retyped(dtype, source) if isinstance(module, Scan) else module
+        name: module.retyped(dtype, source) if isinstance(module, Retypable) else module
         for name, module in graph.named_children()
     }
     return fx.GraphModule(modules, copied, class_name=type(graph).__name__)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.chunked_scan import ChunkedScan
+from sparsify.differentiated import Input
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.region import Region
 from sparsify.scan import Scan
@@ -27,6 +29,8 @@ def find_scans(graph: fx.GraphModule) -> dict[str, Scan]:
     for name, module in graph.named_children():
         if isinstance(module, Scan):
             found[name] = module
+        elif isinstance(module, ChunkedScan) and isinstance(module.run, Scan):
+            found[name] = module.run
         elif isinstance(module, TrainedRegion) and isinstance(module.run, Scan):
             found[name] = module.run
             nested = find_scans(module.backward)
@@ -40,6 +44,8 @@ def find_regions(graph: fx.GraphModule) -> dict[str, Region]:
     for name, module in graph.named_children():
         if isinstance(module, Region):
             found[name] = module
+        elif isinstance(module, ChunkedScan) and isinstance(module.run, Region):
+            found[name] = module.run
         elif isinstance(module, TrainedRegion):
             if isinstance(module.run, Region):
                 found[name] = module.run
@@ -57,6 +63,16 @@ def capture_calls(graph: fx.GraphModule, operands: Sequence[Tensor]) -> dict[str
     with torch.no_grad():
         capture.run(*operands)
     return capture.calls
+
+
+def capture_gradients(
+    graph: fx.GraphModule, operands: Sequence[Tensor]
+) -> dict[str, dict[Input, Tensor]]:
+    """Run ``graph``; returns what the gradient of every TrainedRegion is given, by its name."""
+    capture = _Capture(graph)
+    with torch.no_grad():
+        capture.run(*operands)
+    return capture.gradients
 
 
 def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
@@ -86,7 +102,9 @@ def with_regions(graph: fx.GraphModule, regions: Mapping[str, Region]) -> fx.Gra
         if isinstance(module, TrainedRegion):
             modules[name] = _with_kernels(name, module, regions)
         elif name in regions:
-            modules[name] = regions[name]
+            region = regions[name]
+            is_chunked = isinstance(module, ChunkedScan)
+            modules[name] = module.with_run(region) if is_chunked else region
     return with_modules(graph, modules)
 
 
@@ -104,6 +122,8 @@ def without_kernels(graph: fx.GraphModule) -> fx.GraphModule:
     for name, module in graph.named_children():
         if isinstance(module, Region):
             modules[name] = module.scan
+        elif isinstance(module, ChunkedScan):
+            modules[name] = module.with_run(module.scan)
         elif isinstance(module, TrainedRegion):
             parts = module.parts
             modules[name] = TrainedRegion(
@@ -126,7 +146,7 @@ def _with_kernels(name: str, module: TrainedRegion, regions: Mapping[str, Region
         return module.scan
     start = f"{name}{BACKWARD}"
     inner = {full.removeprefix(start): r for full, r in regions.items() if full.startswith(start)}
-    backward = with_modules(module.backward, inner)
+    backward = with_regions(module.backward, inner)
     return TrainedRegion(module.scan, module.parts, module.required, regions[name], backward)
 
 
@@ -134,21 +154,23 @@ class _Capture(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.calls: dict[str, tuple[Any, ...]] = {}
+        self.gradients: dict[str, dict[Input, Tensor]] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, Scan):
             self.calls[target] = args
+        if isinstance(module, ChunkedScan):
+            self.calls[target] = args[:4]
         if not isinstance(module, TrainedRegion):
             return super().call_module(target, args, kwargs)
         self.calls[target] = args
         steps, *groups = args
         values = module.run(steps, *groups)
-        results, saved = values[: module.results], values[module.results :]
-        known = dict(zip(module.places, [t for group in groups for t in group], strict=True))
-        known |= {("saved", i): value for i, value in enumerate(saved)}
-        known |= {("result", i): result for i, result in enumerate(results)}
+        known = module.name_tensors([t for group in groups for t in group], values)
+        results = values[: module.results]
         known |= {("d_result", i): _random_like(r) for i, r in enumerate(results)}
+        self.gradients[target] = known
         inner = _Capture(module.backward)
         inner.run(*(known[place] for place in module.parts.inputs))
         self.calls |= {f"{target}{BACKWARD}{name}": call for name, call in inner.calls.items()}

@@ -7,6 +7,7 @@ gradients of the operands from that. Both are the Scan's own operations until ke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from sparsify.differentiated import Differentiated, Input, Operand
 from sparsify.errors import Refusal, RefusedError
 from sparsify.region import Region
-from sparsify.scan import Scan
+from sparsify.scan import Scan, retyped
 
 TWICE = Refusal(
     "needs-grad",
@@ -70,6 +71,23 @@ class TrainedRegion(nn.Module):
         first, second = self.scan.carries, self.scan.carries + self.scan.xs
         return operands[:first], operands[first:second], operands[second:]
 
+    def name_tensors(
+        self, operands: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> dict[Input, Tensor]:
+        """Operands and values of a call under the names that the gradient knows them by."""
+        known: dict[Input, Tensor] = dict(zip(self.places, operands, strict=True))
+        known |= {("result", i): value for i, value in enumerate(values[: self.results])}
+        return known | {("saved", i): value for i, value in enumerate(values[self.results :])}
+
+    def retyped(self, dtype: torch.dtype, source: torch.dtype = torch.float32) -> TrainedRegion:
+        """The same without kernels, computing in ``dtype`` where this one names ``source``."""
+        backward = retyped(self.parts.backward, dtype, source)
+        forward = self.parts.forward.retyped(dtype, source)
+        parts = replace(self.parts, forward=forward, backward=backward)
+        return TrainedRegion(
+            self.scan.retyped(dtype, source), parts, self.required, forward, backward
+        )
+
     def gradients(self, known: Mapping[Input, Tensor], live: set[int]) -> list[Tensor | None]:
         """The gradient of every operand; None where no result in ``live`` depends on it."""
         found = self.backward(*(known[place] for place in self.parts.inputs))
@@ -83,14 +101,10 @@ class _TrainedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, region: TrainedRegion, steps: int, *operands: Tensor) -> Any:
-        carries, xs, consts = region.split(operands)
-        values = region.run(steps, carries, xs, consts)
+        values = region.run(steps, *region.split(operands))
         # Users may write to results in place, which autograd forbids for views.
         results = tuple(v.data if v._is_view() else v for v in values[: region.results])
-        saved = values[region.results :]
-        known: dict[Input, Tensor] = dict(zip(region.places, operands, strict=True))
-        known |= {("saved", i): value for i, value in enumerate(saved)}
-        known |= {("result", i): value for i, value in enumerate(results)}
+        known = region.name_tensors(operands, (*results, *values[region.results :]))
         ctx.region = region
         ctx.kept = [place for place in region.parts.inputs if place in known]
         ctx.save_for_backward(*(known[place] for place in ctx.kept))

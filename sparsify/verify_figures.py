@@ -75,6 +75,21 @@ class ResultFigures:
 
 
 @dataclass(frozen=True)
+class GradientFigures:
+    """The gradient of an operand of a region, from the same saved values: 2-norms.
+
+    ``distance`` is that of kernels to float64, ``eager_distance`` that of torch's operations.
+    """
+
+    region: str
+    operand: str
+    values: int
+    norm: float
+    distance: float
+    eager_distance: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """The figures of a verification that found nothing wrong; prints as a table."""
 
@@ -84,6 +99,7 @@ class Verification:
     regions: tuple[RegionFigures, ...]
     results: tuple[ResultFigures, ...]
     metric: Mapping[str, float] = field(default_factory=dict)
+    gradients: tuple[GradientFigures, ...] = ()
 
     @property
     def thresholds(self) -> int:
@@ -103,6 +119,9 @@ class Verification:
         for region in self.regions:
             lines += ["", *region_lines(region)]
         lines += ["", "free-running, kernels against eager torch", *map(_result_line, self.results)]
+        if self.gradients:
+            lines += ["", "gradients, distance to float64 (2-norm)"]
+            lines += map(_gradient_line, self.gradients)
         if self.metric:
             kernels, eager = self.metric["sparsified"], self.metric["eager"]
             lines.append(f"  metric                        {kernels:.6g}, eager {eager:.6g}")
@@ -149,6 +168,13 @@ def _stage_line(stage: StageFigures) -> str:
         how = f"float64: at most {stage.worst_share:.3f} of a bound of {stage.largest_bound:.1e}"
         how += f", {stage.undecided:,} undecided" if stage.undecided else ""
     return f"  {stage.stage:<26} {stage.values:>12,} values  {how}, against {stage.reference}"
+
+
+def _gradient_line(figures: GradientFigures) -> str:
+    return (
+        f"  {figures.operand:<26} {figures.values:>12,} values  {figures.distance:.1e}, eager "
+        f"{figures.eager_distance:.1e}, norm {figures.norm:.1e}   {figures.region}"
+    )
 
 
 def _result_line(result: ResultFigures) -> str:

@@ -15,13 +15,14 @@ all that follows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.call_conditions import needs_grad
 from sparsify.compiled import Compiled, Stage
 from sparsify.engine import Engine
 from sparsify.errors import MismatchError
@@ -31,6 +32,7 @@ from sparsify.options import is_disabled
 from sparsify.recording.reachable import walk
 from sparsify.report import Site
 from sparsify.verify_figures import RegionFigures, StageFigures, Verification
+from sparsify.verify_gradients import CheckedGradients, check_gradients
 from sparsify.verify_outcome import Outcome, check_outcome, compare_results
 from sparsify.verify_regions import MOST_UNDECIDED, Progress, check_regions
 from sparsify.verify_stages import check_stages
@@ -51,13 +53,15 @@ def verify(
     fast: nn.Module,
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
+    gradients: bool = False,
     events: int = 1,
     metric: Metric | None = None,
     most_undecided: float = MOST_UNDECIDED,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check ``fast``, which ``model.sparsify()`` returned, on a call; gradients are disabled.
+    """Check ``fast``, which ``model.sparsify()`` returned, on a call without gradients.
 
+    gradients: also check a call with gradients, forward and backward.
     events: how many sites must have run as events; fewer are a MismatchError, so that a model of
         which nothing is compiled does not pass.
     metric: computes the task's figure from a result; reported for both.
@@ -75,7 +79,13 @@ def verify(
     original = model.original if isinstance(model, Sparsified) else model
     check = _Check(original, fast, Call(args, kwargs or {}))
     with torch.no_grad():
-        return check.run(events, metric, most_undecided, progress)
+        found = check.run(events, metric, most_undecided, progress)
+    if not gradients:
+        return found
+    with torch.enable_grad():
+        checked = check.run_gradients(events, most_undecided, progress)
+    regions = (*found.regions, *checked.regions)
+    return replace(found, regions=regions, gradients=checked.gradients)
 
 
 class _Check:
@@ -112,6 +122,28 @@ class _Check:
         measured = _measure(metric, kernels.result, eager.result)
         return Verification(count, len(sites), tuple(figures), regions, results, measured)
 
+    def run_gradients(
+        self, events: int, most_undecided: float, progress: Progress | None
+    ) -> CheckedGradients:
+        args, kwargs = self.call.args, self.call.kwargs
+        if self.engine.compiled_for(args, kwargs) is None:
+            self._run(self.engine.original, self._call_fast)
+        compiled = self.engine.compiled_for(args, kwargs)
+        sites = compiled.sites if compiled else self.engine.report.sites
+        _count_events(sites, events)
+        assert compiled is not None
+        operands = compiled.recording.calling.operands(args, kwargs)
+        if not needs_grad(operands):
+            raise MismatchError("gradients are to be checked, and nothing requires grad")
+        stages = self._stages(compiled, operands)
+        call = (args, kwargs)
+        original = self.engine.original
+        checked = check_gradients(
+            original, compiled, stages, operands, call, most_undecided, progress
+        )
+        _check_launched(compiled, checked.regions, events)
+        return checked
+
     def _call_model(self) -> Any:
         return self.model(*self.call.args, **self.call.kwargs)
 
@@ -134,7 +166,7 @@ class _Check:
         if _fits(compiled.stages[0], operands):
             return compiled.stages[:-1]
         engine = Engine(self.engine.original, self.engine.options, self.engine.plan)
-        engine.compile_example(self.call.args, self.call.kwargs)
+        self._run(engine.original, lambda: engine(self.call.args, self.call.kwargs))
         return (*engine.stages[:-1], compiled.stages[-2])
 
     def _check_recording(

@@ -1,0 +1,99 @@
+"""A loop whose results feed gradients of weights, run in chunks of time.
+
+What only an outer product reads exists for one chunk at a time: it need not be kept for all steps,
+and is still in a cache when the product reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.region import Region
+from sparsify.scan import Scan
+
+CHUNK_BYTES = 8 * 2**20  # of what the outer products read
+
+
+class ChunkedScan(nn.Module):
+    """``run``, followed by ``products[k](y, activation)`` of its y number ``reads[k]``.
+
+    The products are OuterProducts, which add to a total where they are given one.
+
+    Returns the final carries, the ys that no product reads, stacked, and the products' sums over
+    all steps, in this order.
+    """
+
+    def __init__(
+        self, run: Scan | Region, products: Iterable[nn.Module], reads: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.run, self.reads = run, tuple(reads)
+        self.products = nn.ModuleList(products)
+
+    @property
+    def scan(self) -> Scan:
+        return self.run.scan if isinstance(self.run, Region) else self.run
+
+    def forward(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        activations: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Activations are ``[T, ..., S]``."""
+        count, now = len(carries), tuple(carries)
+        sums: list[Tensor | None] = [None for _ in self.products]
+        is_first = True
+        whole: dict[int, Tensor] = {}
+        for start, stop in self._chunks(steps, carries):
+            # The weights are those of the first chunk, so that they need be looked at only once.
+            run = self.run if is_first or isinstance(self.run, Scan) else self.run.again
+            is_first = False
+            values = run(stop - start, now, [x[start:stop] for x in xs], consts)
+            now, ys = values[:count], values[count:]
+            self._keep(whole, ys, steps, start)
+            given = zip(self.products, self.reads, activations, sums, strict=True)
+            sums = [
+                product(ys[read], activation[start:stop], total)
+                for product, read, activation, total in given
+            ]
+        return (*now, *whole.values(), *(total for total in sums if total is not None))
+
+    def with_run(self, run: Scan | Region) -> ChunkedScan:
+        """The same products beside another executor of the loop."""
+        return ChunkedScan(run, self.products, self.reads)
+
+    def retyped(self, dtype: torch.dtype, source: torch.dtype = torch.float32) -> ChunkedScan:
+        """The same without kernels for the loop, computing in ``dtype`` instead of ``source``."""
+        return ChunkedScan(self.scan.retyped(dtype, source), self.products, self.reads)
+
+    def extra_repr(self) -> str:
+        return f"reads={self.reads}"
+
+    def _chunks(self, steps: int, carries: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+        """Nearly equal parts of the time, in the order in which the loop runs."""
+        rows = max((carry.shape[0] for carry in carries if carry.dim() > 1), default=1)
+        nodes = [self.scan.results[self.scan.carries + read] for read in set(self.reads)]
+        infos = [node.meta["val"] for node in nodes]
+        bytes_a_step = sum(rows * i.shape[-1] * i.dtype.itemsize for i in infos)
+        count = max(1, min(steps, steps * bytes_a_step // CHUNK_BYTES))
+        edges = [steps * i // count for i in range(count + 1)]
+        chunks = list(pairwise(edges))
+        return iter(chunks[::-1] if self.scan.reverse else chunks)
+
+    def _keep(self, whole: dict[int, Tensor], ys: Sequence[Tensor], steps: int, start: int) -> None:
+        for index, y in enumerate(ys):
+            if index in self.reads:
+                continue
+            if len(y) == steps:
+                whole[index] = y
+                continue
+            if index not in whole:
+                whole[index] = y.new_empty((steps, *y.shape[1:]))
+            whole[index][start : start + len(y)] = y

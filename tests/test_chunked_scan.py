@@ -1,0 +1,82 @@
+"""Loops whose outer products are computed in chunks of time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify import chunked_scan
+from sparsify.chunked_scan import ChunkedScan
+from sparsify.graph_meta import TensorInfo
+from sparsify.outer_product import OuterProduct
+from sparsify.passes.call_scan import call_scan
+from sparsify.passes.chunk_products import chunk_products
+from sparsify.scan import Scan
+
+STEPS, BATCH, N, S = 12, 3, 5, 4
+
+
+def leaky(reverse: bool) -> Scan:
+    """c = c / 2 + x, returned at every step, and its double."""
+    graph = fx.Graph()
+    c, x = graph.placeholder("c"), graph.placeholder("x")
+    half = graph.call_function(torch.ops.aten.mul.Tensor, (c, 0.5))
+    new = graph.call_function(torch.ops.aten.add.Tensor, (half, x))
+    double = graph.call_function(torch.ops.aten.mul.Tensor, (new, 2.0))
+    graph.output((new, new, double))
+    for node in graph.nodes:
+        node.meta["val"] = TensorInfo.of(torch.empty(BATCH, N))
+    body = fx.GraphModule(nn.Module(), graph)
+    return Scan(body, 1, 1, 0, None, reverse)
+
+
+def dyadic(*shape: int) -> Tensor:
+    """Sums of these are exact in any order: small integers times 1/4, halved a dozen times."""
+    return torch.randint(-3, 4, shape, dtype=torch.float64) / 4
+
+
+def outer_graph(scan: Scan) -> fx.GraphModule:
+    graph = fx.Graph()
+    c, x, a = (graph.placeholder(name) for name in "cxa")
+    c.meta["val"] = TensorInfo.of(dyadic(BATCH, N))
+    modules: dict[str, nn.Module] = {"outer": OuterProduct()}
+    last, new, double = call_scan(graph, modules, scan, (STEPS, (c,), (x,), ()), {})
+    product = graph.call_module("outer", (new, a))
+    graph.output((last, double, product))
+    return fx.GraphModule(modules, graph)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, BATCH * N * 4 * 5, 2**30])
+def test_chunks_give_what_the_whole_loop_gives(
+    reverse: bool, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(chunked_scan, "CHUNK_BYTES", chunk_bytes)
+    gm = outer_graph(leaky(reverse))
+    result = chunk_products(gm)
+    assert len(result.done) == 1
+    operands = dyadic(BATCH, N), dyadic(STEPS, BATCH, N), dyadic(STEPS, BATCH, S)
+    for got, expected in zip(result.graph(*operands), gm(*operands), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_the_loop_runs_once_and_its_product_nowhere_else() -> None:
+    result = chunk_products(outer_graph(leaky(True))).graph
+    kinds = [type(module) for _, module in result.named_children()]
+    assert kinds == [ChunkedScan]
+    assert sum(node.op == "call_module" for node in result.graph.nodes) == 1
+
+
+def test_a_value_that_something_else_reads_stays() -> None:
+    graph = fx.Graph()
+    c, x, a = (graph.placeholder(name) for name in "cxa")
+    modules: dict[str, nn.Module] = {"outer": OuterProduct()}
+    _, new, _ = call_scan(graph, modules, leaky(True), (STEPS, (c,), (x,), ()), {})
+    graph.output((new, graph.call_module("outer", (new, a))))
+    gm = fx.GraphModule(modules, graph)
+    result = chunk_products(gm)
+    assert result.graph is gm
+    assert result.done == []
+    assert chunk_products(outer_graph(leaky(True))).done
