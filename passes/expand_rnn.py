@@ -25,6 +25,7 @@ from sparsify.passes.call_scan import call_scan
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, permuted, with_shape, without_dim
 from sparsify.scan import Scan
+from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 
@@ -75,7 +76,7 @@ def expand_rnn(gm: fx.GraphModule) -> PassResult:
             copies[node] = results[operand][node.args[1]]
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    expanded = fx.GraphModule(modules, graph, class_name=type(gm).__name__)
+    expanded = UnwrittenGraph(modules, graph, class_name=type(gm).__name__)
     return PassResult(expanded, done, declined)
 
 

@@ -30,6 +30,7 @@ from sparsify.passes.match_iterations import Match, Mismatch, match_iterations
 from sparsify.passes.plan_scan import plan_scan
 from sparsify.passes.result import PassResult
 from sparsify.passes.scan_plan import ScanPlan
+from sparsify.uncollected import uncollected
 
 MAX_PEELED = 8
 MAX_BODY_NODES = 4000
@@ -39,14 +40,15 @@ _TORCH = os.path.dirname(torch.__file__)
 
 def roll_loops(gm: fx.GraphModule) -> PassResult:
     """Replace every loop that can be rolled by a Scan; refuse the others as ``not-rolled``."""
-    roller = _Roller(gm)
-    try:
-        roller.roll(gm.graph.nodes, depth=0)
-        if not roller.plans:
-            return PassResult(gm, [], roller.declined)
-        graph = emit_scans(gm, roller.plans, roller.depths)
-    finally:
-        roller.take_back()
+    with uncollected():
+        roller = _Roller(gm)
+        try:
+            roller.roll(gm.graph.nodes, depth=0)
+            if not roller.plans:
+                return PassResult(gm, [], roller.declined)
+            graph = emit_scans(gm, roller.plans, roller.depths)
+        finally:
+            roller.take_back()
     return PassResult(graph, roller.done, roller.declined)
 
 
