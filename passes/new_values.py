@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-aten = torch.ops.aten
+from sparsify.recording.operations import functional_of
 
 
 def without_writes(graph: fx.Graph) -> bool:
@@ -42,11 +42,8 @@ def _writes(node: fx.Node) -> bool:
 
 def _pure(target: Any) -> Any:
     """The operation that returns what ``target`` writes to its first argument."""
-    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
-    packet = getattr(aten, name.removesuffix("_"), None)
-    if packet is None or not name.endswith("_") or overload not in packet.overloads():
-        return None
-    return getattr(packet, overload)
+    # Names do not tell: ``pow_.Scalar`` writes what ``pow.Tensor_Scalar`` returns.
+    return functional_of(target) if target._schema.name.endswith("_") else None
 
 
 def _is_new(node: fx.Node) -> bool:
