@@ -131,7 +131,8 @@ class Engine:
         live: dict[str, float] = {}
         for entry in self.entries:
             live.update(entry.compiled.live_activity())
-        return Report(self._sites(), tuple(self._all_notes()), live)
+        trained = bool(self.entries and self.entries[-1].required)
+        return Report(self._sites(), tuple(self._all_notes()), live, trained)
 
     @property
     def binaries(self) -> Mapping[tuple[ir.Kernel, ir.Schedule], Binary]:
@@ -381,5 +382,6 @@ class Engine:
         plural = "recording" if count == 1 else "recordings"
         notes = [f"{count} {plural}, {len(self.entries)} compiled"] if count else []
         for entry in self.entries[-1:]:
+            notes += ["calls with gradients: forward and backward"] if entry.required else []
             notes += entry.compiled.notes
         return notes + list(self._notes)

@@ -42,11 +42,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """One row a site, and notes on the whole model. Printing it gives a table."""
+    """One row a site, and notes on the whole model. Printing it gives a table.
+
+    ``gradients`` says that the rows are those of calls with gradients; a product that a gradient
+    takes is called ``<site>.backward``.
+    """
 
     sites: tuple[Site, ...] = ()
     notes: tuple[str, ...] = ()
     live_activity: Mapping[str, float] = field(default_factory=dict)
+    gradients: bool = False
 
     def __getitem__(self, name: str) -> Site:
         """The site called ``name``. Raises KeyError with the known names."""
