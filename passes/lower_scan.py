@@ -35,6 +35,7 @@ from sparsify.passes.lower_operands import Operands
 from sparsify.passes.lower_ops import DTYPES, VIEWS, fill_of
 from sparsify.passes.lower_phases import Placed, Write, order_phases
 from sparsify.passes.lower_refusals import Refused, refuse
+from sparsify.passes.time_levels import find_time_levels
 from sparsify.passes.why_not_lower import product_weights, why_not_operations
 from sparsify.passes.without_gradients import without_gradients
 from sparsify.scan import Scan
@@ -47,8 +48,10 @@ def lower_scan(scan: Scan, name: str) -> Lowered | Refusal:
     """
     scan = without_gradients(scan)
     live = find_live(scan)
-    refused = why_not_operations(live, find_constants(scan, live))
-    if refused is not None:
+    consts = find_constants(scan, live)
+    if why_not_operations(live, consts) is not None:
+        refused = why_not_operations(live, consts, find_time_levels(scan).recurrent)
+        assert refused is not None
         return refused
     layout = find_layout(scan)
     if isinstance(layout, Refusal):

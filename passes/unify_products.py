@@ -24,8 +24,10 @@ from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views
 from sparsify.passes.tensor_info import call, permuted, with_shape
+from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
+Shape = tuple[int, ...]
 
 
 def unify_products(gm: fx.GraphModule) -> PassResult:
@@ -49,7 +51,7 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
     if not done:
         return PassResult(gm)
     erase_unused(graph, modules)
-    return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+    return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
 
 
 def _may_change(node: fx.Node) -> bool:
@@ -65,10 +67,12 @@ def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
     found = _matrix_behind(weight)
     if found is None:
         return None
-    matrix, swapped = found
+    matrix, shape, swapped = found
     batches, rows, senders = x.meta["val"].shape
     receivers = product.meta["val"].shape[2]
     with graph.inserting_before(product):
+        if len(matrix.meta["val"].shape) != 2:
+            matrix = _reshaped(graph, matrix, shape, product)
         info = with_shape(x.meta["val"], (batches * rows, senders))
         flat = call(graph, aten.reshape.default, (x, list(info.shape)), info, product)
         if swapped:
@@ -78,32 +82,45 @@ def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
         result = call(graph, aten.mm.default, (flat, matrix), info, product)
         if "activity" in product.meta:
             result.meta["activity"] = product.meta["activity"]
-        shape = [batches, rows, receivers]
-        info = with_shape(product.meta["val"], shape)
-        whole = call(graph, aten.reshape.default, (result, shape), info, product)
+        rows_of_batches = [batches, rows, receivers]
+        info = with_shape(product.meta["val"], rows_of_batches)
+        whole = call(graph, aten.reshape.default, (result, rows_of_batches), info, product)
     product.replace_all_uses_with(whole)
     graph.erase_node(product)
     return result
 
 
-def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
-    """The matrix that every batch of ``weight`` is a view of, and whether it is transposed."""
+def _reshaped(graph: fx.Graph, stored: fx.Node, shape: Shape, product: fx.Node) -> fx.Node:
+    """A weight of several dims as the matrix that it is in memory; it keeps its name."""
+    info = with_shape(stored.meta["val"], shape)
+    matrix = call(graph, aten.reshape.default, (stored, list(shape)), info, product)
+    if "source" in stored.meta:
+        matrix.meta["source"] = stored.meta["source"]
+    return matrix
+
+
+def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, Shape, bool] | None:
+    """What every batch of ``weight`` is a view of, its shape as a matrix, whether transposed."""
     base = weight
     while base.target in VIEWS:
         base = base.all_input_nodes[0]
     info: Any = base.meta.get("val")
-    if base is weight or not hasattr(info, "shape") or len(info.shape) != 2:
+    if base is weight or not hasattr(info, "shape") or len(info.shape) < 2:
         return None
-    matrix = torch.empty_strided(info.shape, info.stride, device="meta")
-    viewed = follow_views(weight, base, matrix)
+    stored = torch.empty_strided(info.shape, info.stride, device="meta")
+    viewed = follow_views(weight, base, stored)
     if viewed is None or viewed.dim() != 3 or viewed.storage_offset():
         return None
     batches, senders, receivers = viewed.shape
-    if batches != 1 and viewed.stride(0) != 0:
+    if (batches != 1 and viewed.stride(0) != 0) or senders * receivers != stored.numel():
         return None
-    for swapped, candidate in ((False, matrix), (True, matrix.t())):
+    for swapped, shape in ((False, (senders, receivers)), (True, (receivers, senders))):
+        if len(info.shape) != 2 and not stored.is_contiguous():
+            return None
+        matrix = stored if stored.dim() == 2 else stored.view(shape)
+        candidate = matrix.t() if swapped else matrix
         if candidate.shape == (senders, receivers) and candidate.stride() == viewed.stride()[1:]:
-            return base, swapped
+            return base, shape, swapped
     return None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -21,6 +22,11 @@ from sparsify.passes.without_gradients import is_application
 
 aten = torch.ops.aten
 
+# What the next step depends on cannot be moved behind the loop.
+_WITHIN = (
+    "The next step depends on it. Let it work on the input's part, before the loop, or let every "
+    "neuron have a threshold of its own, as a tensor that is kept from step to step."
+)
 _OUTSIDE = "Compute it after the loop, from the stacked values of all steps."
 # Ops that couple the neurons of a layer or rows of the batch, by what they do.
 _COUPLED: dict[str, str] = {
@@ -52,16 +58,21 @@ _COUPLED: dict[str, str] = {
 }
 
 
-def why_not_operations(nodes: Iterable[fx.Node], consts: set[fx.Node]) -> Refusal | None:
+def why_not_operations(
+    nodes: Iterable[fx.Node], consts: set[fx.Node], recurrent: Collection[fx.Node] = ()
+) -> Refusal | None:
     """The first operation among ``nodes`` that the kernel IR does not have; random ones first.
 
     Where numbers are drawn, nothing is moved out of a loop, which leaves more behind to refuse.
+    What the next step depends on, ``recurrent``, gets a remedy of its own.
     """
     nodes = list(nodes)
     for node in filter(draws_random, nodes):
         return _refuse_random(node)
     for node in nodes:
         found = _why_not_dtype(node) or _why_not_operation(node, consts)
+        if found is not None and node in recurrent and found.remedy.endswith(_OUTSIDE):
+            return replace(found, remedy=_WITHIN)
         if found is not None:
             return found
     return None
@@ -123,8 +134,9 @@ def _unsupported(node: fx.Node) -> Refusal:
         reason = f"{name} {_COUPLED[name]} in every step; kernels couple neurons by products only."
         return refuse("unsupported-op", reason, _OUTSIDE, node)
     if name in ("bmm", "baddbmm"):
-        reason = f"{name} has a weight matrix for each row of the batch."
-        return refuse("unsupported-layout", reason, "Use one weight for all rows.", node)
+        reason = f"{name} has a weight matrix for each row of the batch or group of neurons."
+        remedy = "Use one matrix for all, such as torch.block_diag(*weight), in F.linear."
+        return refuse("unsupported-layout", reason, remedy, node)
     if name in ("index", "gather", "scatter", "index_select", "select", "slice", "cat", "stack"):
         reason = f"{name} picks or joins neurons within a step."
         remedy = "Give each part of the layer its own tensor, or do it outside of the loop."
@@ -161,7 +173,8 @@ def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
 
 
 def _why_not_transpose(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
-    if node in consts and all(product_operand(user) is not None for user in node.users):
+    turns = (product_operand(user) is not None or user.target in TRANSPOSES for user in node.users)
+    if node in consts and all(turns):
         return None
     shape = node.all_input_nodes[0].meta["val"].shape
     if sum(size != 1 for size in shape) <= 1:

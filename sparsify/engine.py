@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,14 +29,13 @@ from sparsify.compile_recording import Compiler, summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
 from sparsify.entry import Entry, merge
-from sparsify.errors import CompileError, Refusal, RefusedError, SparsifyError, TraceError
-from sparsify.failures import describe_failure, is_own, refuse_failure
+from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
+from sparsify.failures import Failed, record_or_run, refuse_failure, run_bounded
 from sparsify.keep_state import Snapshot
 from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
-from sparsify.recording.record import record
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.refused_sites import first_refusal
 from sparsify.report import Report, Site
@@ -46,13 +45,6 @@ MOST_MISSES = 8  # recordings for one and the same reason, after which the origi
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The recorder failed; the model alone gave ``result``."""
-
-    result: Any
 
 
 class Engine:
@@ -237,37 +229,18 @@ class Engine:
             after.put_back()
         return recorded.result
 
-    # ---- The boundary: bugs of sparsify end here, and nothing else in the package catches them.
-    # The user's call goes on with the original operations, and the user is told once.
-
     def _run_recorded(
         self, args: Args, kwargs: Kwargs, before: Snapshot, restore: bool
     ) -> Recording | Unrecorded | Failed:
-        """Run the model under the recorder, or alone where the recorder fails."""
-        try:
-            return record(self.original, args, kwargs, restore=restore)
-        except SparsifyError:
-            raise
-        except Exception as error:
-            if not is_own(error):
-                raise
-            failure = describe_failure(error, "while recording")
-        # What torch raises passes lines of ours too. Then the model alone raises it as well.
-        before.put_back()
-        result = self.original.forward(*args, **kwargs)
-        if restore:
-            before.put_back()
-        self._fail(failure, args, kwargs)
-        return Failed(result)
+        recorded = record_or_run(self.original, args, kwargs, before, restore)
+        if isinstance(recorded, Failed):
+            self._fail(recorded.failure, args, kwargs)
+        return recorded
 
     def _try_adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
-        """``_adopt``; what it raises on purpose is raised, anything else is a bug of ours."""
-        try:
-            self._adopt(recording, args, kwargs)
-        except SparsifyError:
-            raise
-        except Exception as error:
-            self._fail(describe_failure(error, "while compiling"), args, kwargs)
+        failure = run_bounded(lambda: self._adopt(recording, args, kwargs), "while compiling")
+        if failure is not None:
+            self._fail(failure, args, kwargs)
 
     def _fail(self, failure: CompileError, args: Args, kwargs: Kwargs) -> None:
         """Remember a bug and run such calls as the original; raises it under ``strict``."""

@@ -1,17 +1,71 @@
-"""What is said when sparsify itself fails: which of its lines, and how to report it."""
+"""Where bugs of sparsify end: the user's call goes on with the original operations.
+
+This is the only file that catches every exception. ``run_bounded`` stands around everything that
+is done after a recorded run, ``record_or_run`` around the run itself.
+"""
 
 from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from sparsify.errors import CompileError, Refusal
+from torch import nn
+
+from sparsify.errors import CompileError, Refusal, SparsifyError
+from sparsify.keep_state import Snapshot
+from sparsify.recording.record import record
+from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 REMEDY = (
     "Please report it with the traceback, fast.compiled.failure.log (strict=True raises it); "
     "the results are those of your model."
 )
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The recorder failed; the model alone gave ``result``."""
+
+    result: Any
+    failure: CompileError
+
+
+def run_bounded(work: Callable[[], None], during: str) -> CompileError | None:
+    """Run ``work``; what it raises on purpose is raised, anything else is a bug and returned."""
+    try:
+        work()
+    except SparsifyError:
+        raise
+    except Exception as error:
+        return describe_failure(error, during)
+    return None
+
+
+def record_or_run(
+    model: nn.Module, args: Args, kwargs: Kwargs, before: Snapshot, restore: bool
+) -> Recording | Unrecorded | Failed:
+    """``record``, or the model alone where the recorder fails; what the model raises is raised.
+
+    ``before`` was taken of the model; with ``restore`` the model is left as it was.
+    """
+    try:
+        return record(model, args, kwargs, restore=restore)
+    except SparsifyError:
+        raise
+    except Exception as error:
+        if not is_own(error):
+            raise
+        failure = describe_failure(error, "while recording")
+    # What torch raises passes lines of ours too. Then the model alone raises it as well.
+    before.put_back()
+    result = model.forward(*args, **kwargs)
+    if restore:
+        before.put_back()
+    return Failed(result, failure)
 
 
 def describe_failure(error: Exception, during: str) -> CompileError:

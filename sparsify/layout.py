@@ -82,9 +82,37 @@ class Layout:
                 return f"{name} has sizes {list(operand.shape)} and had {list(known.shape)}"
             if stride_class(operand) != known.strides:
                 return f"{name} lies in another order in memory"
-        if not self.serves(operands):
-            return "the sizes that vary do not fit those of the recordings"
+        return self._why_not_sizes(operands, names)
+
+    def _why_not_sizes(self, operands: Sequence[Tensor], names: Sequence[str]) -> str:
+        """Which of the sizes that vary cannot be what it is."""
+        for index, dim, size in self._fixed:
+            if operands[index].dim() != len(self.layouts[index].shape):
+                return (
+                    f"{names[index]} has {operands[index].dim()} dims and had {self._rank(index)}"
+                )
+            given = operands[index].shape[dim]
+            if given != size:
+                what = f"{names[index]} has size {given} in dim {dim}"
+                return f"{what} and had {size} in both recordings"
+        for (first, dim), *others in self.classes:
+            if operands[first].dim() != len(self.layouts[first].shape):
+                return (
+                    f"{names[first]} has {operands[first].dim()} dims and had {self._rank(first)}"
+                )
+            size = operands[first].shape[dim]
+            place = f"size {size} in dim {dim} of {names[first]}"
+            if size < self.least_size:
+                return f"{place} is below {self.least_size}, from where on the graph holds"
+            for index, other in others:
+                given = operands[index].shape[other]
+                if given != size:
+                    one = f"dim {other} of {names[index]}"
+                    return f"{place} meets {given} in {one}, and both recordings had one size there"
         return ""
+
+    def _rank(self, index: int) -> int:
+        return len(self.layouts[index].shape)
 
     def differs_in_sizes_only(self, operands: Sequence[Tensor]) -> bool:
         """True if another recording may give a graph for both."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from sparsify.errors import Location, Refusal
@@ -13,6 +14,7 @@ from sparsify.lowered import Lowered, LoweredSite
 from sparsify.passes.classify_ops import product_operand
 from sparsify.scan import Scan
 
+BATCHED = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 LoweredScans = Mapping[str, Lowered | Refusal]
 
 
@@ -109,6 +111,10 @@ def _why_operand(product: Product, graph: fx.GraphModule) -> Refusal:
             return Refusal("unsupported-layout", reason, "", product.location)
         reason = f"{product.name} reads values that pass no threshold: one product of all steps."
         return Refusal("no-event", reason, remedy, product.location)
+    if any(node.target in BATCHED for node in product.nodes):
+        reason = f"{product.name} multiplies every group of neurons by a matrix of its own."
+        remedy = "Use one matrix for all, such as torch.block_diag(*weight), in F.linear."
+        return Refusal("unsupported-layout", reason, remedy, product.location)
     if any(node.target in RECURRENT for node in product.nodes):
         reason = f"{product.name} belongs to a recurrent operation of torch that stays whole."
         return Refusal("no-event", reason, remedy, product.location)

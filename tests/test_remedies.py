@@ -114,3 +114,100 @@ def test_dropout_is_to_be_evaluated() -> None:
         refused, "random", "F.dropout(z, 0.2, self.training)", reason, r"^Call model\.eval\(\)"
     )
     assert site_of(Dropping().eval()).decision == "event"
+
+
+class Heads(nn.Module):
+    """Every head has a matrix of its own; ``joint`` is what the remedy asks for."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp = nn.Linear(IN, HIDDEN)
+        self.w = nn.Parameter(torch.randn(3, HIDDEN // 3, 5))
+        self.joint = joint
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.new_zeros(x.size(1), HIDDEN)
+        out = []
+        for x_t in x:
+            v = 0.5 * v + self.inp(x_t)
+            z = (v > 0.3).float()
+            v = v - z
+            if self.joint:
+                h = F.linear(z, torch.block_diag(*self.w).t())  # type: ignore[no-untyped-call]
+            else:
+                h = torch.einsum("bhd,hde->bhe", z.view(-1, 3, HIDDEN // 3), self.w).flatten(1)
+            out.append(h)
+        return torch.stack(out)
+
+
+def test_a_matrix_for_each_head_is_to_be_one_block_diagonal_matrix() -> None:
+    refused = site_of(Heads(joint=False).eval(), "w")
+    reason = r"multiplies every group of neurons by a matrix of its own\."
+    remedy = r"Use one matrix for all, such as torch\.block_diag\(\*weight\), in F\.linear\."
+    assert_refused(refused, "unsupported-layout", 'torch.einsum("bhd,hde->bhe"', reason, remedy)
+    assert site_of(Heads(joint=True).eval(), "w").decision == "event"
+
+
+class ManyDims(Cell):
+    """Weights of three dims, as multi-head code has them: one matrix for all neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(HIDDEN, 2, HIDDEN // 2) * 0.3)
+
+    def current(self, x: Tensor, z: Tensor, t: int) -> Tensor:
+        recurrent: Tensor = torch.einsum("bn,nhd->bhd", z, self.w)
+        return recurrent.flatten(1) + self.inp(x[t])
+
+
+def test_a_weight_of_several_dims_is_an_event_product() -> None:
+    assert site_of(ManyDims().eval(), "w").decision == "event"
+
+
+class Normalised(Cell):
+    def __init__(self, within: bool) -> None:
+        super().__init__()
+        self.norm, self.within = nn.LayerNorm(HIDDEN), within
+
+    def current(self, x: Tensor, z: Tensor, t: int) -> Tensor:
+        if self.within:
+            return torch.as_tensor(self.norm(self.inp(x[t]) + self.rec(z)))
+        return torch.as_tensor(self.norm(self.inp(x[t])) + self.rec(z))
+
+
+class TopK(Cell):
+    theta: Tensor
+
+    def __init__(self, within: bool) -> None:
+        super().__init__()
+        self.within = within
+        self.register_buffer("theta", torch.full((HIDDEN,), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = z = x.new_zeros(x.size(1), HIDDEN)
+        out = []
+        for t in range(x.size(0)):
+            v = 0.5 * v + self.current(x, z, t)
+            least = v.topk(3, dim=1)[0][:, -1:] if self.within else self.theta
+            z = (v > least).float()
+            v = v - z
+            out.append(z)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("build", "line", "what"),
+    [
+        (Normalised, "self.norm(self.inp(x[t]) + self.rec(z))", "layer_norm normalises over"),
+        (TopK, "least = v.topk(3, dim=1)", "topk compares neurons"),
+    ],
+)
+def test_what_couples_neurons_in_the_recurrence_is_to_leave_it(
+    build: Any, line: str, what: str
+) -> None:
+    refused = site_of(build(within=True).eval())
+    reason = f"{what}.* in every step; kernels couple neurons by products only"
+    remedy = "The next step depends on it. Let it work on the input's part, before the loop, or let"
+    assert_refused(refused, "unsupported-op", line, reason if build is Normalised else what, remedy)
+    assert site_of(build(within=False).eval()).decision == "event"

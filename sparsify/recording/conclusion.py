@@ -192,6 +192,8 @@ class Conclusion:
         needed |= self.written.keys() | self._recorder.pinned
         graph.output(tuple(self._outputs))
         _erase_unused(graph, needed)
+        if self._recorder.histories is None:  # gradients of singular values need the vectors
+            _drop_vectors(graph)
         found = [node for node in graph.nodes if node.op == "placeholder"]
         found.sort(key=lambda node: _ORDER.index(node.meta["source"].kind))
         for node in reversed(found):
@@ -216,6 +218,18 @@ def _erase_unused(graph: fx.Graph, needed: set[fx.Node]) -> None:
             continue
         if node.op == "placeholder" or not _draws(node):
             graph.erase_node(node)
+
+
+def _drop_vectors(graph: fx.Graph) -> None:
+    """Singular values alone are computed in another way than with their vectors.
+
+    Under a mode, torch's ``svdvals`` and ``matrix_norm`` ask for the vectors too.
+    """
+    for node in graph.nodes:
+        if node.target is aten._linalg_svd.default:
+            parts: list[Any] = [user.args[1] for user in node.users]
+            if set(parts) == {1}:
+                node.args = (node.args[0], False, False)
 
 
 def _draws(node: fx.Node) -> bool:
