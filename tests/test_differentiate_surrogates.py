@@ -23,6 +23,13 @@ from tests.test_differentiate import (
     own_gradients,
 )
 
+
+def _halved_in_a_view(value: Tensor) -> Tensor:
+    """A write that only a view shows."""
+    value.view(value.shape).mul_(0.5)
+    return value
+
+
 Factor = Callable[[Tensor], Tensor]
 
 # Of the distance u from the threshold. snnTorch, SpikingJelly, Norse, Sinabs, EvNN.
@@ -39,6 +46,8 @@ SMOOTH: dict[str, Factor] = {
     "SoftSign": lambda u: 1 / (2 * (1 + u.abs()) ** 2),
     "HeaviTanh": lambda u: 1 - torch.tanh(u) ** 2,
     "Triangle": lambda u: 0.3 * torch.relu(1 - u.abs()),
+    "in place": lambda u: u.clone().pow_(2).mul_(2).add_(1).reciprocal_(),
+    "through a view": lambda u: _halved_in_a_view(u.abs() + 1).reciprocal(),
     "Gaussian": lambda u: torch.exp(-0.5 * (u / 0.3) ** 2),
 }
 # One of two numbers: a comparison, one bit, is all that they need.
