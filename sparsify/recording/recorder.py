@@ -210,11 +210,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if view is None:
                 raise CannotRecord(f"{call.op} returns views whose parts are not known")
             self.values.add_view(result, node, self.value_of(call.args[0]), view)
-        elif self.values.knows_memory_of(result):
+            return
+        value = self.values.add_result(result, node)
+        if value is None:
             raise CannotRecord(f"{call.op} returns memory of its arguments")
-        else:
-            value = self.values.add_root(result, node)
-            value.origin = None if call.facts.is_random else self._origin
+        value.origin = None if call.facts.is_random else self._origin
 
     def _measure(self, node: fx.Node, call: Call) -> None:
         index = call.facts.activation

@@ -128,7 +128,16 @@ class Values:
     def add_root(self, tensor: Tensor, node: fx.Node, placeholder: fx.Node | None = None) -> Value:
         """A tensor in memory of its own, or, for placeholders, in memory that others may see."""
         memory = self.memory_of(tensor, placeholder)
-        value = Value(node, self.info(tensor), memory)
+        return self._add_root(tensor, node, memory, self.info(tensor))
+
+    def add_result(self, tensor: Tensor, node: fx.Node) -> Value | None:
+        """What an operation made, with the layout of ``node``; None if its memory is known."""
+        if self.knows_memory_of(tensor):
+            return None
+        return self._add_root(tensor, node, self.memory_of(tensor), node.meta["val"])
+
+    def _add_root(self, tensor: Tensor, node: fx.Node, memory: Memory, info: TensorInfo) -> Value:
+        value = Value(node, info, memory)
         value.detached = self.is_closed is not None and self.is_closed()
         memory.roots.append(value)
         self.bind(tensor, value)
