@@ -26,7 +26,8 @@ def sparsify(
     With an example the model is recorded and compiled now, without one at its first call. The model
     itself is not changed; parameters, buffers and attributes are shared.
 
-    strict: raise RefusedError for the first candidate site that is refused.
+    strict: raise RefusedError for the first candidate site that is refused, and CompileError where
+        sparsify itself fails, in place of running the original with a warning.
     plan: decisions to follow, as from ``fast.plan`` or ``Plan.load``.
     backend, timing: see ``Options``.
     """
