@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.check_recording import perturb
+from sparsify.errors import TraceError
 from sparsify.keep_state import keep_state
 from sparsify.recording.recording import Recording
 from sparsify.training_step import differentiate_result
@@ -20,12 +21,18 @@ def why_gradients_differ(
 ) -> str:
     """How the gradients of the recorded graph differ from the model's; "" if they do not.
 
-    Both run on perturbed inputs, with the same random gradients of all results.
+    Both run on perturbed inputs, with the same random gradients of all results. Raises TraceError
+    if the model's own backward fails.
     """
     call = perturb((args, kwargs))
     with keep_state(model, call):
         operands = recording.calling.operands(*call)
-        expected = differentiate_result(model.forward(*call[0], **call[1]), operands)
+        result = model.forward(*call[0], **call[1])
+        try:
+            expected = differentiate_result(result, operands)
+        except RuntimeError as error:
+            raise TraceError(f"the model's own backward fails: {error}") from error
+        del result
     with keep_state(model, call):
         operands = recording.calling.operands(*call)
         values = fx.Interpreter(recording.graph).run(*operands)
