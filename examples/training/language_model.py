@@ -21,11 +21,21 @@ import torch
 import torch.nn.functional as F
 from example_options import arguments
 from torch import Tensor, nn
-from training_loop import EAGER, SPARSIFIED, Run, largest_gap, save, summarise, train
+from training_loop import (
+    EAGER,
+    SPARSIFIED,
+    Run,
+    largest_gap,
+    save,
+    show_decisions,
+    summarise,
+    train,
+)
 
 import sparsify
 
 GAMMA, EPSILON = 0.7, 1.5  # height and steepness of the triangle behind the gate
+TARGET, PRICE = 0.1, 30.0  # share of units that may be active for free, and what more costs
 SHARE_OF_TRAINING = 0.9
 UPDATES = 24  # between two evaluations, about a quarter of the text
 State = Any  # what the model's layers carry from chunk to chunk; None at first
@@ -53,14 +63,14 @@ class EGRULayer(nn.Module):
         super().__init__()
         self.inp = nn.Linear(inputs, 3 * hidden)
         self.rec = nn.Linear(hidden, 3 * hidden)
-        self.theta = nn.Parameter(0.2 * torch.rand(hidden))
+        self.theta = nn.Parameter(0.1 + 0.4 * torch.rand(hidden))
         for parameter in (*self.inp.parameters(), *self.rec.parameters()):
             nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
 
-    def forward(self, x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs ``[T, B, hidden]`` of inputs ``[T, B, inputs]``, and the last state."""
+    def forward(self, x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Outputs ``[T, B, hidden]`` of inputs ``[T, B, inputs]``, last state, share of events."""
         theta = self.theta.clamp(0, 1)
-        outputs = []
+        outputs, events = [], []
         for p in self.inp(x):
             p_z, p_r, p_g = p.chunk(3, dim=1)
             q_z, q_r, q_g = self.rec(y).chunk(3, dim=1)
@@ -71,7 +81,8 @@ class EGRULayer(nn.Module):
             y = o * c
             h = c - o * theta
             outputs.append(y)
-        return torch.stack(outputs), h, y
+            events.append(o)
+        return torch.stack(outputs), h, y, torch.stack(events).mean()
 
 
 class EGRULanguageModel(nn.Module):
@@ -91,9 +102,9 @@ class EGRULanguageModel(nn.Module):
             state = [(zeros, zeros)] * len(self.layers)
         states, shares = [], []
         for layer, (h, y) in zip(self.layers, state, strict=True):
-            x, h, y = layer(x, h, y)
+            x, h, y, share = layer(x, h, y)
             states.append((h, y))
-            shares.append((x != 0).to(x.dtype).mean())
+            shares.append(share)
         return self.decode(x), states, torch.stack(shares).mean()
 
 
@@ -144,21 +155,28 @@ class Reader:
 
 
 class Trainer:
-    """A step of truncated back-propagation: the state goes on, its gradient does not."""
+    """A step of truncated back-propagation: the state goes on, its gradient does not.
 
-    def __init__(self) -> None:
+    With ``priced`` units pay for events beyond TARGET, as in the paper; ``nn.GRU`` has no choice.
+    """
+
+    def __init__(self, priced: bool) -> None:
+        self.priced = priced
         self.state: State = None
 
     def step(self, module: nn.Module, batch: tuple[bool, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         starts, text, following = batch
         state = None if starts or self.state is None else detached(self.state)
         logits, self.state, activity = module(text, state)
-        return F.cross_entropy(logits.flatten(0, 1), following.flatten()), activity
+        loss = F.cross_entropy(logits.flatten(0, 1), following.flatten())
+        if self.priced:
+            loss = loss + PRICE * (activity - TARGET).clamp(min=0) ** 2
+        return loss, activity.detach()
 
 
 def evaluate(module: nn.Module, text: Tensor, batch: int, steps: int) -> tuple[float, float]:
     """Cross-entropy of the held-out text, and the same in bits per character."""
-    reader, trainer = Reader(text, batch, steps), Trainer()
+    reader, trainer = Reader(text, batch, steps), Trainer(priced=False)
     losses = [float(trainer.step(module, next(reader))[0]) for _ in range(reader.chunks)]
     return mean(losses), mean(losses) / math.log(2)
 
@@ -214,6 +232,7 @@ def main() -> None:
     updates = UPDATES
     if args.quick:
         training, held_out, updates = training[:20_000], held_out[:3_000], 2
+        args.layers = 1
     egru = partial(EGRULanguageModel, characters, args.hidden, args.layers)
     builds: dict[str, Callable[[], nn.Module]] = {
         EAGER: egru,
@@ -232,7 +251,9 @@ def main() -> None:
                 module = sparsify.sparsify(module)
             passes = Reader(training, args.batch, args.steps).passes(args.passes, updates)
             check = partial(evaluate, text=held_out, batch=args.batch, steps=args.steps)
-            runs.append(train(name, seed, module, passes, Trainer().step, check, rate=3e-3))
+            step = Trainer(priced=build is egru).step
+            runs.append(train(name, seed, module, passes, step, check, rate=3e-3))
+            show_decisions(module, seed)
     print(summarise(runs, "bits per character"))
     print(compare_times(runs))
     print(f"held-out losses of the EGRUs differ by at most {largest_gap(runs):.1e}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.install import Sparsified
 
 Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Evaluate = Callable[[nn.Module], tuple[float, float]]
@@ -106,7 +107,14 @@ def train_both(
             module = sparsify.sparsify(model) if name == SPARSIFIED else model
             batches = passes(torch.Generator().manual_seed(seed))
             runs.append(train(name, seed, module, batches, step, evaluate, rate=rate))
+            show_decisions(module, seed)
     return runs
+
+
+def show_decisions(module: Any, seed: int) -> None:
+    """What runs as kernels: printed for the first seed."""
+    if seed == 0 and isinstance(module, Sparsified):
+        print(module.compiled.report)
 
 
 def summarise(runs: Sequence[Run], score: str) -> str:

@@ -320,11 +320,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _meet(self, tensor: Tensor) -> Value:
         """A tensor that no recorded operation made becomes a placeholder."""
         check_plain(tensor)
-        if self.values.knows_memory_of(tensor):
+        source = self.sources.find(tensor)
+        if source is None and self.values.knows_memory_of(tensor):
             alias = self._meet_alias(tensor)
             if alias is not None:
                 return alias
-        source = self.sources.find(tensor)
         if source is None:
             raise CannotRecord(
                 "a tensor is used that no recorded operation made, such as one from numpy or "
