@@ -21,12 +21,13 @@ from tests.test_zoo import events_everywhere
 from tests.zoo import ENTRIES, Entry
 from tests.zoo_gated import EGRU
 
-GATED = {entry.name: entry for entry in ENTRIES if "EGRU" in entry.name or "gates" in entry.name}
+WORDS = ("EGRU", "gates", "Cell")
+GATED = {entry.name: entry for entry in ENTRIES if any(word in entry.name for word in WORDS)}
 # The kernels of each: one a layer, and one for each product that reads the events of all steps.
 DEEP = Entry("three layers", lambda: EGRU(3, trace=False))
 TRACES = Entry("traces, two layers", lambda: EGRU(2, zoneout=0.125))
 KERNELS = dict.fromkeys(GATED, 1) | {"EGRU, two layers": 4, DEEP.name: 6, TRACES.name: 2}
-GATHERS = {"gates in place": 2}
+GATHERS = {"gates in place": 2, "LSTMCell, thresholded": 4}
 
 
 @pytest.mark.parametrize("entry", [*GATED.values(), DEEP, TRACES], ids=lambda entry: entry.name)

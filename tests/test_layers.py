@@ -102,7 +102,8 @@ def test_vocabulary_imports_vocabulary_only() -> None:
     vocabulary = {f"sparsify.{name}" for name in ("errors", "ir", "elementary", "check_ir")}
     vocabulary |= {"sparsify.scalar_ops", "sparsify.reference", "sparsify.graph_meta"}
     vocabulary |= {"sparsify.options", "sparsify.scalar_op", "sparsify.arithmetic_ops"}
-    vocabulary |= {"sparsify.elementary_ops", "sparsify.logical_ops"}
+    vocabulary |= {"sparsify.elementary_ops", "sparsify.logical_ops", "sparsify.logarithms"}
+    vocabulary |= {"sparsify.error_function"}
     for module in vocabulary:
         own = {name for name in imported(module) if name in MODULES}
         assert own <= vocabulary | {"sparsify"}, f"{module} imports {own - vocabulary}"

@@ -160,6 +160,18 @@ ENTRIES = (
         layout="batch first",
     ),
     Entry("EGRU of eighths", gated.QuantisedEGRU, events=("recur",), grid=2**-3),
+    Entry(
+        "GRUCell, thresholded",
+        lambda: gated.ThresholdedCell(nn.GRUCell(IN, HIDDEN)),
+        events=("cell.weight_hh",),
+        grid=None,
+    ),
+    Entry(
+        "LSTMCell, thresholded",
+        lambda: gated.ThresholdedCell(nn.LSTMCell(IN, HIDDEN)),
+        events=("cell.weight_hh",),
+        grid=None,
+    ),
     Entry("gates in place", gated.InPlaceGates, events=("recur",), grid=2**-3),
     Entry("resets itself", stateful.ResetsItself, events=("net.2", "net.4"), recordings=3),
     Entry("buffer state", lambda: stateful.BufferState(BATCH), events=("rec",), keeps_state=True),

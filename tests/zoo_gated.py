@@ -178,3 +178,23 @@ class InPlaceGates(nn.Module):
             h = h - s
             out.append(s)
         return torch.stack(out)
+
+
+class ThresholdedCell(nn.Module):
+    """One of torch's own cells, whose state is heard only where it passes a threshold."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = c = x.new_zeros(x.size(1), HIDDEN)
+        ys = []
+        for x_t in x:
+            if isinstance(self.cell, nn.LSTMCell):
+                h, c = self.cell(x_t, (y, c))
+            else:
+                h = self.cell(x_t, y)
+            y = torch.where(h > 0.2, h, 0.0)
+            ys.append(y)
+        return torch.stack(ys)

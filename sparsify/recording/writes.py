@@ -12,6 +12,7 @@ from sparsify.recording.histories import Histories
 from sparsify.recording.values import Emit, Value
 
 aten = torch.ops.aten
+OUTDATED = -1  # a version that no memory has
 
 
 Written = tuple[Value, fx.Node, bool]  # its new content, and whether the strides are the tensor's
@@ -51,6 +52,10 @@ def write(value: Value, node: fx.Node, has_layout: bool, writer: Writer) -> str 
         written.node = content
         written.version = memory.version
         written.has_layout = layout
+    if writer.histories is None and value.parent is not None and not has_layout:
+        value.version = (
+            OUTDATED  # read anew, as a view: its strides decide on rounding
+        )
     return None
 
 
