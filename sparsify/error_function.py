@@ -45,7 +45,7 @@ def _near(x: Array) -> Array:
     series = np.broadcast_to(_coefficient(terms, x), x.shape)
     for n in range(terms - 1, -1, -1):
         series = series * square + _coefficient(n, x)
-    return x * (real(TWO_OVER_ROOT_PI) * series)
+    return np.asarray(x * (real(TWO_OVER_ROOT_PI) * series))
 
 
 def _coefficient(n: int, x: Array) -> Array:
@@ -61,4 +61,4 @@ def _far(size: Array) -> Array:
     series = np.broadcast_to(highest, size.shape)
     for coefficient in others:
         series = series * u + coefficient
-    return real(1) - exponential(-(size * size)) * series
+    return np.asarray(real(1) - exponential(-(size * size)) * series)

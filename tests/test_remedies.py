@@ -158,7 +158,8 @@ class ManyDims(Cell):
 
     def current(self, x: Tensor, z: Tensor, t: int) -> Tensor:
         recurrent: Tensor = torch.einsum("bn,nhd->bhd", z, self.w)
-        return recurrent.flatten(1) + self.inp(x[t])
+        driven: Tensor = self.inp(x[t])
+        return driven + recurrent.flatten(1)
 
 
 def test_a_weight_of_several_dims_is_an_event_product() -> None:
