@@ -116,8 +116,8 @@ def _rewrite(
             [infos[i] for i in kept] + [product.meta.get("val") for product, _ in products]
         )
         places = {old: new for new, old in enumerate(kept)}
-        parts = [part for part in node.users if part.args[1] in places]
-        moved = [(part, places[part.args[1]]) for part in parts]
+        indices: dict[fx.Node, Any] = {part: part.args[1] for part in node.users}
+        moved = [(part, places[i]) for part, i in indices.items() if i in places]
         moved += [(product, place) for place, (product, _) in enumerate(products, len(kept))]
         for old, place in moved:
             info = old.meta.get("val")

@@ -19,6 +19,7 @@ def sparsify(
     plan: Plan | None = None,
     backend: str = "cpp",
     timing: bool = True,
+    surrogate_window: float | None = None,
     **example_kwargs: Any,
 ) -> nn.Module:
     """Return ``model`` as a drop-in module whose event-driven parts run as compiled kernels.
@@ -29,11 +30,12 @@ def sparsify(
     strict: raise RefusedError for the first candidate site that is refused, and CompileError where
         sparsify itself fails, in place of running the original with a warning.
     plan: decisions to follow, as from ``fast.plan`` or ``Plan.load``.
-    backend, timing: see ``Options``.
+    backend, timing, surrogate_window: see ``Options``.
     """
     if isinstance(model, Sparsified):
         model = model.original
-    engine = Engine(model, Options(strict=strict, backend=backend, timing=timing), plan)
+    options = Options(strict, backend, timing, surrogate_window)
+    engine = Engine(model, options, plan)
     fast = install(engine)
     if example_args or example_kwargs:
         engine.compile_example(example_args, example_kwargs)

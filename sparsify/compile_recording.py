@@ -13,7 +13,7 @@ from sparsify.binaries import Binaries
 from sparsify.call_conditions import needs_grad
 from sparsify.choose import Choice, Task
 from sparsify.chooser import Chooser
-from sparsify.compiled import Compiled, Stage
+from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.describe_sites import Rows
 from sparsify.differentiate_scans import differentiate_scans, measure_gradients
 from sparsify.errors import Refusal
@@ -23,6 +23,7 @@ from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
 from sparsify.options import Options
 from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.limit_surrogates import limit_surrogates
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.passes.scan_products import reads_events
@@ -65,6 +66,7 @@ class Compiler:
         stages = run_pipeline(recording.graph)
         undifferentiated: dict[str, Refusal] = {}
         if needs_grad(operands):
+            stages = (*stages, *limit(stages[-1].graph, self.options.surrogate_window))
             stage, undifferentiated = differentiate(stages[-1].graph, operands)
             stages = (*stages, stage)
         graph = stages[-1].graph
@@ -104,6 +106,7 @@ class Compiler:
             rows.describe(products),
             decided_plan(plan, placements, choices),
             {p.product.name: (p.region, p.gather) for p in reversed(placements)},
+            tuple(said for stage in stages if stage.name == LIMITED for said in stage_notes(stage)),
         )
 
 
@@ -116,6 +119,20 @@ def run_pipeline(graph: fx.GraphModule) -> tuple[Stage, ...]:
         name = f"{each.__name__}#{taken + 1}" if taken else each.__name__
         stages.append(Stage(name, result.graph, tuple(result.done), tuple(result.declined)))
     return tuple(stages)
+
+
+def limit(graph: fx.GraphModule, window: float | None) -> tuple[Stage, ...]:
+    """The stage in which surrogates end at the user's window, if one is given."""
+    if window is None:
+        return ()
+    result = limit_surrogates(graph, window)
+    stage = Stage(LIMITED, result.graph, tuple(result.done), tuple(result.declined))
+    return (stage,)
+
+
+def stage_notes(stage: Stage) -> tuple[str, ...]:
+    """What the report says of a stage that makes gradients approximations."""
+    return tuple(f"approximation: {text}" for text in stage.done)
 
 
 def differentiate(

@@ -14,6 +14,9 @@ from sparsify.region import Region
 from sparsify.report import Site
 
 
+LIMITED = "limit_surrogates"  # the stage from which on gradients are approximations
+
+
 @dataclass(frozen=True)
 class Stage:
     """The graph after a pass, executable on the recording's operands, and what the pass said."""

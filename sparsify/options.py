@@ -13,13 +13,20 @@ class Options:
     strict: raise RefusedError for the first candidate site that is refused.
     backend: which backend runs the kernels; only ``"cpp"`` exists.
     timing: time the candidates on the example; otherwise trust the cost model's predictions.
+    surrogate_window: in training, let no gradient pass through spikes of membranes that are further
+        than this from threshold, so that the gradient to the others is sparse. An approximation
+        where the surrogate is not zero there; the report says so. None: exact gradients.
     """
 
     strict: bool = False
     backend: str = "cpp"
     timing: bool = True
+    surrogate_window: float | None = None
 
     def __post_init__(self) -> None:
+        window = self.surrogate_window
+        if window is not None and not 0 < window < float("inf"):
+            raise ValueError(f"surrogate_window={window}: give a positive distance, or None")
         if self.backend != "cpp":
             raise ValueError(f"unknown backend {self.backend!r}; known: 'cpp'")
 

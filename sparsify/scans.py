@@ -103,8 +103,7 @@ def with_regions(graph: fx.GraphModule, regions: Mapping[str, Region]) -> fx.Gra
             modules[name] = _with_kernels(name, module, regions)
         elif name in regions:
             region = regions[name]
-            is_chunked = isinstance(module, ChunkedScan)
-            modules[name] = module.with_run(region) if is_chunked else region
+            modules[name] = module.with_run(region) if isinstance(module, ChunkedScan) else region
     return with_modules(graph, modules)
 
 
