@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from sparsify.chunked_scan import ChunkedScan
 from sparsify.differentiated import Input
 from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.split_time import used_outputs
 from sparsify.region import Region
 from sparsify.scan import Scan
 from sparsify.trained_region import TrainedRegion
@@ -57,7 +58,8 @@ def find_regions(graph: fx.GraphModule) -> dict[str, Region]:
 def capture_calls(graph: fx.GraphModule, operands: Sequence[Tensor]) -> dict[str, tuple[Any, ...]]:
     """Run ``graph`` and the gradients in it, and keep what every Scan is called with.
 
-    Gradients of results are random numbers: which elements are zero does not depend on them.
+    Gradients of results are random numbers, zero for results that nothing reads: which elements of
+    the others' gradients are zero does not depend on more.
     """
     capture = _Capture(graph)
     with torch.no_grad():
@@ -154,6 +156,11 @@ class _Capture(fx.Interpreter):
         super().__init__(graph)
         self.calls: dict[str, tuple[Any, ...]] = {}
         self.gradients: dict[str, dict[Input, Tensor]] = {}
+        self.node: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
@@ -168,7 +175,10 @@ class _Capture(fx.Interpreter):
         values = module.run(steps, *groups)
         known = module.name_tensors([t for group in groups for t in group], values)
         results = values[: module.results]
-        known |= {("d_result", i): _random_like(r) for i, r in enumerate(results)}
+        assert self.node is not None
+        read = used_outputs(self.node)
+        for i, result in enumerate(results):
+            known["d_result", i] = _random_like(result, 1.0 if i in read else 0.0)
         self.gradients[target] = known
         inner = _Capture(module.backward)
         inner.run(*(known[place] for place in module.parts.inputs))
@@ -193,7 +203,8 @@ class _Visitor(fx.Interpreter):
         return super().call_module(target, args, kwargs) if self.goes_on else None
 
 
-def _random_like(result: Tensor) -> Tensor:
+def _random_like(result: Tensor, scale: float) -> Tensor:
     generator = torch.Generator(result.device).manual_seed(SEED)
     dtype = result.dtype if result.is_floating_point() else torch.get_default_dtype()
-    return torch.randn(result.shape, generator=generator, dtype=dtype, device=result.device)
+    random = torch.randn(result.shape, generator=generator, dtype=dtype, device=result.device)
+    return random.mul_(scale)
