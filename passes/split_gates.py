@@ -63,7 +63,10 @@ def _find_parts(node: fx.Node) -> list[Reader] | None:
     if len(parts) > MOST_PARTS or is_step or is_row or any(part.is_whole(shape) for part in parts):
         return None
     if not all(_may_take(node, part) for part in parts):
-        return readers if any(user.target in SPLITS for user in node.users) else None
+        # What comes from outside of the readers' loop is taken apart in every step of that.
+        is_outside = any(_is_deeper(reader, node) for reader, _ in readers)
+        is_split = any(user.target in SPLITS for user in node.users)
+        return readers if is_split and not is_outside else None
     computes = node.target in PRODUCTS or is_pointwise(node)
     if computes and sum(part.size for part in parts) > shape[readers[0][1].dim]:
         return None  # overlapping parts would be computed several times

@@ -206,3 +206,37 @@ def test_an_event_gru_with_chunked_gates_becomes_a_kernel_and_sees_new_weights()
         torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-12)
         model.gates.weight.data.mul_(-2)
         torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-12)
+
+
+class Layers(torch.nn.Module):
+    """A loop over layers around the loop over time, in which the input has gates too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = torch.nn.ModuleList(torch.nn.Linear(H, 2 * H) for _ in range(2))
+        self.recur = torch.nn.ModuleList(torch.nn.Linear(H, 2 * H) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for inputs, recur in zip(self.inputs, self.recur, strict=True):
+            y, seen = x.new_zeros(x.shape[1], H), []
+            for step in inputs(x):
+                p_u, p_r = step.chunk(2, 1)
+                q_u, q_r = recur(y).chunk(2, 1)
+                y = (torch.sigmoid(p_u + q_u) * (p_r + q_r) > 0).float()
+                seen.append(y)
+            x = torch.stack(seen)
+        return x
+
+
+def test_gates_of_the_input_are_taken_in_the_loop_over_time() -> None:
+    torch.manual_seed(0)
+    model = Layers().eval()
+    counts = []
+    for steps in (4, 9):
+        x = torch.randn(steps, B, H)
+        with torch.no_grad():
+            fast: Any = sparsify.sparsify(model, x, timing=False)
+            assert fast(x).shape == (steps, B, H)
+        assert {site.decision for site in fast.report.sites} & {"event"}
+        counts.append(len(fast.graph.graph.nodes))
+    assert counts[0] == counts[1]
