@@ -25,7 +25,15 @@ from torch import fx
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import draws_random, is_pointwise
 from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.find_parts import SPLITS, Part, Reader, Shape, find_behind, find_readers
+from sparsify.passes.find_parts import (
+    SPLITS,
+    Part,
+    Reader,
+    Shape,
+    find_behind,
+    find_readers,
+    part_of,
+)
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, with_shape
 
@@ -37,12 +45,14 @@ MOST_PARTS = 16  # of one value: a layer has few gates
 
 def split_gates(gm: fx.GraphModule) -> PassResult:
     """Split every value of a loop of which only parts are read."""
-    if not any(_find_parts(node) for node in gm.graph.nodes):
+    if not any(_find_parts(node) or _is_inner_split(node) for node in gm.graph.nodes):
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     splitter = _Splitter(graph)
     for node in reversed(list(graph.nodes)):
         splitter.split(node)
+    for node in list(graph.nodes):
+        splitter.slice(node)
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
     done = list(reversed(splitter.done))
@@ -71,6 +81,15 @@ def _find_parts(node: fx.Node) -> list[Reader] | None:
     if computes and sum(part.size for part in parts) > shape[readers[0][1].dim]:
         return None  # overlapping parts would be computed several times
     return readers
+
+
+def _is_inner_split(node: fx.Node) -> bool:
+    """A split in a loop, of which every part that is read has a node of its own."""
+    if node.target not in (aten.split.Tensor, aten.split_with_sizes.default):
+        return False
+    shape = tuple(node.all_input_nodes[0].meta["val"].shape)
+    parts = [part_of(user, shape) for user in node.users]
+    return bool(node.meta.get("loops")) and bool(parts) and None not in parts
 
 
 def _is_returned(reader: fx.Node) -> bool:
@@ -129,6 +148,22 @@ class _Splitter:
         self.graph.erase_node(value)
         if value.target in PRODUCTS:
             self.done.append(f"{value.meta.get('location')}: one product for each of its parts")
+
+    def slice(self, split: fx.Node) -> None:
+        """Take a split of what comes from outside apart, into slices in the same place."""
+        if not _is_inner_split(split):
+            return
+        [base] = split.all_input_nodes
+        for reader in list(split.users):
+            part = part_of(reader, tuple(base.meta["val"].shape))
+            assert part is not None, "_is_inner_split looked"
+            with self.graph.inserting_before(reader):
+                dim = part.dim % len(base.meta["val"].shape)
+                args = (base, dim, part.first, part.end)
+                made = call(self.graph, aten.slice.Tensor, args, reader.meta["val"], reader)
+            reader.replace_all_uses_with(made)
+            self.graph.erase_node(reader)
+        self.graph.erase_node(split)
 
     def _take(self, value: fx.Node, part: Part) -> fx.Node:
         """``part`` of ``value``, from parts of its operands if it can be; of any shape."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 import sparsify
 from sparsify.passes.split_gates import split_gates
+from sparsify.region import Region
 from tests.looped_models import B, H
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled
@@ -239,4 +240,6 @@ def test_gates_of_the_input_are_taken_in_the_loop_over_time() -> None:
             assert fast(x).shape == (steps, B, H)
         assert {site.decision for site in fast.report.sites} & {"event"}
         counts.append(len(fast.graph.graph.nodes))
+        kinds = {type(module) for _, module in fast.graph.named_children()}
+        assert kinds == {Region}  # nothing is left to a loop in Python
     assert counts[0] == counts[1]
