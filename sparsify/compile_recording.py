@@ -23,6 +23,7 @@ from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
 from sparsify.options import Options
 from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.join_slices import join_slices
 from sparsify.passes.limit_surrogates import limit_surrogates
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pipeline import PIPELINE
@@ -66,6 +67,8 @@ class Compiler:
         stages = run_pipeline(recording.graph)
         undifferentiated: dict[str, Refusal] = {}
         if needs_grad(operands):
+            joined = join_slices(stages[-1].graph)
+            stages = (*stages, Stage("join_slices", joined.graph, tuple(joined.done)))
             stages = (*stages, *limit(stages[-1].graph, self.options.surrogate_window))
             stage, undifferentiated = differentiate(stages[-1].graph, operands)
             stages = (*stages, stage)
