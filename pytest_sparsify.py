@@ -32,7 +32,8 @@ class SparsifyCheck(Protocol):
         Fails when fewer than ``events`` sites run as events, or a value is one that rounding cannot
         explain. What is compiled is decided by the cost model, not by measuring, unless ``plan``
         pins it: a busy machine must not change the result. ``options`` are those of
-        ``sparsify.verify``. Gradients are disabled.
+        ``sparsify.verify``: with ``gradients=True`` a call of training is checked as well, forward
+        and backward.
         """
 
 

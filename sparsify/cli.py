@@ -89,6 +89,9 @@ def _add(
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch")
     parser.add_argument("--strict", action="store_true", help="a refused site is an error")
+    parser.add_argument(
+        "--gradients", action="store_true", help="of calls of training: forward and backward"
+    )
     return parser
 
 

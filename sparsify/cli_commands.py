@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,13 +17,14 @@ from sparsify.cli_target import Target, UsageError, UserCode, load_target
 from sparsify.engine import Engine
 from sparsify.explain_model import explain
 from sparsify.install import Sparsified
+from sparsify.training_step import differentiate_result, random_gradients
 from sparsify.verify_model import verify
 
 
 def run_explain(options: argparse.Namespace) -> int:
     target = load_target(options.target, options.batch)
     _run_original(target)
-    print(explain(target.model, *target.args, **target.kwargs))
+    print(explain(target.model, *target.args, gradients=options.gradients, **target.kwargs))
     return 0
 
 
@@ -35,6 +37,7 @@ def run_verify(options: argparse.Namespace) -> int:
         fast,
         *target.args,
         kwargs=target.kwargs,
+        gradients=options.gradients,
         events=options.events,
         progress=progress,
     )
@@ -47,19 +50,17 @@ def run_bench(options: argparse.Namespace) -> int:
     """Status 1 if the figures do not count because other work ran."""
     target = load_target(options.target, options.batch)
     fast, engine = _compile(target, options, timing=True)
-    args, kwargs = target.args, target.kwargs
 
     def check(outputs: Mapping[str, Any]) -> None:
         _check_layouts(outputs["eager"], outputs["sparsified"])
 
-    times = measure_pairs(
-        {
-            "eager": lambda: target.model(*args, **kwargs),
-            "sparsified": lambda: fast(*args, **kwargs),
-        },
-        options.rounds,
-        check=check,
-    )
+    with torch.set_grad_enabled(options.gradients):
+        step = _training_step if options.gradients else _call
+        times = measure_pairs(
+            {"eager": step(target.model, target), "sparsified": step(fast, target)},
+            options.rounds,
+            check=check,
+        )
     print(times)
     print()
     print(engine.report)
@@ -102,11 +103,30 @@ def _compile(
 ) -> tuple[nn.Module, Engine]:
     """Without ``timing`` the cost model decides, so that a busy machine changes no answer."""
     _run_original(target)
-    fast = sparsify(
-        target.model, *target.args, strict=options.strict, timing=timing, **target.kwargs
-    )
+    fast = sparsify(target.model, strict=options.strict, timing=timing)
     assert isinstance(fast, Sparsified)
+    fast.compiled.compile_example(target.args, target.kwargs, options.gradients)
     return fast, fast.compiled
+
+
+def _call(module: nn.Module, target: Target) -> Callable[[], Any]:
+    return lambda: module(*target.args, **target.kwargs)
+
+
+def _training_step(module: nn.Module, target: Target) -> Callable[[], Any]:
+    """A call and the gradients of what requires them; returns both."""
+    call = _call(module, target)
+    inputs = pytree.tree_leaves((target.args, target.kwargs))
+    sources = [*module.parameters(), *(leaf for leaf in inputs if isinstance(leaf, Tensor))]
+    weights = random_gradients(call())
+    if not weights:
+        raise UsageError(f"{target.name} returns nothing that requires grad, as --gradients needs")
+
+    def step() -> Any:
+        result = call()
+        return result, differentiate_result(result, sources, weights)
+
+    return step
 
 
 def _run_original(target: Target) -> None:

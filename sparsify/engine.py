@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -81,10 +80,12 @@ class Engine:
                     return self._run(entry, operands, args, kwargs)
         return self._miss(args, kwargs)
 
-    def compile_example(self, args: Args, kwargs: Kwargs) -> None:
+    def compile_example(self, args: Args, kwargs: Kwargs, gradients: bool | None = None) -> None:
         """Record and compile now, leaving the model as it was.
 
-        Raises TraceError if the model cannot be recorded, RefusedError under ``strict``.
+        ``gradients`` says whether it is a call of training; if None, it is one if gradients are
+        enabled and the model is in training mode. Raises TraceError if the model cannot be
+        recorded, RefusedError under ``strict``.
         """
         if is_disabled():
             return
@@ -93,8 +94,10 @@ class Engine:
             if refusal is not None:
                 self._refuse(refusal)
                 return
-            # In eval mode an example is one of inference, even where gradients are not disabled.
-            with nullcontext() if self.original.training else torch.no_grad():
+            if gradients is None:
+                # In eval mode an example is one of inference, even where gradients are enabled.
+                gradients = torch.is_grad_enabled() and self.original.training
+            with torch.set_grad_enabled(gradients):
                 error = self._compile_restored(args, kwargs)
                 if error is not None and error.may_settle:
                     with settled(self.original, args, kwargs):

@@ -20,20 +20,33 @@ def requirement(operands: Sequence[Tensor]) -> tuple[bool, ...]:
     return required if True in required else ()
 
 
-def differentiate_result(result: Any, operands: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of the ``operands`` that require grad, from random gradients of all results.
+def differentiate_result(
+    result: Any, operands: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Gradients of the ``operands`` that require grad, from ``weights``, those of all results.
 
     ``result`` is what a call returned, in any structure. None for what no result depends on.
-    Nothing is accumulated in ``.grad``, and the graph can be differentiated again.
+    ``weights`` are random where none are given. Nothing is accumulated in ``.grad``, and the graph
+    can be differentiated again.
     """
-    leaves = pytree.tree_leaves(result)
-    results = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    results = _differentiable(result)
     sources = [operand for operand in operands if operand.requires_grad]
     if not results or not sources:
         return [None for _ in sources]
-    weights = [_random_like(r, i) for i, r in enumerate(results)]
+    if weights is None:
+        weights = random_gradients(result)
     found = torch.autograd.grad(results, sources, weights, retain_graph=True, allow_unused=True)
     return list(found)
+
+
+def random_gradients(result: Any) -> list[Tensor]:
+    """One for each tensor of ``result`` that requires grad, the same in every call."""
+    return [_random_like(tensor, i) for i, tensor in enumerate(_differentiable(result))]
+
+
+def _differentiable(result: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(result)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def _random_like(result: Tensor, index: int) -> Tensor:

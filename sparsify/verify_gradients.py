@@ -72,6 +72,8 @@ def check_gradients(
 def _check_stages(stages: Sequence[Stage], operands: Sequence[Tensor]) -> None:
     wide = [_widened(operand) for operand in operands]
     expected = _gradients(stages[0].graph, wide)
+    if all(gradient is None for gradient in expected):
+        raise MismatchError("gradients are to be checked, and no result of the model has any")
     for stage in stages[1:]:
         if stage.name == LIMITED:  # an approximation that the user asked for
             expected = _gradients(stage.graph, wide)

@@ -142,6 +142,10 @@ class _Check:
             original, compiled, stages, operands, call, most_undecided, progress
         )
         _check_launched(compiled, checked.regions, events)
+        if not checked.gradients:
+            raise MismatchError(
+                "gradients are to be checked, and kernels compute none: the report says why"
+            )
         return checked
 
     def _call_model(self) -> Any:

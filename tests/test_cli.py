@@ -30,19 +30,43 @@ class Net(nn.Module):
         spikes = []
         for x_t in x:
             v = 0.5 * v + self.inp(x_t) + self.rec(z)
-            z = (v > 1).to(v.dtype)
+            z = self.spike(v - 1)
             v = v - z
             spikes.append(z)
         return torch.stack(spikes)
 
+    def spike(self, above):
+        return (above > 0).to(above.dtype)
 
-def make(batch=2):
+
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, above):
+        ctx.save_for_backward(above)
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (above,) = ctx.saved_tensors
+        return grad * torch.relu(1 - above.abs())
+
+
+class Trainable(Net):
+    def spike(self, above):
+        return Spike.apply(above)
+
+
+def make(batch=2, net=Net):
     torch.manual_seed(0)
-    model = Net().eval()
+    model = net().eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randint(-32, 33, weight.shape) / 64)
     return model, (torch.rand(6, batch, 20) < 0.15).float()
+
+
+def trainable(batch=2):
+    return make(batch, Trainable)
 
 
 def fixed():
@@ -114,6 +138,22 @@ def test_verify_prints_the_figures(
     assert "threshold decisions equal" in out
 
 
+def test_verify_checks_gradients(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "verify", f"{file}:trainable", "--gradients")
+    assert (status, err) == (0, "")
+    assert "gradients, distance to float64" in out
+    assert re.search(r"^  rec.weight +16,384 values ", out, re.MULTILINE)
+
+
+def test_verify_finds_no_gradients_to_check(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Spikes of a comparison have none."""
+    status, out, err = run(capsys, "verify", f"{file}:make", "--gradients")
+    assert (status, out) == (1, "")
+    assert err.startswith(
+        "MismatchError: gradients are to be checked, and no result of the model has any"
+    )
+
+
 def test_verify_fails_when_too_little_was_compiled(
     file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +188,31 @@ def test_bench_prints_the_ratio_with_its_interval(
     assert status == (1 if "NOT VALID" in out else 0)
     assert re.search(r"sparsified +[\d.]+ ms +[\d.]+x \[[\d.]+, [\d.]+\]", out)
     assert "3 interleaved rounds" in out
+
+
+def test_bench_times_training_steps(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "bench", f"{file}:trainable", "--gradients", "--rounds", "3")
+    assert status == (1 if "NOT VALID" in out else 0)
+    assert re.search(r"sparsified +[\d.]+ ms +[\d.]+x \[[\d.]+, [\d.]+\]", out)
+    assert "calls with gradients: forward and backward" in out
+    status, _, err = run(capsys, "bench", f"{file}:make", "--gradients", "--rounds", "3")
+    assert status == 2
+    assert "user_model.py:make returns nothing that requires grad, as --gradients needs" in err
+
+
+def test_explain_and_show_of_training(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "explain", f"{file}:trainable", "--gradients")
+    assert status == 0
+    assert "calls with gradients: forward and backward" in out
+    assert "differentiate: " in out
+
+    status, out, _ = run(capsys, "show", f"{file}:trainable", "--gradients")
+    assert status == 0
+    kernels = re.findall(r"^  (\S*backward\S*): .*float32, (\d+) lines$", out, re.MULTILINE)
+    assert kernels, out
+    for name, lines in kernels:
+        _, source, _ = run(capsys, "show", f"{file}:trainable", "--gradients", "--kernel", name)
+        assert len(source.splitlines()) == int(lines)
 
 
 def test_show_prints_stages_and_kernels(file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +251,7 @@ USAGE = {
     "model:make": "'model:make' is not FILE.py:factory",
     "{file}:": "is not FILE.py:factory",
     "absent.py:make": "there is no file absent.py",
-    "{file}:absent": "has no absent; it defines make, fixed, as_tuple",
+    "{file}:absent": "has no absent; it defines make, trainable, fixed, as_tuple",
     "{file}:constant": "is a int; it has to be a function without arguments",
     "{file}:nothing": "returned None; it has to return (model, example_inputs)",
     "{file}:not_a_model": "returned a int for the model",

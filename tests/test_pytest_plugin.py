@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import MismatchError
-from user_model import make, dense
+from user_model import dense, make, trainable
 
 
 def test_passes(sparsify_check):
@@ -31,6 +31,15 @@ def test_passes(sparsify_check):
 def test_keywords(sparsify_check):
     model, x = make()
     assert sparsify_check(model, kwargs={"x": x}).events >= 1
+
+
+def test_gradients(sparsify_check):
+    figures = sparsify_check(*trainable(), gradients=True)
+    assert {each.operand for each in figures.gradients} >= {"rec.weight"}
+
+
+def test_no_gradients(sparsify_check):
+    sparsify_check(*make(), gradients=True)
 
 
 def test_too_few(sparsify_check):
@@ -57,9 +66,10 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 def test_the_fixture_passes_and_fails(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess("-p", "pytest_sparsify", "-q")
-    result.assert_outcomes(passed=3, failed=2)
+    result.assert_outcomes(passed=4, failed=3)
     result.stdout.fnmatch_lines(
         [
+            "*MismatchError: gradients are to be checked, and no result of the model has any",
             "*MismatchError: too little was compiled: * of 2 sites run as events, 5 are asked for",
             "*MismatchError: nothing was compiled: 0 of 1 sites run as events, 1 are asked for",
         ]
