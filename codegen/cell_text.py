@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sparsify import ir
+from sparsify.check_ir import read_dtype
 from sparsify.codegen.usage import Source, Usage, emitted, neuron_reads, statement_args
 from sparsify.codegen.writer import Names, Writer
 from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
@@ -21,7 +22,7 @@ C_TYPES: dict[ir.DType, str] = {
 }
 
 # In memory a bool is a byte: loops over bools are not vectorised, loops over bytes are.
-MEMORY_TYPES: dict[ir.DType, str] = {**C_TYPES, "bool": "uint8_t"}
+MEMORY_TYPES: dict[ir.DType, str] = {**C_TYPES, "bool": "uint8_t", "bits": "uint8_t"}
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,13 @@ class Cell:
                 f"  for (int64_t i = 0; i < width; ++i) ({place})[i] = {kept};",
             ]
             return
-        self._pointer(f"{name}_to", output.dtype, place)
-        text = operand_text(store.value, output.dtype, self.symbols)
+        text = operand_text(store.value, read_dtype(output), self.symbols)
         self._inside.append((f"{name}_to[i] = {text};", output.note))
+        if output.dtype == "bits":
+            self._before.append((f"alignas(64) uint8_t {name}_to[TILE];", ""))
+            self._after.append(f"pack({place} / 8, {name}_to, width);")
+        else:
+            self._pointer(f"{name}_to", output.dtype, place)
 
     def _updated_with(self, value: ir.Arg, phase: ir.Phase) -> str | None:
         """A kept state of this phase that gets the same value."""
@@ -247,6 +252,11 @@ class Cell:
                 )
                 return
             place = " + ".join([f"call.{local}", *steps, "first"])
+            if operand.dtype == "bits":
+                self._before.append((f"alignas(64) uint8_t {local}_from[TILE];", operand.note))
+                self._before.append((f"spread({local}_from, {place} / 8, width);", ""))
+                self._inside.append((f"const bool {local} = {local}_from[i] != 0;", ""))
+                return
         self._pointer(f"{local}_from", self.usage.dtypes[name], place, "const ")
         self._inside.append((f"const {kind} {local} = {local}_from[i]{tested};", ""))
 

@@ -14,7 +14,14 @@ from sparsify.codegen.toolchain import compile_shared_library, load_library, rea
 from sparsify.codegen.writer import Names
 from sparsify.errors import Refusal
 
-HEADERS = ("kernel.h", "elementary.h", "logarithms.h", "error_function.h", "restricted.h")
+HEADERS = (
+    "kernel.h",
+    "bits.h",
+    "elementary.h",
+    "logarithms.h",
+    "error_function.h",
+    "restricted.h",
+)
 
 
 class CppBackend:

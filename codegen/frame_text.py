@@ -43,13 +43,15 @@ def write_call(
     """The struct that holds what one call was given, and the ``extra`` members of a strategy."""
     w.line()
     w.comment("Element (t, b, n) of a tensor is at [t * _t + b * _b + n].")
+    if "bits" in {o.dtype for o in kernel.operands} | {o.dtype for o in kernel.outputs}:
+        w.comment("Of N / 8 bytes it is bit n % 8 at [t * _t + b * _b + n / 8].")
     with w.block("struct Call", "};"):
         w.line("int64_t steps, batch;")
         for operand in kernel.operands:
             name, kind = symbols.values[operand.name], MEMORY_TYPES[operand.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in operand.axes if x != "N")[2:]
             tail = f" int64_t {strides};" if strides else ""
-            note = _shape_note(kernel, operand.axes, operand.population, operand.note)
+            note = _shape_note(kernel, operand, operand.note)
             w.line(f"const {kind}* {name};{tail}", note)
         for packing in packings(kernel, schedule):
             weight = packing.weight
@@ -62,7 +64,7 @@ def write_call(
         for output in kernel.outputs:
             name, kind = symbols.outputs[output.name], MEMORY_TYPES[output.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in output.axes if x != "N")[2:]
-            note = _shape_note(kernel, output.axes, output.population, output.note)
+            note = _shape_note(kernel, output, output.note)
             w.line(f"{kind}* {name}; int64_t {strides};", note)
         counted = "how many senders were active"
         if any(gather.only is not None for gather in kernel.gathers):
@@ -142,9 +144,10 @@ def operand_row(operand: ir.Operand, symbols: Symbols, t: str, b: str) -> str:
     return f"call.{name}{time} + {b} * call.{name}_b"
 
 
-def _shape_note(
-    kernel: ir.Kernel, axes: tuple[ir.Axis, ...], population: str | None, note: str
-) -> str:
-    size = str(kernel.population_size(population)) if population is not None else ""
-    shape = ", ".join(size if axis == "N" else axis for axis in axes)
+def _shape_note(kernel: ir.Kernel, tensor: ir.Operand | ir.Output, note: str) -> str:
+    size = ""
+    if tensor.population is not None:
+        size = str(kernel.population_size(tensor.population))
+        size += " / 8" * (tensor.dtype == "bits")
+    shape = ", ".join(size if axis == "N" else axis for axis in tensor.axes)
     return f"[{shape}] {note}".rstrip()

@@ -90,6 +90,7 @@ SPARSIFY_INLINE double round_half_even(double a) { return __builtin_rint(a); }
 
 }  // namespace sparsify
 
+#include "bits.h"
 #include "elementary.h"
 #include "error_function.h"
 #include "logarithms.h"
@@ -243,9 +244,7 @@ SPARSIFY_INLINE void unpack(const Events<Index, F>& to, int64_t row, const uint8
   int32_t* const ends = to.ends + row * blocks_of(to.senders);
   int32_t n = 0;
   for (int64_t first = 0; first < to.senders; first += 64) {
-    uint64_t bits;
-    std::memcpy(&bits, mask + first / 8, 8);
-    if (to.senders - first < 64) bits &= (uint64_t(1) << (to.senders - first)) - 1;
+    uint64_t bits = load_bits(mask + first / 8, to.senders - first);
     for (; bits; bits &= bits - 1) {
       const int64_t at = first + __builtin_ctzll(bits);
       index[n] = Index(at);

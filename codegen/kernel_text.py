@@ -56,8 +56,10 @@ class KernelText(ABC):
         return self.symbols.sizes[source.population]
 
     def is_converted(self, source: Source) -> bool:
-        """Whether an operand has to be converted to the weights' dtype for a dense product."""
-        return source.kind == "operand" and source.dense and source.value_dtype != source.dtype
+        """Whether an operand has to be converted to the weights' dtype for a product."""
+        is_other = source.dense and source.value_dtype != source.dtype
+        is_packed = source.blocks and source.value_dtype == "bits"
+        return source.kind == "operand" and (is_other or is_packed)
 
     def converted_field(self, source: Source, rows: str = "rows") -> Field:
         note = f"{source.name}, converted"
@@ -84,11 +86,15 @@ class KernelText(ABC):
         for source in self.usage.of_kind("operand"):
             row = operand_row(self._operand(source.name), self.symbols, "t", "(start + row)")
             loop = "for (int64_t row = 0; row < rows; ++row)"
+            is_packed = source.value_dtype == "bits"
             if source.events:
-                self.w.line(f"{loop} scan(own.{self.name(source)}_events, row, {row});")
+                list_events = "unpack" if is_packed else "scan"
+                self.w.line(f"{loop} {list_events}(own.{self.name(source)}_events, row, {row});")
             if self.is_converted(source):
                 to = f"own.{self.name(source)}_values + row * {self.size(source)}"
-                self.w.line(f"{loop} convert({to}, {row}, {self.size(source)});")
+                convert = "spread" if is_packed else "convert"
+                self.w.line(f"{loop} {convert}({to}, {row}, {self.size(source)});")
+                row = to if is_packed else row
             if source.blocks:
                 blocks = self.blocks_of(source)
                 self.w.line(f"{loop} arrange({blocks}, row, {row}, 0, {self.size(source)});")
@@ -191,7 +197,9 @@ class KernelText(ABC):
         weight = next(w for w in self.kernel.weights if w.name == gather.weight)
         size, name = self.symbols.sizes[weight.receivers], self.symbols.values[gather.only]
         if any(o.name == gather.only for o in self.kernel.operands):
-            place = operand_row(self._operand(gather.only), self.symbols, "t", "start")
+            operand = self._operand(gather.only)
+            place = operand_row(operand, self.symbols, "t", "start")
+            place = f"as_bits({place})" if operand.dtype == "bits" else place
             row = f"call.{name}_b"
         else:
             slot = "[now]" if gather.only in self.usage.doubled_states else ""

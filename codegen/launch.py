@@ -15,6 +15,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Source
 from sparsify.codegen.runtime import PackedWeight, Runtime
 from sparsify.codegen.usage import SOURCE_BLOCK, Packing, packings
+from sparsify.saved_bits import packed_size
 
 TORCH_DTYPES: dict[ir.DType, torch.dtype] = {
     "float32": torch.float32,
@@ -22,6 +23,7 @@ TORCH_DTYPES: dict[ir.DType, torch.dtype] = {
     "int32": torch.int32,
     "int64": torch.int64,
     "bool": torch.bool,
+    "bits": torch.uint8,
 }
 CPU = torch.device("cpu")
 PAIRS_PER_NEURON = 64  # weights that cost as much as the update of a neuron, at some 20 % activity
@@ -31,12 +33,21 @@ FunctionOf = Callable[[ir.Kernel, ir.Schedule], Any]
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor of the kernel as calls check it. ``size`` is the extent of its N axis, if any."""
+    """A tensor of the kernel as calls check it. ``size`` is the extent of its N axis, if any.
+
+    Of bits that is a number of bytes.
+    """
 
     name: str
     axes: tuple[ir.Axis, ...]
     size: int
     dtype: torch.dtype
+
+    @staticmethod
+    def of(kernel: ir.Kernel, tensor: ir.Operand | ir.Output) -> Slot:
+        size = 1 if tensor.population is None else kernel.population_size(tensor.population)
+        size = packed_size(size) if tensor.dtype == "bits" else size
+        return Slot(tensor.name, tensor.axes, size, TORCH_DTYPES[tensor.dtype])
 
     def shape(self, steps: int, batch: int) -> tuple[int, ...]:
         extent = {"T": steps, "B": batch, "N": self.size}
@@ -89,14 +100,8 @@ class CppLaunchable:
     ) -> None:
         self.kernel, self.schedule, self.source = kernel, schedule, source
         self._runtime, self._function_of = runtime, function_of
-        self._operands = [
-            Slot(o.name, o.axes, _extent(kernel, o.population), TORCH_DTYPES[o.dtype])
-            for o in kernel.operands
-        ]
-        self._outputs = [
-            Slot(o.name, o.axes, _extent(kernel, o.population), TORCH_DTYPES[o.dtype])
-            for o in kernel.outputs
-        ]
+        self._operands = [Slot.of(kernel, operand) for operand in kernel.operands]
+        self._outputs = [Slot.of(kernel, output) for output in kernel.outputs]
         self._weights = [
             _PackedSlot.of(kernel, packing, runtime, tile) for packing in packings(kernel, schedule)
         ]
@@ -321,10 +326,6 @@ def _declare(function: Any) -> Any:
     function.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_int, pointer]
     function.restype = ctypes.c_int
     return function
-
-
-def _extent(kernel: ir.Kernel, population: str | None) -> int:
-    return 1 if population is None else kernel.population_size(population)
 
 
 def _counted(kernel: ir.Kernel, gather: ir.Gather) -> int:

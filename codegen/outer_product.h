@@ -97,9 +97,6 @@ struct Activity<Bits> {
 };
 
 #if defined(__AVX2__)
-typedef int8_t Byte32 __attribute__((vector_size(32)));
-typedef int8_t Byte32Anywhere __attribute__((vector_size(32), may_alias, aligned(1)));
-typedef char Char32 __attribute__((vector_size(32)));
 template <>
 SPARSIFY_INLINE uint64_t Activity<uint8_t>::word(const uint8_t* row, int64_t sender,
                                                  int64_t count) {

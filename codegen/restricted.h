@@ -85,15 +85,37 @@ struct Only {
       : values(values), row(row), wild(wild), receivers(receivers), first(first) {}
 };
 
+// Eight values as bits of a byte.
+struct EightBits {
+  uint8_t eight;
+};
+SPARSIFY_INLINE const EightBits* as_bits(const uint8_t* values) {
+  return reinterpret_cast<const EightBits*>(values);
+}
+
+// wanted[i] gets the bit of `row` where values[i] is not zero, for neurons from `first` on.
+template <class Mask>
+SPARSIFY_INLINE void add_row(uint64_t* wanted, const Mask* values, int64_t first, int64_t width,
+                             int64_t row) {
+  const Mask* const from = values + first;
+  for (int64_t i = 0; i < width; ++i) wanted[i] |= uint64_t(from[i] != Mask(0)) << row;
+}
+SPARSIFY_INLINE void add_row(uint64_t* wanted, const EightBits* values, int64_t first, int64_t width,
+                             int64_t row) {
+  for (int64_t at = 0; at < width; at += 64) {
+    const int64_t left = width - at, count = left < 64 ? left : 64;
+    const uint64_t bits = load_bits(&values[(first + at) / 8].eight, left);
+    for (int64_t i = 0; i < count; ++i) wanted[at + i] |= (bits >> i & 1) << row;
+  }
+}
+
 // Bit r of wanted[i] is set if row r wants the tile's receiver i.
 template <int TILE, class Mask>
 SPARSIFY_INLINE void find_wanted(uint64_t* wanted, const Only<Mask>& only, int64_t rows) {
   const int64_t left = only.receivers - only.first, width = left < TILE ? left : TILE;
   for (int64_t i = 0; i < TILE; ++i) wanted[i] = i < width ? only.wild : 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    const Mask* const from = only.values + row * only.row + only.first;
-    for (int64_t i = 0; i < width; ++i) wanted[i] |= uint64_t(from[i] != Mask(0)) << row;
-  }
+  for (int64_t row = 0; row < rows; ++row)
+    add_row(wanted, only.values + row * only.row, only.first, width, row);
 }
 
 // ---- sums ----

@@ -16,7 +16,10 @@ TILES = (16, 32, 64, 128)  # multiples of every vector, divisors of a block of 2
 
 @dataclass(frozen=True)
 class Source:
-    """A value that Gathers read. ``dtype`` is the weights', in which payloads are multiplied."""
+    """A value that Gathers read. ``dtype`` is the weights', in which payloads are multiplied.
+
+    ``value_dtype`` is that of its memory.
+    """
 
     name: str
     kind: Literal["operand", "state", "let"]
@@ -195,20 +198,21 @@ def _find_sources(
 ) -> dict[str, Source]:
     weights = {w.name: w for w in kernel.weights}
     states = {s.name for s in kernel.states}
-    operands = {o.name for o in kernel.operands}
+    operands = {o.name: o for o in kernel.operands}
     sources: dict[str, Source] = {}
     for name in dict.fromkeys(g.source for g in kernel.gathers):
         readers = [g for g in kernel.gathers if g.source == name]
         events = [g for g in readers if g.result not in dense | selective]
         weight = weights[readers[0].weight]
+        value_dtype = operands[name].dtype if name in operands else dtypes[name]
         sources[name] = Source(
             name=name,
             kind="operand" if name in operands else "state" if name in states else "let",
             population=weight.senders,
-            value_dtype=dtypes[name],
+            value_dtype=value_dtype,
             dtype=weight.dtype,
             events=bool(events),
-            payload=any(g.payload == "real" for g in events),
+            payload=any(g.payload == "real" for g in events) and value_dtype != "bits",
             dense=any(g.result in dense for g in readers),
             blocks=any(g.result in selective for g in readers),
         )

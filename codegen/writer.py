@@ -20,14 +20,15 @@ _KEYWORDS = """
 
 # What skeletons, kernel.h and standard headers say at the places where model names appear.
 _SKELETON = """
-    AHEAD Arena BLOCK Blocks Call DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events GROUP Only Own Rows
-    Runtime SOURCE_BLOCK Share Shared TILE Team VECTOR_BYTES Vector WIDTH active append arena
-    arrange b batch before blocks_of body bytes call chunk common context convert count count_active
-    count_events errno error first gamma gather_dense gather_events gather_restricted group here i
-    int16_t int32_t int64_t int8_t item j0 j1 jn keep_wanted last left load mark mask_bytes measure
-    measured memory next now own place pointers pool row rows rows_here run runtime scan share
-    shared signgam size_t sparsify start std step steps store strides t team thread threads tile
-    uint16_t uint32_t uint64_t uint8_t unpack width wild_rows y0 y1 yn
+    AHEAD Arena BLOCK Blocks Call DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events GROUP Only Own
+    Rows Runtime SOURCE_BLOCK Share Shared TILE Team VECTOR_BYTES Vector WIDTH active append
+    arena arrange as_bits b batch before blocks_of body bytes call chunk common context convert
+    count count_active count_events errno error first gamma gather_dense gather_events
+    gather_restricted group here i int16_t int32_t int64_t int8_t item j0 j1 jn keep_wanted last
+    left load mark mask_bytes measure measured memory next now own pack place pointers pool row
+    rows rows_here run runtime scan share shared signgam size_t sparsify spread start std step
+    steps store strides t team thread threads tile uint16_t uint32_t uint64_t uint8_t unpack
+    width wild_rows y0 y1 yn
 """
 
 # What skeletons append to the name of a value.

@@ -28,6 +28,7 @@ from sparsify.passes.joint_graph import (
     trace_joint,
 )
 from sparsify.passes.leave_loop import find_leaving
+from sparsify.passes.pack_saved import pack_saved
 from sparsify.passes.restrict_products import restrict_products
 from sparsify.passes.save_values import choose_saved, find_invariant, is_binary
 from sparsify.passes.set_apart import set_apart
@@ -60,7 +61,7 @@ def differentiate(scan: Scan, required: Set[Operand], steps: int) -> Differentia
         return refusal
     saved, written = _write_gradient(joint, required, steps)
     backward = set_apart(split_time(written.graph).graph).graph
-    return Differentiated(
+    parts = Differentiated(
         _write_forward(joint, saved),
         len(saved),
         chunk_products(restrict_products(backward).graph).graph,
@@ -68,6 +69,7 @@ def differentiate(scan: Scan, required: Set[Operand], steps: int) -> Differentia
         written.outputs,
         find_reaches(scan, dependences, active & required, steps),
     )
+    return pack_saved(parts)
 
 
 def _write_gradient(

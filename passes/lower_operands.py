@@ -13,7 +13,7 @@ from sparsify.passes.lower_names import Names, layer_name, source_name
 from sparsify.passes.lower_ops import DTYPES
 from sparsify.passes.lower_refusals import Refused, refuse
 from sparsify.passes.why_not_lower import untransposed
-from sparsify.scan import Scan
+from sparsify.passes.without_packing import Unpacked
 
 _SHARED_KINDS = ("parameter", "buffer", "constant", "attribute")
 
@@ -21,8 +21,8 @@ _SHARED_KINDS = ("parameter", "buffer", "constant", "attribute")
 class Operands:
     """Declares what the statements read; ``names`` are those of all values of the kernel."""
 
-    def __init__(self, scan: Scan, layout: Layout) -> None:
-        self.scan, self.layout = scan, layout
+    def __init__(self, unpacked: Unpacked, layout: Layout) -> None:
+        self.scan, self.packed, self.layout = unpacked.scan, unpacked.places, layout
         self.names, self._population_names = Names(), Names()
         self.populations: dict[str, ir.Population] = {}
         self.operands: dict[str, ir.Operand] = {}
@@ -81,11 +81,19 @@ class Operands:
         name = self.names.new(wish, f"{wish}_{population}")
         note = f"{source_name(place)} [{', '.join(axes)}]"
         dtype = DTYPES[place.meta["val"].dtype]
+        if place in self.packed:
+            dtype = self._bits(place, axes, views)
         owner = population if "N" in axes else None
         self.operands[name] = ir.Operand(name, axes, owner, dtype, note)
         neurons = dims if "expand" in views else ()
         self.bindings.append(Binding(name, role, index, views, lead, neurons))
         return name
+
+    def _bits(self, place: fx.Node, axes: tuple[ir.Axis, ...], views: tuple[View, ...]) -> ir.DType:
+        if axes == ("T", "B", "N") and not views:
+            return "bits"
+        reason = f"The bits of {place.name} are not those of steps, rows and neurons."
+        raise Refused(refuse("unsupported-layout", reason, "Save its bools as they are.", place))
 
     def _axes(
         self, place: fx.Node, neurons: Shape, role: Role

@@ -13,6 +13,7 @@ After::
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import fx
 
@@ -38,6 +39,8 @@ from sparsify.passes.lower_refusals import Refused, refuse
 from sparsify.passes.time_levels import find_time_levels
 from sparsify.passes.why_not_lower import product_weights, why_not_operations
 from sparsify.passes.without_gradients import without_gradients
+from sparsify.passes.without_packing import Unpacked, without_packing
+from sparsify.saved_bits import packed_size
 from sparsify.scan import Scan
 
 
@@ -46,7 +49,8 @@ def lower_scan(scan: Scan, name: str) -> Lowered | Refusal:
 
     Kernels of recordings that differ in batch size or steps only are equal.
     """
-    scan = without_gradients(scan)
+    unpacked = without_packing(without_gradients(scan))
+    scan = unpacked.scan
     live = find_live(scan)
     consts = find_constants(scan, live)
     if why_not_operations(live, consts) is not None:
@@ -57,15 +61,16 @@ def lower_scan(scan: Scan, name: str) -> Lowered | Refusal:
     if isinstance(layout, Refusal):
         return layout
     try:
-        return _Lowerer(scan, layout, name).lower()
+        return _Lowerer(unpacked, layout, name).lower()
     except Refused as refusal:
         return refusal.refusal
 
 
 class _Lowerer:
-    def __init__(self, scan: Scan, layout: Layout, name: str) -> None:
-        self.scan, self.layout, self.name = scan, layout, name
-        self.operands = Operands(scan, layout)
+    def __init__(self, unpacked: Unpacked, layout: Layout, name: str) -> None:
+        self.scan, self.layout, self.name = unpacked.scan, layout, name
+        self.packed_ys = unpacked.ys
+        self.operands = Operands(unpacked, layout)
         self.names = self.operands.names
         self.assigned = assigned_names(layout.live)
         self.values: dict[tuple[fx.Node, str, Shape], ir.Arg] = {}
@@ -272,11 +277,13 @@ class _Lowerer:
             name = output_names.new(f"{wish}_last" if is_carry else f"{wish}_all")
             axes: tuple[ir.Axis, ...] = ("B", "N") if is_carry else ("T", "B", "N")
             dtype = DTYPES[node.meta["val"].dtype]
+            dtype = "bits" if index in self.packed_ys else dtype
             self.outputs.append(ir.Output(name, axes, population, dtype, f"result {index}"))
             self.writes.append(Write(population, ir.Store(name, value)))
             if carry is not None and carry in self.states:
                 self.writes.append(Write(population, ir.Update(self.states[carry].name, value)))
-            returned.append(self._returned(name, node, len(self.layout.lead(home))))
+            result = self._returned(name, node, len(self.layout.lead(home)))
+            returned.append(_of_bits(result, node) if index in self.packed_ys else result)
         return returned
 
     def _returned(self, output: str, node: fx.Node, lead: int) -> Returned:
@@ -287,3 +294,12 @@ class _Lowerer:
             return Returned(output, shape, first_row=True)
         wide = [dim for dim in range(lead) if shape[dim] != 1] or [lead - 1]
         return Returned(output, (*shape[: wide[0]], -1, *shape[wide[0] + 1 :]))
+
+
+def _of_bits(returned: Returned, node: fx.Node) -> Returned:
+    """The bytes that hold a result of bools."""
+    *rows, neurons = returned.shape
+    if len(rows) != 1:
+        reason = f"The bits of {node.name} are not those of rows and neurons."
+        raise Refused(refuse("unsupported-layout", reason, "Save its bools as they are.", node))
+    return replace(returned, shape=(*rows, packed_size(neurons)))

@@ -29,13 +29,18 @@ def check_kernel(kernel: ir.Kernel) -> None:
 
 def value_dtypes(kernel: ir.Kernel) -> dict[str, ir.DType]:
     """The dtype of every value that a statement can refer to."""
-    dtypes: dict[str, ir.DType] = {o.name: o.dtype for o in kernel.operands}
+    dtypes: dict[str, ir.DType] = {o.name: read_dtype(o) for o in kernel.operands}
     dtypes |= {s.name: s.dtype for s in kernel.states}
     weights = {w.name: w.dtype for w in kernel.weights}
     for phase in kernel.phases:
         dtypes |= {s.result: s.dtype for s in phase.body if isinstance(s, ir.Let)}
         dtypes |= {s.result: weights[s.weight] for s in phase.body if isinstance(s, ir.Gather)}
     return dtypes
+
+
+def read_dtype(tensor: ir.Operand | ir.Output) -> ir.DType:
+    """The dtype of the values that statements read from an operand, or store to an output."""
+    return "bool" if tensor.dtype == "bits" else tensor.dtype
 
 
 def why_malformed_kernel(kernel: ir.Kernel) -> str | None:
@@ -70,6 +75,12 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
     for output in kernel.outputs:
         if output.axes not in (("T", "B", "N"), ("B", "N")):
             return f"output {output.name!r} has axes {output.axes}"
+    tensors_in_memory: tuple[ir.Operand | ir.Output, ...] = (*kernel.operands, *kernel.outputs)
+    for tensor in tensors_in_memory:
+        if tensor.dtype == "bits" and tensor.axes != ("T", "B", "N"):
+            return f"{tensor.name!r} is bits with axes {tensor.axes}, which only bools can have"
+    if packed := next((s.name for s in kernel.states if s.dtype == "bits"), None):
+        return f"state {packed!r} is bits, which only operands and outputs are"
     named = [o.population for o in kernel.operands if o.population is not None]
     named += [p for w in kernel.weights for p in (w.receivers, w.senders)]
     named += [s.population for s in kernel.states] + [o.population for o in kernel.outputs]
@@ -108,7 +119,7 @@ class _Scope:
         self.outputs = {o.name: o for o in kernel.outputs}
         self.states = {s.name: s for s in kernel.states}
         self.operands = {o.name: o for o in kernel.operands}
-        self.dtypes: dict[str, ir.DType] = {o.name: o.dtype for o in kernel.operands}
+        self.dtypes: dict[str, ir.DType] = {o.name: read_dtype(o) for o in kernel.operands}
         self.dtypes |= {s.name: s.dtype for s in kernel.states}
         self.populations: dict[str, str | None] = {o.name: o.population for o in kernel.operands}
         self.populations |= {s.name: s.population for s in kernel.states}
@@ -136,7 +147,7 @@ class _Scope:
                 return self._why_bad_gather(statement, population)
             case ir.Store():
                 output = self.outputs.get(statement.output)
-                target = (output.population, output.dtype) if output else None
+                target = (output.population, read_dtype(output)) if output else None
                 return self._why_bad_write(
                     "output", statement.output, statement.value, target, population
                 )

@@ -21,7 +21,8 @@ class Differentiated:
 
     - ``("d_result", i)``: the gradient of result i (final carries ``[...]``, then ys ``[T, ...]``),
       zeros where the loss does not read it;
-    - ``("saved", i)``: the i-th of the saved ys ``[T, ...]``;
+    - ``("saved", i)``: the i-th of the saved ys ``[T, ...]``; bools ``[T, B, N]`` may be the bits
+      that ``pack_bits`` makes of them;
     - ``("result", i)``: result i itself, a stacked y that is returned anyway;
     - ``("carry", i)``, ``("x", i)``, ``("const", i)``: the operands, carries with initial values.
 

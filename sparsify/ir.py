@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["float32", "float64", "int32", "int64", "bool"]
+# "bits" is how an Operand or an Output with axes T, B, N keeps bools in memory: bytes [T, B,
+# ceil(N / 8)] of eight neurons each, the first in the lowest bit. Statements read and store bools.
+DType = Literal["float32", "float64", "int32", "int64", "bool", "bits"]
 Axis = Literal["T", "B", "N"]
 Payload = Literal["binary", "real"]
 

@@ -19,7 +19,7 @@ ROWS_PER_SUM = 512  # outer_product.h adds the rows of so many on their own
 # Listing an event takes as long as adding it to so many receivers, as measured.
 RECEIVERS_PER_LISTING = 40
 SMALL_PRODUCT = 1 << 21  # multiplications that take no longer than calling the kernel
-UNPACKED_ROWS = 4096  # of a dense product, so that bits are never unpacked all at once
+UNPACKED_VALUES = 1 << 23  # of a dense product at once: 32 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,11 @@ def dense_outer_product(d: Tensor, activation: Tensor, senders: int | None = Non
     left, right = d.reshape(rows, d.shape[-1]), activation.reshape(rows, activation.shape[-1])
     if senders is None:
         return torch.mm(left.t(), right.to(d.dtype))
-    result = d.new_zeros(d.shape[-1], senders)
-    for start in range(0, rows, UNPACKED_ROWS):
-        some = slice(start, start + UNPACKED_ROWS)
-        result = result.addmm(left[some].t(), unpack_bits(right[some], senders, d.dtype))
+    at_once = max(1, UNPACKED_VALUES // senders)
+    result = torch.mm(left[:at_once].t(), unpack_bits(right[:at_once], senders, d.dtype))
+    for start in range(at_once, rows, at_once):
+        some = slice(start, start + at_once)
+        result.addmm_(left[some].t(), unpack_bits(right[some], senders, d.dtype))
     return result
 
 
@@ -165,6 +166,7 @@ def why_dense(d: Tensor, activation: Tensor) -> str:
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
     ):
         return "operations are being intercepted"
     if torch.is_grad_enabled() and (d.requires_grad or activation.requires_grad):

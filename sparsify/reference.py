@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsify import ir
-from sparsify.check_ir import check_kernel, value_dtypes
+from sparsify.check_ir import check_kernel, read_dtype, value_dtypes
 from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
 
 Array = npt.NDArray[Any]
@@ -25,7 +25,8 @@ def run_reference(
     """Run ``kernel`` for ``steps`` time steps and ``batch`` rows.
 
     ``tensors`` holds operands with their axes in the order T, B, N, and weights
-    ``[receivers, senders]``. Returns the outputs, ``[T, B, N]`` or ``[B, N]``.
+    ``[receivers, senders]``. Returns the outputs, ``[T, B, N]`` or ``[B, N]``; those that are bits,
+    operands too, are uint8 ``[T, B, ceil(N / 8)]``.
     Raises ValueError for a malformed kernel, and for zero steps where an output is the last
     step's value.
     """
@@ -70,12 +71,13 @@ class _Interpreter:
         self.values: dict[str, Array] = {}  # of this step, each [B, N]
         self.next: dict[str, Array] = {}  # states of the next step
         self.outputs: dict[str, Array] = {}
+        self.packed = {o.name for o in kernel.outputs if o.dtype == "bits"}
 
     def run(self) -> dict[str, Array]:
         for output in self.kernel.outputs:
             shape = (self.batch, self.kernel.population_size(output.population))
             leading = (self.steps,) if "T" in output.axes else ()
-            self.outputs[output.name] = np.zeros(leading + shape, output.dtype)
+            self.outputs[output.name] = np.zeros(leading + shape, read_dtype(output))
         for state in self.kernel.states:
             init = self._operand(state.init, 0)
             size = self.kernel.population_size(state.population)
@@ -83,6 +85,8 @@ class _Interpreter:
         times = range(self.steps)
         for t in reversed(times) if self.kernel.reverse else times:
             self._step(t)
+        for name in self.packed:
+            self.outputs[name] = np.packbits(self.outputs[name], axis=-1, bitorder="little")
         return self.outputs
 
     def _step(self, t: int) -> None:
@@ -137,6 +141,10 @@ class _Interpreter:
         operand = next(o for o in self.kernel.operands if o.name == name)
         value = np.asarray(self.tensors[name])
         value = value[t] if "T" in operand.axes else value
+        if operand.dtype == "bits":
+            assert operand.population is not None
+            size = self.kernel.population_size(operand.population)
+            value = np.unpackbits(value, axis=-1, count=size, bitorder="little").astype(np.bool_)
         if "B" not in operand.axes:
             value = value[None]
         return value if "N" in operand.axes else value[..., None]

@@ -120,6 +120,52 @@ def lif_gradient(hidden: int, dtype: ir.DType = "float32") -> ir.Kernel:
     )
 
 
+EVERY: tuple[ir.Axis, ...] = ("T", "B", "N")
+
+
+def gate_of_bits(hidden: int) -> ir.Kernel:
+    """Reads bits as a condition, as events and as what a product is restricted to; writes bits."""
+    first = ir.Phase(
+        "hidden",
+        (
+            ir.Gather("excitation", "w", "fired", "real"),
+            ir.Let("silent", "logical_not", ("fired",), "bool"),
+            ir.Let("bit", "logical_and", ("near", "silent"), "bool"),
+            ir.Let("chosen", "where", ("near", "g", ir.Const(0.0)), "float32"),
+            ir.Let("driven", "add", ("chosen", "excitation"), "float32"),
+            ir.Store("passed", "bit"),
+            ir.Store("drive", "driven"),
+        ),
+    )
+    second = ir.Phase(
+        "hidden",
+        (
+            ir.Gather("returned", "w", "chosen", "real", only="near"),
+            ir.Gather("copied", "w", "fired", "binary", only="fired"),
+            ir.Let("both", "add", ("returned", "copied"), "float32"),
+            ir.Store("out", "both"),
+        ),
+    )
+    return ir.Kernel(
+        name="gate_of_bits",
+        populations=(ir.Population("hidden", hidden),),
+        operands=(
+            ir.Operand("near", EVERY, "hidden", "bits", "near threshold"),
+            ir.Operand("fired", EVERY, "hidden", "bits"),
+            ir.Operand("g", EVERY, "hidden", "float32"),
+        ),
+        weights=(ir.Weight("w", "hidden", "hidden", "float32"),),
+        states=(),
+        phases=(first, second),
+        outputs=(
+            ir.Output("passed", EVERY, "hidden", "bits"),
+            ir.Output("drive", EVERY, "hidden", "float32"),
+            ir.Output("out", EVERY, "hidden", "float32"),
+        ),
+        origin=("model.py:41  s, v = self.cell(x[t], s, v)",),
+    )
+
+
 def gradient_data(
     kernel: ir.Kernel, steps: int, batch: int, share: float, seed: int = 0
 ) -> dict[str, Array]:

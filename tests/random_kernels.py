@@ -67,8 +67,13 @@ class _Builder:
     def operand(self, axes: tuple[ir.Axis, ...], population: str, dtype: ir.DType) -> str:
         where = population if "N" in axes else None
         name = self.define(self.name("operand"), dtype, where)
-        self.operands.append(ir.Operand(name, axes, where, dtype))
+        self.operands.append(ir.Operand(name, axes, where, self.in_memory(axes, dtype)))
         return name
+
+    def in_memory(self, axes: tuple[ir.Axis, ...], dtype: ir.DType) -> ir.DType:
+        """Bools of all steps may be bits."""
+        can_be_bits = dtype == "bool" and axes == ("T", "B", "N")
+        return "bits" if can_be_bits and self.draw(st.booleans()) else dtype
 
     def readable(self, population: str, dtype: ir.DType) -> list[str]:
         return [
@@ -224,8 +229,15 @@ def _draw_store(b: _Builder, population: str) -> ir.Store:
     value = b.draw(st.sampled_from(readable))
     axes: tuple[ir.Axis, ...] = b.draw(st.sampled_from((("T", "B", "N"), ("B", "N"))))
     name = b.name("output")
-    b.outputs.append(ir.Output(name, axes, population, b.dtypes[value]))
+    b.outputs.append(ir.Output(name, axes, population, b.in_memory(axes, b.dtypes[value])))
     return ir.Store(name, value)
+
+
+def in_memory(values: Array, dtype: ir.DType) -> Array:
+    """``values`` as a kernel is given them."""
+    if dtype == "bits":
+        return np.packbits(values != 0, axis=-1, bitorder="little")
+    return values.astype(dtype)
 
 
 def draw_data(
@@ -251,7 +263,7 @@ def draw_data(
             values = np.where(rng.random(shape) < 0.1, odd, values)
         elif operand.dtype in ("int32", "int64"):
             values = np.rint(values * 2)
-        data[operand.name] = np.asarray(values).astype(operand.dtype)
+        data[operand.name] = in_memory(np.asarray(values), operand.dtype)
     dense = {result for result, how in drawn.schedule.gathers if how == "dense"}
     exact = {g.weight for g in kernel.gathers if g.result in dense or g.only is not None}
     for weight in kernel.weights:

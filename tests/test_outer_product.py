@@ -394,7 +394,7 @@ def test_bits_behind_the_last_sender_are_not_read() -> None:
 
 
 def test_a_dense_product_unpacks_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UNPACKED_ROWS", 16)
+    monkeypatch.setattr(module, "UNPACKED_VALUES", 16 * 13)
     unpacked: list[int] = []
 
     def watched(packed: Tensor, *others: object) -> Tensor:

@@ -13,7 +13,15 @@ from sparsify.codegen.cell_text import literal
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.writer import Names, comment_text
-from tests.example_kernels import STRATEGIES, lif, lif_gradient, product, schedule, two_layers
+from tests.example_kernels import (
+    STRATEGIES,
+    gate_of_bits,
+    lif,
+    lif_gradient,
+    product,
+    schedule,
+    two_layers,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
@@ -34,6 +42,10 @@ CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_gradient_neurons": (
         lif_gradient(130),
         schedule(lif_gradient(130), "neurons-per-thread"),
+    ),
+    "gate_of_bits": (
+        gate_of_bits(70),
+        schedule(gate_of_bits(70), "neurons-per-thread"),
     ),
     "two_layers": (
         two_layers(140, 33),

@@ -1,0 +1,188 @@
+"""Save the bools that a gradient reads at one bit each, where kernels write and read them.
+
+Before::
+
+    v_T, z, s = forward(T, (v_0,), (x,), (w,))                       # s: bools [T, B, N]
+    d_v_0, ds = scan_0(T, (d_v_T,), (d_z, s), (w,)); d_w = outer_product_0(ds, s)
+
+After, with ``pack_bits`` at the end of the forward's step and ``unpack_bits`` at the start of that
+of ``scan_0``, which lowering makes a matter of memory (``without_packing.py``)::
+
+    v_T, z, s = forward(T, (v_0,), (x,), (w,))                       # bytes [T, B, ceil(N / 8)]
+    d_v_0, ds = scan_0(T, (d_v_T,), (d_z, s), (w,)); d_w = outer_product_0(ds, s)  # senders=N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsify.chunked_scan import ChunkedScan
+from sparsify.differentiated import Differentiated
+from sparsify.errors import Refusal
+from sparsify.outer_product import OuterProduct
+from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.find_masks import Mask
+from sparsify.passes.lower_layout import find_constants, find_layout, find_live, shape_of
+from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.why_not_lower import why_not_operations
+from sparsify.passes.without_packing import move_masks
+from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
+from sparsify.scan import Scan
+
+LEAST_NEURONS = 64  # of a row: fewer save little memory, and a tile of them is not full
+
+
+def pack_saved(parts: Differentiated) -> Differentiated:
+    """Pack every saved bool ``[T, B, N]`` that loops and outer products alone read.
+
+    Loops that no kernel computes read bools: unpacking is an operation more of each step there.
+    """
+    rows = find_rows(parts.forward)
+    graph = copy_graph(parts.backward.graph)
+    modules: dict[str, nn.Module] = dict(parts.backward.named_children())
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    results = parts.forward.results
+    packed: dict[fx.Node, int] = {}  # placeholder -> result
+    for place, (role, index) in zip(places, parts.inputs, strict=True):
+        result = len(results) - parts.saved + index
+        if role == "saved" and results[result] in rows and _can_pack(place, modules):
+            packed[place] = result
+    if not packed:
+        return parts
+    for node in {user: None for place in packed for user in place.users}:
+        modules[str(node.target)] = _reading_bits(node, modules[str(node.target)], packed)
+    for place in packed:
+        place.meta["val"] = _packed_info(place.meta["val"])
+    backward = fx.GraphModule(modules, graph, class_name=type(parts.backward).__name__)
+    forward = _writing_bits(parts.forward, set(packed.values()))
+    return replace(parts, forward=forward, backward=backward)
+
+
+def find_rows(scan: Scan) -> set[fx.Node]:
+    """The bools ``[B, N]`` of the step that a kernel has for all rows and enough neurons."""
+    live = find_live(scan)
+    if why_not_operations(live, find_constants(scan, live)) is not None:
+        return set()
+    layout = find_layout(scan)
+    if isinstance(layout, Refusal):
+        return set()
+    return {
+        node
+        for node in layout.fixed
+        if node.meta["val"].dtype is torch.bool
+        and layout.tail(node) == 1
+        and layout.lead(node) == (layout.batch,)
+        and layout.size(node) >= LEAST_NEURONS
+    }
+
+
+def _can_pack(place: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return bool(place.users) and all(_can_read(user, place, modules) for user in place.users)
+
+
+def _can_read(user: fx.Node, place: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``user`` could be given bits in ``place``."""
+    if user.op != "call_module":
+        return False
+    module, args = modules[str(user.target)], user.args
+    if isinstance(module, OuterProduct):
+        return args[1] is place and args[0] is not place and module.senders is None
+    scan = module.scan if isinstance(module, ChunkedScan) else module
+    if not isinstance(scan, Scan):
+        return False
+    _, carries, xs, consts = _groups(user)
+    read = [p for x, p in zip(xs, scan.placeholders[scan.carries :], strict=False) if x is place]
+    elsewhere = place in carries or place in consts
+    return not elsewhere and (not read or set(read) <= find_rows(scan))
+
+
+def _groups(user: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """Steps, carries, xs and consts of the call of a loop."""
+    args: Any = user.args
+    return args[0], args[1], args[2], args[3]
+
+
+def _reading_bits(user: fx.Node, module: nn.Module, packed: dict[fx.Node, int]) -> nn.Module:
+    """``module`` as it takes bits from the placeholders ``packed``."""
+    if isinstance(module, OuterProduct):
+        return _of_bits(module, user.args[1], packed)
+    _, _, xs, _ = _groups(user)
+    taken = {index for index, x in enumerate(xs) if x in packed}
+    if isinstance(module, Scan):
+        return _unpacking(module, taken)
+    assert isinstance(module, ChunkedScan)
+    activations: Any = user.args[4]
+    products = [
+        _of_bits(product, activation, packed)
+        for product, activation in zip(module.products, activations, strict=True)
+    ]
+    return ChunkedScan(_unpacking(module.scan, taken), products, module.reads)
+
+
+def _of_bits(product: nn.Module, activation: Any, packed: dict[fx.Node, int]) -> nn.Module:
+    assert isinstance(product, OuterProduct)
+    if activation not in packed:
+        return product
+    return OuterProduct(product.event, senders=shape_of(activation)[-1])
+
+
+def _unpacking(scan: Scan, taken: Set[int]) -> Scan:
+    """``scan`` with bits in the places of the xs ``taken``."""
+    if not taken:
+        return scan
+    graph, copies = _copied(scan)
+    xs = [copies[x] for x in scan.placeholders[scan.carries :]]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for place in (xs[index] for index in sorted(taken)):
+        info = place.meta["val"]
+        with graph.inserting_before(first):
+            bools = call(graph, unpack_bits, (place, info.shape[-1]), info, place)
+        bools.meta.update({key: value for key, value in place.meta.items() if key != "role"})
+        place.meta["val"] = _packed_info(info)
+        for user in list(place.users):
+            if user is not bools:
+                user.replace_input_with(place, bools)
+        for node in graph.nodes:
+            mask = node.meta.get("only")
+            if mask is not None and mask.node is place:
+                node.meta["only"] = Mask(bools, mask.inverted)
+    return _with_graph(scan, graph)
+
+
+def _writing_bits(scan: Scan, packed: Set[int]) -> Scan:
+    """``scan`` with results ``packed`` as bits."""
+    graph, copies = _copied(scan)
+    results = [copies[result] for result in scan.results]
+    end = next(node for node in graph.nodes if node.op == "output")
+    for index in sorted(packed):
+        value = results[index]
+        info = _packed_info(value.meta["val"])
+        with graph.inserting_before(end):
+            results[index] = call(graph, pack_bits, (value,), info, value)
+    end.args = (tuple(results),)
+    return _with_graph(scan, graph)
+
+
+def _packed_info(info: Any) -> Any:
+    *rows, neurons = info.shape
+    return with_shape(info, (*rows, packed_size(neurons)), dtype=torch.uint8)
+
+
+def _copied(scan: Scan) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in scan.body.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    move_masks(copies)
+    return graph, copies
+
+
+def _with_graph(scan: Scan, graph: fx.Graph) -> Scan:
+    body = fx.GraphModule(nn.Module(), graph, class_name=type(scan.body).__name__)
+    counts = (scan.carries, scan.xs, scan.consts)
+    return Scan(body, *counts, scan.location, scan.reverse)
