@@ -12,7 +12,8 @@ After::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import math
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,14 @@ def write_backward(
     ``saved`` says where the values of every step are found that the gradients read.
     """
     return _Writer(joint, leaving, saved, required, steps).write()
+
+
+def has_time(inputs: Iterable[Input], carries: int) -> bool:
+    """Whether one of a gradient's inputs has the number of steps as its first size."""
+    return any(
+        role in ("saved", "x") or (role in ("d_result", "result") and index >= carries)
+        for role, index in inputs
+    )
 
 
 class _Writer:
@@ -122,6 +131,8 @@ class _Writer:
             self._add_input(("d_result", index), place, time, f"d_{scan.results[index].name}")
         for node, source in self.saved.items():
             self._add_input(source, node, [self.steps], f"{source[0]}_{joint.name_of(node)}")
+        if not has_time(self.inputs, scan.carries):
+            self._add_time()
         consts = [(key, node) for key, node in joint.operands.items() if key[0] == "const"]
         wanted = {*body.consts, *self._consts_after()}
         for key, node in consts:
@@ -140,6 +151,13 @@ class _Writer:
                 found.add(node)
                 waiting.extend(node.all_input_nodes)
         return found
+
+    def _add_time(self) -> None:
+        """Take an x along for its number of steps, which a graph for all sizes must follow."""
+        xs = [(key, node) for key, node in self.joint.operands.items() if key[0] == "x"]
+        if xs:
+            key, node = min(xs, key=lambda x: math.prod(x[1].meta["val"].shape))
+            self._add_input(key, node, [self.steps], self.joint.name_of(node))
 
     def _add_input(self, key: Input, like: fx.Node, time: list[int], name: str) -> None:
         node = self.graph.placeholder(self.names.new(name))

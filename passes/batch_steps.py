@@ -10,6 +10,7 @@ from torch import fx
 
 from sparsify.passes.classify_ops import (
     PRODUCTS,
+    REDUCTIONS,
     RESHAPES,
     SLICES,
     TRANSPOSES,
@@ -24,10 +25,12 @@ aten = torch.ops.aten
 
 def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
     """True if ``batch_step`` can compute ``node`` from the stacked values of its operands."""
+    if isinstance(node.meta["val"], (tuple, list)):
+        return False
     shape = node.meta["val"].shape
     if product_operand(node) is not None:
         return _can_batch_product(node, invariant)
-    if node.target in RESHAPES or is_part(node):
+    if node.target in RESHAPES or node.target in REDUCTIONS or is_part(node):
         return True
     if not is_pointwise(node):
         return False
@@ -79,6 +82,8 @@ def batch_step(
         return batcher.product()
     if is_part(node):
         return batcher.part()
+    if node.target in REDUCTIONS:
+        return batcher.reduction()
     return batcher.reshape() if node.target in RESHAPES else batcher.pointwise()
 
 
@@ -125,6 +130,23 @@ class _Batcher:
             stride[dim] *= args[4] if len(args) > 4 else 1
         info = with_shape(info, (self.steps, *self.shape), stride)
         return call(self.graph, target, call_args, info, self.node)
+
+    def reduction(self) -> fx.Node:
+        """A sum or mean over dims behind time."""
+        operand = self.stacked(self.node.all_input_nodes[0])
+        assert operand is not None
+        args: Any = self.node.args
+        rank = len(operand.meta["val"].shape) - 1
+        dims = args[1] if len(args) > 1 else None
+        dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
+        kept = bool(args[2]) if len(args) > 2 else False
+        is_sum = self.node.target in (aten.sum.default, aten.sum.dim_IntList)
+        target = aten.sum.dim_IntList if is_sum else aten.mean.dim
+        call_args = (operand, [dim % rank + 1 for dim in dims], kept)
+        info = with_shape(self.node.meta["val"], (self.steps, *self.shape))
+        copy = call(self.graph, target, call_args, info, self.node)
+        copy.kwargs = self.node.kwargs
+        return copy
 
     def pointwise(self) -> fx.Node:
         args = fx.map_arg(self.node.args, self._aligned)

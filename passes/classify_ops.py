@@ -32,6 +32,14 @@ PRODUCTS: dict[object, int] = {
     aten.convolution.default: 0,
 }
 
+# Sums over dims of one tensor, which no kernel has.
+REDUCTIONS = (
+    aten.sum.dim_IntList,
+    aten.sum.default,
+    aten.mean.dim,
+    aten.mean.default,
+)
+
 
 def draws_random(node: fx.Node) -> bool:
     """True for ops that read the random state; their number and order must stay."""
@@ -64,6 +72,13 @@ def product_operand(node: fx.Node) -> fx.Node | None:
         return None
     operand = node.args[PRODUCTS[node.target]]
     return operand if isinstance(operand, fx.Node) else None
+
+
+def coupled_operand(node: fx.Node) -> fx.Node | None:
+    """What a product or a reduction reads of several neurons, or None for every other op."""
+    if node.op == "call_function" and node.target in REDUCTIONS:
+        return node.all_input_nodes[0]
+    return product_operand(node)
 
 
 def _has_tag(node: fx.Node, tag: torch.Tag) -> bool:

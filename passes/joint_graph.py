@@ -166,17 +166,36 @@ def is_float(node: fx.Node) -> bool:
 
 
 class _KeepValues(fx.Interpreter):
-    """Runs a body and keeps the value of every node that is a tensor."""
+    """Runs a body and keeps the value of every node that is a tensor.
+
+    The outputs of one use of a Function come from one call of ``apply``, so that its backward is
+    given all their gradients at once, as in the model.
+    """
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__(body, garbage_collect_values=False)
         self.values: dict[fx.Node, Tensor] = {}
+        self.applied: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        is_part = isinstance(n.target, Application) and n.target.index is not None
+        value = self._run_part(n) if is_part else super().run_node(n)
         if isinstance(value, Tensor):
             self.values[n] = value
         return value
+
+    def _run_part(self, n: fx.Node) -> Any:
+        """One of several outputs."""
+        value, *tensors = self.fetch_args_kwargs_from_env(n)[0]
+        application = n.target
+        assert isinstance(application, Application) and application.index is not None
+        if not any(tensor.requires_grad for tensor in tensors):
+            return application(value, *tensors)
+        use = (application.function, id(application.arguments), *n.args[1:])
+        if use not in self.applied:
+            apply: Any = application.function.apply
+            self.applied[use] = apply(*application.given(tuple(tensors)))
+        return self.applied[use][application.index]
 
 
 def _trace(function: Callable[..., Any], examples: list[Tensor]) -> fx.GraphModule:

@@ -9,7 +9,7 @@ import networkx as nx  # type: ignore[import-untyped]
 from torch import fx
 
 from sparsify.passes.batch_steps import can_batch, is_part
-from sparsify.passes.classify_ops import draws_random, product_operand
+from sparsify.passes.classify_ops import REDUCTIONS, coupled_operand, draws_random, product_operand
 from sparsify.passes.time_levels import TimeLevels
 
 
@@ -55,6 +55,10 @@ class Partition:
         return [n for n in self.levels.nodes if n in self.batched and product_operand(n)]
 
     @property
+    def reductions(self) -> list[fx.Node]:
+        return [n for n in self.levels.nodes if n in self.batched and n.target in REDUCTIONS]
+
+    @property
     def sliced(self) -> list[fx.Node]:
         return [node for node in self.levels.nodes if node in self.batched and is_part(node)]
 
@@ -79,15 +83,23 @@ class Partition:
 
     def _find_batched(self, hoist_products: Callable[[fx.Node], bool]) -> None:
         levels = self.levels
+        reduced: set[fx.Node] = set()  # reductions, and what is made of them and of nothing else
         for node in levels.nodes:
-            operand = product_operand(node)
-            if operand is None or node in levels.recurrent or node in levels.invariant:
+            if node in levels.recurrent or node in levels.invariant:
                 continue
-            if not can_batch(node, levels.invariant) or not hoist_products(node):
+            if not can_batch(node, levels.invariant):
                 continue
-            feeding = self._batchable(operand)
-            if feeding is not None:
-                self.batched |= {node, *feeding}
+            operand = coupled_operand(node)
+            if operand is None:
+                if not all(i in reduced or i in levels.invariant for i in node.all_input_nodes):
+                    continue
+                reduced.add(node)
+                self.batched.add(node)
+            elif node.target in REDUCTIONS or hoist_products(node):
+                feeding = self._batchable(operand)
+                if feeding is not None:
+                    self.batched |= {node, *feeding}
+                    reduced |= {node} if node.target in REDUCTIONS else set()
 
     def _batchable(self, node: fx.Node) -> set[fx.Node] | None:
         """What must be batched so that ``node`` is had for all steps; None if that cannot be."""

@@ -105,6 +105,8 @@ def _describe(node: fx.Node, partition: Partition) -> str:
         did.append(f"{len(partition.hoisted)} operations computed once before the loop")
     if partition.batched_products:
         did.append(f"{len(partition.batched_products)} products computed for all steps at once")
+    if partition.reductions:
+        did.append(f"{len(partition.reductions)} sums computed for all steps at once")
     if partition.sliced:
         did.append(f"{len(partition.sliced)} slices of the input taken before the loop")
     if len(partition.parts) != 1:

@@ -1,8 +1,9 @@
 """What in a Scan's body depends on what over time: recurrences, and the levels between them.
 
 The body's graph with an edge from every new carry to its placeholder has one strongly connected
-component per recurrence. A node's level counts the products that values of recurrences pass through
-on their way to it: 0 needs no carry at all, 1 is the first recurrent layer, and so on.
+component per recurrence. A node's level counts the products and reductions that values of
+recurrences pass through on their way to it: 0 needs no carry at all, 1 is the first recurrent
+layer, and so on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from dataclasses import dataclass
 import networkx as nx  # type: ignore[import-untyped]
 from torch import fx
 
-from sparsify.passes.classify_ops import TRANSPOSES, draws_random, product_operand
+from sparsify.passes.classify_ops import (
+    TRANSPOSES,
+    coupled_operand,
+    draws_random,
+    product_operand,
+)
 from sparsify.scan import Scan
 
 
@@ -75,7 +81,7 @@ def _find_levels(
             for before in graph.predecessors(node):
                 if before in members:
                     continue
-                crosses = before is product_operand(node) and node not in recurrent
+                crosses = before is coupled_operand(node) and node not in recurrent
                 reached.append(level[before] + (crosses and level[before] > 0))
         level.update(dict.fromkeys(members, max(reached)))
     return level

@@ -28,11 +28,15 @@ def why_gradients_differ(
     with keep_state(model, call):
         operands = recording.calling.operands(*call)
         result = model.forward(*call[0], **call[1])
+        held = recording.guard.matches(args, kwargs)
         try:
             expected = differentiate_result(result, operands)
         except RuntimeError as error:
             raise TraceError(f"the model's own backward fails: {error}") from error
         del result
+        if held and not recording.guard.matches(args, kwargs):
+            changed = recording.guard.explain(args, kwargs)
+            return f"its backward changes Python state: {changed}"
     with keep_state(model, call):
         operands = recording.calling.operands(*call)
         values = fx.Interpreter(recording.graph).run(*operands)

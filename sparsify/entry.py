@@ -14,6 +14,7 @@ from sparsify.compiled import Compiled, Stage
 from sparsify.errors import Refusal
 from sparsify.layout import Layout
 from sparsify.outer_product import OuterProduct
+from sparsify.passes.backward_graph import has_time
 from sparsify.passes.generalize import generalize
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
 from sparsify.region import Region
@@ -155,12 +156,25 @@ def _general_trained(first: TrainedRegion, second: TrainedRegion) -> TrainedRegi
     found = generalize(first.backward, second.backward, general.same_module)
     if roles[0] != roles[1] or scan is None or isinstance(found, Refusal):
         return None
+    if not has_time(first.parts.inputs, scan.carries) and _steps(first) != _steps(second):
+        return None  # nothing tells the gradient for how many steps it is asked
     if not isinstance(run, (Scan, Region)):
         return None
     backward = with_modules(found.graph, general.replacing(found.graph))
     forward = run.scan if isinstance(run, Region) else run
     parts = replace(first.parts, forward=forward, backward=without_kernels(backward))
     return TrainedRegion(scan, parts, first.required, run, backward)
+
+
+def _steps(region: TrainedRegion) -> list[object]:
+    """How many steps the loops of a gradient run."""
+    graph = region.backward
+    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+    return [
+        node.args[0]
+        for node in calls
+        if not isinstance(graph.get_submodule(str(node.target)), OuterProduct)
+    ]
 
 
 def _general_chunked(first: ChunkedScan, second: ChunkedScan) -> ChunkedScan | None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_legacy_batchedtensor
 
+from sparsify.call_conditions import is_intercepted
 from sparsify.differentiated import Differentiated, Input, Operand
 from sparsify.errors import Refusal, RefusedError
 from sparsify.region import Region
@@ -90,7 +92,10 @@ class TrainedRegion(nn.Module):
 
     def gradients(self, known: Mapping[Input, Tensor], live: set[int]) -> list[Tensor | None]:
         """The gradient of every operand; None where no result in ``live`` depends on it."""
-        found = self.backward(*(known[place] for place in self.parts.inputs))
+        # Kernels cannot read what vmap passes, as is_grads_batched=True lets it.
+        is_batched = is_intercepted() or any(map(is_legacy_batchedtensor, known.values()))
+        backward = self.parts.backward if is_batched else self.backward
+        found = backward(*(known[place] for place in self.parts.inputs))
         by_place = dict(zip(self.parts.outputs, found, strict=True))
         wanted = {place for result, place in self.parts.reaches if result in live}
         return [by_place.get(place) if place in wanted else None for place in self.places]

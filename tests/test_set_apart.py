@@ -72,7 +72,7 @@ def kernels(graph: fx.GraphModule) -> list[bool]:
     return [isinstance(lower_scan(s, "scan"), Lowered) for s in scans_of(graph).values()]
 
 
-SPLIT = (spikes_and_softmax, counted, normalised_input, second_order)
+SPLIT = (spikes_and_softmax, normalised_input, second_order)
 
 
 @pytest.mark.parametrize("model", [*SPLIT, normalised_second_layer], ids=lambda m: m.__name__)
@@ -93,6 +93,13 @@ def test_the_sentence_names_the_operation(model: Model) -> None:
     [sentence] = set_apart(graph).done
     assert "split off" in sentence
     assert any(name in sentence for name in ("softmax", "sum", "stack"))
+
+
+def test_sums_over_neurons_have_left_before() -> None:
+    recorded, graph = whole(counted)
+    assert kernels(graph) == [True, True]
+    assert set_apart(graph).graph is graph
+    assert_same(graph(*recorded.operands), recorded.results)
 
 
 def test_a_recurrence_that_needs_it_stays_whole() -> None:

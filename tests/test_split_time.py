@@ -208,3 +208,20 @@ def test_every_new_loop_knows_its_place() -> None:
         assert isinstance(scan, Scan)
         assert call.meta["location"].line == 1
         assert call.meta["val"][0].shape == (B, H)
+
+
+def test_sums_over_neurons_leave_the_loop() -> None:
+    def normalised(tape: Tape, x: Tensor) -> tuple[Tensor, ...]:
+        v, out, shares = zeros(x), [], []
+        for t in tape.loop(range(x.size(0))):
+            v, z = lif(v, x[t] - x[t].mean(1, keepdim=True))
+            out.append(z * z.sum(-1, keepdim=True))
+            shares.append(2 * z.mean())
+        return torch.stack(out), torch.stack(shares)
+
+    recorded = record(normalised, 5)
+    split = split_time(roll_loops(recorded.graph).graph)
+    inside = [n.target for _, scan in scans(split.graph) for n in scan.body.graph.nodes]
+    assert not {aten.sum.dim_IntList, aten.mean.dim, aten.mean.default} & {*inside}
+    assert "3 sums computed for all steps at once" in split.done[0]
+    assert_same(split.graph(*recorded.operands), recorded.results)
