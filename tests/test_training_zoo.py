@@ -15,9 +15,18 @@ from tests.training_harness import (
     gradients_of,
     sparsify_training,
 )
-from tests.training_nets import NETS, TrainingNet, net
-from tests.zoo import tensors_of
-from tests.zoo_snntorch import RecurrentNet
+from tests.training_nets import (
+    ELSEWHERE,
+    IN_FLOAT32,
+    NETS,
+    ROUNDED,
+    WITHOUT_GRADIENTS,
+    ZOO_NETS,
+    TrainingNet,
+    from_zoo,
+    net,
+)
+from tests.zoo import ENTRIES, tensors_of
 
 SIZES = ((4, 2), (17, 5))  # steps and batch of later calls
 
@@ -30,13 +39,36 @@ def named(nets: tuple[TrainingNet, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("entry", nets, ids=lambda entry: entry.name)
 
 
-@named(NETS)
+@named((*NETS, *ZOO_NETS))
 def test_gradients_are_those_of_eager(entry: TrainingNet) -> None:
     model, x = entry.model(), entry.inputs()
     example = x.clone().requires_grad_(x.is_floating_point())
     fast = sparsify_training(model, example)
     assert_same_gradients(gradients_of(fast, x), gradients_of(entry.model(), x))
-    assert_trained(fast, entry.sites)
+    if entry.code is None:
+        assert_trained(fast, entry.sites)
+        return
+    assert fast.report.sites
+    for site in fast.report.sites:
+        assert (site.decision, site.code) == ("kept", entry.code), f"\n{fast.report}"
+        assert site.reason
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_networks_without_gradients_have_none(name: str) -> None:
+    """And equal results, with gradients enabled."""
+    entry = from_zoo(next(each for each in ENTRIES if each.name == name))
+    fast = sparsify_training(entry.model())
+    model, x = entry.model(), entry.inputs()
+    for _ in range(2):
+        got, expected = fast(x), model(x)
+        assert not expected.requires_grad and not got.requires_grad
+        assert torch.equal(got, expected)
+
+
+def test_every_network_of_the_zoo_is_here() -> None:
+    tested = {*ELSEWHERE, *(each.name for each in ZOO_NETS)}
+    assert {each.name for each in ENTRIES} <= tested
 
 
 @named(tuple(net(name) for name in ("step by step", "recurrent", "EGRU language model")))
@@ -95,18 +127,18 @@ def test_any_part_of_the_outputs_in_the_loss(loss: object) -> None:
     assert_trained(fast, entry.sites)
 
 
-def test_networks_of_snntorch() -> None:
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_networks_of_snntorch(name: str) -> None:
     """They compute in float32 whatever they are given."""
-    x = net("recurrent").inputs(dtype=torch.float32)
-    sites = ("rlif.recurrent", "fc2")
-    entry = TrainingNet("snnTorch, RLeaky", RecurrentNet, sites)
+    entry = from_zoo(next(each for each in ENTRIES if each.name == name))
+    x = entry.inputs(dtype=torch.float32)
     fast = sparsify_training(entry.model(torch.float32), x.clone().requires_grad_())
     got, expected = gradients_of(fast, x), gradients_of(entry.model(torch.float32), x)
     assert_same_gradients(got, expected, most_relative=MOST_RELATIVE_FLOAT32)
-    assert_trained(fast, sites)
+    assert_trained(fast, entry.sites)
 
 
-@named(NETS)
+@named((*NETS, *(each for each in ZOO_NETS if each.name != ROUNDED)))
 def test_no_network_is_silent_or_without_gradients(entry: TrainingNet) -> None:
     """The zoo tests something: outputs vary, and every parameter has a gradient."""
     model, x = entry.model(), entry.inputs()

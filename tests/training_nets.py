@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsify.errors import RefusalCode
 from tests import zoo_feedforward as feedforward
 from tests import zoo_rates as rates
 from tests import zoo_recurrent as recurrent
 from tests import zoo_stateful as stateful
 from tests import zoo_training as training
-from tests.zoo import fill_weights
+from tests.zoo import ENTRIES, Entry, fill_weights
 from tests.zoo_feedforward import HIDDEN, IN
 
 BATCH, STEPS = 3, 9
@@ -27,6 +28,7 @@ class TrainingNet:
     ``layout`` is the input's: ``time first`` ``[T, B, N]``, ``batch first``, ``static`` ``[B, N]``
     or ``tokens`` ``[T, B]`` of int64. ``gain`` and ``bias`` set the activity, as in the zoo.
     ``mode`` is the module's: networks with dropout or zoneout draw random numbers in training.
+    ``code`` is why kernels can run no site, None if they can.
     """
 
     name: str
@@ -36,6 +38,7 @@ class TrainingNet:
     bias: float = 0.0
     layout: str = "time first"
     mode: str = "train"
+    code: RefusalCode | None = None
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         model = fill_weights(self.build(), self.gain, self.bias, None).to(dtype)
@@ -96,7 +99,7 @@ NETS = (
         bias=-0.5,
     ),
     TrainingNet("LISTA", rates.LISTA, ("lateral",), layout="static", gain=0.5),
-    TrainingNet("EGRU", training.EGRU, ("layer.rec",)),
+    TrainingNet("EGRU of EvNN", training.EGRU, ("layer.rec",)),
     TrainingNet("EGRU, clamped in place", lambda: training.EGRU(in_place=True), ("layer.rec",)),
     TrainingNet("EGRU, zoneout in eval", lambda: training.EGRU(0.1), ("layer.rec",), mode="eval"),
     TrainingNet(
@@ -105,12 +108,43 @@ NETS = (
         ("layers.0.rec", "layers.1.rec", "layers.2.rec", "layers.1.inp", "layers.2.inp", "decode"),
         layout="tokens",
     ),
-    TrainingNet("EGRU, two exchanges", training.TwoExchangeEGRU, ("u", "r", "z_rec")),
+    TrainingNet("EGRU, learnt threshold", training.TwoExchangeEGRU, ("u", "r", "z_rec")),
     TrainingNet("learnable neuron", training.LearnableNeuron, ("rec", "read")),
     TrainingNet("second order", training.SecondOrder, ("rec",), gain=3.0),
     TrainingNet("learnable adaptation", training.LearnableAdaptation, ("rec",)),
     TrainingNet("homeostatic", training.Homeostatic, ("rec",)),
 )
+
+# Networks of the zoo whose results do not depend on anything in a differentiable way: their spikes
+# are comparisons.
+WITHOUT_GRADIENTS = ("in place", "no self-connection", "gates in place", "buffer state")
+IN_FLOAT32 = ("snnTorch, static", "snnTorch, spike trains", "snnTorch, RLeaky")
+ROUNDED = "EGRU of eighths"  # weights and inputs have gradients that are zero, by ``round``
+# Where training differs from inference: the sites that kernels run, and why they run none.
+IN_TRAINING: dict[str, tuple[tuple[str, ...], RefusalCode | None]] = {
+    "tanh by hand": (("inp", "rec"), None),  # nothing is silent, but the dense loop is fused
+    ROUNDED: ((), "no-event"),  # its rounded gates are not seen to be events beside gradients
+}
+
+
+def from_zoo(entry: Entry) -> TrainingNet:
+    """As the zoo has it; its EGRU draws random numbers in training."""
+    sites, code = IN_TRAINING.get(entry.name, (entry.events, entry.code))
+    return TrainingNet(
+        entry.name,
+        entry.build,
+        sites,
+        entry.gain,
+        entry.bias,
+        entry.layout,
+        "eval" if entry.name == "EGRU" else "train",
+        code,
+    )
+
+
+ELSEWHERE = {each.name for each in NETS} | {*WITHOUT_GRADIENTS, *IN_FLOAT32}
+# All others of the zoo.
+ZOO_NETS = tuple(from_zoo(entry) for entry in ENTRIES if entry.name not in ELSEWHERE)
 
 
 def net(name: str) -> TrainingNet:
