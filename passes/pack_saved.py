@@ -34,7 +34,7 @@ from sparsify.passes.without_packing import move_masks
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
 from sparsify.scan import Scan
 
-LEAST_NEURONS = 64  # of a row: fewer save little memory, and a tile of them is not full
+LEAST_NEURONS = 128  # of a row: fewer save little memory, and packing them takes longer
 
 
 def pack_saved(parts: Differentiated) -> Differentiated:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from sparsify.chunked_scan import ChunkedScan
 from sparsify.entry import GeneralModules, general_module
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
@@ -64,10 +65,14 @@ def test_a_recurrent_product_stays_and_reads_the_weight_itself() -> None:
 
 def test_weight_gradients_are_outer_products_of_all_steps() -> None:
     graph = backward_of("EGRU")
+    outer = [module for module in graph.modules() if isinstance(module, OuterProduct)]
+    assert len(outer) == 3  # one a gate; where nothing else reads the factor, beside the loop
+    [chunked] = [module for module in graph.children() if isinstance(module, ChunkedScan)]
+    assert len(chunked.products) == 1
     calls = [n for n in graph.graph.nodes if n.op == "call_module"]
-    outer = [n for n in calls if isinstance(graph.get_submodule(n.target), OuterProduct)]
-    assert [tuple(n.meta["val"].shape) for n in outer] == [(6, 6)] * 3
-    assert all(n.args[0].meta["val"].shape == (4, 3, 6) for n in outer)
+    after = [n for n in calls if isinstance(graph.get_submodule(n.target), OuterProduct)]
+    assert [tuple(n.meta["val"].shape) for n in after] == [(6, 6)] * 2
+    assert all(n.args[0].meta["val"].shape == (4, 3, 6) for n in after)
 
 
 def test_biases_are_added_up_before_rows_are() -> None:
