@@ -4,6 +4,9 @@ In the gradient of a spiking layer::
 
     p = mm(d, w); g = p + d_z; u = g * relu(1 - abs(v))      # p matters where the last factor does
 
+Where ways part, a value matters where it does on one of them: ``p`` of ``p * c * relu(v) + p * o``
+where ``relu(v)`` or ``o`` is not zero.
+
 The rule is that a finite ``p`` may be replaced by 0 without a change. Factors are exactly zero, or
 NaN, wherever the mask says so; values that are added before may be anything, and their infinities
 and NaN stay. Where ``p`` would not be finite, the kernel computes it, see ``ir.Gather``.
@@ -65,31 +68,37 @@ class Mask:
     inverted: bool = False
 
 
-def find_mask(value: fx.Node, results: tuple[fx.Node, ...]) -> Mask | None:
-    """Where ``value`` matters to ``results``, None if anywhere or in a way that is not known."""
-    masks = _find_masks(value, results)
-    if masks is None or len(masks) != 1:
-        return None
-    [mask] = masks
-    return None if _depends(mask.node, value) else mask
+def find_masks(value: fx.Node, results: tuple[fx.Node, ...]) -> tuple[Mask, ...] | None:
+    """``value`` matters to ``results`` where one of these is set; None if anywhere, or unknown.
 
-
-def _find_masks(value: fx.Node, results: tuple[fx.Node, ...]) -> set[Mask] | None:
-    if value in results or not value.users:
-        return None
-    found: set[Mask] = set()
-    for user in value.users:
-        if fill_of(user) is not None:
-            continue  # it takes the shape
-        mask = _mask_at(user, value)
-        if mask is not None:
-            found.add(mask)
-            continue
-        behind = _find_masks(user, results) if _passes_on(user, value) else None
-        if behind is None:
+    One mask for each way to the results, if the ways part before they come to one.
+    """
+    found: dict[Mask, None] = {}
+    reached, waiting = {value}, [value]
+    while waiting:
+        node = waiting.pop()
+        if node in results or not node.users:
             return None
-        found |= behind
-    return found
+        for user in node.users:
+            if fill_of(user) is not None:
+                continue  # it takes the shape
+            mask = _mask_at(user, node)
+            if mask is not None:
+                found[mask] = None
+            elif not _passes_on(user, node):
+                return None
+            elif user not in reached:
+                reached.add(user)
+                waiting.append(user)
+    multiplies = any(_multiplies_two_of(node, reached) for node in reached)
+    known = not multiplies and not any(_depends(mask.node, value) for mask in found)
+    return tuple(found) if found and known else None
+
+
+def _multiplies_two_of(node: fx.Node, values: set[fx.Node]) -> bool:
+    """True for products of values that both change: they might become infinite, as a square."""
+    is_sum = node.target in (aten.add.Tensor, aten.sub.Tensor)
+    return not is_sum and sum(operand in values for operand in node.all_input_nodes) > 1
 
 
 def _mask_at(user: fx.Node, value: fx.Node) -> Mask | None:

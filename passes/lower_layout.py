@@ -109,14 +109,18 @@ def is_cellwise(node: fx.Node) -> bool:
 
 
 def find_live(scan: Scan) -> list[fx.Node]:
-    """The body's nodes that its results need, in order."""
+    """The body's nodes that its results need, and what restricts its products, in order."""
     needed: set[fx.Node] = set()
     waiting = list(scan.results)
     while waiting:
         node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting.extend(node.all_input_nodes)
+        if node in needed:
+            continue
+        needed.add(node)
+        waiting.extend(node.all_input_nodes)
+        mask = node.meta.get("only")
+        if mask is not None and mask.node.graph is node.graph:  # a copied graph has other nodes
+            waiting.append(mask.node)
     return [node for node in scan.body.graph.nodes if node in needed]
 
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.predict_cost import WANTED_MACS
+from sparsify.codegen.strategies import find_strategy
+from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.differentiate_scans import measure_gradients
 from sparsify.differentiated import Differentiated
 from sparsify.graph_meta import TensorInfo
@@ -18,10 +22,13 @@ from sparsify.passes.call_scan import call_scan
 from sparsify.passes.differentiate import differentiate
 from sparsify.passes.restrict_products import find_restrictions, restrict_products
 from sparsify.scan import Scan, output_values
+from tests.example_kernels import STRATEGIES, How, schedule
 from tests.run_lowered import lowered, scans_of, with_regions
 from tests.steps import apply, make_scan
 from tests.test_roll_loops import assert_same
 
+BACKEND = CppBackend()
+needs_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 STEPS, B, H = 5, 3, 6
 Body = Callable[..., tuple[Tensor, ...]]
 Surrogate = Callable[[Tensor, Tensor], Tensor]
@@ -56,7 +63,19 @@ def scaled_before(g: Tensor, v: Tensor) -> Tensor:
     return (-(g * v) / torch.where(v > 0, 2.0, 1.0) + v) * (v.abs() < 0.5)
 
 
-COMPACT = (box, triangle, window, cut, filled, parabola, scaled_before)
+def two_windows(g: Tensor, v: Tensor) -> Tensor:
+    return box(g, v) + window(g, v - 1)
+
+
+def outside_or_slope(g: Tensor, v: Tensor) -> Tensor:
+    """Masks of all kinds: where something is set and where not, bools and numbers."""
+    return cut(g, v + 0.25) + triangle(g * v, v - 1) + g * (v.abs() > 0.75)
+
+
+COMPACT = (
+    *(box, triangle, window, cut, filled, parabola, scaled_before),
+    *(two_windows, outside_or_slope),
+)
 
 
 def smooth(g: Tensor, v: Tensor) -> Tensor:
@@ -67,8 +86,8 @@ def also_whole(g: Tensor, v: Tensor) -> Tensor:
     return box(g, v) + 0.25 * g
 
 
-def two_windows(g: Tensor, v: Tensor) -> Tensor:
-    return box(g, v) + window(g, v - 1)
+def whole_behind(g: Tensor, v: Tensor) -> Tensor:
+    return box(g, v) + window(g, v - 1) + 0.25 * (g + v)
 
 
 def squared(g: Tensor, v: Tensor) -> Tensor:
@@ -76,15 +95,27 @@ def squared(g: Tensor, v: Tensor) -> Tensor:
     return box(g * g, v)
 
 
+def multiplied(g: Tensor, v: Tensor) -> Tensor:
+    """The same of two factors that are not one node."""
+    return box((g + v) * (g - v), v)
+
+
 def window_of_itself(g: Tensor, v: Tensor) -> Tensor:
     return box(g, g)
+
+
+def window_of_itself_too(g: Tensor, v: Tensor) -> Tensor:
+    return box(g, v) + box(v, g) + box(g, g)
 
 
 def scaled_by_infinity(g: Tensor, v: Tensor) -> Tensor:
     return g * (torch.relu(1 - v.abs()) * float("inf"))
 
 
-OTHERS = (smooth, also_whole, two_windows, squared, window_of_itself, scaled_by_infinity)
+OTHERS = (
+    *(smooth, also_whole, whole_behind, squared, multiplied),
+    *(window_of_itself, window_of_itself_too, scaled_by_infinity),
+)
 
 
 def recurrent(surrogate: Surrogate) -> Body:
@@ -204,6 +235,74 @@ def test_a_product_between_layers_stays_in_its_step() -> None:
     assert_same(result.graph(*given), expected)
 
 
+def gated(
+    c: Tensor, dc: Tensor, g: Tensor, v: Tensor, u: Tensor, r: Tensor, w: Tensor
+) -> tuple[Tensor, ...]:
+    """Units with outputs ``y = o * c``: two gates read them, and the state loses them."""
+    d_y = g + c
+    d = dc * 0.5 + d_y * (v > 0.5) + triangle(d_y * v, v)
+    d_u, d_r = d * u, d * r
+    total = d_u.mm(w) + d_r.mm(w.t()) + dc.neg()
+    return total, d, d_u, d_r
+
+
+def gated_operands() -> list[Tensor]:
+    start, weight = operands()[0], operands()[-1]
+    xs = [dyadic(STEPS, B, H, seed=seed) for seed in range(2, 6)]
+    return [
+        start,
+        dyadic(B, H, seed=1),
+        *(x.sign() if i > 1 else x for i, x in enumerate(xs)),
+        weight,
+    ]
+
+
+def gated_graph() -> fx.GraphModule:
+    return called(scan_of(gated, [t[0] if t.dim() == 3 else t for t in gated_operands()], 2, 4))
+
+
+def test_products_of_one_sum_share_what_says_where_they_matter() -> None:
+    """The sum of two products and others: each product has a carry of what it reads."""
+    graph = gated_graph()
+    expected = graph(*gated_operands())
+    result = restrict_products(graph)
+    assert len(result.done) == 2
+    [scan] = scans_of(result.graph).values()
+    assert scan.carries == 4
+    assert_same(result.graph(*gated_operands()), expected)
+    first, second = only_lowered(result.graph).kernel.gathers
+    assert first.only == second.only is not None
+    assert first.weight != second.weight
+    launchables = with_regions(result.graph)
+    assert_same(result.graph(*gated_operands()), expected)
+    assert [launchable.calls for launchable in launchables.values()] == [1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["event", "dense"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kernels_compute_what_one_of_several_masks_wants(strategy: str, how: How) -> None:
+    """Bit for bit, as all sums are exact; what is wanted is counted, and costs as predicted."""
+    graph = restrict_products(gated_graph()).graph
+    [reference] = with_regions(graph).values()
+    graph(*gated_operands())
+    kernel, given = reference.kernel, reference.given
+    plan = schedule(kernel, strategy, how)
+    launch = BACKEND.load(BACKEND.compile(kernel, plan))
+    expected = reference(given, steps=STEPS, batch=B)
+    got = launch(given, steps=STEPS, batch=B)
+    assert got.keys() == expected.keys() and expected
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    v = gated_operands()[3]
+    wanted = int(((v > 0.5) | (v.abs() < 1)).sum())
+    assert 0 < wanted < v.numel()
+    assert launch.events == {g.result: (wanted, v.numel()) for g in kernel.gathers}
+    share = {g.result: wanted / v.numel() for g in kernel.gathers}
+    cost = find_strategy(strategy).predict(kernel, plan, steps=STEPS, batch=B, activity=share)
+    macs = len(share) * H * (wanted * WANTED_MACS if how == "event" else v.numel())
+    assert cost.dense_macs == pytest.approx(macs)
+
+
 def test_a_product_that_a_step_returns_stays() -> None:
     def body(c: Tensor, g: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         product = box(g + c, v).mm(w)
@@ -276,7 +375,14 @@ def test_the_gradient_of_a_spiking_layer_is_restricted() -> None:
     assert any(n is product.meta["only"].node for n in product.graph.nodes)
 
 
-@pytest.mark.parametrize(("surrogate", "share"), [(box, 0.25), (cut, 0.25)])
+def nearer_or_further(g: Tensor, v: Tensor) -> Tensor:
+    return box(g, v) + g * (v > 1)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "share"),
+    [(box, 0.25), (cut, 0.25), (nearer_or_further, 1.0), (two_windows, 0.25)],
+)
 def test_how_much_matters_is_measured(surrogate: Surrogate, share: float) -> None:
     graph = restrict_products(recurrent_graph(surrogate)).graph
     [scan] = scans_of(graph).values()
