@@ -52,6 +52,14 @@ def sparsify_training(model: nn.Module, *example: Any, plan: Plan | None = None)
     return fast if plan == fast.plan else sparsify(model, *example, timing=False, plan=plan)
 
 
+def events_at(sites: Iterable[str]) -> Plan | None:
+    """A plan by which these run as events in training: found without a compilation."""
+    plan = Plan()
+    for site in sites:
+        plan = plan.pin(site, "event")
+    return Plan(training=plan) if plan.sites else None
+
+
 def gradients_of(module: nn.Module, x: Tensor, loss: Loss = weighted_sum) -> Gradients:
     """Of all parameters and of the input, if it is of a floating type; copies."""
     module.zero_grad(set_to_none=True)
