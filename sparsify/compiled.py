@@ -13,7 +13,6 @@ from sparsify.recording.recording import Recording
 from sparsify.region import Region
 from sparsify.report import Site
 
-
 LIMITED = "limit_surrogates"  # the stage from which on gradients are approximations
 
 

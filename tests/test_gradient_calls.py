@@ -26,7 +26,7 @@ class FastSigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return gradient / (5 * x.abs() + 1) ** 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ MOST_RELATIVE = 1e-10
 
 # The network, its sites, and the products of each gradient that are restricted: with two exchanges
 # that of the candidate is not, as the reset gate multiplies it in the step that computes it.
-CASES = {
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], int]] = {
     "trace": (EGRU, ("layer.rec",), 3),
     "clamped in place": (lambda: EGRU(in_place=True), ("layer.rec",), 3),
     "three layers": (EGRULanguageModel, tuple(f"layers.{i}.rec" for i in range(3)), 3),

@@ -53,9 +53,7 @@ def write(value: Value, node: fx.Node, has_layout: bool, writer: Writer) -> str 
         written.version = memory.version
         written.has_layout = layout
     if writer.histories is None and value.parent is not None and not has_layout:
-        value.version = (
-            OUTDATED  # read anew, as a view: its strides decide on rounding
-        )
+        value.version = OUTDATED  # read anew, as a view: its strides decide on rounding
     return None
 
 
