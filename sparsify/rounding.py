@@ -59,9 +59,11 @@ def absolute(p: Precision, a: Bounded) -> Bounded:
 
 
 def square_root(p: Precision, a: Bounded) -> Bounded:
+    """Torch's vectorised square root may be off by more than half a unit: 0.6 was seen."""
     root = a.value.sqrt()
     inherited = root - (a.value - a.error).clamp_min(0).sqrt()
-    return rounded(root, torch.maximum(inherited, (a.value + a.error).sqrt() - root), p)
+    inherited = torch.maximum(inherited, (a.value + a.error).sqrt() - root)
+    return rounded(root, inherited, p, roundings=2)
 
 
 def power(p: Precision, a: Bounded, exponent: float) -> Bounded:

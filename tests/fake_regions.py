@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.passes.copy_graph import copy_graph
 from sparsify.region import Region
 from sparsify.scan import Scan
 
@@ -41,7 +42,7 @@ def with_regions(
     modules: dict[str, nn.Module] = {}
     for name, module in graph.named_children():
         modules[name] = FakeRegion(module, replaced) if isinstance(module, Scan) else module
-    return fx.GraphModule(modules, graph.graph)
+    return fx.GraphModule(modules, copy_graph(graph.graph))
 
 
 class Stepwise(nn.Module):
