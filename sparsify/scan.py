@@ -102,12 +102,32 @@ class Scan(nn.Module):
         self._check_operands(steps, carries, xs, consts)
         if steps == 0:
             return (*carries, *self._empty_ys(carries, xs, consts))
+        if not torch.is_grad_enabled():
+            return self._written(steps, carries, xs, consts)
         kept: list[tuple[Tensor, ...]] = []
         final = tuple(carries)
         for _, results in self._steps(steps, carries, xs, consts):
             final = results[: self.carries]
             kept.append(results[self.carries :])
         return (*final, *self.stack(kept))
+
+    def _written(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """``forward`` with ys written where they belong: half the memory of stacking them."""
+        whole: list[Tensor] = []
+        final = tuple(carries)
+        running = self._steps(steps, carries, xs, consts)
+        for step, (_, results) in zip(self.times(steps), running, strict=True):
+            final, ys = results[: self.carries], results[self.carries :]
+            whole = whole or [y.new_empty((steps, *y.shape)) for y in ys]
+            for stacked, y in zip(whole, ys, strict=True):
+                stacked[step] = y
+        return (*final, *whole)
 
     def trace_states(
         self,

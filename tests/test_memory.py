@@ -106,7 +106,10 @@ def test_compiling_an_example(kind: type[nn.Module]) -> None:
     model, x, held = example(kind)
     made: list[nn.Module] = []
     eager = held + peak_of(lambda: model(x))
-    assert held + peak_of(lambda: made.append(sparsify(model, x))) <= MOST_OVER_EAGER * eager
+    # The first steps of every kernel are checked against bounds, which are computed in float64.
+    checked = max(parameter.numel() for parameter in model.parameters()) * torch.float64.itemsize
+    most = MOST_OVER_EAGER * eager + checked
+    assert held + peak_of(lambda: made.append(sparsify(model, x))) <= most
     assert has_compiled(made[0])
 
 
