@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from sparsify.differentiated import Input
 from sparsify.passes.call_scan import common_module
+from sparsify.passes.find_origins import find_origins
 from sparsify.passes.joint_graph import JointGraph
 from sparsify.passes.lower_names import Names
 from sparsify.passes.save_values import is_binary
@@ -87,14 +88,7 @@ class BackwardBody:
 
     def _find_needed(self, results: Iterable[fx.Node]) -> set[fx.Node]:
         """What the body computes or is given."""
-        found: set[fx.Node] = set()
-        waiting = list(results)
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found.add(node)
-                waiting.extend(() if node in self.saved else node.all_input_nodes)
-        return found
+        return find_origins(results, lambda n: () if n in self.saved else n.all_input_nodes)
 
     def _place(self, key: fx.Node, like: fx.Node, name: str) -> fx.Node:
         place = self.graph.placeholder(self.names.new(name))

@@ -21,6 +21,7 @@ from sparsify.chunked_scan import ChunkedScan
 from sparsify.outer_product import OuterProduct
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.find_origins import find_origins
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
 from sparsify.scan import Scan
@@ -76,22 +77,10 @@ def _is_product(user: fx.Node, part: fx.Node, modules: dict[str, nn.Module]) -> 
     """An outer product of ``part`` with the same time axis in its activation."""
     if user.op != "call_module" or not isinstance(modules[str(user.target)], OuterProduct):
         return False
-    d, activation = user.args
-    return d is part and activation is not part and _is_before(activation, part)
-
-
-def _is_before(activation: Any, part: fx.Node) -> bool:
-    """Whether the activation can be had before the loop runs."""
-    loop = part.args[0]
-    waiting, seen = [activation], set()
-    while waiting:
-        node = waiting.pop()
-        if node is loop:
-            return False
-        if node not in seen:
-            seen.add(node)
-            waiting += node.all_input_nodes
-    return True
+    operands: Any = user.args
+    d, activation = operands
+    # The activation must be there before the loop runs.
+    return d is part and part.args[0] not in find_origins([activation])
 
 
 def _rewrite(

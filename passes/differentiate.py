@@ -21,10 +21,10 @@ from sparsify.differentiated import Differentiated, Operand
 from sparsify.errors import Refusal
 from sparsify.passes.backward_graph import BackwardGraph, write_backward
 from sparsify.passes.chunk_products import chunk_products
+from sparsify.passes.copy_graph import copy_into
 from sparsify.passes.find_reaches import find_active, find_dependences, find_reaches
 from sparsify.passes.joint_graph import (
     JointGraph,
-    is_application,
     trace_joint,
 )
 from sparsify.passes.leave_loop import find_leaving
@@ -40,6 +40,7 @@ from sparsify.passes.why_not_differentiate import (
     why_not_joint,
     why_not_traced,
 )
+from sparsify.passes.without_gradients import is_application
 from sparsify.scan import Scan
 
 aten = torch.ops.aten
@@ -131,18 +132,10 @@ def _write_forward(joint: JointGraph, saved: list[fx.Node]) -> Scan:
     known = {value: copies[node] for node, value in reversed(joint.values.items())}
     results = [copies[node] for node in scan.results]
     for node in saved:
-        results.append(_saved_value(graph, _copy_into(graph, node, known), node))
+        results.append(_saved_value(graph, copy_into(graph, node, known), node))
     graph.output(tuple(results))
     body = fx.GraphModule(nn.Module(), graph, class_name="Body")
     return Scan(body, scan.carries, scan.xs, scan.consts, scan.location, scan.reverse)
-
-
-def _copy_into(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
-    if node not in known:
-        for operand in node.all_input_nodes:
-            _copy_into(graph, operand, known)
-        known[node] = graph.node_copy(node, known.__getitem__)
-    return known[node]
 
 
 def _saved_value(graph: fx.Graph, value: fx.Node, node: fx.Node) -> fx.Node:

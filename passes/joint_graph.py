@@ -29,6 +29,7 @@ from sparsify.application import Application
 from sparsify.differentiated import Operand
 from sparsify.passes.new_values import without_writes
 from sparsify.passes.simplify_joint import erase_dead, simplify_joint
+from sparsify.passes.without_gradients import is_application
 from sparsify.scan import Scan
 
 aten = torch.ops.aten
@@ -120,11 +121,6 @@ def trace_joint(
         values,
         dict(zip(reached, returned[len(kept) :], strict=True)),
     )
-
-
-def is_application(node: fx.Node) -> bool:
-    """True for uses of an autograd.Function, whose value is their first argument."""
-    return isinstance(node.target, Application)
 
 
 def _join_applications(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:

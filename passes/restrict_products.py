@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.copy_graph import copy_graph, copy_into
 from sparsify.passes.find_masks import Mask, find_masks
 from sparsify.passes.find_sums import CarriedSum, find_sum
 from sparsify.passes.result import PassResult
@@ -242,16 +242,7 @@ def _write_last(
             for part in parts
         )
         known = [{**places, _source(p): s} for p, s in zip(total.products, sources, strict=True)]
-        terms = [_write_outside(graph, p, k) for p, k in zip(total.products, known, strict=True)]
+        terms = [copy_into(graph, p, k) for p, k in zip(total.products, known, strict=True)]
         last = _add_up(graph, [*terms, rest], user.meta["val"], user)
     user.replace_all_uses_with(last)
     graph.erase_node(user)
-
-
-def _write_outside(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The value of a body's node from those that are ``known`` outside."""
-    if node not in known:
-        for operand in node.all_input_nodes:
-            _write_outside(graph, operand, known)
-        known[node] = graph.node_copy(node, known.__getitem__)
-    return known[node]

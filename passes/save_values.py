@@ -27,6 +27,7 @@ from sparsify.passes.classify_ops import (
     draws_random,
     is_pointwise,
 )
+from sparsify.passes.find_origins import find_origins
 from sparsify.passes.joint_graph import JointGraph
 from sparsify.passes.lower_ops import FILLS
 
@@ -100,15 +101,11 @@ def is_binary(node: fx.Node) -> bool:
 
 def _before(nodes: Iterable[fx.Node], kept: Set[fx.Node]) -> set[fx.Node]:
     """``nodes`` and all that they are computed from, as far as it would be computed anew."""
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            again = node not in kept and is_recomputable(node)
-            waiting.extend(node.all_input_nodes if again else ())
-    return found
+
+    def reads(node: fx.Node) -> Iterable[fx.Node]:
+        return node.all_input_nodes if node not in kept and is_recomputable(node) else ()
+
+    return find_origins(nodes, reads)
 
 
 def _cost(joint: JointGraph, node: fx.Node, wanted: Set[fx.Node]) -> int:

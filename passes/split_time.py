@@ -24,6 +24,7 @@ from torch import fx, nn
 from sparsify.passes.batch_steps import batch_step
 from sparsify.passes.call_scan import call_scan, common_module, erase_unused
 from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.copy_graph import copy_into
 from sparsify.passes.partition_body import Part, Partition
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, with_shape
@@ -175,11 +176,7 @@ class _Emitter:
         return call(self.graph, aten.expand.default, args, info, self.node)
 
     def _constant(self, node: fx.Node) -> fx.Node:
-        if node not in self.constants:
-            for operand in node.all_input_nodes:
-                self._constant(operand)
-            self.constants[node] = self.graph.node_copy(node, self.constants.__getitem__)
-        return self.constants[node]
+        return copy_into(self.graph, node, self.constants)
 
     def _stacked(self, node: fx.Node) -> fx.Node | None:
         """The values of all steps, time in dim 0; None for what is the same in every step."""

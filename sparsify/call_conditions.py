@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import chain
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 
 from sparsify.errors import Refusal
 
-GRAD_REMEDY = (
-    "Call it under torch.no_grad() or torch.inference_mode(), or after requires_grad_(False)."
-)
 HOOK_REMEDY = "Remove the hook, or register it on the whole model, where it keeps firing."
 MODE_REMEDY = "Leave the mode to run the kernels."
 
@@ -39,17 +33,6 @@ def is_intercepted() -> bool:
 
 def needs_grad(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def why_grad(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Refusal | None:
-    """Why the original has to run so that gradients flow; looks at all parameters."""
-    if not torch.is_grad_enabled():
-        return None
-    inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    if not needs_grad(chain(model.parameters(), model.buffers(), inputs)):
-        return None
-    reason = "Gradients are enabled and needed, and only inference is compiled."
-    return Refusal("needs-grad", reason, GRAD_REMEDY)
 
 
 def why_observed(model: nn.Module) -> Refusal | None:

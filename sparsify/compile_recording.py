@@ -37,7 +37,7 @@ from sparsify.scan import Scan
 from sparsify.scans import (
     BACKWARD,
     call_layouts,
-    capture_calls,
+    capture,
     find_scans,
     visit_calls,
     with_regions,
@@ -66,7 +66,8 @@ class Compiler:
         plan = measured_plan(plan, products)
         stages = run_pipeline(recording.graph)
         undifferentiated: dict[str, Refusal] = {}
-        if needs_grad(operands):
+        is_trained = needs_grad(operands)
+        if is_trained:
             joined = join_slices(stages[-1].graph)
             stages = (*stages, Stage("join_slices", joined.graph, tuple(joined.done)))
             stages = (*stages, *limit(stages[-1].graph, self.options.surrogate_window))
@@ -75,7 +76,7 @@ class Compiler:
         graph = stages[-1].graph
         scans = find_scans(graph)
         # A call without gradients frees what a loop is given when it is through: so do we.
-        calls = capture_calls(graph, operands) if needs_grad(operands) else call_layouts(graph)
+        calls = capture(graph, operands).calls if is_trained else call_layouts(graph)
         measure_gradients(scans, calls)
         lowered = lower_scans(scans) | undifferentiated
         forward = {name: low for name, low in lowered.items() if BACKWARD not in name}
@@ -84,7 +85,7 @@ class Compiler:
         chooser = Chooser(self.options, self.binaries, plan, placements, earlier or {})
         tasks = find_tasks(scans, calls, lowered)
         chooser.prepare(tasks)
-        if needs_grad(operands):
+        if is_trained:
             for task in tasks:
                 chooser.choose(task)
         else:

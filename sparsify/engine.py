@@ -257,13 +257,13 @@ class Engine:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
         differs = why_not_repeated(self.original, recording, args, kwargs)
         operands = recording.calling.operands(args, kwargs)
-        if not differs and needs_grad(operands):
+        is_trained = needs_grad(operands)
+        if not differs and is_trained:
             differs = why_gradients_differ(self.original, recording, args, kwargs)
         if differs:
             raise TraceError(f"the recording does not repeat the model: {differs}")
         self.recordings += 1
         self._refused = None
-        is_trained = needs_grad(operands)
         plan = (self._plan.training or Plan()) if is_trained else self._plan
         like = [entry for entry in self.entries if bool(entry.required) == is_trained]
         earlier = {site.name: site for e in like for site in e.compiled.sites}

@@ -6,7 +6,8 @@ A Scan is named after the module of its call: ``scan_0``; one that computes a gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,57 +25,46 @@ BACKWARD = ".backward."
 SEED = 0  # of the gradients that stand for those of a loss
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What every Scan is called with, and what the gradient of every TrainedRegion is given."""
+
+    calls: dict[str, tuple[Any, ...]]
+    gradients: dict[str, dict[Input, Tensor]]
+
+
 def find_scans(graph: fx.GraphModule) -> dict[str, Scan]:
     """Every Scan that a kernel could replace."""
-    found: dict[str, Scan] = {}
-    for name, module in graph.named_children():
-        if isinstance(module, Scan):
-            found[name] = module
-        elif isinstance(module, ChunkedScan) and isinstance(module.run, Scan):
-            found[name] = module.run
-        elif isinstance(module, TrainedRegion) and isinstance(module.run, Scan):
-            found[name] = module.run
-            nested = find_scans(module.backward)
-            found |= {f"{name}{BACKWARD}{inner}": scan for inner, scan in nested.items()}
-    return found
+    return {name: run for name, run in _find_loops(graph) if isinstance(run, Scan)}
 
 
 def find_regions(graph: fx.GraphModule) -> dict[str, Region]:
     """Every kernel that runs in place of a Scan, under the Scan's name."""
-    found: dict[str, Region] = {}
+    return {name: run for name, run in _find_loops(graph) if isinstance(run, Region)}
+
+
+def _find_loops(graph: fx.GraphModule) -> Iterator[tuple[str, Scan | Region]]:
+    """Whatever runs a loop, by name."""
     for name, module in graph.named_children():
-        if isinstance(module, Region):
-            found[name] = module
-        elif isinstance(module, ChunkedScan) and isinstance(module.run, Region):
-            found[name] = module.run
-        elif isinstance(module, TrainedRegion):
-            if isinstance(module.run, Region):
-                found[name] = module.run
-            nested = find_regions(module.backward)
-            found |= {f"{name}{BACKWARD}{inner}": region for inner, region in nested.items()}
-    return found
+        if isinstance(module, (Scan, Region)):
+            yield name, module
+        elif isinstance(module, (ChunkedScan, TrainedRegion)):
+            yield name, module.run
+        if isinstance(module, TrainedRegion):
+            for inner, run in _find_loops(module.backward):
+                yield f"{name}{BACKWARD}{inner}", run
 
 
-def capture_calls(graph: fx.GraphModule, operands: Sequence[Tensor]) -> dict[str, tuple[Any, ...]]:
-    """Run ``graph`` and the gradients in it, and keep what every Scan is called with.
+def capture(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Captured:
+    """Run ``graph`` and the gradients in it, and keep what their loops are given.
 
     Gradients of results are random numbers, zero for results that nothing reads: which elements of
     the others' gradients are zero does not depend on more.
     """
-    capture = _Capture(graph)
+    run = _Capture(graph)
     with torch.no_grad():
-        capture.run(*operands)
-    return capture.calls
-
-
-def capture_gradients(
-    graph: fx.GraphModule, operands: Sequence[Tensor]
-) -> dict[str, dict[Input, Tensor]]:
-    """Run ``graph``; returns what the gradient of every TrainedRegion is given, by its name."""
-    capture = _Capture(graph)
-    with torch.no_grad():
-        capture.run(*operands)
-    return capture.gradients
+        run.run(*operands)
+    return Captured(run.calls, run.gradients)
 
 
 def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:

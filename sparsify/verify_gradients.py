@@ -23,7 +23,7 @@ from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.differentiated import Input
 from sparsify.errors import MismatchError
 from sparsify.scan import retyped
-from sparsify.scans import capture_calls, capture_gradients, find_regions
+from sparsify.scans import capture, find_regions
 from sparsify.trained_region import TrainedRegion
 from sparsify.training_step import differentiate_result
 from sparsify.verify_figures import GradientFigures, RegionFigures
@@ -60,13 +60,13 @@ def check_gradients(
     _check_stages(stages, operands)
     with torch.no_grad():
         before = stages[-1].graph
-        calls = capture_calls(before, operands)
+        captured = capture(before, operands)
         regions = tuple(
-            RegionCheck(name, region, *calls[name]).run(most_undecided, progress)
+            RegionCheck(name, region, *captured.calls[name]).run(most_undecided, progress)
             for name, region in find_regions(compiled.graph).items()
         )
-        inputs = capture_gradients(before, operands)
-        return CheckedGradients(regions, tuple(_distances(before, compiled.graph, inputs)))
+        distances = _distances(before, compiled.graph, captured.gradients)
+        return CheckedGradients(regions, tuple(distances))
 
 
 def _check_stages(stages: Sequence[Stage], operands: Sequence[Tensor]) -> None:

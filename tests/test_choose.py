@@ -21,7 +21,7 @@ from sparsify.cost_model import Rates, calibrate_rates
 from sparsify.options import Options
 from sparsify.plan import Plan, RegionPlan
 from sparsify.recording.recording import Args, Kwargs, Recording
-from sparsify.scans import capture_calls, find_scans
+from sparsify.scans import capture, find_scans
 from tests.looped_models import WEIGHTS, H, layer_order, recurrent
 from tests.unrolled import dyadic, record_unrolled
 
@@ -62,7 +62,7 @@ def task_of(model: Model) -> Task:
     recording, operands = record(model)
     graph = run_pipeline(recording.graph)[-1].graph
     scans = find_scans(graph)
-    return find_tasks(scans, capture_calls(graph, operands), lower_scans(scans))[0]
+    return find_tasks(scans, capture(graph, operands).calls, lower_scans(scans))[0]
 
 
 def predictor(activity: float, batch: int = 4, region: RegionPlan | None = None) -> Predictor:
