@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FRONT_DOORS = {"sparsify.api", "sparsify.cli"}
 ENTRANCES = ("sparsify.__main__", "sparsify.cli", "sparsify.demo")
 # What may be missing where the package is installed, so is imported where it is used.
-OPTIONAL = {"sklearn", "tqdm", "jax", "pytest"}
+OPTIONAL = {"sklearn", "tqdm", "jax", "pytest", "cupy", "cupy_backends"}
 DEFERRED = {
     # A pickle of a sparsified module must not pay for the engine's imports; a cycle otherwise.
     ("sparsify.install", "sparsify.engine"),
@@ -30,6 +30,8 @@ def sources() -> dict[str, ast.Module]:
         (ROOT / "sparsify" / "recording", "sparsify.recording"),
         (ROOT / "passes", "sparsify.passes"),
         (ROOT / "codegen", "sparsify.codegen"),
+        (ROOT / "codegen" / "cuda", "sparsify.codegen.cuda"),
+        (ROOT / "codegen" / "emulator", "sparsify.codegen.emulator"),
     ):
         for path in sorted(folder.glob("*.py")):
             name = package if path.stem == "__init__" else f"{package}.{path.stem}"
@@ -74,6 +76,7 @@ def modules_in(package: str) -> list[str]:
 
 def test_the_whole_package_is_read() -> None:
     assert {"sparsify.ir", "sparsify.codegen.cpp", "sparsify.passes.roll_loops"} <= set(MODULES)
+    assert {"sparsify.codegen.cuda.device", "sparsify.codegen.emulator"} <= set(MODULES)
     assert "sparsify.recording.recording" in MODULES
 
 

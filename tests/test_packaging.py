@@ -19,7 +19,10 @@ FOLDERS = {
     "sparsify/recording": "sparsify/recording",
     "sparsify/passes": "passes",
     "sparsify/codegen": "codegen",
+    "sparsify/codegen/cuda": "codegen/cuda",
+    "sparsify/codegen/emulator": "codegen/emulator",
 }
+SHIPPED = {".py", ".h", ".cpp", ".cuh", ".typed"}
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +55,11 @@ def test_wheel_holds_every_source_of_the_package(wheel: zipfile.ZipFile) -> None
         f"{package}/{path.name}"
         for package, folder in FOLDERS.items()
         for path in (ROOT / folder).iterdir()
-        if path.suffix in {".py", ".h", ".cpp", ".typed"}
+        if path.suffix in SHIPPED
     }
     expected.add("pytest_sparsify.py")
     assert {"sparsify/py.typed", "sparsify/codegen/kernel.h"} <= expected
+    assert "sparsify/codegen/cuda/device.py" in expected
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == expected
 
@@ -91,17 +95,21 @@ def test_links_are_relative_and_committed(name: str) -> None:
     assert listing.stdout.startswith("120000 ")
 
 
-@pytest.mark.parametrize("name", ["passes", "codegen"])
-def test_bare_names_are_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("passes", ""), ("codegen", ""), ("cuda", "codegen"), ("emulator", "codegen")],
+)
+def test_bare_names_are_refused(name: str, folder: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"import {name}"],
-        cwd=ROOT,
+        cwd=ROOT / folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode != 0
-    assert f"import this package as sparsify.{name}, not as {name}" in done.stderr
+    full = ".".join(filter(None, ["sparsify", folder, name]))
+    assert f"import this package as {full}, not as {name}" in done.stderr
 
 
 def test_mapping_lists_every_folder(project: dict[str, Any]) -> None:
@@ -109,6 +117,14 @@ def test_mapping_lists_every_folder(project: dict[str, Any]) -> None:
     assert {name.replace(".", "/") for name in setuptools["packages"]} == set(FOLDERS)
     for name, folder in setuptools["package-dir"].items():
         assert FOLDERS[name.replace(".", "/")] == folder
+
+
+def test_every_file_of_a_shipped_folder_is_shipped_or_is_no_source() -> None:
+    """A suffix that no pattern of the package data names would be left out of the wheel."""
+    for folder in FOLDERS.values():
+        for path in (ROOT / folder).iterdir():
+            if path.is_file():
+                assert path.suffix in SHIPPED, path
 
 
 def test_extras_are_installed(project: dict[str, Any]) -> None:
