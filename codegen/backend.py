@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from sparsify import ir
 from sparsify.errors import Refusal
+
+MemoryLevel = Literal["cache", "hbm", "l2", "shared"]
+Meeting = Literal["threads", "block", "cluster", "grid"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class Cost:
 
     ``weight_bytes`` are the bytes of weight rows touched, ``event_adds`` the additions (or multiply
     and add pairs) of event gathers, ``dense_macs`` the fused products of dense gathers,
-    ``pointwise`` the neuron updates, ``barriers`` the points where all threads meet. The work can
-    be divided among ``parts`` threads.
+    ``pointwise`` the neuron updates, ``barriers`` the points where all that ``meets`` says wait for
+    each other. The work can be divided among ``parts`` threads of a processor, or blocks of a GPU.
+    ``weights_from`` is the memory that ``weight_bytes`` are read from, ``other_bytes`` what is read
+    and written once: operands, outputs, and weights that then stay where they are.
     """
 
     weight_bytes: float
@@ -51,6 +56,10 @@ class Cost:
     pointwise: float
     barriers: float
     parts: int = 1
+    weights_from: MemoryLevel = "cache"
+    meets: Meeting = "threads"
+    other_bytes: float = 0.0
+    launches: int = 1
 
 
 class Launchable(Protocol):
@@ -85,22 +94,6 @@ class Launchable(Protocol):
     def reset_events(self) -> None: ...
 
 
-class Backend(Protocol):
-    """Five questions, asked in this order."""
-
-    name: str
-
-    def why_unavailable(self) -> Refusal | None: ...
-
-    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None: ...
-
-    def render(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Source: ...
-
-    def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary: ...
-
-    def load(self, binary: Binary) -> Launchable: ...
-
-
 class Strategy(Protocol):
     """Decides the skeleton of loops: who shares neurons, batch rows and time."""
 
@@ -126,3 +119,31 @@ class Strategy(Protocol):
 
         Of restricted ones, the share of wanted sums.
         """
+
+
+class Backend(Protocol):
+    """Five questions, asked in this order, and how long a kernel is expected to take."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """In the order in which a tie is decided."""
+
+    @property
+    def is_timed(self) -> bool:
+        """False where times tell nothing: of an emulator."""
+
+    def why_unavailable(self) -> Refusal | None: ...
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None: ...
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Source: ...
+
+    def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary: ...
+
+    def load(self, binary: Binary) -> Launchable: ...
+
+    def seconds(self, cost: Cost) -> float:
+        """How long a call of this cost is predicted to take."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sparsify import ir
 from sparsify.check_ir import check_kernel
 from sparsify.codegen import runtime
-from sparsify.codegen.backend import Binary, Launchable, Source
+from sparsify.codegen.backend import Binary, Cost, Launchable, Source
 from sparsify.codegen.launch import CppLaunchable
-from sparsify.codegen.strategies import find_strategy
+from sparsify.codegen.strategies import STRATEGIES, find_strategy
 from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
 from sparsify.codegen.writer import Names
+from sparsify.cost_model import Rates, calibrate_rates
 from sparsify.errors import Refusal
 
 HEADERS = (
@@ -25,9 +28,14 @@ HEADERS = (
 
 
 class CppBackend:
-    """Kernels for this machine's processor."""
+    """Kernels for this machine's processor; its ``rates`` are measured when none are given."""
 
     name = "cpp"
+    strategies = STRATEGIES
+    is_timed = True
+
+    def __init__(self, rates: Rates | None = None) -> None:
+        self._rates = rates
 
     def why_unavailable(self) -> Refusal | None:
         return runtime.why_unavailable()
@@ -64,6 +72,10 @@ class CppBackend:
             tile,
             self._function_of,
         )
+
+    def seconds(self, cost: Cost) -> float:
+        rates = self._rates or calibrate_rates()
+        return rates.predict_seconds(cost, torch.get_num_threads())
 
     def _function_of(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Any:
         binary = self.compile(kernel, schedule)

@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from sparsify import ir
 from sparsify.codegen.backend import Backend, Strategy
-from sparsify.codegen.strategies import STRATEGIES
-from sparsify.cost_model import Rates
 from sparsify.errors import Refusal
 from sparsify.plan import RegionPlan
 
@@ -42,11 +38,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts the schedules of one kernel under one workload."""
+    """Predicts the schedules of one kernel on one backend under one workload."""
 
     kernel: ir.Kernel
     workload: Workload
-    rates: Rates
     backend: Backend
     region_plan: RegionPlan | None = None
 
@@ -78,7 +73,7 @@ class Predictor:
     def better_strategy(self, known: ir.Schedule, steps: int, batch: int) -> ir.Schedule | None:
         """``known`` under the strategy that is clearly faster for a call of these sizes, if any."""
         workload = Workload(steps, batch, self.workload.activity)
-        predictor = Predictor(self.kernel, workload, self.rates, self.backend)
+        predictor = Predictor(self.kernel, workload, self.backend)
         gathers: Gathers = dict(known.gathers)
         candidates = {c.schedule.strategy: c for c in predictor.candidates(gathers)}
         best = min(candidates.values(), key=lambda c: c.predicted_seconds, default=None)
@@ -97,14 +92,15 @@ class Predictor:
             middle = (low + high) / 2
             activity = {**self.workload.activity, gather: middle}
             moved = Workload(self.workload.steps, self.workload.batch, activity)
-            other = Predictor(self.kernel, moved, self.rates, self.backend, self.region_plan)
+            other = Predictor(self.kernel, moved, self.backend, self.region_plan)
             wins = other.seconds({**gathers, gather: "event"}) < dense
             low, high = (middle, high) if wins else (low, middle)
         return (low + high) / 2
 
     def _strategies(self) -> list[Strategy]:
         wanted = self.region_plan.strategy if self.region_plan else None
-        return [s for s in STRATEGIES if wanted is None or s.name == wanted] or list(STRATEGIES)
+        known = list(self.backend.strategies)
+        return [s for s in known if wanted is None or s.name == wanted] or known
 
     def _seconds(self, strategy: Strategy, schedule: ir.Schedule) -> float:
         workload = self.workload
@@ -115,7 +111,7 @@ class Predictor:
             batch=workload.batch,
             activity=workload.activity,
         )
-        return self.rates.predict_seconds(cost, torch.get_num_threads())
+        return self.backend.seconds(cost)
 
 
 def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Candidate]:

@@ -8,7 +8,6 @@ from sparsify.binaries import Binaries
 from sparsify.candidates import Candidate, How, Predictor, Workload, find_candidates
 from sparsify.choose import Choice, Task, choose_region
 from sparsify.codegen.backend import Launchable
-from sparsify.cost_model import calibrate_rates
 from sparsify.errors import CompileError, Refusal
 from sparsify.options import Options
 from sparsify.place_sites import Placement
@@ -61,7 +60,8 @@ class Chooser:
         """Decide a task that was prepared, on its operands."""
         if task.name in self.choices:
             return
-        timing = self.options.timing and not self._is_decided(task)
+        is_timed = self.options.timing and self.binaries.backend.is_timed
+        timing = is_timed and not self._is_decided(task)
         choice = choose_region(task, self._found[task.name], self.binaries.load, timing)
         if choice.region is not None:
             self._suit_sizes(task, choice.region, timing)
@@ -97,6 +97,9 @@ class Chooser:
             decision = self.plan.sites.get(site)
             if decision in ("event", "dense"):
                 pinned[gather] = "event" if decision == "event" else "dense"
+        if not self.binaries.backend.is_timed:  # it is there to run kernels, not to gain by them
+            for each in task.lowered.kernel.gathers:
+                pinned.setdefault(each.result, "event")
         candidates = find_candidates(predictor, pinned)
         for each in task.lowered.kernel.gathers if candidates else ():
             gathers: dict[str, How] = dict(candidates[0].schedule.gathers)
@@ -121,7 +124,6 @@ class Chooser:
         return Predictor(
             task.lowered.kernel,
             workload,
-            calibrate_rates(),
             self.binaries.backend,
             self.plan.regions.get(task.name),
         )

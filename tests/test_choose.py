@@ -26,7 +26,7 @@ from tests.looped_models import WEIGHTS, H, layer_order, recurrent
 from tests.unrolled import dyadic, record_unrolled
 
 RATES = Rates(weight_bytes=1e12, event_adds=1e10, dense_macs=2e10, pointwise=1e9)
-BACKEND = CppBackend()
+BACKEND = CppBackend(RATES)
 Model = Callable[..., Any]
 
 
@@ -68,7 +68,7 @@ def task_of(model: Model) -> Task:
 def predictor(activity: float, batch: int = 4, region: RegionPlan | None = None) -> Predictor:
     kernel = task_of(recurrent).lowered.kernel
     workload = Workload(10, batch, {g.result: activity for g in kernel.gathers})
-    return Predictor(kernel, workload, RATES, BACKEND, region)
+    return Predictor(kernel, workload, BACKEND, region)
 
 
 def compiled(model: Model, plan: Plan | None = None) -> Compiled:
