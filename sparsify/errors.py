@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -95,6 +95,18 @@ class CompileError(SparsifyError):
         super().__init__(f"{message}\nsource: {source_path}\n{log}")
         self.log = log
         self.source_path = source_path
+
+
+class KernelFault(SparsifyError):
+    """A bug of sparsify: a CUDA kernel did what it must not, or could not be launched.
+
+    ``kernel`` is its name, ``reports`` what was found, a sentence each.
+    """
+
+    def __init__(self, kernel: str, reports: Sequence[str]) -> None:
+        super().__init__("\n".join((f"kernel {kernel!r} failed:", *reports)))
+        self.kernel = kernel
+        self.reports = tuple(reports)
 
 
 class BackendUnavailable(SparsifyError):
