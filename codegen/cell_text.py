@@ -68,16 +68,16 @@ def literal(value: float | int | bool, dtype: ir.DType) -> str:
     if dtype == "bool":
         return "true" if value else "false"
     if dtype in ("int32", "int64"):
-        text = f"{C_TYPES[dtype]}({int(value)}{'LL' if dtype == 'int64' else ''})"
-        return text if int(value) != -(2**63) else "INT64_MIN"
-    suffix, builtin = ("f", "f") if dtype == "float32" else ("", "")
+        least, suffix = -(2**63), "LL" if dtype == "int64" else ""
+        text = f"{int(value)}{suffix}" if int(value) != least else f"{least + 1}LL - 1"
+        return f"{C_TYPES[dtype]}({text})"
     with np.errstate(over="ignore"):
         rounded = np.dtype(dtype).type(value)
     if math.isnan(rounded):
-        return f'__builtin_nan{builtin}("")'
+        return f"sparsify::not_a_number<{C_TYPES[dtype]}>()"
     if math.isinf(rounded):
-        return f"{'-' if rounded < 0 else ''}__builtin_inf{builtin}()"
-    return f"{rounded!s}{suffix}"  # the shortest text that rounds to it
+        return f"{'-' if rounded < 0 else ''}sparsify::infinity<{C_TYPES[dtype]}>()"
+    return f"{rounded!s}{'f' if dtype == 'float32' else ''}"  # the shortest text that rounds to it
 
 
 def expression(let: ir.Let, symbols: Symbols, dtypes: dict[str, ir.DType]) -> str:

@@ -19,6 +19,7 @@ from sparsify.errors import Refusal
 
 HEADERS = (
     "kernel.h",
+    "scalar.h",
     "bits.h",
     "elementary.h",
     "logarithms.h",

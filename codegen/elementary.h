@@ -2,9 +2,6 @@
 // explains them. They vectorise, and no library call rounds in its own way.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 namespace sparsify {
 
 template <class F>
@@ -38,12 +35,8 @@ SPARSIFY_INLINE F round_to_integer(F x) {
 template <class F>
 SPARSIFY_INLINE F power_of_two(F k) {
   const F biased = k + Format<F>::ROUND_BIAS;
-  typename Format<F>::Bits bits;
-  std::memcpy(&bits, &biased, sizeof bits);
-  bits = (bits + Format<F>::BIAS) << Format<F>::MANTISSA;
-  F power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
+  const auto bits = same_bits<typename Format<F>::Bits>(biased);
+  return same_bits<F>((bits + Format<F>::BIAS) << Format<F>::MANTISSA);
 }
 
 // exp(r) - 1 for a small r.
@@ -101,9 +94,6 @@ SPARSIFY_INLINE F sigmoid(F x) {
   const F tail = exponential(-absolute(x));
   return (x < F(0) ? tail : F(1)) / (F(1) + tail);
 }
-
-SPARSIFY_INLINE float with_sign_of(float a, float b) { return __builtin_copysignf(a, b); }
-SPARSIFY_INLINE double with_sign_of(double a, double b) { return __builtin_copysign(a, b); }
 
 template <class F>
 SPARSIFY_INLINE F hyperbolic_tangent(F x) {

@@ -33,7 +33,7 @@ struct ErrorFunction<double> {
 
 // (-1)**n / (n! (2 n + 1))
 template <class F>
-constexpr F error_coefficient(int n) {
+SPARSIFY_INLINE constexpr F error_coefficient(int n) {
   double factorial = 1;
   for (int i = 2; i <= n; ++i) factorial *= i;
   return F(n % 2 ? -1 : 1) / F(factorial * (2 * n + 1));

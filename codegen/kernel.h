@@ -62,38 +62,10 @@ SPARSIFY_INLINE void store(F* to, Vector<F> value) {
   *reinterpret_cast<typename VectorOf<F>::anywhere*>(to) = value;
 }
 
-// ---- scalar operations with one spelling for float and double ----
-
-// A bool goes through int: GCC vectorises only that.
-template <class To, class From>
-SPARSIFY_INLINE To cast(From a) {
-  return To(a);
-}
-template <class To>
-SPARSIFY_INLINE To cast(bool a) {
-  return To(int(a));
-}
-SPARSIFY_INLINE float absolute(float a) { return __builtin_fabsf(a); }
-SPARSIFY_INLINE double absolute(double a) { return __builtin_fabs(a); }
-SPARSIFY_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
-SPARSIFY_INLINE double square_root(double a) { return __builtin_sqrt(a); }
-SPARSIFY_INLINE float remainder_of(float a, float b) { return __builtin_fmodf(a, b); }
-SPARSIFY_INLINE double remainder_of(double a, double b) { return __builtin_fmod(a, b); }
-SPARSIFY_INLINE float round_down(float a) { return __builtin_floorf(a); }
-SPARSIFY_INLINE double round_down(double a) { return __builtin_floor(a); }
-SPARSIFY_INLINE float round_up(float a) { return __builtin_ceilf(a); }
-SPARSIFY_INLINE double round_up(double a) { return __builtin_ceil(a); }
-SPARSIFY_INLINE float round_to_zero(float a) { return __builtin_truncf(a); }
-SPARSIFY_INLINE double round_to_zero(double a) { return __builtin_trunc(a); }
-SPARSIFY_INLINE float round_half_even(float a) { return __builtin_rintf(a); }
-SPARSIFY_INLINE double round_half_even(double a) { return __builtin_rint(a); }
-
 }  // namespace sparsify
 
 #include "bits.h"
-#include "elementary.h"
-#include "error_function.h"
-#include "logarithms.h"
+#include "scalar.h"
 
 namespace sparsify {
 

@@ -1,9 +1,6 @@
 // Logarithms: the same operations in the same order as logarithms.py, which explains them.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 namespace sparsify {
 
 template <class F>
@@ -30,15 +27,12 @@ SPARSIFY_INLINE F positive_logarithm(F x, F added) {
   using Bits = typename Format<F>::Bits;
   const bool is_small = x < L::SUBNORMAL;
   x = is_small ? x * L::LIFTED : x;
-  Bits bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  Bits bits = same_bits<Bits>(x);
   bits += L::ONE - L::ROOT_HALF;
   F k = F(int32_t(bits >> Format<F>::MANTISSA)) - F(Format<F>::BIAS);
   k = k - (is_small ? L::LIFT : F(0));
   bits = (bits & ((Bits(1) << Format<F>::MANTISSA) - Bits(1))) + L::ROOT_HALF;
-  F m;
-  std::memcpy(&m, &bits, sizeof m);
-  const F less_one = m - F(1);
+  const F less_one = same_bits<F>(bits) - F(1);
   const F s = less_one / (F(2) + less_one);
   const F square = s * s;
   F series = F(2) / F(2 * L::TERMS + 1);
@@ -50,9 +44,9 @@ SPARSIFY_INLINE F positive_logarithm(F x, F added) {
 
 template <class F>
 SPARSIFY_INLINE F logarithm_at_limits(F found, F x) {
-  found = x == F(__builtin_inf()) ? x : found;
-  found = x == F(0) ? F(-__builtin_inf()) : found;
-  return ((x < F(0)) | (x != x)) ? F(__builtin_nan("")) : found;
+  found = x == infinity<F>() ? x : found;
+  found = x == F(0) ? -infinity<F>() : found;
+  return ((x < F(0)) | (x != x)) ? not_a_number<F>() : found;
 }
 
 template <class F>
