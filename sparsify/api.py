@@ -17,7 +17,7 @@ def sparsify(
     *example_args: Any,
     strict: bool = False,
     plan: Plan | None = None,
-    backend: str = "cpp",
+    backend: str | None = None,
     timing: bool = True,
     surrogate_window: float | None = None,
     **example_kwargs: Any,

@@ -16,13 +16,13 @@ def call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
     modes = (model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     if kwargs or not all(isinstance(argument, Tensor) for argument in args):
         return modes, _any_layouts(args, kwargs)
-    return modes, tuple([(argument.dtype, argument.shape) for argument in args])
+    return modes, tuple([(argument.dtype, argument.device, argument.shape) for argument in args])
 
 
 def _any_layouts(args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
     leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
     layouts = tuple(
-        (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
+        (leaf.dtype, leaf.device, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
         for leaf in leaves
     )
     return layouts, str(structure)

@@ -108,6 +108,7 @@ class Compiler:
             (*stages, Stage("install", installed, done)),
             regions,
             rows.describe(products),
+            self.binaries.backend,
             decided_plan(plan, placements, choices),
             {p.product.name: (p.region, p.gather) for p in reversed(placements)},
             tuple(said for stage in stages if stage.name == LIMITED for said in stage_notes(stage)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from sparsify.codegen.backend import Backend
 from sparsify.errors import Refusal
 from sparsify.plan import Plan
 from sparsify.recording.recording import Recording
@@ -38,13 +39,15 @@ class Compiled:
     All stages take ``recording.calling.operands(...)`` and return what ``deliver`` takes. The stage
     ``"roll_loops"`` and its successors before lowering hold Scans; ``regions`` are the modules that
     replaced them in the last one, by name. ``placements`` says by site which region and which
-    Gather of its kernel computes it. If ``runs_original``, calls run the model itself.
+    Gather of its kernel computes it. If ``runs_original``, calls run the model itself. ``backend``
+    made the kernels.
     """
 
     recording: Recording
     stages: tuple[Stage, ...]
     regions: dict[str, Region]
     sites: tuple[Site, ...]
+    backend: Backend
     plan: Plan = field(default_factory=Plan)
     placements: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

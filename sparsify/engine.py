@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify import ir
-from sparsify.binaries import Binaries
+from sparsify.backends import Compilers, tensors_of
 from sparsify.call_conditions import (
     is_intercepted,
     needs_grad,
@@ -22,9 +22,8 @@ from sparsify.call_key import call_key
 from sparsify.check_gradients import why_gradients_differ
 from sparsify.check_recording import why_not_repeated
 from sparsify.check_speed import keep_all, why_not_faster
-from sparsify.codegen.backend import Binary
-from sparsify.codegen.cpp import CppBackend
-from sparsify.compile_recording import Compiler, summarize
+from sparsify.codegen.backend import Backend, Binary
+from sparsify.compile_recording import summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
 from sparsify.entry import Entry, merge
@@ -47,14 +46,24 @@ COMPILING = threading.RLock()  # one recording and compilation at a time, in all
 
 
 class Engine:
-    """Runs the calls of a sparsified module: compiled where it can, as the original otherwise."""
+    """Runs the calls of a sparsified module: compiled where it can, as the original otherwise.
 
-    def __init__(self, model: nn.Module, options: Options, plan: Plan | None = None) -> None:
+    A model that is moved to another device is recorded again there, for the backend of that device.
+    ``backends`` by type of device are those of ``make_backends`` if None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        plan: Plan | None = None,
+        backends: Mapping[str, Backend] | None = None,
+    ) -> None:
         self.original = model
         self.options = options
-        self._plan = plan or Plan()
-        self._backend = CppBackend()
-        self._compiler = Compiler(options, Binaries(self._backend))
+        self._given_plan = plan or Plan()
+        self._plans: dict[Backend, Plan] = {}
+        self._compilers = Compilers(options, backends)
         self.entries: tuple[Entry, ...] = ()
         self._frozen = False
         self._notes: dict[str, None] = {}
@@ -90,7 +99,7 @@ class Engine:
         if is_disabled():
             return
         with COMPILING:
-            refusal = self._why_not_compile()
+            refusal = self._why_not_compile(args, kwargs)
             if refusal is not None:
                 self._refuse(refusal)
                 return
@@ -118,7 +127,10 @@ class Engine:
 
     @property
     def plan(self) -> Plan:
-        return self._plan
+        """What was decided for the device that was compiled for last."""
+        if not self.entries:
+            return self._given_plan
+        return self._plans.get(self.entries[-1].compiled.backend, self._given_plan)
 
     @property
     def report(self) -> Report:
@@ -132,7 +144,7 @@ class Engine:
     @property
     def binaries(self) -> Mapping[tuple[ir.Kernel, ir.Schedule], Binary]:
         """Every kernel that was compiled, the candidates that lost among them."""
-        return self._compiler.binaries.made
+        return {key: made for each in self._compilers.binaries for key, made in each.made.items()}
 
     @property
     def is_compiled(self) -> bool:
@@ -170,7 +182,7 @@ class Engine:
     @property
     def kernels(self) -> dict[str, KernelView]:
         """The kernels by the name of their module in the graph."""
-        return view_kernels(self.compiled.regions, self._backend)
+        return view_kernels(self.compiled.regions, self.compiled.backend)
 
     def freeze(self, frozen: bool = True) -> None:
         self._frozen = frozen
@@ -194,7 +206,7 @@ class Engine:
     def _miss(self, args: Args, kwargs: Kwargs) -> Any:
         refusal = self._given_up
         if refusal is None and self._refused is not None:
-            refusal = self._why_not_compile()
+            refusal = self._why_not_compile(args, kwargs)
         if refusal is not None:
             self._say(refusal)
             return self.original.forward(*args, **kwargs)
@@ -210,7 +222,7 @@ class Engine:
 
     def _record(self, args: Args, kwargs: Kwargs) -> Any:
         """Run the original under the recorder and compile what it did; returns its result."""
-        refusal = self._why_not_compile() or self._why_too_many(args, kwargs)
+        refusal = self._why_not_compile(args, kwargs) or self._why_too_many(args, kwargs)
         if refusal is not None:
             self._refuse(refusal)
             return self.original.forward(*args, **kwargs)
@@ -264,22 +276,28 @@ class Engine:
             raise TraceError(f"the recording does not repeat the model: {differs}")
         self.recordings += 1
         self._refused = None
-        plan = (self._plan.training or Plan()) if is_trained else self._plan
-        like = [entry for entry in self.entries if bool(entry.required) == is_trained]
+        compiler = self._compilers.serving((str(i), t) for i, t in enumerate(operands))
+        if isinstance(compiler, Refusal):
+            raise TraceError(f"{compiler.reason} {compiler.remedy}")
+        backend = compiler.binaries.backend
+        plans = self._plans.get(backend, self._given_plan)
+        plan = (plans.training or Plan()) if is_trained else plans
+        like = [e for e in self.entries if bool(e.required) == is_trained and e.backend is backend]
         earlier = {site.name: site for e in like for site in e.compiled.sites}
-        compiled = self._compiler.compile(recording, operands, plan, earlier)
+        compiled = compiler.compile(recording, operands, plan, earlier)
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
-        if self.options.timing and not compiled.placements.keys() <= plan.sites.keys():
+        is_timed = self.options.timing and backend.is_timed
+        if is_timed and not compiled.placements.keys() <= plan.sites.keys():
             refusal = why_not_faster(self.original, entry, args, kwargs)
             if refusal is not None:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))
         if is_trained:
-            self._plan = replace(self._plan, training=compiled.plan)
+            self._plans[backend] = replace(plans, training=compiled.plan)
         else:
-            self._plan = replace(compiled.plan, training=self._plan.training)
+            self._plans[backend] = replace(compiled.plan, training=plans.training)
         self._add(entry, operands, args, kwargs)
         if self.options.strict:
             refusal = first_refusal(compiled.sites)
@@ -301,9 +319,11 @@ class Engine:
             self._note(f"sizes are compiled one by one: {merged}")
         self.entries = (*self.entries, new)
 
-    def _why_not_compile(self) -> Refusal | None:
-        unavailable = self._backend.why_unavailable()
-        return unavailable or why_observed(self.original)
+    def _why_not_compile(self, args: Args, kwargs: Kwargs) -> Refusal | None:
+        compiler = self._compilers.serving(tensors_of(self.original, args, kwargs))
+        if isinstance(compiler, Refusal):
+            return compiler
+        return compiler.binaries.backend.why_unavailable() or why_observed(self.original)
 
     def _why_too_many(self, args: Args, kwargs: Kwargs) -> Refusal | None:
         reasons = [entry.why_miss(args, kwargs) for entry in self.entries]
@@ -358,6 +378,8 @@ class Engine:
         plural = "recording" if count == 1 else "recordings"
         notes = [f"{count} {plural}, {len(self.entries)} compiled"] if count else []
         for entry in self.entries[-1:]:
+            if not entry.compiled.runs_original:
+                notes.append(f"kernels of the backend {entry.backend.name} on {entry.device}")
             notes += ["calls with gradients: forward and backward"] if entry.required else []
             notes += entry.compiled.notes
         return notes + list(self._notes)

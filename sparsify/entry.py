@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.chunked_scan import ChunkedScan
+from sparsify.codegen.backend import Backend
 from sparsify.compiled import Compiled, Stage
 from sparsify.errors import Refusal
 from sparsify.layout import Layout
@@ -51,6 +52,16 @@ class Entry:
     @property
     def is_general(self) -> bool:
         return bool(self.layout.classes)
+
+    @property
+    def backend(self) -> Backend:
+        return self.compiled.backend
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its tensors; numbers and indices beside them may be on the CPU."""
+        devices = [layout.device for layout in self.layout.layouts]
+        return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
     def serves(self, operands: Sequence[Tensor]) -> bool:
         return self.required == requirement(operands) and self.layout.serves(operands)

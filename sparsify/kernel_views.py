@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.backend import Backend
 from sparsify.region import Region
 
 
 @dataclass(frozen=True)
 class KernelView:
-    """A kernel: its C++, what it was rendered from, and (given, possible) events of each gather."""
+    """A kernel: its text, what it is rendered from, (given, possible) events of each gather."""
 
     source: str
     kernel: ir.Kernel
@@ -20,7 +20,7 @@ class KernelView:
     events: Mapping[str, tuple[int, int]]
 
 
-def view_kernels(regions: Mapping[str, Region], backend: CppBackend) -> dict[str, KernelView]:
+def view_kernels(regions: Mapping[str, Region], backend: Backend) -> dict[str, KernelView]:
     """The kernels by the name of their module in the graph."""
     found = {}
     for name, region in regions.items():

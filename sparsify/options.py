@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+BACKENDS = ("cpp", "cuda", "cuda-emulated")
+
 
 @dataclass(frozen=True)
 class Options:
     """Options of ``model.sparsify``.
 
     strict: raise RefusedError for the first candidate site that is refused.
-    backend: which backend runs the kernels; only ``"cpp"`` exists.
+    backend: ``"cpp"``, ``"cuda"`` or ``"cuda-emulated"``, which runs the CUDA kernels of tensors on
+        the CPU on the processor, slowly and checking every access: for tests. None: that of the
+        device that the tensors of a call are on.
     timing: time the candidates on the example; otherwise trust the cost model's predictions.
     surrogate_window: in training, let no gradient pass through spikes of membranes that are further
         than this from threshold, so that the gradient to the others is sparse. An approximation
@@ -19,7 +23,7 @@ class Options:
     """
 
     strict: bool = False
-    backend: str = "cpp"
+    backend: str | None = None
     timing: bool = True
     surrogate_window: float | None = None
 
@@ -27,8 +31,9 @@ class Options:
         window = self.surrogate_window
         if window is not None and not 0 < window < float("inf"):
             raise ValueError(f"surrogate_window={window}: give a positive distance, or None")
-        if self.backend != "cpp":
-            raise ValueError(f"unknown backend {self.backend!r}; known: 'cpp'")
+        if self.backend is not None and self.backend not in BACKENDS:
+            known = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"unknown backend {self.backend!r}; known: {known}, or None")
 
 
 def is_disabled() -> bool:

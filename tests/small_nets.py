@@ -37,7 +37,7 @@ class RecurrentNet(nn.Module):
         fill_dyadic(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        v = torch.zeros(x.size(1), HIDDEN, dtype=x.dtype)
+        v = torch.zeros(x.size(1), HIDDEN, dtype=x.dtype, device=x.device)
         z = torch.zeros_like(v)
         outputs = []
         for x_t in x:

@@ -1,0 +1,155 @@
+"""Which backend serves a call, and what becomes of a model that moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify import backends
+from sparsify.api import sparsify
+from sparsify.backends import Compilers, find_device, make_backends
+from sparsify.codegen.cpp import CppBackend
+from sparsify.engine import Engine
+from sparsify.errors import Refusal, RefusedError
+from sparsify.install import Sparsified, install
+from sparsify.options import Options
+from tests.small_nets import RecurrentNet, spikes
+
+X = spikes()
+META = torch.device("meta")
+
+
+def run(module: nn.Module, *args: Any) -> Any:
+    with torch.no_grad():
+        return module(*args)
+
+
+def engine_of(fast: nn.Module) -> Engine:
+    assert isinstance(fast, Sparsified)
+    return fast.compiled
+
+
+def test_the_processor_has_the_cpp_backend() -> None:
+    assert make_backends(None)["cpu"].name == "cpp"
+    compiler = Compilers(Options()).serving([("x", X)])
+    assert not isinstance(compiler, Refusal)
+    assert compiler.binaries.backend.name == "cpp"
+    assert compiler is not Compilers(Options()).serving([("x", X)])
+
+
+def test_a_device_without_a_backend_is_refused() -> None:
+    refusal = Compilers(Options()).serving([("x", X.to(META))])
+    assert isinstance(refusal, Refusal)
+    assert refusal.code == "backend-unavailable"
+    assert "no backend for tensors on meta" in refusal.reason
+    assert "Kernels run on CPU" in refusal.remedy
+
+
+def test_a_backend_that_is_asked_for_serves_its_device_only() -> None:
+    refusal = Compilers(Options(backend="cpp")).serving([("x", X.to(META))])
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "backend='cpp' serves tensors on cpu; these are on meta."
+
+
+@pytest.mark.parametrize("name", ["nvptx", "", "CPP"])
+def test_unknown_backends_are_named(name: str) -> None:
+    known = "known: 'cpp', 'cuda', 'cuda-emulated', or None"
+    with pytest.raises(ValueError, match=f"unknown backend '{name}'; {known}"):
+        sparsify(RecurrentNet(), backend=name)
+
+
+def test_numbers_and_indices_may_be_beside_another_device() -> None:
+    beside = [("tau", torch.tensor(2.0)), ("lengths", torch.tensor([3, 2]))]
+    assert find_device([*beside, ("x", X.to(META))]) == META
+    assert find_device(beside) == torch.device("cpu")
+    assert find_device([]) == torch.device("cpu")
+
+
+def test_tensors_on_two_devices_are_named() -> None:
+    refusal = find_device([("x", X), ("inp.weight", X.to(META)), ("inp.bias", X.to(META))])
+    assert isinstance(refusal, Refusal)
+    assert refusal.code == "unsupported-layout"
+    assert refusal.reason.endswith("different devices: x on cpu, inp.weight on meta.")
+
+
+def test_a_call_with_tensors_on_two_devices_runs_the_original() -> None:
+    class Reads(RecurrentNet):
+        def forward(self, x: Tensor, scale: dict[str, Tensor] | None = None) -> Tensor:
+            out: Tensor = super().forward(x)
+            return out
+
+    model = Reads().eval()
+    fast = sparsify(model)
+    message = r"different devices: argument 0 on cpu, argument 1\]\['s' on meta"
+    with pytest.warns(UserWarning, match=message):
+        result = run(fast, X, {"s": X.to(META)})
+    assert torch.equal(result, run(model, X))
+    assert "different devices" in str(engine_of(fast).report)
+
+
+def test_a_model_that_moves_is_served_where_it_is() -> None:
+    model = RecurrentNet().eval()
+    fast = sparsify(model, X, timing=False)
+    assert "kernels of the backend cpp on cpu" in str(engine_of(fast).report)
+    model.to("meta")
+    with pytest.warns(UserWarning, match="no backend for tensors on meta"):
+        assert run(fast, X.to(META)).device == META
+    with pytest.raises(RefusedError, match="no backend for tensors on meta"):
+        sparsify(model, X.to(META), strict=True)
+
+
+def test_every_backend_keeps_its_kernels_and_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices that are both the processor; double precision stands for the other one."""
+
+    def device_of_dtype(tensors: Any) -> torch.device:
+        is_double = any(tensor.dtype is torch.float64 for _, tensor in tensors)
+        return torch.device("cuda", 0) if is_double else torch.device("cpu")
+
+    monkeypatch.setattr(backends, "find_device", device_of_dtype)
+    first, second = CppBackend(), CppBackend()
+    model = RecurrentNet().eval()
+    engine = Engine(model, Options(timing=False), None, {"cpu": first, "cuda": second})
+    fast = install(engine)
+    expected = run(model, X)
+    assert torch.equal(run(fast, X), expected)
+    plan = engine.plan
+    model.double()
+    assert torch.equal(run(fast, X.double()), run(model, X.double()))
+    assert [entry.backend for entry in engine.entries] == [first, second]
+    (made,) = ({kernel for kernel, _ in each.made} for each in engine._compilers.binaries[1:])
+    assert made and all(w.dtype == "float64" for kernel in made for w in kernel.weights)
+    model.float()
+    recordings = engine.recordings
+    assert torch.equal(run(fast, X), expected)
+    assert (engine.recordings, len(engine.entries)) == (recordings, 2)
+    assert engine._plans[first] == plan
+    assert engine.plan is engine._plans[second]
+
+
+def test_an_original_that_runs_on_one_device_is_not_pinned_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Reads(RecurrentNet):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = super().forward(x)
+            if out.is_cpu:
+                float(out.sum())
+            return out
+
+    fast = sparsify(Reads().eval())
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        run(fast, X)
+    asked: list[torch.device] = []
+
+    def note(tensors: Any) -> Refusal:
+        asked.append(next(iter(tensors))[1].device)
+        return Refusal("backend-unavailable", "noted")
+
+    monkeypatch.setattr(backends, "find_device", note)
+    fast.to("meta")
+    with pytest.warns(UserWarning, match="noted"):
+        run(fast, X.to(META))
+    assert META in asked
