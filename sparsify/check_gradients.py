@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from sparsify.check_recording import perturb
 from sparsify.errors import TraceError
-from sparsify.keep_state import keep_state
-from sparsify.recording.recording import Recording
+from sparsify.recording.recording import Args, Kwargs, Recording
 from sparsify.training_step import differentiate_result
+
+Call = tuple[Args, Kwargs]
+Gradients = Sequence[Tensor | None]
+
+
+def differentiate_model(
+    recording: Recording, given: Call, result: Any, operands: list[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of ``operands`` from random ones of ``result``, which the model has just made.
+
+    Raises TraceError if the model's own backward fails, or changes what the guard of the ``given``
+    call looks at.
+    """
+    held = recording.guard.matches(*given)
+    try:
+        found = differentiate_result(result, operands)
+    except RuntimeError as error:
+        raise TraceError(f"the model's own backward fails: {error}") from error
+    if held and not recording.guard.matches(*given):
+        changed = recording.guard.explain(*given)
+        raise TraceError(f"its backward changes Python state: {changed}")
+    return found
 
 
 def why_gradients_differ(
-    model: nn.Module, recording: Recording, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    recording: Recording, call: Call, got: Gradients, expected: Gradients
 ) -> str:
-    """How the gradients of the recorded graph differ from the model's; "" if they do not.
-
-    Both run on perturbed inputs, with the same random gradients of all results. Raises TraceError
-    if the model's own backward fails.
-    """
-    call = perturb((args, kwargs))
-    with keep_state(model, call):
-        operands = recording.calling.operands(*call)
-        result = model.forward(*call[0], **call[1])
-        held = recording.guard.matches(args, kwargs)
-        try:
-            expected = differentiate_result(result, operands)
-        except RuntimeError as error:
-            raise TraceError(f"the model's own backward fails: {error}") from error
-        del result
-        if held and not recording.guard.matches(args, kwargs):
-            changed = recording.guard.explain(args, kwargs)
-            return f"its backward changes Python state: {changed}"
-    with keep_state(model, call):
-        operands = recording.calling.operands(*call)
-        values = fx.Interpreter(recording.graph).run(*operands)
-        got = differentiate_result(recording.calling.deliver(values, *call), operands)
-    names = _names(recording, operands)
+    """How gradients of the recorded graph on ``call`` differ from the model's; "" if not."""
+    if not expected:
+        return ""
+    names = _names(recording, recording.calling.operands(*call))
     for name, ours, theirs in zip(names, got, expected, strict=True):
         reason = _why_differ(ours, theirs)
         if reason:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.call_conditions import needs_grad
+from sparsify.check_gradients import differentiate_model, why_gradients_differ
 from sparsify.fingerprint import Fingerprint
 from sparsify.free_memory import free_memory
 from sparsify.keep_state import keep_state
 from sparsify.recording.recording import Recording
 from sparsify.run_graph import run_graph
+from sparsify.training_step import differentiate_result
 
 # What a model raises for values that it does not take: an index out of range, a failed assertion.
 NOT_TAKEN = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
@@ -24,29 +29,53 @@ LAPACK = (
     *("cholesky", "inverse", "lu", "geqrf", "triangular_solve", "lstsq", "symeig"),
 )
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+Differentiate = Callable[[Any, list[Tensor]], list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How a recording differs from its model, "" if it repeats it; what the model took."""
+
+    differs: str
+    seconds: float
 
 
 def why_not_repeated(
     model: nn.Module, recording: Recording, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> str:
-    """How the recorded graph differs from the model on perturbed inputs; "" if it does not.
+    """How the recorded graph differs from the model; see ``repeat``."""
+    return repeat(model, recording, args, kwargs).differs
+
+
+def repeat(
+    model: nn.Module, recording: Recording, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Repetition:
+    """Run the model, then the recorded graph, on perturbed inputs, and compare.
 
     Both start from the same state and random numbers, which are put back, and all that they return
     or leave in buffers is compared bit by bit: they run the same operations on the same shapes.
     Of the model's run only fingerprints are kept, so that a check needs no more memory than a call
-    on new inputs.
+    on new inputs. Where gradients are needed, those of all results are compared too. Raises
+    TraceError if the model's own backward fails or changes Python state.
     """
     free_memory()  # what recording left
     given = args, kwargs
+
+    def differentiate(result: Any, operands: list[Tensor]) -> list[Tensor | None]:
+        return differentiate_model(recording, given, result, operands)
+
     try:
-        expected = _run(model, given, perturb(given), model.forward)
+        expected = _run(model, recording, given, perturb(given), model.forward, differentiate)
     except NOT_TAKEN:  # the example must do
-        expected = _run(model, given, given, model.forward)
-        got = _run(model, given, given, _repeating(recording))
+        call = given
+        expected = _run(model, recording, given, given, model.forward, differentiate)
     else:
-        got = _run(model, given, perturb(given), _repeating(recording))
-    differs = _compare(got, expected)
-    return differs and f"{differs}{_blame(recording.graph)}"
+        call = perturb(given)  # anew: the model may have written to them
+    got = _run(model, recording, given, call, _repeating(recording), differentiate_result)
+    differs = _compare(got.values, expected.values)
+    differs = differs and f"{differs}{_blame(recording.graph)}"
+    differs = differs or why_gradients_differ(recording, call, got.gradients, expected.gradients)
+    return Repetition(differs, expected.seconds)
 
 
 def _blame(graph: fx.GraphModule) -> str:
@@ -106,23 +135,44 @@ def _repeating(recording: Recording) -> Callable[..., Any]:
     return forward
 
 
-def _run(model: nn.Module, given: Call, call: Call, forward: Callable[..., Any]) -> Any:
-    """What ``forward`` makes of ``call``, with fingerprints for tensors.
+@dataclass(frozen=True)
+class _Outcome:
+    """What a call made: ``values`` with fingerprints for tensors, and gradients of operands."""
 
-    That is its result, what buffers hold after the call, and arguments that were written. The state
-    is put back, and the arguments of ``call`` that are the ones of the ``given`` call.
+    values: Any
+    gradients: list[Tensor | None]
+    seconds: float
+
+
+def _run(
+    model: nn.Module,
+    recording: Recording,
+    given: Call,
+    call: Call,
+    forward: Callable[..., Any],
+    differentiate: Differentiate,
+) -> _Outcome:
+    """What ``forward`` makes of ``call``.
+
+    The values are its result, what buffers hold after the call, and arguments that were written.
+    The state is put back, and the arguments of ``call`` that are the ones of the ``given`` call.
     """
     tensors = _tensors(call)
     theirs = set(map(id, _tensors(given)))
     with keep_state(model, [tensor for tensor in tensors if id(tensor) in theirs]):
         versions = [_version(tensor) for tensor in tensors]
+        operands = recording.calling.operands(*call)  # before forward puts others in their places
+        start = time.perf_counter()
         result = forward(*call[0], **call[1])
+        gradients = differentiate(result, operands) if needs_grad(operands) else []
+        seconds = time.perf_counter() - start
         written = [
             tensor if version is None or tensor._version != version else None
             for tensor, version in zip(tensors, versions, strict=True)
         ]
         outcome = result, dict(model.named_buffers()), written
-        return pytree.tree_map_only(Tensor, Fingerprint.of, outcome)
+        values = pytree.tree_map_only(Tensor, Fingerprint.of, outcome)
+        return _Outcome(values, gradients, seconds)
 
 
 def _tensors(call: Call) -> list[Tensor]:

@@ -19,8 +19,7 @@ from sparsify.call_conditions import (
     why_observed,
 )
 from sparsify.call_key import call_key
-from sparsify.check_gradients import why_gradients_differ
-from sparsify.check_recording import why_not_repeated
+from sparsify.check_recording import repeat
 from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
@@ -267,13 +266,11 @@ class Engine:
 
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
-        differs = why_not_repeated(self.original, recording, args, kwargs)
+        repetition = repeat(self.original, recording, args, kwargs)
+        if repetition.differs:
+            raise TraceError(f"the recording does not repeat the model: {repetition.differs}")
         operands = recording.calling.operands(args, kwargs)
         is_trained = needs_grad(operands)
-        if not differs and is_trained:
-            differs = why_gradients_differ(self.original, recording, args, kwargs)
-        if differs:
-            raise TraceError(f"the recording does not repeat the model: {differs}")
         self.recordings += 1
         self._refused = None
         compiler = self._compilers.serving((str(i), t) for i, t in enumerate(operands))
@@ -290,7 +287,7 @@ class Engine:
         entry = Entry(compiled, operands, Layout(operands))
         is_timed = self.options.timing and backend.is_timed
         if is_timed and not compiled.placements.keys() <= plan.sites.keys():
-            refusal = why_not_faster(self.original, entry, args, kwargs)
+            refusal = why_not_faster(self.original, entry, args, kwargs, repetition.seconds)
             if refusal is not None:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))

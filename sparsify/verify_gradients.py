@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.check_gradients import why_gradients_differ
+from sparsify.check_recording import why_not_repeated
 from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.differentiated import Input
 from sparsify.errors import MismatchError
@@ -54,7 +54,7 @@ def check_gradients(
 
     Gradients must be enabled. Raises MismatchError.
     """
-    differs = why_gradients_differ(model, compiled.recording, *call)
+    differs = why_not_repeated(model, compiled.recording, *call)
     if differs:
         raise MismatchError(f"the recorded graph against the model: {differs}")
     _check_stages(stages, operands)

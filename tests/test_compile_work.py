@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.api import sparsify
 from sparsify.check_recording import why_not_repeated
+from sparsify.engine import Engine
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
@@ -55,13 +57,13 @@ class Recurrent(nn.Module):
         return spikes
 
 
-def count_calls(work: Callable[[], object]) -> int:
-    """Python functions that ``work`` calls."""
+def count_calls(work: Callable[[], object], of: CodeType | None = None) -> int:
+    """How often ``work`` calls Python functions, or the one whose code is ``of``."""
     counted = 0
 
     def count(frame: FrameType, event: str, arg: object) -> None:
         nonlocal counted
-        counted += event == "call"
+        counted += event == "call" and of in (None, frame.f_code)
 
     sys.setprofile(count)
     try:
@@ -122,3 +124,16 @@ def test_no_python_is_written_for_the_unrolled_stages() -> None:
     assert any(node.op == "call_module" for node in graph.graph.nodes)
     assert isinstance(found.graph, UnwrittenGraph)
     assert "_code" not in vars(found.graph)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_beside_the_recorded_run_the_model_runs_once(trains: bool) -> None:
+    """Profilers do not see the recorded one."""
+    model = Recurrent().train(trains)
+    x = (torch.rand(FEW, 2, 5) < 0.5).float()
+    made: list[nn.Module] = []
+    runs = count_calls(
+        lambda: made.append(sparsify(model, x, timing=False)), of=Recurrent.forward.__code__
+    )
+    assert runs == 1
+    assert isinstance(made[0].compiled, Engine) and made[0].compiled.is_compiled

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.api import sparsify
+from sparsify.check_recording import Repetition
 from sparsify.engine import Engine
 from sparsify.errors import Refusal, RefusedError, TraceError
 from sparsify.explain_model import explain
@@ -239,7 +240,8 @@ def test_under_a_mode_or_a_transform_the_original_runs() -> None:
 def test_the_last_word_catches_a_recording_that_does_not_repeat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparsify.engine.why_not_repeated", lambda *_: "3 elements differ")
+    found = Repetition("3 elements differ", seconds=1.0)
+    monkeypatch.setattr("sparsify.engine.repeat", lambda *_: found)
     with pytest.raises(TraceError, match="does not repeat the model: 3 elements differ"):
         sparsify(RecurrentNet().eval(), X)
     model = RecurrentNet().eval()
