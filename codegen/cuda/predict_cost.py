@@ -1,0 +1,163 @@
+"""What a call of a CUDA kernel does and how long it takes, from bytes, additions and barriers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsify import ir
+from sparsify.codegen.backend import Cost, Meeting, MemoryLevel
+from sparsify.codegen.cuda.device import Limits
+from sparsify.codegen.predict_cost import BYTES, WANTED_MACS
+
+OPERAND_BYTES: dict[ir.DType, float] = {
+    "float32": 4,
+    "float64": 8,
+    "int32": 4,
+    "int64": 8,
+    "bool": 1,
+    "bits": 1 / 8,
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, and how long what it waits for takes.
+
+    Those that say so are of one multiprocessor: a block uses one. Additions are those of event
+    gathers, of which each reads its own weight; products of dense ones keep theirs in registers.
+    """
+
+    hbm_bytes: float
+    l2_bytes: float
+    l2_bytes_of_multiprocessor: float
+    shared_bytes_of_multiprocessor: float
+    event_adds_of_multiprocessor: float
+    dense_macs_of_multiprocessor: float
+    pointwise_of_multiprocessor: float
+    grid_barrier: float
+    cluster_barrier: float
+    block_barrier: float
+    launch: float
+
+
+# An H100 SXM: bandwidths and barriers as published measurements have them, until `gpu.py` measures
+# them on the device at hand. A multiprocessor at 1.7 GHz has 128 lanes of float32 and reads 128
+# bytes of shared memory in a clock; a neuron update is some 20 instructions of one lane.
+CLOCK_HZ = 1.7e9
+H100_RATES = Rates(
+    hbm_bytes=2.8e12,
+    l2_bytes=5.5e12,
+    l2_bytes_of_multiprocessor=42e9,
+    shared_bytes_of_multiprocessor=128 * CLOCK_HZ,
+    event_adds_of_multiprocessor=64 * CLOCK_HZ,  # an addition, and the load of its weight
+    dense_macs_of_multiprocessor=96 * CLOCK_HZ,
+    pointwise_of_multiprocessor=128 * CLOCK_HZ / 20,
+    grid_barrier=1.1e-6,
+    cluster_barrier=0.65e-6,
+    block_barrier=2e-8,
+    launch=3e-6,
+)
+
+
+def predict_cost(
+    kernel: ir.Kernel,
+    schedule: ir.Schedule,
+    *,
+    steps: int,
+    batch: int,
+    activity: Mapping[str, float],
+    limits: Limits,
+    rows_per_block: int,
+    blocks: int,
+    meets: Meeting,
+    barriers_per_step: float,
+    weights_from: Literal["l2", "shared"] | None = None,
+) -> Cost:
+    """The cost of a call, given the share of active senders, or of wanted sums, of each Gather.
+
+    ``rows_per_block`` batch rows share a weight row that is read while they take the same step.
+    Where ``weights_from`` is None, weights come from the L2 cache if all of them fit in it. Those
+    in shared memory are loaded once by the call. ``barriers_per_step`` are those that a row waits
+    for; groups of rows that do not run side by side wait one after the other.
+    """
+    how = dict(schedule.gathers)
+    weights = {w.name: w for w in kernel.weights}
+    groups = -(-batch // max(1, rows_per_block)) if batch else 0
+    weight_bytes = event_adds = dense_macs = 0.0
+    neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
+    for gather in kernel.gathers:
+        weight = weights[gather.weight]
+        pairs = _pairs(kernel, weight)
+        is_dense = how[gather.result] == "dense"
+        share = 1.0 if is_dense else min(1.0, max(0.0, activity[gather.result]))
+        products = steps * batch * share * pairs
+        if is_dense:
+            dense_macs += products
+        elif gather.only is None:
+            event_adds += products
+        else:
+            dense_macs += products * WANTED_MACS
+            neurons += kernel.population_size(weight.receivers)
+        touched = 1.0 - (1.0 - share) ** (batch / max(1, groups))
+        weight_bytes += steps * groups * touched * pairs * BYTES[weight.dtype]
+    resident = sum(_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
+    source: MemoryLevel = weights_from or ("l2" if resident <= limits.l2_bytes else "hbm")
+    return Cost(
+        weight_bytes=weight_bytes,
+        event_adds=event_adds,
+        dense_macs=dense_macs,
+        pointwise=float(steps * batch * neurons),
+        barriers=barriers_per_step * steps * _turns(groups, blocks, meets),
+        parts=max(1, blocks),
+        weights_from=source,
+        meets=meets,
+        other_bytes=_operand_bytes(kernel, steps, batch) + 2 * resident,  # packed, then read
+    )
+
+
+def predict_seconds(cost: Cost, limits: Limits, rates: Rates = H100_RATES) -> float:
+    """Reading weights overlaps with arithmetic; memory that is read once does so too."""
+    parts = max(1, min(limits.multiprocessors, cost.parts))
+    reading = cost.weight_bytes / _bandwidth(cost.weights_from, parts, rates)
+    arithmetic = cost.event_adds / rates.event_adds_of_multiprocessor
+    arithmetic += cost.dense_macs / rates.dense_macs_of_multiprocessor
+    pointwise = cost.pointwise / rates.pointwise_of_multiprocessor
+    work = max(reading, arithmetic / parts) + pointwise / parts
+    streamed = cost.other_bytes / rates.hbm_bytes
+    return cost.launches * rates.launch + max(work, streamed) + cost.barriers * _wait(cost, rates)
+
+
+def _turns(groups: int, blocks: int, meets: Meeting) -> int:
+    """How often each barrier is waited for: blocks of their own rows do so side by side."""
+    return -(-groups // max(1, blocks)) if meets == "block" else groups
+
+
+def _bandwidth(source: MemoryLevel, parts: int, rates: Rates) -> float:
+    of_parts = parts * rates.l2_bytes_of_multiprocessor
+    if source == "shared":
+        return parts * rates.shared_bytes_of_multiprocessor
+    return min(rates.l2_bytes if source == "l2" else rates.hbm_bytes, of_parts)
+
+
+def _wait(cost: Cost, rates: Rates) -> float:
+    waits = {"grid": rates.grid_barrier, "cluster": rates.cluster_barrier}
+    return waits.get(cost.meets, rates.block_barrier)
+
+
+def _pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:
+    return kernel.population_size(weight.receivers) * kernel.population_size(weight.senders)
+
+
+def _operand_bytes(kernel: ir.Kernel, steps: int, batch: int) -> float:
+    extent = {"T": steps, "B": batch}
+    total = 0.0
+    tensors: tuple[ir.Operand | ir.Output, ...] = (*kernel.operands, *kernel.outputs)
+    for tensor in tensors:
+        size = OPERAND_BYTES[tensor.dtype]
+        for axis in tensor.axes:
+            known = extent.get(axis)
+            size *= kernel.population_size(tensor.population or "") if known is None else known
+        total += size
+    return total

@@ -1,0 +1,100 @@
+"""Predictions of CUDA kernels, against figures that can be computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sparsify import ir
+from sparsify.codegen.backend import Cost
+from sparsify.codegen.cuda.device import H100, MIB
+from sparsify.codegen.cuda.predict_cost import H100_RATES, predict_cost, predict_seconds
+from tests.example_kernels import lif, schedule
+
+STEPS, B, H = 100, 4, 1024
+PAIRS = 2 * H * H  # of the weights of inputs and of the recurrence
+
+
+def cost_of(how: str = "event", share: float = 0.05, neurons: int = H, **given: object) -> Cost:
+    kernel = lif(neurons, neurons)
+    options = {"rows_per_block": 1, "blocks": B, "meets": "block", "barriers_per_step": 2.0}
+    return predict_cost(
+        kernel,
+        ir.Schedule("row-per-block", tuple((g.result, how) for g in kernel.gathers)),  # type: ignore[misc]
+        steps=STEPS,
+        batch=B,
+        activity={g.result: share for g in kernel.gathers},
+        limits=H100,
+        **{**options, **given},  # type: ignore[arg-type]
+    )
+
+
+def test_events_cost_their_share_of_additions_and_bytes() -> None:
+    cost = cost_of()
+    assert cost.event_adds == pytest.approx(STEPS * B * 0.05 * PAIRS)
+    assert cost.weight_bytes == pytest.approx(4 * cost.event_adds)  # each row reads for itself
+    assert (cost.dense_macs, cost.weights_from) == (0.0, "l2")
+    assert cost.barriers == 2 * STEPS  # rows side by side
+    assert cost_of("dense").dense_macs == STEPS * B * PAIRS
+
+
+def test_rows_that_share_a_step_read_an_active_row_once() -> None:
+    shared = cost_of(rows_per_block=B, blocks=128, meets="grid")
+    touched = 1 - 0.95**B
+    assert shared.weight_bytes == pytest.approx(STEPS * touched * PAIRS * 4)
+    assert shared.barriers == 2 * STEPS
+    assert cost_of(rows_per_block=1, blocks=128, meets="grid").barriers == 2 * STEPS * B
+
+
+def test_weights_that_do_not_fit_the_cache_come_from_memory() -> None:
+    assert cost_of(neurons=4096).weights_from == "hbm"  # 128 MiB
+    assert cost_of(neurons=4096, weights_from="shared").weights_from == "shared"
+    assert H100.l2_bytes == 50 * MIB
+
+
+def test_a_row_that_streams_from_the_cache_takes_as_long_as_published() -> None:
+    """Events * row bytes over 42 KB per microsecond: 5 us for each of two layers of 1024 at 5 %."""
+    a_step = predict_seconds(cost_of(), H100) / STEPS
+    assert a_step == pytest.approx(0.05 * PAIRS * 4 / 42e9, rel=0.2)
+
+
+def test_a_resident_step_takes_no_less_than_its_barrier() -> None:
+    cost = cost_of(rows_per_block=B, blocks=132, meets="grid", weights_from="shared")
+    a_step = predict_seconds(replace(cost, barriers=float(STEPS)), H100) / STEPS
+    assert H100_RATES.grid_barrier < a_step < 3e-6
+    inside = replace(cost, barriers=float(STEPS), meets="cluster", parts=8)
+    assert predict_seconds(inside, H100) / STEPS > H100_RATES.cluster_barrier
+
+
+def test_more_blocks_than_multiprocessors_are_no_faster() -> None:
+    cost = cost_of(blocks=132)
+    assert predict_seconds(cost, H100) == predict_seconds(replace(cost, parts=1000), H100)
+    assert predict_seconds(cost, H100) < predict_seconds(replace(cost, parts=4), H100)
+
+
+def test_operands_are_read_from_memory_once() -> None:
+    """Inputs and spikes [T, B, N] of float32, states [B, N], the weight packed and read."""
+    cost = cost_of()
+    a_step, packed = B * H * 4, 2 * 4 * PAIRS
+    assert cost.other_bytes - packed == pytest.approx(2 * STEPS * a_step, rel=0.05)
+    floor = 1e12 / H100_RATES.hbm_bytes
+    assert predict_seconds(replace(cost, other_bytes=1e12), H100) > floor
+
+
+def test_nothing_to_do_takes_a_launch() -> None:
+    kernel = lif(H, H)
+    cost = predict_cost(
+        kernel,
+        schedule(kernel, "row-per-block"),
+        steps=0,
+        batch=0,
+        activity={g.result: 0.1 for g in kernel.gathers},
+        limits=H100,
+        rows_per_block=1,
+        blocks=0,
+        meets="block",
+        barriers_per_step=2.0,
+    )
+    packing = cost.other_bytes / H100_RATES.hbm_bytes
+    assert predict_seconds(cost, H100) == pytest.approx(H100_RATES.launch + packing)
