@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 
 from sparsify import ir
+from sparsify.codegen.outer_product import OuterProducts
 from sparsify.errors import Refusal
 
 MemoryLevel = Literal["cache", "hbm", "l2", "shared"]
@@ -130,6 +131,10 @@ class Backend(Protocol):
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """In the order in which a tie is decided."""
+
+    @property
+    def outer_products(self) -> OuterProducts:
+        """What computes gradients of weights."""
 
     @property
     def is_timed(self) -> bool:

@@ -10,22 +10,18 @@ from sparsify import ir
 from sparsify.check_ir import check_kernel
 from sparsify.codegen import runtime
 from sparsify.codegen.backend import Binary, Cost, Launchable, Source
+from sparsify.codegen.cpp_outer_product import CppOuterProducts
 from sparsify.codegen.launch import CppLaunchable
 from sparsify.codegen.strategies import STRATEGIES, find_strategy
-from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
+from sparsify.codegen.toolchain import (
+    KERNEL_HEADERS,
+    compile_shared_library,
+    load_library,
+    read_source,
+)
 from sparsify.codegen.writer import Names
 from sparsify.cost_model import Rates, calibrate_rates
 from sparsify.errors import Refusal
-
-HEADERS = (
-    "kernel.h",
-    "scalar.h",
-    "bits.h",
-    "elementary.h",
-    "logarithms.h",
-    "error_function.h",
-    "restricted.h",
-)
 
 
 class CppBackend:
@@ -33,6 +29,7 @@ class CppBackend:
 
     name = "cpp"
     strategies = STRATEGIES
+    outer_products = CppOuterProducts()
     is_timed = True
 
     def __init__(self, rates: Rates | None = None) -> None:
@@ -57,7 +54,7 @@ class CppBackend:
     def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
         """The compiled kernel, from the cache if it was compiled before."""
         source = self.render(kernel, schedule)
-        headers = {file: read_source(file) for file in HEADERS}
+        headers = {file: read_source(file) for file in KERNEL_HEADERS}
         path = compile_shared_library(source.text, source.entry, headers=headers)
         return Binary(path, source, kernel, schedule)
 

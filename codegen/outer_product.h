@@ -34,12 +34,12 @@ struct Matrix {
   }
 };
 
-// What Python passes; see outer_product.py.
+// What Python passes; see cpp_outer_product.py.
 struct OuterCall {
   const void *d, *y;
   void* out;  // [receivers][senders]
-  int64_t rows, run, receivers, senders;
-  int64_t d_outer, d_inner, y_outer, y_inner;
+  int64_t rows, receivers, senders;
+  int64_t d_run, d_outer, d_inner, y_run, y_outer, y_inner;
   int64_t adds;  // whether to add to `out`, if all of d is finite
   double most;   // the share of active values above which nothing is done
   int64_t threads;
@@ -337,8 +337,8 @@ struct Outer {
 
   Outer(const OuterCall& c, Arena& arena, int threads)
       : call(c),
-        d{static_cast<const F*>(c.d), c.run, c.d_outer, c.d_inner},
-        y{static_cast<const Element*>(c.y), c.run, c.y_outer, c.y_inner},
+        d{static_cast<const F*>(c.d), c.d_run, c.d_outer, c.d_inner},
+        y{static_cast<const Element*>(c.y), c.y_run, c.y_outer, c.y_inner},
         tiles{c.receivers},
         groups((c.senders + GROUP - 1) / GROUP),
         block(c.rows < ROW_BLOCK ? c.rows : ROW_BLOCK),
@@ -424,7 +424,7 @@ template <class Source>
 void sample_activity(OuterCall& call) {
   typedef typename Activity<Source>::Element Element;
   const Element* const first = static_cast<const Element*>(call.y);
-  const Matrix<Element> y{first, call.run, call.y_outer, call.y_inner};
+  const Matrix<Element> y{first, call.y_run, call.y_outer, call.y_inner};
   const int64_t sampled = call.rows < SAMPLED_ROWS ? call.rows : SAMPLED_ROWS;
   call.active = 0, call.seen = sampled * call.senders;
   for (int64_t i = 0; i < sampled; ++i) {

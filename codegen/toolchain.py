@@ -24,6 +24,15 @@ from sparsify.errors import BackendUnavailable, Refusal
 SCHEMA = "1"  # raise it when entries of the cache are to be made anew
 COMPILERS = ("c++", "g++", "clang++")
 SOURCE, BINARY = "kernel.cpp", "kernel.so"
+KERNEL_HEADERS = (
+    "kernel.h",
+    "scalar.h",
+    "bits.h",
+    "elementary.h",
+    "logarithms.h",
+    "error_function.h",
+    "restricted.h",
+)  # that kernel.h includes, and what generated kernels do beside it
 COMPILE_LIMIT_S = 120.0
 VERSION_LIMIT_S = 20.0
 CPU_LABELS = (  # x86 and Arm

@@ -234,7 +234,8 @@ class _Writer:
         event = fact is not None and fact.event and fact.payload != "zero"
         event = event or (reader is not None and reads_events(reader))
         name = f"outer_product_{sum(isinstance(m, OuterProduct) for m in self.modules.values())}"
-        self.modules[name] = OuterProduct(event=event)
+        measured = None if reader is None else reader.meta.get("activity")
+        self.modules[name] = OuterProduct(event, activity=measured)
         result = self.graph.create_node("call_module", name, (d_values, values), name=name)
         keep = ("location", "module", "activity")
         if reader is not None:

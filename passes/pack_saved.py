@@ -128,7 +128,7 @@ def _of_bits(product: nn.Module, activation: Any, packed: dict[fx.Node, int]) ->
     assert isinstance(product, OuterProduct)
     if activation not in packed:
         return product
-    return OuterProduct(product.event, senders=shape_of(activation)[-1])
+    return product.of_bits(shape_of(activation)[-1])
 
 
 def _unpacking(scan: Scan, taken: Set[int]) -> Scan:

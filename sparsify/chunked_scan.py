@@ -12,10 +12,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from sparsify.codegen.outer_product import OuterProducts
+from sparsify.outer_product import OuterProduct
 from sparsify.region import Region
 from sparsify.scan import Scan
 
-CHUNK_BYTES = 8 * 2**20  # of what the outer products read
+# Of what the outer products read: as much as stays in the last cache.
+CHUNK_BYTES = 8 * 2**20
+GPU_CHUNK_BYTES = 32 * 2**20
 
 
 class ChunkedScan(nn.Module):
@@ -69,6 +73,14 @@ class ChunkedScan(nn.Module):
         """The same products beside another executor of the loop."""
         return ChunkedScan(run, self.products, self.reads)
 
+    def with_backend(self, backend: OuterProducts) -> ChunkedScan:
+        """The same loop, with products that another backend computes."""
+        products = [
+            product.with_backend(backend) if isinstance(product, OuterProduct) else product
+            for product in self.products
+        ]
+        return ChunkedScan(self.run, products, self.reads)
+
     def retyped(self, dtype: torch.dtype, source: torch.dtype = torch.float32) -> ChunkedScan:
         """The same without kernels for the loop, computing in ``dtype`` instead of ``source``."""
         return ChunkedScan(self.scan.retyped(dtype, source), self.products, self.reads)
@@ -79,10 +91,12 @@ class ChunkedScan(nn.Module):
     def _chunks(self, steps: int, carries: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
         """Nearly equal parts of the time, in the order in which the loop runs."""
         rows = max((carry.shape[0] for carry in carries if carry.dim() > 1), default=1)
+        is_cuda = any(carry.is_cuda for carry in carries)
         nodes = [self.scan.results[self.scan.carries + read] for read in set(self.reads)]
         infos = [node.meta["val"] for node in nodes]
         bytes_a_step = sum(rows * i.shape[-1] * i.dtype.itemsize for i in infos)
-        count = max(1, min(steps, steps * bytes_a_step // CHUNK_BYTES))
+        chunk_bytes = GPU_CHUNK_BYTES if is_cuda else CHUNK_BYTES
+        count = max(1, min(steps, steps * bytes_a_step // chunk_bytes))
         edges = [steps * i // count for i in range(count + 1)]
         chunks = list(pairwise(edges))
         return iter(chunks[::-1] if self.scan.reverse else chunks)

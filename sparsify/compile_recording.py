@@ -102,7 +102,7 @@ class Compiler:
         weights = _stored_tensors(recording.graph, operands)
         rows = Rows(placements, choices, refused, weights, chooser.break_even)
         done = tuple(f"{name} runs as one kernel" for name in regions)
-        installed = with_regions(graph, regions)
+        installed = with_regions(graph, regions, self.binaries.backend.outer_products)
         return Compiled(
             replace(recording, result=summarize(recording.result)),
             (*stages, Stage("install", installed, done)),

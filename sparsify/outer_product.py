@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 
-from sparsify.codegen.outer_product import C_TYPES, Outcome, outer_product
-from sparsify.cost_model import EVENT_ADDS_PER_MAC
+from sparsify.call_conditions import is_intercepted
+from sparsify.codegen.cpp_outer_product import CppOuterProducts
+from sparsify.codegen.outer_product import ROWS_PER_SUM, OuterKernel, OuterProducts, Product
 from sparsify.errors import BackendUnavailable, CompileError
 from sparsify.saved_bits import check_packed, unpack_bits
 
-ROWS_PER_SUM = 512  # outer_product.h adds the rows of so many on their own
-# Listing an event takes as long as adding it to so many receivers, as measured.
-RECEIVERS_PER_LISTING = 40
-SMALL_PRODUCT = 1 << 21  # multiplications that take no longer than calling the kernel
 UNPACKED_VALUES = 1 << 23  # of a dense product at once: 32 MiB of float32
+ON_THE_CPU = CppOuterProducts()
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,47 @@ class Ran:
 class OuterProduct(nn.Module):
     """``d [..., R], y [..., S] -> [R, S]``: the sum over all leading axes of ``d[r] * y[s]``.
 
-    ``event`` says that the activation ``y`` is mostly zero: a kernel then reads ``d`` only where it
-    is not, unless a dense product is faster for its size or activity, ``d`` is not finite (eager's
-    0 * inf is NaN), or there is no compiler. With ``senders`` the activation comes as the bits of
-    so many senders (``pack_bits``).
+    ``event`` says that the activation ``y`` is mostly zero: a kernel of ``backend`` then reads
+    ``d`` only where it is not, unless a dense product is faster for its size or activity, or there
+    is no compiler. Where ``d`` is not finite, all is read (eager's 0 * inf is NaN). ``activity`` is
+    the share of active values on an example, if known. With ``senders`` the activation comes as the
+    bits of so many senders (``pack_bits``).
 
     ``last`` says how the last call was computed. ``runs`` counts how calls were, and ``events`` how
     many values were active and how many there were, over all calls that looked.
     """
 
-    def __init__(self, event: bool = False, senders: int | None = None) -> None:
+    def __init__(
+        self,
+        event: bool = False,
+        senders: int | None = None,
+        activity: float | None = None,
+        backend: OuterProducts = ON_THE_CPU,
+    ) -> None:
         super().__init__()
-        self.event, self.senders = event, senders
+        self.event, self.senders, self.activity = event, senders, activity
+        self.backend = backend
+        self._kernel: OuterKernel | None = None
         self._unavailable = ""
         self.reset_events()
+
+    def with_backend(self, backend: OuterProducts) -> OuterProduct:
+        """The same product, computed by another backend's kernel."""
+        return OuterProduct(self.event, self.senders, self.activity, backend)
+
+    def of_bits(self, senders: int) -> OuterProduct:
+        """The same product of an activation that comes as bits."""
+        return OuterProduct(self.event, senders, self.activity, self.backend)
 
     def reset_events(self) -> None:
         self.last: Ran | None = None
         self.runs: dict[str, int] = {"event": 0, "dense": 0}
-        self.events: tuple[int, int] = (0, 0)
+        if self._kernel is not None:
+            self._kernel.reset_events()
+
+    @property
+    def events(self) -> tuple[int, int]:
+        return (0, 0) if self._kernel is None else self._kernel.events
 
     def forward(self, d: Tensor, activation: Tensor, total: Tensor | None = None) -> Tensor:
         """``[R, S]`` in the dtype of ``d``; it is added to ``total``, in place, if that is given.
@@ -73,7 +94,8 @@ class OuterProduct(nn.Module):
             product: Tensor = self(d, activation)
             return total.add_(product)
         ran, result = self._run_events(d, activation, total)
-        self._count(ran, d.shape[:-1].numel() * self._senders(activation))
+        self.last = ran
+        self.runs[ran.how] += 1
         if result is not None:
             if total is not None:
                 torch.autograd.graph.increment_version(total)
@@ -88,29 +110,18 @@ class OuterProduct(nn.Module):
             return Ran("dense"), None
         if reason := self._unavailable or why_dense(d, activation):
             return Ran("dense", reason=reason), None
+        if self._kernel is None:
+            self._kernel = self.backend.load(self.activity)
         senders, packed = self._senders(activation), self.senders is not None
-        if d.numel() * senders < SMALL_PRODUCT:
-            return Ran("dense", reason="the product is small"), None
-        most = break_even(d.shape[-1])
+        if reason := self._kernel.why_not(d, activation, senders):
+            return Ran("dense", reason=reason), None
         try:
-            product = outer_product(d, activation, senders, packed=packed, most=most, total=total)
+            product: Product = self._kernel(d, activation, senders, packed=packed, total=total)
         except (BackendUnavailable, CompileError, OSError) as error:
             self._unavailable = str(error)
             return Ran("dense", reason=self._unavailable), None
-        active, seen = product.active, product.seen
-        if product.outcome is Outcome.TOO_ACTIVE:
-            reason = f"{active / seen:.1%} of the activation is active, more than {most:.1%}"
-            return Ran("dense", active, seen, reason), None
-        if product.outcome is Outcome.NOT_FINITE:
-            return Ran("dense", active, seen, "skipping a zero would skip 0 * inf"), None
-        return Ran("event", active, seen), product.result
-
-    def _count(self, ran: Ran, values: int) -> None:
-        self.last = ran
-        self.runs[ran.how] += 1
-        if ran.seen:  # a sample stands for all values
-            active, seen = self.events
-            self.events = active + round(ran.active / ran.seen * values), seen + values
+        how: Literal["event", "dense"] = "dense" if product.result is None else "event"
+        return Ran(how, product.active, product.seen, product.reason), product.result
 
     def _senders(self, activation: Tensor) -> int:
         return activation.shape[-1] if self.senders is None else self.senders
@@ -121,6 +132,9 @@ class OuterProduct(nn.Module):
         if d.dim() < 1 or activation.dim() < 1 or d.shape[:-1] != activation.shape[:-1]:
             shapes = f"{list(d.shape)} and {list(activation.shape)}"
             raise ValueError(f"outer products need equal leading axes, not {shapes}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernel": None}  # loaded again where it is needed
 
     def extra_repr(self) -> str:
         bits = "" if self.senders is None else f", senders={self.senders}"
@@ -141,18 +155,13 @@ def dense_outer_product(d: Tensor, activation: Tensor, senders: int | None = Non
     return result
 
 
-def break_even(receivers: int) -> float:
-    """The share of active values above which a dense product is expected to be faster."""
-    return EVENT_ADDS_PER_MAC * receivers / (receivers + RECEIVERS_PER_LISTING)
-
-
 def can_add_to(total: Tensor, receivers: int, senders: int, d: Tensor) -> bool:
     """Whether a kernel can add to ``total`` what torch would add to it."""
     return (
         type(total) in (Tensor, nn.Parameter)
         and total.shape == (receivers, senders)
         and total.dtype is d.dtype
-        and total.is_cpu
+        and total.device == d.device
         and total.layout is torch.strided
         and total.is_contiguous()
         and not total.is_neg()
@@ -161,22 +170,18 @@ def can_add_to(total: Tensor, receivers: int, senders: int, d: Tensor) -> bool:
 
 
 def why_dense(d: Tensor, activation: Tensor) -> str:
-    """What keeps a kernel from reading these tensors, empty if nothing does."""
+    """What keeps kernels from reading these tensors, empty if nothing does."""
     tensors = (d, activation)
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
-    ):
+    if is_intercepted() or any(map(is_legacy_batchedtensor, tensors)):
         return "operations are being intercepted"
     if torch.is_grad_enabled() and (d.requires_grad or activation.requires_grad):
         return "the gradient of the gradient was asked for"
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return "a tensor is of a class of its own"
-    if any(not tensor.is_cpu or tensor.layout is not torch.strided for tensor in tensors):
-        return "a tensor is not a strided one on the CPU"
-    if d.dtype not in C_TYPES or activation.is_complex():
-        return f"there is no kernel for {d.dtype} and {activation.dtype}"
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        return "a tensor is not a strided one"
+    if activation.is_complex():
+        return f"there is no kernel for {activation.dtype}"
     if any(tensor.is_neg() or tensor.is_conj() for tensor in tensors):
         return "a tensor is negated or conjugated lazily"
     if not d.numel() or not activation.numel():

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 # A byte of 0 or 1 for each of eight neurons, times this, has their bits in its highest byte.
 GATHER_BITS = sum(1 << (56 - 7 * bit) for bit in range(8))
-# Row i has the bits of i. Looking them up takes less time than converting bools to floats.
+# Row i has the bits of i. On the CPU looking them up takes less time than shifting and converting.
 BITS_OF_BYTES = torch.tensor([[i >> bit & 1 for bit in range(8)] for i in range(256)], device="cpu")
 
 
@@ -37,9 +37,20 @@ def unpack_bits(packed: Tensor, neurons: int, dtype: torch.dtype = torch.bool) -
     Raises ValueError if ``packed`` has not the bytes of so many neurons.
     """
     check_packed(packed, neurons)
-    table = BITS_OF_BYTES.to(packed.device, dtype)
-    rows = table.index_select(0, packed.flatten().to(torch.int32))
-    return rows.view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :neurons]
+    # On another device a table would have to be copied there, and be waited for.
+    spread = look_up_bits if packed.device.type == "cpu" else shift_bits
+    return spread(packed, dtype).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :neurons]
+
+
+def look_up_bits(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 of any shape -> ``[numel, 8]`` of 0 and 1, the lowest bit first."""
+    return BITS_OF_BYTES.to(dtype).index_select(0, packed.flatten().to(torch.int32))
+
+
+def shift_bits(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same as ``look_up_bits``, without a table."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed.flatten().unsqueeze(-1) >> places & 1).to(dtype)
 
 
 def check_packed(packed: Tensor, neurons: int) -> None:

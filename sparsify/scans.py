@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.chunked_scan import ChunkedScan
+from sparsify.codegen.outer_product import OuterProducts
 from sparsify.differentiated import Input
+from sparsify.outer_product import OuterProduct
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.split_time import used_outputs
 from sparsify.region import Region
@@ -84,18 +86,25 @@ def visit_calls(
         _Visitor(graph, visit).run(*operands)
 
 
-def with_regions(graph: fx.GraphModule, regions: Mapping[str, Region]) -> fx.GraphModule:
+def with_regions(
+    graph: fx.GraphModule, regions: Mapping[str, Region], outer_products: OuterProducts
+) -> fx.GraphModule:
     """A copy of ``graph`` with ``regions`` in the places of the Scans of their names.
 
-    A TrainedRegion whose Scan has no kernel is taken back: torch differentiates it step by step.
+    Gradients of weights are left to ``outer_products``. A TrainedRegion whose Scan has no kernel is
+    taken back: torch differentiates it step by step.
     """
     modules: dict[str, nn.Module] = {}
     for name, module in graph.named_children():
         if isinstance(module, TrainedRegion):
-            modules[name] = _with_kernels(name, module, regions)
+            modules[name] = _with_kernels(name, module, regions, outer_products)
+        elif isinstance(module, OuterProduct):
+            modules[name] = module.with_backend(outer_products)
+        elif isinstance(module, ChunkedScan):
+            chunked = module.with_backend(outer_products)
+            modules[name] = chunked.with_run(regions[name]) if name in regions else chunked
         elif name in regions:
-            region = regions[name]
-            modules[name] = module.with_run(region) if isinstance(module, ChunkedScan) else region
+            modules[name] = regions[name]
     return with_modules(graph, modules)
 
 
@@ -132,12 +141,17 @@ def with_modules(graph: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx.
     )
 
 
-def _with_kernels(name: str, module: TrainedRegion, regions: Mapping[str, Region]) -> nn.Module:
+def _with_kernels(
+    name: str,
+    module: TrainedRegion,
+    regions: Mapping[str, Region],
+    outer_products: OuterProducts,
+) -> nn.Module:
     if name not in regions:
         return module.scan
     start = f"{name}{BACKWARD}"
     inner = {full.removeprefix(start): r for full, r in regions.items() if full.startswith(start)}
-    backward = with_regions(module.backward, inner)
+    backward = with_regions(module.backward, inner, outer_products)
     return TrainedRegion(module.scan, module.parts, module.required, regions[name], backward)
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify import outer_product as module
-from sparsify.codegen.outer_product import Outcome, outer_product
+from sparsify.codegen import cpp_outer_product as cpp
+from sparsify.codegen.cpp_outer_product import Outcome, add_events, break_even
 from sparsify.outer_product import (
     OuterProduct,
-    break_even,
     dense_outer_product,
     reference_outer_product,
 )
-from sparsify.saved_bits import pack_bits, unpack_bits
+from sparsify.saved_bits import look_up_bits, pack_bits, shift_bits, unpack_bits
 from tests.threads import torch_threads
 
 ALL = 1.0  # events are never too many
@@ -42,7 +42,7 @@ KINDS: dict[str, Activity] = {
 def any_size() -> Iterator[None]:
     """Products of any size are worth the kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SMALL_PRODUCT", 0)
+        patch.setattr(cpp, "SMALL_PRODUCT", 0)
         yield
 
 
@@ -57,10 +57,10 @@ def reference(d: Tensor, y: Tensor) -> Tensor:
 
 def run(d: Tensor, y: Tensor, senders: int | None = None) -> Tensor:
     """What the kernel gives, whatever the activity."""
-    size = y.shape[-1] if senders is None else senders
-    product = outer_product(d, y, size, packed=senders is not None, most=ALL)
-    assert product.outcome is Outcome.DONE and product.result is not None
-    return product.result
+    result = d.new_empty(d.shape[-1], y.shape[-1] if senders is None else senders)
+    ended = add_events(d, y, result, packed=senders is not None, most=ALL)
+    assert ended.outcome is Outcome.DONE
+    return result
 
 
 # --- bits ---
@@ -209,8 +209,8 @@ def test_a_total_is_untouched_until_all_of_d_is_known_to_be_finite(threads: int)
     d, y, total = torch.randn(600, 300), spikes((600, 300)).float(), torch.ones(300, 300)
     d[0, 299] = float("nan")
     with torch_threads(threads):
-        product = outer_product(d, y, 300, packed=False, most=ALL, total=total)
-    assert product.outcome is Outcome.NOT_FINITE and torch.equal(total, torch.ones(300, 300))
+        ended = add_events(d, y, total, packed=False, most=ALL, adds_to_result=True)
+    assert ended.outcome is Outcome.NOT_FINITE and torch.equal(total, torch.ones(300, 300))
 
 
 # --- which way ---
@@ -250,7 +250,7 @@ def test_too_many_events_run_dense(activity: float, how: str) -> None:
 
 
 def test_small_products_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SMALL_PRODUCT", 600 * 64 * 50)
+    monkeypatch.setattr(cpp, "SMALL_PRODUCT", 600 * 64 * 50)
     product = OuterProduct(event=True)
     for senders, how in ((49, "dense"), (50, "event")):
         product(torch.randn(600, 64), torch.zeros(600, senders))
@@ -267,9 +267,10 @@ def test_the_sample_sees_every_phase_of_a_period(period: int) -> None:
     """Rows are active in one step of a period; a sample at equal distances could miss them all."""
     y = torch.zeros(6400, 16)
     y[::period] = 1.0
-    product = outer_product(torch.randn(6400, 4), y, 16, packed=False, most=0.0)
-    assert product.outcome is Outcome.TOO_ACTIVE and product.result is None
-    assert 0.4 / period < product.active / product.seen < 2.5 / period
+    result = torch.ones(4, 16)
+    ended = add_events(torch.randn(6400, 4), y, result, packed=False, most=0.0)
+    assert ended.outcome is Outcome.TOO_ACTIVE and torch.equal(result, torch.ones(4, 16))
+    assert 0.4 / period < ended.active / ended.seen < 2.5 / period
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -328,19 +329,13 @@ def test_other_dtypes_are_dense() -> None:
 
 def test_without_a_compiler_it_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(module, "outer_product", uncached_outer_product)
+    monkeypatch.setattr(cpp, "load_function", cpp.load_function.__wrapped__)
     product = OuterProduct(event=True)
     d, y = torch.randn(40, 8), spikes((40, 9)).float()
     for _ in range(2):
         assert torch.equal(product(d, y), d.t() @ y)
     assert product.last is not None and product.last.how == "dense"
     assert "no-such-compiler: not found" in product.last.reason
-
-
-def uncached_outer_product(*arguments: object, **options: object) -> object:
-    """As in a process that has not compiled the kernel yet."""
-    from_the_start = outer_product.__globals__["load_function"].__wrapped__
-    return from_the_start("float", "float")
 
 
 @pytest.mark.parametrize("event", [True, False])
@@ -371,6 +366,15 @@ def test_bits_are_numpys(neurons: int, dtype: torch.dtype) -> None:
     assert torch.equal(unpack_bits(packed, neurons, dtype), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_bits_are_shifted_where_no_table_is(dtype: torch.dtype) -> None:
+    """As on a GPU; the shape is asked of a device that holds no values."""
+    packed = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    assert torch.equal(shift_bits(packed, dtype), look_up_bits(packed, dtype))
+    unpacked = unpack_bits(packed.to("meta"), 1021, dtype)
+    assert unpacked.shape == (2, 1021) and unpacked.dtype is dtype
+
+
 def test_bits_of_a_strided_tensor() -> None:
     y = spikes((40, 3, 5), 0.5).permute(2, 1, 0)
     assert torch.equal(unpack_bits(pack_bits(y), 40), y)
@@ -380,7 +384,9 @@ def test_bits_of_a_strided_tensor() -> None:
 @pytest.mark.parametrize("senders", [1, 8, 63, 64, 65, 130])
 @pytest.mark.parametrize("event", [True, False])
 def test_bits_as_activation(senders: int, event: bool) -> None:
-    d, y = torch.randn(30, 40, 50), spikes((30, 40, senders), 0.02)
+    # Sums are exact in any order: torch has several, for strides as unpacked bits have them.
+    d = torch.randint(-8, 9, (30, 40, 50)).float()
+    y = spikes((30, 40, senders), 0.02)
     product = OuterProduct(event, senders=senders)
     result = product(d, pack_bits(y))
     wanted = reference(d, y) if event else d.flatten(0, 1).t() @ y.flatten(0, 1).float()

@@ -1,0 +1,181 @@
+"""Compiles and calls the C++ kernel for the gradient of a weight; see outer_product.h."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.codegen.outer_product import VALUES, Product, rows_of, source_of
+from sparsify.codegen.runtime import check_readable, load_runtime
+from sparsify.codegen.toolchain import (
+    KERNEL_HEADERS,
+    compile_shared_library,
+    load_library,
+    read_source,
+)
+from sparsify.cost_model import EVENT_ADDS_PER_MAC
+
+# Listing an event takes as long as adding it to so many receivers, as measured.
+RECEIVERS_PER_LISTING = 40
+SMALL_PRODUCT = 1 << 21  # multiplications that take no longer than calling the kernel
+HEADERS = (*KERNEL_HEADERS, "square.h", "outer_product.h")
+TEXT = """\
+// The gradient of a weight of {value}, from an activity of {source}.
+#include "outer_product.h"
+
+using namespace sparsify;
+
+extern "C" __attribute__((visibility("default"))) int {entry}(const Runtime* runtime,
+                                                              OuterCall* call) {{
+  return outer_product<{value}, {source}>(runtime, call);
+}}
+"""
+
+
+class Outcome(IntEnum):
+    """What became of a call; the numbers are those of outer_product.h."""
+
+    DONE = 0
+    NOT_FINITE = 1  # skipping a zero would have skipped 0 * inf
+    TOO_ACTIVE = 2
+    NO_MEMORY = 3
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call of the kernel ended: of a sample of the rows unless all of them were added."""
+
+    outcome: Outcome
+    active: int
+    seen: int
+
+
+class Call(ctypes.Structure):
+    """``OuterCall`` of outer_product.h; strides are in elements."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("d", "y", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "receivers", "senders")),
+        *((name, ctypes.c_int64) for name in ("d_run", "d_outer", "d_inner")),
+        *((name, ctypes.c_int64) for name in ("y_run", "y_outer", "y_inner")),
+        ("adds", ctypes.c_int64),
+        ("most", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("threads", "active", "seen")),
+    )
+
+
+class CppOuterKernel:
+    """Computes the gradients of one weight on the processor.
+
+    Rows are sampled at each call: too many events, and a ``d`` that is not finite (eager's 0 * inf
+    is NaN), are left to a dense product.
+    """
+
+    def __init__(self) -> None:
+        self.reset_events()
+
+    def reset_events(self) -> None:
+        self._active = self._seen = 0
+
+    @property
+    def events(self) -> tuple[int, int]:
+        return self._active, self._seen
+
+    def why_not(self, d: Tensor, activity: Tensor, senders: int) -> str:
+        if not d.is_cpu or not activity.is_cpu:
+            return "a tensor is not on the CPU"
+        if d.dtype not in VALUES:
+            return f"there is no kernel for {d.dtype}"
+        if d.numel() * senders < SMALL_PRODUCT:
+            return "the product is small"
+        return ""
+
+    def __call__(
+        self, d: Tensor, activity: Tensor, senders: int, *, packed: bool, total: Tensor | None
+    ) -> Product:
+        result = d.new_empty(d.shape[-1], senders) if total is None else total
+        most = break_even(d.shape[-1])
+        ended = add_events(
+            d, activity, result, packed=packed, most=most, adds_to_result=total is not None
+        )
+        active, seen = ended.active, ended.seen
+        values = d.shape[:-1].numel() * senders
+        self._active += round(active / seen * values)  # a sample stands for all values
+        self._seen += values
+        if ended.outcome is Outcome.TOO_ACTIVE:
+            reason = f"{active / seen:.1%} of the activation is active, more than {most:.1%}"
+            return Product(None, active, seen, reason)
+        if ended.outcome is Outcome.NOT_FINITE:
+            return Product(None, active, seen, "skipping a zero would skip 0 * inf")
+        return Product(result, active, seen)
+
+
+@dataclass(frozen=True)
+class CppOuterProducts:
+    """Gradients of weights on the processor."""
+
+    def load(self, activity: float | None) -> CppOuterKernel:
+        return CppOuterKernel()
+
+
+def break_even(receivers: int) -> float:
+    """The share of active values above which a dense product is expected to be faster."""
+    return EVENT_ADDS_PER_MAC * receivers / (receivers + RECEIVERS_PER_LISTING)
+
+
+def add_events(
+    d: Tensor,
+    activity: Tensor,
+    result: Tensor,
+    *,
+    packed: bool,
+    most: float,
+    adds_to_result: bool = False,
+) -> Ended:
+    """Write the sum of ``d[row, r] * activity[row, s]`` over all active values to ``result``.
+
+    ``d`` is ``[..., R]`` of float32 or float64, ``activity`` ``[..., S]`` of any real dtype or, if
+    ``packed``, what ``pack_bits`` makes of it; both have the same leading axes, and neither is
+    empty. ``result`` is a contiguous ``[R, S]`` of the dtype of ``d``. Nothing is computed if more
+    than the share ``most`` of sampled values is active, and nothing is written if ``d`` has values
+    that are not finite.
+
+    The bits of the result do not depend on the number of threads: rows are added in ascending order
+    within blocks of 512 rows, and the sums of the blocks in ascending order.
+
+    Raises TypeError for tensors whose memory cannot be read, MemoryError, and what
+    ``compile_shared_library`` raises.
+    """
+    source, readable = source_of(check_readable(activity), d.dtype, packed)
+    function = load_function(VALUES[check_readable(d).dtype], source)
+    left, right = rows_of(d), rows_of(readable)
+    call = Call(
+        *(left.tensor.data_ptr(), right.tensor.data_ptr(), result.data_ptr()),
+        *(d.shape[:-1].numel(), *result.shape),
+        *(left.run, left.outer, left.inner),
+        *(right.run, right.outer, right.inner),
+        adds_to_result,
+        most,
+        torch.get_num_threads(),
+    )
+    outcome = Outcome(function(load_runtime().table, ctypes.byref(call)))
+    if outcome is Outcome.NO_MEMORY:
+        raise MemoryError(f"no memory for the gradient of a weight {list(result.shape)}")
+    return Ended(outcome, call.active, call.seen)
+
+
+@cache
+def load_function(value: str, source: str) -> Any:
+    """The compiled kernel for ``d`` of ``value`` and an activity of ``source``."""
+    headers = {file: read_source(file) for file in HEADERS}
+    entry = f"outer_product_{value}_{source.lower()}"
+    text = TEXT.format(value=value, source=source, entry=entry)
+    function = load_library(compile_shared_library(text, entry, headers=headers))[entry]
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
+    return function
