@@ -1,0 +1,57 @@
+"""A driver without a GPU, which keeps a log: compiled from NVIDIA's own header."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+
+from sparsify.codegen.cuda.driver import Driver
+from sparsify.codegen.toolchain import find_compiler, run_limited
+from sparsify.errors import Refusal
+
+SOURCE = Path(__file__).parent / "cuda" / "fake_driver.cpp"
+
+
+@cache
+def cuda_include() -> Path:
+    """The folder with cuda.h of the wheel ``nvidia-cuda-runtime``."""
+    spec = importlib.util.find_spec("nvidia")
+    assert spec is not None and spec.submodule_search_locations is not None
+    for place in spec.submodule_search_locations:
+        for header in sorted(Path(place).glob("*/include/cuda.h")):
+            return header.parent
+    raise FileNotFoundError("cuda.h: install the test extra")
+
+
+class FakeDriver:
+    """``driver`` is what the product sees; the rest is for the test."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.fake_journal.restype = ctypes.c_char_p
+        self.reset()
+        self.driver = Driver(library)
+
+    def reset(self, words: int = 0) -> None:
+        """Forget everything. Launches pass ``words`` 8-byte words."""
+        self._library.fake_reset(words)
+
+    def answer(self, name: str, value: int) -> None:
+        """Let the function ``name`` fail with the status ``value``, or an attribute be it."""
+        self._library.fake_answer(name.encode(), value)
+
+    def journal(self) -> list[str]:
+        """What was called, a line each."""
+        return str(self._library.fake_journal().decode()).splitlines()
+
+
+def build_fake_driver(folder: Path) -> ctypes.CDLL:
+    compiler = find_compiler()
+    assert not isinstance(compiler, Refusal)
+    out = folder / "libcuda.so.1"
+    flags = ("-std=c++20", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{cuda_include()}")
+    run_limited((*compiler.command, *flags, str(SOURCE), "-o", str(out)), 60)
+    return ctypes.CDLL(str(out), mode=os.RTLD_NOW | os.RTLD_LOCAL)
