@@ -137,6 +137,10 @@ class Backend(Protocol):
         """What computes gradients of weights."""
 
     @property
+    def eager(self) -> Literal["cpu", "cuda"]:
+        """Whose rounding of torch's operations its kernels follow."""
+
+    @property
     def is_timed(self) -> bool:
         """False where times tell nothing: of an emulator."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,7 @@ class CppBackend:
     name = "cpp"
     strategies = STRATEGIES
     outer_products = CppOuterProducts()
+    eager: Literal["cpu", "cuda"] = "cpu"
     is_timed = True
 
     def __init__(self, rates: Rates | None = None) -> None:

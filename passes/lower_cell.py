@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparsify import ir
+from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_layout import shape_of
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, row_of
 from sparsify.passes.lower_refusals import Refused, refuse
@@ -32,8 +33,9 @@ _ON_BOOLS = {"maximum": "logical_or", "minimum": "logical_and"}
 class NodeCell:
     """Writes one node; ``read`` gives its operands' values, ``write`` adds a Let."""
 
-    def __init__(self, node: fx.Node, read: ReadValue, write: WriteLet) -> None:
+    def __init__(self, node: fx.Node, read: ReadValue, write: WriteLet, eager: Eager) -> None:
         self.node, self.read, self.write = node, read, write
+        self.eager = eager
         self.dtype: ir.DType = DTYPES[node.meta["val"].dtype]
 
     def value(self, argument: Any, dtype: ir.DType) -> ir.Arg:
@@ -45,6 +47,12 @@ class NodeCell:
         if isinstance(value, ir.Const):
             return literal(value.value, dtype)
         return self.let("cast", value, dtype=dtype)
+
+    def is_number(self, argument: Any) -> bool:
+        if not isinstance(argument, fx.Node):
+            return True
+        given, result = argument.meta["val"], self.node.meta["val"]
+        return not given.shape and given.device.type == "cpu" and result.device.type != "cpu"
 
     def let(self, op: str, *args: ir.Arg, dtype: ir.DType | None = None) -> ir.Arg:
         dtype = dtype or self.dtype

@@ -1,7 +1,8 @@
 """How ATen operations become scalar ops of the kernel IR: one line or one function an op.
 
 Most have a row in ``scalar_ops.SCALAR_OPS`` that names them; what is here is made of several rows,
-in the order of eager's CPU kernels.
+in the order of eager's kernels. ``Cell.eager`` says which, where those of the CPU and of CUDA round
+differently.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _rsub(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
 
 def _scaled(cell: Cell, argument: Any, alpha: Any) -> ir.Arg:
     value = cell.value(argument, cell.dtype)
-    # Eager on the CPU fuses this product into the addition and so rounds once less.
+    # Eager fuses this product into the addition, on the CPU and on CUDA, and so rounds once less.
     return value if alpha == 1 else cell.let("mul", value, cell.value(alpha, cell.dtype))
 
 
@@ -60,8 +61,15 @@ def _mul(cell: Cell, a: Any, b: Any) -> ir.Arg:
     return cell.let(op, cell.value(a, cell.dtype), cell.value(b, cell.dtype))
 
 
+def _div(cell: Cell, a: Any, b: Any) -> ir.Arg:
+    dividend, divisor = cell.value(a, cell.dtype), cell.value(b, cell.dtype)
+    if cell.eager == "cuda" and cell.is_number(b):
+        return cell.let("mul", dividend, cell.let("reciprocal", divisor))
+    return cell.let("div", dividend, divisor)
+
+
 def _div_mode(cell: Cell, a: Any, b: Any, rounding_mode: str | None = None) -> ir.Arg:
-    quotient = cell.let("div", cell.value(a, cell.dtype), cell.value(b, cell.dtype))
+    quotient = _div(cell, a, b)
     return quotient if rounding_mode is None else cell.let("trunc", quotient)
 
 
@@ -198,7 +206,9 @@ EXPANSIONS: dict[object, Expansion] = {
     aten.mul.Tensor: _mul,
     aten.mul.Scalar: _mul,
     aten.multiply.Tensor: _mul,
-    aten.true_divide.Tensor: _div_mode,
+    aten.div.Tensor: _div,
+    aten.div.Scalar: _div,
+    aten.true_divide.Tensor: _div,
     aten.div.Tensor_mode: _div_mode,
     aten.div.Scalar_mode: _div_mode,
     aten.clamp.default: clamp,

@@ -22,6 +22,7 @@ from sparsify.check_ir import why_malformed_kernel
 from sparsify.errors import Refusal
 from sparsify.lowered import Lowered, LoweredSite, Returned
 from sparsify.passes.classify_ops import TRANSPOSES, product_operand
+from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_cell import NodeCell, literal
 from sparsify.passes.lower_layout import (
     Layout,
@@ -44,9 +45,10 @@ from sparsify.saved_bits import packed_size
 from sparsify.scan import Scan
 
 
-def lower_scan(scan: Scan, name: str) -> Lowered | Refusal:
+def lower_scan(scan: Scan, name: str, eager: Eager = "cpu") -> Lowered | Refusal:
     """The kernel that computes ``scan``, or the first reason why there is none.
 
+    It rounds as eager torch does on the CPU or on CUDA.
     Kernels of recordings that differ in batch size or steps only are equal.
     """
     unpacked = without_packing(without_gradients(scan))
@@ -61,14 +63,15 @@ def lower_scan(scan: Scan, name: str) -> Lowered | Refusal:
     if isinstance(layout, Refusal):
         return layout
     try:
-        return _Lowerer(unpacked, layout, name).lower()
+        return _Lowerer(unpacked, layout, name, eager).lower()
     except Refused as refusal:
         return refusal.refusal
 
 
 class _Lowerer:
-    def __init__(self, unpacked: Unpacked, layout: Layout, name: str) -> None:
+    def __init__(self, unpacked: Unpacked, layout: Layout, name: str, eager: Eager) -> None:
         self.scan, self.layout, self.name = unpacked.scan, layout, name
+        self.eager = eager
         self.packed_ys = unpacked.ys
         self.operands = Operands(unpacked, layout)
         self.names = self.operands.names
@@ -175,7 +178,7 @@ class _Lowerer:
             self.placed.append(Placed(population, ir.Let(name, op, args, dtype)))
             return name
 
-        cell = NodeCell(node, read, write)
+        cell = NodeCell(node, read, write, self.eager)
         if product_operand(node) is not None:
             return self._gather(cell, population)
         return cell.write_operation()

@@ -32,7 +32,7 @@ ARITHMETIC: tuple[ScalarOp, ...] = (
         np.add,
         "{0} + {1}",
         ("aten.add.Tensor", "aten.add.Scalar"),
-        f"{EXACT} for alpha=1; with another alpha eager on the CPU rounds once (fused)",
+        f"{EXACT} for alpha=1; with another alpha eager rounds once (fused)",
     ),
     ScalarOp(
         "sub",
@@ -42,7 +42,7 @@ ARITHMETIC: tuple[ScalarOp, ...] = (
         np.subtract,
         "{0} - {1}",
         ("aten.sub.Tensor", "aten.sub.Scalar"),
-        f"{EXACT} for alpha=1; with another alpha eager on the CPU rounds once (fused)",
+        f"{EXACT} for alpha=1; with another alpha eager rounds once (fused)",
     ),
     ScalarOp(
         "mul",
@@ -62,7 +62,7 @@ ARITHMETIC: tuple[ScalarOp, ...] = (
         np.divide,
         "{0} / {1}",
         ("aten.div.Tensor", "aten.div.Scalar"),
-        f"{EXACT} on the CPU; eager on CUDA multiplies by the reciprocal of a scalar divisor",
+        f"{EXACT}; eager on CUDA multiplies by the reciprocal of a number, and so does lowering",
     ),
     ScalarOp(
         "fmod",

@@ -23,6 +23,7 @@ from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
 from sparsify.options import Options
 from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.expansion import Eager
 from sparsify.passes.join_slices import join_slices
 from sparsify.passes.limit_surrogates import limit_surrogates
 from sparsify.passes.lower_scan import lower_scan
@@ -78,7 +79,7 @@ class Compiler:
         # A call without gradients frees what a loop is given when it is through: so do we.
         calls = capture(graph, operands).calls if is_trained else call_layouts(graph)
         measure_gradients(scans, calls)
-        lowered = lower_scans(scans) | undifferentiated
+        lowered = lower_scans(scans, self.binaries.backend.eager) | undifferentiated
         forward = {name: low for name, low in lowered.items() if BACKWARD not in name}
         placements = place_products(products, forward)
         placements += place_gradients(placements, lowered)
@@ -157,19 +158,19 @@ def differentiate(
     return Stage("differentiate", differentiated, done, tuple(refused.values())), refused
 
 
-def lower_scans(scans: Mapping[str, Scan]) -> dict[str, Lowered | Refusal]:
+def lower_scans(scans: Mapping[str, Scan], eager: Eager = "cpu") -> dict[str, Lowered | Refusal]:
     """The kernel of every Scan, or why it has none."""
     return {
-        name: lower_scan(scan, _kernel_name(name))
+        name: lower_scan(scan, _kernel_name(name), eager)
         if BACKWARD in name
-        else lower_forward(scan, name)
+        else lower_forward(scan, name, eager)
         for name, scan in scans.items()
     }
 
 
-def lower_forward(scan: Scan, name: str) -> Lowered | Refusal:
+def lower_forward(scan: Scan, name: str, eager: Eager = "cpu") -> Lowered | Refusal:
     """The kernel of a Scan of the model's own operations, if one of them reads events."""
-    return why_no_events(scan) or lower_scan(scan, name)
+    return why_no_events(scan) or lower_scan(scan, name, eager)
 
 
 def why_no_events(scan: Scan) -> Refusal | None:

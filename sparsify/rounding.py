@@ -19,7 +19,7 @@ def add(p: Precision, a: Any, b: Any, alpha: float = 1) -> Bounded:
     x, y = exact(a, p), exact(b, p)
     if alpha == 1:
         return rounded(x.value + y.value, x.error + y.error, p)
-    # CPU torch fuses alpha into the sum, other devices may round the product first: allow both.
+    # Torch fuses alpha into the sum; kernels round the product first: allow both.
     scale = p.round_scalar(alpha)
     product = rounded(y.value * scale, y.error * abs(scale), p)
     return rounded(x.value + product.value, x.error + product.error, p)
@@ -45,9 +45,15 @@ def divide(p: Precision, a: Any, b: Any) -> Bounded:
     room = (y.value.abs() - y.error).clamp_min(0)
     error = (x.error + quotient.abs() * y.error) / room
     error = torch.where((x.error == 0) & (y.error == 0), 0.0, error)
-    # A scalar divisor may be replaced by its rounded reciprocal: two more roundings.
-    by_scalar = not isinstance(b, Bounded) and math.frexp(b)[0] not in (0.5, -0.5)
-    return rounded(quotient, error, p, roundings=3 if by_scalar else 1)
+    # A number may be replaced by its rounded reciprocal, as CUDA does: two more roundings.
+    return rounded(quotient, error, p, roundings=3 if _is_inverted(x, b) else 1)
+
+
+def _is_inverted(dividend: Bounded, divisor: Any) -> bool:
+    """Numbers but for powers of two; a tensor on the CPU is one to a tensor on another device."""
+    if not isinstance(divisor, Bounded):
+        return math.frexp(divisor)[0] not in (0.5, -0.5)
+    return divisor.value.is_cpu and not dividend.value.is_cpu
 
 
 def negate(p: Precision, a: Bounded) -> Bounded:
@@ -66,6 +72,11 @@ def square_root(p: Precision, a: Bounded) -> Bounded:
     return rounded(root, inherited, p, roundings=2)
 
 
+def inverse_root(p: Precision, a: Bounded) -> Bounded:
+    """CUDA's own function is off by up to two units; a root and a division by less."""
+    return rounded(*_interval(torch.rsqrt, a), p, roundings=4)
+
+
 def power(p: Precision, a: Bounded, exponent: float) -> Bounded:
     if exponent not in (1, 2, 3):
         return unbounded(p, a.value.pow(exponent))
@@ -76,7 +87,11 @@ def power(p: Precision, a: Bounded, exponent: float) -> Bounded:
 
 
 def smooth(function: Callable[[Tensor], Tensor]) -> Row:
-    """A monotone transcendental that is computed to within four units in the last place."""
+    """A monotone transcendental that is computed to within four units in the last place.
+
+    CUDA's are within two (CUDA C++ Programming Guide, mathematical functions, and a sigmoid of its
+    exponential within three), the CPU's within one.
+    """
     return lambda p, a: rounded(*_interval(function, a), p, roundings=8)
 
 
@@ -174,4 +189,4 @@ def _interval(function: Callable[[Tensor], Tensor], a: Bounded) -> tuple[Tensor,
     if is_exact(a):
         return value, EXACT
     above = (function(a.value + a.error) - value).double()
-    return value, torch.maximum(above, (value - function(a.value - a.error)).double())
+    return value, torch.maximum(above.abs(), (value - function(a.value - a.error)).double().abs())
