@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
-from functools import cache
 from pathlib import Path
 
 from sparsify.codegen.cuda.driver import Driver
 from sparsify.codegen.toolchain import find_compiler, run_limited
 from sparsify.errors import Refusal
+from tests.cuda_wheels import cuda_include
 
 SOURCE = Path(__file__).parent / "cuda" / "fake_driver.cpp"
-
-
-@cache
-def cuda_include() -> Path:
-    """The folder with cuda.h of the wheel ``nvidia-cuda-runtime``."""
-    spec = importlib.util.find_spec("nvidia")
-    assert spec is not None and spec.submodule_search_locations is not None
-    for place in spec.submodule_search_locations:
-        for header in sorted(Path(place).glob("*/include/cuda.h")):
-            return header.parent
-    raise FileNotFoundError("cuda.h: install the test extra")
 
 
 class FakeDriver:
@@ -56,8 +44,10 @@ def build_with_cuda(source: Path, out: Path) -> ctypes.CDLL:
     """The library of C++ code that includes NVIDIA's headers, written to ``out``."""
     compiler = find_compiler()
     assert not isinstance(compiler, Refusal)
+    include = cuda_include()
+    assert include is not None
     flags = ("-std=c++20", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
     # Warnings of NVIDIA's own headers are none of ours.
-    include = ("-isystem", str(cuda_include()))
-    run_limited((*compiler.command, *flags, *include, str(source), "-o", str(out)), 60)
+    command = (*compiler.command, *flags, "-isystem", str(include), str(source), "-o", str(out))
+    run_limited(command, 60)
     return ctypes.CDLL(str(out), mode=os.RTLD_NOW | os.RTLD_LOCAL)

@@ -17,6 +17,7 @@ from sparsify.codegen.cuda import driver, gpu, nvrtc
 from sparsify.codegen.cuda.device import H100, Grid, Limits, Memory, Word
 from sparsify.codegen.cuda.gpu import Gpu, GpuFunction
 from sparsify.errors import BackendUnavailable, CompileError, KernelFault, Refusal
+from tests.cuda_wheels import needs_cuda_headers, needs_nvrtc
 from tests.fake_cuda import FakeDriver, build_fake_driver
 
 TEXT = (
@@ -24,6 +25,8 @@ TEXT = (
 )
 SOURCE = Source(TEXT, "lif.cu", "run_lif")
 STREAM = 5170
+
+pytestmark = [needs_nvrtc, needs_cuda_headers]
 
 
 @dataclass

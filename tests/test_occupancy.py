@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sparsify.codegen.cuda.device import A100, H100, KIB, MIB, RTX5090, STATED, Grid, Limits
 from sparsify.codegen.cuda.nvrtc import Usage
 from sparsify.codegen.cuda.occupancy import resident_blocks, why_not_resident
+from tests.cuda_wheels import needs_cuda_headers
 from tests.fake_cuda import build_with_cuda
 
 V100 = Limits("V100", (7, 0), 80, 96 * KIB, 96 * KIB, 65536, 2048, 6 * MIB, 1)
@@ -25,6 +26,7 @@ def nvidia(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build_with_cuda(source, tmp_path_factory.mktemp("occupancy") / "occupancy.so")
 
 
+@needs_cuda_headers
 @settings(max_examples=400)
 @given(
     st.sampled_from([V100, *STATED]),
