@@ -25,11 +25,13 @@ class Memory:
 
     The kernel may touch what lies between that and the last element of the view. ``name`` is for
     reports of faults. ``written`` says that the kernel writes there; the pointer is const if not.
+    ``fresh`` memory was made with torch.empty: what the kernel reads there it must have written.
     """
 
     tensor: torch.Tensor
     name: str
     written: bool = False
+    fresh: bool = False
 
 
 Word = int | Memory
