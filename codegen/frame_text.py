@@ -51,7 +51,7 @@ def write_call(
             name, kind = symbols.values[operand.name], MEMORY_TYPES[operand.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in operand.axes if x != "N")[2:]
             tail = f" int64_t {strides};" if strides else ""
-            note = _shape_note(kernel, operand, operand.note)
+            note = shape_note(kernel, operand, operand.note)
             w.line(f"const {kind}* {name};{tail}", note)
         for packing in packings(kernel, schedule):
             weight = packing.weight
@@ -64,7 +64,7 @@ def write_call(
         for output in kernel.outputs:
             name, kind = symbols.outputs[output.name], MEMORY_TYPES[output.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in output.axes if x != "N")[2:]
-            note = _shape_note(kernel, output, output.note)
+            note = shape_note(kernel, output, output.note)
             w.line(f"{kind}* {name}; int64_t {strides};", note)
         counted = "how many senders were active"
         if any(gather.only is not None for gather in kernel.gathers):
@@ -144,7 +144,7 @@ def operand_row(operand: ir.Operand, symbols: Symbols, t: str, b: str) -> str:
     return f"call.{name}{time} + {b} * call.{name}_b"
 
 
-def _shape_note(kernel: ir.Kernel, tensor: ir.Operand | ir.Output, note: str) -> str:
+def shape_note(kernel: ir.Kernel, tensor: ir.Operand | ir.Output, note: str) -> str:
     size = ""
     if tensor.population is not None:
         size = str(kernel.population_size(tensor.population))

@@ -18,23 +18,27 @@ _KEYWORDS = """
     xor_eq
 """
 
-# What skeletons, kernel.h and standard headers say at the places where model names appear.
+# What skeletons, fixed headers and standard headers say at the places where model names appear.
 _SKELETON = """
-    AHEAD Arena BLOCK Blocks Call DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events GROUP Only Own
-    Rows Runtime SOURCE_BLOCK Share Shared TILE Team VECTOR_BYTES Vector WIDTH active append
-    arena arrange as_bits b batch before blocks_of body bytes call chunk common context convert
-    count count_active count_events errno error first gamma gather_dense gather_events
-    gather_restricted group here i int16_t int32_t int64_t int8_t item j0 j1 jn keep_wanted last
-    left load mark mask_bytes measure measured memory next now own pack place pointers pool row
-    rows rows_here run runtime scan share shared signgam size_t sparsify spread start std step
-    steps store strides t team thread threads tile uint16_t uint32_t uint64_t uint8_t unpack
-    width wild_rows y0 y1 yn
+    AHEAD ALL Arena BLOCK Bits Blocks Call Columns DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events
+    GROUP One Only Own Payload Rows Runtime SOURCE_BLOCK Share Shared THREADS TILE Team
+    VECTOR_BYTES Values Vector WARP WIDTH Words active add_count add_row_steps append arena arrange
+    as_bits b batch before blockDim blockIdx blocks_of body bytes call chunk columns common context
+    convert copy_values count count_active count_events errno error first found gamma gather
+    gather_all gather_dense gather_events gather_restricted gather_wanted gridDim group here i
+    int16_t int32_t int64_t int8_t is_wild item j0 j1 jn k keep_wanted lane_of last left
+    list_events load mark mask_bytes measure measured memory n next now own pack place pointers
+    pool row rows rows_here run runtime save scan share shared shared_memory signgam size_t
+    sparsify spread start std step steps store store_bits strides t team thread threadIdx threads
+    tile uint16_t uint32_t uint64_t uint8_t unpack warpSize warp_of warp_sum width wild_from
+    wild_rows words_of y0 y1 yn
 """
 
 # What skeletons append to the name of a value.
 _SUFFIXES = (
     *("", "_t", "_b", "_from", "_to", "_tile", "_sum", "_events", "_values", "_active", "_blocks"),
-    "_wild",
+    *("_wild", "_rows", "_finite", "_next", "_list", "_mask", "_kept", "_wanted", "_found"),
+    "_slice",
 )
 
 

@@ -1,0 +1,163 @@
+// Sums over senders, for PER receivers of a thread: those in `columns`, of one row of the batch.
+//
+// Weights are packed as [sender][receiver] with rows of ROW elements; of restricted products as
+// [receiver][sender].
+#pragma once
+
+#include "events.cuh"
+
+namespace sparsify {
+
+// Receivers first + k * THREADS + thread of a population, k < PER. What is behind its last one stands
+// for that one: it is computed and not used.
+template <int PER, int THREADS>
+struct Columns {
+  int at[PER];
+  SPARSIFY_INLINE Columns(int first, int end) {
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      const int n = first + k * THREADS + int(threadIdx.x);
+      at[k] = n < end ? n : end - 1;
+    }
+  }
+};
+
+// The payload of an event: 1, or the sender's value.
+struct One {
+  template <class F>
+  static SPARSIFY_INLINE F times(F weight, int) {
+    return weight;
+  }
+};
+template <class F>
+struct Payload {
+  const F* values;
+  SPARSIFY_INLINE explicit Payload(const F* values) : values(values) {}
+  SPARSIFY_INLINE F times(F weight, int sender) const { return weight * values[sender]; }
+};
+
+// sums[k] = sum over the active senders of payload * weight[sender][receiver k].
+//
+// Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
+// Nothing is contracted (--fmad=false): every backend and every batch size gets the same bits.
+// AHEAD weights are asked for before the first of them is added.
+template <int ROW, int PER, int THREADS, class F, int SENDERS, class Payloads>
+SPARSIFY_INLINE void gather_events(F (&sums)[PER], const F* weight, const Events<SENDERS>& events,
+                                   const Payloads& payload, const Columns<PER, THREADS>& columns) {
+  constexpr int AHEAD = PER == 1 ? 8 : PER <= 4 ? 4 : 2;
+#pragma unroll
+  for (int k = 0; k < PER; ++k) sums[k] = F(0);
+  for (int block = 0; block < blocks_of(SENDERS); ++block) {
+    const int end = block * BLOCK + events.counts[block];
+    F sum[PER] = {};
+    for (int e = block * BLOCK; e < end; e += AHEAD) {
+      F added[AHEAD][PER];
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        const int sender = events.index[e + a < end ? e + a : end - 1];
+        const F* const from = weight + int64_t(sender) * ROW;
+#pragma unroll
+        for (int k = 0; k < PER; ++k) added[a][k] = payload.times(from[columns.at[k]], sender);
+      }
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a)
+        if (e + a < end)
+#pragma unroll
+          for (int k = 0; k < PER; ++k) sum[k] += added[a][k];
+    }
+#pragma unroll
+    for (int k = 0; k < PER; ++k) sums[k] += sum[k];
+  }
+}
+
+// The same over all senders, of weights that are not finite: 0 * inf is NaN, as in a dense product.
+// The payload of a sender that is not in the list is 0.
+template <class F, int SENDERS>
+SPARSIFY_INLINE F payload_of(const Events<SENDERS>& events, const One&, int sender, int& next) {
+  const int block = sender / BLOCK;
+  if (sender % BLOCK == 0) next = block * BLOCK;
+  const bool active = next < block * BLOCK + events.counts[block] && events.index[next] == sender;
+  next += active;
+  return F(int(active));
+}
+template <class F, int SENDERS>
+SPARSIFY_INLINE F payload_of(const Events<SENDERS>&, const Payload<F>& payload, int sender, int&) {
+  return payload.values[sender];
+}
+template <int ROW, int PER, int THREADS, class F, int SENDERS, class Payloads>
+SPARSIFY_INLINE void gather_all(F (&sums)[PER], const F* weight, const Events<SENDERS>& events,
+                                const Payloads& payload, const Columns<PER, THREADS>& columns) {
+  F sum[PER] = {};
+  int next = 0;
+#pragma unroll
+  for (int k = 0; k < PER; ++k) sums[k] = F(0);
+#pragma unroll 1
+  for (int sender = 0; sender < SENDERS; ++sender) {
+    const F value = payload_of<F>(events, payload, sender, next);
+    const bool closes = sender % BLOCK == BLOCK - 1 || sender == SENDERS - 1;
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      sum[k] += weight[int64_t(sender) * ROW + columns.at[k]] * value;
+      sums[k] += closes ? sum[k] : F(0);
+      sum[k] = closes ? F(0) : sum[k];
+    }
+  }
+}
+
+// gather_events where the weights are finite, else gather_all.
+template <int ROW, int PER, int THREADS, class F, int SENDERS, class Payloads>
+SPARSIFY_INLINE void gather(F (&sums)[PER], const F* weight, const int32_t* finite,
+                            const Events<SENDERS>& events, const Payloads& payload,
+                            const Columns<PER, THREADS>& columns) {
+  if (*finite)
+    gather_events<ROW>(sums, weight, events, payload, columns);
+  else
+    gather_all<ROW>(sums, weight, events, payload, columns);
+}
+
+// sums[k] = sum over all senders of values[sender] * weight[sender][receiver k].
+// The order of additions is free here and products are fused: compared by a bound, not by bits.
+template <int ROW, int PER, int THREADS, class F>
+SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const F* weight, const F* values, int senders,
+                                  const Columns<PER, THREADS>& columns) {
+#pragma unroll
+  for (int k = 0; k < PER; ++k) sums[k] = F(0);
+#pragma unroll 4
+  for (int sender = 0; sender < senders; ++sender) {
+    const F value = values[sender];
+    const F* const from = weight + int64_t(sender) * ROW;
+#pragma unroll
+    for (int k = 0; k < PER; ++k) sums[k] = fused(from[columns.at[k]], value, sums[k]);
+  }
+}
+
+// sum = sum over all senders of values[sender] * weight[n][sender] where `wanted`, else 0. The lanes
+// of a warp, whose n are consecutive, add up one wanted receiver after the other. Returns to one of
+// them how many there were. The order of additions is the same whoever else is wanted.
+template <int ROW, class F>
+SPARSIFY_INLINE int gather_wanted(F& sum, const F* weight, const F* values, int senders, int n,
+                                  bool wanted) {
+  const uint32_t all = __ballot_sync(ALL, wanted);
+  sum = F(0);
+  for (uint32_t left = all; left; left &= left - 1) {
+    const int lane = __ffs(left) - 1;
+    const F* const from = weight + int64_t(n - lane_of() + lane) * ROW;
+    F part = F(0);
+#pragma unroll 4
+    for (int sender = lane_of(); sender < senders; sender += WARP)
+      part = fused(from[sender], values[sender], part);
+    part = warp_sum(part);
+    if (lane_of() == lane) sum = part;
+  }
+  return lane_of() == 0 ? __popc(all) : 0;
+}
+
+// Clears the sums that nobody wants; counts like gather_wanted.
+template <class F>
+SPARSIFY_INLINE int keep_wanted(F& sum, bool wanted) {
+  if (!wanted) sum = F(0);
+  const int count = __popc(__ballot_sync(ALL, wanted));
+  return lane_of() == 0 ? count : 0;
+}
+
+}  // namespace sparsify

@@ -1,0 +1,310 @@
+"""CUDA text that all strategies share: sizes, products, the loop over a thread's neurons."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sparsify import ir
+from sparsify.codegen.cell_text import C_TYPES, Symbols, start_phases
+from sparsify.codegen.cuda.cell_text import (
+    Neuron,
+    bits_of,
+    find_neurons,
+    old_value,
+    operand_element,
+    published,
+    write_cells,
+    write_neuron,
+)
+from sparsify.codegen.cuda.frame_text import Scratch, packed_name, row_length
+from sparsify.codegen.usage import Packing, Source, find_usage, packings
+from sparsify.codegen.writer import Writer
+
+WARP = 32
+MOST_THREADS = 512  # of a block; a thread then has 128 registers
+ARRAY_WORDS = 48  # of these, for what a thread keeps of all its neurons
+TILE_WORDS = 24  # where neurons lie in memory, for those that are computed at once
+SUM_WORDS = 3  # registers of a sum: itself, its column and what is added to it
+
+
+class CudaText(ABC):
+    """One rendering of a kernel. A strategy says where things lie and writes its loops.
+
+    Neuron ``n`` of a population is ``begin + k * THREADS + threadIdx.x``, where ``begin`` is the
+    first one that the block has. The text of a phase relies on these C++ variables: ``call``,
+    ``t``, ``b``, ``now``, ``next``, ``active``.
+    """
+
+    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, parts: int = 1) -> None:
+        """``parts`` is the number of blocks that share the neurons of every population."""
+        self.w = Writer()
+        self.kernel, self.schedule, self.parts = kernel, schedule, parts
+        self.symbols = Symbols.of(kernel)
+        self.usage = find_usage(kernel, schedule)
+        self.neurons = find_neurons(self.usage, self.symbols)
+        self.threads = threads_of(kernel, parts)
+        self.per = {p: self._per_thread(p) for p in self.neurons}
+        new = self.symbols.names.new
+        self.per_name = {p: new(f"per_{p}".lower()).upper() for p in self.neurons}
+        self.rows = {
+            packed_name(p, self.symbols): new(f"row_{packed_name(p, self.symbols)}".lower()).upper()
+            for p in self.packings()
+        }
+
+    # -- what a strategy says ----------------------------------------------------------------
+
+    @abstractmethod
+    def events_of(self, source: Source) -> str:
+        """The ``Events`` of a source."""
+
+    @abstractmethod
+    def values_of(self, source: Source) -> str:
+        """The array ``[N]`` of a source's values in the weights' dtype, of step ``t``."""
+
+    @abstractmethod
+    def publish(self, source: Source, value: str) -> list[str]:
+        """Lines by which whole warps publish ``value`` of neuron ``n``, which is ``here``."""
+
+    def span(self, population: str) -> tuple[str, str]:
+        """The first neuron that the block has, and the end of those."""
+        return "0", self.symbols.sizes[population]
+
+    def slot(self, neuron: Neuron) -> str:
+        """Where neuron ``n`` lies in the scratch memory of its population."""
+        return f"blockIdx.x * {self.symbols.sizes[neuron.population]} + n"
+
+    # -- sizes -------------------------------------------------------------------------------
+
+    def packings(self) -> list[Packing]:
+        return packings(self.kernel, self.schedule)
+
+    def share(self, population: str) -> int:
+        """The most neurons of a population that a block has: whole warps, if they are shared."""
+        size = self.kernel.population_size(population)
+        return size if self.parts == 1 else -(-size // (self.parts * WARP)) * WARP
+
+    def in_memory(self, neuron: Neuron) -> bool:
+        """Whether the neurons are too many for registers."""
+        return self.per[neuron.population] * self.threads < self.share(neuron.population)
+
+    def scratch(self) -> list[Scratch]:
+        """Memory for neurons that do not fit into registers, ``[blocks, N]`` each."""
+        kept = [n.scratch() for n in self.neurons.values() if self.in_memory(n)]
+        return [memory for memories in kept for memory in memories]
+
+    def _per_thread(self, population: str) -> int:
+        """How many neurons of a population a thread computes at once."""
+        every = -(-self.share(population) // self.threads)
+        phases = [p for p in self.kernel.phases if p.population == population]
+        gathers = max(sum(isinstance(s, ir.Gather) for s in p.body) for p in phases)
+        width = 2 if any(w.dtype == "float64" for w in self.kernel.weights) else 1
+        words = self.neurons[population].words() + gathers * width * SUM_WORDS
+        if every * words <= ARRAY_WORDS:
+            return every
+        return max(1, min(every, TILE_WORDS // words))
+
+    # -- text --------------------------------------------------------------------------------
+
+    def write_sizes(self) -> None:
+        w = self.w
+        w.line(f"constexpr int THREADS = {self.threads};", "of a block")
+        for population, name in self.per_name.items():
+            note = f"neurons of {population} that a thread computes at once"
+            w.line(f"constexpr int {name} = {self.per[population]};", note)
+        for packing in self.packings():
+            name = packed_name(packing, self.symbols)
+            length = row_length(self.kernel, packing)
+            w.line(f"constexpr int {self.rows[name]} = {length};", f"from row to row of {name}")
+
+    def write_neurons(self) -> None:
+        for neuron in self.neurons.values():
+            write_neuron(self.w, neuron, self.in_memory(neuron))
+        write_cells(self.w, self.usage, self.symbols, self.neurons)
+
+    def functions(self) -> list[tuple[ir.Phase, str]]:
+        return list(zip(self.kernel.phases, self.symbols.phases, strict=True))
+
+    def starts(self) -> list[tuple[ir.Phase, str]]:
+        return list(zip(start_phases(self.kernel), self.symbols.starts, strict=True))
+
+    def name(self, source: Source) -> str:
+        return self.symbols.values[source.name]
+
+    def size(self, source: Source) -> str:
+        return self.symbols.sizes[source.population]
+
+    def operand(self, name: str) -> ir.Operand | None:
+        return next((o for o in self.kernel.operands if o.name == name), None)
+
+    def operand_row(self, operand: ir.Operand) -> str:
+        """The address of the row of an operand that has axes (T,)B,N."""
+        name = self.symbols.values[operand.name]
+        time = f" + t * call.{name}_t" if "T" in operand.axes else ""
+        return f"call.{name}{time} + b * call.{name}_b"
+
+    def needs_values(self, source: Source) -> bool:
+        """Whether a gather reads the values of a source, and not its events alone."""
+        readers = [g for g in self.kernel.gathers if g.source == source.name]
+        return source.dense or source.blocks or any(map(self._is_real, readers))
+
+    def is_converted(self, source: Source) -> bool:
+        """Whether values of an operand are copied in the weights' dtype; else they stay."""
+        is_other = source.value_dtype != source.dtype
+        return source.kind == "operand" and is_other and self.needs_values(source)
+
+    def write_own_neurons(self) -> None:
+        """Declare what a thread keeps in registers through all steps."""
+        for neuron in self.neurons.values():
+            if neuron.members and not self.in_memory(neuron):
+                count = self.per_name[neuron.population]
+                self.w.line(f"{neuron.struct} {neuron.array}[{count}] = {{}};")
+
+    def write_own_counters(self) -> None:
+        if self.kernel.gathers:
+            self.w.line(f"unsigned long long active[{len(self.kernel.gathers)}] = {{}};")
+
+    def write_counters(self) -> None:
+        """Add what each thread has counted to the counters of the call."""
+        gathers = len(self.kernel.gathers)
+        for index in range(gathers):
+            self.w.line(f"add_count(call.active + {index}, active[{index}]);")
+        self.w.line(f"add_row_steps(call.active + {gathers}, call.steps, call.batch);")
+
+    @contextmanager
+    def discarded(self) -> Iterator[None]:
+        """What is written here is not kept."""
+        kept, self.w = self.w, Writer()
+        yield
+        self.w = kept
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """The loop over time. ``now`` and ``next`` alternate with the steps that have run."""
+        doubled = any(self.needs_values(s) for s in self.usage.of_kind("state"))
+        if not self.kernel.reverse:
+            with self.w.block("for (int64_t t = 0; t < call.steps; ++t)"):
+                if doubled:
+                    self.w.line("const int now = t & 1, next = now ^ 1;")
+                yield
+            return
+        with self.w.block("for (int64_t step = 0; step < call.steps; ++step)"):
+            self.w.line("const int64_t t = call.steps - 1 - step;", "the last step runs first")
+            if doubled:
+                self.w.line("const int now = step & 1, next = now ^ 1;")
+            yield
+
+    def write_phase(self, phase: ir.Phase, function: str) -> None:
+        """The products of a phase, then its neurons; tile by tile where they lie in memory."""
+        neuron, w = self.neurons[phase.population], self.w
+        per, (begin, end) = self.per_name[phase.population], self.span(phase.population)
+        if not self.in_memory(neuron):
+            with w.block(""):
+                self._write_tile(phase, function, begin, end)
+            return
+        loop = f"for (int first = {begin}; first < {end}; first += {per} * THREADS)"
+        with w.block(loop):
+            if neuron.members:
+                w.line(f"{neuron.struct} {neuron.array}[{per}] = {{}};")
+            self._write_tile(phase, function, "first", end)
+
+    def _write_tile(self, phase: ir.Phase, function: str, first: str, end: str) -> None:
+        neuron, w = self.neurons[phase.population], self.w
+        gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
+        is_loaded = self.in_memory(neuron) and bool(neuron.lasting)
+        if gathers:
+            per = self.per_name[phase.population]
+            w.line(f"const Columns<{per}, THREADS> columns({first}, {end});")
+        for gather in gathers:
+            self.write_gather(gather, self.per_name[phase.population])
+        wanted = [g for g in gathers if g.only is not None]
+        with self._own_neurons(phase.population, first, end):
+            own = [f"{neuron.array}[k]"] if neuron.members else []
+            if is_loaded:
+                w.line(f"if (here) load({own[0]}, call, {self.slot(neuron)});")
+            for gather in wanted:
+                self._write_wanted(gather, phase)
+            t = "t" if phase in self.kernel.phases else "0"
+            sums = [f"{self.symbols.values[gather.result]}[k]" for gather in gathers]
+            given = ", ".join(["call", *own, t, "b", "n", *sums])
+            w.line(f"if (here) {function}({given});")
+            if is_loaded:
+                w.line(f"if (here) save({own[0]}, call, {self.slot(neuron)});")
+            self._write_published(phase, neuron, end)
+
+    @contextmanager
+    def _own_neurons(self, population: str, first: str, end: str) -> Iterator[None]:
+        """The loop over the neurons that a thread computes at once."""
+        w = self.w
+        w.line("#pragma unroll")
+        with w.block(f"for (int k = 0; k < {self.per_name[population]}; ++k)"):
+            begin = "" if first == "0" else f"{first} + "
+            w.line(f"const int n = {begin}k * THREADS + int(threadIdx.x);")
+            w.line(f"const bool here = n < {end};")
+            yield
+
+    def write_gather(self, gather: ir.Gather, per: str) -> None:
+        """Declare and compute the sums of a thread's neurons; restricted ones come with those."""
+        name, dtype = self.symbols.values[gather.result], C_TYPES[self.usage.dtypes[gather.result]]
+        self.w.line(f"{dtype} {name}[{per}];", gather.note)
+        if gather.result in self.usage.selective:
+            return
+        source = self.usage.sources[gather.source]
+        weight, row = self.weight(gather, "receivers")
+        if gather.result in self.usage.dense:
+            given = f"{name}, {weight}, {self.values_of(source)}, {self.size(source)}, columns"
+            self.w.line(f"gather_dense<{row}>({given});")
+            return
+        payload = f"Payload({self.values_of(source)})" if self._is_real(gather) else "One()"
+        given = f"{name}, {weight}, {weight}_finite, {self.events_of(source)}, {payload}, columns"
+        self.w.line(f"gather<{row}>({given});")
+
+    def weight(self, gather: ir.Gather, by: str) -> tuple[str, str]:
+        """The packed weight of a gather and the distance of its rows."""
+        packing = next(p for p in self.packings() if p.weight.name == gather.weight and p.by == by)
+        name = packed_name(packing, self.symbols)
+        return f"call.{name}", self.rows[name]
+
+    def _is_real(self, gather: ir.Gather) -> bool:
+        source = self.usage.sources[gather.source]
+        return gather.payload == "real" and source.value_dtype not in ("bool", "bits")
+
+    def _write_wanted(self, gather: ir.Gather, phase: ir.Phase) -> None:
+        """The sums of a restricted gather, for a warp's neurons ``n``."""
+        assert gather.only is not None
+        name = self.symbols.values[gather.result]
+        wild = f"{name}_wild"
+        self.w.line(f"const bool {name}_wanted = here && ({wild} || {self._only(gather, phase)});")
+        source = self.usage.sources[gather.source]
+        counter = f"active[{self.kernel.gathers.index(gather)}]"
+        if gather.result in self.usage.dense:
+            self.w.line(f"{counter} += keep_wanted({name}[k], {name}_wanted);")
+            return
+        weight, row = self.weight(gather, "senders")
+        given = f"{name}[k], {weight}, {self.values_of(source)}, {self.size(source)}, n"
+        self.w.line(f"{counter} += gather_wanted<{row}>({given}, {name}_wanted);")
+
+    def _only(self, gather: ir.Gather, phase: ir.Phase) -> str:
+        assert gather.only is not None
+        operand = self.operand(gather.only)
+        if operand is not None:
+            element = operand_element(operand, self.symbols)
+            return element if operand.dtype in ("bool", "bits") else f"{element} != 0"
+        member = old_value(gather.only, phase, self.usage, self.symbols)
+        return f"{self.neurons[phase.population].array}[k].{member} != 0"
+
+    def _write_published(self, phase: ir.Phase, neuron: Neuron, end: str) -> None:
+        for source, member in published(phase, self.usage, self.symbols):
+            for line in self.publish(source, f"{neuron.array}[k].{member}"):
+                self.w.line(line)
+        for output in bits_of(phase, self.usage):
+            name = self.symbols.outputs[output.name]
+            place = f"call.{name} + t * call.{name}_t + b * call.{name}_b"
+            self.w.line(f"store_bits({place}, n, {end}, {neuron.array}[k].{name});")
+
+
+def threads_of(kernel: ir.Kernel, parts: int = 1) -> int:
+    """Threads of a block: one for each neuron of the largest population, or of its share."""
+    largest = max(population.size for population in kernel.populations)
+    return min(MOST_THREADS, -(-largest // (parts * WARP)) * WARP)

@@ -1,0 +1,47 @@
+"""What a strategy for CUDA says beyond ``backend.Strategy``: what it launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sparsify import ir
+from sparsify.codegen import backend
+from sparsify.codegen.cuda.device import Grid, Limits
+from sparsify.codegen.cuda.frame_text import Member
+from sparsify.errors import Refusal
+
+Resident = Callable[[int, int], int]  # threads and shared bytes -> blocks of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is launched. ``members`` are those of ``struct Call``, in order.
+
+    ``grid(steps, batch, limits, resident)`` says by how many threads, ``scratch(grid, batch)``
+    how many elements each scratch memory has.
+    """
+
+    members: Sequence[Member]
+    grid: Callable[[int, int, Limits, Resident], Grid]
+    scratch: Callable[[Grid, int], Sequence[int]]
+
+
+class CudaStrategy(backend.Strategy, Protocol):
+    """A strategy of the CUDA backend."""
+
+    def plan(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Plan: ...
+
+
+def why_not_shared(kernel: ir.Kernel, needed: int, limits: Limits) -> Refusal | None:
+    """Refuse a block that needs more shared memory than the device has."""
+    if needed <= limits.shared_per_block:
+        return None
+    return Refusal(
+        "unsupported-layout",
+        f"A block of kernel {kernel.name!r} needs {needed} bytes of shared memory, "
+        f"{limits.name} has {limits.shared_per_block}.",
+        "Choose another strategy, or a smaller layer.",
+        facts={"needed": needed, "available": limits.shared_per_block},
+    )
