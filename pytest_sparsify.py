@@ -22,18 +22,20 @@ class SparsifyCheck(Protocol):
         self,
         model: nn.Module,
         *args: Any,
-        events: int = 1,
+        events: int | None = None,
         kwargs: dict[str, Any] | None = None,
         plan: Plan | None = None,
+        backend: str | None = None,
         **options: Any,
     ) -> Verification:
         """Sparsify ``model`` for a call with ``args`` and ``kwargs``, and verify that call.
 
         Fails when fewer than ``events`` sites run as events, or a value is one that rounding cannot
         explain. What is compiled is decided by the cost model, not by measuring, unless ``plan``
-        pins it: a busy machine must not change the result. ``options`` are those of
-        ``sparsify.verify``: with ``gradients=True`` a call of training is checked as well, forward
-        and backward.
+        pins it: a busy machine must not change the result. With ``backend="cuda-emulated"`` the
+        CUDA kernels run on the processor, which needs no GPU; ``events`` are then all sites that
+        read events, unless it is given. ``options`` are those of ``sparsify.verify``: with
+        ``gradients=True`` a call of training is checked as well, forward and backward.
         """
 
 
@@ -48,14 +50,17 @@ def sparsify_check() -> SparsifyCheck:
     def check(
         model: nn.Module,
         *args: Any,
-        events: int = 1,
+        events: int | None = None,
         kwargs: dict[str, Any] | None = None,
         plan: Plan | None = None,
+        backend: str | None = None,
         **options: Any,
     ) -> Verification:
         __tracebackhide__ = True
         with torch.no_grad():
-            fast = sparsify(model, *args, plan=plan, timing=False, **(kwargs or {}))
+            fast = sparsify(
+                model, *args, plan=plan, backend=backend, timing=False, **(kwargs or {})
+            )
         return verify(model, fast, *args, kwargs=kwargs, events=events, **options)
 
     return check

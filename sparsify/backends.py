@@ -13,7 +13,7 @@ from sparsify.binaries import Binaries
 from sparsify.codegen.backend import Backend
 from sparsify.codegen.cpp import CppBackend
 from sparsify.compile_recording import Compiler
-from sparsify.errors import Refusal
+from sparsify.errors import BackendUnavailable, Refusal
 from sparsify.options import Options
 
 MOVE = "Move the model and its inputs to one device."
@@ -29,6 +29,15 @@ def make_backends(asked: str | None) -> dict[str, Backend]:
     if asked is None:
         return known
     return {device: backend for device, backend in known.items() if backend.name == asked}
+
+
+def require_backend(asked: str) -> Backend:
+    """The backend of that name. Raises BackendUnavailable where it cannot run."""
+    (backend,) = make_backends(asked).values()
+    refusal = backend.why_unavailable()
+    if refusal is not None:
+        raise BackendUnavailable(f"{refusal.reason} {refusal.remedy}".rstrip())
+    return backend
 
 
 class Compilers:

@@ -119,6 +119,12 @@ def measure_pairs(
     )
 
 
+def wait_for_devices() -> None:
+    """Until all that was started on a GPU is done, if this process uses one."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
 def bootstrap(ratios: npt.NDArray[np.float64]) -> Ratio:
     """The median and the percentile interval of the medians of resampled rounds."""
     generator = np.random.default_rng(0)
@@ -140,10 +146,12 @@ def _count_calls(
 
 def _time(function: Callable[..., Any], given: tuple[Any, ...], calls: int) -> tuple[float, Any]:
     result = None
+    wait_for_devices()
     start = time.perf_counter()
     for _ in range(calls):
         result = None  # two results are never held at once
         result = function(*given)
+    wait_for_devices()
     return (time.perf_counter() - start) / calls, result
 
 

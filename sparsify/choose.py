@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparsify import ir
-from sparsify.bench import Timings, measure_pairs
+from sparsify.bench import Timings, measure_pairs, wait_for_devices
 from sparsify.candidates import Candidate
 from sparsify.codegen.backend import Launchable
 from sparsify.errors import MismatchError, Refusal
@@ -143,8 +143,10 @@ def seconds_of(function: Callable[[], Any]) -> float:
     """The shorter time of two calls; the first may have to warm up. Slow ones are called once."""
     took = float("inf")
     for _ in range(2):
+        wait_for_devices()
         start = time.perf_counter()
         function()
+        wait_for_devices()
         took = min(took, time.perf_counter() - start)
         if took > SLOW_SECONDS:
             break

@@ -13,6 +13,7 @@ from sparsify.options import Options
 from sparsify.place_sites import Placement
 from sparsify.plan import Plan
 from sparsify.region import Region
+from sparsify.rendered import Rendered
 from sparsify.report import Site
 from sparsify.sized_launchable import SizedLaunchable
 
@@ -45,7 +46,7 @@ class Chooser:
             refusal = self._why_off(task)
             candidates = [] if refusal else self._candidates(task)
             if candidates:
-                self._found[task.name] = candidates
+                self._found[task.name] = candidates if self._chooses else candidates[:1]
             else:
                 self.choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
         kernels = {task.name: task.lowered.kernel for task in tasks}
@@ -60,12 +61,27 @@ class Chooser:
         """Decide a task that was prepared, on its operands."""
         if task.name in self.choices:
             return
+        if isinstance(self.binaries.backend, Rendered):
+            self.choices[task.name] = self._unchecked(task)
+            return
         is_timed = self.options.timing and self.binaries.backend.is_timed
         timing = is_timed and not self._is_decided(task)
         choice = choose_region(task, self._found[task.name], self.binaries.load, timing)
         if choice.region is not None:
             self._suit_sizes(task, choice.region, timing)
         self.choices[task.name] = choice
+
+    @property
+    def _chooses(self) -> bool:
+        """False where the first candidate is taken whatever the others take."""
+        backend = self.binaries.backend
+        return backend.is_timed and not isinstance(backend, Rendered)
+
+    def _unchecked(self, task: Task) -> Choice:
+        """The kernel that is predicted to be the fastest, of which only the text is wanted."""
+        kernel, first = task.lowered.kernel, self._found[task.name][0]
+        launchable = self.binaries.load(kernel, first.schedule)
+        return Choice(Region(task.scan, task.lowered, launchable))
 
     def _suit_sizes(self, task: Task, region: Region, was_timed: bool) -> None:
         """Let calls with other batch sizes be shared out among the threads in their own way."""
@@ -98,8 +114,10 @@ class Chooser:
             if decision in ("event", "dense"):
                 pinned[gather] = "event" if decision == "event" else "dense"
         if not self.binaries.backend.is_timed:  # it is there to run kernels, not to gain by them
+            reads_events = {site.gather: site.event for site in task.lowered.sites}
             for each in task.lowered.kernel.gathers:
-                pinned.setdefault(each.result, "event")
+                if reads_events.get(each.result) or each.only is not None:
+                    pinned.setdefault(each.result, "event")
         candidates = find_candidates(predictor, pinned)
         for each in task.lowered.kernel.gathers if candidates else ():
             gathers: dict[str, How] = dict(candidates[0].schedule.gathers)

@@ -12,6 +12,7 @@ from sparsify import demo
 from sparsify.cli_commands import run_bench, run_explain, run_show, run_verify
 from sparsify.cli_target import UsageError
 from sparsify.errors import SparsifyError
+from sparsify.options import BACKENDS
 
 EPILOG = """\
 FILE.py:factory names a function of the file that returns (model, example_inputs); the inputs are a
@@ -60,7 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     explained.set_defaults(run=run_explain)
     verified = _add(commands, "verify", "check the kernels against the original, step by step")
     verified.add_argument(
-        "--events", type=_count, default=1, metavar="N", help="sites that must run as events"
+        "--events",
+        type=_count,
+        metavar="N",
+        help="sites that must run as events; 1, or on cuda-emulated all that can",
     )
     verified.set_defaults(run=run_verify)
     timed = _add(commands, "bench", "time the model against its original")
@@ -86,6 +90,9 @@ def _add(
     parser.add_argument("target", metavar="FILE.py:factory")
     parser.add_argument(
         "--batch", type=_positive, metavar="N", help="passed to the factory as batch=N"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, help="where kernels run; show needs no device for any"
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch")
     parser.add_argument("--strict", action="store_true", help="a refused site is an error")

@@ -12,24 +12,34 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.api import sparsify
+from sparsify.backends import make_backends, require_backend
 from sparsify.bench import measure_pairs
 from sparsify.cli_target import Target, UsageError, UserCode, load_target
 from sparsify.engine import Engine
 from sparsify.explain_model import explain
 from sparsify.install import Sparsified
+from sparsify.options import Options
+from sparsify.rendered import Rendered
 from sparsify.training_step import differentiate_result, random_gradients
 from sparsify.verify_model import verify
 
 
 def run_explain(options: argparse.Namespace) -> int:
-    target = load_target(options.target, options.batch)
+    target = _load(options)
     _run_original(target)
-    print(explain(target.model, *target.args, gradients=options.gradients, **target.kwargs))
+    said = explain(
+        target.model,
+        *target.args,
+        gradients=options.gradients,
+        backend=options.backend,
+        **target.kwargs,
+    )
+    print(said)
     return 0
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    target = load_target(options.target, options.batch)
+    target = _load(options)
     fast, _ = _compile(target, options, timing=False)
     progress = Progress(sys.stderr)
     found = verify(
@@ -48,7 +58,9 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Status 1 if the figures do not count because other work ran."""
-    target = load_target(options.target, options.batch)
+    target = _load(options)
+    if options.backend and not require_backend(options.backend).is_timed:
+        raise UsageError(f"times on {options.backend} say nothing: it is there for verify")
     fast, engine = _compile(target, options, timing=True)
 
     def check(outputs: Mapping[str, Any]) -> None:
@@ -69,7 +81,9 @@ def run_bench(options: argparse.Namespace) -> int:
 
 def run_show(options: argparse.Namespace) -> int:
     target = load_target(options.target, options.batch)
-    _, engine = _compile(target, options, timing=False)
+    engine = _compile_text(target, options) if options.backend else None
+    if engine is None:
+        _, engine = _compile(target, options, timing=False)
     if options.report:
         print(engine.report)
     elif options.stage:
@@ -103,10 +117,30 @@ def _compile(
 ) -> tuple[nn.Module, Engine]:
     """Without ``timing`` the cost model decides, so that a busy machine changes no answer."""
     _run_original(target)
-    fast = sparsify(target.model, strict=options.strict, timing=timing)
+    fast = sparsify(target.model, strict=options.strict, backend=options.backend, timing=timing)
     assert isinstance(fast, Sparsified)
     fast.compiled.compile_example(target.args, target.kwargs, options.gradients)
     return fast, fast.compiled
+
+
+def _compile_text(target: Target, options: argparse.Namespace) -> Engine:
+    """Decide by predictions and write the kernels: no device or compiler is needed."""
+    _run_original(target)
+    (backend,) = make_backends(options.backend).values()
+    chosen = Options(options.strict, timing=False)
+    engine = Engine(target.model, chosen, None, {"cpu": Rendered(backend)})
+    engine.compile_example(target.args, target.kwargs, options.gradients)
+    return engine
+
+
+def _load(options: argparse.Namespace) -> Target:
+    """The target on the device of the backend that was asked for."""
+    target = load_target(options.target, options.batch)
+    if not options.backend:
+        return target
+    require_backend(options.backend)
+    (device,) = make_backends(options.backend)
+    return target.to(device)
 
 
 def _call(module: nn.Module, target: Target) -> Callable[[], Any]:

@@ -13,6 +13,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparsify.errors import SparsifyError
 
@@ -52,6 +53,13 @@ class Target:
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def to(self, device: str) -> Target:
+        """The same on another device; the model itself is moved."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (self.args, dict(self.kwargs))
+        )
+        return Target(self.name, self.model.to(device), args, kwargs)
 
 
 def load_target(text: str, batch: int | None = None) -> Target:

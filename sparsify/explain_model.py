@@ -18,17 +18,19 @@ def explain(
     plan: Plan | None = None,
     timing: bool = True,
     gradients: bool | None = None,
+    backend: str | None = None,
     **example_kwargs: Any,
 ) -> str:
     """Record and compile ``model`` on an example; return the report, the plan and the stages.
 
     gradients: explain a call with gradients, forward and backward; if None, do so if gradients are
         enabled and the model is in training mode.
+    backend: see ``Options``.
 
     The model is left as it was. Raises TraceError if it cannot be recorded.
     """
     original = model.original if isinstance(model, Sparsified) else model
-    engine = Engine(original, Options(timing=timing), plan)
+    engine = Engine(original, Options(backend=backend, timing=timing), plan)
     engine.compile_example(example_args, example_kwargs, gradients)
     parts = [str(engine.report)]
     if engine.is_compiled:

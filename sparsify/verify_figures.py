@@ -100,6 +100,7 @@ class Verification:
     results: tuple[ResultFigures, ...]
     metric: Mapping[str, float] = field(default_factory=dict)
     gradients: tuple[GradientFigures, ...] = ()
+    backend: str = "cpp"
 
     @property
     def thresholds(self) -> int:
@@ -114,7 +115,8 @@ class Verification:
         return self.undecided / self.thresholds if self.thresholds else 0.0
 
     def __str__(self) -> str:
-        lines = [f"verified: {self.events} of {self.sites} sites run as events"]
+        head = f"verified: {self.events} of {self.sites} sites run as events"
+        lines = [f"{head}, kernels of the backend {self.backend}"]
         lines += ["", "stages on the same input", *map(_stage_line, self.stages)]
         for region in self.regions:
             lines += ["", *region_lines(region)]

@@ -12,6 +12,8 @@ import torch
 
 from sparsify.cli import main
 from sparsify.cli_target import UsageError, load_target
+from sparsify.codegen.cpp import CppBackend
+from sparsify.errors import Refusal
 
 ROOT = Path(__file__).parents[1]
 MODEL = """
@@ -367,3 +369,41 @@ def test_module_runs_as_a_command(file: str) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "sparsify: there is no file absent.py\n"
+
+
+def test_show_of_a_named_backend_compiles_nothing(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = run(capsys, "show", f"{file}:make")[1]
+
+    def fail(*_: object) -> None:
+        pytest.fail("show needs neither a compiler nor a device")
+
+    for name in ("why_unavailable", "compile", "load"):
+        monkeypatch.setattr(CppBackend, name, fail)
+    status, out, _ = run(capsys, "show", f"{file}:make", "--backend", "cpp")
+    assert status == 0
+    assert out.split("\nkernels")[0] == compiled.split("\nkernels")[0]
+    kernels = re.findall(r"^  (\w+): .*float32, (\d+) lines$", out, re.MULTILINE)
+    assert kernels
+    for name, lines in kernels:
+        _, source, _ = run(capsys, "show", f"{file}:make", "--backend", "cpp", "--kernel", name)
+        assert len(source.splitlines()) == int(lines)
+    _, report, _ = run(capsys, "show", f"{file}:make", "--backend", "cpp", "--report")
+    assert "kernels of the backend cpp (text only)" in report
+
+
+def test_a_backend_that_cannot_run_here_says_what_to_install(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = Refusal("backend-unavailable", "No C++ compiler runs.", "Install one.")
+    monkeypatch.setattr(CppBackend, "why_unavailable", lambda self: refusal)
+    for command in ("verify", "bench", "explain"):
+        status, out, err = run(capsys, command, f"{file}:make", "--backend", "cpp")
+        assert (status, out) == (1, "")
+        assert err == "BackendUnavailable: No C++ compiler runs. Install one.\n"
+
+
+def test_backends_are_named_by_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "verify", "a.py:b", "--backend", "gpu")[0] == 2
+    assert "{cpp,cuda,cuda-emulated}" in run(capsys, "verify", "--help")[1]
