@@ -1,0 +1,24 @@
+// Fibres: stacks that one thread of the processor switches between.
+#pragma once
+
+#include <cstddef>
+
+namespace emulator {
+
+struct Fibre {
+  void* stack_pointer = nullptr;  // where the fibre goes on, while it does not run
+  char* stack = nullptr;          // its lowest page cannot be touched
+};
+
+constexpr size_t PAGE_BYTES = 4096;
+constexpr size_t STACK_BYTES = 128 * 1024;  // a kernel's local variables; pages are taken when touched
+
+// Give `fibre` a stack on which it will start with `entry`, which must never return.
+void prepare_fibre(Fibre& fibre, void (*entry)());
+void release_stack(Fibre& fibre);
+// Go on with `to`; returns when somebody switches back to `from`.
+void switch_fibre(Fibre& from, Fibre& to);
+bool is_on_stack(const Fibre& fibre, const void* address);
+bool is_stack_overflow(const Fibre& fibre, const void* address);
+
+}  // namespace emulator

@@ -1,0 +1,65 @@
+#include "traps.h"
+
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <iterator>
+
+#include "reports.h"
+#include "scheduler.h"
+#include "threads.h"
+
+namespace emulator {
+namespace {
+
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+struct sigaction old_actions[std::size(SIGNALS)];
+alignas(16) char signal_stack[64 * 1024];  // a fibre's own may have overflowed
+long launching_thread;
+
+const char* meaning_of(int signal, const void* address) {
+  if (signal == SIGFPE) return "crash: division by zero";
+  // -fsanitize=undefined stops at these with an illegal instruction.
+  if (signal == SIGILL) return "undefined: index out of range, overflow of a signed integer, or too large a shift";
+  return is_stack_overflow(running->fibre, address) ? "crash: the stack is full" : "wild access: no memory of the kernel";
+}
+
+void give_back() {
+  for (size_t i = 0; i < std::size(SIGNALS); ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
+}
+
+// Of another thread, or of the emulator itself: the process's own handler gets it when the
+// instruction is executed again.
+bool is_ours() { return running && syscall(SYS_gettid) == launching_thread; }
+
+void on_signal(int signal, siginfo_t* info, void* context) {
+  if (!is_ours()) return give_back();
+  auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  const void* code = reinterpret_cast<void*>(registers[REG_RIP] + 1);
+  report(format("signal %p", code), std::string(meaning_of(signal, info->si_addr)) + ", by " + name_of(*running) + " at " + name_of_code(code));
+  // Leave the handler into end_launch, on a stack that is as after a call.
+  registers[REG_RSP] = greg_t(running->fibre.stack + STACK_BYTES - 256 - 8);
+  registers[REG_RIP] = reinterpret_cast<greg_t>(&end_launch);
+}
+
+}  // namespace
+
+Traps::Traps() {
+  launching_thread = syscall(SYS_gettid);
+  stack_t stack{};
+  stack.ss_sp = signal_stack;
+  stack.ss_size = sizeof signal_stack;
+  sigaltstack(&stack, &old_stack_);
+  struct sigaction action{};
+  action.sa_sigaction = on_signal;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  for (size_t i = 0; i < std::size(SIGNALS); ++i) sigaction(SIGNALS[i], &action, &old_actions[i]);
+}
+
+Traps::~Traps() {
+  give_back();
+  sigaltstack(&old_stack_, nullptr);
+}
+
+}  // namespace emulator

@@ -1,0 +1,18 @@
+// Signals that a wrong kernel raises become reports, for as long as this object lives.
+#pragma once
+
+#include <signal.h>
+
+namespace emulator {
+
+class Traps {
+ public:
+  Traps();   // of the calling thread; the handlers and the stack for signals are put back
+  ~Traps();  // as they were found
+  Traps(const Traps&) = delete;
+
+ private:
+  stack_t old_stack_;
+};
+
+}  // namespace emulator
