@@ -27,7 +27,14 @@ from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
 from sparsify.entry import Entry, merge
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
-from sparsify.failures import Failed, record_or_run, refuse_failure, run_bounded
+from sparsify.failures import (
+    OUT_OF_MEMORY,
+    Failed,
+    record_or_run,
+    refuse_failure,
+    refuse_memory,
+    run_bounded,
+)
 from sparsify.keep_state import Snapshot
 from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
@@ -252,7 +259,12 @@ class Engine:
         return recorded
 
     def _try_adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
-        failure = run_bounded(lambda: self._adopt(recording, args, kwargs), "while compiling")
+        try:
+            failure = run_bounded(lambda: self._adopt(recording, args, kwargs), "while compiling")
+        except OUT_OF_MEMORY as error:
+            self._originals.add(call_key(self.original, args, kwargs))
+            self._refuse(refuse_memory(error))
+            return
         if failure is not None:
             self._fail(failure, args, kwargs)
 

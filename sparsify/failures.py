@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsify.errors import CompileError, Refusal, SparsifyError
@@ -26,6 +27,10 @@ REMEDY = (
 )
 
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+SMALLER = "Give sparsify a smaller example, as of fewer rows: kernels serve other sizes, too."
+
+
 @dataclass(frozen=True)
 class Failed:
     """The recorder failed; the model alone gave ``result``."""
@@ -35,10 +40,13 @@ class Failed:
 
 
 def run_bounded(work: Callable[[], None], during: str) -> CompileError | None:
-    """Run ``work``; what it raises on purpose is raised, anything else is a bug and returned."""
+    """Run ``work``; anything that it does not raise on purpose is a bug and returned.
+
+    A machine without enough memory is none.
+    """
     try:
         work()
-    except SparsifyError:
+    except (SparsifyError, *OUT_OF_MEMORY):
         raise
     except Exception as error:
         return describe_failure(error, during)
@@ -82,6 +90,12 @@ def refuse_failure(failure: CompileError) -> Refusal:
     """Why a model runs its original operations after ``failure``."""
     reason = str(failure).partition("\n")[0]
     return Refusal("bug", f"{reason}.", REMEDY, None, {"source": failure.source_path})
+
+
+def refuse_memory(error: Exception) -> Refusal:
+    """Why a call runs the original where its compilation ran out of memory."""
+    reason = f"There was not enough memory to compile it: {str(error).strip() or 'MemoryError'}"
+    return Refusal("backend-unavailable", f"{reason.rstrip('.')}.", SMALLER)
 
 
 def is_own(error: Exception) -> bool:

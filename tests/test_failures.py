@@ -17,7 +17,7 @@ from tests.small_nets import RecurrentNet, spikes
 X = spikes()
 
 
-def broken_pass(graph: Any) -> Any:
+def broken_pass(*_: Any) -> Any:
     raise KeyError("val")
 
 
@@ -112,3 +112,29 @@ def test_errors_of_the_model_are_its_own(error: Exception | None) -> None:
             with pytest.raises((KeyError, TypeError, IndexError)) as raised:
                 call(sparsify(Raises(error), *([X] if at_once else [])), X)
             assert error is None or raised.value is error
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_without_memory_to_compile_the_original_runs(
+    at_once: bool, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: Any) -> None:
+        raise kind("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(compile_recording, "lower_scans", run_out)
+    model = RecurrentNet().eval()
+    message = (
+        r"\[backend-unavailable\] There was not enough memory to compile it: CUDA out of memory\. "
+        r"Tried to allocate 2\.00 GiB\. Give sparsify a smaller example"
+    )
+    with pytest.warns(UserWarning, match=message) as told:
+        fast: Any = sparsify(model, *([X] if at_once else []), timing=False)
+        assert torch.equal(call(fast, X), call(model, X))
+        assert torch.equal(call(fast, X), call(model, X))
+    assert len(told) == 1
+    assert fast.compiled.failure is None
+    monkeypatch.undo()
+    smaller = X[:, :1]
+    assert torch.equal(call(fast, smaller), call(model, smaller))
+    assert fast.compiled.is_compiled
