@@ -23,6 +23,7 @@ BUDGET_SECONDS = 0.15  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
+BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one is timed no further
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
 REMEDY = "Larger batches, more neurons or fewer events move the balance; a plan can pin the site."
@@ -46,12 +47,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Task:
-    """A Scan to be decided, with its kernel and the operands of the example, or their layouts."""
+    """A Scan to be decided, with its kernel and the operands of the example, or their layouts.
+
+    ``original_seconds`` is what the Scan took when it made the operands of others, None if unknown.
+    """
 
     name: str
     scan: Scan
     lowered: Lowered
     operands: tuple[Any, ...]
+    original_seconds: float | None = None
 
     @property
     def batch(self) -> int:
@@ -121,22 +126,28 @@ def _choose_timed(
 def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, list[float]]:
     """Interleaved rounds; the medians of the regions and, last, of the original Scan.
 
-    The original takes part only where it is close. On a contended machine the shortest times are
-    given: other work only ever adds to them.
+    The original and regions take part only where they are close. On a contended machine the
+    shortest times are given: other work only ever adds to them.
     """
     operands = task.operands
     functions = {str(i): _call(region, operands) for i, region in enumerate(regions)}
-    original = seconds_of(_call(task.scan, operands))
-    kernels = min(seconds_of(function) for function in functions.values())
+    once = {name: seconds_of(function) for name, function in functions.items()}
+    kernels = min(once.values())
+    original = task.original_seconds
+    if original is None or original < FAR * kernels:
+        original = seconds_of(_call(task.scan, operands))
     is_close = original < FAR * kernels
+    functions = {name: f for name, f in functions.items() if once[name] <= BEHIND * kernels}
     if is_close and original < SLOW_SECONDS:
         functions["original"] = _call(task.scan, operands)
-    round_seconds = kernels * len(regions) + original * is_close
-    rounds = max(3, min(15, int(BUDGET_SECONDS / max(round_seconds, 1e-3))))
+    budget = BUDGET_SECONDS if len(functions) > 1 else 0.0
+    round_seconds = kernels * len(functions) + original * is_close
+    rounds = max(3, min(15, int(budget / max(round_seconds, 1e-3))))
     timings = measure_pairs(functions, rounds, least_ms=0.2)
     pick = min if timings.why_contended else _median
-    seconds = [float(pick(timings.seconds[name])) for name in functions]
-    return timings, seconds if "original" in functions else [*seconds, original]
+    once |= {name: float(pick(timings.seconds[name])) for name in functions}
+    once.setdefault("original", original)
+    return timings, list(once.values())
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from sparsify.place_gradients import place_gradients
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 from sparsify.recording.recording import Recording
+from sparsify.region import Region
 from sparsify.report import Site
 from sparsify.scan import Scan
 from sparsify.scans import (
@@ -77,7 +78,8 @@ class Compiler:
         graph = stages[-1].graph
         scans = find_scans(graph)
         # A call without gradients frees what a loop is given when it is through: so do we.
-        calls = capture(graph, operands).calls if is_trained else call_layouts(graph)
+        captured = capture(graph, operands) if is_trained else None
+        calls = captured.calls if captured is not None else call_layouts(graph)
         measure_gradients(scans, calls)
         lowered = lower_scans(scans, self.binaries.backend.eager) | undifferentiated
         forward = {name: low for name, low in lowered.items() if BACKWARD not in name}
@@ -86,9 +88,9 @@ class Compiler:
         chooser = Chooser(self.options, self.binaries, plan, placements, earlier or {})
         tasks = find_tasks(scans, calls, lowered)
         chooser.prepare(tasks)
-        if is_trained:
+        if captured is not None:
             for task in tasks:
-                chooser.choose(task)
+                chooser.choose(replace(task, original_seconds=captured.seconds.get(task.name)))
         else:
             choose_in_turn(chooser, tasks, graph, operands)
         choices = {task.name: chooser.choices[task.name] for task in tasks}
@@ -197,16 +199,30 @@ def find_tasks(
 def choose_in_turn(
     chooser: Chooser, tasks: Sequence[Task], graph: fx.GraphModule, operands: Sequence[Tensor]
 ) -> None:
-    """Run ``graph``, and decide every task when its Scan is called: no operands are kept."""
+    """Run ``graph``, and decide every task when its Scan is called: no operands are kept.
+
+    A kernel that was chosen for its speed makes the operands of later ones.
+    """
     waiting = {task.name: task for task in tasks if task.name not in chooser.choices}
 
-    def visit(name: str, call: tuple[Any, ...]) -> bool:
-        if name in waiting:
-            chooser.choose(replace(waiting.pop(name), operands=call))
-        return bool(waiting)
+    def visit(name: str, call: tuple[Any, ...]) -> Callable[..., Any] | None:
+        chooser.choose(replace(waiting[name], operands=call))
+        region = chooser.choices[name].region
+        if region is None or not chooser.binaries.backend.is_timed:
+            return None
+        return _uncounted(region)
 
     if waiting:
-        visit_calls(graph, operands, visit)
+        visit_calls(graph, operands, visit, waiting)
+
+
+def _uncounted(region: Region) -> Callable[..., Any]:
+    def run(*call: Any) -> Any:
+        values = region(*call)
+        region.launchable.reset_events()  # they are counted for the user's calls
+        return values
+
+    return run
 
 
 def decided_plan(

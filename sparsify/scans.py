@@ -6,13 +6,15 @@ A Scan is named after the module of its call: ``scan_0``; one that computes a gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.bench import wait_for_devices
 from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.differentiated import Input
@@ -29,10 +31,14 @@ SEED = 0  # of the gradients that stand for those of a loss
 
 @dataclass(frozen=True)
 class Captured:
-    """What every Scan is called with, and what the gradient of every TrainedRegion is given."""
+    """What every Scan is called with, and what the gradient of every TrainedRegion is given.
+
+    ``seconds`` is what every Scan took; of those that run in chunks, nothing is known.
+    """
 
     calls: dict[str, tuple[Any, ...]]
     gradients: dict[str, dict[Input, Tensor]]
+    seconds: dict[str, float]
 
 
 def find_scans(graph: fx.GraphModule) -> dict[str, Scan]:
@@ -66,7 +72,7 @@ def capture(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Captured:
     run = _Capture(graph)
     with torch.no_grad():
         run.run(*operands)
-    return Captured(run.calls, run.gradients)
+    return Captured(run.calls, run.gradients, run.seconds)
 
 
 def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
@@ -79,11 +85,15 @@ def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
 def visit_calls(
     graph: fx.GraphModule,
     operands: Sequence[Tensor],
-    visit: Callable[[str, tuple[Any, ...]], bool],
+    visit: Callable[[str, tuple[Any, ...]], Callable[..., Any] | None],
+    names: Collection[str],
 ) -> None:
-    """Run ``graph`` and show ``visit`` what every Scan is called with, while it returns True."""
+    """Run ``graph`` and show ``visit`` what every Scan among ``names`` is called with.
+
+    What it returns runs in the Scan's place, if it is not None. Nothing runs after the last one.
+    """
     with torch.no_grad():
-        _Visitor(graph, visit).run(*operands)
+        _Visitor(graph, visit, names).run(*operands)
 
 
 def with_regions(
@@ -160,6 +170,7 @@ class _Capture(fx.Interpreter):
         super().__init__(graph)
         self.calls: dict[str, tuple[Any, ...]] = {}
         self.gradients: dict[str, dict[Input, Tensor]] = {}
+        self.seconds: dict[str, float] = {}
         self.node: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
@@ -169,14 +180,13 @@ class _Capture(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, Scan):
-            self.calls[target] = args
+            return self._timed(target, module, args)
         if isinstance(module, ChunkedScan):
             self.calls[target] = args[:4]
         if not isinstance(module, TrainedRegion):
             return super().call_module(target, args, kwargs)
-        self.calls[target] = args
-        steps, *groups = args
-        values = module.run(steps, *groups)
+        groups = args[1:]
+        values = self._timed(target, module.run, args)
         known = module.name_tensors([t for group in groups for t in group], values)
         results = values[: module.results]
         assert self.node is not None
@@ -186,25 +196,41 @@ class _Capture(fx.Interpreter):
         self.gradients[target] = known
         inner = _Capture(module.backward)
         inner.run(*(known[place] for place in module.parts.inputs))
-        self.calls |= {f"{target}{BACKWARD}{name}": call for name, call in inner.calls.items()}
+        start = f"{target}{BACKWARD}"
+        self.calls |= {f"{start}{name}": call for name, call in inner.calls.items()}
+        self.seconds |= {f"{start}{name}": took for name, took in inner.seconds.items()}
         return results
+
+    def _timed(self, target: str, run: nn.Module, args: tuple[Any, ...]) -> Any:
+        self.calls[target] = args
+        wait_for_devices()
+        start = time.perf_counter()
+        values = run(*args)
+        wait_for_devices()
+        self.seconds[target] = time.perf_counter() - start
+        return values
 
 
 class _Visitor(fx.Interpreter):
     def __init__(
-        self, graph: fx.GraphModule, visit: Callable[[str, tuple[Any, ...]], bool]
+        self,
+        graph: fx.GraphModule,
+        visit: Callable[[str, tuple[Any, ...]], Callable[..., Any] | None],
+        names: Collection[str],
     ) -> None:
         super().__init__(graph)
         self.visit = visit
-        self.goes_on = True
+        self.waiting = set(names)
 
     def run_node(self, n: fx.Node) -> Any:
-        return super().run_node(n) if self.goes_on else None
+        return super().run_node(n) if self.waiting else None
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(self.fetch_attr(target), Scan):
-            self.goes_on = self.visit(target, args)
-        return super().call_module(target, args, kwargs) if self.goes_on else None
+        if target not in self.waiting:
+            return super().call_module(target, args, kwargs)
+        run = self.visit(target, args) or self.fetch_attr(target)
+        self.waiting.remove(target)
+        return run(*args) if self.waiting else None
 
 
 def _random_like(result: Tensor, scale: float) -> Tensor:

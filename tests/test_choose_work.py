@@ -1,0 +1,78 @@
+"""How often the candidates and the original operations run while they are chosen from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sparsify import choose
+from sparsify.bench import Timings
+from sparsify.binaries import Binaries
+from sparsify.choose import time_candidates
+from sparsify.compile_recording import Compiler
+from sparsify.options import Options
+from sparsify.plan import Plan
+from sparsify.scan import Scan
+from tests.looped_models import layer_order, recurrent
+from tests.test_choose import BACKEND, record, task_of
+
+SLOW, FAST, FURTHER = 9e-3, 1e-3, 1.9e-3
+
+
+class Stub:
+    """Stands for a Region that takes ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def forward(self, *operands: Any) -> float:
+        return self.seconds
+
+
+def race(monkeypatch: pytest.MonkeyPatch, original_seconds: float, *regions: Stub) -> Any:
+    """What ``time_candidates`` says of the regions, and which functions took part in its rounds."""
+    raced: list[str] = []
+
+    def rounds(functions: dict[str, Callable[[], Any]], rounds: int, least_ms: float) -> Timings:
+        raced.extend(functions)
+        return Timings({name: (f(),) * 3 for name, f in functions.items()}, (1.0,) * 3, 1)
+
+    monkeypatch.setattr(choose, "measure_pairs", rounds)
+    monkeypatch.setattr(choose, "seconds_of", lambda function: function())
+    task = replace(task_of(recurrent), original_seconds=original_seconds)
+    monkeypatch.setattr(task.scan, "forward", lambda *operands: pytest.fail("the original ran"))
+    _, seconds = time_candidates(task, regions)  # type: ignore[arg-type]
+    return seconds, raced
+
+
+def test_what_is_far_behind_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, raced = race(monkeypatch, 1.0, Stub(SLOW), Stub(FAST), Stub(FURTHER))
+    assert seconds == [SLOW, FAST, FURTHER, 1.0]
+    assert raced == ["1", "2"]
+
+
+def test_an_original_that_is_close_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(pytest.fail.Exception, match="the original ran"):
+        race(monkeypatch, 2 * FAST, Stub(FAST))
+
+
+def test_kernels_that_were_chosen_make_the_operands_of_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs: Counter[int] = Counter()
+
+    def forward(self: Scan, *operands: Any) -> Any:
+        runs[id(self)] += 1
+        return original(self, *operands)
+
+    recording, operands = record(layer_order)
+    original = Scan.forward
+    monkeypatch.setattr(Scan, "forward", forward)
+    monkeypatch.setattr(choose, "why_wrong", lambda task, region: None)
+    found = Compiler(Options(timing=False), Binaries(BACKEND)).compile(recording, operands, Plan())
+    assert len(found.regions) > 1
+    assert not runs.keys() & {id(region.scan) for region in found.regions.values()}
