@@ -46,7 +46,7 @@ class Chooser:
             refusal = self._why_off(task)
             candidates = [] if refusal else self._candidates(task)
             if candidates:
-                self._found[task.name] = candidates if self._chooses else candidates[:1]
+                self._found[task.name] = candidates if self.binaries.backend.is_timed else candidates[:1]
             else:
                 self.choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
         kernels = {task.name: task.lowered.kernel for task in tasks}
@@ -70,12 +70,6 @@ class Chooser:
         if choice.region is not None:
             self._suit_sizes(task, choice.region, timing)
         self.choices[task.name] = choice
-
-    @property
-    def _chooses(self) -> bool:
-        """False where the first candidate is taken whatever the others take."""
-        backend = self.binaries.backend
-        return backend.is_timed and not isinstance(backend, Rendered)
 
     def _unchecked(self, task: Task) -> Choice:
         """The kernel that is predicted to be the fastest, of which only the text is wanted."""
@@ -113,7 +107,9 @@ class Chooser:
             decision = self.plan.sites.get(site)
             if decision in ("event", "dense"):
                 pinned[gather] = "event" if decision == "event" else "dense"
-        if not self.binaries.backend.is_timed:  # it is there to run kernels, not to gain by them
+        backend = self.binaries.backend
+        # An emulator is there to run the kernels of events, not to gain by them.
+        if not backend.is_timed and not isinstance(backend, Rendered):
             reads_events = {site.gather: site.event for site in task.lowered.sites}
             for each in task.lowered.kernel.gathers:
                 if reads_events.get(each.result) or each.only is not None:

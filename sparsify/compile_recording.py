@@ -112,7 +112,7 @@ class Compiler:
             regions,
             rows.describe(products),
             self.binaries.backend,
-            decided_plan(plan, placements, choices),
+            decided_plan(plan, placements, choices, describe_machine(operands)),
             {p.product.name: (p.region, p.gather) for p in reversed(placements)},
             tuple(said for stage in stages if stage.name == LIMITED for said in stage_notes(stage)),
         )
@@ -226,7 +226,7 @@ def _uncounted(region: Region) -> Callable[..., Any]:
 
 
 def decided_plan(
-    plan: Plan, placements: Sequence[Placement], choices: Mapping[str, Choice]
+    plan: Plan, placements: Sequence[Placement], choices: Mapping[str, Choice], machine: str
 ) -> Plan:
     """``plan`` with what was decided beyond it."""
     sites: dict[str, PlanDecision] = dict(plan.sites)
@@ -239,7 +239,7 @@ def decided_plan(
         schedule = region.launchable.schedule
         sites[placement.product.name] = dict(schedule.gathers)[placement.gather]
         regions[placement.region] = RegionPlan(schedule.strategy, schedule.tile)
-    return Plan(sites, regions, plan.machine or describe_machine(), plan.activity)
+    return Plan(sites, regions, plan.machine or machine, plan.activity)
 
 
 def measured_plan(plan: Plan, products: Sequence[Product]) -> Plan:
