@@ -59,7 +59,11 @@ class RowPerBlock:
             for _ in neuron.scratch()
             if text.in_memory(neuron)
         ]
-        return Plan(members, blocks, lambda grid, _: [grid.blocks * size for size in sizes])
+
+        def elements(grid: Grid, batch: int) -> list[int]:
+            return [grid.blocks * size for size in sizes]
+
+        return Plan(members, blocks, text.scratch(), elements)
 
     def predict(
         self,

@@ -9,23 +9,29 @@ from typing import Protocol
 from sparsify import ir
 from sparsify.codegen import backend
 from sparsify.codegen.cuda.device import Grid, Limits
-from sparsify.codegen.cuda.frame_text import Member
+from sparsify.codegen.cuda.frame_text import Member, Scratch
 from sparsify.errors import Refusal
 
 Resident = Callable[[int, int], int]  # threads and shared bytes -> blocks of a multiprocessor
+
+
+def _nothing(grid: Grid, batch: int) -> Sequence[int]:
+    return ()
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a kernel is launched. ``members`` are those of ``struct Call``, in order.
 
-    ``grid(steps, batch, limits, resident)`` says by how many threads, ``scratch(grid, batch)``
-    how many elements each scratch memory has.
+    ``grid(steps, batch, limits, resident)`` says by how many threads. Of ``scratch`` memory there
+    are ``sizes(grid, batch)`` elements, and ``numbers(grid, batch)`` are the members of that role.
     """
 
     members: Sequence[Member]
     grid: Callable[[int, int, Limits, Resident], Grid]
-    scratch: Callable[[Grid, int], Sequence[int]]
+    scratch: Sequence[Scratch] = ()
+    sizes: Callable[[Grid, int], Sequence[int]] = _nothing
+    numbers: Callable[[Grid, int], Sequence[int]] = _nothing
 
 
 class CudaStrategy(backend.Strategy, Protocol):

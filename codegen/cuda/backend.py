@@ -1,0 +1,108 @@
+"""The CUDA backend: for a GPU, or for its emulator on the processor."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from sparsify import ir
+from sparsify.check_ir import check_kernel
+from sparsify.codegen.backend import Binary, Cost, Launchable, Source
+from sparsify.codegen.cuda.device import H100, Device, Function, Limits
+from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.launch import CudaLaunchable
+from sparsify.codegen.cuda.outer_product import CudaOuterProducts
+from sparsify.codegen.cuda.predict_cost import H100_RATES, Rates, predict_seconds
+from sparsify.codegen.cuda.strategies import make_strategies
+from sparsify.codegen.cuda.strategy import CudaStrategy
+from sparsify.codegen.outer_product import OuterProducts
+from sparsify.codegen.writer import Names
+from sparsify.errors import Refusal
+
+HEADERS = ("gather.cuh",)  # with what it includes
+
+
+class CudaBackend:
+    """Kernels for what ``device`` is. ``limits`` are those of its current device, if there is one.
+
+    Without one, text is rendered and costs are predicted for an H100.
+    """
+
+    eager: Literal["cpu", "cuda"] = "cuda"
+
+    def __init__(
+        self, device: Device, limits: Limits | None = None, rates: Rates = H100_RATES
+    ) -> None:
+        self.device, self._limits, self._rates = device, limits, rates
+
+    @property
+    def name(self) -> str:
+        return self.device.name
+
+    @property
+    def is_timed(self) -> bool:
+        return self.device.type == "cuda"
+
+    @cached_property
+    def limits(self) -> Limits:
+        if self._limits is not None:
+            return self._limits
+        if self.device.why_unavailable() is not None:
+            return H100
+        return self.device.limits(torch.device(self.device.type))
+
+    @cached_property
+    def strategies(self) -> tuple[CudaStrategy, ...]:
+        return make_strategies(self.limits)
+
+    @cached_property
+    def outer_products(self) -> OuterProducts:
+        return CudaOuterProducts(self.device, any_size=not self.is_timed)
+
+    def why_unavailable(self) -> Refusal | None:
+        return self.device.why_unavailable()
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
+        check_kernel(kernel)
+        return self._strategy(schedule).why_not(kernel, schedule)
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Source:
+        """The kernel's CUDA text. Raises ValueError if ``why_not`` refuses it."""
+        refusal = self.why_not(kernel, schedule)
+        if refusal is not None:
+            raise ValueError(str(refusal))
+        entry = Names().new(f"run_{kernel.name}")
+        text = self._strategy(schedule).render(kernel, schedule, entry)
+        return Source(text, f"{entry}.cu", entry)
+
+    def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
+        """The compiled kernel, from the cache if it was compiled before."""
+        source = self.render(kernel, schedule)
+        path = self.device.compile(source, headers_of(*HEADERS))
+        return Binary(path, source, kernel, schedule)
+
+    def load(self, binary: Binary) -> Launchable:
+        def function_on(device: torch.device) -> Function:
+            return self.device.load(binary.path, binary.source.entry, device)
+
+        return CudaLaunchable(
+            binary.kernel,
+            binary.schedule,
+            binary.source,
+            self._strategy(binary.schedule).plan(binary.kernel, binary.schedule),
+            self.device,
+            function_on,
+        )
+
+    def seconds(self, cost: Cost) -> float:
+        return predict_seconds(cost, self.limits, self._rates)
+
+    def _strategy(self, schedule: ir.Schedule) -> CudaStrategy:
+        """Raises ValueError for a name that no strategy has."""
+        for strategy in self.strategies:
+            if strategy.name == schedule.strategy:
+                return strategy
+        known = ", ".join(strategy.name for strategy in self.strategies)
+        raise ValueError(f"no strategy {schedule.strategy!r}; known: {known}")

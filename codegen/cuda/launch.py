@@ -1,0 +1,171 @@
+"""Calling a CUDA kernel: checks of tensors, strides, packed weights, event counters.
+
+Nothing here waits for the device but reading ``events``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from threading import Lock
+
+import torch
+
+from sparsify import ir
+from sparsify.codegen.backend import Source
+from sparsify.codegen.cuda.device import Device, Function, Grid, Memory, Word
+from sparsify.codegen.cuda.frame_text import Scratch
+from sparsify.codegen.cuda.packed_weight import PackedWeight
+from sparsify.codegen.cuda.strategy import Plan
+from sparsify.codegen.slots import (
+    TORCH_DTYPES,
+    Slots,
+    counted,
+    fits,
+    misfit,
+    take_operand,
+    take_output,
+)
+from sparsify.codegen.usage import packings
+
+FunctionOn = Callable[[torch.device], Function]
+GRIDS = 64  # of calls with other numbers of steps and rows that are remembered
+
+
+class CudaLaunchable:
+    """A loaded kernel; see ``backend.Launchable``. Any number of threads may call it at once.
+
+    It serves all devices of its type: the kernel is loaded on each when tensors come from there.
+    """
+
+    def __init__(
+        self,
+        kernel: ir.Kernel,
+        schedule: ir.Schedule,
+        source: Source,
+        plan: Plan,
+        device: Device,
+        function_on: FunctionOn,
+    ) -> None:
+        self.kernel, self.schedule, self.source = kernel, schedule, source
+        self._plan, self._device, self._function_on = plan, device, function_on
+        self._slots = Slots(kernel)
+        self._weights = [PackedWeight(kernel, schedule, p) for p in packings(kernel, schedule)]
+        self._counted = {g.result: counted(kernel, g) for g in kernel.gathers}
+        self._functions: dict[torch.device, Function] = {}
+        self._active: dict[torch.device, Memory] = {}
+        self._grids: dict[tuple[torch.device, int, int], Grid] = {}
+        self._lock = Lock()
+
+    def __call__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        steps: int,
+        batch: int,
+        outputs: Mapping[str, torch.Tensor] | None = None,
+        frozen: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Run the kernel; see ``backend.Launchable``.
+
+        Raises ValueError and TypeError for tensors that do not fit, naming them, and ValueError
+        for zero steps where an output is the last step's value.
+        """
+        _, operand_shapes, output_shapes = self._slots.shapes(steps, batch)
+        device = self._device_of(tensors)
+        words: list[Word] = [steps, batch]
+        for slot, shape in zip(self._slots.operands, operand_shapes, strict=True):
+            strides: list[int] = []
+            operand = take_operand(tensors, slot, shape, device, strides)
+            words.append(Memory(operand, slot.name))
+            words += strides
+        self._add_weights(tensors, device, frozen, words)
+        results = {}
+        for slot, shape in zip(self._slots.outputs, output_shapes, strict=True):
+            strides = []
+            output = results[slot.name] = take_output(outputs, slot, shape, device, strides)
+            is_made = not outputs or slot.name not in outputs
+            words.append(Memory(output, slot.name, written=True, fresh=is_made))
+            words += strides
+        if steps and batch:
+            self._launch(device, steps, batch, words)
+        return results
+
+    @property
+    def events(self) -> dict[str, tuple[int, int]]:
+        """Per Gather, how many senders were active and how many there were, over all calls.
+
+        Of restricted ones, how many sums were wanted and how many there were. Waits for the device.
+        """
+        with self._lock:
+            kept = [memory.tensor for memory in self._active.values()]
+        totals = [0] * (len(self._counted) + 1)
+        for tensor in kept:
+            totals = [a + b for a, b in zip(totals, tensor.tolist(), strict=True)]
+        *found, row_steps = totals
+        pairs = zip(found, self._counted.items(), strict=True)
+        return {result: (active, row_steps * n) for active, (result, n) in pairs}
+
+    def reset_events(self) -> None:
+        with self._lock:
+            for memory in self._active.values():
+                memory.tensor.zero_()
+
+    def _launch(self, device: torch.device, steps: int, batch: int, words: list[Word]) -> None:
+        function = self._functions.get(device) or self._load(device)
+        grid = self._grids.get((device, steps, batch)) or self._grid(device, steps, batch)
+        words.append(self._active[device])
+        for scratch, size in zip(self._plan.scratch, self._plan.sizes(grid, batch), strict=True):
+            words.append(_make_scratch(scratch, size, device))
+        words += self._plan.numbers(grid, batch)
+        function.launch(grid, words)
+
+    def _device_of(self, tensors: Mapping[str, torch.Tensor]) -> torch.device:
+        """The device of the first tensor that is on one of the backend's."""
+        given = (*self.kernel.operands, *self.kernel.weights)
+        for tensor in (tensors.get(value.name) for value in given):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device.type:
+                return tensor.device
+        return torch.device(self._device.type)
+
+    def _add_weights(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        frozen: bool,
+        words: list[Word],
+    ) -> None:
+        for slot in self._weights:
+            weight = tensors.get(slot.name)
+            if not fits(weight, slot.dtype, slot.shape, device):
+                wanted = f"{list(slot.shape)} of {slot.dtype}"
+                raise misfit(weight, slot.name, wanted, slot.dtype, device)
+            packed, finite = slot.get(weight, frozen=frozen)
+            words.append(Memory(packed, slot.name))
+            if finite is not None:
+                words.append(Memory(finite, f"{slot.name} is finite"))
+
+    def _load(self, device: torch.device) -> Function:
+        """The kernel on ``device``, with counters there that all its calls add to."""
+        with self._lock:
+            if device not in self._active:
+                with torch.inference_mode(False):
+                    count = len(self._counted) + 1
+                    counters = torch.zeros(count, dtype=torch.int64, device=device)
+                self._active[device] = Memory(counters, "event counters", written=True)
+            function = self._functions[device] = self._function_on(device)
+        return function
+
+    def _grid(self, device: torch.device, steps: int, batch: int) -> Grid:
+        resident = self._functions[device].resident_blocks
+        grid = self._plan.grid(steps, batch, self._device.limits(device), resident)
+        if len(self._grids) >= GRIDS:
+            self._grids = {}
+        self._grids[device, steps, batch] = grid
+        return grid
+
+
+def _make_scratch(scratch: Scratch, size: int, device: torch.device) -> Memory:
+    dtype = torch.int32 if scratch.dtype == "word" else TORCH_DTYPES[scratch.dtype]
+    make = torch.zeros if scratch.zeroed else torch.empty
+    tensor = make(size, dtype=dtype, device=device)
+    return Memory(tensor, scratch.name, written=True, fresh=not scratch.zeroed)

@@ -1,0 +1,11 @@
+"""The strategies of the CUDA backend for one device, in the order in which a tie is decided."""
+
+from __future__ import annotations
+
+from sparsify.codegen.cuda.device import Limits
+from sparsify.codegen.cuda.row_per_block import RowPerBlock
+from sparsify.codegen.cuda.strategy import CudaStrategy
+
+
+def make_strategies(limits: Limits) -> tuple[CudaStrategy, ...]:
+    return (RowPerBlock(limits),)
