@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,22 +20,12 @@ from sparsify.codegen.cpp_outer_product import Outcome, add_events, break_even
 from sparsify.outer_product import (
     OuterProduct,
     dense_outer_product,
-    reference_outer_product,
 )
 from sparsify.saved_bits import look_up_bits, pack_bits, shift_bits, unpack_bits
+from tests.outer_operands import KINDS, LAYOUTS, Activity, laid_out, reference, spikes
 from tests.threads import torch_threads
 
 ALL = 1.0  # events are never too many
-
-Activity = Callable[[Tensor], Tensor]
-KINDS: dict[str, Activity] = {
-    "same": lambda mask: mask.to(torch.get_default_dtype()),
-    "bool": lambda mask: mask,
-    "uint8": lambda mask: mask.to(torch.uint8),
-    "counts": lambda mask: mask.to(torch.uint8) * 3,
-    "payload": lambda mask: mask * torch.randn(mask.shape, dtype=torch.float64),
-    "int64": lambda mask: mask.to(torch.int64) * -2,
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,15 +34,6 @@ def any_size() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpp, "SMALL_PRODUCT", 0)
         yield
-
-
-def spikes(shape: tuple[int, ...], activity: float = 0.1) -> Tensor:
-    return torch.rand(shape) < activity
-
-
-def reference(d: Tensor, y: Tensor) -> Tensor:
-    left, right = (tensor.reshape(-1, tensor.shape[-1]).numpy() for tensor in (d, y))
-    return torch.from_numpy(reference_outer_product(left, right))
 
 
 def run(d: Tensor, y: Tensor, senders: int | None = None) -> Tensor:
@@ -128,31 +109,11 @@ def test_no_event_gives_plus_zero() -> None:
 
 # --- layouts ---
 
-LAYOUTS: dict[str, Activity] = {
-    "time and batch": lambda t: t,
-    "slice of steps": lambda t: t[2:],
-    "every other step": lambda t: t[::2],
-    "batch first": lambda t: t.transpose(0, 1),
-    "transposed neurons": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "some neurons": lambda t: t[..., 3:-2],
-    "every other neuron": lambda t: t[..., ::2],
-    "one step for all": lambda t: t[:1].expand(t.shape),
-    "one row for all": lambda t: t[:, :1].expand(t.shape),
-    "one value for all": lambda t: t[:1, :1, :1].expand(t.shape),
-    "a row": lambda t: t[0, 0],
-    "more axes": lambda t: t.reshape(2, -1, *t.shape[1:]),
-    "two axes": lambda t: t.flatten(0, 1),
-}
-
 
 @pytest.mark.parametrize("of_d", [True, False])
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_any_layout_gives_the_same_bits(layout: str, of_d: bool) -> None:
-    d, y = torch.randn(80, 7, 40), spikes((80, 7, 70), 0.3).float()
-    changed = LAYOUTS[layout](d if of_d else y)
-    other = (y if of_d else d).flatten(0, 1)[: changed.shape[:-1].numel()]
-    other = other.reshape(*changed.shape[:-1], -1)
-    d, y = (changed, other) if of_d else (other, changed)
+    d, y = laid_out(layout, of_d, torch.randn(80, 7, 40), spikes((80, 7, 70), 0.3).float())
     assert torch.equal(run(d, y), reference(d, y))
     assert torch.equal(run(d, y.bool()), reference(d, y))
 
