@@ -38,7 +38,9 @@ LANGUAGE = (
     "cuda_atomics.h",
     "cuda_clusters.h",
 )
-RUNTIME = (
+RUNTIME = "runtime.cpp"  # includes the others
+RUNTIME_FILES = (
+    RUNTIME,
     "access_history.cpp",
     "access_hooks.cpp",
     "barriers.cpp",
@@ -52,9 +54,8 @@ RUNTIME = (
     "scheduler.cpp",
     "shared_memory.cpp",
     "traps.cpp",
+    "undefined_hooks.cpp",
     "warps.cpp",
-)
-RUNTIME_HEADERS = (
     "access_history.h",
     "barriers.h",
     "checks.h",
@@ -79,14 +80,14 @@ INSTALL = "Install gcc 11 or newer (`apt install g++`), or name it in $CXX."
 NUMBERS = ("-std=c++17", "-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-march=native")
 FOR_ALL = (*NUMBERS, "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-g1", "-w")
 UNCHECKED = ("-O2",)
-# gcc calls a function before each access to memory: access_hooks.cpp has them, not libtsan.
+# gcc calls a function before each access to memory, and where something is undefined: these are
+# in access_hooks.cpp and undefined_hooks.cpp, not in libtsan and libubsan.
 CHECKED = (
     "-O1",
     "-fsanitize=thread",
     *("--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0"),
-    "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fno-sanitize-recover=all",
-    "-fsanitize-undefined-trap-on-error",
 )
 
 
@@ -140,7 +141,7 @@ def compile_kernel(source: Source, headers: Mapping[str, str], *, checks: bool) 
         run_limited((*link, str(runtime)), COMPILE_LIMIT_S, folder)
         (folder / OBJECT).unlink()
 
-    recipe = Recipe(f"emulated_{source.entry}", parts, files, kernel, BINARY, build)
+    recipe = Recipe(f"emulated_{Path(kernel).stem}", parts, files, kernel, BINARY, build)
     return current_cache().get(recipe)
 
 
@@ -175,9 +176,9 @@ def _gcc() -> Compiler:
 
 
 def _runtime_recipe(compiler: Compiler) -> Recipe:
-    files = {file: read_source(file) for file in (*RUNTIME, *RUNTIME_HEADERS)}
+    files = {file: read_source(file) for file in RUNTIME_FILES}
     flags = ("-std=c++17", "-O2", "-fPIC", "-shared", f"-Wl,-soname,{_runtime_name()}")
-    command = (*compiler.command, *flags, *RUNTIME, "-o", RUNTIME_BINARY)
+    command = (*compiler.command, *flags, RUNTIME, "-o", RUNTIME_BINARY)
     parts = {
         **_parts_of(compiler, command),
         **{f"file {file}": content for file, content in files.items()},
@@ -186,13 +187,13 @@ def _runtime_recipe(compiler: Compiler) -> Recipe:
     def build(folder: Path) -> None:
         run_limited(command, COMPILE_LIMIT_S, folder)
 
-    return Recipe("cuda_emulator", parts, files, RUNTIME[0], RUNTIME_BINARY, build)
+    return Recipe("cuda_emulator", parts, files, RUNTIME, RUNTIME_BINARY, build)
 
 
 @cache
 def _runtime_name() -> str:
     """By which kernels ask the loader for the runtime: it changes with the sources."""
-    texts = "\0".join(read_source(file) for file in (*RUNTIME, *RUNTIME_HEADERS))
+    texts = "\0".join(read_source(file) for file in RUNTIME_FILES)
     return f"libsparsify-emulator-{hashlib.sha256(texts.encode()).hexdigest()[:16]}.so"
 
 

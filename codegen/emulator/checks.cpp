@@ -16,7 +16,7 @@ namespace {
 constexpr int PREEMPT_EVERY = 32;     // accesses, on average, in the random schedule
 constexpr int RESTLESS_ACCESSES = 64; // volatile or atomic ones in a row: it is a loop that waits
 
-bool enabled;
+bool checking;
 const char *image_begin, *image_end;  // the compiled kernel, with its constant tables
 
 bool is_atomic(AccessKind kind) {
@@ -182,12 +182,12 @@ void maybe_preempt(AccessKind kind) {
 }  // namespace
 
 void start_checks(bool on, const void* kernel) {
-  enabled = on;
+  checking = on;
   dl_iterate_phdr(find_image, const_cast<void*>(kernel));
 }
 
 void check_access(const void* address, int bytes, AccessKind kind, const void* code, bool may_be_unaligned) {
-  if (!enabled || !running) return;
+  if (!checking || !running) return;
   const Attempt attempt{address, bytes, kind, code};
   Region* region = region_at(address);
   if (!region) {
@@ -207,7 +207,7 @@ void check_access(const void* address, int bytes, AccessKind kind, const void* c
 }
 
 void check_shared_memory_of(const Block& block) {
-  if (!enabled || block.cluster->blocks.size() == 1) return;
+  if (!checking || block.cluster->blocks.size() == 1) return;
   KnownBy known;  // by any of its threads when it ended: the block lasts until the last of them does
   for (auto& each : block.threads) known = join(known, each->clock.known);
   const int64_t threads = block.threads.size();
@@ -238,7 +238,7 @@ extern "C" void emulator_memory_changed() { note_progress(); }
 
 // The cache of __ldg does not see what this launch writes.
 extern "C" void emulator_before_read_only(const void* address, int bytes, const void* code) {
-  if (!enabled) return;
+  if (!checking) return;
   check_access(address, bytes, AccessKind::read_only, code);
   Region* region = region_at(address);
   if (!region || !region->history.is_kept()) return;

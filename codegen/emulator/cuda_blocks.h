@@ -18,7 +18,7 @@ inline void __threadfence_block() { emulator::emulator_fence(emulator::Scope::bl
 inline void __threadfence() { emulator::emulator_fence(emulator::Scope::device); }
 inline void __threadfence_system() { emulator::emulator_fence(emulator::Scope::device); }
 
-inline void __nanosleep(unsigned) { emulator::emulator_sleep(); }
+inline void __nanosleep(unsigned, EMULATOR_PLACE) { emulator::emulator_sleep(place); }
 inline long long clock64() { return emulator::emulator_clock(); }
 inline int clock() { return int(emulator::emulator_clock()); }
 [[noreturn]] inline void __trap(EMULATOR_PLACE) { emulator::emulator_fail("__trap()", place); }

@@ -30,7 +30,7 @@ int emulator_block_barrier(Vote vote, int predicate, Place place);
 unsigned long long emulator_collective(
     Collective what, unsigned mask, unsigned long long value, int argument, Place place);
 void emulator_fence(Scope scope);
-void emulator_sleep();
+void emulator_sleep(Place place);
 long long emulator_clock();
 [[noreturn]] void emulator_fail(const char* message, Place place);
 

@@ -176,7 +176,7 @@ extern "C" uint3 emulator_grid_size() { return {unsigned(launch.request->blocks)
 extern "C" unsigned emulator_cluster_rank() { return unsigned(running->block->rank); }
 extern "C" unsigned emulator_cluster_size() { return unsigned(launch.request->cluster); }
 
-extern "C" void emulator_sleep() { rest(); }
+extern "C" void emulator_sleep(Place place) { rest(place); }
 
 // Counts steps of the scheduler, as if each took about a microsecond.
 extern "C" long long emulator_clock() { return elapsed_steps() * 1000; }

@@ -8,13 +8,13 @@
 namespace emulator {
 namespace {
 
-bool enabled;
+bool ordering;
 std::unordered_map<const void*, KnownBy> flags;  // what who reads this address atomically can learn
 
 }  // namespace
 
 void start_ordering(bool checks) {
-  enabled = checks;
+  ordering = checks;
   flags.clear();
 }
 
@@ -24,7 +24,7 @@ void forget_flags(size_t mark) {
 }
 
 void order_all(const std::vector<Thread*>& threads) {
-  if (!enabled) return;
+  if (!ordering) return;
   std::vector<Participant> participants;
   for (const Thread* each : threads)
     participants.push_back({each->identity(), &each->clock.known, each->clock.tick});
@@ -36,13 +36,13 @@ void order_all(const std::vector<Thread*>& threads) {
 }
 
 void note_arrival(Thread& thread) {
-  if (!enabled || !thread.arrival_releases) return;
+  if (!ordering || !thread.arrival_releases) return;
   thread.arrival_known = thread.clock.known;
   thread.arrival_tick = thread.clock.tick++;
 }
 
 KnownBy join_arrivals(const std::vector<Thread*>& threads) {
-  if (!enabled) return nullptr;
+  if (!ordering) return nullptr;
   std::vector<Participant> participants;
   for (const Thread* each : threads)
     if (each->arrival_releases)
@@ -51,14 +51,14 @@ KnownBy join_arrivals(const std::vector<Thread*>& threads) {
 }
 
 void order_after(Thread& thread, const KnownBy& known) {
-  if (!enabled) return;
+  if (!ordering) return;
   // Usually it has learned nothing since it arrived, and then all threads can share one Known.
   const bool learned = !thread.arrival_releases || thread.clock.known != thread.arrival_known;
   thread.clock.known = learned ? join(thread.clock.known, known) : known;
 }
 
 extern "C" void emulator_fence(Scope scope) {
-  if (!enabled) return;
+  if (!ordering) return;
   Thread& self = *running;
   Clock& clock = self.clock;
   for (int each = 0; each <= int(scope); ++each) {  // a fence of the device is one of the block too
@@ -70,7 +70,7 @@ extern "C" void emulator_fence(Scope scope) {
 }
 
 void note_atomic_read(Thread& thread, const void* address, Scope needed) {
-  if (!enabled) return;
+  if (!ordering) return;
   const auto flag = flags.find(address);
   if (flag == flags.end()) return;
   KnownBy& seen = thread.clock.seen[int(needed)];
@@ -78,7 +78,7 @@ void note_atomic_read(Thread& thread, const void* address, Scope needed) {
 }
 
 void note_atomic_write(Thread& thread, const void* address, Scope needed, bool also_reads) {
-  if (!enabled) return;
+  if (!ordering) return;
   const KnownBy& released = thread.clock.released[int(needed)];
   if (!also_reads && !released) {
     flags.erase(address);

@@ -39,7 +39,7 @@ std::string describe_waiting() {
   for (const Thread* each : members) {
     if (each->state == State::done) continue;
     std::string where = name_of_state(each->state);
-    if (each->state != State::ready) where += " at " + name_of(each->place);
+    if (each->place.file) where += " at " + name_of(each->place);
     ++counts[where];
   }
   std::string text;
@@ -112,8 +112,9 @@ void wait_in(State state, Place place) {
   run_next(running->fibre);
 }
 
-void rest() {
+void rest(Place place) {
   running->accesses_since_rest = 0;
+  running->place = place;
   resting.push_back(running);
   run_next(running->fibre);
 }

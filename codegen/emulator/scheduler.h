@@ -21,7 +21,7 @@ void wake(Thread& thread);
 // The running thread waits in a barrier or collective, until somebody wakes it.
 void wait_in(State state, Place place);
 // The running thread lets others run: all that are ready, or just any other.
-void rest();
+void rest(Place place = {});
 void step_aside();
 // The running thread has woken itself and others: they run in the order of the schedule.
 void run_woken();

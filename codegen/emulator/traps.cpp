@@ -6,6 +6,7 @@
 
 #include <iterator>
 
+#include "memory.h"
 #include "reports.h"
 #include "scheduler.h"
 #include "threads.h"
@@ -18,11 +19,12 @@ struct sigaction old_actions[std::size(SIGNALS)];
 alignas(16) char signal_stack[64 * 1024];  // a fibre's own may have overflowed
 long launching_thread;
 
-const char* meaning_of(int signal, const void* address) {
+std::string meaning_of(int signal, const void* address) {
   if (signal == SIGFPE) return "crash: division by zero";
-  // -fsanitize=undefined stops at these with an illegal instruction.
-  if (signal == SIGILL) return "undefined: index out of range, overflow of a signed integer, or too large a shift";
-  return is_stack_overflow(running->fibre, address) ? "crash: the stack is full" : "wild access: no memory of the kernel";
+  if (signal == SIGILL) return "crash: illegal instruction";
+  if (is_stack_overflow(running->fibre, address)) return "crash: the stack is full";
+  if (const Region* region = region_at(address)) return "write to const: " + region->describe(address);
+  return format("wild access: address %p", address);
 }
 
 void give_back() {
@@ -37,7 +39,7 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   if (!is_ours()) return give_back();
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   const void* code = reinterpret_cast<void*>(registers[REG_RIP] + 1);
-  report(format("signal %p", code), std::string(meaning_of(signal, info->si_addr)) + ", by " + name_of(*running) + " at " + name_of_code(code));
+  report(format("signal %p", code), meaning_of(signal, info->si_addr) + ", by " + name_of(*running) + " at " + name_of_code(code));
   // Leave the handler into end_launch, on a stack that is as after a call.
   registers[REG_RSP] = greg_t(running->fibre.stack + STACK_BYTES - 256 - 8);
   registers[REG_RIP] = reinterpret_cast<greg_t>(&end_launch);

@@ -1,0 +1,17 @@
+// All parts of the runtime as one: checks are called at every access to memory, so the compiler should
+// see through them, and the standard headers are read once.
+#include "access_history.cpp"
+#include "clocks.cpp"
+#include "fibre.cpp"
+#include "memory.cpp"
+#include "scheduler.cpp"
+#include "ordering.cpp"
+#include "checks.cpp"
+#include "access_hooks.cpp"
+#include "undefined_hooks.cpp"
+#include "barriers.cpp"
+#include "warps.cpp"
+#include "shared_memory.cpp"
+#include "traps.cpp"
+#include "reports.cpp"
+#include "launch.cpp"

@@ -1,0 +1,65 @@
+"""Kernels with planted bugs: every bug is found in every schedule, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
+from tests.planted import FILES, read_planted
+
+pytestmark = pytest.mark.skipif(
+    EmulatedDevice().why_unavailable() is not None, reason="gcc on x86-64 Linux is needed"
+)
+PLANTED = {each.name: each for file in FILES for each in read_planted(file)}
+# What barriers and collectives find without looking at accesses to memory.
+FOUND_UNCHECKED = (
+    "lanes_that_never_come",
+    "lanes_that_have_ended",
+    "shuffle_from_outside",
+    "caller_outside_mask",
+    "different_collectives",
+    "part_of_a_warp",
+    "different_barriers",
+    "barrier_and_collective",
+    "not_cooperative",
+    "waits_for_nobody",
+    "wild_pointer",
+    "null_pointer",
+    "write_to_const",
+    "failed_assertion",
+    "arrives_twice",
+    "waits_without_arriving",
+    "one_thread_does_not_arrive",
+    "rank_outside",
+    "map_of_global_memory",
+)
+
+
+def test_every_kernel_says_what_its_bug_is() -> None:
+    assert len(PLANTED) == 52
+    assert all(each.reported for each in PLANTED.values())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_bug_is_reported_at_its_line(name: str, schedule: Schedule) -> None:
+    reports = PLANTED[name].run(EmulatedDevice(schedule, seed=1, checks=True), bug=True)
+    assert PLANTED[name].is_found(reports), reports
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_right_kernel_is_not_reported(name: str, schedule: Schedule) -> None:
+    for seed in range(3 if schedule == "random" else 1):
+        assert PLANTED[name].run(EmulatedDevice(schedule, seed, checks=True), bug=False) == ()
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_right_kernel_runs_without_checks(name: str) -> None:
+    assert PLANTED[name].run(EmulatedDevice(), bug=False) == ()
+
+
+@pytest.mark.parametrize("name", FOUND_UNCHECKED)
+def test_bug_is_reported_without_checks(name: str) -> None:
+    reports = PLANTED[name].run(EmulatedDevice(), bug=True)
+    assert PLANTED[name].is_found(reports), reports
