@@ -21,6 +21,7 @@ from sparsify.verify_regions import RegionCheck
 
 BUDGET_SECONDS = 0.15  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
+TIMED_STEPS = 100  # of an original of which not even the order of magnitude is known
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
 BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one is timed no further
@@ -134,7 +135,9 @@ def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, lis
     once = {name: seconds_of(function) for name, function in functions.items()}
     kernels = min(once.values())
     original = task.original_seconds
-    if original is None or original < FAR * kernels:
+    if original is None:
+        original = _estimate_original(task)
+    if original < FAR * kernels:
         original = seconds_of(_call(task.scan, operands))
     is_close = original < FAR * kernels
     functions = {name: f for name, f in functions.items() if once[name] <= BEHIND * kernels}
@@ -148,6 +151,14 @@ def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, lis
     once |= {name: float(pick(timings.seconds[name])) for name in functions}
     once.setdefault("original", original)
     return timings, list(once.values())
+
+
+def _estimate_original(task: Task) -> float:
+    """What the Scan takes, from its first steps: every one of them takes the same time."""
+    steps, carries, xs, consts = task.operands
+    first: int = min(steps, TIMED_STEPS)
+    operands = (first, carries, [x[:first] for x in xs], consts)
+    return seconds_of(_call(task.scan, operands)) * float(steps / max(first, 1))
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

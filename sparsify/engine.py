@@ -44,6 +44,7 @@ from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.refused_sites import first_refusal
 from sparsify.report import Report, Site
 from sparsify.settle import settled
+from sparsify.uncollected import seldom_collected
 
 MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
@@ -276,6 +277,7 @@ class Engine:
             raise failure
         self._refuse(refuse_failure(failure))
 
+    @seldom_collected()
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
         repetition = repeat(self.original, recording, args, kwargs)

@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MANY = 50_000  # new objects between two collections
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:
@@ -17,3 +19,14 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Inside, collections are rare: for code that makes many objects beside the user's own code."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], MANY) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

@@ -76,3 +76,21 @@ def test_kernels_that_were_chosen_make_the_operands_of_later_ones(
     found = Compiler(Options(timing=False), Binaries(BACKEND)).compile(recording, operands, Plan())
     assert len(found.regions) > 1
     assert not runs.keys() & {id(region.scan) for region in found.regions.values()}
+
+
+def test_of_a_long_original_the_first_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(recurrent)
+    runs: list[int] = []
+
+    def forward(steps: int, *operands: Any) -> float:
+        runs.append(steps)
+        return 1.0
+
+    monkeypatch.setattr(choose, "TIMED_STEPS", 2)
+    monkeypatch.setattr(choose, "seconds_of", lambda function: function())
+    monkeypatch.setattr(task.scan, "forward", forward)
+    found = Timings({"0": (FAST,)}, (1.0,), 1)
+    monkeypatch.setattr(choose, "measure_pairs", lambda *_, **__: found)
+    _, seconds = time_candidates(task, [Stub(FAST)])  # type: ignore[list-item]
+    assert runs == [2]
+    assert seconds == [FAST, task.operands[0] / 2]

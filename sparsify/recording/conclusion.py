@@ -53,7 +53,7 @@ class Conclusion:
         self._index: dict[int, int] = {}  # of tensors
         self._owners: dict[fx.Node, Memory] = {}
         self._kept: list[Tensor] = []  # ids stay unique
-        recorder.leave_user_code()
+        recorder.writer.leave_user_code()
         placed = self._place(*pytree.tree_flatten(result), repeat=True)
         bound = [
             (found.place, self._place(found.leaves, found.structure, repeat=False))

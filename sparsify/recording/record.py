@@ -29,6 +29,7 @@ from sparsify.recording.rules import rule_of
 from sparsify.recording.saved import SavedTensors, random_states_kept
 from sparsify.recording.sharing import SharingGuard, find_assumptions
 from sparsify.recording.sources import KnownTensors, marked_before
+from sparsify.uncollected import seldom_collected
 
 _LOCK = threading.RLock()
 
@@ -46,7 +47,7 @@ def record(
     if is_recording():
         error = TraceError("the model runs inside another one that is being recorded")
         return Unrecorded(model.forward(*args, **kwargs), error)
-    with _LOCK, ExitStack() as stack:
+    with _LOCK, seldom_collected(), ExitStack() as stack:
         if restore:
             stack.enter_context(random_states_kept())
         return _Run(model, args, kwargs, restore).record()

@@ -8,7 +8,7 @@ reason is kept in ``error``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import TraceError
-from sparsify.graph_meta import Source, TensorInfo
+from sparsify.graph_meta import Source
 from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
+from sparsify.recording.graph_writer import GraphWriter, Places
 from sparsify.recording.histories import Before, Histories
 from sparsify.recording.measure import share_of_nonzeros
 from sparsify.recording.operations import (
@@ -26,18 +27,21 @@ from sparsify.recording.operations import (
     UNSAFE_VIEWS,
     Op,
     Operation,
-    name_of_op,
     operation_of,
 )
-from sparsify.recording.positions import Here, Positions
 from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current, fitting
 from sparsify.recording.writes import part_of_list, write
 
-aten = torch.ops.aten
 NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
-# Setting an attribute of a node looks up its operation, whose hash is slow; the properties do not.
-set_args, set_kwargs = fx.Node.args.__set__, fx.Node.kwargs.__set__  # type: ignore[attr-defined]
 MOST_PINNED = 64  # elements of a state whose content may be part of the guard
+
+
+class PausedPlaces(Places, Protocol):
+    """Knows where the user's code is, and takes no notice of what runs while it is paused."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
 
 
 class Sources(Protocol):
@@ -69,13 +73,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        positions: Positions,
+        positions: PausedPlaces,
         sources: Sources,
         rule_of: Callable[[Op], Callable[[Recorder, Call], None] | None],
         before_write: Callable[[Tensor], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.graph = fx.Graph()
+        self.writer = GraphWriter(positions)
+        self.graph, self.emit = self.writer.graph, self.writer.emit
+        self.emit_full = self.writer.emit_full
         self.values = Values()
         self._hows: dict[int, _How] = {}
         self.positions = positions
@@ -89,9 +95,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_suspended = False
         self.is_busy = False  # what the recorder itself does is not the user's
         self.histories: Histories | None = None
-        self._here: Here | None = None
         self._origin: Origin | None = NO_ORIGIN
-        self._last_placeholder: fx.Node | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -124,8 +128,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run_recorded(self, how: _How, call: Call) -> Any:
         self.is_busy = True
-        self._here = None
-        self._origin = NO_ORIGIN
+        self.arrive()
         try:
             self._record(how, call)
         except CannotRecord as reason:
@@ -142,17 +145,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record_gradients(self, before: Before) -> Histories:
         """Give the graph the run's gradients; ``before``: see ``Histories``."""
         self.histories = Histories(self.emit, before)
+        self.writer.note = self.histories.note
         self.values.is_closed = self.histories.is_closed
         return self.histories
 
     def arrive(self) -> None:
         """What is emitted from now on stands at the user's present line."""
-        self._here = None
+        self.writer.arrive()
         self._origin = NO_ORIGIN
-
-    def leave_user_code(self) -> None:
-        """What is emitted from now on has no place in the user's code."""
-        self._here = Here(None, "", (), "")
 
     def _record(self, how: _How, call: Call) -> None:
         if self.histories is not None and call.facts.is_random:
@@ -220,34 +220,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         index = call.facts.activation
         if index is not None:
             node.meta["activity"] = share_of_nonzeros(call.args[index])
-
-    def emit(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], info: Any) -> fx.Node:
-        """Append a node at the user's present place."""
-        # Arguments that are set afterwards are not searched for symbolic numbers, which costs more
-        # than all the rest.
-        node = self.graph.create_node("call_function", target, name=name_of_op(target))
-        set_args(node, tuple(args))
-        if kwargs:
-            set_kwargs(node, kwargs)
-        here = self._here
-        if here is None:
-            here = self._here = self.positions.here()
-        node.meta.update(
-            val=info,
-            location=here.location,
-            module=here.module,
-            loops=here.loops,
-            function=here.function,
-            grad=torch.is_grad_enabled(),
-            autocast=_autocast(),
-        )
-        if self.histories is not None:
-            self.histories.note(node)
-        return node
-
-    def emit_full(self, info: TensorInfo, number: Any) -> fx.Node:
-        options = {"dtype": info.dtype, "device": info.device}
-        return self.emit(aten.full.default, (list(info.shape), number), options, info)
 
     def write(self, tensor: Tensor, node: fx.Node, has_layout: bool) -> None:
         """Record that ``tensor`` now holds ``node``, and all its aliases with it."""
@@ -351,9 +323,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def add_placeholder(self, tensor: Tensor, source: Source) -> Value:
-        node = self._placeholder_node(source)
-        info = self.values.info(tensor)
-        node.meta = {"val": info, "source": source, "location": None, "module": "", "loops": ()}
+        node = self.writer.add_placeholder(source, self.values.info(tensor))
         value = self.values.add_root(tensor, node, placeholder=node)
         value.memory.placeholder = value.memory.placeholder or node
         if self.histories is not None:
@@ -364,22 +334,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if source.kind not in ("input", "constant") and tensor.numel() <= MOST_PINNED:
             value.origin = frozenset({node})
         return value
-
-    def _placeholder_node(self, source: Source) -> fx.Node:
-        name = "".join(c if c.isalnum() else "_" for c in source.name).strip("_")
-        if not name or not name[0].isalpha():
-            name = f"{source.kind}_{name}"
-        first = next(iter(self.graph.nodes), None)
-        if self._last_placeholder is not None:
-            with self.graph.inserting_after(self._last_placeholder):
-                node = self.graph.placeholder(name)
-        elif first is not None:
-            with self.graph.inserting_before(first):
-                node = self.graph.placeholder(name)
-        else:
-            node = self.graph.placeholder(name)
-        self._last_placeholder = node
-        return node
 
     def reveal(self, call: Call) -> None:
         """A value becomes known to Python: allowed if it is the same at every call."""
@@ -402,9 +356,3 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             other = self.value_of(tensor).origin
             origin = None if origin is None or other is None else origin | other
         return origin
-
-
-def _autocast() -> torch.dtype | None:
-    if not torch.is_autocast_enabled("cpu"):
-        return None
-    return torch.get_autocast_dtype("cpu")

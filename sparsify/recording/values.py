@@ -97,11 +97,11 @@ class Values:
 
     def memory_of(self, tensor: Tensor, placeholder: fx.Node | None = None) -> Memory:
         storage = tensor.untyped_storage()
-        memory = self._memories.get(storage._cdata)
-        if memory is None:
-            memory = Memory(placeholder, storage, self.made)
-            self._memories[storage._cdata] = memory
-            self.made += 1
+        return self._memories.get(storage._cdata) or self._add_memory(storage, placeholder)
+
+    def _add_memory(self, storage: torch.UntypedStorage, placeholder: fx.Node | None) -> Memory:
+        memory = self._memories[storage._cdata] = Memory(placeholder, storage, self.made)
+        self.made += 1
         return memory
 
     def knows_memory_of(self, tensor: Tensor) -> bool:
@@ -132,9 +132,10 @@ class Values:
 
     def add_result(self, tensor: Tensor, node: fx.Node) -> Value | None:
         """What an operation made, with the layout of ``node``; None if its memory is known."""
-        if self.knows_memory_of(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._memories:
             return None
-        return self._add_root(tensor, node, self.memory_of(tensor), node.meta["val"])
+        return self._add_root(tensor, node, self._add_memory(storage, None), node.meta["val"])
 
     def _add_root(self, tensor: Tensor, node: fx.Node, memory: Memory, info: TensorInfo) -> Value:
         value = Value(node, info, memory)
