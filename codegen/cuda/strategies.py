@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from sparsify.codegen.cuda.device import Limits
+from sparsify.codegen.cuda.neurons_per_block import NeuronsPerCluster, NeuronsPerGrid
 from sparsify.codegen.cuda.row_per_block import RowPerBlock
 from sparsify.codegen.cuda.strategy import CudaStrategy
 
 
 def make_strategies(limits: Limits) -> tuple[CudaStrategy, ...]:
-    return (RowPerBlock(limits),)
+    return (RowPerBlock(limits), NeuronsPerCluster(limits), NeuronsPerGrid(limits))

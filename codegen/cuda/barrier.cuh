@@ -1,0 +1,82 @@
+// Teams of blocks of a grid. A team carries the same batch rows through time, its blocks share the
+// neurons, and meet at a barrier in global memory between two steps. All blocks of the grid have to
+// be resident at once (a cooperative launch); should one not come all the same, the others give up.
+#pragma once
+
+#include "device.cuh"
+
+namespace sparsify {
+
+constexpr int COUNTER_LINE = 32;  // words: two teams do not share a line of a cache
+
+template <int BLOCKS>
+struct GridTeam {
+  int rank;             // of this block in its team
+  int64_t team, teams;  // which team it is in, of how many
+  unsigned* arrivals;   // of the team's blocks at all barriers so far; zero before the call
+  unsigned goal = 0;    // what `arrivals` is when all have come
+  int64_t patience;     // polls before a block gives up
+  int64_t* stuck;       // set by those who do
+
+  // `counters` has a line for each team.
+  SPARSIFY_INLINE GridTeam(unsigned* counters, int64_t patience, int64_t* stuck)
+      : rank(int(blockIdx.x) % BLOCKS),
+        team(blockIdx.x / BLOCKS),
+        teams(gridDim.x / BLOCKS),
+        arrivals(counters + team * COUNTER_LINE),
+        patience(patience),
+        stuck(stuck) {}
+
+  // All threads of the block come; what they have written is seen by those who wait.
+  SPARSIFY_INLINE void arrive() {
+    __syncthreads();
+    goal += BLOCKS;
+    if (threadIdx.x) return;
+    __threadfence();
+    atomicAdd(arrivals, 1u);
+  }
+
+  // Returns when all blocks of the team have arrived, or false after `patience`: the kernel ends.
+  SPARSIFY_INLINE bool wait() {
+    bool met = true;
+    if (threadIdx.x == 0) {
+      met = poll();
+      __threadfence();
+    }
+    return __syncthreads_and(met);
+  }
+
+  SPARSIFY_INLINE bool meet() {
+    arrive();
+    return wait();
+  }
+
+  // Of what the team exchanges: past the first cache, which does not see what other blocks write.
+  template <class T>
+  static SPARSIFY_INLINE void publish(T* to, T value) {
+    __stcg(to, value);
+  }
+  // By a whole warp that agrees about `word`.
+  static SPARSIFY_INLINE void publish_word(uint32_t* to, uint32_t word) {
+    if (lane_of() == 0) __stcg(to, word);
+  }
+  template <class T>
+  static SPARSIFY_INLINE T fetch(const T* from) {
+    return __ldcg(from);
+  }
+
+ private:
+  SPARSIFY_INLINE bool poll() {
+    const volatile unsigned* const now = arrivals;
+    for (int64_t polls = 0; int(*now - goal) < 0; ++polls) {  // right also when it has wrapped
+      if (polls >= patience) {
+        *static_cast<volatile int64_t*>(stuck) = 1;
+        return false;
+      }
+      __nanosleep(20);
+    }
+    return true;
+  }
+};
+
+}  // namespace sparsify

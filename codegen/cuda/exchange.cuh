@@ -1,0 +1,125 @@
+// What neurons tell each other, as a warp of a team reads it: 256 senders of one batch row at a time.
+// Where what they tell lies, in global memory or in that of a cluster, only the team knows.
+#pragma once
+
+#include "device.cuh"
+
+namespace sparsify {
+
+constexpr int CHUNKS = BLOCK / WARP;
+
+// The neurons of a population that a block owns: `size` of them, from `first` on.
+template <int NEURONS, int SLICE>
+struct Slice {
+  int first, size;
+
+  SPARSIFY_INLINE explicit Slice(int rank)
+      : first(rank * SLICE < NEURONS ? rank * SLICE : NEURONS),
+        size(NEURONS - first < SLICE ? NEURONS - first : SLICE) {}
+};
+
+// ---- sources: from a sender to its value; what is 0 is silent ----
+
+// Published as bits. Every slice of the population begins a word of its own.
+template <class Team, int SLICE>
+struct ToldBits {
+  const uint32_t* words;
+  typedef bool Value;
+
+  SPARSIFY_INLINE bool operator()(int s) const {
+    const int place = s % SLICE, word = s / SLICE * words_of(SLICE) + place / WARP;
+    return Team::fetch(words + word) >> (place % WARP) & 1;
+  }
+};
+
+// Published as numbers.
+template <class Team, class F>
+struct ToldValues {
+  const F* values;
+  typedef F Value;
+
+  SPARSIFY_INLINE F operator()(int s) const { return Team::fetch(values + s); }
+};
+
+// A row of an operand.
+template <class T>
+struct Given {
+  const T* values;
+  typedef T Value;
+
+  SPARSIFY_INLINE T operator()(int s) const { return __ldg(values + s); }
+};
+
+// A row of an operand that lies in memory as bits.
+struct GivenBits {
+  const uint8_t* bytes;
+  typedef bool Value;
+
+  SPARSIFY_INLINE bool operator()(int s) const { return __ldg(bytes + s / 8) >> (s % 8) & 1; }
+};
+
+// The values of a block of senders, of which a lane has every 32nd. All are asked for at once,
+// because they come from afar.
+template <class Source>
+struct Heard {
+  typedef typename Source::Value Value;
+  Value value[CHUNKS];
+
+  SPARSIFY_INLINE Heard(const Source& source, int block, int senders) {
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const int s = block * BLOCK + chunk * WARP + lane_of();
+      value[chunk] = s < senders ? source(s) : Value(0);
+    }
+  }
+
+  // Whether the lane's sender of a chunk is active; NaN is.
+  SPARSIFY_INLINE bool is_active(int chunk) const { return value[chunk] != Value(0); }
+
+  SPARSIFY_INLINE int count() const {
+    int count = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) count += __popc(__ballot_sync(ALL, is_active(chunk)));
+    return count;
+  }
+};
+
+// ---- events ----
+
+// The active ones of a block of senders, ascending: how far they are behind its first. Each warp has
+// a list of its own. Events are taken AT_ONCE, so that the last of them may be missing: their
+// places are there, and say 0.
+constexpr int AT_ONCE = 4;
+
+template <class F, bool PAYLOADS>
+struct BlockEvents {
+  uint8_t index[BLOCK];
+  F payload[PAYLOADS ? BLOCK : 1];
+};
+
+// Lists the events of a block and returns how many there are.
+template <class F, bool PAYLOADS, class Source>
+SPARSIFY_INLINE int list_events(BlockEvents<F, PAYLOADS>& to, const Heard<Source>& heard) {
+  int count = 0;
+  __syncwarp();  // all have read the list before
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    const bool active = heard.is_active(chunk);
+    const uint32_t bits = __ballot_sync(ALL, active);
+    if (active) {
+      const int at = count + __popc(bits & ((1u << lane_of()) - 1));
+      to.index[at] = uint8_t(chunk * WARP + lane_of());
+      if constexpr (PAYLOADS) to.payload[at] = cast<F>(heard.value[chunk]);
+    }
+    count += __popc(bits);
+  }
+  const int behind = count + lane_of();
+  if (lane_of() < AT_ONCE - 1 && behind < BLOCK) {
+    to.index[behind] = 0;
+    if constexpr (PAYLOADS) to.payload[behind] = F(0);
+  }
+  __syncwarp();
+  return count;
+}
+
+}  // namespace sparsify

@@ -1,0 +1,158 @@
+// Sums over senders for the slice of receivers that a block owns. A warp takes one batch row and one
+// block of 256 senders at a time; each of its lanes adds up every 32nd receiver.
+#pragma once
+
+#include "exchange.cuh"
+#include "gather.cuh"
+
+namespace sparsify {
+
+// ---- weights: from a sender and a receiver of the slice to the weight ----
+
+// In shared memory, as [sender][SLICE].
+template <class F, int SLICE>
+struct Resident {
+  const F* weights;
+
+  SPARSIFY_INLINE F operator()(int s, int i) const { return weights[s * SLICE + i]; }
+};
+
+// In global memory, as [sender][ROW]; `weights` points to the first receiver of the slice.
+template <class F, int ROW>
+struct Streamed {
+  const F* weights;
+
+  SPARSIFY_INLINE F operator()(int s, int i) const { return __ldg(weights + int64_t(s) * ROW + i); }
+};
+
+// Copies the `width` columns of a slice to shared memory.
+template <int SLICE, int ROW, class F>
+SPARSIFY_INLINE void keep_columns(F* to, const F* weights, int senders, int width) {
+  for (int at = int(threadIdx.x); at < senders * SLICE; at += int(blockDim.x)) {
+    const int s = at / SLICE, i = at % SLICE;
+    to[at] = i < width ? __ldg(weights + int64_t(s) * ROW + i) : F(0);
+  }
+}
+
+// Copies `count` weights of whole rows to shared memory.
+template <class F>
+SPARSIFY_INLINE void keep_rows(F* to, const F* weights, int count) {
+  for (int at = int(threadIdx.x); at < count; at += int(blockDim.x)) to[at] = __ldg(weights + at);
+}
+
+// ---- sums over a block of senders ----
+
+// Receivers that a lane adds up at once.
+template <int SLICE>
+constexpr int MINE = words_of(SLICE) < 4 ? words_of(SLICE) : 4;
+
+// sums[i] = sum over the events of payload * weight, ascending, from +0, nothing contracted.
+//
+// What began at +0 never becomes -0: adding +0 for an event that is missing changes nothing.
+template <int SLICE, class F, bool PAYLOADS, class Weights>
+SPARSIFY_INLINE void add_events(F* sums, const Weights& weight, const BlockEvents<F, PAYLOADS>& events,
+                                int count, int block, int width) {
+  for (int i = lane_of(); i < width; i += MINE<SLICE> * WARP) {
+    F sum[MINE<SLICE>] = {};
+    for (int k = 0; k < count; k += AT_ONCE) {
+      F added[AT_ONCE][MINE<SLICE>];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const int s = block * BLOCK + events.index[k + j];
+#pragma unroll
+        for (int m = 0; m < MINE<SLICE>; ++m) {
+          const bool is_there = k + j < count && i + m * WARP < width;
+          F product = is_there ? weight(s, i + m * WARP) : F(0);
+          if constexpr (PAYLOADS) product = product * events.payload[k + j];
+          added[j][m] = product;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j)
+#pragma unroll
+        for (int m = 0; m < MINE<SLICE>; ++m) sum[m] = sum[m] + added[j][m];
+    }
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m)
+      if (i + m * WARP < width) sums[i + m * WARP] = sum[m];
+  }
+}
+
+// sums[i] = sum over all senders of the block of value * weight, each added with one rounding.
+template <int SLICE, class F, class Source, class Weights>
+SPARSIFY_INLINE void add_all(F* sums, const Weights& weight, const Heard<Source>& heard, int block,
+                             int senders, int width) {
+  for (int some = 0; some < width; some += MINE<SLICE> * WARP) {
+    F sum[MINE<SLICE>] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const int first = block * BLOCK + chunk * WARP;
+      const F mine = cast<F>(heard.value[chunk]);
+#pragma unroll 4
+      for (int j = 0; j < WARP && first + j < senders; ++j) {
+        const F value = __shfl_sync(ALL, mine, j);
+#pragma unroll
+        for (int m = 0; m < MINE<SLICE>; ++m) {
+          const int i = some + m * WARP + lane_of();
+          if (i < width) sum[m] = fused(weight(first + j, i), value, sum[m]);
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) {
+      const int i = some + m * WARP + lane_of();
+      if (i < width) sums[i] = sum[m];
+    }
+  }
+}
+
+// The sum of receiver i over all blocks of senders, ascending, from +0.
+template <int BLOCKS, int SLICE, class F>
+SPARSIFY_INLINE F add_blocks(const F (&sums)[BLOCKS][SLICE], int i) {
+  F sum = F(0);
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) sum = sum + sums[block][i];
+  return sum;
+}
+
+// ---- restricted sums ----
+
+// Whether a value of the block is wild: all lanes are told.
+template <class F, class Source>
+SPARSIFY_INLINE bool is_wild(const Heard<Source>& heard) {
+  bool wild = false;
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; ++chunk)
+    wild |= !(absolute(cast<F>(heard.value[chunk])) < wild_from<F>());
+  return __any_sync(ALL, wild);
+}
+
+template <int BLOCKS>
+SPARSIFY_INLINE bool any_of(const bool (&flags)[BLOCKS]) {
+  bool any = false;
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) any |= flags[block];
+  return any;
+}
+
+// Keeps the values of a block of senders in shared memory.
+template <class F, class Source>
+SPARSIFY_INLINE void keep_values(F* to, const Heard<Source>& heard, int block, int senders) {
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    const int s = block * BLOCK + chunk * WARP + lane_of();
+    if (s < senders) to[s] = cast<F>(heard.value[chunk]);
+  }
+}
+
+// The sum of one receiver, whose weights lie in a row, over all senders: by a whole warp, whose
+// lanes are told. The order of additions is the same whoever else is wanted.
+template <class F>
+SPARSIFY_INLINE F add_row(const F* weights, const F* values, int senders) {
+  F sum = F(0);
+#pragma unroll 4
+  for (int s = lane_of(); s < senders; s += WARP) sum = fused(weights[s], values[s], sum);
+  return warp_sum(sum);
+}
+
+}  // namespace sparsify

@@ -1,0 +1,146 @@
+"""The facts that all text of a team needs: a kernel, how its blocks work together, names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sparsify import ir
+from sparsify.codegen.cell_text import C_TYPES, Symbols
+from sparsify.codegen.cuda.cell_text import find_neurons, old_value, operand_element
+from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members
+from sparsify.codegen.cuda.team_memory import Array, TeamMemory, struct_layout
+from sparsify.codegen.cuda.team_shape import Shape
+from sparsify.codegen.neurons_per_thread import meeting_phases
+from sparsify.codegen.usage import Packing, find_usage, packings
+from sparsify.codegen.writer import Writer
+
+
+@dataclass(frozen=True)
+class Together:
+    """How the blocks of a team work together: C++ type, its arguments, its header, its memory.
+
+    Without memory of its own, a team tells through the shared memory of its blocks.
+    """
+
+    type: str
+    arguments: str
+    header: str
+    scratch: tuple[Scratch, ...] = ()
+    numbers: tuple[str, ...] = ()
+
+    @property
+    def is_cluster(self) -> bool:
+        return not self.scratch
+
+
+class TeamKernel:
+    """A kernel and its schedule, for teams of any shape."""
+
+    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, together: Together) -> None:
+        self.kernel, self.schedule, self.together = kernel, schedule, together
+        self.symbols = Symbols.of(kernel)
+        self.usage = find_usage(kernel, schedule)
+        self.neurons = find_neurons(self.usage, self.symbols)
+        new = self.symbols.names.new
+        self.mine = {p: new(f"my_{p}") for p in self.neurons}
+        self.widths = {p: new(f"slice_{p}".lower()).upper() for p in self.neurons}
+        self.packings = packings(kernel, schedule)
+        self.meetings = meeting_phases(kernel, schedule)
+
+    @property
+    def meets_first(self) -> bool:
+        """Whether blocks meet before the first phase of a step: they read what states were."""
+        return bool(self.usage.of_kind("state"))
+
+    def barriers_per_step(self) -> int:
+        return len({0, *self.meetings} if self.meets_first else {*self.meetings})
+
+    # -- memory ------------------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        scratch, numbers = self.together.scratch, self.together.numbers
+        return call_members(self.kernel, self.schedule, self.symbols, scratch, numbers)
+
+    def told(self, shape: Shape) -> list[Array]:
+        """The struct of what a team tells each other."""
+        return self._memory(shape).told()
+
+    def shared(self, shape: Shape) -> list[Array]:
+        """The struct in the shared memory of a block."""
+        kept = self._memory(shape).shared()
+        if not self.together.is_cluster:
+            return kept
+        return [Array("Told", "told", (), *struct_layout(self.told(shape))), *kept]
+
+    def told_bytes(self, shape: Shape) -> int:
+        return struct_layout(self.told(shape))[0]
+
+    def shared_bytes(self, shape: Shape) -> int:
+        return struct_layout(self.shared(shape))[0]
+
+    def _memory(self, shape: Shape) -> TeamMemory:
+        given = self.usage, self.schedule, self.symbols, self.neurons
+        return TeamMemory(*given, shape, self.widths)
+
+    # -- names -------------------------------------------------------------------------------
+
+    def name(self, value: str) -> str:
+        return self.symbols.values[value]
+
+    def size(self, population: str) -> str:
+        return self.symbols.sizes[population]
+
+    def weight(self, gather: ir.Gather) -> ir.Weight:
+        return next(w for w in self.kernel.weights if w.name == gather.weight)
+
+    def packing(self, gather: ir.Gather) -> Packing:
+        by = "senders" if gather.result in self.usage.selective else "receivers"
+        found = (p for p in self.packings if p.weight.name == gather.weight and p.by == by)
+        return next(found)
+
+    def counter(self, gather: ir.Gather) -> str:
+        return f"active[{self.kernel.gathers.index(gather)}]"
+
+    def operand(self, name: str) -> ir.Operand | None:
+        return next((o for o in self.kernel.operands if o.name == name), None)
+
+    def neuron(self, population: str) -> str:
+        """What is kept of neuron i of the slice."""
+        return f"shared.{self.neurons[population].array}[row][i]"
+
+    def kind(self, value: str) -> str:
+        return C_TYPES[self.usage.dtypes[value]]
+
+    def wanted(self, gather: ir.Gather, phase: ir.Phase) -> str:
+        """Whether row b wants the sum of neuron n, which is i of the slice."""
+        assert gather.only is not None
+        wild = f"any_of(shared.{self.name(gather.source)}_wild[row])"
+        operand = self.operand(gather.only)
+        if operand is None:
+            member = old_value(gather.only, phase, self.usage, self.symbols)
+            return f"{wild} || {self.neuron(phase.population)}.{member} != 0"
+        element = operand_element(operand, self.symbols)
+        tested = element if operand.dtype in ("bool", "bits") else f"{element} != 0"
+        return f"{wild} || {tested}"
+
+
+@contextmanager
+def items(w: Writer, many: str, name: str) -> Iterator[None]:
+    """The pairs of a row and ``many`` others, which the warps of a block take in turn."""
+    with w.block(f"for (int item = warp_of(); item < rows * {many}; item += WARPS)"):
+        w.line(f"const int row = item / {many}, {name} = item % {many};")
+        yield
+
+
+def write_struct(w: Writer, name: str, note: str, arrays: Sequence[Array]) -> None:
+    """The struct, and a check that it has the size for which kernels are launched."""
+    w.line()
+    w.comment(note)
+    with w.block(f"struct {name}", "};"):
+        for array in arrays:
+            w.line(array.declaration, array.note)
+    if arrays:
+        size = struct_layout(arrays)[0]
+        w.line(f'static_assert(sizeof({name}) == {size}, "as launched");')

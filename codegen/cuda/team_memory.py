@@ -1,0 +1,181 @@
+"""What a block of a team keeps in shared memory, and what a team exchanges, as C++ structs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsify import ir
+from sparsify.codegen.cell_text import C_TYPES, Symbols
+from sparsify.codegen.cuda.cell_text import Neuron
+from sparsify.codegen.cuda.frame_text import packed_name, row_length
+from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
+from sparsify.codegen.usage import Source, Usage, packings
+
+SIZES = {
+    **{"float": 4, "double": 8, "int32_t": 4, "int64_t": 8, "uint32_t": 4},
+    **{"bool": 1, "uint8_t": 1},
+}
+Dim = tuple[str, int]  # a C++ expression and what it is
+
+
+@dataclass(frozen=True)
+class Array:
+    """A member of a struct: ``kind name[dims[0]]...``; ``size``, ``alignment`` are the kind's."""
+
+    kind: str
+    name: str
+    dims: tuple[Dim, ...]
+    size: int
+    alignment: int
+    note: str = ""
+
+    @staticmethod
+    def of(kind: str, name: str, dims: Sequence[Dim], note: str = "") -> Array:
+        return Array(kind, name, tuple(dims), SIZES[kind], SIZES[kind], note)
+
+    @property
+    def declaration(self) -> str:
+        return f"{self.kind} {self.name}" + "".join(f"[{text}]" for text, _ in self.dims) + ";"
+
+
+def struct_layout(arrays: Sequence[Array]) -> tuple[int, int]:
+    """Size and alignment of a struct of these, as compilers lay it out."""
+    at, widest = 0, 1
+    for array in arrays:
+        count = 1
+        for _, extent in array.dims:
+            count *= extent
+        at = -(-at // array.alignment) * array.alignment + array.size * count
+        widest = max(widest, array.alignment)
+    return max(1, -(-at // widest) * widest), widest
+
+
+@dataclass(frozen=True)
+class TeamMemory:
+    """The members of the structs, for one shape."""
+
+    usage: Usage
+    schedule: ir.Schedule
+    symbols: Symbols
+    neurons: dict[str, Neuron]
+    shape: Shape
+    widths: dict[str, str]  # population -> the constant that is its slice
+
+    def told(self) -> list[Array]:
+        """What blocks tell each other, by parity of the step."""
+        arrays = []
+        for source in self.usage.sources.values():
+            if source.kind == "operand":
+                continue
+            name, note = self.symbols.values[source.name], f"{source.name}; by parity of the step"
+            both = [("2", 2), self.rows]
+            if is_binary(source, self.usage):
+                width = self.shape.slices[source.population]
+                words = f"BLOCKS * words_of({self.widths[source.population]})"
+                dim = (words, self.shape.blocks * words_of(width))
+                arrays.append(Array.of("uint32_t", f"{name}_active", [*both, dim], note))
+            else:
+                dim = self._size(source.population)
+                kind = C_TYPES[source.dtype]
+                arrays.append(Array.of(kind, f"{name}_values", [*both, dim], note))
+        return arrays
+
+    def shared(self) -> list[Array]:
+        """What a block keeps for itself."""
+        kept = [*self._weights(), *self._neurons(), *self._sums(), *self._restricted()]
+        return [*kept, *self._lists()]
+
+    @property
+    def rows(self) -> Dim:
+        return "ROWS", self.shape.rows
+
+    def _size(self, population: str) -> Dim:
+        return self.symbols.sizes[population], self.usage.kernel.population_size(population)
+
+    def _slice(self, population: str) -> Dim:
+        return self.widths[population], self.shape.slices[population]
+
+    def _blocks(self, population: str) -> Dim:
+        text, size = self._size(population)
+        return f"blocks_of({text})", blocks_of(size)
+
+    def _weights(self) -> list[Array]:
+        arrays, kernel = [], self.usage.kernel
+        for packing in packings(kernel, self.schedule):
+            name, weight = packed_name(packing, self.symbols), packing.weight
+            if name not in self.shape.resident:
+                continue
+            text, width = self._slice(weight.receivers)
+            along, senders = self._size(weight.senders)
+            if packing.by == "senders":
+                senders = row_length(kernel, packing)
+                along = str(senders)
+            dim = (f"{along} * {text}", senders * width)
+            note = weight.note or weight.name
+            arrays.append(Array.of(C_TYPES[weight.dtype], name, [dim], f"its slice of {note}"))
+        return arrays
+
+    def _neurons(self) -> list[Array]:
+        arrays = []
+        for population, neuron in self.neurons.items():
+            if neuron.members:
+                members = [Array.of(C_TYPES[m.dtype], m.name, ()) for m in neuron.members]
+                size, alignment = struct_layout(members)
+                dims = (self.rows, self._slice(population))
+                arrays.append(Array(neuron.struct, neuron.array, dims, size, alignment))
+        return arrays
+
+    def _sums(self) -> list[Array]:
+        arrays = []
+        for gather in self.usage.kernel.gathers:
+            weight = next(w for w in self.usage.kernel.weights if w.name == gather.weight)
+            parts = self._blocks(weight.senders)
+            if gather.result in self.usage.selective:
+                parts = ("1", 1)
+            dims = [self.rows, parts, self._slice(weight.receivers)]
+            name = f"{self.symbols.values[gather.result]}_sum"
+            arrays.append(Array.of(C_TYPES[weight.dtype], name, dims))
+        return arrays
+
+    def _restricted(self) -> list[Array]:
+        arrays = []
+        restricted = {g.source for g in self.usage.kernel.gathers if g.only is not None}
+        for source in self.usage.sources.values():
+            name = self.symbols.values[source.name]
+            if source.blocks:
+                dims = [self.rows, self._size(source.population)]
+                note = f"{source.name}, for restricted products"
+                arrays.append(Array.of(C_TYPES[source.dtype], f"{name}_values", dims, note))
+            if source.name in restricted:
+                dims = [self.rows, self._blocks(source.population)]
+                note = f"whether a value of a block of {source.name} is wild"
+                arrays.append(Array.of("bool", f"{name}_wild", dims, note))
+        return arrays
+
+    def _lists(self) -> list[Array]:
+        arrays = []
+        sources = [s for s in self.usage.sources.values() if s.events]
+        kinds = {(C_TYPES[s.dtype], has_payloads(s, self.usage)) for s in sources}
+        for kind, payloads in sorted(kinds):
+            size = SENDER_BLOCK + SIZES[kind] * (SENDER_BLOCK if payloads else 1)
+            text = f"BlockEvents<{kind}, {'true' if payloads else 'false'}>"
+            dims = (("WARPS", self.shape.warps),)
+            arrays.append(Array(text, event_list(kind, payloads), dims, size, SIZES[kind]))
+        return arrays
+
+
+def event_list(kind: str, payloads: bool) -> str:
+    """The lists of a block's warps."""
+    return f"{kind}_payloads" if payloads else f"{kind}_events"
+
+
+def is_binary(source: Source, usage: Usage) -> bool:
+    """Whether a source says no more than who is active."""
+    readers = [g for g in usage.kernel.gathers if g.source == source.name]
+    is_flag = source.value_dtype in ("bool", "bits")
+    return is_flag or all(gather.payload == "binary" for gather in readers)
+
+
+def has_payloads(source: Source, usage: Usage) -> bool:
+    return source.payload and not is_binary(source, usage)

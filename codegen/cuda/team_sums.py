@@ -1,0 +1,151 @@
+"""CUDA text of a team's sums over senders, for the receivers that a block owns.
+
+A warp takes a batch row and a block of 256 senders, lists those that are active and adds for all
+receivers; or it takes a row and a receiver, where sums are computed for those that are wanted.
+"""
+
+from __future__ import annotations
+
+from sparsify import ir
+from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
+from sparsify.codegen.cuda.frame_text import packed_name, row_length
+from sparsify.codegen.cuda.team_kernel import TeamKernel, items
+from sparsify.codegen.cuda.team_memory import event_list, has_payloads, is_binary
+from sparsify.codegen.usage import Source
+from sparsify.codegen.writer import Writer
+
+
+class TeamSums:
+    """Writes the sums of one phase."""
+
+    def __init__(self, w: Writer, team: TeamKernel, phase: ir.Phase) -> None:
+        self.w, self.team, self.phase, self.usage = w, team, phase, team.usage
+        self.gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
+
+    def early(self) -> list[Source]:
+        """What can be heard before the others have told: operands.
+
+        Wanted sums come later, because a warp of its own adds up each of them.
+        """
+        sources = [s for s in self.usage.sources_of(self.phase) if s.kind == "operand"]
+        return [s for s in sources if all(g.only is None for g in self._readers(s))]
+
+    def late(self) -> list[Source]:
+        early = self.early()
+        return [s for s in self.usage.sources_of(self.phase) if s not in early]
+
+    def write(self, source: Source) -> None:
+        """All products of a source, block of senders by block of senders."""
+        w, readers, name = self.w, self._readers(source), self.team.name(source.name)
+        size, kind = self.team.size(source.population), C_TYPES[source.dtype]
+        w.comment(f"What {self.phase.population} receives from {source.name}.")
+        with items(w, f"blocks_of({size})", "block"):
+            heard = self._heard(source)
+            w.line(f"const {heard} source{{{self._row(source)}}};")
+            w.line(f"const Heard<{heard}> heard(source, block, {size});")
+            if any(map(self._is_event, readers)):
+                lists = event_list(kind, has_payloads(source, self.usage))
+                w.line(f"auto& events = shared.{lists}[warp_of()];")
+                w.line("const int count = list_events(events, heard);")
+            elif any(gather.only is None for gather in readers):
+                w.line("const int count = heard.count();")
+            for gather in readers:
+                self._write_sum(gather, size)
+            if any(gather.only is not None for gather in readers):
+                w.line(f"const bool wild = is_wild<{kind}>(heard);")
+                w.line(f"if (lane_of() == 0) shared.{name}_wild[row][block] = wild;")
+            if source.blocks and any(map(self._is_selective, readers)):
+                w.line(f"keep_values(shared.{name}_values[row], heard, block, {size});")
+
+    def write_wanted(self) -> None:
+        """The sums of those receivers alone that a row wants."""
+        gathers = [gather for gather in self.gathers if self._is_selective(gather)]
+        if gathers:
+            self.w.line("__syncthreads();", "the values are there")
+        for gather in gathers:
+            self._write_wanted(gather)
+
+    def total(self, gather: ir.Gather) -> str:
+        """The sum of receiver i of the slice, as its cell is given it."""
+        name = self.team.name(gather.result)
+        return (
+            f"{name}_sum" if self._is_cleared(gather) else f"add_blocks(shared.{name}_sum[row], i)"
+        )
+
+    def write_cleared(self) -> None:
+        """Of dense products, clear the sums of receiver i that nobody wants."""
+        for gather in filter(self._is_cleared, self.gathers):
+            name, kind = self.team.name(gather.result), self.team.kind(gather.result)
+            added = f"add_blocks(shared.{name}_sum[row], i)"
+            self.w.line(f"{kind} {name}_sum = here ? {added} : {kind}(0);")
+            wanted = f"here && ({self.team.wanted(gather, self.phase)})"
+            counter = self.team.counter(gather)
+            self.w.line(f"{counter} += keep_wanted({name}_sum, {wanted});")
+
+    def _write_sum(self, gather: ir.Gather, senders: str) -> None:
+        w, team = self.w, self.team
+        if gather.only is None:
+            w.line(f"if (counts) {team.counter(gather)} += count;")
+        if self._is_selective(gather):
+            return
+        population = team.weight(gather).receivers
+        width, mine = team.widths[population], team.mine[population]
+        name = packed_name(team.packing(gather), team.symbols)
+        to = f"shared.{team.name(gather.result)}_sum[row][block], {name}_slice"
+        every = f"add_all<{width}>({to}, heard, block, {senders}, {mine}.size);"
+        if not self._is_event(gather):
+            w.line(every, gather.note)
+            return
+        with w.indented(f"if (*call.{name}_finite)"):
+            w.line(f"add_events<{width}>({to}, events, count, block, {mine}.size);", gather.note)
+        with w.indented("else"):
+            w.line(every, "0 * inf is NaN")
+
+    def _write_wanted(self, gather: ir.Gather) -> None:
+        w, team, weight = self.w, self.team, self.team.weight(gather)
+        packing = team.packing(gather)
+        kind, mine = C_TYPES[weight.dtype], team.mine[weight.receivers]
+        row, senders = row_length(team.kernel, packing), team.size(weight.senders)
+        w.comment(f"What {self.phase.population} wants from {gather.source}.")
+        with items(w, f"{mine}.size", "i"):
+            w.line("const int64_t b = start + row;")
+            w.line(f"const int n = {mine}.first + i;")
+            w.line(f"const bool wanted = {team.wanted(gather, self.phase)};")
+            weights = f"{packed_name(packing, team.symbols)}_slice + int64_t(i) * {row}"
+            values = f"shared.{team.name(gather.source)}_values[row]"
+            added = f"add_row({weights}, {values}, {senders})"
+            w.line(f"const {kind} sum = wanted ? {added} : {kind}(0);", gather.note)
+            with w.block("if (lane_of() == 0)"):
+                w.line(f"shared.{team.name(gather.result)}_sum[row][0][i] = sum;")
+                w.line(f"{team.counter(gather)} += wanted;")
+
+    def _readers(self, source: Source) -> list[ir.Gather]:
+        return [gather for gather in self.gathers if gather.source == source.name]
+
+    def _is_event(self, gather: ir.Gather) -> bool:
+        return gather.result not in self.usage.dense | self.usage.selective
+
+    def _is_selective(self, gather: ir.Gather) -> bool:
+        return gather.result in self.usage.selective
+
+    def _is_cleared(self, gather: ir.Gather) -> bool:
+        return gather.only is not None and gather.result in self.usage.dense
+
+    def _heard(self, source: Source) -> str:
+        """The C++ type from which a warp hears a source."""
+        operand = self.team.operand(source.name)
+        if operand is not None:
+            is_packed = operand.dtype == "bits"
+            return "GivenBits" if is_packed else f"Given<{MEMORY_TYPES[operand.dtype]}>"
+        if is_binary(source, self.usage):
+            return f"ToldBits<Team, {self.team.widths[source.population]}>"
+        return f"ToldValues<Team, {C_TYPES[source.dtype]}>"
+
+    def _row(self, source: Source) -> str:
+        """Where it finds the values of a batch row."""
+        name, operand = self.team.name(source.name), self.team.operand(source.name)
+        if operand is not None:
+            time = f" + t * call.{name}_t" if "T" in operand.axes else ""
+            return f"call.{name}{time} + (start + row) * call.{name}_b"
+        what = "active" if is_binary(source, self.usage) else "values"
+        return f"told.{name}_{what}[now][row]"
