@@ -95,13 +95,16 @@ def measure(
     }
 
 
-def check_gradients(case: Case) -> float:
-    """The largest relative distance of our float64 gradients from eager's; asserts it is small."""
+def check_gradients(case: Case, **options: Any) -> float:
+    """The largest relative distance of our float64 gradients from eager's; asserts it is small.
+
+    ``options`` are those of ``sparsify``.
+    """
     model = copy.deepcopy(case.model).double()
     x, targets = (tensor[:, :CHECKED] for tensor in case.batches[0])
     batch = (x.double() if x.is_floating_point() else x, targets)
     expected = train_step(model, model, batch)
-    fast = sparsify.sparsify(model, batch[0], timing=False)
+    fast = sparsify.sparsify(model, batch[0], **{**options, "timing": False})
     got = train_step(fast, model, batch)
     assert got.keys() == expected.keys()
     most = 0.0

@@ -1,0 +1,100 @@
+"""All figures of the CUDA backend: verifies, then measures, in under eight minutes.
+
+python examples/benchmarks/gpu.py                            # on a GPU: results/<device>.json
+python examples/benchmarks/gpu.py --quick                    # a small cell of each section
+python examples/benchmarks/gpu.py --quick --backend cuda-emulated    # that it runs, without a GPU
+
+Each section runs in a process of its own, so that a kernel that fails or hangs takes only its own
+row along. The file is written anew after each section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_place import Place, describe, find_place
+from gpu_process import measure_cells, run_section
+from gpu_sections import make_sections
+from gpu_tables import tables
+
+from sparsify.errors import Refusal
+
+RESULTS = Path(__file__).parent / "results"
+SECONDS = 470.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    place = find_place(args.backend)
+    if isinstance(place, Refusal):
+        sys.exit(f"{place.reason} {place.remedy}\n(--backend cuda-emulated runs without a GPU.)")
+    if args.section:
+        section = next(s for s in make_sections(args.quick) if s.name == args.section)
+        measure_cells(place, section, args.first, args.rows)
+        return
+    _run_all(args, place)
+
+
+def _run_all(args: argparse.Namespace, place: Place) -> None:
+    start = time.monotonic()
+    content: dict[str, Any] = {"environment": describe(place), "quick": args.quick, "sections": {}}
+    path = args.json or RESULTS / f"{_slug(content['environment']['device'])}.json"
+    for section in make_sections(args.quick):
+        if args.only and section.name not in args.only:
+            continue
+        left = args.seconds - (time.monotonic() - start)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = run_section(
+                [sys.executable, __file__, "--backend", args.backend, *["--quick"] * args.quick],
+                section,
+                section.budget_s if args.quick else min(section.budget_s, left),
+                Path(folder) / "rows.jsonl",
+            )
+        content["sections"][section.name] = rows
+        content["took_s"] = time.monotonic() - start
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(
+            f"{section.name}: {len(rows)} of {len(section.cells)} rows, {content['took_s']:.0f} s"
+        )
+    print("\n".join(tables(content["sections"])))
+    print(f"written to {path}")
+    errors = [
+        (n, row["error"])
+        for n, rows in content["sections"].items()
+        for row in rows
+        if "error" in row
+    ]
+    if errors:
+        sys.exit("\n".join(f"{name} FAILED: {error}" for name, error in errors))
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a small cell of each section")
+    add("--backend", choices=("cuda", "cuda-emulated"), default="cuda")
+    add("--only", nargs="+", help="sections to run")
+    add("--seconds", type=float, default=SECONDS, help="what the sections may take, if not quick")
+    add("--json", type=Path, help="where figures are written, if not to results/")
+    for name, kind in (("--section", str), ("--first", int), ("--rows", Path)):
+        add(name, type=kind, help=argparse.SUPPRESS)  # of the process of one section
+    return parser
+
+
+if __name__ == "__main__":
+    main()
