@@ -25,13 +25,15 @@ SCALAR_HEADERS = ("scalar.h", "elementary.h", "logarithms.h", "error_function.h"
 class Scratch:
     """Memory that a launch brings beside its tensors. ``name`` is its C++ identifier.
 
-    "word" are 32 bits without a sign. ``zeroed`` memory is zero when the kernel starts.
+    "word" are 32 bits without a sign. ``zeroed`` memory is zero when the kernel starts. A kernel
+    sets ``lasting`` memory, one of all calls in the memory of the host, when it has given up.
     """
 
     name: str
     dtype: ir.DType | Literal["word"]
     note: str = ""
     zeroed: bool = False
+    lasting: bool = False
 
     @property
     def kind(self) -> str:

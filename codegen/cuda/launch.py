@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from threading import Lock
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sparsify import ir
@@ -26,9 +29,23 @@ from sparsify.codegen.slots import (
     take_output,
 )
 from sparsify.codegen.usage import packings
+from sparsify.errors import KernelFault
 
 FunctionOn = Callable[[torch.device], Function]
 GRIDS = 64  # of calls with other numbers of steps and rows that are remembered
+
+
+class GivenUp(NamedTuple):
+    """What a kernel sets when it ends before its time: memory of the host that devices reach."""
+
+    memory: Memory
+    flag: npt.NDArray[np.int64]
+
+    @staticmethod
+    def make(name: str, device: torch.device) -> GivenUp:
+        # What is pinned has the same address on every device (unified virtual addressing).
+        tensor = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return GivenUp(Memory(tensor, name, written=True), tensor.numpy())
 
 
 class CudaLaunchable:
@@ -54,6 +71,7 @@ class CudaLaunchable:
         self._functions: dict[torch.device, Function] = {}
         self._active: dict[torch.device, Memory] = {}
         self._grids: dict[tuple[torch.device, int, int], Grid] = {}
+        self._given_up: dict[str, GivenUp] = {}
         self._lock = Lock()
 
     def __call__(
@@ -67,8 +85,9 @@ class CudaLaunchable:
     ) -> dict[str, torch.Tensor]:
         """Run the kernel; see ``backend.Launchable``.
 
-        Raises ValueError and TypeError for tensors that do not fit, naming them, and ValueError
-        for zero steps where an output is the last step's value.
+        Raises ValueError and TypeError for tensors that do not fit, naming them, ValueError for
+        zero steps where an output is the last step's value, and KernelFault where an earlier call
+        is found to have failed.
         """
         _, operand_shapes, output_shapes = self._slots.shapes(steps, batch)
         device = self._device_of(tensors)
@@ -95,12 +114,14 @@ class CudaLaunchable:
         """Per Gather, how many senders were active and how many there were, over all calls.
 
         Of restricted ones, how many sums were wanted and how many there were. Waits for the device.
+        Raises KernelFault where a call is found to have failed.
         """
         with self._lock:
             kept = [memory.tensor for memory in self._active.values()]
         totals = [0] * (len(self._counted) + 1)
         for tensor in kept:
             totals = [a + b for a, b in zip(totals, tensor.tolist(), strict=True)]
+        self._check_given_up()
         *found, row_steps = totals
         pairs = zip(found, self._counted.items(), strict=True)
         return {result: (active, row_steps * n) for active, (result, n) in pairs}
@@ -112,17 +133,33 @@ class CudaLaunchable:
 
     def _launch(self, device: torch.device, steps: int, batch: int, words: list[Word]) -> None:
         function = self._functions.get(device) or self._load(device)
+        self._check_given_up()
         grid = self._grids.get((device, steps, batch)) or self._grid(device, steps, batch)
         words.append(self._active[device])
         for scratch, size in zip(self._plan.scratch, self._plan.sizes(grid, batch), strict=True):
-            words.append(_make_scratch(scratch, size, device))
+            lasting = self._given_up.get(scratch.name)
+            words.append(lasting.memory if lasting else _make_scratch(scratch, size, device))
         words += self._plan.numbers(grid, batch)
         function.launch(grid, words)
+        self._check_given_up()
+
+    def _check_given_up(self) -> None:
+        """Raise KernelFault if a kernel that was launched before has given up.
+
+        Nothing waits: what is on its way now is found by a later call.
+        """
+        for given_up in self._given_up.values():
+            if given_up.flag[0]:
+                given_up.flag[0] = 0
+                note = next(s.note for s in self._plan.scratch if s.name == given_up.memory.name)
+                report = f"A call has given up ({note}); what it was to compute is wrong."
+                raise KernelFault(self.kernel.name, [report])
 
     def _device_of(self, tensors: Mapping[str, torch.Tensor]) -> torch.device:
         """The device of the first tensor that is on one of the backend's."""
-        given = (*self.kernel.operands, *self.kernel.weights)
-        for tensor in (tensors.get(value.name) for value in given):
+        kernel = self.kernel
+        names = [o.name for o in kernel.operands] + [w.name for w in kernel.weights]
+        for tensor in map(tensors.get, names):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device.type:
                 return tensor.device
         return torch.device(self._device.type)
@@ -151,6 +188,9 @@ class CudaLaunchable:
                 with torch.inference_mode(False):
                     count = len(self._counted) + 1
                     counters = torch.zeros(count, dtype=torch.int64, device=device)
+                    for scratch in self._plan.scratch:
+                        if scratch.lasting and scratch.name not in self._given_up:
+                            self._given_up[scratch.name] = GivenUp.make(scratch.name, device)
                 self._active[device] = Memory(counters, "event counters", written=True)
             function = self._functions[device] = self._function_on(device)
         return function

@@ -33,7 +33,7 @@ TOGETHER_IN_GRID = Together(
     scratch=(
         Scratch("told", "word", "what the blocks of each team tell each other"),
         Scratch("arrivals", "word", "of blocks at barriers, a line for each team", zeroed=True),
-        Scratch("stuck", "int64", "1 if a block did not come to a barrier", zeroed=True),
+        Scratch("stuck", "int64", "a block did not come to a barrier", lasting=True),
     ),
     numbers=("patience",),
 )
