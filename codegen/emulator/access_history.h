@@ -7,10 +7,18 @@
 
 namespace emulator {
 
+// One access. Block and thread share a word: there is one of these for every few bytes.
 struct Access {
-  uint32_t thread = 0;  // in the grid, plus one; 0: nobody
+  static constexpr int THREAD_BITS = 10;  // a block has at most 1024 threads
+
+  uint32_t who = 0;  // 0: nobody
   uint32_t tick = 0;
   const void* code = nullptr;
+
+  static uint32_t name(int64_t block, int64_t thread) { return uint32_t((block + 1) << THREAD_BITS | thread); }
+  bool happened() const { return who != 0; }
+  int64_t block() const { return int64_t(who >> THREAD_BITS) - 1; }
+  int64_t thread() const { return who & ((1 << THREAD_BITS) - 1); }
 };
 
 struct Cell {

@@ -10,7 +10,7 @@
 namespace emulator {
 namespace {
 
-bool is_same(const Place& a, const Place& b) { return a.line == b.line && !strcmp(a.file, b.file); }
+bool is_same(const Place& a, const Place& b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
 
 int result_of(Vote vote, int votes, int64_t voters) {
   switch (vote) {

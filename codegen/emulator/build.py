@@ -83,7 +83,7 @@ UNCHECKED = ("-O2",)
 # gcc calls a function before each access to memory, and where something is undefined: these are
 # in access_hooks.cpp and undefined_hooks.cpp, not in libtsan and libubsan.
 CHECKED = (
-    "-O1",
+    *("-O1", "-DEMULATOR_CHECKS"),
     "-fsanitize=thread",
     *("--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0"),
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
@@ -177,8 +177,9 @@ def _gcc() -> Compiler:
 
 def _runtime_recipe(compiler: Compiler) -> Recipe:
     files = {file: read_source(file) for file in RUNTIME_FILES}
-    flags = ("-std=c++17", "-O2", "-fPIC", "-shared", f"-Wl,-soname,{_runtime_name()}")
-    command = (*compiler.command, *flags, RUNTIME, "-o", RUNTIME_BINARY)
+    flags = ("-std=c++17", "-O2", "-fPIC", "-fno-semantic-interposition", "-w")
+    link = ("-shared", f"-Wl,-soname,{_runtime_name()}")
+    command = (*compiler.command, *flags, *link, RUNTIME, "-o", RUNTIME_BINARY)
     parts = {
         **_parts_of(compiler, command),
         **{f"file {file}": content for file, content in files.items()},

@@ -43,16 +43,12 @@ struct Attempt {
   std::string key(const char* fault) const { return format("%s %p", fault, code); }
 };
 
-// A thread in the grid, as cells store it: 32 bits suffice for 4 billion threads.
-uint32_t number_of(const Thread& thread) {
-  return uint32_t(thread.block->index * thread.block->threads.size() + thread.index + 1);
-}
+uint32_t short_name(const Thread& thread) { return Access::name(thread.block->index, thread.index); }
 
 // Whether the earlier access happened before what `thread` does now.
 bool is_ordered(const Access& earlier, const Thread& thread) {
-  const int64_t threads = thread.block->threads.size(), number = earlier.thread - 1;
-  return number_of(thread) == earlier.thread ||
-         knows(thread.clock.known, number / threads, number % threads, earlier.tick);
+  return earlier.who == short_name(thread) ||
+         thread.clock.knows(earlier.block(), earlier.thread(), earlier.tick);
 }
 
 int find_image(dl_phdr_info* info, size_t, void* kernel) {
@@ -103,25 +99,24 @@ void check_remote(const Attempt& attempt, Region& region) {
   const std::string what = region.describe(attempt.address) + ", " + attempt.describe();
   if (owner.cluster != self.block->cluster) fail(attempt.key("foreign"), "cluster: shared memory of another cluster: " + what);
   if (owner.has_exited()) report(attempt.key("ended"), "cluster: shared memory of a block that has ended: " + what);
-  const bool begun = self.clock.known && self.clock.known->of(owner.index);
+  const bool begun = self.clock.known() && self.clock.known()->of(owner.index);
   if (!begun) report(attempt.key("begun"), "cluster: shared memory of a block that may not have begun (no barrier of the cluster came before): " + what);
 }
 
 void report_race(const Attempt& attempt, const Region& region, const char* order, const Access& earlier) {
-  const int64_t threads = running->block->threads.size(), number = earlier.thread - 1;
   report(format("race %p %p", attempt.code, earlier.code),
          format("race: %s, ", order) + region.describe(attempt.address) + ", " + attempt.describe() +
-             ", and the earlier access by " + name_of_thread(number / threads, number % threads) + " at " + name_of_code(earlier.code));
+             ", and the earlier access by " + name_of_thread(earlier.block(), earlier.thread()) + " at " + name_of_code(earlier.code));
 }
 
 void check_earlier_write(const Attempt& attempt, const Region& region, const Cell& cell) {
-  if (!cell.write.thread || (is_atomic(attempt.kind) && cell.atomic_write)) return;
+  if (!cell.write.happened() || (is_atomic(attempt.kind) && cell.atomic_write)) return;
   if (!is_ordered(cell.write, *running))
     report_race(attempt, region, writes(attempt.kind) ? "write after write" : "read after write", cell.write);
 }
 
 void check_earlier_read(const Attempt& attempt, const Region& region, const Cell& cell, const Access& read) {
-  if (!read.thread || (is_atomic(attempt.kind) && cell.atomic_read)) return;
+  if (!read.happened() || (is_atomic(attempt.kind) && cell.atomic_read)) return;
   if (!is_ordered(read, *running)) report_race(attempt, region, "write after read", read);
 }
 
@@ -139,7 +134,7 @@ void remember_write(const Attempt& attempt, const Region& region, Cell& cell, co
 // Keeps the last read of each thread that the next write must be ordered after.
 void remember_read(const Attempt& attempt, Cell& cell, const Access& now) {
   cell.atomic_read = is_atomic(attempt.kind);
-  const bool replaces = !cell.read.thread || is_ordered(cell.read, *running);
+  const bool replaces = !cell.read.happened() || is_ordered(cell.read, *running);
   if (replaces) cell.read = now;
   if (cell.reads && replaces && is_ordered(cell.reads->back(), *running)) {
     auto& reads = *cell.reads;
@@ -148,14 +143,14 @@ void remember_read(const Attempt& attempt, Cell& cell, const Access& now) {
   }
   if (replaces) return;
   if (!cell.reads) cell.reads = std::make_unique<std::vector<Access>>();
-  if (!cell.reads->empty() && cell.reads->back().thread == now.thread) cell.reads->back() = now;
+  if (!cell.reads->empty() && cell.reads->back().who == now.who) cell.reads->back() = now;
   else cell.reads->push_back(now);
 }
 
 void check_history(const Attempt& attempt, Region& region) {
   const size_t offset = static_cast<const char*>(attempt.address) - region.base;
   region.history.refine_for(offset, attempt.bytes);
-  const Access now{number_of(*running), running->clock.tick, attempt.code};
+  const Access now{short_name(*running), running->clock.tick, attempt.code};
   for (size_t at = offset; at < offset + attempt.bytes; at += region.history.granule()) {
     Cell& cell = region.history[at];
     if (reads(attempt.kind) && region.fresh && !cell.is_written)
@@ -209,14 +204,12 @@ void check_access(const void* address, int bytes, AccessKind kind, const void* c
 void check_shared_memory_of(const Block& block) {
   if (!checking || block.cluster->blocks.size() == 1) return;
   KnownBy known;  // by any of its threads when it ended: the block lasts until the last of them does
-  for (auto& each : block.threads) known = join(known, each->clock.known);
-  const int64_t threads = block.threads.size();
+  for (auto& each : block.threads) known = join(known, each->clock.known());
   auto check = [&](const Region& region, const Access& access) {
-    const int64_t number = int64_t(access.thread) - 1;
-    if (number < 0 || number / threads == block.index) return;
-    if (knows(known, number / threads, number % threads, access.tick)) return;
+    if (!access.happened() || access.block() == block.index) return;
+    if (knows(known, access.block(), access.thread(), access.tick)) return;
     report(format("ends %p", access.code), "cluster: " + format("block %lld may end while ", (long long)block.index) +
-           name_of_thread(number / threads, number % threads) + " still uses its shared " + region.name + " at " + name_of_code(access.code));
+           name_of_thread(access.block(), access.thread()) + " still uses its shared " + region.name + " at " + name_of_code(access.code));
   };
   for (Region* region : all_regions()) {
     if (region->owner != &block || !region->was_remote) continue;

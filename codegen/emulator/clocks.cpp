@@ -71,6 +71,11 @@ KnownBy with_tick(const KnownBy& known, const Identity& who, uint32_t tick) {
   return join_all({{who, &known, tick}});
 }
 
+bool Clock::knows(int64_t block, int64_t thread, uint32_t tick) const {
+  if (block != block_) return emulator::knows(known_, block, thread, tick);
+  return of_own_block_ && (*of_own_block_)[thread] >= tick;
+}
+
 bool knows(const KnownBy& known, int64_t block, int64_t thread, uint32_t tick) {
   const Ticks* ticks = known ? known->of(block) : nullptr;
   return ticks && (*ticks)[thread] >= tick;

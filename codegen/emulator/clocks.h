@@ -21,18 +21,31 @@ struct Known {
 };
 using KnownBy = std::shared_ptr<const Known>;  // null: nothing is known
 
-struct Clock {
-  uint32_t tick = 1;
-  KnownBy known;
-  KnownBy released[2];  // what the last fence of each Scope made ready for others to see
-  KnownBy seen[2];      // what atomic reads found, in effect from the next fence of that Scope on
-};
-
 // A thread as its clock sees it.
 struct Identity {
-  int64_t block;
-  int64_t thread;  // within the block
-  int64_t threads;  // of the block
+  int64_t block = 0;
+  int64_t thread = 0;   // within the block
+  int64_t threads = 0;  // of the block
+};
+
+class Clock {
+ public:
+  uint32_t tick = 1;
+  KnownBy released[2];  // what the last fence of each Scope made ready for others to see
+  KnownBy seen[2];      // what atomic reads found, in effect from the next fence of that Scope on
+
+  void belong_to(int64_t block) { block_ = block; }
+  const KnownBy& known() const { return known_; }
+  void learn(KnownBy known) {
+    known_ = std::move(known);
+    of_own_block_ = known_ ? known_->of(block_) : nullptr;
+  }
+  bool knows(int64_t block, int64_t thread, uint32_t tick) const;
+
+ private:
+  int64_t block_ = 0;
+  KnownBy known_;
+  const Ticks* of_own_block_ = nullptr;  // by far the most that is asked for
 };
 
 KnownBy join(const KnownBy& a, const KnownBy& b);

@@ -30,11 +30,16 @@ struct Same { typedef T type; };  // a parameter that does not take part in find
 }  // namespace emulator
 
 // The cache of __ldg is not kept up to date: what a kernel writes must not be read through it.
+#ifdef EMULATOR_CHECKS
 template <class T>
 EMULATOR_UNCHECKED T __ldg(const T* from) {
   emulator::emulator_before_read_only(from, sizeof(T), __builtin_return_address(0));
   return *from;
 }
+#else
+template <class T>
+inline T __ldg(const T* from) { return *from; }
+#endif
 // The others are ordinary accesses to data; a flag that threads wait for must be volatile.
 template <class T>
 inline T __ldca(const T* from) { return *from; }

@@ -20,6 +20,8 @@ from sparsify.errors import Refusal
 Schedule = Literal["forward", "reverse", "random"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 MOST_THREADS = 1024  # of a block
+MOST_BLOCKS = 2**31 - 1
+MOST_CHECKED_BLOCKS = 2**22 - 2  # see Access in access_history.h
 WARP = 32
 RESERVED_SHARED = 1024  # bytes that the system takes of every block's shared memory
 
@@ -118,8 +120,9 @@ class EmulatedFunction:
         limits = self.device.played
         if not 1 <= grid.threads <= MOST_THREADS:
             raise ValueError(f"a block has 1 to {MOST_THREADS} threads, not {grid.threads}")
-        if not 1 <= grid.blocks < 2**31:
-            raise ValueError(f"a grid has 1 to 2**31 - 1 blocks, not {grid.blocks}")
+        most = MOST_CHECKED_BLOCKS if self.device.checks else MOST_BLOCKS
+        if not 1 <= grid.blocks <= most:
+            raise ValueError(f"a grid has 1 to {most} blocks here, not {grid.blocks}")
         if not 1 <= grid.cluster <= limits.cluster or grid.blocks % grid.cluster:
             raise ValueError(
                 f"{limits.name} has clusters of 1 to {limits.cluster} blocks, which divide the"

@@ -62,6 +62,7 @@ void add_block(Cluster& cluster, int64_t index) {
     Thread& thread = *block.threads.back();
     thread.block = &block;
     thread.index = i;
+    thread.clock.belong_to(index);
     thread.lane = int(i % WARP);
     thread.warp = &block.warps[i / WARP];
     thread.warp->lanes[thread.lane] = &thread;

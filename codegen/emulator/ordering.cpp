@@ -27,17 +27,17 @@ void order_all(const std::vector<Thread*>& threads) {
   if (!ordering) return;
   std::vector<Participant> participants;
   for (const Thread* each : threads)
-    participants.push_back({each->identity(), &each->clock.known, each->clock.tick});
+    participants.push_back({each->identity(), &each->clock.known(), each->clock.tick});
   const KnownBy known = join_all(participants);
   for (Thread* each : threads) {
-    each->clock.known = known;
+    each->clock.learn(known);
     ++each->clock.tick;
   }
 }
 
 void note_arrival(Thread& thread) {
   if (!ordering || !thread.arrival_releases) return;
-  thread.arrival_known = thread.clock.known;
+  thread.arrival_known = thread.clock.known();
   thread.arrival_tick = thread.clock.tick++;
 }
 
@@ -53,8 +53,8 @@ KnownBy join_arrivals(const std::vector<Thread*>& threads) {
 void order_after(Thread& thread, const KnownBy& known) {
   if (!ordering) return;
   // Usually it has learned nothing since it arrived, and then all threads can share one Known.
-  const bool learned = !thread.arrival_releases || thread.clock.known != thread.arrival_known;
-  thread.clock.known = learned ? join(thread.clock.known, known) : known;
+  const bool learned = !thread.arrival_releases || thread.clock.known() != thread.arrival_known;
+  thread.clock.learn(learned ? join(thread.clock.known(), known) : known);
 }
 
 extern "C" void emulator_fence(Scope scope) {
@@ -62,10 +62,10 @@ extern "C" void emulator_fence(Scope scope) {
   Thread& self = *running;
   Clock& clock = self.clock;
   for (int each = 0; each <= int(scope); ++each) {  // a fence of the device is one of the block too
-    clock.known = join(clock.known, clock.seen[each]);
+    clock.learn(join(clock.known(), clock.seen[each]));
     clock.seen[each] = nullptr;
   }
-  const KnownBy told = with_tick(clock.known, self.identity(), clock.tick++);
+  const KnownBy told = with_tick(clock.known(), self.identity(), clock.tick++);
   for (int each = 0; each <= int(scope); ++each) clock.released[each] = told;
 }
 
