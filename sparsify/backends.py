@@ -12,7 +12,10 @@ from torch.utils import _pytree as pytree
 from sparsify.binaries import Binaries
 from sparsify.codegen.backend import Backend
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cuda.backend import CudaBackend
+from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.compile_recording import Compiler
+from sparsify.emulation import emulated_device
 from sparsify.errors import BackendUnavailable, Refusal
 from sparsify.options import Options
 
@@ -21,14 +24,14 @@ NamedTensor = tuple[str, Tensor]
 
 
 def make_backends(asked: str | None) -> dict[str, Backend]:
-    """The backends by the type of device that they serve; of those, the one that is asked for.
+    """The backends by the type of device that they serve; the one that is asked for, or all.
 
     Nothing is compiled or looked for before a call needs it.
     """
-    known: dict[str, Backend] = {"cpu": CppBackend()}
-    if asked is None:
-        return known
-    return {device: backend for device, backend in known.items() if backend.name == asked}
+    if asked == "cuda-emulated":
+        return {"cpu": CudaBackend(emulated_device())}
+    known: dict[str, Backend] = {"cpu": CppBackend(), "cuda": CudaBackend(Gpu())}
+    return {device: each for device, each in known.items() if asked in (None, each.name)}
 
 
 def require_backend(asked: str) -> Backend:

@@ -45,7 +45,7 @@ def test_a_device_without_a_backend_is_refused() -> None:
     assert isinstance(refusal, Refusal)
     assert refusal.code == "backend-unavailable"
     assert "no backend for tensors on meta" in refusal.reason
-    assert "Kernels run on CPU" in refusal.remedy
+    assert "Kernels run on CPU and CUDA" in refusal.remedy
 
 
 def test_a_backend_that_is_asked_for_serves_its_device_only() -> None:

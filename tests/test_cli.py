@@ -13,6 +13,8 @@ import torch
 from sparsify.cli import main
 from sparsify.cli_target import UsageError, load_target
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cuda.gpu import Gpu
+from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.errors import Refusal
 
 ROOT = Path(__file__).parents[1]
@@ -407,3 +409,49 @@ def test_a_backend_that_cannot_run_here_says_what_to_install(
 def test_backends_are_named_by_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "verify", "a.py:b", "--backend", "gpu")[0] == 2
     assert "{cpp,cuda,cuda-emulated}" in run(capsys, "verify", "--help")[1]
+
+
+def test_show_renders_cuda_anywhere(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No device, driver, CuPy or compiler is asked; with gradients as well."""
+
+    def fail(*_: object) -> None:
+        pytest.fail("show needs neither a compiler nor a device")
+
+    for name in ("compile", "load"):
+        monkeypatch.setattr(Gpu, name, fail)
+        monkeypatch.setattr(EmulatedDevice, name, fail)
+    texts = []
+    for backend in ("cuda", "cuda-emulated"):
+        asked = ["show", f"{file}:trainable", "--gradients", "--backend", backend]
+        status, out, _ = run(capsys, *asked)
+        assert status == 0
+        kernels = re.findall(r"^  (\S+): .*float32, \d+ lines$", out, re.MULTILINE)
+        assert any("backward" in name for name in kernels), out
+        sources = [run(capsys, *asked, "--kernel", name)[1] for name in kernels]
+        assert all('extern "C" __global__' in source for source in sources)
+        texts.append(sources)
+    assert texts[0] == texts[1]
+
+
+def test_verify_on_the_emulator(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel of the model and of its gradients ran there; ``events`` are all by default."""
+    asked = ["verify", f"{file}:trainable", "--gradients", "--backend", "cuda-emulated"]
+    for setting in ("", "random:3"):
+        monkeypatch.setenv("SPARSIFY_EMULATOR", setting)
+        status, out, err = run(capsys, *asked)
+        assert (status, err) == (0, "")
+        assert re.search(r"^verified: [12] of 2 sites .* the backend cuda-emulated$", out, re.M)
+        assert re.search(r"^  rec.weight +16,384 values ", out, re.MULTILINE)
+    status, _, err = run(capsys, *asked, "--events", "3")
+    assert status == 1
+    assert "of 2 sites run as events, 3 are asked for" in err
+
+
+def test_times_of_the_emulator_are_not_given(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "bench", f"{file}:make", "--backend", "cuda-emulated")
+    assert (status, out) == (2, "")
+    assert err.startswith("sparsify: times on cuda-emulated say nothing")

@@ -38,6 +38,12 @@ def test_gradients(sparsify_check):
     assert {each.operand for each in figures.gradients} >= {"rec.weight"}
 
 
+def test_emulated(sparsify_check):
+    figures = sparsify_check(*make(), backend="cuda-emulated")
+    assert figures.backend == "cuda-emulated"
+    assert figures.events >= 1
+
+
 def test_no_gradients(sparsify_check):
     sparsify_check(*make(), gradients=True)
 
@@ -66,7 +72,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 def test_the_fixture_passes_and_fails(project: pytest.Pytester) -> None:
     result = project.runpytest_subprocess("-p", "pytest_sparsify", "-q")
-    result.assert_outcomes(passed=4, failed=3)
+    result.assert_outcomes(passed=5, failed=3)
     result.stdout.fnmatch_lines(
         [
             "*MismatchError: gradients are to be checked, and no result of the model has any",
