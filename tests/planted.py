@@ -15,7 +15,7 @@ from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.codegen.emulator.faults import KernelFault
 
 FOLDER = Path(__file__).parent / "cuda"
-FILES = ("warps.cu", "blocks.cu", "memory.cu", "grids.cu", "clusters.cu")
+FILES = ("warps.cu", "blocks.cu", "memory.cu", "wild.cu", "grids.cu", "clusters.cu")
 SIZE = 256  # elements of the operands, see planted.h
 LAUNCH = re.compile(r"// <<<(\d+), (\d+)>>>(?: cluster (\d+))?( cooperative)?")
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(')
@@ -37,9 +37,7 @@ class Planted:
 
     def run(self, device: EmulatedDevice, *, bug: bool) -> tuple[str, ...]:
         """Compile and launch it; the reports of its faults."""
-        header = (FOLDER / "planted.h").read_text()
-        headers = {"planted.h": ("#define BUG\n" if bug else "") + header}
-        path = device.compile(self.source(), headers)
+        path = device.compile(self.source(), headers(bug=bug))
         try:
             device.load(path, self.name, torch.device("cpu")).launch(self.grid, operands())
         except KernelFault as fault:
@@ -53,6 +51,11 @@ class Planted:
             for report in reports
             for kind, line in self.reported
         )
+
+
+def headers(*, bug: bool) -> dict[str, str]:
+    """What the files include."""
+    return {"planted.h": ("#define BUG\n" if bug else "") + (FOLDER / "planted.h").read_text()}
 
 
 def operands() -> list[Word]:

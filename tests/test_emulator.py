@@ -60,7 +60,7 @@ def test_only_the_elements_of_a_view_are_written() -> None:
 
 def test_a_write_between_the_elements_of_a_view_is_reported() -> None:
     table = torch.full((8, 10), -1.0)
-    words = [
+    words: list[Word] = [
         Memory(torch.arange(8.0), "numbers"),
         Memory(table[:, 3], "column", written=True),
         8,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from sparsify.codegen.backend import Source
+from sparsify.codegen.cuda.device import H100
+from sparsify.codegen.cuda.nvrtc import compile_cubin
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
-from tests.planted import FILES, read_planted
+from tests.cuda_wheels import needs_nvrtc
+from tests.planted import FILES, FOLDER, headers, read_planted
 
 pytestmark = pytest.mark.skipif(
     EmulatedDevice().why_unavailable() is not None, reason="gcc on x86-64 Linux is needed"
@@ -63,3 +67,11 @@ def test_right_kernel_runs_without_checks(name: str) -> None:
 def test_bug_is_reported_without_checks(name: str) -> None:
     reports = PLANTED[name].run(EmulatedDevice(), bug=True)
     assert PLANTED[name].is_found(reports), reports
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("bug", [False, True])
+@pytest.mark.parametrize("file", [file for file in FILES if file != "wild.cu"])
+def test_nvrtc_accepts_the_same_text(file: str, bug: bool) -> None:
+    source = Source((FOLDER / file).read_text(), file, file.removesuffix(".cu"))
+    assert compile_cubin(source, headers(bug=bug), H100.architecture).exists()

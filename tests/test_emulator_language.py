@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cuda.device import Grid, Memory
+from sparsify.codegen.cuda.device import H100, Grid, Memory
+from sparsify.codegen.cuda.nvrtc import compile_cubin
 from sparsify.codegen.emulator.device import EmulatedDevice
+from tests.cuda_wheels import needs_nvrtc
 
 pytestmark = pytest.mark.skipif(
     EmulatedDevice().why_unavailable() is not None, reason="gcc on x86-64 Linux is needed"
@@ -186,3 +188,9 @@ def test_clusters(checks: bool, size: int) -> None:
 def test_declarations(checks: bool) -> None:
     out = Results("declarations", checks, Grid(1, 64))
     assert out.ints[0].tolist() == [17 + 63 * 32 + 32 + 32] * 64
+
+
+@needs_nvrtc
+def test_nvrtc_accepts_the_same_text() -> None:
+    source = Source(TEXT, "language.cu", "language")
+    assert compile_cubin(source, {}, H100.architecture).exists()

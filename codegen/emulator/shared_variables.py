@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 _ALIGNMENT = r"(?:(?:__align__|alignas)\s*\(\s*(?P<align>\d+)\s*\)\s*)?"
+_DYNAMIC_ALIGNMENT = r"(?:__align__\s*\(\s*\d+\s*\)\s*)?"  # nvcc takes no alignas there
 _STATIC = re.compile(
     r"__shared__\s+" + _ALIGNMENT + r"(?P<type>[A-Za-z_][\w:<>,\s]*?)\s*"
     r"\b(?P<name>[A-Za-z_]\w*)\s*(?P<sizes>(?:\[[^\]]*\]\s*)*);"
 )
 _DYNAMIC = re.compile(
-    r"extern\s+__shared__\s+" + _ALIGNMENT + r"(?P<type>[A-Za-z_][\w:\s]*?)\s*"
+    r"extern\s+__shared__\s+" + _DYNAMIC_ALIGNMENT + r"(?P<type>[A-Za-z_][\w:\s]*?)\s*"
     r"\b(?P<name>\w+)\s*\[\s*\]\s*;"
 )
 _ENTRY = re.compile(r"\b(\w+)\s*\(\s*(?:const\s+)?Call\s+\w+\s*\)\s*\{")
@@ -23,7 +24,7 @@ def rewrite_shared(text: str) -> str:
     Before:  __shared__ float sums[4][32];
     After:   a unique address, a type and ``float (&sums)[4][32] = ...`` in the same line
 
-    so that the numbers of lines stay. One variable per declaration.
+    so that the numbers of lines stay. One variable per declaration; others do not compile.
     """
     text = _DYNAMIC.sub(
         r"\g<type>* const \g<name> ="
@@ -35,6 +36,8 @@ def rewrite_shared(text: str) -> str:
 
 def _reference(declaration: re.Match[str]) -> str:
     kind, name, sizes = declaration["type"], declaration["name"], declaration["sizes"].strip()
+    if "," in kind and "<" not in kind:
+        return declaration[0]
     alignment = declaration["align"] or f"alignof({kind})"
     memory = (
         f"emulator::emulator_static_shared(&{name}__tag, sizeof({name}__type),"
