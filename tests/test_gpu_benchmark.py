@@ -1,0 +1,157 @@
+"""What the GPU benchmark does when cells fail, crash or hang, and how it finds the break-even."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify.errors import KernelFault
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def in_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+@dataclass(frozen=True)
+class Cell:
+    does: str
+
+
+def section(*cells: str, cell_s: float = 60.0) -> Any:
+    def measure(place: object, cell: Cell) -> dict[str, Any]:
+        if cell.does == "faults":
+            raise KernelFault("lif", ["It wrote where it must not."])
+        if cell.does == "fails":
+            raise AssertionError("spikes differ")
+        return {"did": cell.does}
+
+    sections: Any = importlib.import_module("gpu_sections")
+    return sections.Section("test", [Cell(does) for does in cells], measure, 60.0, cell_s)
+
+
+# A process that takes the arguments of a section, and then does what its cells say.
+CHILD = """
+import json, os, sys, time
+cells = json.loads(os.environ["CELLS"])
+first = int(sys.argv[sys.argv.index("--first") + 1])
+with open(sys.argv[sys.argv.index("--rows") + 1], "a") as rows:
+    for cell in cells[first:]:
+        if cell == "crashes":
+            os._exit(9)
+        if cell == "hangs":
+            time.sleep(600)
+        faults = cell == "faults"
+        rows.write(json.dumps({"error": "a fault"} if faults else {"did": cell}) + "\\n")
+        rows.flush()
+        if faults:
+            sys.exit(3)
+"""
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *cells: str, budget_s: float = 60.0
+) -> list[dict[str, Any]]:
+    process: Any = importlib.import_module("gpu_process")
+    monkeypatch.setenv("CELLS", json.dumps(cells))
+    command = [sys.executable, "-c", CHILD]
+    rows: list[dict[str, Any]] = process.run_section(
+        command, section(*cells, cell_s=4.0), budget_s, tmp_path / "rows.jsonl"
+    )
+    return rows
+
+
+def test_a_section_without_trouble(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, tmp_path, "a", "b") == [{"did": "a"}, {"did": "b"}]
+
+
+def test_what_crashes_faults_or_hangs_takes_only_its_own_row_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = run(monkeypatch, tmp_path, "a", "crashes", "b", "faults", "hangs", "c", "crashes")
+    assert rows == [
+        {"did": "a"},
+        {"does": "crashes", "error": "the process ended with status 9"},
+        {"did": "b"},
+        {"error": "a fault"},
+        {"does": "hangs", "error": "no row within 4 s"},
+        {"did": "c"},
+        {"does": "crashes", "error": "the process ended with status 9"},
+    ]
+
+
+def test_time_that_is_over_ends_a_section_with_the_rows_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, tmp_path, "a", "hangs", "b", budget_s=3.0) == [{"did": "a"}]
+
+
+def test_cells_that_fail_are_rows_and_a_fault_ends_the_process(tmp_path: Path) -> None:
+    process: Any = importlib.import_module("gpu_process")
+    rows = tmp_path / "rows.jsonl"
+    process.measure_cells(None, section("a", "fails", "b"), 1, rows)
+    found = process.read(rows)
+    assert found[0] == {"does": "fails", "error": "AssertionError: spikes differ"}
+    assert found[1]["did"] == "b" and found[1]["took_s"] >= 0
+    with pytest.raises(SystemExit) as ended:
+        process.measure_cells(None, section("faults", "b"), 0, rows)
+    assert ended.value.code == process.FAULT
+    assert "It wrote where it must not." in process.read(rows)[-1]["error"]
+
+
+def row(activity: float, event: float, dense: float) -> dict[str, Any]:
+    times = {"event, slow": event + 1, "event, fast": event, "dense, fast": dense, "eager": 0.5}
+    return {"measured_activity": activity, "us_per_step": times}
+
+
+def test_the_break_even_is_where_the_line_of_events_meets_the_dense_kernel() -> None:
+    tables: Any = importlib.import_module("gpu_tables")
+    rows = [row(0.01, 1.2, 5.0), row(0.05, 2.0, 5.0), row(0.1, 3.0, 5.0)]
+    assert tables.break_even(rows) == pytest.approx(0.2)  # 1 + 20 * activity = 5
+    assert tables.break_even([row(0.1, 9.0, 5.0), row(0.2, 10.0, 5.0)]) == 0.0
+    assert tables.break_even([row(0.1, 3.0, 5.0), row(0.2, 3.0, 5.0)]) == 1.0
+    assert math.isnan(tables.break_even(rows[:1]))
+
+
+def test_tables_have_every_row_and_the_map() -> None:
+    tables: Any = importlib.import_module("gpu_tables")
+    made = [
+        {
+            **row(activity, 1 + 20 * activity, 5.0),
+            **{"network": "lif", "hidden": 256, "batch": 1, "activity": activity},
+            **{"predicted_us_per_step": {"event, fast": 1.5}, "failed": {"graphed": "no"}},
+        }
+        for activity in (0.01, 0.05)
+    ]
+    sections = {"machine": [{"launch_us": 3.0}], "lif": [*made, {"error": "failed"}]}
+    text = "\n".join(tables.tables(sections))
+    assert "launch_us 3" in text and "graphed FAILED: no" in text
+    assert text.count("lif 256, batch 1") == 2 and "(predicted: event, fast 1.5 us)" in text
+    assert "     H=256" in text and "20.0%" in text
+
+
+def test_a_machine_without_a_gpu_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu: Any = importlib.import_module("gpu")
+    place: Any = importlib.import_module("gpu_place")
+    errors: Any = importlib.import_module("sparsify.errors")
+    refusal = errors.Refusal("backend-unavailable", "There is no NVIDIA driver.", "Install one.")
+    monkeypatch.setattr(place.Gpu, "why_unavailable", lambda self: refusal)
+    with pytest.raises(SystemExit, match=r"There is no NVIDIA driver\. Install one\.\n\(--backend"):
+        gpu.main([])
+
+
+def test_every_cell_of_the_issue_is_measured() -> None:
+    sections: Any = importlib.import_module("gpu_sections")
+    lif = {(c.hidden, c.batch, c.activity) for c in sections.LIF}
+    assert len(lif) == len(sections.LIF) == 5 * 3 * 3
+    assert len({(c.hidden, c.batch, c.activity) for c in sections.EGRU}) == 3 * 3 * 3
+    assert sum(s.budget_s for s in sections.make_sections(quick=False)) <= 8 * 60
