@@ -16,10 +16,16 @@ from sparsify.codegen.writer import Writer
 
 
 class TeamSums:
-    """Writes the sums of one phase."""
+    """Writes the sums of one phase.
 
-    def __init__(self, w: Writer, team: TeamKernel, phase: ir.Phase) -> None:
+    ``seen`` are the sources whose values this step has already looked at for restricted sums.
+    """
+
+    def __init__(
+        self, w: Writer, team: TeamKernel, phase: ir.Phase, seen: set[str] | None = None
+    ) -> None:
         self.w, self.team, self.phase, self.usage = w, team, phase, team.usage
+        self.seen = set() if seen is None else seen
         self.gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
 
     def early(self) -> list[Source]:
@@ -36,8 +42,10 @@ class TeamSums:
 
     def write(self, source: Source) -> None:
         """All products of a source, block of senders by block of senders."""
-        w, readers, name = self.w, self._readers(source), self.team.name(source.name)
+        w, readers = self.w, self._readers(source)
         size, kind = self.team.size(source.population), C_TYPES[source.dtype]
+        if source.name in self.seen and all(map(self._is_selective, readers)):
+            return
         w.comment(f"What {self.phase.population} receives from {source.name}.")
         with items(w, f"blocks_of({size})", "block"):
             heard = self._heard(source)
@@ -52,10 +60,18 @@ class TeamSums:
             for gather in readers:
                 self._write_sum(gather, size)
             if any(gather.only is not None for gather in readers):
-                w.line(f"const bool wild = is_wild<{kind}>(heard);")
-                w.line(f"if (lane_of() == 0) shared.{name}_wild[row][block] = wild;")
-            if source.blocks and any(map(self._is_selective, readers)):
-                w.line(f"keep_values(shared.{name}_values[row], heard, block, {size});")
+                self._write_seen(source)
+
+    def _write_seen(self, source: Source) -> None:
+        """Keep of a block of senders what restricted sums need: once in a step."""
+        if source.name in self.seen:
+            return
+        self.seen.add(source.name)
+        name, size = self.team.name(source.name), self.team.size(source.population)
+        self.w.line(f"const bool wild = is_wild<{C_TYPES[source.dtype]}>(heard);")
+        self.w.line(f"if (lane_of() == 0) shared.{name}_wild[row][block] = wild;")
+        if source.blocks:
+            self.w.line(f"keep_values(shared.{name}_values[row], heard, block, {size});")
 
     def write_wanted(self) -> None:
         """The sums of those receivers alone that a row wants."""

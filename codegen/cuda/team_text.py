@@ -36,7 +36,7 @@ class TeamText:
         self._write_sizes()
         write_call(w, self.kernel, team.members())
         for neuron in team.neurons.values():
-            write_neuron(w, neuron, in_memory=False)
+            write_neuron(w, neuron)
         note = "What the blocks of a team tell each other."
         write_struct(w, "Told", note, team.told(self.shape))
         note = "What a block keeps in shared memory."
@@ -154,8 +154,9 @@ class TeamText:
             yield
 
     def _write_step(self) -> None:
+        seen: set[str] = set()
         for index, phase in enumerate(self.kernel.phases):
-            sums = TeamSums(self.w, self.team, phase)
+            sums = TeamSums(self.w, self.team, phase, seen)
             meets = index in self.team.meetings or (index == 0 and self.team.meets_first)
             if meets:
                 self.w.line("team.arrive();", "it has told what the others read")

@@ -1,0 +1,86 @@
+"""Kernels for CUDA on the emulator: small devices, edited text, comparison with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsify import ir
+from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.cuda.backend import CudaBackend
+from sparsify.codegen.cuda.device import H100, Function, Limits
+from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
+from sparsify.reference import Array, run_reference
+from tests.test_kernels import assert_same_bits
+
+# Two blocks run at once: those of a call with more rows take several, one after the other.
+TWO_BLOCKS = replace(H100, name="two blocks", multiprocessors=2, blocks_per_multiprocessor=1)
+
+needs_emulator = pytest.mark.skipif(
+    EmulatedDevice().why_unavailable() is not None, reason="no gcc for the emulator"
+)
+
+
+class EditedDevice:
+    """An emulated device that changes the text of kernels before it compiles them."""
+
+    name = "cuda-emulated"
+    type = "cpu"
+
+    def __init__(self, emulator: EmulatedDevice, before: str, after: str) -> None:
+        self.emulator, self.before, self.after = emulator, before, after
+
+    def why_unavailable(self) -> None:
+        return None
+
+    def limits(self, device: torch.device) -> Limits:
+        return self.emulator.limits(device)
+
+    def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
+        assert self.before in source.text
+        text = source.text.replace(self.before, self.after, 1)
+        return self.emulator.compile(replace(source, text=text), headers)
+
+    def load(self, path: Path, entry: str, device: torch.device) -> Function:
+        return self.emulator.load(path, entry, device)
+
+
+def emulator(schedule: Schedule = "random", seed: int = 1, checks: bool = True) -> EmulatedDevice:
+    return EmulatedDevice(schedule, seed=seed, checks=checks, played=TWO_BLOCKS)
+
+
+@cache
+def load(kernel: ir.Kernel, plan: ir.Schedule, schedule: Schedule = "random") -> Launchable:
+    """The kernel, with all checks."""
+    backend = CudaBackend(emulator(schedule))
+    return backend.load(backend.compile(kernel, plan))
+
+
+def run(
+    launch: Launchable, data: Mapping[str, Array], steps: int, batch: int
+) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.from_numpy(value) for name, value in data.items()}
+    return launch(tensors, steps=steps, batch=batch)
+
+
+def compare(
+    launch: Launchable, kernel: ir.Kernel, data: dict[str, Array], steps: int, batch: int
+) -> None:
+    """All outputs, with those of the reference."""
+    launch.reset_events()
+    wanted = run_reference(kernel, data, steps=steps, batch=batch)
+    got = run(launch, data, steps, batch)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_same_bits(got[name], value, f"{name}, {steps} steps of {batch}")
+
+
+def exact(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Multiples of 1/64 up to 1: sums of their products do not depend on the order."""
+    return (rng.integers(-64, 65, shape) / 64).astype("float32")
