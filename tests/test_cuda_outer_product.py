@@ -38,6 +38,7 @@ VARIANTS = [
     for source in ("Bits", "uint8_t", value)
     for warps in WARPS[value]
     for width in (1, 2)
+    if (warps, width) in {(4, 1), (4, 2), (8, 2), (16, 2)}
 ]
 
 

@@ -1,8 +1,8 @@
 // Fixed device code for the gradient of a weight: out[r][s] = sum of d[row][r] * y[row][s] over all
 // rows, adding d only where y is not zero.
 //
-// A block of threads has a tile of senders x receivers. It takes 32 rows at a time to shared memory,
-// where a word tells in which of them a sender is active. Each warp keeps the sums of 8 senders in
+// A block of threads has a tile of senders x receivers. It takes 32 rows at a time to shared
+// memory, where a word tells in which of them a sender is active. Each warp keeps the sums of 8 senders in
 // registers; its lanes share the receivers.
 #pragma once
 
@@ -32,7 +32,7 @@ struct Rows {
 struct OuterCall {
   const void *d, *y;
   void* out;                   // [receivers][senders]
-  void* sums;                  // [blocks of rows][senders][receivers]: written instead of `out`, or null
+  void* sums;                  // [blocks][senders][receivers], written instead of `out`; or null
   unsigned long long* active;  // grows by the number of values of y that are not zero
   int64_t rows, receivers, senders;
   int64_t d_run, d_outer, d_inner, y_run, y_outer, y_inner;
@@ -110,12 +110,12 @@ struct OuterTile {
   Shared& shared;
   Rows<F> d;
   Rows<Element> y;
-  int end, receivers, senders;         // rows, receivers and senders from here on are none
-  int first_receiver, first_sender;    // of the tile
-  F next_d[D_LOADS];                   // the rows after those in shared memory
+  int end, receivers, senders;       // behind the last row, receiver and sender
+  int first_receiver, first_sender;  // of the tile
+  F next_d[D_LOADS];                 // the rows after those in shared memory
   Element next_y[Y_LOADS];
-  Few<F, WIDTH> sum[OWN];              // of a block of 512 rows
-  unsigned long long found = 0;        // events of the warp's senders
+  Few<F, WIDTH> sum[OWN];        // of a block of 512 rows
+  unsigned long long found = 0;  // events of the warp's senders
 
   SPARSIFY_INLINE OuterTile(Shared& shared, const OuterCall& call, int end, int64_t tile)
       : shared(shared),
@@ -152,7 +152,7 @@ struct OuterTile {
     for (int k = 0; k < Y_LOADS; ++k) {
       const int place = k * THREADS + int(threadIdx.x);
       const int row = first + place / Y::COLUMNS;
-      next_y[k] = row < end ? Y::fetch(y[row], first_sender, place % Y::COLUMNS, senders) : Element(0);
+      next_y[k] = row < end ? Y::fetch(y[row], first_sender, place % Y::COLUMNS, senders) : 0;
     }
   }
 
@@ -168,7 +168,7 @@ struct OuterTile {
     }
   }
 
-  // Of what this thread has fetched: the difference of a value that is not finite from itself is NaN.
+  // Of what this thread has fetched. A value that is not finite less itself is NaN.
   SPARSIFY_INLINE bool is_finite() const {
     bool finite = true;
 #pragma unroll
@@ -218,6 +218,41 @@ struct OuterTile {
         add_weighted(sum[own], finite ? mask : ALL, own);
     }
   }
+
+  // ---- the sums of a block of 512 rows, to where those of all blocks are ----
+
+  // sums[block][senders][receivers]
+  SPARSIFY_INLINE void write_sums(F* sums, int64_t block) const {
+    each_own([&](int own, int i, int64_t s, int64_t r) {
+      sums[(block * senders + s) * receivers + r] = sum[own].at[i];
+    });
+  }
+  // In shared memory, since registers are short; only this thread reads it.
+  SPARSIFY_INLINE void add_to(F* total, bool starts) const {
+    each_own([&](int own, int i, int64_t, int64_t) {
+      F& at = total[(own * WIDTH + i) * THREADS];
+      at = starts ? sum[own].at[i] : at + sum[own].at[i];
+    });
+  }
+  // out[receivers][senders]
+  SPARSIFY_INLINE void write(F* out, const F* total, bool adds) const {
+    each_own([&](int own, int i, int64_t s, int64_t r) {
+      F& at = out[r * senders + s];
+      const F value = total[(own * WIDTH + i) * THREADS];
+      at = adds ? at + value : value;
+    });
+  }
+
+ private:
+  template <class Work>
+  SPARSIFY_INLINE void each_own(Work work) const {
+#pragma unroll
+    for (int own = 0; own < OWN; ++own)
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i)
+        if (sender(own) < senders && receiver(i) < receivers)
+          work(own, i, int64_t(sender(own)), int64_t(receiver(i)));
+  }
 };
 
 // Adds the rows of a chunk to a tile of out[receivers][senders], or writes the sum of each block.
@@ -228,13 +263,14 @@ template <class F, class Source, int WARPS, int WIDTH>
 SPARSIFY_INLINE void add_outer_products(const OuterCall& call) {
   typedef OuterTile<F, Source, WARPS, WIDTH> Tile;
   __shared__ typename Tile::Shared shared;
+  extern __shared__ double totals[];  // [own senders][own receivers][threads] of F
+  F* const total = reinterpret_cast<F*>(totals) + threadIdx.x;
   const int64_t tiles = gridDim.x / call.chunks, chunk = blockIdx.x / tiles;
   const int64_t blocks = (call.rows + ROWS_PER_SUM - 1) / ROWS_PER_SUM;
   const int begin = int(blocks * chunk / call.chunks * ROWS_PER_SUM);
   const int64_t behind = blocks * (chunk + 1) / call.chunks * ROWS_PER_SUM;
   const int end = int(behind < call.rows ? behind : call.rows);
   Tile tile(shared, call, end, blockIdx.x % tiles);
-  Few<F, WIDTH> total[OWN] = {};
   tile.fetch(begin);
   for (int first = begin; first < end; first += STAGE) {
     __syncthreads();  // the rows before are added
@@ -247,31 +283,14 @@ SPARSIFY_INLINE void add_outer_products(const OuterCall& call) {
     if (first + STAGE < end) tile.fetch(first + STAGE);
     tile.add_stage(weighted, finite);
     if ((first + STAGE) % ROWS_PER_SUM != 0 && first + STAGE < end) continue;
-#pragma unroll
-    for (int own = 0; own < OWN; ++own) {
-      const int64_t s = tile.sender(own), row_of_sums = first / ROWS_PER_SUM * call.senders + s;
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i) {
-        total[own].at[i] += tile.sum[own].at[i];
-        if (call.sums && s < call.senders && tile.receiver(i) < call.receivers)
-          static_cast<F*>(call.sums)[row_of_sums * call.receivers + tile.receiver(i)] =
-              tile.sum[own].at[i];
-      }
-    }
+    if (call.sums)
+      tile.write_sums(static_cast<F*>(call.sums), first / ROWS_PER_SUM);
+    else
+      tile.add_to(total, first < ROWS_PER_SUM);
     tile.clear();
   }
   if (tile.first_receiver == 0 && lane_of() == 0 && tile.found) atomicAdd(call.active, tile.found);
-  if (call.sums) return;
-#pragma unroll
-  for (int own = 0; own < OWN; ++own) {
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      const int64_t s = tile.sender(own), r = tile.receiver(i);
-      if (s >= call.senders || r >= call.receivers) continue;
-      F* const to = static_cast<F*>(call.out) + r * call.senders + s;
-      *to = call.adds ? *to + total[own].at[i] : total[own].at[i];
-    }
-  }
+  if (!call.sums) tile.write(static_cast<F*>(call.out), total, call.adds);
 }
 
 // ---- the sums of blocks ----

@@ -18,9 +18,11 @@ from sparsify.codegen.outer_product import ROWS_PER_SUM, VALUES, Product, rows_o
 
 OWN = 8  # senders of a warp
 WARP = 32
+VALUE_BYTES = {"float": 4, "double": 8}
 MOST_ROWS = 2**31 - ROWS_PER_SUM
 SUMS_BYTES = 64 * 2**20  # of the sums of blocks, where rows are shared out
 SUM_THREADS = 256
+REMEMBERED = 256  # sizes; numbers of rows differ between calls
 # What a GPU multiplies, at 20 T/s, while Python launches a kernel.
 SMALL_PRODUCT = 1 << 27
 TEXT = """\
@@ -60,6 +62,10 @@ class Shape:
     @property
     def threads(self) -> int:
         return self.warps * WARP
+
+    def shared_bytes(self, value_bytes: int) -> int:
+        """For the totals over blocks of rows, where a block of threads adds all of them."""
+        return OWN * self.width * self.threads * value_bytes if self.chunks == 1 else 0
 
 
 def shape_of(rows: int, receivers: int, senders: int, value_bytes: int, limits: Limits) -> Shape:
@@ -101,6 +107,34 @@ def render_sums(value: str) -> Source:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a kernel is compiled and shared out for; ``value`` and ``source`` are types in C++."""
+
+    value: str
+    source: str
+    rows: int
+    receivers: int
+    senders: int
+    device: torch.device
+
+    @property
+    def blocks(self) -> int:
+        """Of rows, each of which is summed on its own."""
+        return -(-self.rows // ROWS_PER_SUM)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The kernels of a product, with their grids; without ``add_sums``, ``add`` writes all."""
+
+    chunks: int
+    add: Function
+    grid: Grid
+    add_sums: Function | None
+    sums_grid: Grid
+
+
+@dataclass(frozen=True)
 class CudaOuterProducts:
     """Gradients of weights on a GPU or its emulator.
 
@@ -109,18 +143,41 @@ class CudaOuterProducts:
 
     device: Device
     any_size: bool = False
-    _loaded: dict[tuple[Source, torch.device], Function] = field(default_factory=dict, repr=False)
+    _launches: dict[Sizes, Launches] = field(default_factory=dict, repr=False, compare=False)
 
     def load(self, activity: float | None) -> CudaOuterKernel:
         return CudaOuterKernel(self, activity)
 
-    def function(self, source: Source, device: torch.device) -> Function:
-        """The kernel on ``device``, compiled if need be. Raises what Device.compile raises."""
-        key = source, device
-        if key not in self._loaded:
-            path = self.device.compile(source, headers_of("outer_product.cuh"))
-            self._loaded[key] = self.device.load(path, source.entry, device)
-        return self._loaded[key]
+    def launches(self, sizes: Sizes) -> Launches:
+        """The kernels, compiled if need be. Raises what Device.compile and Device.load raise."""
+        found = self._launches.get(sizes)
+        if found is None:
+            found = self.shared_out(sizes, self._shape_for(sizes))
+            if len(self._launches) >= REMEMBERED:
+                self._launches.clear()
+            self._launches[sizes] = found
+        return found
+
+    def shared_out(self, sizes: Sizes, shape: Shape) -> Launches:
+        """The kernels for tiles and chunks of ``shape``."""
+        value_bytes = VALUE_BYTES[sizes.value]
+        source = render_outer_product(sizes.value, sizes.source, shape.warps, shape.width)
+        squares = -(-sizes.receivers // WARP) * -(-sizes.senders // WARP)
+        return Launches(
+            shape.chunks,
+            self._function(source, sizes.device),
+            Grid(shape.tiles * shape.chunks, shape.threads, shape.shared_bytes(value_bytes)),
+            self._function(render_sums(sizes.value), sizes.device) if shape.chunks > 1 else None,
+            Grid(squares, SUM_THREADS),
+        )
+
+    def _shape_for(self, sizes: Sizes) -> Shape:
+        value_bytes, limits = VALUE_BYTES[sizes.value], self.device.limits(sizes.device)
+        return shape_of(sizes.rows, sizes.receivers, sizes.senders, value_bytes, limits)
+
+    def _function(self, source: Source, device: torch.device) -> Function:
+        path = self.device.compile(source, headers_of("outer_product.cuh"))
+        return self.device.load(path, source.entry, device)
 
 
 class CudaOuterKernel:
@@ -200,44 +257,37 @@ def add_outer_products(
     source, readable = source_of(activity, d.dtype, packed)
     left, right = rows_of(d), rows_of(readable)
     rows, (receivers, senders) = d.shape[:-1].numel(), result.shape
-    value, device = VALUES[d.dtype], d.device
-    if shape is None:
-        limits = products.device.limits(device)
-        shape = shape_of(rows, receivers, senders, d.element_size(), limits)
-    blocks = -(-rows // ROWS_PER_SUM)
+    sizes = Sizes(VALUES[d.dtype], source, rows, receivers, senders, d.device)
+    launches = products.launches(sizes) if shape is None else products.shared_out(sizes, shape)
     sums = None
-    if shape.chunks > 1:
-        sums = torch.empty((blocks, senders, receivers), dtype=d.dtype, device=device)
-    kernel = products.function(
-        render_outer_product(value, source, shape.warps, shape.width), device
-    )
-    kernel.launch(
-        Grid(shape.tiles * shape.chunks, shape.threads),
+    if launches.add_sums is not None:
+        sums = torch.empty((sizes.blocks, senders, receivers), dtype=d.dtype, device=d.device)
+    gradient = Memory(result, "gradient", written=True, fresh=not adds_to_result)
+    launches.add.launch(
+        launches.grid,
         (
             Memory(left.tensor, "d"),
             Memory(right.tensor, "activity"),
-            Memory(result, "gradient", written=True, fresh=not adds_to_result),
+            gradient,
             0 if sums is None else Memory(sums, "sums of blocks", written=True, fresh=True),
             Memory(active, "active values", written=True),
             *(rows, receivers, senders),
             *(left.run, left.outer, left.inner),
             *(right.run, right.outer, right.inner),
             int(adds_to_result),
-            shape.chunks,
+            launches.chunks,
         ),
     )
-    if sums is None:
-        return
-    squares = -(-receivers // WARP) * -(-senders // WARP)
-    products.function(render_sums(value), device).launch(
-        Grid(squares, SUM_THREADS),
-        (
-            Memory(sums, "sums of blocks"),
-            Memory(result, "gradient", written=True, fresh=not adds_to_result),
-            *(blocks, receivers, senders),
-            int(adds_to_result),
-        ),
-    )
+    if sums is not None and launches.add_sums is not None:
+        launches.add_sums.launch(
+            launches.sums_grid,
+            (
+                Memory(sums, "sums of blocks"),
+                gradient,
+                *(sizes.blocks, receivers, senders),
+                int(adds_to_result),
+            ),
+        )
 
 
 def break_even(dtype: torch.dtype) -> float:
