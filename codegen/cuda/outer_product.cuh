@@ -2,8 +2,8 @@
 // rows, adding d only where y is not zero.
 //
 // A block of threads has a tile of senders x receivers. It takes 32 rows at a time to shared
-// memory, where a word tells in which of them a sender is active. Each warp keeps the sums of 8 senders in
-// registers; its lanes share the receivers.
+// memory, where a word tells in which of them a sender is active. Each warp keeps the sums of 8
+// senders in registers; its lanes share the receivers.
 #pragma once
 
 #include "device.cuh"
