@@ -154,4 +154,4 @@ def test_every_cell_of_the_issue_is_measured() -> None:
     lif = {(c.hidden, c.batch, c.activity) for c in sections.LIF}
     assert len(lif) == len(sections.LIF) == 5 * 3 * 3
     assert len({(c.hidden, c.batch, c.activity) for c in sections.EGRU}) == 3 * 3 * 3
-    assert sum(s.budget_s for s in sections.make_sections(quick=False)) <= 8 * 60
+    assert sum(s.budget_s for s in sections.make_sections()) <= 8 * 60

@@ -22,7 +22,7 @@ from typing import Any
 
 from gpu_place import Place, describe, find_place
 from gpu_process import measure_cells, run_section
-from gpu_sections import make_sections
+from gpu_sections import Section, make_quick_sections, make_sections
 from gpu_tables import tables
 
 from sparsify.errors import Refusal
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(place, Refusal):
         sys.exit(f"{place.reason} {place.remedy}\n(--backend cuda-emulated runs without a GPU.)")
     if args.section:
-        section = next(s for s in make_sections(args.quick) if s.name == args.section)
+        section = next(s for s in _sections(args) if s.name == args.section)
         measure_cells(place, section, args.first, args.rows)
         return
     _run_all(args, place)
@@ -47,7 +47,7 @@ def _run_all(args: argparse.Namespace, place: Place) -> None:
     start = time.monotonic()
     content: dict[str, Any] = {"environment": describe(place), "quick": args.quick, "sections": {}}
     path = args.json or RESULTS / f"{_slug(content['environment']['device'])}.json"
-    for section in make_sections(args.quick):
+    for section in _sections(args):
         if args.only and section.name not in args.only:
             continue
         left = args.seconds - (time.monotonic() - start)
@@ -75,6 +75,10 @@ def _run_all(args: argparse.Namespace, place: Place) -> None:
     ]
     if errors:
         sys.exit("\n".join(f"{name} FAILED: {error}" for name, error in errors))
+
+
+def _sections(args: argparse.Namespace) -> list[Section]:
+    return make_quick_sections() if args.quick else make_sections()
 
 
 def _slug(device: str) -> str:

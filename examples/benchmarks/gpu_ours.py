@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import ir
 from sparsify.candidates import How, Predictor, Workload
-from sparsify.plan import GRADIENT, Plan, PlanDecision, RegionPlan
+from sparsify.plan import Plan, PlanDecision, RegionPlan
 
 CHOSEN = "chosen"
 UNMEASURED = 0.1  # activity of what no kernel has counted
+HOPELESS = 4.0  # what is predicted to be so much slower than another strategy is not compiled
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,19 @@ def variants(place: Place, model: nn.Module, x: Tensor) -> Iterator[Variant]:
     sites = [site.name for site in first.report.sites if site.decision != "kept"]
     for how in ("event", "dense"):
         decision: PlanDecision = "event" if how == "event" else "dense"
-        for strategy in place.backend.strategies:
-            if not kernels or not all(
-                takes(place, view.kernel, strategy.name, how) for view in kernels.values()
-            ):
-                continue
-            plan = Plan(
-                dict.fromkeys(sites, decision),
-                {region: RegionPlan(strategy.name) for region in kernels},
-            )
-            module: Any = sparsify.sparsify(model, x, plan=plan, **options)
-            predicted = sum(
+        predicted = {
+            strategy.name: sum(
                 predicted_ms(place, view, strategy.name, how, x) for view in kernels.values()
             )
-            yield Variant(f"{how}, {strategy.name}", module, predicted)
+            for strategy in place.backend.strategies
+            if kernels and all(takes(place, v.kernel, strategy.name, how) for v in kernels.values())
+        }
+        for strategy_name, ms in predicted.items():
+            if ms <= HOPELESS * min(predicted.values()):
+                regions = {region: RegionPlan(strategy_name) for region in kernels}
+                plan = Plan(dict.fromkeys(sites, decision), regions)
+                module: Any = sparsify.sparsify(model, x, plan=plan, **options)
+                yield Variant(f"{how}, {strategy_name}", module, ms)
 
 
 def takes(place: Place, kernel: ir.Kernel, strategy: str, how: str) -> bool:
@@ -75,7 +75,3 @@ def predicted_ms(place: Place, view: Any, strategy: str, how: str, x: Tensor) ->
 def gathers_of(kernel: ir.Kernel, how: str) -> dict[str, How]:
     decision: How = "event" if how == "event" else "dense"
     return {gather.result: decision for gather in kernel.gathers}
-
-
-def is_gradient(site: str) -> bool:
-    return site.endswith(GRADIENT)

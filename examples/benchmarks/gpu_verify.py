@@ -1,0 +1,139 @@
+"""What must hold on a device before anything is measured on it; a check raises if it does not."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_forward import Forward, make_network
+from gpu_machine import release
+from gpu_peers import graphed, new_stream
+from gpu_place import ROOT, Place
+from torch import Tensor
+
+import sparsify
+from sparsify import ir
+from sparsify.codegen.backend import Launchable
+from sparsify.reference import Array, run_reference
+
+sys.path.append(str(ROOT))  # kernels that the tests have, too
+from tests.example_kernels import gradient_data, lif, lif_data, lif_gradient, schedule
+
+EXTENTS = ((1, 1), (5, 3), (4, 140))  # steps and batch rows
+
+
+@dataclass(frozen=True)
+class Check:
+    """``kernels``, or of ``case`` ``model``, and on a GPU ``graph``, ``streams`` and ``move``."""
+
+    kind: str
+    case: Forward | None = None
+
+
+def run_check(place: Place, check: Check) -> dict[str, Any]:
+    """A row that says what was checked."""
+    if check.kind == "kernels":
+        return {"check": check.kind, "verified": list(check_kernels(place))}
+    assert check.case is not None
+    checks: dict[str, Callable[[Place, Any, Any, Tensor], str]] = {
+        "model": check_model,
+        "graph": check_graph,
+        "streams": check_streams,
+        "move": check_move,
+    }
+    with place.device, torch.no_grad():
+        torch.manual_seed(0)
+        model, x = make_network(check.case)
+        fast: Any = sparsify.sparsify(model, x, **{**place.options, "timing": False})
+        said = checks[check.kind](place, model, fast, x)
+        strategies = {name: view.schedule.strategy for name, view in fast.kernels.items()}
+    assert strategies, f"no kernel was compiled:\n{fast.report}"
+    release()
+    return {"check": check.kind, "network": check.case.network, "verified": said, **strategies}
+
+
+def check_kernels(place: Place) -> Iterator[str]:
+    """Kernels of all strategies give the bits of the reference interpreter, and its counts."""
+    for kernel, make_data in kernels(place):
+        for strategy in place.backend.strategies:
+            plan = schedule(kernel, strategy.name)
+            if place.backend.why_not(kernel, plan) is not None:
+                continue
+            launch = place.backend.load(place.backend.compile(kernel, plan))
+            for steps, batch in EXTENTS if place.is_gpu else EXTENTS[:2]:
+                _compare(place, launch, make_data(steps, batch), steps, batch)
+            neurons = kernel.populations[-1].size
+            yield f"{kernel.name} of {neurons}, {strategy.name}"
+
+
+def kernels(place: Place) -> Iterator[tuple[ir.Kernel, Callable[[int, int], Mapping[str, Array]]]]:
+    """Kernels and their data; small ones for the emulator."""
+    for inputs, hidden in ((70, 130), (300, 1000), (64, 3001)) if place.is_gpu else ((20, 40),):
+        recurrent, gradient = lif(inputs, hidden), lif_gradient(hidden)
+        yield recurrent, lambda t, b, k=recurrent: lif_data(k, t, b)  # type: ignore[misc]
+        yield gradient, lambda t, b, k=gradient: gradient_data(k, t, b, 0.3)  # type: ignore[misc]
+
+
+def _compare(
+    place: Place, launch: Launchable, data: Mapping[str, Array], steps: int, batch: int
+) -> None:
+    tensors = {name: torch.from_numpy(value).to(place.device) for name, value in data.items()}
+    wanted = run_reference(launch.kernel, data, steps=steps, batch=batch)
+    got = launch(tensors, steps=steps, batch=batch)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        array = got[name].cpu().numpy()
+        bits = f"u{value.dtype.itemsize}"
+        equal = (array.view(bits) == value.view(bits)) | ((array != array) & (value != value))
+        what = f"{launch.kernel.name}, {launch.schedule.strategy}: {name}, {steps} steps of {batch}"
+        assert equal.all(), f"{what}: {np.count_nonzero(~equal)} of {equal.size} differ"
+
+
+def check_model(place: Place, model: Any, fast: Any, x: Tensor) -> str:
+    """Step by step from the model's own states, within derived bounds."""
+    return str(sparsify.verify(model, fast, x))
+
+
+def check_graph(place: Place, model: Any, fast: Any, x: Tensor) -> str:
+    """Captured, and replayed after the weights have changed."""
+    replay = graphed(fast, x)
+    assert torch.equal(replay(x), model(x)), "a captured call differs"
+    for parameter in model.parameters():
+        parameter.mul_(0.5)
+    assert torch.equal(replay(x), model(x)), "a replay does not see that weights have changed"
+    return "capture and replay, also with changed weights"
+
+
+def check_streams(place: Place, model: Any, fast: Any, x: Tensor) -> str:
+    """On other streams, from several threads at once."""
+    wanted, failed = model(x), []
+
+    def run() -> None:
+        with torch.no_grad(), torch.cuda.stream(new_stream()):
+            for _ in range(5):
+                if not torch.equal(fast(x), wanted):
+                    failed.append("a call on another stream differs")
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    torch.cuda.synchronize()  # the streams do not wait for what was started before
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed[0]
+    return "four threads, each with a stream of its own"
+
+
+def check_move(place: Place, model: Any, fast: Any, x: Tensor) -> str:
+    """The same module on the CPU and back: each call is served by the backend of its tensors."""
+    wanted = fast(x)
+    fast.to("cpu")
+    assert torch.equal(fast(x.cpu()), wanted.cpu()), "the CPU gives other spikes"
+    fast.to(place.device)
+    assert torch.equal(fast(x), wanted), "spikes differ after the way to the CPU and back"
+    return "moved to the CPU and back"
