@@ -18,7 +18,7 @@ from sparsify.codegen.cell_text import (
     start_phases,
 )
 from sparsify.codegen.cuda.frame_text import Scratch
-from sparsify.codegen.usage import Source, Usage, emitted, statement_args
+from sparsify.codegen.usage import Source, Usage, emitted, neuron_reads, statement_args
 from sparsify.codegen.writer import Writer
 
 
@@ -125,8 +125,40 @@ def operand_element(operand: ir.Operand, symbols: Symbols) -> str:
     return f"{element} != 0" if operand.dtype == "bool" else element
 
 
-def write_neuron(w: Writer, neuron: Neuron, in_memory: bool) -> None:
-    """The struct; and how it is loaded and saved, if it lies ``in_memory`` between phases."""
+def loaded(phase: ir.Phase, neuron: Neuron, usage: Usage, symbols: Symbols) -> list[Kept]:
+    """The lasting members that a phase reads before it writes them."""
+    if phase not in usage.kernel.phases:
+        return []  # it gives states their first value
+    names = {old_value(n, phase, usage, symbols) for s in phase.body for n in neuron_reads(s)}
+    names |= {f"{symbols.values[name]}_next" for name in committed(phase, usage)}
+    defined = {s.result for s in phase.body if isinstance(s, ir.Let | ir.Gather)}
+    names -= {symbols.values[name] for name in defined}
+    return [member for member in neuron.lasting if member.name in names]
+
+
+def saved(phase: ir.Phase, neuron: Neuron, usage: Usage, symbols: Symbols) -> list[Kept]:
+    """The lasting members that a phase writes."""
+    names = {symbols.values[name] for name in committed(phase, usage)}
+    for statement in phase.body:
+        if isinstance(statement, ir.Let | ir.Gather):
+            names.add(symbols.values[statement.result])
+        if isinstance(statement, ir.Update):
+            doubled = "_next" if statement.state in usage.doubled_states else ""
+            names.add(f"{symbols.values[statement.state]}{doubled}")
+    return [member for member in neuron.lasting if member.name in names]
+
+
+def committed(phase: ir.Phase, usage: Usage) -> list[str]:
+    """The states whose new value becomes the old one when ``phase`` begins."""
+    kernel = usage.kernel
+    if phase not in kernel.phases or not is_first_phase(phase, kernel):
+        return []
+    states = [s.name for s in kernel.states if s.population == phase.population]
+    return [name for name in states if name in usage.doubled_states]
+
+
+def write_neuron(w: Writer, neuron: Neuron) -> None:
+    """The struct, if there is anything to keep."""
     if not neuron.members:
         return
     w.line()
@@ -134,19 +166,6 @@ def write_neuron(w: Writer, neuron: Neuron, in_memory: bool) -> None:
     with w.block(f"struct {neuron.struct}", "};"):
         for member in neuron.members:
             w.line(f"{C_TYPES[member.dtype]} {member.name};", member.note)
-    if not in_memory or not neuron.lasting:
-        return
-    w.line()
-    with w.block(f"SPARSIFY_INLINE void load({neuron.struct}& own, const Call& call, int64_t at)"):
-        for member in neuron.lasting:
-            tested = " != 0" if member.dtype == "bool" else ""
-            w.line(f"own.{member.name} = call.{member.name}_kept[at]{tested};")
-    w.line()
-    with w.block(
-        f"SPARSIFY_INLINE void save(const {neuron.struct}& own, const Call& call, int64_t at)"
-    ):
-        for member in neuron.lasting:
-            w.line(f"call.{member.name}_kept[at] = own.{member.name};")
 
 
 @dataclass
@@ -171,7 +190,7 @@ class Cell:
             self._write_body(phase)
 
     def _write_body(self, phase: ir.Phase) -> None:
-        for state in self._committed(phase):
+        for state in committed(phase, self.usage):
             name = self.symbols.values[state]
             self.writer.line(f"own.{name} = own.{name}_next;", "the step before has ended")
         for statement in phase.body:
@@ -182,14 +201,6 @@ class Cell:
         for statement in phase.body:  # a state has its old value to the end of the phase
             if isinstance(statement, ir.Update):
                 self._update(statement)
-
-    def _committed(self, phase: ir.Phase) -> list[str]:
-        """The states whose new value becomes the old one when ``phase`` begins."""
-        kernel = self.usage.kernel
-        if not is_first_phase(phase, kernel):
-            return []
-        states = [s.name for s in kernel.states if s.population == phase.population]
-        return [name for name in states if name in self.usage.doubled_states]
 
     def _statement(self, statement: ir.Statement) -> None:
         match statement:

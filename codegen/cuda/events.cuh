@@ -111,7 +111,8 @@ SPARSIFY_INLINE void copy_values(F* to, const Source& from, int neurons) {
   for (int n = threadIdx.x; n < neurons; n += blockDim.x) to[n] = cast<F>(from[n]);
 }
 
-// How many values are not zero. Each thread looks at its part.
+// How many values are not zero. Each thread looks at those of the neurons that it computes, or has
+// copied: it needs no barrier after these.
 template <class Source>
 SPARSIFY_INLINE int count_active(const Source* values, int neurons) {
   int found = 0;
@@ -125,7 +126,7 @@ SPARSIFY_INLINE F wild_from() {
   return sizeof(F) == 4 ? F(0x1p63) : F(0x1p511);
 }
 
-// Whether some value is wild: infinities and NaN are, too. Each thread looks at its part.
+// Whether some value is wild: infinities and NaN are, too. Threads share the values as above.
 template <class F>
 SPARSIFY_INLINE bool is_wild(const F* values, int neurons) {
   bool wild = false;

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols, start_phases
 from sparsify.codegen.cuda.cell_text import (
+    Kept,
     Neuron,
     bits_of,
     find_neurons,
+    loaded,
     old_value,
     operand_element,
     published,
+    saved,
     write_cells,
     write_neuron,
 )
@@ -120,7 +123,7 @@ class CudaText(ABC):
 
     def write_neurons(self) -> None:
         for neuron in self.neurons.values():
-            write_neuron(self.w, neuron, self.in_memory(neuron))
+            write_neuron(self.w, neuron)
         write_cells(self.w, self.usage, self.symbols, self.neurons)
 
     def functions(self) -> list[tuple[ir.Phase, str]]:
@@ -147,7 +150,7 @@ class CudaText(ABC):
     def needs_values(self, source: Source) -> bool:
         """Whether a gather reads the values of a source, and not its events alone."""
         readers = [g for g in self.kernel.gathers if g.source == source.name]
-        return source.dense or source.blocks or any(map(self._is_real, readers))
+        return source.dense or source.blocks or any(map(self.is_real, readers))
 
     def is_converted(self, source: Source) -> bool:
         """Whether values of an operand are copied in the weights' dtype; else they stay."""
@@ -212,7 +215,7 @@ class CudaText(ABC):
     def _write_tile(self, phase: ir.Phase, function: str, first: str, end: str) -> None:
         neuron, w = self.neurons[phase.population], self.w
         gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
-        is_loaded = self.in_memory(neuron) and bool(neuron.lasting)
+        facts = phase, neuron, self.usage, self.symbols
         if gathers:
             per = self.per_name[phase.population]
             w.line(f"const Columns<{per}, THREADS> columns({first}, {end});")
@@ -221,17 +224,24 @@ class CudaText(ABC):
         wanted = [g for g in gathers if g.only is not None]
         with self._own_neurons(phase.population, first, end):
             own = [f"{neuron.array}[k]"] if neuron.members else []
-            if is_loaded:
-                w.line(f"if (here) load({own[0]}, call, {self.slot(neuron)});")
+            if self.in_memory(neuron):
+                self._write_moves(neuron, loaded(*facts), "{own} = {kept};")
             for gather in wanted:
                 self._write_wanted(gather, phase)
             t = "t" if phase in self.kernel.phases else "0"
             sums = [f"{self.symbols.values[gather.result]}[k]" for gather in gathers]
             given = ", ".join(["call", *own, t, "b", "n", *sums])
             w.line(f"if (here) {function}({given});")
-            if is_loaded:
-                w.line(f"if (here) save({own[0]}, call, {self.slot(neuron)});")
+            if self.in_memory(neuron):
+                self._write_moves(neuron, saved(*facts), "{kept} = {own};")
             self._write_published(phase, neuron, end)
+
+    def _write_moves(self, neuron: Neuron, members: list[Kept], move: str) -> None:
+        """Between scratch memory and what a thread computes with."""
+        for member in members:
+            own = f"{neuron.array}[k].{member.name}"
+            kept = f"call.{member.name}_kept[{self.slot(neuron)}]"
+            self.w.line(f"if (here) {move.format(own=own, kept=kept)}")
 
     @contextmanager
     def _own_neurons(self, population: str, first: str, end: str) -> Iterator[None]:
@@ -256,7 +266,7 @@ class CudaText(ABC):
             given = f"{name}, {weight}, {self.values_of(source)}, {self.size(source)}, columns"
             self.w.line(f"gather_dense<{row}>({given});")
             return
-        payload = f"Payload({self.values_of(source)})" if self._is_real(gather) else "One()"
+        payload = f"Payload({self.values_of(source)})" if self.is_real(gather) else "One()"
         given = f"{name}, {weight}, {weight}_finite, {self.events_of(source)}, {payload}, columns"
         self.w.line(f"gather<{row}>({given});")
 
@@ -266,7 +276,8 @@ class CudaText(ABC):
         name = packed_name(packing, self.symbols)
         return f"call.{name}", self.rows[name]
 
-    def _is_real(self, gather: ir.Gather) -> bool:
+    def is_real(self, gather: ir.Gather) -> bool:
+        """Whether the gather multiplies with the values of its senders."""
         source = self.usage.sources[gather.source]
         return gather.payload == "real" and source.value_dtype not in ("bool", "bits")
 

@@ -31,6 +31,9 @@ from sparsify.codegen.writer import Writer
 from sparsify.errors import Refusal
 
 
+NEVER_WILD: tuple[ir.DType, ...] = ("bool", "bits", "int32")  # they are below 2**63
+
+
 class RowPerBlock:
     name = "row-per-block"
 
@@ -265,8 +268,6 @@ class _RowText(CudaText):
                 to = f"shared.{name}_values"
                 self.w.line(f"copy_values({to}, {row}, {self.size(source)});")
             if not source.events and self._counted_by(source):
-                if not self.is_converted(source):  # there, a thread sees what it has copied itself
-                    self._meet_before(meetings, self._read(source, dense=True), [])
                 counted = f"count_active({self.values_of(source)}, {self.size(source)})"
                 self._write_count(source, counted)
 
@@ -295,14 +296,18 @@ class _RowText(CudaText):
             self.w.line(f"active[{index}] += {found};")
 
     def _write_wild(self, phase: ir.Phase, meetings: Meetings) -> None:
-        """Find out whether values are wild of which a restricted product is taken."""
+        """Find out whether values are wild of which a restricted product is taken.
+
+        A thread looks at values that it has written itself.
+        """
         for gather in phase.body:
             if not isinstance(gather, ir.Gather) or gather.only is None:
                 continue
             source = self.usage.sources[gather.source]
-            if not self.is_converted(source):  # there, a thread sees what it has copied itself
-                self._meet_before(meetings, self._read(source, dense=True), [])
             name = self.symbols.values[gather.result]
+            if source.value_dtype in NEVER_WILD:
+                self.w.line(f"constexpr bool {name}_wild = false;", f"{source.name} is small")
+                continue
             wild = f"__syncthreads_or(is_wild({self.values_of(source)}, {self.size(source)}))"
             self.w.line(f"const bool {name}_wild = {wild};")
             meetings.met()
@@ -311,9 +316,7 @@ class _RowText(CudaText):
         reads, writes = [], []
         for gather in phase.body:
             if isinstance(gather, ir.Gather):
-                source = self.usage.sources[gather.source]
-                is_dense = gather.result in self.usage.dense | self.usage.selective
-                reads += self._read(source, dense=is_dense)
+                reads += self._read(gather)
         for source, _ in emitted(phase, self.usage):
             name = self.name(source)
             writes += [f"{name}_mask"] * source.events
@@ -322,12 +325,15 @@ class _RowText(CudaText):
         self._meet_before(meetings, reads, writes)
         self.write_phase(phase, function)
 
-    def _read(self, source: Source, dense: bool) -> list[str]:
+    def _read(self, gather: ir.Gather) -> list[str]:
         """What a gather reads of shared memory."""
+        source = self.usage.sources[gather.source]
         name, slot = self.name(source), " now" * (source.kind == "state")
         in_place = source.kind == "operand" and not self.is_converted(source)
-        values = [] if in_place or not self.needs_values(source) else [f"{name}_values{slot}"]
-        return values if dense else [f"{name}_list", *values]
+        values = [] if in_place else [f"{name}_values{slot}"]
+        if gather.result in self.usage.dense | self.usage.selective:
+            return values
+        return [f"{name}_list", *(values if self.is_real(gather) else [])]
 
     def _meet_before(
         self, meetings: Meetings, reads: Collection[str], writes: Collection[str]
