@@ -164,7 +164,7 @@ class _Canary:
     """The same work every time, on as many threads as torch uses."""
 
     def __init__(self) -> None:
-        self.values = torch.linspace(-1, 1, 2**17 * torch.get_num_threads())
+        self.values = torch.linspace(-1, 1, 2**17 * torch.get_num_threads(), device="cpu")
         self.result = torch.empty_like(self.values)
         self.time()
 

@@ -53,7 +53,7 @@ def calibrate_rates() -> Rates:
 
 
 def _measure_rates() -> Rates:
-    matrix = torch.full((SIDE, SIDE), 0.5)
+    matrix = torch.full((SIDE, SIDE), 0.5, device="cpu")
     product = torch.empty_like(matrix)
     macs = SIDE**3 / _best_seconds(lambda: torch.mm(matrix, matrix, out=product))
     adds = product.numel() / _best_seconds(lambda: torch.add(matrix, matrix, out=product))

@@ -16,7 +16,10 @@ aten = torch.ops.aten
 def filled(p: Precision, like: Bounded, value: float, **_: Any) -> Bounded:
     """A tensor of one literal, which torch rounds to its dtype."""
     dtype = torch.float64 if p.dtype.is_floating_point else p.dtype
-    return Bounded(torch.full(like.value.shape, p.round_scalar(value), dtype=dtype), EXACT, p.dtype)
+    full = torch.full(
+        like.value.shape, p.round_scalar(value), dtype=dtype, device=like.value.device
+    )
+    return Bounded(full, EXACT, p.dtype)
 
 
 def leaky_relu(p: Precision, a: Bounded, slope: float = 0.01) -> Bounded:

@@ -44,7 +44,8 @@ class GivenUp(NamedTuple):
     @staticmethod
     def make(name: str, device: torch.device) -> GivenUp:
         # What is pinned has the same address on every device (unified virtual addressing).
-        tensor = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        tensor = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=pinned)
         return GivenUp(Memory(tensor, name, written=True), tensor.numpy())
 
 
