@@ -29,7 +29,12 @@ from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from sparsify.codegen.emulator.faults import KernelFault
 from sparsify.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits
+from sparsify.verify_model import verify
+from tests import zoo_recurrent
+from tests.emulated import emulated as on_emulator
 from tests.outer_operands import KINDS, LAYOUTS, laid_out, reference, spikes
+from tests.training_harness import weighted_sum
+from tests.training_nets import net
 
 WARPS = {"float": (4, 8, 16), "double": (4, 8)}
 VARIANTS = [
@@ -321,3 +326,20 @@ run_outer_product_float_bits_128x64(const Call call) {
 """
     )
     assert "sparsify::add_sums<double>(call);" in render_sums("double").text
+
+
+def test_gradients_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With enough neurons that the forward kernel saves spikes as bits."""
+    monkeypatch.setattr(zoo_recurrent, "HIDDEN", 130)
+    each = net("recurrent")
+    model, x = each.model(torch.float32), each.inputs(5, 3, torch.float32)
+    fast = on_emulator(model, "random")
+    fast(x.requires_grad_())  # records
+    verify(model, fast, x, gradients=True)
+    model.zero_grad()
+    weighted_sum(fast(x)).backward()
+    graphs = [entry.compiled.graph for entry in fast.compiled.entries]
+    products = [m for g in graphs for m in g.modules() if isinstance(m, OuterProduct)]
+    assert 130 in {product.senders for product in products}
+    assert all(product.runs["event"] and not product.runs["dense"] for product in products)
+    assert all(0 < active < seen for active, seen in (product.events for product in products))
