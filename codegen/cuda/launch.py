@@ -5,7 +5,7 @@ Nothing here waits for the device but reading ``events``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -49,6 +49,14 @@ class GivenUp(NamedTuple):
         return GivenUp(Memory(tensor, name, written=True), tensor.numpy())
 
 
+class Sized(NamedTuple):
+    """What a launch takes of the numbers of steps and rows."""
+
+    grid: Grid
+    scratch: Sequence[int]
+    numbers: Sequence[int]
+
+
 class CudaLaunchable:
     """A loaded kernel; see ``backend.Launchable``. Any number of threads may call it at once.
 
@@ -71,7 +79,7 @@ class CudaLaunchable:
         self._counted = {g.result: counted(kernel, g) for g in kernel.gathers}
         self._functions: dict[torch.device, Function] = {}
         self._active: dict[torch.device, Memory] = {}
-        self._grids: dict[tuple[torch.device, int, int], Grid] = {}
+        self._sized: dict[tuple[torch.device, int, int], Sized] = {}
         self._given_up: dict[str, GivenUp] = {}
         self._lock = Lock()
 
@@ -135,13 +143,13 @@ class CudaLaunchable:
     def _launch(self, device: torch.device, steps: int, batch: int, words: list[Word]) -> None:
         function = self._functions.get(device) or self._load(device)
         self._check_given_up()
-        grid = self._grids.get((device, steps, batch)) or self._grid(device, steps, batch)
+        sized = self._sized.get((device, steps, batch)) or self._size(device, steps, batch)
         words.append(self._active[device])
-        for scratch, size in zip(self._plan.scratch, self._plan.sizes(grid, batch), strict=True):
+        for scratch, size in zip(self._plan.scratch, sized.scratch, strict=True):
             lasting = self._given_up.get(scratch.name)
             words.append(lasting.memory if lasting else _make_scratch(scratch, size, device))
-        words += self._plan.numbers(grid, batch)
-        function.launch(grid, words)
+        words += sized.numbers
+        function.launch(sized.grid, words)
         self._check_given_up()
 
     def _check_given_up(self) -> None:
@@ -196,13 +204,14 @@ class CudaLaunchable:
             function = self._functions[device] = self._function_on(device)
         return function
 
-    def _grid(self, device: torch.device, steps: int, batch: int) -> Grid:
-        resident = self._functions[device].resident_blocks
-        grid = self._plan.grid(steps, batch, self._device.limits(device), resident)
-        if len(self._grids) >= GRIDS:
-            self._grids = {}
-        self._grids[device, steps, batch] = grid
-        return grid
+    def _size(self, device: torch.device, steps: int, batch: int) -> Sized:
+        plan, resident = self._plan, self._functions[device].resident_blocks
+        grid = plan.grid(steps, batch, self._device.limits(device), resident)
+        if len(self._sized) >= GRIDS:
+            self._sized = {}
+        sized = Sized(grid, tuple(plan.sizes(grid, batch)), tuple(plan.numbers(grid, batch)))
+        self._sized[device, steps, batch] = sized
+        return sized
 
 
 def _make_scratch(scratch: Scratch, size: int, device: torch.device) -> Memory:
