@@ -1,0 +1,291 @@
+"""Calling CUDA kernels: what is checked and accepted, what a launch is given, who waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify import ir
+from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.cuda.backend import CudaBackend
+from sparsify.codegen.cuda.device import H100, Grid, Limits, Memory, Word
+from sparsify.codegen.cuda.row_per_block import RowPerBlock
+from tests import test_launch
+from tests.emulated_kernels import emulator, load, needs_emulator
+from tests.example_kernels import lif, lif_data, lif_gradient, product, schedule
+from tests.test_launch import assert_equal
+
+STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 20, 40
+ROW = "row-per-block"
+Tensors = dict[str, torch.Tensor]
+
+
+class Log:
+    """A device that keeps what it is asked to launch."""
+
+    name = "cuda-emulated"
+    type = "cpu"
+
+    def __init__(self, resident: int = 2) -> None:
+        self.resident = resident
+        self.launches: list[tuple[Grid, list[Word]]] = []
+
+    def why_unavailable(self) -> None:
+        return None
+
+    def limits(self, device: torch.device) -> Limits:
+        return H100
+
+    def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
+        return Path(source.filename)
+
+    def load(self, path: Path, entry: str, device: torch.device) -> Log:
+        return self
+
+    def launch(self, grid: Grid, words: Sequence[Word]) -> None:
+        self.launches.append((grid, list(words)))
+
+    def resident_blocks(self, threads: int, shared_bytes: int) -> int:
+        return self.resident
+
+
+def logged(kernel: ir.Kernel, how: str = "event", resident: int = 2) -> tuple[Log, Launchable]:
+    log = Log(resident)
+    backend = CudaBackend(log)
+    plan = schedule(kernel, ROW, "dense" if how == "dense" else "event")
+    return log, backend.load(backend.compile(kernel, plan))
+
+
+@pytest.fixture(scope="module")
+def launch() -> Launchable:
+    kernel = lif(INPUTS, HIDDEN)
+    return load(kernel, schedule(kernel, ROW))
+
+
+@pytest.fixture
+def tensors() -> Tensors:
+    data = lif_data(lif(INPUTS, HIDDEN), STEPS, BATCH)
+    return {name: torch.from_numpy(value) for name, value in data.items()}
+
+
+@pytest.fixture
+def wanted(launch: Launchable, tensors: Tensors) -> Tensors:
+    results = launch(tensors, steps=STEPS, batch=BATCH)
+    assert results["spikes"].any()
+    return results
+
+
+# ---- the same contract as that of C++ kernels ----
+
+SHARED = (
+    "test_a_missing_tensor_is_named",
+    "test_zero_steps_empty_batches_and_negative_extents",
+    "test_any_strides",
+    "test_expanded_operands",
+    "test_given_outputs_are_written",
+    "test_changed_weights_are_seen_unless_frozen",
+    "test_parameters_and_inference_tensors",
+)
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", SHARED)
+def test_as_for_cpp(name: str, launch: Launchable, tensors: Tensors, wanted: Tensors) -> None:
+    test = getattr(test_launch, name)
+    given = {"launch": launch, "tensors": tensors, "wanted": wanted}
+    test(**{key: given[key] for key in test.__annotations__ if key in given})
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", ["x", "v0", "w_rec"])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda t: t.double(), TypeError),
+        (lambda t: t[..., 1:], ValueError),
+        (lambda t: t.to("meta"), ValueError),
+        (lambda t: t.to_sparse(), ValueError),
+        (lambda t: t.tolist(), TypeError),
+        (lambda t: None, ValueError),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    launch: Launchable, tensors: Tensors, name: str, change: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=repr(name)):
+        launch({**tensors, name: change(tensors[name])}, steps=STEPS, batch=BATCH)
+
+
+@needs_emulator
+def test_threads_may_call_at_once() -> None:
+    kernel = lif(INPUTS, HIDDEN)
+    backend = CudaBackend(emulator("forward", checks=False))
+    shared = backend.load(backend.compile(kernel, schedule(kernel, ROW)))
+    sets = []
+    for seed in range(4):
+        data = lif_data(kernel, STEPS, BATCH, seed)
+        sets.append({name: torch.from_numpy(value) for name, value in data.items()})
+    alone = [shared(given, steps=STEPS, batch=BATCH) for given in sets]
+    shared.reset_events()
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(shared, given, steps=STEPS, batch=BATCH) for given in sets * 5]
+        for index, job in enumerate(jobs):
+            assert_equal(job.result(), alone[index % 4])
+    assert shared.events["drive"][1] == 20 * STEPS * BATCH * INPUTS
+
+
+# ---- what a launch is given ----
+
+
+def test_words_are_the_members_of_the_struct(tensors: Tensors) -> None:
+    kernel = lif(INPUTS, HIDDEN)
+    log, launch = logged(kernel)
+    launch(tensors, steps=STEPS, batch=BATCH)
+    [(_, words)] = log.launches
+    plan = RowPerBlock().plan(kernel, schedule(kernel, ROW))
+    assert len(words) == 2 + sum(1 + len(member.axes) for member in plan.members)
+    assert words[:2] == [STEPS, BATCH]
+    at = 2
+    for member in plan.members:
+        word = words[at]
+        assert isinstance(word, Memory)
+        assert word.written == (member.role in ("output", "active", "scratch"))
+        if member.role in ("operand", "output"):
+            lead = word.tensor.stride()[: len(member.axes)]
+            assert words[at + 1 : at + 1 + len(member.axes)] == list(lead)
+            assert word.name == member.of
+            assert word.fresh == (member.role == "output")
+        at += 1 + len(member.axes)
+
+
+def test_weights_are_packed_in_padded_rows(tensors: Tensors) -> None:
+    log, launch = logged(lif(INPUTS, HIDDEN))
+    launch(tensors, steps=STEPS, batch=BATCH)
+    memories = {w.name: w.tensor for w in log.launches[0][1] if isinstance(w, Memory)}
+    assert memories["w_in"].shape == (INPUTS, 64)
+    assert torch.equal(memories["w_in"][:, :HIDDEN], tensors["w_in"].t())
+    assert memories["w_in is finite"].item() == 1
+    tensors["w_in"][3, 3] = float("nan")
+    launch(tensors, steps=STEPS, batch=BATCH)
+    memories = {w.name: w.tensor for w in log.launches[1][1] if isinstance(w, Memory)}
+    assert memories["w_in is finite"].item() == 0
+    assert memories["w_rec is finite"].item() == 1
+
+
+def test_weights_that_lie_as_kernels_read_them_are_not_copied() -> None:
+    kernel = product(64, 64)
+    log, launch = logged(kernel)
+    x, w = torch.zeros(1, 2, 64), torch.ones(64, 64)
+    for given, same in ((w, False), (w.clone().t(), True), (w[:, :32].repeat(1, 2).t(), True)):
+        launch({"x": x, "w": given}, steps=1, batch=2)
+        packed = log.launches[-1][1][5]
+        assert isinstance(packed, Memory)
+        assert (packed.tensor.data_ptr() == given.data_ptr()) == same
+        assert torch.equal(packed.tensor, given.t())
+
+
+def test_rows_of_receivers_for_restricted_products() -> None:
+    kernel = lif_gradient(40)
+    log, launch = logged(kernel)
+    w = torch.randn(40, 40)
+    v = torch.zeros(2, 3, 40)
+    launch({"v": v, "g": v, "d0": v[0], "w_rec": w}, steps=2, batch=3)
+    memories = {m.name: m.tensor for m in log.launches[0][1] if isinstance(m, Memory)}
+    assert torch.equal(memories["w_rec"][:, :40], w)
+    assert "w_rec is finite" not in memories  # they skip no sender
+
+
+def test_no_more_blocks_than_run_at_once() -> None:
+    """A recurrent kernel has a block for a row, another one for each step of a row."""
+    recurrent, plain = lif(INPUTS, HIDDEN), product(INPUTS, HIDDEN)
+    for kernel, rows in ((recurrent, 500), (plain, 4 * 500)):
+        data = {
+            o.name: torch.zeros(
+                [
+                    {"T": 4, "B": 500}.get(a, kernel.population_size(o.population or ""))
+                    for a in o.axes
+                ]
+            )
+            for o in kernel.operands
+        }
+        data |= {
+            w.name: torch.zeros(
+                kernel.population_size(w.receivers), kernel.population_size(w.senders)
+            )
+            for w in kernel.weights
+        }
+        for resident in (1, 2, 100):
+            log, launch = logged(kernel, resident=resident)
+            launch(data, steps=4, batch=500)
+            grid = log.launches[0][0]
+            assert grid.blocks == min(rows, 132 * resident)
+            assert grid.threads == 64
+
+
+def test_large_layers_keep_their_states_in_memory() -> None:
+    kernel = lif(20, 9000)
+    log, launch = logged(kernel, resident=1)
+    data = {n: torch.from_numpy(v) for n, v in lif_data(kernel, 1, 2).items()}
+    launch(data, steps=1, batch=2)
+    grid, words = log.launches[0]
+    kept = words[-1]
+    assert isinstance(kept, Memory)
+    assert (kept.name, kept.tensor.numel(), kept.fresh) == ("v_kept", grid.blocks * 9000, True)
+
+
+def test_nobody_waits_for_the_device(tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value of a tensor reaches Python in a call: that would wait, and break graph capture."""
+    _, launch = logged(lif(INPUTS, HIDDEN))
+    launch(tensors, steps=STEPS, batch=BATCH)
+
+    def waits(*args: object) -> None:
+        raise AssertionError("a call waited for the device")
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    for frozen in (False, True):
+        launch(tensors, steps=STEPS, batch=BATCH, frozen=frozen)
+    launch.reset_events()
+    with pytest.raises(AssertionError, match="waited"):
+        _ = launch.events
+
+
+def test_tensors_on_two_devices(launch: Launchable, tensors: Tensors) -> None:
+    elsewhere = {**tensors, "w_in": tensors["w_in"].to("meta")}
+    with pytest.raises(
+        ValueError, match=r"'w_in' is \[40, 20\] .* on meta.*expected .* on the CPU"
+    ):
+        launch(elsewhere, steps=STEPS, batch=BATCH)
+
+
+def test_predicted_costs() -> None:
+    kernel = lif(100, 200)
+    activity = {"drive": 0.1, "recurrent": 0.5}
+    strategy = RowPerBlock(H100)
+    plan = schedule(kernel, ROW)
+    cost = strategy.predict(kernel, plan, steps=10, batch=300, activity=activity)
+    pairs = 0.1 * 100 * 200 + 0.5 * 200 * 200
+    assert cost.event_adds == pytest.approx(3000 * pairs)
+    assert (cost.parts, cost.meets, cost.weights_from) == (300, "block", "l2")
+    assert cost.barriers == 2 * 10 * 1  # two in a step; all rows run side by side
+    alone = product(100, 200)
+    cost = strategy.predict(alone, schedule(alone, ROW), steps=10, batch=3, activity={"y": 0.1})
+    assert cost.parts == 30  # steps run side by side, too
+
+
+def test_a_device_has_more_rows_at_once_the_less_memory_a_block_takes() -> None:
+    small, large = replace(H100, threads_per_multiprocessor=512), H100
+    kernel = lif(100, 200)
+    plan = schedule(kernel, ROW)
+    activity = {"drive": 0.1, "recurrent": 0.5}
+    parts = [
+        RowPerBlock(limits).predict(kernel, plan, steps=10, batch=9999, activity=activity).parts
+        for limits in (small, large)
+    ]
+    assert parts == [2 * 132, 9 * 132]
