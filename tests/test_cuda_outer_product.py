@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sparsify.api import sparsify
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda import outer_product as cuda
@@ -31,7 +33,6 @@ from sparsify.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits
 from sparsify.verify_model import verify
 from tests import zoo_recurrent
-from tests.emulated import emulated as on_emulator
 from tests.outer_operands import KINDS, LAYOUTS, laid_out, reference, spikes
 from tests.training_harness import weighted_sum
 from tests.training_nets import net
@@ -331,13 +332,14 @@ run_outer_product_float_bits_128x64(const Call call) {
 def test_gradients_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """With enough neurons that the forward kernel saves spikes as bits."""
     monkeypatch.setattr(zoo_recurrent, "HIDDEN", 130)
+    monkeypatch.setenv("SPARSIFY_EMULATOR", "random")
     each = net("recurrent")
     model, x = each.model(torch.float32), each.inputs(5, 3, torch.float32)
-    fast = on_emulator(model, "random")
+    fast: Any = sparsify(model, backend="cuda-emulated")
     fast(x.requires_grad_())  # records
     verify(model, fast, x, gradients=True)
     model.zero_grad()
-    weighted_sum(fast(x)).backward()
+    weighted_sum(fast(x)).backward()  # type: ignore[no-untyped-call]
     graphs = [entry.compiled.graph for entry in fast.compiled.entries]
     products = [m for g in graphs for m in g.modules() if isinstance(m, OuterProduct)]
     assert 130 in {product.senders for product in products}
