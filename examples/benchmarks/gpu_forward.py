@@ -129,12 +129,19 @@ def _makers(
         makers |= graphed_peers(best, x)
     makers[CHOSEN] = partial(chosen, place, model, x)
     predicted: dict[str, float] = {}
-    for variant in variants(place, model, x):
-        makers[variant.name] = partial(_same, variant.module)
-        predicted[variant.name] = variant.predicted_ms
+    try:
+        for variant in variants(place, model, x):
+            makers[variant.name] = partial(_same, variant.module)
+            predicted[variant.name] = variant.predicted_ms
+    except FAILURES as error:
+        makers["our kernels"] = partial(_fail, error)
     if place.is_gpu:
         makers[f"{CHOSEN}, graphed"] = lambda: graphed(chosen(place, model, x), x)
     return makers, predicted
+
+
+def _fail(error: Exception) -> Function:
+    raise error
 
 
 def _same(module: Function) -> Function:

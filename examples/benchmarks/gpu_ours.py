@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ from gpu_place import Place
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import ir
 from sparsify.candidates import How, Predictor, Workload
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 
 CHOSEN = "chosen"
 UNMEASURED = 0.1  # activity of what no kernel has counted
+HOW: tuple[How, ...] = ("event", "dense")
 HOPELESS = 4.0  # what is predicted to be so much slower than another strategy is not compiled
 
 
@@ -34,44 +34,46 @@ def chosen(place: Place, model: nn.Module, x: Tensor) -> Any:
 
 
 def variants(place: Place, model: nn.Module, x: Tensor) -> Iterator[Variant]:
-    """One for each kind of gather and strategy that takes all kernels of the model."""
+    """One for each kind of gather and strategy. Raises AssertionError if no kernel is compiled."""
     options = {**place.options, "timing": False}
     first: Any = sparsify.sparsify(model, x, **options)
     first(x)  # counts its events
-    kernels = dict(first.kernels)
+    assert first.kernels, f"no kernel was compiled:\n{first.report}"
     sites = [site.name for site in first.report.sites if site.decision != "kept"]
-    for how in ("event", "dense"):
-        decision: PlanDecision = "event" if how == "event" else "dense"
-        predicted = {
-            strategy.name: sum(
-                predicted_ms(place, view, strategy.name, how, x) for view in kernels.values()
-            )
-            for strategy in place.backend.strategies
-            if kernels and all(takes(place, v.kernel, strategy.name, how) for v in kernels.values())
-        }
-        for strategy_name, ms in predicted.items():
-            if ms <= HOPELESS * min(predicted.values()):
-                regions = {region: RegionPlan(strategy_name) for region in kernels}
-                plan = Plan(dict.fromkeys(sites, decision), regions)
-                module: Any = sparsify.sparsify(model, x, plan=plan, **options)
-                yield Variant(f"{how}, {strategy_name}", module, ms)
+    for how in HOW:
+        times = {name: predicted_ms(place, view, how, x) for name, view in first.kernels.items()}
+        builds = _builds(times, [strategy.name for strategy in place.backend.strategies])
+        for strategy, (regions, ms) in builds.items():
+            decided: dict[str, PlanDecision] = dict.fromkeys(sites, how)
+            module: Any = sparsify.sparsify(model, x, plan=Plan(decided, regions), **options)
+            yield Variant(f"{how}, {strategy}", module, ms)
 
 
-def takes(place: Place, kernel: ir.Kernel, strategy: str, how: str) -> bool:
-    schedule = ir.Schedule(strategy, tuple(gathers_of(kernel, how).items()))
-    return place.backend.why_not(kernel, schedule) is None
+def _builds(
+    times: Mapping[str, Mapping[str, float]], strategies: Sequence[str]
+) -> dict[str, tuple[dict[str, RegionPlan], float]]:
+    """The kernels' strategies under the name of one, and what all of them take together.
+
+    Kernels that this one does not take have their fastest. Hopeless ones are left out.
+    """
+    found = {}
+    for strategy in strategies:
+        if any(strategy in known for known in times.values()):
+            used = {
+                n: strategy if strategy in t else min(t, key=t.__getitem__)
+                for n, t in times.items()
+            }
+            total = sum(times[name][each] for name, each in used.items())
+            found[strategy] = {name: RegionPlan(each) for name, each in used.items()}, total
+    fastest = min(ms for _, ms in found.values())
+    return {name: build for name, build in found.items() if build[1] <= HOPELESS * fastest}
 
 
-def predicted_ms(place: Place, view: Any, strategy: str, how: str, x: Tensor) -> float:
-    """What the cost model says of one call of a kernel, ``x`` being ``[T, B, ...]``."""
+def predicted_ms(place: Place, view: Any, how: How, x: Tensor) -> dict[str, float]:
+    """What the cost model says of one call of a kernel, by strategy; ``x`` is ``[T, B, ...]``."""
     counted = {name: active / most for name, (active, most) in view.events.items() if most}
-    activity = {g.result: counted.get(g.result, UNMEASURED) for g in view.kernel.gathers}
+    gathers: dict[str, How] = {g.result: how for g in view.kernel.gathers}
+    activity = {name: counted.get(name, UNMEASURED) for name in gathers}
     workload = Workload(x.shape[0], x.shape[1], activity)
-    predictor = Predictor(view.kernel, workload, place.backend, RegionPlan(strategy))
-    found = predictor.candidates(gathers_of(view.kernel, how))
-    return 1e3 * next(c.predicted_seconds for c in found if c.schedule.strategy == strategy)
-
-
-def gathers_of(kernel: ir.Kernel, how: str) -> dict[str, How]:
-    decision: How = "event" if how == "event" else "dense"
-    return {gather.result: decision for gather in kernel.gathers}
+    found = Predictor(view.kernel, workload, place.backend).candidates(gathers)
+    return {each.schedule.strategy: 1e3 * each.predicted_seconds for each in found}
