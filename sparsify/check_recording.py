@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.bench import wait_for_devices
 from sparsify.call_conditions import needs_grad
 from sparsify.check_gradients import differentiate_model, why_gradients_differ
 from sparsify.fingerprint import Fingerprint
@@ -162,9 +163,11 @@ def _run(
     with keep_state(model, [tensor for tensor in tensors if id(tensor) in theirs]):
         versions = [_version(tensor) for tensor in tensors]
         operands = recording.calling.operands(*call)  # before forward puts others in their places
+        wait_for_devices()
         start = time.perf_counter()
         result = forward(*call[0], **call[1])
         gradients = differentiate(result, operands) if needs_grad(operands) else []
+        wait_for_devices()
         seconds = time.perf_counter() - start
         written = [
             tensor if version is None or tensor._version != version else None
