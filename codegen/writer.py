@@ -26,7 +26,7 @@ _SKELETON = """
     as_bits b batch before blockDim blockIdx blocks_of body bytes call chunk columns common context
     convert copy_values count count_active count_events errno error first found gamma gather
     gather_all gather_dense gather_events gather_restricted gather_wanted gridDim group here i
-    int16_t int32_t int64_t int8_t is_wild item j0 j1 jn k keep_wanted lane_of last left
+    int16_t int32_t int64_t int8_t is_finite is_wild item j0 j1 jn k keep_wanted lane_of last left
     list_events load mark mask_bytes measure measured memory n next now own pack place pointers
     pool row rows rows_here run runtime save scan share shared shared_memory signgam size_t
     sparsify spread start std step steps store store_bits strides t team thread threadIdx threads
@@ -37,7 +37,7 @@ _SKELETON = """
 # What skeletons append to the name of a value.
 _SUFFIXES = (
     *("", "_t", "_b", "_from", "_to", "_tile", "_sum", "_events", "_values", "_active", "_blocks"),
-    *("_wild", "_rows", "_finite", "_next", "_list", "_mask", "_kept", "_wanted", "_found"),
+    *("_wild", "_rows", "_total", "_next", "_list", "_mask", "_kept", "_wanted", "_found"),
     "_slice",
 )
 

@@ -250,22 +250,40 @@ def test_weights_that_are_not_finite_skip_nobody(value: float) -> None:
     assert not launch({"x": x, "w": weight}, steps=1, batch=2)["out"].isnan().any()
 
 
-@pytest.mark.parametrize("payload", ["binary", "real"])
-def test_sums_of_weights_that_are_not_finite_keep_their_order(payload: ir.Payload) -> None:
-    """What no infinity reaches has the bits of the reference."""
-    plain = product(530, 40)
+def sum_of(payload: ir.Payload) -> ir.Kernel:
     body = (ir.Gather("y", "w", "x", payload), ir.Store("out", "y"))
-    kernel = replace(plain, phases=(ir.Phase("receivers", body),))
+    return replace(product(530, 40), phases=(ir.Phase("receivers", body),))
+
+
+def data_of_sum(payload: ir.Payload) -> dict[str, Array]:
     rng = np.random.default_rng(0)
     x = (rng.random((2, 3, 530)) < 0.1).astype("float32")
     x *= rng.standard_normal(x.shape).astype("float32") if payload == "real" else 1
-    w = rng.standard_normal((40, 530)).astype("float32")
-    w[7, 9] = np.inf
-    got = run(load(kernel, schedule(kernel, ROW)), {"x": x, "w": w}, 2, 3)["out"].numpy()
+    return {"x": x, "w": rng.standard_normal((40, 530)).astype("float32")}
+
+
+@pytest.mark.parametrize("payload", ["binary", "real"])
+def test_sums_of_weights_that_are_not_finite_keep_their_order(payload: ir.Payload) -> None:
+    """What no infinity reaches has the bits of the reference."""
+    kernel, data = sum_of(payload), data_of_sum(payload)
+    data["w"][7, 9] = np.inf
+    got = run(load(kernel, schedule(kernel, ROW)), data, 2, 3)["out"].numpy()
     for t in range(2):
-        wanted = gather(w, x[t])
+        wanted = gather(data["w"], data["x"][t])
         assert np.array_equal(np.delete(got[t], 7, axis=1), np.delete(wanted, 7, axis=1))
     assert not np.isfinite(got[..., 7]).any()
+
+
+@pytest.mark.parametrize("payload", ["binary", "real"])
+def test_weights_whose_sum_overflows_give_the_same_bits(payload: ir.Payload) -> None:
+    """They are taken for such that are not finite."""
+    kernel, data = sum_of(payload), data_of_sum(payload)
+    data["w"][:] *= 1e35
+    data["w"][7] = 3e38
+    data["w"][7, data["x"].any(axis=(0, 1))] = -0.25
+    assert np.isinf(data["w"].sum(dtype="float32"))
+    compare(load(kernel, schedule(kernel, ROW)), kernel, data, 2, 3)
+    assert np.isfinite(run(load(kernel, schedule(kernel, ROW)), data, 2, 3)["out"].numpy()).all()
 
 
 def test_steps_times_rows_beyond_the_other_dims_of_a_grid() -> None:

@@ -33,6 +33,11 @@ SPARSIFY_INLINE int warps_of() { return int(blockDim.x) / WARP; }
 SPARSIFY_INLINE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SPARSIFY_INLINE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 
+template <class F>
+SPARSIFY_INLINE bool is_finite(F a) {
+  return absolute(a) < infinity<F>();
+}
+
 // The sum of what the lanes of a warp have; every lane gets it, added in the same order.
 template <class F>
 SPARSIFY_INLINE F warp_sum(F part) {

@@ -47,7 +47,7 @@ class Member:
     ``role`` and ``of`` say what it belongs to: the operand, weight, output or scratch of that name.
     """
 
-    role: Literal["operand", "weight", "finite", "output", "active", "scratch", "number"]
+    role: Literal["operand", "weight", "total", "output", "active", "scratch", "number"]
     of: str
     kind: str
     name: str
@@ -79,7 +79,7 @@ def row_length(kernel: ir.Kernel, packing: Packing) -> int:
     return padded(kernel.population_size(along))
 
 
-def needs_finite(packing: Packing, kernel: ir.Kernel, schedule: ir.Schedule) -> bool:
+def needs_total(packing: Packing, kernel: ir.Kernel, schedule: ir.Schedule) -> bool:
     """Whether gathers skip senders of this weight, which they may only if it is finite."""
     how = dict(schedule.gathers)
     readers = (g for g in kernel.gathers if g.weight == packing.weight.name and g.only is None)
@@ -132,9 +132,9 @@ def _weight_members(
     note = f"{axes} of {sizes[0]} x {sizes[1]} {weight.note}".rstrip()
     kind, name = f"const {C_TYPES[weight.dtype]}", packed_name(packing, symbols)
     members = [Member("weight", weight.name, kind, name, (), note)]
-    if needs_finite(packing, kernel, schedule):
-        note = "1 if all of it is finite"
-        members.append(Member("finite", weight.name, "const int32_t", f"{name}_finite", (), note))
+    if needs_total(packing, kernel, schedule):
+        note = "the sum of its elements: not finite if one of them is not"
+        members.append(Member("total", weight.name, kind, f"{name}_total", (), note))
     return members
 
 

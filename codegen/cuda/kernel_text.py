@@ -267,7 +267,7 @@ class CudaText(ABC):
             self.w.line(f"gather_dense<{row}>({given});")
             return
         payload = f"Payload({self.values_of(source)})" if self.is_real(gather) else "One()"
-        given = f"{name}, {weight}, {weight}_finite, {self.events_of(source)}, {payload}, columns"
+        given = f"{name}, {weight}, {weight}_total, {self.events_of(source)}, {payload}, columns"
         self.w.line(f"gather<{row}>({given});")
 
     def weight(self, gather: ir.Gather, by: str) -> tuple[str, str]:

@@ -185,10 +185,7 @@ class CudaLaunchable:
             if not fits(weight, slot.dtype, slot.shape, device):
                 wanted = f"{list(slot.shape)} of {slot.dtype}"
                 raise misfit(weight, slot.name, wanted, slot.dtype, device)
-            packed, finite = slot.get(weight, frozen=frozen)
-            words.append(Memory(packed, slot.name))
-            if finite is not None:
-                words.append(Memory(finite, f"{slot.name} is finite"))
+            words += slot.get(weight, frozen=frozen)
 
     def _load(self, device: torch.device) -> Function:
         """The kernel on ``device``, with counters there that all its calls add to."""

@@ -30,7 +30,6 @@ from sparsify.codegen.usage import Source, emitted, why_not_gather
 from sparsify.codegen.writer import Writer
 from sparsify.errors import Refusal
 
-
 NEVER_WILD: tuple[ir.DType, ...] = ("bool", "bits", "int32")  # they are below 2**63
 
 

@@ -48,8 +48,8 @@ class TeamSums:
             return
         w.comment(f"What {self.phase.population} receives from {source.name}.")
         with items(w, f"blocks_of({size})", "block"):
-            heard = self._heard(source)
-            w.line(f"const {heard} source{{{self._row(source)}}};")
+            heard = self.heard(source)
+            w.line(f"const {heard} source{{{self.row(source)}}};")
             w.line(f"const Heard<{heard}> heard(source, block, {size});")
             if any(map(self._is_event, readers)):
                 lists = event_list(kind, has_payloads(source, self.usage))
@@ -112,7 +112,7 @@ class TeamSums:
         if not self._is_event(gather):
             w.line(every, gather.note)
             return
-        with w.indented(f"if (*call.{name}_finite)"):
+        with w.indented(f"if (is_finite(*call.{name}_total))"):
             w.line(f"add_events<{width}>({to}, events, count, block, {mine}.size);", gather.note)
         with w.indented("else"):
             w.line(every, "0 * inf is NaN")
@@ -147,7 +147,7 @@ class TeamSums:
     def _is_cleared(self, gather: ir.Gather) -> bool:
         return gather.only is not None and gather.result in self.usage.dense
 
-    def _heard(self, source: Source) -> str:
+    def heard(self, source: Source) -> str:
         """The C++ type from which a warp hears a source."""
         operand = self.team.operand(source.name)
         if operand is not None:
@@ -157,7 +157,7 @@ class TeamSums:
             return f"ToldBits<Team, {self.team.widths[source.population]}>"
         return f"ToldValues<Team, {C_TYPES[source.dtype]}>"
 
-    def _row(self, source: Source) -> str:
+    def row(self, source: Source) -> str:
         """Where it finds the values of a batch row."""
         name, operand = self.team.name(source.name), self.team.operand(source.name)
         if operand is not None:

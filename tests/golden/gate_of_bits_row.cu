@@ -22,7 +22,7 @@ struct Call {
   const uint8_t* fired; int64_t fired_t, fired_b;  // [T, B, 70 / 8]
   const float* g; int64_t g_t, g_b;  // [T, B, 70]
   const float* w;  // [sender][receiver] of 70 x 70
-  const int32_t* w_finite;  // 1 if all of it is finite
+  const float* w_total;  // the sum of its elements: not finite if one of them is not
   const float* w_rows;  // [receiver][sender] of 70 x 70
   uint8_t* passed; int64_t passed_t, passed_b;  // [T, B, 70 / 8]
   float* drive; int64_t drive_t, drive_b;  // [T, B, 70]
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
     {
       const Columns<PER_HIDDEN, THREADS> columns(0, N_HIDDEN);
       float excitation[PER_HIDDEN];
-      gather<ROW_W>(excitation, call.w, call.w_finite, shared.fired_list, One(), columns);
+      gather<ROW_W>(excitation, call.w, call.w_total, shared.fired_list, One(), columns);
       #pragma unroll
       for (int k = 0; k < PER_HIDDEN; ++k) {
         const int n = k * THREADS + int(threadIdx.x);

@@ -22,9 +22,9 @@ struct Call {
   const float* v0; int64_t v0_b;  // [B, 8000]
   const float* s0; int64_t s0_b;  // [B, 8000]
   const float* w_in;  // [sender][receiver] of 70 x 8000 fc.weight
-  const int32_t* w_in_finite;  // 1 if all of it is finite
+  const float* w_in_total;  // the sum of its elements: not finite if one of them is not
   const float* w_rec;  // [sender][receiver] of 8000 x 8000 rec.weight
-  const int32_t* w_rec_finite;  // 1 if all of it is finite
+  const float* w_rec_total;  // the sum of its elements: not finite if one of them is not
   float* spikes; int64_t spikes_t, spikes_b;  // [T, B, 8000]
   float* last_v; int64_t last_v_b;  // [B, 8000]
   float* last_s; int64_t last_s_b;  // [B, 8000]
@@ -100,9 +100,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
         HiddenNeuron own_hidden[PER_HIDDEN] = {};
         const Columns<PER_HIDDEN, THREADS> columns(first, N_HIDDEN);
         float drive[PER_HIDDEN];  // self.fc(x)
-        gather<ROW_W_IN>(drive, call.w_in, call.w_in_finite, shared.x_list, One(), columns);
+        gather<ROW_W_IN>(drive, call.w_in, call.w_in_total, shared.x_list, One(), columns);
         float recurrent[PER_HIDDEN];  // self.rec(s)
-        gather<ROW_W_REC>(recurrent, call.w_rec, call.w_rec_finite, shared.s_list, One(), columns);
+        gather<ROW_W_REC>(recurrent, call.w_rec, call.w_rec_total, shared.s_list, One(), columns);
         #pragma unroll
         for (int k = 0; k < PER_HIDDEN; ++k) {
           const int n = first + k * THREADS + int(threadIdx.x);

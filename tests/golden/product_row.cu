@@ -18,7 +18,7 @@ struct Call {
   int64_t steps, batch;
   const float* x; int64_t x_t, x_b;  // [T, B, 300]
   const float* w;  // [sender][receiver] of 300 x 40
-  const int32_t* w_finite;  // 1 if all of it is finite
+  const float* w_total;  // the sum of its elements: not finite if one of them is not
   float* out; int64_t out_t, out_b;  // [T, B, 40]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
 };
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_product(const Call 
     {
       const Columns<PER_RECEIVERS, THREADS> columns(0, N_RECEIVERS);
       float y[PER_RECEIVERS];
-      gather<ROW_W>(y, call.w, call.w_finite, shared.x_list, Payload(call.x + t * call.x_t + b * call.x_b), columns);
+      gather<ROW_W>(y, call.w, call.w_total, shared.x_list, Payload(call.x + t * call.x_t + b * call.x_b), columns);
       #pragma unroll
       for (int k = 0; k < PER_RECEIVERS; ++k) {
         const int n = k * THREADS + int(threadIdx.x);

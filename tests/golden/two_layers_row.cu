@@ -23,7 +23,7 @@ struct Call {
   const float* bias;  // [140]
   const float* h0;  // []
   const float* w_back;  // [sender][receiver] of 33 x 140
-  const int32_t* w_back_finite;  // 1 if all of it is finite
+  const float* w_back_total;  // the sum of its elements: not finite if one of them is not
   const float* w_forward;  // [sender][receiver] of 140 x 33
   float* out; int64_t out_t, out_b;  // [T, B, 33]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
       {
         const Columns<PER_ONE, THREADS> columns(0, N_ONE);
         float back[PER_ONE];
-        gather<ROW_W_BACK>(back, call.w_back, call.w_back_finite, shared.h_list, Payload(shared.h_values[now]), columns);
+        gather<ROW_W_BACK>(back, call.w_back, call.w_back_total, shared.h_list, Payload(shared.h_values[now]), columns);
         #pragma unroll
         for (int k = 0; k < PER_ONE; ++k) {
           const int n = k * THREADS + int(threadIdx.x);
