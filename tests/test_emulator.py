@@ -328,3 +328,11 @@ def test_lines_are_addresses_without_binutils(monkeypatch: pytest.MonkeyPatch) -
         function.launch(
             Grid(1, 32), [Memory(torch.zeros(1), "from"), Memory(torch.empty(2), "to", True), 2, 1]
         )
+
+
+def test_a_launch_that_does_not_fit_is_a_fault() -> None:
+    function = load(COPY, "run_copy")
+    large = torch.empty(9 << 30, dtype=torch.uint8)  # its pages are never touched
+    with pytest.raises(KernelFault, match="out of memory: the emulator has no room"):
+        function.launch(Grid(1, 1), [Memory(large, "large"), 0, 0, 1])
+    test_results_are_written_into_the_tensor()

@@ -15,7 +15,9 @@ struct Access {
   uint32_t tick = 0;
   const void* code = nullptr;
 
-  static uint32_t name(int64_t block, int64_t thread) { return uint32_t((block + 1) << THREAD_BITS | thread); }
+  static uint32_t name(int64_t block, int64_t thread) {
+    return uint32_t((block + 1) << THREAD_BITS | thread);
+  }
   bool happened() const { return who != 0; }
   int64_t block() const { return int64_t(who >> THREAD_BITS) - 1; }
   int64_t thread() const { return who & ((1 << THREAD_BITS) - 1); }

@@ -10,13 +10,18 @@
 namespace emulator {
 namespace {
 
-bool is_same(const Place& a, const Place& b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+bool is_same(const Place& a, const Place& b) {
+  return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file));
+}
 
 int result_of(Vote vote, int votes, int64_t voters) {
   switch (vote) {
-    case Vote::any: return votes > 0;
-    case Vote::all: return votes == voters;
-    default: return votes;
+    case Vote::any:
+      return votes > 0;
+    case Vote::all:
+      return votes == voters;
+    default:
+      return votes;
   }
 }
 
@@ -48,8 +53,9 @@ void complete(Cluster& cluster) {
 
 void check_same_barrier(const Block& block, Vote vote, const Place& place) {
   if (!block.arrived || (block.vote == vote && is_same(block.place, place))) return;
-  const std::string text = format("divergent barrier: __syncthreads at %s meets __syncthreads at %s",
-                                  name_of(place).c_str(), name_of(block.place).c_str());
+  const std::string text =
+      format("divergent barrier: __syncthreads at %s meets __syncthreads at %s",
+             name_of(place).c_str(), name_of(block.place).c_str());
   fail(text, text + ", " + name_of(*running));
 }
 
@@ -77,7 +83,8 @@ extern "C" void emulator_cluster_arrive(bool releases, Place place) {
   Thread& self = *running;
   Cluster& cluster = *self.block->cluster;
   if (self.has_arrived)
-    fail("arrive", "cluster barrier: " + name_of(self) + " arrives twice without waiting, at " + name_of(place));
+    fail("arrive", "cluster barrier: " + name_of(self) + " arrives twice without waiting, at " +
+                       name_of(place));
   self.has_arrived = true;
   self.arrival_releases = releases;
   self.arrived_in = cluster.phase;
@@ -89,7 +96,8 @@ extern "C" void emulator_cluster_wait(Place place) {
   Thread& self = *running;
   Cluster& cluster = *self.block->cluster;
   if (!self.has_arrived)
-    fail("wait", "cluster barrier: " + name_of(self) + " waits without having arrived, at " + name_of(place));
+    fail("wait", "cluster barrier: " + name_of(self) + " waits without having arrived, at " +
+                     name_of(place));
   if (cluster.phase == self.arrived_in) wait_in(State::in_cluster_barrier, place);
   self.has_arrived = false;
   order_after(self, cluster.released);

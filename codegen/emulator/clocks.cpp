@@ -20,8 +20,9 @@ TicksOf later_of(const TicksOf& a, const TicksOf& b) {
 }  // namespace
 
 const Ticks* Known::of(int64_t block) const {
-  auto found = std::lower_bound(blocks.begin(), blocks.end(), block,
-                                [](const auto& entry, int64_t wanted) { return entry.first < wanted; });
+  auto found =
+      std::lower_bound(blocks.begin(), blocks.end(), block,
+                       [](const auto& entry, int64_t wanted) { return entry.first < wanted; });
   return found != blocks.end() && found->first == block ? found->second.get() : nullptr;
 }
 
@@ -59,9 +60,11 @@ KnownBy join_all(const std::vector<Participant>& participants) {
     (*ticks)[each.who.thread] = std::max((*ticks)[each.who.thread], each.tick);
   }
   for (auto& [block, ticks] : changed) {
-    auto place = std::lower_bound(result->blocks.begin(), result->blocks.end(), block,
-                                  [](const auto& entry, int64_t wanted) { return entry.first < wanted; });
-    if (place == result->blocks.end() || place->first != block) place = result->blocks.emplace(place, block, nullptr);
+    auto place =
+        std::lower_bound(result->blocks.begin(), result->blocks.end(), block,
+                         [](const auto& entry, int64_t wanted) { return entry.first < wanted; });
+    if (place == result->blocks.end() || place->first != block)
+      place = result->blocks.emplace(place, block, nullptr);
     place->second = std::move(ticks);
   }
   return result;

@@ -11,7 +11,8 @@
 
 namespace emulator {
 
-using Ticks = std::vector<uint32_t>;  // of each thread of one block: all before this happened before
+using Ticks =
+    std::vector<uint32_t>;  // of each thread of one block: all before this happened before
 
 // For each block of which anything is known, sorted by the block's index. Never changed once made.
 struct Known {

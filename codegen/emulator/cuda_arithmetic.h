@@ -3,20 +3,24 @@
 #pragma once
 
 extern "C" {
-#define EMULATOR_LIBRARY_1(NAME)             \
-  double NAME(double) noexcept;              \
+#define EMULATOR_LIBRARY_1(NAME) \
+  double NAME(double) noexcept;  \
   float NAME##f(float) noexcept;
-#define EMULATOR_LIBRARY_2(NAME)             \
-  double NAME(double, double) noexcept;      \
+#define EMULATOR_LIBRARY_2(NAME)        \
+  double NAME(double, double) noexcept; \
   float NAME##f(float, float) noexcept;
-EMULATOR_LIBRARY_1(fabs) EMULATOR_LIBRARY_1(sqrt) EMULATOR_LIBRARY_1(floor) EMULATOR_LIBRARY_1(ceil)
-EMULATOR_LIBRARY_1(trunc) EMULATOR_LIBRARY_1(rint) EMULATOR_LIBRARY_1(round) EMULATOR_LIBRARY_1(exp)
-EMULATOR_LIBRARY_1(exp2) EMULATOR_LIBRARY_1(expm1) EMULATOR_LIBRARY_1(log) EMULATOR_LIBRARY_1(log2)
-EMULATOR_LIBRARY_1(log10) EMULATOR_LIBRARY_1(log1p) EMULATOR_LIBRARY_1(sin) EMULATOR_LIBRARY_1(cos)
-EMULATOR_LIBRARY_1(tanh) EMULATOR_LIBRARY_1(erf)
-EMULATOR_LIBRARY_2(fmod) EMULATOR_LIBRARY_2(fmin) EMULATOR_LIBRARY_2(fmax) EMULATOR_LIBRARY_2(pow)
-EMULATOR_LIBRARY_2(copysign) EMULATOR_LIBRARY_2(nextafter)
-double fma(double, double, double) noexcept;
+EMULATOR_LIBRARY_1(fabs)
+EMULATOR_LIBRARY_1(sqrt)
+EMULATOR_LIBRARY_1(floor)
+EMULATOR_LIBRARY_1(ceil) EMULATOR_LIBRARY_1(trunc) EMULATOR_LIBRARY_1(rint)
+    EMULATOR_LIBRARY_1(round) EMULATOR_LIBRARY_1(exp) EMULATOR_LIBRARY_1(exp2)
+        EMULATOR_LIBRARY_1(expm1) EMULATOR_LIBRARY_1(log) EMULATOR_LIBRARY_1(log2)
+            EMULATOR_LIBRARY_1(log10) EMULATOR_LIBRARY_1(log1p) EMULATOR_LIBRARY_1(sin)
+                EMULATOR_LIBRARY_1(cos) EMULATOR_LIBRARY_1(tanh) EMULATOR_LIBRARY_1(erf)
+                    EMULATOR_LIBRARY_2(fmod) EMULATOR_LIBRARY_2(fmin) EMULATOR_LIBRARY_2(fmax)
+                        EMULATOR_LIBRARY_2(pow) EMULATOR_LIBRARY_2(copysign)
+                            EMULATOR_LIBRARY_2(nextafter) double fma(double, double,
+                                                                     double) noexcept;
 float fmaf(float, float, float) noexcept;
 double ldexp(double, int) noexcept;
 float ldexpf(float, int) noexcept;
@@ -36,13 +40,21 @@ inline float fmod(float a, float b) { return __builtin_fmodf(a, b); }
 inline float copysign(float a, float b) { return __builtin_copysignf(a, b); }
 inline float rsqrtf(float a) { return 1.0f / __builtin_sqrtf(a); }
 template <class T>
-inline bool isnan(T a) { return __builtin_isnan(a); }
+inline bool isnan(T a) {
+  return __builtin_isnan(a);
+}
 template <class T>
-inline bool isinf(T a) { return __builtin_isinf(a); }
+inline bool isinf(T a) {
+  return __builtin_isinf(a);
+}
 template <class T>
-inline bool isfinite(T a) { return __builtin_isfinite(a); }
+inline bool isfinite(T a) {
+  return __builtin_isfinite(a);
+}
 template <class T>
-inline bool signbit(T a) { return __builtin_signbit(a); }
+inline bool signbit(T a) {
+  return __builtin_signbit(a);
+}
 
 // Of two floats the one that is a number, as fminf; of others the common type.
 template <class A, class B>
@@ -93,7 +105,9 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
   return unsigned(((unsigned long long)high << 32 | low) >> (by & 31));
 }
 inline int __mulhi(int a, int b) { return int((long long)a * b >> 32); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned((unsigned long long)a * b >> 32);
+}
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return (unsigned long long)((unsigned __int128)a * b >> 64);
 }

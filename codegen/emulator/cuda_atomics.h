@@ -2,31 +2,31 @@
 // write; the checks are told that it is atomic, and the scheduler may let another thread go first.
 #pragma once
 
-#define EMULATOR_ATOMIC(NAME, TYPE, RESULT)                                                    \
-  EMULATOR_UNCHECKED inline TYPE NAME(TYPE* address, TYPE value) {                             \
-    emulator::emulator_before_atomic(address, sizeof(TYPE), __builtin_return_address(0));      \
-    const TYPE old = *address;                                                                 \
-    const TYPE result = (TYPE)(RESULT);                                                        \
+#define EMULATOR_ATOMIC(NAME, TYPE, RESULT)                                                       \
+  EMULATOR_UNCHECKED inline TYPE NAME(TYPE* address, TYPE value) {                                \
+    emulator::emulator_before_atomic(address, sizeof(TYPE), __builtin_return_address(0));         \
+    const TYPE old = *address;                                                                    \
+    const TYPE result = (TYPE)(RESULT);                                                           \
     if (emulator::word_of(result) != emulator::word_of(old)) emulator::emulator_memory_changed(); \
-    *address = result;                                                                         \
-    return old;                                                                                \
+    *address = result;                                                                            \
+    return old;                                                                                   \
   }
-#define EMULATOR_ATOMICS_OF_NUMBERS(TYPE)                        \
-  EMULATOR_ATOMIC(atomicAdd, TYPE, old + value)                  \
+#define EMULATOR_ATOMICS_OF_NUMBERS(TYPE)       \
+  EMULATOR_ATOMIC(atomicAdd, TYPE, old + value) \
   EMULATOR_ATOMIC(atomicExch, TYPE, value)
-#define EMULATOR_ATOMICS_OF_INTEGERS(TYPE)                       \
-  EMULATOR_ATOMICS_OF_NUMBERS(TYPE)                              \
-  EMULATOR_ATOMIC(atomicMin, TYPE, value < old ? value : old)    \
-  EMULATOR_ATOMIC(atomicMax, TYPE, value > old ? value : old)    \
-  EMULATOR_ATOMIC(atomicAnd, TYPE, old & value)                  \
-  EMULATOR_ATOMIC(atomicOr, TYPE, old | value)                   \
-  EMULATOR_ATOMIC(atomicXor, TYPE, old ^ value)                  \
-  EMULATOR_UNCHECKED inline TYPE atomicCAS(TYPE* address, TYPE compare, TYPE value) { \
+#define EMULATOR_ATOMICS_OF_INTEGERS(TYPE)                                                \
+  EMULATOR_ATOMICS_OF_NUMBERS(TYPE)                                                       \
+  EMULATOR_ATOMIC(atomicMin, TYPE, value < old ? value : old)                             \
+  EMULATOR_ATOMIC(atomicMax, TYPE, value > old ? value : old)                             \
+  EMULATOR_ATOMIC(atomicAnd, TYPE, old& value)                                            \
+  EMULATOR_ATOMIC(atomicOr, TYPE, old | value)                                            \
+  EMULATOR_ATOMIC(atomicXor, TYPE, old ^ value)                                           \
+  EMULATOR_UNCHECKED inline TYPE atomicCAS(TYPE* address, TYPE compare, TYPE value) {     \
     emulator::emulator_before_atomic(address, sizeof(TYPE), __builtin_return_address(0)); \
-    const TYPE old = *address;                                   \
-    if (old == compare && old != value) emulator::emulator_memory_changed(); \
-    if (old == compare) *address = value;                        \
-    return old;                                                  \
+    const TYPE old = *address;                                                            \
+    if (old == compare && old != value) emulator::emulator_memory_changed();              \
+    if (old == compare) *address = value;                                                 \
+    return old;                                                                           \
   }
 
 EMULATOR_ATOMICS_OF_INTEGERS(int)

@@ -22,11 +22,14 @@ inline void __nanosleep(unsigned, EMULATOR_PLACE) { emulator::emulator_sleep(pla
 inline long long clock64() { return emulator::emulator_clock(); }
 inline int clock() { return int(emulator::emulator_clock()); }
 [[noreturn]] inline void __trap(EMULATOR_PLACE) { emulator::emulator_fail("__trap()", place); }
-#define assert(condition) ((condition) ? void() : emulator::emulator_fail("assert(" #condition ")", {__FILE__, __LINE__}))
+#define assert(condition) \
+  ((condition) ? void() : emulator::emulator_fail("assert(" #condition ")", {__FILE__, __LINE__}))
 
 namespace emulator {
 template <class T>
-struct Same { typedef T type; };  // a parameter that does not take part in finding T
+struct Same {
+  typedef T type;
+};  // a parameter that does not take part in finding T
 }  // namespace emulator
 
 // The cache of __ldg is not kept up to date: what a kernel writes must not be read through it.
@@ -38,18 +41,32 @@ EMULATOR_UNCHECKED T __ldg(const T* from) {
 }
 #else
 template <class T>
-inline T __ldg(const T* from) { return *from; }
+inline T __ldg(const T* from) {
+  return *from;
+}
 #endif
 // The others are ordinary accesses to data; a flag that threads wait for must be volatile.
 template <class T>
-inline T __ldca(const T* from) { return *from; }
+inline T __ldca(const T* from) {
+  return *from;
+}
 template <class T>
-inline T __ldcg(const T* from) { return *from; }
+inline T __ldcg(const T* from) {
+  return *from;
+}
 template <class T>
-inline T __ldcs(const T* from) { return *from; }
+inline T __ldcs(const T* from) {
+  return *from;
+}
 template <class T>
-inline void __stcg(T* to, typename emulator::Same<T>::type value) { *to = value; }
+inline void __stcg(T* to, typename emulator::Same<T>::type value) {
+  *to = value;
+}
 template <class T>
-inline void __stcs(T* to, typename emulator::Same<T>::type value) { *to = value; }
+inline void __stcs(T* to, typename emulator::Same<T>::type value) {
+  *to = value;
+}
 template <class T>
-inline void __stwt(T* to, typename emulator::Same<T>::type value) { *to = value; }
+inline void __stwt(T* to, typename emulator::Same<T>::type value) {
+  *to = value;
+}

@@ -7,11 +7,17 @@ inline bool __clusterDimIsSpecified() { return emulator::emulator_cluster_size()
 inline dim3 __clusterDim() { return dim3(emulator::emulator_cluster_size()); }
 inline dim3 __clusterRelativeBlockIdx() { return dim3(emulator::emulator_cluster_rank(), 0, 0); }
 inline dim3 __clusterIdx() { return dim3(blockIdx.x / emulator::emulator_cluster_size(), 0, 0); }
-inline dim3 __clusterGridDimInClusters() { return dim3(gridDim.x / emulator::emulator_cluster_size()); }
+inline dim3 __clusterGridDimInClusters() {
+  return dim3(gridDim.x / emulator::emulator_cluster_size());
+}
 
 // What a thread wrote before it arrives is seen by every thread that has waited.
-inline void __cluster_barrier_arrive(EMULATOR_PLACE) { emulator::emulator_cluster_arrive(true, place); }
-inline void __cluster_barrier_arrive_relaxed(EMULATOR_PLACE) { emulator::emulator_cluster_arrive(false, place); }
+inline void __cluster_barrier_arrive(EMULATOR_PLACE) {
+  emulator::emulator_cluster_arrive(true, place);
+}
+inline void __cluster_barrier_arrive_relaxed(EMULATOR_PLACE) {
+  emulator::emulator_cluster_arrive(false, place);
+}
 inline void __cluster_barrier_wait(EMULATOR_PLACE) { emulator::emulator_cluster_wait(place); }
 
 // The same variable in the shared memory of another block of the cluster.

@@ -1,5 +1,6 @@
 // CUDA C++ for the compiler of the processor: included before the text of a kernel.
-// It includes no standard header, as NVRTC has none: what a kernel needs is declared in these files.
+// It includes no standard header, as NVRTC has none: what a kernel needs is declared in these
+// files.
 #pragma once
 
 #define SPARSIFY_EMULATOR 1
@@ -21,16 +22,23 @@
 // `__shared__` is rewritten before compiling, by shared_variables.py.
 
 // For what must not be checked itself, because it tells the checks. It cannot be inlined then.
-#define EMULATOR_UNCHECKED __attribute__((noinline, no_sanitize("thread"), no_sanitize("undefined")))
+#define EMULATOR_UNCHECKED \
+  __attribute__((noinline, no_sanitize("thread"), no_sanitize("undefined")))
 // The last parameter of what stands for a barrier: the place of the call.
 #define EMULATOR_PLACE emulator::Place place = {__builtin_FILE(), __builtin_LINE()}
 
 typedef decltype(sizeof 0) size_t;
 typedef decltype(nullptr) nullptr_t;
 
+// gcc makes small copies itself, which are checked like any access; it calls a function for others.
+#ifdef EMULATOR_CHECKS
+#define EMULATOR_CALLED(NAME) __asm__(NAME)
+#else
+#define EMULATOR_CALLED(NAME)
+#endif
 extern "C" {
-void* memcpy(void* to, const void* from, size_t bytes) noexcept;
-void* memset(void* to, int byte, size_t bytes) noexcept;
+void* memcpy(void* to, const void* from, size_t bytes) noexcept EMULATOR_CALLED("emulator_memcpy");
+void* memset(void* to, int byte, size_t bytes) noexcept EMULATOR_CALLED("emulator_memset");
 int printf(const char* format, ...);
 }
 
@@ -60,10 +68,10 @@ constexpr int words_of(void (*)(Call)) {
   return sizeof(Call) / 8;
 }
 }  // namespace emulator
-#define EMULATOR_EXPORT(KERNEL)                                                              \
+#define EMULATOR_EXPORT(KERNEL)                                                                   \
   extern "C" __attribute__((visibility("default"))) void emulator_enter_##KERNEL(const void* w) { \
-    emulator::enter(&KERNEL, w);                                                             \
-  }                                                                                          \
-  extern "C" __attribute__((visibility("default"))) int emulator_words_##KERNEL() {          \
-    return emulator::words_of(&KERNEL);                                                      \
+    emulator::enter(&KERNEL, w);                                                                  \
+  }                                                                                               \
+  extern "C" __attribute__((visibility("default"))) int emulator_words_##KERNEL() {               \
+    return emulator::words_of(&KERNEL);                                                           \
   }

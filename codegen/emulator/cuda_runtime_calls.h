@@ -13,7 +13,20 @@ struct Place {
 
 enum class Vote { none, count, any, all };  // what __syncthreads_* asks of the predicates
 
-enum class Collective { sync, ballot, any, all, shuffle, match, add, min, max, bit_and, bit_or, bit_xor };
+enum class Collective {
+  sync,
+  ballot,
+  any,
+  all,
+  shuffle,
+  match,
+  add,
+  min,
+  max,
+  bit_and,
+  bit_or,
+  bit_xor
+};
 
 enum class Scope { block, device };
 
@@ -27,8 +40,8 @@ __attribute__((const)) unsigned emulator_cluster_rank();
 __attribute__((const)) unsigned emulator_cluster_size();
 
 int emulator_block_barrier(Vote vote, int predicate, Place place);
-unsigned long long emulator_collective(
-    Collective what, unsigned mask, unsigned long long value, int argument, Place place);
+unsigned long long emulator_collective(Collective what, unsigned mask, unsigned long long value,
+                                       int argument, Place place);
 void emulator_fence(Scope scope);
 void emulator_sleep(Place place);
 long long emulator_clock();
@@ -39,8 +52,8 @@ void emulator_before_atomic(void* address, int bytes, const void* code);
 void emulator_memory_changed();
 void emulator_before_read_only(const void* address, int bytes, const void* code);
 
-void* emulator_static_shared(
-    const void* variable, unsigned long bytes, unsigned long alignment, const char* name);
+void* emulator_static_shared(const void* variable, unsigned long bytes, unsigned long alignment,
+                             const char* name);
 void* emulator_dynamic_shared();
 
 void emulator_cluster_arrive(bool releases, Place place);

@@ -1,14 +1,14 @@
 // CUDA's vector types, with its alignments: a float4 lies at a multiple of 16 bytes.
 #pragma once
 
-#define EMULATOR_VECTORS(TYPE, NAME, ALIGN2, ALIGN4)                                            \
-  struct NAME##1 { TYPE x; };                                                                   \
-  struct alignas(ALIGN2) NAME##2 { TYPE x, y; };                                                \
-  struct NAME##3 { TYPE x, y, z; };                                                             \
-  struct alignas(ALIGN4) NAME##4 { TYPE x, y, z, w; };                                          \
-  inline NAME##1 make_##NAME##1(TYPE x) { return {x}; }                                         \
-  inline NAME##2 make_##NAME##2(TYPE x, TYPE y) { return {x, y}; }                              \
-  inline NAME##3 make_##NAME##3(TYPE x, TYPE y, TYPE z) { return {x, y, z}; }                   \
+#define EMULATOR_VECTORS(TYPE, NAME, ALIGN2, ALIGN4)                          \
+  struct NAME##1 { TYPE x; };                                                 \
+  struct alignas(ALIGN2) NAME##2 { TYPE x, y; };                              \
+  struct NAME##3 { TYPE x, y, z; };                                           \
+  struct alignas(ALIGN4) NAME##4 { TYPE x, y, z, w; };                        \
+  inline NAME##1 make_##NAME##1(TYPE x) { return {x}; }                       \
+  inline NAME##2 make_##NAME##2(TYPE x, TYPE y) { return {x, y}; }            \
+  inline NAME##3 make_##NAME##3(TYPE x, TYPE y, TYPE z) { return {x, y, z}; } \
   inline NAME##4 make_##NAME##4(TYPE x, TYPE y, TYPE z, TYPE w) { return {x, y, z, w}; }
 
 EMULATOR_VECTORS(signed char, char, 2, 4)

@@ -35,18 +35,21 @@ inline void __syncwarp(unsigned mask = ~0u, EMULATOR_PLACE) {
   emulator::emulator_collective(emulator::Collective::sync, mask, 0, 0, place);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_PLACE) {
-  return unsigned(emulator::emulator_collective(emulator::Collective::ballot, mask, predicate != 0, 0, place));
+  return unsigned(
+      emulator::emulator_collective(emulator::Collective::ballot, mask, predicate != 0, 0, place));
 }
 inline int __any_sync(unsigned mask, int predicate, EMULATOR_PLACE) {
-  return int(emulator::emulator_collective(emulator::Collective::any, mask, predicate != 0, 0, place));
+  return int(
+      emulator::emulator_collective(emulator::Collective::any, mask, predicate != 0, 0, place));
 }
 inline int __all_sync(unsigned mask, int predicate, EMULATOR_PLACE) {
-  return int(emulator::emulator_collective(emulator::Collective::all, mask, predicate != 0, 0, place));
+  return int(
+      emulator::emulator_collective(emulator::Collective::all, mask, predicate != 0, 0, place));
 }
 template <class T>
 inline unsigned __match_any_sync(unsigned mask, T value, EMULATOR_PLACE) {
-  return unsigned(emulator::emulator_collective(
-      emulator::Collective::match, mask, emulator::word_of(value), 0, place));
+  return unsigned(emulator::emulator_collective(emulator::Collective::match, mask,
+                                                emulator::word_of(value), 0, place));
 }
 inline unsigned __activemask(EMULATOR_PLACE) {
   emulator::emulator_fail("__activemask() has no value that a kernel may rely on", place);
@@ -54,7 +57,8 @@ inline unsigned __activemask(EMULATOR_PLACE) {
 
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int from, int width = 32, EMULATOR_PLACE) {
-  return emulator::shuffle(mask, value, emulator::first_of_group(width) | (from & (width - 1)), place);
+  return emulator::shuffle(mask, value, emulator::first_of_group(width) | (from & (width - 1)),
+                           place);
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32, EMULATOR_PLACE) {
@@ -64,29 +68,33 @@ inline T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32, EMULA
 }
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, EMULATOR_PLACE) {
-  return emulator::shuffle(mask, value, emulator::within_group(emulator::lane_index() - int(by), width), place);
+  return emulator::shuffle(mask, value,
+                           emulator::within_group(emulator::lane_index() - int(by), width), place);
 }
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, EMULATOR_PLACE) {
-  return emulator::shuffle(mask, value, emulator::within_group(emulator::lane_index() + int(by), width), place);
+  return emulator::shuffle(mask, value,
+                           emulator::within_group(emulator::lane_index() + int(by), width), place);
 }
 
 // The argument says whether values are compared with their sign.
 #define EMULATOR_REDUCE(NAME, WHAT)                                                              \
   inline unsigned NAME(unsigned mask, unsigned value, EMULATOR_PLACE) {                          \
-    return unsigned(emulator::emulator_collective(emulator::Collective::WHAT, mask, value, 0, place)); \
+    return unsigned(                                                                             \
+        emulator::emulator_collective(emulator::Collective::WHAT, mask, value, 0, place));       \
   }                                                                                              \
   inline int NAME(unsigned mask, int value, EMULATOR_PLACE) {                                    \
-    return int(emulator::emulator_collective(                                                    \
-        emulator::Collective::WHAT, mask, (unsigned long long)(long long)(value), 1, place));    \
+    return int(emulator::emulator_collective(emulator::Collective::WHAT, mask,                   \
+                                             (unsigned long long)(long long)(value), 1, place)); \
   }
 EMULATOR_REDUCE(__reduce_add_sync, add)
 EMULATOR_REDUCE(__reduce_min_sync, min)
 EMULATOR_REDUCE(__reduce_max_sync, max)
 #undef EMULATOR_REDUCE
-#define EMULATOR_REDUCE_BITS(NAME, WHAT)                                                         \
-  inline unsigned NAME(unsigned mask, unsigned value, EMULATOR_PLACE) {                          \
-    return unsigned(emulator::emulator_collective(emulator::Collective::WHAT, mask, value, 0, place)); \
+#define EMULATOR_REDUCE_BITS(NAME, WHAT)                                                   \
+  inline unsigned NAME(unsigned mask, unsigned value, EMULATOR_PLACE) {                    \
+    return unsigned(                                                                       \
+        emulator::emulator_collective(emulator::Collective::WHAT, mask, value, 0, place)); \
   }
 EMULATOR_REDUCE_BITS(__reduce_and_sync, bit_and)
 EMULATOR_REDUCE_BITS(__reduce_or_sync, bit_or)

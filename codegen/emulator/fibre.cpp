@@ -39,13 +39,15 @@ namespace emulator {
 namespace {
 
 constexpr int SAVED_REGISTERS = 6;
-std::vector<char*> free_stacks;  // kept from launch to launch: mapping one takes longer than using it
+size_t stacks_made;
+std::vector<char*>
+    free_stacks;  // kept from launch to launch: mapping one takes longer than using it
 
 char* new_stack() {
   void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
-  mprotect(stack, PAGE_BYTES, PROT_NONE);
+  if (stacks_made++ < MOST_GUARDED) mprotect(stack, PAGE_BYTES, PROT_NONE);
   return static_cast<char*>(stack);
 }
 
@@ -63,6 +65,7 @@ void prepare_fibre(Fibre& fibre, void (*entry)()) {
 }
 
 void release_stack(Fibre& fibre) {
+  if (!fibre.stack) return;
   free_stacks.push_back(fibre.stack);
   fibre.stack = nullptr;
 }

@@ -7,13 +7,19 @@ namespace emulator {
 
 struct Fibre {
   void* stack_pointer = nullptr;  // where the fibre goes on, while it does not run
-  char* stack = nullptr;          // its lowest page cannot be touched
+  char* stack = nullptr;          // its lowest page cannot be touched, see MOST_GUARDED
 };
 
 constexpr size_t PAGE_BYTES = 4096;
-constexpr size_t STACK_BYTES = 128 * 1024;  // a kernel's local variables; pages are taken when touched
+constexpr size_t STACK_BYTES =
+    128 * 1024;  // a kernel's local variables; pages are taken when touched
+
+// The system limits how often mapped memory may change its protection; further stacks lie side by
+// side.
+constexpr size_t MOST_GUARDED = 16384;
 
 // Give `fibre` a stack on which it will start with `entry`, which must never return.
+// Throws std::bad_alloc.
 void prepare_fibre(Fibre& fibre, void (*entry)());
 void release_stack(Fibre& fibre);
 // Go on with `to`; returns when somebody switches back to `from`.

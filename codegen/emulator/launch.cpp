@@ -21,7 +21,7 @@ namespace emulator {
 namespace {
 
 constexpr int64_t THREADS_AT_ONCE = 4096;  // of a launch whose blocks need not all be resident
-constexpr unsigned ROUND_TO_NEAREST = 0x1F80;  // as the processor starts: no flush to zero, no traps
+constexpr unsigned DEFAULT_MODE = 0x1F80;  // as a process starts: no flush to zero, no traps
 
 std::mutex one_launch_at_a_time;
 Launch launch;
@@ -37,14 +37,15 @@ void run_thread() {
   for (int lane = 0; lane < WARP; ++lane) {
     const Thread* other = warp.lanes[lane];
     if (warp.waiting >> lane & 1 && other->mask >> self.lane & 1)
-      fail("lane ends", "warp: lane " + std::to_string(self.lane) + " ends while lane " + std::to_string(lane) +
-                            " waits for it at " + name_of(other->place) + ", " + name_of(self));
+      fail("lane ends", "warp: lane " + std::to_string(self.lane) + " ends while lane " +
+                            std::to_string(lane) + " waits for it at " + name_of(other->place) +
+                            ", " + name_of(self));
   }
   self.state = State::done;
   --self.block->alive;
   --self.block->cluster->alive;
   leave_barriers(self);
-  if (self.block->has_exited()) check_shared_memory_of(*self.block);
+  if (self.block->has_exited()) check_block_may_end(*self.block);
   leave_thread();
 }
 
@@ -73,6 +74,13 @@ void add_block(Cluster& cluster, int64_t index) {
   cluster.alive += threads;
 }
 
+void forget_wave() {
+  for (auto& block : blocks)
+    for (auto& thread : block->threads) release_stack(thread->fibre);
+  blocks.clear();
+  clusters.clear();
+}
+
 // Run some clusters side by side until all their threads have ended.
 void run_wave(int64_t* first, int64_t* last) {
   const size_t mark = arena_mark();
@@ -86,11 +94,9 @@ void run_wave(int64_t* first, int64_t* last) {
   for (auto& block : blocks)
     for (auto& thread : block->threads) threads.push_back(thread.get());
   run_threads(threads);
-  for (Thread* each : threads) release_stack(each->fibre);
   forget_flags(mark);
   remove_regions(mark);
-  blocks.clear();
-  clusters.clear();
+  forget_wave();
 }
 
 // Blocks that need not be resident together are run in at least two waves where there are two: one
@@ -110,15 +116,24 @@ std::vector<int64_t> order_of_clusters(int64_t count) {
   return order;
 }
 
+// The caller's mode of the floating-point unit, which may flush denormals, is not the kernel's.
+class RoundToNearest {
+ public:
+  RoundToNearest() : old_(_mm_getcsr()) { _mm_setcsr(DEFAULT_MODE); }
+  ~RoundToNearest() { _mm_setcsr(old_); }
+
+ private:
+  unsigned old_;
+};
+
 void run_grid() {
-  const unsigned mode = _mm_getcsr();
-  _mm_setcsr(ROUND_TO_NEAREST);
+  const RoundToNearest mode;
   const Traps traps;
-  const int64_t count = launch.request->blocks / launch.request->cluster, wave = clusters_at_once(count);
+  const int64_t count = launch.request->blocks / launch.request->cluster,
+                wave = clusters_at_once(count);
   std::vector<int64_t> order = order_of_clusters(count);
   for (int64_t i = 0; i < count && !was_ended(); i += wave)
     run_wave(&order[i], &order[0] + std::min(i + wave, count));
-  _mm_setcsr(mode);
 }
 
 // Fill the arena and the words of the parameter. False if there is no room.
@@ -142,20 +157,22 @@ void execute(const LaunchRequest& request) {
   start_checks(request.checks, reinterpret_cast<const void*>(request.enter));
   start_ordering(request.checks);
   std::vector<Region*> regions;
-  if (!open_arena() || !take_memory(regions)) {
-    report("arena", "the emulator has no room for the memory of this launch");
-  } else {
-    run_grid();
-    if (!has_reports())
-      for (int64_t i = 0; i < request.memory_count; ++i) copy_back(request.memories[i], *regions[i]);
-  }
+  if (!open_arena() || !take_memory(regions)) throw std::bad_alloc();
+  run_grid();
+  if (has_reports()) return;
+  for (int64_t i = 0; i < request.memory_count; ++i) copy_back(request.memories[i], *regions[i]);
+}
+
+void clean_up() {
+  forget_wave();
   close_arena();
   start_ordering(false);
 }
 
 // A forked process has the thread that forked only: nobody there would give the lock back.
-[[maybe_unused]] const int registered = pthread_atfork(
-    [] { one_launch_at_a_time.lock(); }, [] { one_launch_at_a_time.unlock(); }, [] { one_launch_at_a_time.unlock(); });
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { one_launch_at_a_time.lock(); }, [] { one_launch_at_a_time.unlock(); },
+                   [] { one_launch_at_a_time.unlock(); });
 
 }  // namespace
 
@@ -163,7 +180,12 @@ const Launch& current_launch() { return launch; }
 
 extern "C" char* emulator_launch(const LaunchRequest* request) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-  execute(*request);
+  try {
+    execute(*request);
+  } catch (const std::bad_alloc&) {
+    report("memory", "out of memory: the emulator has no room for this launch");
+  }
+  clean_up();
   const std::string lines = take_reports();
   return lines.empty() ? nullptr : strdup(lines.c_str());
 }
@@ -183,7 +205,8 @@ extern "C" void emulator_sleep(Place place) { rest(place); }
 extern "C" long long emulator_clock() { return elapsed_steps() * 1000; }
 
 extern "C" void emulator_fail(const char* message, Place place) {
-  fail(message, std::string("trap: ") + message + " at " + name_of(place) + ", " + name_of(*running));
+  fail(message,
+       std::string("trap: ") + message + " at " + name_of(place) + ", " + name_of(*running));
 }
 
 }  // namespace emulator

@@ -9,11 +9,11 @@ namespace emulator {
 struct MemoryRequest {
   char* host;
   int64_t bytes;
-  int64_t alignment_offset;    // the copy starts this far behind a multiple of 512 bytes
+  int64_t alignment_offset;  // the copy starts this far behind a multiple of 512 bytes
   const char* name;
   const unsigned char* holes;  // a byte each: 1 where no element of the view lies; or null
   int64_t written;
-  int64_t fresh;               // nobody has written it before
+  int64_t fresh;  // nobody has written it before
 };
 
 // A word of the kernel's parameter: an integer, or a pointer `value` bytes into `memory`.
@@ -31,7 +31,7 @@ struct LaunchRequest {
   int64_t blocks, threads, shared_bytes, cluster;
   int64_t shared_limit;  // static and dynamic shared memory of a block, at most
   int64_t cooperative;
-  int64_t schedule;      // 0 forward, 1 reverse, 2 random
+  int64_t schedule;  // 0 forward, 1 reverse, 2 random
   int64_t seed;
   int64_t checks;
 };

@@ -15,10 +15,10 @@ namespace {
 
 constexpr size_t ARENA_BYTES = size_t(8) << 30;  // of addresses; pages are taken when touched
 constexpr size_t LEAST_GUARD = 64 * 1024;
-constexpr size_t MOST_KEPT = size_t(64) << 20;   // bytes that stay allocated between launches
-constexpr size_t DEVICE_ALIGNMENT = 512;         // of memory that torch takes from a GPU
-constexpr size_t DYNAMIC_ALIGNMENT = 16;         // what CUDA promises of dynamic shared memory
-constexpr int UNWRITTEN = 0xFF;                  // a float that is not a number, an index far outside
+constexpr size_t MOST_KEPT = size_t(64) << 20;  // bytes that stay allocated between launches
+constexpr size_t DEVICE_ALIGNMENT = 512;        // of memory that torch takes from a GPU
+constexpr size_t DYNAMIC_ALIGNMENT = 16;        // what CUDA promises of dynamic shared memory
+constexpr int UNWRITTEN = 0xFF;  // a float that is not a number, an index far outside
 
 char* arena;
 uint32_t* region_of_page;  // its index plus one; 0: none
@@ -48,7 +48,8 @@ Region* add(size_t bytes, size_t offset, const char* name) {
 }
 
 void* reserve(size_t bytes, int protection) {
-  void* memory = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return memory == MAP_FAILED ? nullptr : memory;
 }
 
@@ -61,14 +62,17 @@ bool Region::holds(const void* address, size_t size) const {
 
 std::string Region::describe(const void* address) const {
   const long byte = long(static_cast<const char*>(address) - base);
-  const std::string where = owner ? format("shared %s of block %lld", name.c_str(), (long long)owner->index) : "global " + name;
+  const std::string where =
+      owner ? format("shared %s of block %lld", name.c_str(), (long long)owner->index)
+            : "global " + name;
   return where + format(", byte %ld of %zu", byte, bytes);
 }
 
 bool open_arena() {
   if (!arena) arena = static_cast<char*>(reserve(ARENA_BYTES, PROT_NONE));
   if (arena && !region_of_page)
-    region_of_page = static_cast<uint32_t*>(reserve(ARENA_BYTES / PAGE_BYTES * sizeof(uint32_t), PROT_READ | PROT_WRITE));
+    region_of_page = static_cast<uint32_t*>(
+        reserve(ARENA_BYTES / PAGE_BYTES * sizeof(uint32_t), PROT_READ | PROT_WRITE));
   return arena && region_of_page;
 }
 
@@ -78,11 +82,14 @@ Region* add_global(const MemoryRequest& request, bool checks) {
   region->written = request.written;
   region->fresh = request.fresh;
   region->holes = request.holes;
-  if (request.fresh) memset(region->base, UNWRITTEN, request.bytes);
-  else memcpy(region->base, request.host, request.bytes);
+  if (request.fresh)
+    memset(region->base, UNWRITTEN, request.bytes);
+  else
+    memcpy(region->base, request.host, request.bytes);
   if (checks && request.written) region->history.cover(request.bytes);
   char* page = region->base - request.alignment_offset % DEVICE_ALIGNMENT;
-  if (!request.written) mprotect(page, up_to(region->base + region->bytes - page, PAGE_BYTES), PROT_READ);
+  if (!request.written)
+    mprotect(page, up_to(region->base + region->bytes - page, PAGE_BYTES), PROT_READ);
   return region;
 }
 
@@ -96,7 +103,8 @@ void copy_back(const MemoryRequest& request, const Region& region) {
     if (!request.holes[i]) request.host[i] = region.base[i];
 }
 
-Region* add_shared(const Block& owner, const void* tag, size_t bytes, size_t alignment, const char* name, bool checks) {
+Region* add_shared(const Block& owner, const void* tag, size_t bytes, size_t alignment,
+                   const char* name, bool checks) {
   // Not aligned any better than was asked for, so that a missing alignas is found.
   const size_t offset = tag ? std::max<size_t>(alignment, 1) : DYNAMIC_ALIGNMENT;
   Region* region = add(bytes, offset, name);
@@ -124,7 +132,9 @@ Region* nearest_region(const void* address) {
   Region* nearest = nullptr;
   size_t least = ~size_t(0);
   for (Region* each : region_list) {
-    const size_t away = at < each->base ? each->base - at : at < each->base + each->bytes ? 0 : at - (each->base + each->bytes);
+    const size_t away = at < each->base                 ? each->base - at
+                        : at < each->base + each->bytes ? 0
+                                                        : at - (each->base + each->bytes);
     if (away < least) nearest = each, least = away;
   }
   return nearest;
@@ -148,6 +158,7 @@ void remove_regions(size_t mark) {
 }
 
 void close_arena() {
+  if (!arena || !region_of_page) return;
   const size_t used = top;
   remove_regions(PAGE_BYTES);
   mprotect(arena, used, PROT_NONE);

@@ -16,8 +16,8 @@ struct Region {
   char* base = nullptr;
   size_t bytes = 0;
   std::string name;
-  bool written = true;   // the kernel may write here
-  bool fresh = true;     // what it reads here it must have written
+  bool written = true;                   // the kernel may write here
+  bool fresh = true;                     // what it reads here it must have written
   const unsigned char* holes = nullptr;  // a byte each: 1 if it belongs to somebody else
   const Block* owner = nullptr;          // of shared memory
   const void* tag = nullptr;             // of a shared variable: the same in all blocks
@@ -32,7 +32,8 @@ struct Region {
 bool open_arena();
 Region* add_global(const MemoryRequest& request, bool checks);
 void copy_back(const MemoryRequest& request, const Region& region);
-Region* add_shared(const Block& owner, const void* tag, size_t bytes, size_t alignment, const char* name, bool checks);
+Region* add_shared(const Block& owner, const void* tag, size_t bytes, size_t alignment,
+                   const char* name, bool checks);
 
 bool is_in_arena(const void* address);
 Region* region_at(const void* address);       // the one whose pages hold the address, or null

@@ -47,7 +47,9 @@ std::string name_of_thread(int64_t block, int64_t thread) {
   return format("block %lld thread %lld", (long long)block, (long long)thread);
 }
 
-std::string name_of(const Thread& thread) { return name_of_thread(thread.block->index, thread.index); }
+std::string name_of(const Thread& thread) {
+  return name_of_thread(thread.block->index, thread.index);
+}
 
 std::string name_of(const Place& place) {
   const char* slash = strrchr(place.file, '/');
@@ -58,7 +60,8 @@ std::string name_of_code(const void* return_address) {
   Dl_info image;
   if (!return_address || !dladdr(return_address, &image)) return "(unknown place)";
   // Minus one: the address that a call returns to may belong to the next line already.
-  const size_t offset = static_cast<const char*>(return_address) - static_cast<char*>(image.dli_fbase);
+  const size_t offset =
+      static_cast<const char*>(return_address) - static_cast<char*>(image.dli_fbase);
   return format("<+0x%zx>", offset - 1);
 }
 

@@ -16,10 +16,10 @@ void report(const std::string& key, const std::string& text);
 bool has_reports();
 std::string take_reports();
 
-std::string name_of(const Thread& thread);               // "block 2 thread 7"
+std::string name_of(const Thread& thread);  // "block 2 thread 7"
 std::string name_of_thread(int64_t block, int64_t thread);
-std::string name_of(const Place& place);                 // "kernel.cu:12"
-std::string name_of_code(const void* return_address);    // "<+0x11f0>"
+std::string name_of(const Place& place);               // "kernel.cu:12"
+std::string name_of_code(const void* return_address);  // "<+0x11f0>"
 
 // Report the fault and end the launch: the kernel cannot go on after it.
 [[noreturn]] void fail(const std::string& key, const std::string& text);

@@ -1,11 +1,13 @@
-// All parts of the runtime as one: checks are called at every access to memory, so the compiler should
-// see through them, and the standard headers are read once.
+// All parts of the runtime as one: checks are called at every access to memory, so the compiler
+// should see through them, and the standard headers are read once.
 #include "access_history.cpp"
 #include "clocks.cpp"
 #include "fibre.cpp"
 #include "memory.cpp"
 #include "scheduler.cpp"
 #include "ordering.cpp"
+#include "attempt.cpp"
+#include "races.cpp"
 #include "checks.cpp"
 #include "access_hooks.cpp"
 #include "undefined_hooks.cpp"

@@ -26,10 +26,14 @@ bool ended;
 
 const char* name_of_state(State state) {
   switch (state) {
-    case State::in_block_barrier: return "__syncthreads";
-    case State::in_collective: return "a warp collective";
-    case State::in_cluster_barrier: return "the barrier of the cluster";
-    default: return "a loop";
+    case State::in_block_barrier:
+      return "__syncthreads";
+    case State::in_collective:
+      return "a warp collective";
+    case State::in_cluster_barrier:
+      return "the barrier of the cluster";
+    default:
+      return "a loop";
   }
 }
 
@@ -44,7 +48,8 @@ std::string describe_waiting() {
   }
   std::string text;
   for (const auto& [where, count] : counts)
-    text += format("%s%d %s in %s", text.empty() ? "" : "; ", count, count == 1 ? "thread waits" : "threads wait", where.c_str());
+    text += format("%s%d %s in %s", text.empty() ? "" : "; ", count,
+                   count == 1 ? "thread waits" : "threads wait", where.c_str());
   return text;
 }
 

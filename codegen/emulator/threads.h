@@ -29,7 +29,8 @@ struct Thread {
   Warp* warp = nullptr;
   int64_t index = 0;  // within the block
   int lane = 0;
-  int accesses_since_rest = 0;  // volatile reads and atomics: a loop that waits by them must let others run
+  int accesses_since_rest =
+      0;  // volatile reads and atomics: a loop that waits by them must let others run
 
   // The collective that it waits in, and its result.
   Collective collective = Collective::sync;

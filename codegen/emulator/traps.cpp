@@ -23,7 +23,8 @@ std::string meaning_of(int signal, const void* address) {
   if (signal == SIGFPE) return "crash: division by zero";
   if (signal == SIGILL) return "crash: illegal instruction";
   if (is_stack_overflow(running->fibre, address)) return "crash: the stack is full";
-  if (const Region* region = region_at(address)) return "write to const: " + region->describe(address);
+  if (const Region* region = region_at(address))
+    return "write to const: " + region->describe(address);
   return format("wild access: address %p", address);
 }
 
@@ -39,7 +40,8 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   if (!is_ours()) return give_back();
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   const void* code = reinterpret_cast<void*>(registers[REG_RIP] + 1);
-  report(format("signal %p", code), meaning_of(signal, info->si_addr) + ", by " + name_of(*running) + " at " + name_of_code(code));
+  report(format("signal %p", code), meaning_of(signal, info->si_addr) + ", by " +
+                                        name_of(*running) + " at " + name_of_code(code));
   // Leave the handler into end_launch, on a stack that is as after a call.
   registers[REG_RSP] = greg_t(running->fibre.stack + STACK_BYTES - 256 - 8);
   registers[REG_RIP] = reinterpret_cast<greg_t>(&end_launch);

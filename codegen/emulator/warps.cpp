@@ -8,18 +8,30 @@ namespace {
 
 const char* name_of_collective(Collective what) {
   switch (what) {
-    case Collective::sync: return "__syncwarp";
-    case Collective::ballot: return "__ballot_sync";
-    case Collective::any: return "__any_sync";
-    case Collective::all: return "__all_sync";
-    case Collective::shuffle: return "__shfl_sync";
-    case Collective::match: return "__match_any_sync";
-    case Collective::add: return "__reduce_add_sync";
-    case Collective::min: return "__reduce_min_sync";
-    case Collective::max: return "__reduce_max_sync";
-    case Collective::bit_and: return "__reduce_and_sync";
-    case Collective::bit_or: return "__reduce_or_sync";
-    case Collective::bit_xor: return "__reduce_xor_sync";
+    case Collective::sync:
+      return "__syncwarp";
+    case Collective::ballot:
+      return "__ballot_sync";
+    case Collective::any:
+      return "__any_sync";
+    case Collective::all:
+      return "__all_sync";
+    case Collective::shuffle:
+      return "__shfl_sync";
+    case Collective::match:
+      return "__match_any_sync";
+    case Collective::add:
+      return "__reduce_add_sync";
+    case Collective::min:
+      return "__reduce_min_sync";
+    case Collective::max:
+      return "__reduce_max_sync";
+    case Collective::bit_and:
+      return "__reduce_and_sync";
+    case Collective::bit_or:
+      return "__reduce_or_sync";
+    case Collective::bit_xor:
+      return "__reduce_xor_sync";
   }
   return "";
 }
@@ -37,11 +49,15 @@ void check_lanes(Collective what, unsigned mask, int argument, const Place& plac
   if (!has(mask, self.lane))
     fail_at(what, place, format("the calling lane %d is not in mask 0x%x", self.lane, mask));
   if (mask & ~warp.existing)
-    fail_at(what, place, format("mask 0x%x names lanes that do not exist (the warp has 0x%x)", mask, warp.existing));
+    fail_at(
+        what, place,
+        format("mask 0x%x names lanes that do not exist (the warp has 0x%x)", mask, warp.existing));
   if (mask & warp.exited)
     fail_at(what, place, format("mask 0x%x names lanes that have ended (0x%x)", mask, warp.exited));
   if (what == Collective::shuffle && !has(mask, argument & (WARP - 1)))
-    fail_at(what, place, format("lane %d reads lane %d, which is not in mask 0x%x", self.lane, argument & (WARP - 1), mask));
+    fail_at(what, place,
+            format("lane %d reads lane %d, which is not in mask 0x%x", self.lane,
+                   argument & (WARP - 1), mask));
 }
 
 // Lanes of one mask must meet in the same collective with the same mask.
@@ -51,8 +67,9 @@ void check_others(Collective what, unsigned mask, const Place& place) {
     if (!has(warp.waiting & mask, lane)) continue;
     const Thread& other = *warp.lanes[lane];
     if (other.collective == what && other.mask == mask && other.place.line == place.line) continue;
-    fail_at(what, place, format("mask 0x%x, but lane %d waits in %s at %s with mask 0x%x", mask, lane,
-                                name_of_collective(other.collective), name_of(other.place).c_str(), other.mask));
+    fail_at(what, place,
+            format("mask 0x%x, but lane %d waits in %s at %s with mask 0x%x", mask, lane,
+                   name_of_collective(other.collective), name_of(other.place).c_str(), other.mask));
   }
 }
 
@@ -63,14 +80,24 @@ bool is_less(unsigned long long a, unsigned long long b, bool with_sign) {
 unsigned long long combine(Collective what, unsigned long long a, const Thread& next) {
   const unsigned long long b = next.value;
   switch (what) {
-    case Collective::ballot: return a | b << next.lane;
-    case Collective::any: case Collective::bit_or: return a | b;
-    case Collective::all: case Collective::bit_and: return a & b;
-    case Collective::bit_xor: return a ^ b;
-    case Collective::add: return a + b;
-    case Collective::min: return is_less(b, a, next.argument) ? b : a;
-    case Collective::max: return is_less(a, b, next.argument) ? b : a;
-    default: return 0;
+    case Collective::ballot:
+      return a | b << next.lane;
+    case Collective::any:
+    case Collective::bit_or:
+      return a | b;
+    case Collective::all:
+    case Collective::bit_and:
+      return a & b;
+    case Collective::bit_xor:
+      return a ^ b;
+    case Collective::add:
+      return a + b;
+    case Collective::min:
+      return is_less(b, a, next.argument) ? b : a;
+    case Collective::max:
+      return is_less(a, b, next.argument) ? b : a;
+    default:
+      return 0;
   }
 }
 
@@ -93,16 +120,20 @@ void give_results(Warp& warp, Collective what, unsigned mask) {
   for (int lane = 0; lane < WARP; ++lane) {
     if (!has(mask, lane)) continue;
     Thread& each = *warp.lanes[lane];
-    if (what == Collective::shuffle) each.result = warp.lanes[each.argument & (WARP - 1)]->value;
-    else if (what == Collective::match) each.result = matching(warp, mask, each.value);
-    else each.result = combined;
+    if (what == Collective::shuffle)
+      each.result = warp.lanes[each.argument & (WARP - 1)]->value;
+    else if (what == Collective::match)
+      each.result = matching(warp, mask, each.value);
+    else
+      each.result = combined;
   }
 }
 
 }  // namespace
 
-extern "C" unsigned long long emulator_collective(
-    Collective what, unsigned mask, unsigned long long value, int argument, Place place) {
+extern "C" unsigned long long emulator_collective(Collective what, unsigned mask,
+                                                  unsigned long long value, int argument,
+                                                  Place place) {
   Thread& self = *running;
   Warp& warp = *self.warp;
   if (what == Collective::sync && mask == ~0u) mask = warp.existing;  // the default of __syncwarp

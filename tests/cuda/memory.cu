@@ -168,3 +168,28 @@ extern "C" __global__ void failed_assertion(const Call call) {
   if (threadIdx.x >= limit) __trap();  // reported: trap
   call.out[threadIdx.x] = 0.0f;
 }
+
+// gcc calls a function for a copy of unknown size.
+// <<<1, 32>>>
+extern "C" __global__ void copy_beyond_the_end(const Call call) {
+  const int t = threadIdx.x;
+#ifdef BUG
+  const long long bytes = call.n;
+#else
+  const long long bytes = call.n / 50;
+#endif
+  memcpy(call.out + 8 * t, call.in + t, bytes);  // reported: out of bounds|race
+}
+
+struct Row {
+  float values[40];
+};
+// <<<1, 1>>>
+extern "C" __global__ void large_struct(const Call call) {
+#ifdef BUG
+  const Row* from = reinterpret_cast<const Row*>(call.scratch);
+#else
+  const Row* from = reinterpret_cast<const Row*>(call.in);
+#endif
+  *reinterpret_cast<Row*>(call.out) = *from;  // reported: uninitialised
+}
