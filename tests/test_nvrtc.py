@@ -12,6 +12,7 @@ import pytest
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda.device import KIB, STATED, Grid, Limits
+from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.nvrtc import Usage
 from sparsify.codegen.cuda.occupancy import why_not_resident
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
@@ -74,10 +75,11 @@ def test_an_entry_is_made_once_and_holds_source_headers_and_log(cache: Path) -> 
 def test_all_that_matters_is_part_of_the_key(cache: Path) -> None:
     other = Source(DOUBLED.text.replace("3.0f", "5.0f"), "doubled.cu", "run_doubled")
     entries = [
-        nvrtc.recipe_for(DOUBLED, TWICE, "sm_90").entry,
-        nvrtc.recipe_for(DOUBLED, TWICE, "sm_100").entry,
-        nvrtc.recipe_for(DOUBLED, {"twice.cuh": TWICE["twice.cuh"] + "\n"}, "sm_90").entry,
-        nvrtc.recipe_for(other, TWICE, "sm_90").entry,
+        nvrtc.recipe_for(DOUBLED, TWICE, "sm_90", False).entry,
+        nvrtc.recipe_for(DOUBLED, TWICE, "sm_100", False).entry,
+        nvrtc.recipe_for(DOUBLED, {"twice.cuh": TWICE["twice.cuh"] + "\n"}, "sm_90", False).entry,
+        nvrtc.recipe_for(other, TWICE, "sm_90", False).entry,
+        nvrtc.recipe_for(other, TWICE, "sm_90", True).entry,
     ]
     assert len({*entries}) == len(entries)
 
@@ -88,7 +90,7 @@ def test_numbers_are_those_of_ieee() -> None:
     assert not isinstance(api, Refusal)
     text = kernel("y[0] = x[0] * x[1] + x[2]; y[1] = x[3] / x[4]; y[2] = sqrtf(x[5]);").text
     program = api.createProgram(text, "f.cu", (), ())
-    options = [o for o in nvrtc.options_for("compute_90") if "ptxas" not in o]
+    options = [o for o in nvrtc.options_for("compute_90", False) if "ptxas" not in o]
     api.compileProgram(program, options)
     assembly = api.getPTX(program).decode()
     api.destroyProgram(program)
@@ -98,7 +100,7 @@ def test_numbers_are_those_of_ieee() -> None:
         assert other not in assembly
 
 
-def test_a_spill_is_an_error(cache: Path) -> None:
+def test_a_spill_is_an_error_unless_it_is_allowed(cache: Path) -> None:
     wide = kernel(
         "float a[200];\n#pragma unroll\nfor (int i = 0; i < 200; ++i) a[i] = x[i * blockDim.x];\n"
         "__syncthreads();\n#pragma unroll\nfor (int i = 0; i < 200; ++i)\n"
@@ -107,6 +109,9 @@ def test_a_spill_is_an_error(cache: Path) -> None:
     wide = Source(wide.text.replace("void f", "void __launch_bounds__(1024) f"), "f.cu", "f")
     with pytest.raises(CompileError, match="Registers are spilled to local memory"):
         nvrtc.compile_cubin(wide, {}, "sm_90")
+    allowed = nvrtc.compile_cubin(wide, {}, "sm_90", spills=True)
+    assert nvrtc.usage_of(allowed, "f").spill_bytes > 0
+    assert Gpu("sm_90").compile(wide, {}) == allowed
 
 
 def test_an_error_has_the_log_and_the_kept_source(cache: Path) -> None:

@@ -80,26 +80,32 @@ def architecture_for(capability: tuple[int, int]) -> str | Refusal:
     return Refusal("backend-unavailable", reason, f"Install {newest}.")
 
 
-def options_for(architecture: str) -> tuple[str, ...]:
-    """No contraction, no flush to zero, exact division and root; a spill is an error."""
+def options_for(architecture: str, spills: bool) -> tuple[str, ...]:
+    """No contraction, no flush to zero, exact division and root."""
     exact = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-    assembler = tuple(f"--ptxas-options={flag}" for flag in ("-v", "-warn-spills", "-Werror"))
+    flags = ("-v",) if spills else ("-v", "-warn-spills", "-Werror")
+    assembler = tuple(f"--ptxas-options={flag}" for flag in flags)
     return (f"--gpu-architecture={architecture}", "--std=c++17", *exact, "-lineinfo", *assembler)
 
 
-def compile_cubin(source: Source, headers: Mapping[str, str], architecture: str) -> Path:
+def compile_cubin(
+    source: Source, headers: Mapping[str, str], architecture: str, *, spills: bool = False
+) -> Path:
     """The cubin of ``source`` for ``sm_XX``, from the cache or made now; its Usage lies beside it.
 
-    ``headers`` are the files that it includes, by name.
+    ``headers`` are the files that it includes, by name. Without ``spills``, it is an error that a
+    thread has more values than registers.
     Raises CompileError (log, path of the kept source) and BackendUnavailable (no NVRTC, or no
     folder to write to).
     """
-    return current_cache().get(recipe_for(source, headers, architecture))
+    return current_cache().get(recipe_for(source, headers, architecture, spills))
 
 
-def recipe_for(source: Source, headers: Mapping[str, str], architecture: str) -> Recipe:
+def recipe_for(
+    source: Source, headers: Mapping[str, str], architecture: str, spills: bool
+) -> Recipe:
     """How to compile ``source``, and all that the result depends on."""
-    options = options_for(architecture)
+    options = options_for(architecture, spills)
     version = ".".join(map(str, nvrtc_version()))
     parts = {
         "schema": SCHEMA,
