@@ -34,7 +34,7 @@ class Bounded:
 
     @property
     def full_error(self) -> Tensor:
-        return self.error.expand(self.value.shape)
+        return self.error.to(self.value.device).expand(self.value.shape)
 
     @cached_property
     def magnitude(self) -> Tensor:

@@ -46,7 +46,8 @@ class Chooser:
             refusal = self._why_off(task)
             candidates = [] if refusal else self._candidates(task)
             if candidates:
-                self._found[task.name] = candidates if self.binaries.backend.is_timed else candidates[:1]
+                timed = self.binaries.backend.is_timed
+                self._found[task.name] = candidates if timed else candidates[:1]
             else:
                 self.choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
         kernels = {task.name: task.lowered.kernel for task in tasks}

@@ -15,6 +15,7 @@ from sparsify.api import sparsify
 from sparsify.backends import make_backends, require_backend
 from sparsify.bench import measure_pairs
 from sparsify.cli_target import Target, UsageError, UserCode, load_target
+from sparsify.codegen.backend import Backend
 from sparsify.engine import Engine
 from sparsify.explain_model import explain
 from sparsify.install import Sparsified
@@ -126,7 +127,7 @@ def _compile(
 def _compile_text(target: Target, options: argparse.Namespace) -> Engine:
     """Decide by predictions and write the kernels: no device or compiler is needed."""
     _run_original(target)
-    (backend,) = make_backends(options.backend).values()
+    (backend,) = _backends(options).values()
     chosen = Options(options.strict, timing=False)
     engine = Engine(target.model, chosen, None, {"cpu": Rendered(backend)})
     engine.compile_example(target.args, target.kwargs, options.gradients)
@@ -138,9 +139,16 @@ def _load(options: argparse.Namespace) -> Target:
     target = load_target(options.target, options.batch)
     if not options.backend:
         return target
+    (device,) = _backends(options)
     require_backend(options.backend)
-    (device,) = make_backends(options.backend)
     return target.to(device)
+
+
+def _backends(options: argparse.Namespace) -> dict[str, Backend]:
+    try:
+        return make_backends(options.backend)
+    except ValueError as error:  # of a variable of the environment
+        raise UsageError(str(error)) from error
 
 
 def _call(module: nn.Module, target: Target) -> Callable[[], Any]:

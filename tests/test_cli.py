@@ -435,6 +435,12 @@ def test_show_renders_cuda_anywhere(
     assert texts[0] == texts[1]
 
 
+UNKNOWN_ORDER = (
+    "sparsify: SPARSIFY_EMULATOR: unknown word 'sideways'; "
+    "known: forward, reverse, random, random:SEED, unchecked\n"
+)
+
+
 def test_verify_on_the_emulator(
     file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +452,9 @@ def test_verify_on_the_emulator(
         assert (status, err) == (0, "")
         assert re.search(r"^verified: [12] of 2 sites .* the backend cuda-emulated$", out, re.M)
         assert re.search(r"^  rec.weight +16,384 values ", out, re.MULTILINE)
+    monkeypatch.setenv("SPARSIFY_EMULATOR", "sideways")
+    assert run(capsys, *asked)[::2] == (2, UNKNOWN_ORDER)
+    monkeypatch.delenv("SPARSIFY_EMULATOR")
     status, _, err = run(capsys, *asked, "--events", "3")
     assert status == 1
     assert "of 2 sites run as events, 3 are asked for" in err

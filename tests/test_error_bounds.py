@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsify.bounded import EXACT
 from sparsify.error_bounds import Bounded, Bounds, bound_errors
 from sparsify.passes.lower_ops import EXPANSIONS
 from sparsify.rounding_rows import ROWS
@@ -385,3 +386,9 @@ def test_every_operation_that_kernels_take_has_a_row() -> None:
     }
     assert len(taken) > 60
     assert taken - {str(target) for target in ROWS} == set()
+
+
+def test_the_error_of_an_exact_value_is_where_the_value_is() -> None:
+    """So that it can be joined with others on a GPU."""
+    value = torch.ones(3, dtype=torch.float64, device="meta")
+    assert Bounded(value, EXACT, torch.float32).full_error.device == value.device
