@@ -12,7 +12,7 @@ import torch
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda.device import Grid, Memory, Word
 from sparsify.codegen.emulator.device import EmulatedDevice
-from sparsify.codegen.emulator.faults import KernelFault
+from sparsify.errors import KernelFault
 
 FOLDER = Path(__file__).parent / "cuda"
 FILES = ("warps.cu", "blocks.cu", "memory.cu", "wild.cu", "grids.cu", "clusters.cu")

@@ -16,7 +16,7 @@ from sparsify import ir
 from sparsify.codegen.cuda import kernel_text
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.emulator.device import Schedule
-from sparsify.codegen.emulator.faults import KernelFault
+from sparsify.errors import KernelFault
 from sparsify.reference import Array, gather
 from tests import test_restricted
 from tests.emulated_kernels import EditedDevice, compare, emulator, exact, load, needs_emulator, run

@@ -28,7 +28,7 @@ from sparsify.codegen.cuda.outer_product import (
     shape_of,
 )
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
-from sparsify.codegen.emulator.faults import KernelFault
+from sparsify.errors import KernelFault
 from sparsify.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits
 from sparsify.verify_model import verify

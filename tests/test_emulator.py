@@ -16,8 +16,7 @@ import torch
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda.device import A100, H100, Grid, Memory, Word
 from sparsify.codegen.emulator.device import EmulatedDevice, EmulatedFunction
-from sparsify.codegen.emulator.faults import KernelFault
-from sparsify.errors import CompileError
+from sparsify.errors import CompileError, KernelFault
 from tests.cached_builds import exit_status, in_child
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import torch
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda.device import Grid, Memory, Word
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
-from sparsify.codegen.emulator.faults import KernelFault
+from sparsify.errors import KernelFault
 from tests.without_barriers import Mutant, without_each_barrier
 
 needs_emulator = pytest.mark.skipif(

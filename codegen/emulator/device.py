@@ -13,9 +13,9 @@ import torch
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda.device import H100, Grid, Limits, Word
 from sparsify.codegen.emulator.build import compile_kernel, find_gcc, load_kernel, load_runtime
-from sparsify.codegen.emulator.faults import KernelFault, name_lines
 from sparsify.codegen.emulator.launch_request import LaunchRequest, Operands
-from sparsify.errors import Refusal
+from sparsify.codegen.emulator.name_lines import name_lines
+from sparsify.errors import KernelFault, Refusal
 
 Schedule = Literal["forward", "reverse", "random"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)

@@ -1,4 +1,4 @@
-"""What a kernel did wrong, with the lines of its text."""
+"""Reports of faults: lines of the kernel in place of addresses in its code."""
 
 from __future__ import annotations
 
@@ -7,29 +7,16 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.errors import SparsifyError
-
 _CODE = re.compile(r"<\+(0x[0-9a-f]+)>")
 _LINE = re.compile(r"(?:.*/)?([^/]+:\d+)(?: \(discriminator \d+\))?$")
 LOOKUP_LIMIT_S = 60.0
 
 
-class KernelFault(SparsifyError):
-    """A kernel under the emulator did what it must not do.
-
-    ``reports`` are the faults, one a line, in the order in which they were met. Each begins with
-    its kind, a colon, and names the thread and the line of the kernel (``gather.cuh:40 from
-    run_lif.cu:88`` for what was called).
-    """
-
-    def __init__(self, kernel: str, reports: Sequence[str]) -> None:
-        super().__init__("\n".join([f"{kernel} is wrong:", *reports]))
-        self.kernel = kernel
-        self.reports = tuple(reports)
-
-
 def name_lines(reports: str, library: Path) -> list[str]:
-    """The reports of a launch, with lines of the kernel in place of addresses in ``library``."""
+    """The reports of a launch, one a line, with the lines of ``library``'s source.
+
+    ``gather.cuh:40 from run_lif.cu:88``: a line of what was called, and that of the kernel.
+    """
     addresses = sorted(set(_CODE.findall(reports)))
     lines = _lines_of(addresses, library) if addresses else {}
     return [_CODE.sub(lambda code: lines[code[1]], each) for each in reports.splitlines()]
