@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from sparsify import backends
 from sparsify.api import sparsify
-from sparsify.backends import Compilers, find_device, make_backends
+from sparsify.backends import Compilers, find_device, make_backends, require_backend
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.engine import Engine
-from sparsify.errors import Refusal, RefusedError
+from sparsify.errors import BackendUnavailable, Refusal, RefusedError
 from sparsify.install import Sparsified, install
 from sparsify.options import Options
 from tests.small_nets import RecurrentNet, spikes
@@ -153,3 +155,40 @@ def test_an_original_that_runs_on_one_device_is_not_pinned_there(
     with pytest.warns(UserWarning, match="noted"):
         run(fast, X.to(META))
     assert META in asked
+
+
+def test_without_a_driver_the_original_runs_and_the_report_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusal = Refusal("backend-unavailable", "CuPy is not installed.", "pip install '.[cuda13]'.")
+    monkeypatch.setattr(Gpu, "why_unavailable", lambda self: refusal)
+    monkeypatch.setattr(backends, "find_device", lambda tensors: torch.device("cuda", 0))
+    model = RecurrentNet().eval()
+    fast = sparsify(model)
+    with pytest.warns(UserWarning, match="CuPy is not installed") as told:
+        assert torch.equal(run(fast, X), run(model, X))
+        assert torch.equal(run(fast, X), run(model, X))
+    assert len(told) == 1
+    report = engine_of(fast).report
+    assert {site.code for site in report.sites} == {"backend-unavailable"}
+    assert "pip install '.[cuda13]'" in str(report)
+    with pytest.raises(BackendUnavailable, match=r"CuPy is not installed. pip install"):
+        require_backend("cuda")
+
+
+def test_the_emulator_takes_tensors_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And compiles every site that reads events, whatever it costs."""
+    monkeypatch.setenv("SPARSIFY_EMULATOR", "reverse")
+    model = RecurrentNet().eval()
+    fast = sparsify(model, X, backend="cuda-emulated")
+    assert torch.equal(run(fast, X), run(model, X))
+    engine = engine_of(fast)
+    assert "kernels of the backend cuda-emulated on cpu" in str(engine.report)
+    assert engine.report["rec"].decision == engine.report["out"].decision == "event"
+    assert engine.kernels
+    for view in engine.kernels.values():
+        assert 'extern "C" __global__ void' in view.source
+    assert all(given for view in engine.kernels.values() for given, _ in view.events.values())
+    clone = copy.deepcopy(fast)
+    assert torch.equal(run(clone, X), run(model, X))
+    assert engine_of(clone).compiled.backend.name == "cuda-emulated"
