@@ -24,4 +24,11 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         ir.Schedule("row-per-block", (("back", "event"), ("forward", "dense"))),
     ),
     "product_row": (product(300, 40), schedule(product(300, 40), "row-per-block")),
+    "lif_grid": (lif(70, 300), schedule(lif(70, 300), "neurons-per-grid")),
+    "lif_gradient_grid": (lif_gradient(1300), schedule(lif_gradient(1300), "neurons-per-grid")),
+    "gate_of_bits_grid": (gate_of_bits(70), schedule(gate_of_bits(70), "neurons-per-grid")),
+    "two_layers_cluster": (
+        two_layers(140, 33),
+        ir.Schedule("neurons-per-cluster", (("back", "event"), ("forward", "dense"))),
+    ),
 }

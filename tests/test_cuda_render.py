@@ -10,7 +10,7 @@ import torch
 
 from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
-from sparsify.codegen.cuda.device import RTX5090, STATED, Limits
+from sparsify.codegen.cuda.device import A100, H100, RTX5090, STATED, Limits
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.cuda.occupancy import why_not_resident
@@ -27,7 +27,7 @@ MOST_REGISTERS = 128  # that 512 threads can have
 @pytest.mark.parametrize("name", CUDA_CASES)
 def test_golden(name: str, update_golden: bool) -> None:
     """Without a GPU, a compiler or CuPy."""
-    text = CudaBackend(Gpu()).render(*CUDA_CASES[name]).text
+    text = CudaBackend(Gpu(), H100).render(*CUDA_CASES[name]).text
     path = GOLDEN / f"{name}.cu"
     if update_golden:
         path.write_text(text)
@@ -45,6 +45,10 @@ def test_every_target(name: str, limits: Limits) -> None:
     """Spills are errors of the assembler; a block of the launched size fits the device."""
     kernel, plan = CUDA_CASES[name]
     backend = CudaBackend(Gpu(limits.architecture), limits)
+    if limits is A100 and plan.strategy == "neurons-per-cluster":
+        with pytest.raises(ValueError, match="Clusters need compute capability 9.0"):
+            backend.render(kernel, plan)
+        return
     source = backend.render(kernel, plan)
     cubin = nvrtc.compile_cubin(source, headers_of(*HEADERS), limits.architecture)
     usage = nvrtc.usage_of(cubin, source.entry)
@@ -52,7 +56,7 @@ def test_every_target(name: str, limits: Limits) -> None:
     assert usage.shared_bytes == 0
     strategy = next(s for s in backend.strategies if s.name == plan.strategy)
     grid = strategy.plan(kernel, plan).grid(8, 4, limits, lambda threads, shared: 1)
-    assert why_not_resident(limits, usage, replace(grid, blocks=1)) is None
+    assert why_not_resident(limits, usage, replace(grid, blocks=grid.cluster)) is None
 
 
 def test_the_header_names_the_model() -> None:
@@ -64,18 +68,19 @@ def test_the_header_names_the_model() -> None:
 
 @needs_emulator
 @pytest.mark.parametrize("offset", [0, 6, 12])
-def test_hostile_names_compile_and_run(offset: int) -> None:
+@pytest.mark.parametrize("strategy", ["row-per-block", "neurons-per-grid", "neurons-per-cluster"])
+def test_hostile_names_compile_and_run(strategy: str, offset: int) -> None:
     """Also with NVRTC, which knows other names than the emulator."""
     plain = lif(20, 40)
     kernel = hostile(plain, offset)
-    plan = schedule(kernel, "row-per-block")
+    plan = schedule(kernel, strategy)
     data = lif_data(plain, 3, 2)
     names = [value.name for value in (*plain.operands, *plain.weights)]
     renamed = [value.name for value in (*kernel.operands, *kernel.weights)]
     given = {new: data[old] for old, new in zip(names, renamed, strict=True)}
     launch = load(kernel, plan)
     compare(launch, kernel, given, 3, 2)
-    wanted = run(load(plain, schedule(plain, "row-per-block")), data, 3, 2)
+    wanted = run(load(plain, schedule(plain, strategy)), data, 3, 2)
     assert all(map(torch.equal, run(launch, given, 3, 2).values(), wanted.values()))
     if nvrtc.why_unavailable() is None:
         source = CudaBackend(Gpu()).render(kernel, plan)

@@ -75,7 +75,7 @@ class _NeuronsPerBlock:
                 f"{kernel.name!r}; {self.limits.name} runs {self.most_blocks} together.",
                 "Choose a larger tile, or 0.",
             )
-        team = TeamKernel(kernel, schedule, self.together)
+        team = self.team(kernel, schedule)
         return why_not_shared(kernel, team.shared_bytes(shape), self.limits)
 
     def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
@@ -84,14 +84,20 @@ class _NeuronsPerBlock:
 
     def shape(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Shape:
         """The one that fits best; one that does not fit where none does."""
-        return _find_shape(kernel, schedule, self.together, self.limits, self.most_blocks)
+        return find_shape(kernel, schedule, self.together, self.limits, self.most_blocks)
+
+    def team(self, kernel: ir.Kernel, schedule: ir.Schedule) -> TeamKernel:
+        return TeamKernel(kernel, schedule, self.together)
+
+    def text(self, team: TeamKernel, shape: Shape) -> TeamText:
+        return TeamText(team, shape)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
-        team = TeamKernel(kernel, schedule, self.together)
-        return TeamText(team, self.shape(kernel, schedule)).render(entry)
+        team = self.team(kernel, schedule)
+        return self.text(team, self.shape(kernel, schedule)).render(entry)
 
     def plan(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Plan:
-        team = TeamKernel(kernel, schedule, self.together)
+        team = self.team(kernel, schedule)
         shape = self.shape(kernel, schedule)
         shared_bytes = team.shared_bytes(shape)
 
@@ -122,7 +128,7 @@ class _NeuronsPerBlock:
         batch: int,
         activity: Mapping[str, float],
     ) -> Cost:
-        team = TeamKernel(kernel, schedule, self.together)
+        team = self.team(kernel, schedule)
         shape = self.shape(kernel, schedule)
         teams = max(1, min(batch, self.limits.multiprocessors // shape.blocks))
         rows = max(1, min(shape.rows, -(-batch // teams)))
@@ -180,7 +186,7 @@ class NeuronsPerCluster(_NeuronsPerBlock):
 
 
 @lru_cache(maxsize=256)
-def _find_shape(
+def find_shape(
     kernel: ir.Kernel,
     schedule: ir.Schedule,
     together: Together,
@@ -198,13 +204,13 @@ def _find_shape(
         for shape in shapes(team.usage, width):
             if team.shared_bytes(shape) > limits.shared_per_block:
                 continue
-            shape, kept = _with_resident(team, shape, limits)
+            shape, kept = with_resident(team, shape, limits)
             if found is None or kept > most:
                 found, most = shape, kept
     return found or list(shapes(team.usage, wished[0]))[-1]
 
 
-def _with_resident(team: TeamKernel, shape: Shape, limits: Limits) -> tuple[Shape, int]:
+def with_resident(team: TeamKernel, shape: Shape, limits: Limits) -> tuple[Shape, int]:
     """The shape with as many weights in shared memory as fit, and their bytes in all blocks."""
     kept = 0
     for packing in team.packings:

@@ -24,6 +24,8 @@ from sparsify.codegen.writer import Writer
 class TeamText:
     """One rendering of a kernel, for a team of a given shape."""
 
+    headers: tuple[str, ...] = ("slice_sums.cuh",)
+
     def __init__(self, team: TeamKernel, shape: Shape) -> None:
         self.w = Writer()
         self.team, self.shape = team, shape
@@ -31,7 +33,7 @@ class TeamText:
 
     def render(self, entry: str) -> str:
         w, team = self.w, self.team
-        headers = (self.together.header, "slice_sums.cuh")
+        headers = (self.together.header, *self.headers)
         write_head(w, self.kernel, team.schedule, team.symbols, headers)
         self._write_sizes()
         write_call(w, self.kernel, team.members())
@@ -56,6 +58,10 @@ class TeamText:
                 w.line(f"add_count(call.active + {index}, active[{index}]);")
             w.line(f"add_row_steps(call.active + {gathers}, call.steps, call.batch);")
         return w.text()
+
+    def sums(self, phase: ir.Phase, seen: set[str] | None = None) -> TeamSums:
+        """What writes the sums of a phase."""
+        return TeamSums(self.w, self.team, phase, seen)
 
     def _write_sizes(self) -> None:
         w, shape = self.w, self.shape
@@ -156,7 +162,7 @@ class TeamText:
     def _write_step(self) -> None:
         seen: set[str] = set()
         for index, phase in enumerate(self.kernel.phases):
-            sums = TeamSums(self.w, self.team, phase, seen)
+            sums = self.sums(phase, seen)
             meets = index in self.team.meetings or (index == 0 and self.team.meets_first)
             if meets:
                 self.w.line("team.arrive();", "it has told what the others read")
@@ -181,7 +187,7 @@ class TeamText:
         """Compute the neurons of the slice, 32 in the lanes of a warp, and tell the others."""
         w, team, population = self.w, self.team, phase.population
         mine, own = team.mine[population], team.neuron(population)
-        sums = TeamSums(w, team, phase)
+        sums = self.sums(phase)
         w.comment(f"Its neurons of {population}.")
         with items(w, f"words_of({team.widths[population]})", "word"):
             w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")

@@ -1,0 +1,183 @@
+"""Barriers of teams: each is needed, and a block that does not come ends the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsify import errors, ir
+from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.cuda import neurons_per_block, team_shape
+from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
+from sparsify.codegen.cuda.device import H100, KIB, Limits
+from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
+from sparsify.codegen.cuda.strategy import CudaStrategy
+from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
+from sparsify.errors import KernelFault
+from sparsify.reference import Array
+from tests.emulated_kernels import compare, exact, needs_emulator, run
+from tests.example_kernels import (
+    gradient_data,
+    lif,
+    lif_data,
+    lif_gradient,
+    schedule,
+    two_layers,
+)
+from tests.without_barriers import ORDERING, Mutant, without_each_barrier
+
+SCHEDULES: tuple[Schedule, ...] = ("random", "forward", "reverse")
+GRID, CLUSTER = "neurons-per-grid", "neurons-per-cluster"
+HEADER = {GRID: "barrier.cuh", CLUSTER: "cluster.cuh"}
+PATIENCE = 2000
+Case = tuple[ir.Kernel, dict[str, Array], int, int]
+
+pytestmark = needs_emulator
+
+
+@pytest.fixture(autouse=True)
+def _four_warps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each takes several rows and blocks of senders, one after the other."""
+    monkeypatch.setattr(team_shape, "MOST_WARPS", 4)
+    neurons_per_block.find_shape.cache_clear()
+    yield
+    neurons_per_block.find_shape.cache_clear()
+
+
+class EditedDevice(EmulatedDevice):
+    """Compiles other texts in the place of those that it is given."""
+
+    texts: Mapping[str, str]
+
+    def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
+        text = self.texts.get(source.filename, source.text)
+        given = {name: self.texts.get(name, header) for name, header in headers.items()}
+        return super().compile(replace(source, text=text), given)
+
+
+class Impatient(CudaBackend):
+    """Its blocks do not wait long for each other."""
+
+    @cached_property
+    def strategies(self) -> tuple[CudaStrategy, ...]:
+        return (NeuronsPerGrid(self.limits, patience=PATIENCE),)
+
+
+def small(kib: int) -> Limits:
+    """Room for one team, which carries two to four rows."""
+    return replace(
+        H100,
+        multiprocessors=12,
+        blocks_per_multiprocessor=1,
+        shared_per_block=kib * KIB,
+        shared_per_multiprocessor=(kib + 1) * KIB,
+    )
+
+
+def edited(order: Schedule, texts: Mapping[str, str], limits: Limits) -> EditedDevice:
+    device = EditedDevice(order, seed=1, checks=True, played=limits)
+    object.__setattr__(device, "texts", texts)
+    return device
+
+
+def recurrent() -> Case:
+    kernel = lif(270, 270)
+    return kernel, lif_data(kernel, 3, 5), 3, 5
+
+
+def backwards() -> Case:
+    kernel = lif_gradient(270)
+    return kernel, gradient_data(kernel, 3, 5, 0.2), 3, 5
+
+
+def two_exchanges() -> Case:
+    kernel, rng = two_layers(300, 270), np.random.default_rng(1)
+    data: dict[str, Array] = {
+        "x": exact(rng, (3, 5, 300)),
+        "bias": np.full(300, 0.5, "float32"),
+        "h0": np.zeros((), "float32"),
+        "w_back": rng.standard_normal((300, 270)).astype("float32"),
+        "w_forward": rng.standard_normal((270, 300)).astype("float32"),
+    }
+    return kernel, data, 3, 5
+
+
+def objection(strategy: str, case: Case, texts: Mapping[str, str], limits: Limits) -> str:
+    """What the emulator, or the reference, says of a mutant; nothing if all is well."""
+    kernel, data, steps, batch = case
+    for order in SCHEDULES:
+        backend = CudaBackend(edited(order, texts, limits))
+        launch = backend.load(backend.compile(kernel, schedule(kernel, strategy)))
+        try:
+            compare(launch, kernel, data, steps, batch)
+        except (errors.KernelFault, AssertionError) as error:
+            return str(error)
+    return ""
+
+
+def mutants(strategy: str, kernel: ir.Kernel, limits: Limits, with_headers: bool) -> list[Mutant]:
+    backend = CudaBackend(EmulatedDevice(played=limits))
+    source = backend.render(kernel, schedule(kernel, strategy))
+    texts = {source.filename: source.text}
+    if with_headers:
+        known = headers_of(*HEADERS)
+        texts |= {name: known[name] for name in (HEADER[strategy], "exchange.cuh")}
+    return list(without_each_barrier(texts, [*ORDERING, "arrive", "wait", "meet"]))
+
+
+@pytest.mark.parametrize(
+    "strategy, case, kib, count",
+    [
+        (GRID, recurrent(), 5, 9),
+        (GRID, backwards(), 5, 3),
+        (CLUSTER, recurrent(), 5, 11),
+        (CLUSTER, two_exchanges(), 18, 8),
+    ],
+    ids=lambda value: value[0].name if isinstance(value, tuple) else str(value),
+)
+def test_every_barrier_is_needed(strategy: str, case: Case, kib: int, count: int) -> None:
+    """Of the headers, each is needed by the recurrent kernel of its strategy."""
+    limits = small(kib)
+    assert not objection(strategy, case, {}, limits)
+    found = mutants(strategy, case[0], limits, case[0].name == "recurrent_lif")
+    assert len(found) == count
+    needless = [str(m) for m in found if not objection(strategy, case, m.texts, limits)]
+    assert not needless
+
+
+def lost(steps: int, batch: int) -> tuple[Launchable, Mapping[str, Array]]:
+    """A kernel of which one block ends before its first barrier."""
+    kernel = lif(70, 270)
+    backend = Impatient(EmulatedDevice(played=small(8)))
+    plan = schedule(kernel, GRID)
+    source = backend.render(kernel, plan)
+    line = "unsigned long long active[2] = {};"
+    assert line in source.text
+    text = source.text.replace(line, f"{line}\n  if (team.rank == 3 && call.steps > 1) return;")
+    backend = Impatient(edited("forward", {source.filename: text}, small(8)))
+    return backend.load(backend.compile(kernel, plan)), lif_data(kernel, steps, batch)
+
+
+def test_a_block_that_does_not_come_ends_the_kernel() -> None:
+    launch, data = lost(3, 2)
+    with pytest.raises(errors.KernelFault) as caught:
+        run(launch, data, 3, 2)
+    assert caught.value.kernel == "recurrent_lif"
+    assert "a block did not come to a barrier" in str(caught.value)
+
+
+def test_what_was_given_up_is_told_once() -> None:
+    """By the next call on a GPU, which waits for nothing; the call after that runs."""
+    launch, data = lost(3, 2)
+    with pytest.raises(errors.KernelFault):
+        run(launch, data, 3, 2)
+    one = {**data, "x": data["x"][:1]}
+    assert all(map(torch.isfinite, [out.sum() for out in run(launch, one, 1, 2).values()]))
+    assert launch.events["drive"][1] > 0

@@ -1,0 +1,145 @@
+"""How blocks divide a layer among them, what is refused, and what a step is predicted to take."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify import ir
+from sparsify.codegen.cuda.device import A100, H100, RTX5090, Limits
+from sparsify.codegen.cuda.neurons_per_block import NeuronsPerCluster, NeuronsPerGrid
+from sparsify.codegen.cuda.predict_cost import predict_seconds
+from tests.example_kernels import EVERY, gate_of_bits, lif, product, schedule, two_layers
+
+GRID, CLUSTER = NeuronsPerGrid(H100), NeuronsPerCluster(H100)
+
+
+def egru(hidden: int) -> ir.Kernel:
+    """Event-based gated units: three products of the same events, one exchange a step."""
+    f: ir.DType = "float32"
+    one, zero = ir.Const(1.0), ir.Const(0.0)
+    gates = "zrg"
+    body: tuple[ir.Statement, ...] = (
+        *(ir.Gather(f"q_{gate}", f"r_{gate}", "y", "real") for gate in gates),
+        ir.Let("a_z", "add", ("p_z", "q_z"), f),
+        ir.Let("z", "sigmoid", ("a_z",), f),
+        ir.Let("a_r", "add", ("p_r", "q_r"), f),
+        ir.Let("r", "sigmoid", ("a_r",), f),
+        ir.Let("reset", "mul", ("r", "q_g"), f),
+        ir.Let("a_g", "add", ("p_g", "reset"), f),
+        ir.Let("g", "tanh", ("a_g",), f),
+        ir.Let("kept", "mul", ("z", "h"), f),
+        ir.Let("rest", "sub", (one, "z"), f),
+        ir.Let("new", "mul", ("rest", "g"), f),
+        ir.Let("c", "add", ("kept", "new"), f),
+        ir.Let("fires", "gt", ("c", "theta"), "bool"),
+        ir.Let("y_new", "where", ("fires", "c", zero), f),
+        ir.Let("drop", "where", ("fires", "theta", zero), f),
+        ir.Let("h_new", "sub", ("c", "drop"), f),
+        ir.Update("h", "h_new"),
+        ir.Update("y", "y_new"),
+        ir.Store("out", "y_new"),
+    )
+    return ir.Kernel(
+        name="egru",
+        populations=(ir.Population("hidden", hidden),),
+        operands=(
+            *(ir.Operand(f"p_{gate}", EVERY, "hidden", f) for gate in gates),
+            ir.Operand("theta", ("N",), "hidden", f),
+            ir.Operand("h0", ("B", "N"), "hidden", f),
+            ir.Operand("y0", ("B", "N"), "hidden", f),
+        ),
+        weights=tuple(ir.Weight(f"r_{gate}", "hidden", "hidden", f) for gate in gates),
+        states=(ir.State("h", "hidden", f, "h0"), ir.State("y", "hidden", f, "y0")),
+        phases=(ir.Phase("hidden", body),),
+        outputs=(ir.Output("out", EVERY, "hidden", f),),
+    )
+
+
+def microseconds_per_step(
+    strategy: NeuronsPerGrid | NeuronsPerCluster, kernel: ir.Kernel, batch: int, activity: float
+) -> float:
+    """Of a long call: what happens once is not counted."""
+    plan = schedule(kernel, strategy.name)
+    assert strategy.why_not(kernel, plan) is None
+    active = {gather.result: activity for gather in kernel.gathers}
+    seconds = [
+        predict_seconds(
+            strategy.predict(kernel, plan, steps=steps, batch=batch, activity=active), H100
+        )
+        for steps in (1000, 2000)
+    ]
+    return (seconds[1] - seconds[0]) / 1000 * 1e6
+
+
+def test_small_batches_of_what_fits_shared_memory_take_two_microseconds() -> None:
+    """One barrier (1.1 us in a grid, 0.65 us in a cluster), and reading what lies in shared memory.
+
+    What a step waits for besides, one latency after the other, is not in the prediction: some
+    0.6 us at these sizes (a load from the second cache, listing, adding 13 events, the neurons).
+    """
+    for hidden in (256, 512, 1024):
+        for batch in (1, 4):
+            assert microseconds_per_step(GRID, lif(4, hidden), batch, 0.05) < 1.4
+    for batch in (1, 4):
+        assert microseconds_per_step(CLUSTER, lif(4, 512), batch, 0.05) < 1.0
+        assert microseconds_per_step(GRID, egru(590), batch, 0.12) < 1.4
+
+
+def test_weights_of_a_gated_layer_fill_the_shared_memory_of_the_device() -> None:
+    """Slices of 12 neurons: 113 blocks with 190 KiB of weights each, and sixteen rows."""
+    plan = schedule(egru(1350), "neurons-per-grid")
+    shape = GRID.shape(egru(1350), plan)
+    assert (shape.blocks, shape.slices, shape.rows) == (113, {"hidden": 12}, 16)
+    assert shape.resident == {"r_z", "r_r", "r_g"}
+    assert microseconds_per_step(GRID, egru(1350), 16, 0.12) < 2.6
+
+
+def test_what_does_not_fit_is_read_from_memory() -> None:
+    """A barrier, and 205 rows of 16 KiB: 1.2 us at 2.8 TB/s; within 1.5 of both together."""
+    kernel = lif(4, 4096)
+    shape = GRID.shape(kernel, schedule(kernel, "neurons-per-grid"))
+    assert shape.resident == {"w_in"} and shape.blocks == 128
+    took = microseconds_per_step(GRID, kernel, 1, 0.05)
+    assert took < 1.5 * (1.1 + 205 * 4096 * 4 / 2.8e6)
+
+
+@pytest.mark.parametrize("limits", [A100, H100, RTX5090], ids=lambda limits: limits.name)
+@pytest.mark.parametrize("neurons", [1, 3, 33, 1000, 8192])
+def test_slices_cover_the_layer(limits: Limits, neurons: int) -> None:
+    kernel = two_layers(neurons, max(1, neurons // 3))
+    strategy = NeuronsPerGrid(limits)
+    plan = schedule(kernel, "neurons-per-grid")
+    assert strategy.why_not(kernel, plan) is None
+    shape = strategy.shape(kernel, plan)
+    assert shape.blocks <= limits.multiprocessors
+    for population, width in shape.slices.items():
+        assert width % 4 == 0
+        assert width * shape.blocks >= kernel.population_size(population)
+    assert strategy.tile(kernel, plan) == shape.slices["one"]
+
+
+def test_refusals() -> None:
+    kernel = lif(70, 300)
+    refusal = NeuronsPerCluster(A100).why_not(kernel, schedule(kernel, "neurons-per-cluster"))
+    assert refusal is not None and refusal.code == "unsupported-layout"
+    assert refusal.reason == "Clusters need compute capability 9.0; A100 has 8.0."
+    assert refusal.remedy == "Choose neurons-per-grid."
+
+    refusal = CLUSTER.why_not(kernel, schedule(kernel, "neurons-per-cluster", tile=16))
+    assert refusal is not None and refusal.code == "unsupported-layout"
+    assert refusal.reason == (
+        "19 blocks of 16 neurons would share kernel 'recurrent_lif'; H100 runs 8 together."
+    )
+    larger = schedule(kernel, "neurons-per-cluster", tile=64)
+    assert CLUSTER.why_not(kernel, larger) is None, "the remedy: a larger tile"
+
+    told = gate_of_bits(70)  # a result of the first phase is what the second one adds up
+    assert GRID.why_not(told, schedule(told, "neurons-per-grid")) is None
+    refusal = GRID.why_not(product(300, 40), schedule(product(300, 40), "neurons-per-grid"))
+    assert refusal is not None and refusal.code == "no-gain"
+    assert "tell each other nothing" in refusal.reason
+
+    huge = lif(70, 500_000)
+    refusal = GRID.why_not(huge, schedule(huge, "neurons-per-grid"))
+    assert refusal is not None and refusal.code == "unsupported-layout"
+    assert "bytes of shared memory, H100 has 232448" in refusal.reason
