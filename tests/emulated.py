@@ -1,0 +1,95 @@
+"""Networks whose CUDA kernels run on the emulator, with every access checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.codegen.cuda.backend import CudaBackend
+from sparsify.codegen.cuda.strategies import make_strategies
+from sparsify.codegen.cuda.strategy import CudaStrategy
+from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
+from sparsify.engine import Engine
+from sparsify.install import install
+from sparsify.options import Options
+from sparsify.verify_figures import Verification
+from sparsify.verify_model import verify
+from tests.training_harness import assert_trained, gradients_of
+from tests.training_nets import TrainingNet
+from tests.zoo import Entry
+
+STEPS, BATCH = 4, 3
+SEED = 5  # of the random order of threads
+SCHEDULES: tuple[Schedule, ...] = ("forward", "reverse", "random")
+
+
+class OnlyStrategies(CudaBackend):
+    """A backend that has the named strategies alone, or all."""
+
+    def __init__(self, schedule: Schedule, names: Collection[str] = ()) -> None:
+        super().__init__(EmulatedDevice(schedule, SEED, checks=True))
+        self.names = names
+
+    @cached_property
+    def strategies(self) -> tuple[CudaStrategy, ...]:
+        known = make_strategies(self.limits)
+        return tuple(each for each in known if not self.names or each.name in self.names)
+
+
+def emulated(
+    model: nn.Module, schedule: Schedule = "forward", strategies: Collection[str] = ()
+) -> Any:
+    backend = OnlyStrategies(schedule, strategies)
+    return install(Engine(model, Options(timing=False), None, {"cpu": backend}))
+
+
+def check_forward(
+    entry: Entry,
+    schedule: Schedule = "forward",
+    strategies: Collection[str] = (),
+    steps: int = STEPS,
+) -> Verification:
+    """Verify a call without gradients; every site that reads events ran on the emulator."""
+    model, x = entry.model(), entry.inputs(steps, BATCH)
+    fast = emulated(model, schedule, strategies)
+    with torch.no_grad():
+        fast(x)
+        figures = verify(model, fast, x)
+    decided = {site.name: site.decision for site in fast.report.sites}
+    missing = [name for name in entry.events if decided[name] != "event"]
+    assert not missing, f"{missing}\n{fast.report}"
+    assert_emulated(fast, strategies)
+    return figures
+
+
+def check_training(
+    entry: TrainingNet,
+    schedule: Schedule = "forward",
+    strategies: Collection[str] = (),
+    steps: int = STEPS,
+) -> Verification:
+    """Verify a call and its gradients; kernels ran all that they run on the processor."""
+    model, x = entry.model(torch.float32), entry.inputs(steps, BATCH, torch.float32)
+    fast = emulated(model, schedule, strategies)
+    gradients_of(fast, x)
+    leaf = x.requires_grad_(x.is_floating_point())
+    figures = verify(model, fast, leaf, gradients=True)
+    assert figures.gradients
+    assert_trained(fast, entry.sites)
+    assert_emulated(fast, strategies)
+    return figures
+
+
+def assert_emulated(fast: Any, strategies: Collection[str]) -> None:
+    """Kernels of CUDA text, under no other strategy than those asked for."""
+    for entry in fast.compiled.entries:
+        assert entry.backend.name == "cuda-emulated"
+        assert entry.compiled.regions
+        for region in entry.compiled.regions.values():
+            launchable = region.launchable
+            assert not strategies or launchable.schedule.strategy in strategies
+    assert all("__global__" in made.source.text for made in fast.compiled.binaries.values())

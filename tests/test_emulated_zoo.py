@@ -1,0 +1,73 @@
+"""The zoo on the emulator: CUDA kernels of every network, compared step by step with the original.
+
+``python -m pytest tests/release_emulated_zoo.py`` does the rest: all gradients, three orders of
+threads.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.codegen.emulator.device import Schedule
+from tests import zoo_gated, zoo_recurrent, zoo_training
+from tests.emulated import SCHEDULES, check_forward, check_training
+from tests.training_nets import net
+from tests.zoo import ENTRIES, Entry
+
+COMPILED = [entry for entry in ENTRIES if entry.code is None]
+# One of each kind of loop: a kernel of its own for the weights' gradients, gates, two layers.
+TRAINED = ("step by step", "recurrent", "LISTA", "second order", "EGRU of EvNN")
+WIDE = 288  # neurons: nine warps, two blocks of 256 senders, and no multiple of a slice
+WIDE_STEPS = 2
+TEAMS = ("neurons-per-grid", "neurons-per-cluster")
+
+
+def entry_called(name: str) -> Entry:
+    return next(entry for entry in ENTRIES if entry.name == name)
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (zoo_recurrent, zoo_gated, zoo_training):
+        monkeypatch.setattr(module, "HIDDEN", WIDE)
+
+
+@pytest.mark.parametrize("entry", COMPILED, ids=lambda entry: entry.name)
+def test_every_network_runs(entry: Entry) -> None:
+    check_forward(entry)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients(name: str) -> None:
+    check_training(net(name))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize("name", ["feedback", "EGRU, two exchanges", "nn.RNN relu, two layers"])
+def test_in_another_order_of_threads(name: str, schedule: Schedule) -> None:
+    check_forward(entry_called(name), schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+def test_gradients_in_another_order_of_threads(schedule: Schedule) -> None:
+    check_training(net("recurrent"), schedule)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("recurrent", "row-per-block"),
+        ("recurrent", "neurons-per-grid"),
+        ("recurrent", "neurons-per-cluster"),
+        ("graded recurrent", "neurons-per-grid"),
+    ],
+)
+def test_several_warps_and_blocks(name: str, strategy: str) -> None:
+    check_forward(entry_called(name), "random", [strategy], WIDE_STEPS)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("strategy", TEAMS)
+def test_gradients_of_several_warps_and_blocks(strategy: str) -> None:
+    check_training(net("recurrent"), "random", [strategy], WIDE_STEPS)
