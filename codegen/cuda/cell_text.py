@@ -6,7 +6,9 @@ step, or from phase to phase, is a struct that lives in registers, or is loaded 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from sparsify import ir
 from sparsify.check_ir import read_dtype
@@ -52,6 +54,43 @@ class Neuron:
     def scratch(self) -> list[Scratch]:
         """Memory for neurons that do not fit into registers."""
         return [Scratch(f"{m.name}_kept", m.dtype, m.note) for m in self.lasting]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The operands that a neuron is given: those of a row before its steps, of a step before all
+    else. A struct of their values, and the name of an array of them.
+    """
+
+    population: str
+    struct: str
+    array: str
+    of_row: tuple[ir.Operand, ...]
+    of_step: tuple[ir.Operand, ...]
+
+    def operands(self) -> tuple[ir.Operand, ...]:
+        return (*self.of_row, *self.of_step)
+
+    def words(self) -> int:
+        """Registers of one neuron."""
+        return sum(2 if o.dtype in ("float64", "int64") else 1 for o in self.operands())
+
+
+NO_INPUTS: Mapping[str, Inputs] = MappingProxyType({})
+
+
+def find_inputs(usage: Usage, symbols: Symbols, population: str) -> Inputs | None:
+    """What phases of a population read that changes with the step, or with the neuron."""
+    phases = [p for p in usage.kernel.phases if p.population == population]
+    read = {name for p in phases for s in p.body for name in neuron_reads(s)}
+    operands = [o for o in usage.kernel.operands if o.name in read]
+    of_step = tuple(o for o in operands if "T" in o.axes)
+    of_row = tuple(o for o in operands if "T" not in o.axes and "N" in o.axes)
+    if not of_step and not of_row:
+        return None
+    array = symbols.names.new(f"{population} inputs")
+    struct = symbols.names.new("".join(part.capitalize() for part in array.split("_")))
+    return Inputs(population, struct, array, of_row, of_step)
 
 
 def find_neurons(usage: Usage, symbols: Symbols) -> dict[str, Neuron]:
@@ -168,6 +207,24 @@ def write_neuron(w: Writer, neuron: Neuron) -> None:
             w.line(f"{C_TYPES[member.dtype]} {member.name};", member.note)
 
 
+def write_inputs(w: Writer, inputs: Inputs, usage: Usage, symbols: Symbols) -> None:
+    """The struct, and the functions that fill it for a row and for a step."""
+    w.line()
+    w.comment(f"What a neuron of {inputs.population} reads of a row, and of a step.")
+    with w.block(f"struct {inputs.struct}", "};"):
+        for operand in inputs.operands():
+            kind, name = C_TYPES[usage.dtypes[operand.name]], symbols.values[operand.name]
+            w.line(f"{kind} {name};", operand.note)
+    for function, operands in (("fetch_row", inputs.of_row), ("fetch_step", inputs.of_step)):
+        if operands:
+            head = f"{inputs.struct}& inputs, const Call& call, int64_t t, int64_t b, int n"
+            w.line()
+            with w.block(f"SPARSIFY_INLINE void {function}({head})"):
+                for operand in operands:
+                    name = symbols.values[operand.name]
+                    w.line(f"inputs.{name} = {operand_element(operand, symbols)};")
+
+
 @dataclass
 class Cell:
     """Writes the function of one phase for one neuron."""
@@ -176,6 +233,7 @@ class Cell:
     usage: Usage
     symbols: Symbols
     neuron: Neuron
+    inputs: Inputs | None = None
     _seen: set[str] = field(default_factory=set)
 
     def write(self, phase: ir.Phase, function: str) -> None:
@@ -183,6 +241,8 @@ class Cell:
         own = [f"{neuron.struct}& own"] if neuron.members else []
         gathers = [s.result for s in phase.body if isinstance(s, ir.Gather)]
         sums = [f"const {self._type(name)} {self.symbols.values[name]}" for name in gathers]
+        if self.inputs is not None:
+            own.append(f"const {self.inputs.struct}& inputs")
         head = ["const Call& call", *own, "int64_t t", "int64_t b", "int n", *sums]
         w.line()
         w.comment(f"Neuron n of {phase.population}, batch row b.")
@@ -255,6 +315,9 @@ class Cell:
         if operand is None:
             self.writer.line(f"const {kind} {local} = own.{local};")
             return
+        if self.inputs is not None and operand in self.inputs.operands():
+            self.writer.line(f"const {kind} {local} = inputs.{local};")
+            return
         element = operand_element(operand, self.symbols)
         self.writer.line(f"const {kind} {local} = {element};", operand.note)
 
@@ -262,10 +325,23 @@ class Cell:
         return C_TYPES[self.usage.dtypes[name]]
 
 
-def write_cells(w: Writer, usage: Usage, symbols: Symbols, neurons: dict[str, Neuron]) -> None:
-    """The functions of all phases, those that give states their initial values first."""
+def write_cells(
+    w: Writer,
+    usage: Usage,
+    symbols: Symbols,
+    neurons: dict[str, Neuron],
+    inputs: Mapping[str, Inputs] = NO_INPUTS,
+) -> None:
+    """The functions of all phases, those that give states their initial values first.
+
+    Where a population has ``inputs``, its phases take them as the second argument.
+    """
     kernel = usage.kernel
     starts = zip(start_phases(kernel), symbols.starts, strict=True)
     phases = zip(kernel.phases, symbols.phases, strict=True)
-    for phase, function in (*starts, *phases):
+    for phase, function in starts:
         Cell(w, usage, symbols, neurons[phase.population]).write(phase, function)
+    for phase, function in phases:
+        population = phase.population
+        cell = Cell(w, usage, symbols, neurons[population], inputs.get(population))
+        cell.write(phase, function)

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols, start_phases
 from sparsify.codegen.cuda.cell_text import (
+    Inputs,
     Kept,
     Neuron,
     bits_of,
+    find_inputs,
     find_neurons,
     loaded,
     old_value,
@@ -19,6 +21,7 @@ from sparsify.codegen.cuda.cell_text import (
     published,
     saved,
     write_cells,
+    write_inputs,
     write_neuron,
 )
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name, row_length
@@ -40,14 +43,27 @@ class CudaText(ABC):
     ``t``, ``b``, ``now``, ``next``, ``active``.
     """
 
-    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, parts: int = 1) -> None:
-        """``parts`` is the number of blocks that share the neurons of every population."""
+    def __init__(
+        self,
+        kernel: ir.Kernel,
+        schedule: ir.Schedule,
+        parts: int = 1,
+        fetches: bool = False,
+    ) -> None:
+        """``parts`` is the number of blocks that share the neurons of every population.
+
+        Neurons in registers get what they read from outside early, where the strategy ``fetches``.
+        """
         self.w = Writer()
         self.kernel, self.schedule, self.parts = kernel, schedule, parts
         self.symbols = Symbols.of(kernel)
         self.usage = find_usage(kernel, schedule)
         self.neurons = find_neurons(self.usage, self.symbols)
         self.threads = threads_of(kernel, parts)
+        self.inputs: dict[str, Inputs] = {}
+        if fetches:
+            found = [find_inputs(self.usage, self.symbols, p) for p in self.neurons]
+            self.inputs = {i.population: i for i in found if i is not None}
         self.per = {p: self._per_thread(p) for p in self.neurons}
         new = self.symbols.names.new
         self.per_name = {p: new(f"per_{p}".lower()).upper() for p in self.neurons}
@@ -104,6 +120,10 @@ class CudaText(ABC):
         gathers = max(sum(isinstance(s, ir.Gather) for s in p.body) for p in phases)
         width = 2 if any(w.dtype == "float64" for w in self.kernel.weights) else 1
         words = self.neurons[population].words() + gathers * width * SUM_WORDS
+        inputs = self.inputs.get(population)
+        if inputs is not None and every * (words + inputs.words()) > ARRAY_WORDS:
+            del self.inputs[population]
+            inputs = None
         if every * words <= ARRAY_WORDS:
             return every
         return max(1, min(every, TILE_WORDS // words))
@@ -124,7 +144,9 @@ class CudaText(ABC):
     def write_neurons(self) -> None:
         for neuron in self.neurons.values():
             write_neuron(self.w, neuron)
-        write_cells(self.w, self.usage, self.symbols, self.neurons)
+        for inputs in self.inputs.values():
+            write_inputs(self.w, inputs, self.usage, self.symbols)
+        write_cells(self.w, self.usage, self.symbols, self.neurons, self.inputs)
 
     def functions(self) -> list[tuple[ir.Phase, str]]:
         return list(zip(self.kernel.phases, self.symbols.phases, strict=True))
@@ -163,6 +185,24 @@ class CudaText(ABC):
             if neuron.members and not self.in_memory(neuron):
                 count = self.per_name[neuron.population]
                 self.w.line(f"{neuron.struct} {neuron.array}[{count}] = {{}};")
+        for inputs in self.inputs.values():
+            count = self.per_name[inputs.population]
+            self.w.line(f"{inputs.struct} {inputs.array}[{count}] = {{}};")
+
+    def write_fetches(self, function: str) -> None:
+        """Ask for what neurons read of a row or a step, before they wait for anything."""
+        of_row = function == "fetch_row"
+        if any(i.of_row if of_row else i.of_step for i in self.inputs.values()):
+            self.w.comment(
+                f"What neurons read of a {'row' if of_row else 'step'}, asked for early."
+            )
+        for population, inputs in self.inputs.items():
+            if not (inputs.of_row if of_row else inputs.of_step):
+                continue
+            begin, end = self.span(population)
+            with self._own_neurons(population, begin, end):
+                t = "0" if of_row else "t"
+                self.w.line(f"if (here) {function}({inputs.array}[k], call, {t}, b, n);")
 
     def write_own_counters(self) -> None:
         if self.kernel.gathers:
@@ -230,6 +270,8 @@ class CudaText(ABC):
                 self._write_wanted(gather, phase)
             t = "t" if phase in self.kernel.phases else "0"
             sums = [f"{self.symbols.values[gather.result]}[k]" for gather in gathers]
+            if phase in self.kernel.phases and phase.population in self.inputs:
+                own.append(f"{self.inputs[phase.population].array}[k]")
             given = ", ".join(["call", *own, t, "b", "n", *sums])
             w.line(f"if (here) {function}({given});")
             if self.in_memory(neuron):
@@ -301,6 +343,9 @@ class CudaText(ABC):
         operand = self.operand(gather.only)
         if operand is not None:
             element = operand_element(operand, self.symbols)
+            inputs = self.inputs.get(phase.population)
+            if inputs is not None and operand in inputs.operands():
+                return f"{inputs.array}[k].{self.symbols.values[operand.name]} != 0"
             return element if operand.dtype in ("bool", "bits") else f"{element} != 0"
         member = old_value(gather.only, phase, self.usage, self.symbols)
         return f"{self.neurons[phase.population].array}[k].{member} != 0"

@@ -111,6 +111,9 @@ def _blocks(
 
 
 class _RowText(CudaText):
+    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule) -> None:
+        super().__init__(kernel, schedule, fetches=bool(kernel.states))
+
     def render(self, entry: str) -> str:
         write_head(self.w, self.kernel, self.schedule, self.symbols)
         self.write_sizes()
@@ -216,6 +219,7 @@ class _RowText(CudaText):
 
     def _write_recurrent(self, before: Meetings) -> Meetings:
         """The steps of a batch row."""
+        self.write_fetches("fetch_row")
         self.w.comment("Every state gets its initial value.")
         doubled = [s for s in self.usage.of_kind("state") if self.needs_values(s)]
         meetings = Meetings(before.read, before.written)
@@ -228,6 +232,7 @@ class _RowText(CudaText):
             now, later = (f"{self.name(source)}_values {slot}" for slot in ("now", "next"))
             swapped |= {now: later, later: now}
         with self.steps():
+            self.write_fetches("fetch_step")
             start = meetings.renamed(swapped)
             with self.discarded():
                 while not start.same(

@@ -38,6 +38,17 @@ struct HiddenNeuron {
   bool near;
 };
 
+// What a neuron of hidden reads of a row, and of a step.
+struct HiddenInputs {
+  float v;  // charged
+  float g;  // gradient of the spikes
+};
+
+SPARSIFY_INLINE void fetch_step(HiddenInputs& inputs, const Call& call, int64_t t, int64_t b, int n) {
+  inputs.v = call.v[t * call.v_t + b * call.v_b + n];
+  inputs.g = call.g[t * call.g_t + b * call.g_b + n];
+}
+
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
   const float d0 = call.d0[b * call.d0_b + n];
@@ -45,8 +56,8 @@ SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t
 }
 
 // Neuron n of hidden, batch row b.
-SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
-  const float v = call.v[t * call.v_t + b * call.v_b + n];  // charged
+SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, const HiddenInputs& inputs, int64_t t, int64_t b, int n) {
+  const float v = inputs.v;
   const float distance = v - 1.0f;
   const float away = sparsify::absolute(distance);
   const bool near = away < 0.5f;
@@ -54,8 +65,8 @@ SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t,
 }
 
 // Neuron n of hidden, batch row b.
-SPARSIFY_INLINE void hidden_step_2(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n, const float returned) {
-  const float g = call.g[t * call.g_t + b * call.g_b + n];  // gradient of the spikes
+SPARSIFY_INLINE void hidden_step_2(const Call& call, HiddenNeuron& own, const HiddenInputs& inputs, int64_t t, int64_t b, int n, const float returned) {
+  const float g = inputs.g;
   const float arrived = returned + g;
   const bool near = own.near;
   const float passed = near ? arrived : 0.0f;
@@ -74,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   HiddenNeuron own_hidden[PER_HIDDEN] = {};
+  HiddenInputs hidden_inputs[PER_HIDDEN] = {};
   unsigned long long active[1] = {};
   for (int64_t b = blockIdx.x; b < call.batch; b += gridDim.x) {
     // Every state gets its initial value.
@@ -91,12 +103,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
     for (int64_t step = 0; step < call.steps; ++step) {
       const int64_t t = call.steps - 1 - step;  // the last step runs first
       const int now = step & 1, next = now ^ 1;
+      // What neurons read of a step, asked for early.
+      #pragma unroll
+      for (int k = 0; k < PER_HIDDEN; ++k) {
+        const int n = k * THREADS + int(threadIdx.x);
+        const bool here = n < N_HIDDEN;
+        if (here) fetch_step(hidden_inputs[k], call, t, b, n);
+      }
       {
         #pragma unroll
         for (int k = 0; k < PER_HIDDEN; ++k) {
           const int n = k * THREADS + int(threadIdx.x);
           const bool here = n < N_HIDDEN;
-          if (here) hidden_step(call, own_hidden[k], t, b, n);
+          if (here) hidden_step(call, own_hidden[k], hidden_inputs[k], t, b, n);
         }
       }
       const bool returned_wild = __syncthreads_or(is_wild(shared.d_values[now], N_HIDDEN));
@@ -109,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
           const bool here = n < N_HIDDEN;
           const bool returned_wanted = here && (returned_wild || own_hidden[k].near != 0);
           active[0] += gather_wanted<ROW_W_REC_ROWS>(returned[k], call.w_rec_rows, shared.d_values[now], N_HIDDEN, n, returned_wanted);
-          if (here) hidden_step_2(call, own_hidden[k], t, b, n, returned[k]);
+          if (here) hidden_step_2(call, own_hidden[k], hidden_inputs[k], t, b, n, returned[k]);
           if (here) shared.d_values[next][n] = cast<float>(own_hidden[k].d);
         }
       }

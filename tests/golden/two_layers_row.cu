@@ -48,6 +48,20 @@ struct TwoNeuron {
   float h;
 };
 
+// What a neuron of one reads of a row, and of a step.
+struct OneInputs {
+  float bias;
+  float x;
+};
+
+SPARSIFY_INLINE void fetch_row(OneInputs& inputs, const Call& call, int64_t t, int64_t b, int n) {
+  inputs.bias = call.bias[n];
+}
+
+SPARSIFY_INLINE void fetch_step(OneInputs& inputs, const Call& call, int64_t t, int64_t b, int n) {
+  inputs.x = call.x[t * call.x_t + b * call.x_b + n];
+}
+
 // Neuron n of two, batch row b.
 SPARSIFY_INLINE void two_start(const Call& call, TwoNeuron& own, int64_t t, int64_t b, int n) {
   const float h0 = call.h0[0];
@@ -55,10 +69,10 @@ SPARSIFY_INLINE void two_start(const Call& call, TwoNeuron& own, int64_t t, int6
 }
 
 // Neuron n of one, batch row b.
-SPARSIFY_INLINE void one_step(const Call& call, OneNeuron& own, int64_t t, int64_t b, int n, const float back) {
-  const float x = call.x[t * call.x_t + b * call.x_b + n];
+SPARSIFY_INLINE void one_step(const Call& call, OneNeuron& own, const OneInputs& inputs, int64_t t, int64_t b, int n, const float back) {
+  const float x = inputs.x;
   const float sum = x + back;
-  const float bias = call.bias[n];
+  const float bias = inputs.bias;
   const float shifted = sum - bias;
   const float active_2 = shifted < float(0) ? float(0) : shifted;
   own.active_2 = active_2;
@@ -80,8 +94,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   OneNeuron own_one[PER_ONE] = {};
   TwoNeuron own_two[PER_TWO] = {};
+  OneInputs one_inputs[PER_ONE] = {};
   unsigned long long active[2] = {};
   for (int64_t b = blockIdx.x; b < call.batch; b += gridDim.x) {
+    // What neurons read of a row, asked for early.
+    #pragma unroll
+    for (int k = 0; k < PER_ONE; ++k) {
+      const int n = k * THREADS + int(threadIdx.x);
+      const bool here = n < N_ONE;
+      if (here) fetch_row(one_inputs[k], call, 0, b, n);
+    }
     // Every state gets its initial value.
     constexpr int next = 0;
     {
@@ -96,6 +118,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
     }
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
+      // What neurons read of a step, asked for early.
+      #pragma unroll
+      for (int k = 0; k < PER_ONE; ++k) {
+        const int n = k * THREADS + int(threadIdx.x);
+        const bool here = n < N_ONE;
+        if (here) fetch_step(one_inputs[k], call, t, b, n);
+      }
       __syncthreads();  // h_mask is complete
       active[0] += list_events(shared.h_list, Words(shared.h_mask));
       __syncthreads();  // h_list is complete
@@ -107,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
         for (int k = 0; k < PER_ONE; ++k) {
           const int n = k * THREADS + int(threadIdx.x);
           const bool here = n < N_ONE;
-          if (here) one_step(call, own_one[k], t, b, n, back[k]);
+          if (here) one_step(call, own_one[k], one_inputs[k], t, b, n, back[k]);
           if (here) shared.active_2_values[n] = cast<float>(own_one[k].active_2);
         }
       }
