@@ -46,7 +46,7 @@ def test_every_target(name: str, limits: Limits) -> None:
     kernel, plan = CUDA_CASES[name]
     backend = CudaBackend(Gpu(limits.architecture), limits)
     if limits is A100 and plan.strategy == "neurons-per-cluster":
-        with pytest.raises(ValueError, match="Clusters need compute capability 9.0"):
+        with pytest.raises(ValueError, match=r"Clusters need compute capability 9\.0"):
             backend.render(kernel, plan)
         return
     source = backend.render(kernel, plan)
@@ -75,8 +75,9 @@ def test_hostile_names_compile_and_run(strategy: str, offset: int) -> None:
     kernel = hostile(plain, offset)
     plan = schedule(kernel, strategy)
     data = lif_data(plain, 3, 2)
-    names = [value.name for value in (*plain.operands, *plain.weights)]
-    renamed = [value.name for value in (*kernel.operands, *kernel.weights)]
+    names, renamed = (
+        [o.name for o in k.operands] + [w.name for w in k.weights] for k in (plain, kernel)
+    )
     given = {new: data[old] for old, new in zip(names, renamed, strict=True)}
     launch = load(kernel, plan)
     compare(launch, kernel, given, 3, 2)

@@ -20,7 +20,6 @@ from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
-from sparsify.errors import KernelFault
 from sparsify.reference import Array
 from tests.emulated_kernels import compare, exact, needs_emulator, run
 from tests.example_kernels import (
