@@ -130,7 +130,7 @@ class BackwardBody:
         for index, node in self.joint.d_results.items():
             if index >= scan.carries and node in needed:
                 self.xs.append(("d_result", index))
-                self._place(node, node, f"d_{scan.results[index].name}")
+                self._place(node, node, name_of_gradient(self.joint, index))
         for node, source in self.saved.items():
             if node in needed:
                 self.xs.append(source)
@@ -149,3 +149,9 @@ class BackwardBody:
         if "fact" in node.meta:
             cast.meta["fact"] = node.meta["fact"]
         self.copies[node] = cast
+
+
+def name_of_gradient(joint: JointGraph, result: int) -> str:
+    """What the gradient of ``result`` is called; linked loops add results behind the Scan's."""
+    results = joint.scan.results
+    return f"d_{results[result].name}" if result < len(results) else joint.d_results[result].name

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from sparsify.differentiated import Input, Operand
 from sparsify.outer_product import OuterProduct
-from sparsify.passes.backward_body import BackwardBody
+from sparsify.passes.backward_body import BackwardBody, name_of_gradient
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.joint_graph import JointGraph
@@ -81,7 +81,10 @@ class _Writer:
         self.joint, self.leaving, self.saved, self.steps = joint, leaving, saved, steps
         self.required = required
         self.carries = joint.active_carries
+        # Gradients of ys are there for all steps, without a loop that returns them.
+        self.given = {d: i for i, d in joint.d_results.items() if i >= joint.scan.carries}
         self.stacked = self._find_stacked()
+        self.summed = [s for s in leaving.summed if steps != 1 or s not in self.given]
         self.graph = fx.Graph()
         self.names = Names()
         self.modules: dict[str, nn.Module] = {}
@@ -100,12 +103,10 @@ class _Writer:
             if not product.waits:
                 found[product.d] = None
                 found |= {} if product.activation in self.saved else {product.activation: None}
-        return list(found)
+        return [node for node in found if node not in self.given]
 
     def write(self) -> BackwardGraph:
-        body = BackwardBody(
-            self.joint, self.carries, list(self.leaving.summed), self.stacked, self.saved
-        )
+        body = BackwardBody(self.joint, self.carries, self.summed, self.stacked, self.saved)
         scan = body.write()
         self._add_inputs(body)
         finals = self._call(scan, body)
@@ -128,7 +129,7 @@ class _Writer:
         joint, scan = self.joint, self.joint.scan
         for index, place in joint.d_results.items():
             time = [self.steps] if index >= scan.carries else []
-            self._add_input(("d_result", index), place, time, f"d_{scan.results[index].name}")
+            self._add_input(("d_result", index), place, time, name_of_gradient(joint, index))
         for node, source in self.saved.items():
             self._add_input(source, node, [self.steps], f"{source[0]}_{joint.name_of(node)}")
         if not has_time(self.inputs, scan.carries):
@@ -175,17 +176,23 @@ class _Writer:
     def _call(self, scan: Scan, body: BackwardBody) -> dict[int, fx.Node]:
         """Append the loop; returns the gradients of the initial carries."""
         inits = [self._init(index) for index in self.carries]
-        inits += [self._zeros(node.meta["val"], node) for node in self.leaving.summed]
+        inits += [self._zeros(node.meta["val"], node) for node in self.summed]
         xs = tuple(self.inputs[key] for key in body.xs)
         consts = tuple(self.inputs[key] for key in body.const_keys)
         meta = {"location": scan.location, "module": body.module, "loops": ()}
-        results = call_scan(
-            self.graph, self.modules, scan, (self.steps, tuple(inits), xs, consts), meta
-        )
+        args = (self.steps, tuple(inits), xs, consts)
+        results = call_scan(self.graph, self.modules, scan, args, meta) if scan.results else []
         count = len(self.carries)
-        self.sums = dict(zip(self.leaving.summed, results[count:], strict=False))
+        self.sums = dict(zip(self.summed, results[count:], strict=False))
         self.stacks = dict(zip(self.stacked, results[scan.carries :], strict=True))
         self.stacks |= {node: self.inputs[key] for node, key in self.saved.items()}
+        self.stacks |= {node: self.inputs["d_result", i] for node, i in self.given.items()}
+        for node in self.leaving.summed:
+            if node not in self.sums:  # of one step
+                stack = self.stacks[node]
+                self.sums[node] = call(
+                    self.graph, aten.select.int, (stack, 0, 0), node.meta["val"], node
+                )
         return dict(zip(self.carries, results[:count], strict=True))
 
     def _init(self, index: int) -> fx.Node:

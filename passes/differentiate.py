@@ -13,6 +13,7 @@ After::
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -23,16 +24,13 @@ from sparsify.passes.backward_graph import BackwardGraph, write_backward
 from sparsify.passes.chunk_products import chunk_products
 from sparsify.passes.copy_graph import copy_into
 from sparsify.passes.find_reaches import find_active, find_dependences, find_reaches
-from sparsify.passes.joint_graph import (
-    JointGraph,
-    trace_joint,
-)
+from sparsify.passes.joint_graph import JointGraph, trace_joint
 from sparsify.passes.leave_loop import find_leaving
 from sparsify.passes.pack_saved import pack_saved
 from sparsify.passes.restrict_products import restrict_products
 from sparsify.passes.save_values import choose_saved, find_invariant, is_binary
 from sparsify.passes.set_apart import set_apart
-from sparsify.passes.split_time import split_time
+from sparsify.passes.split_time import reads_dense, split_time
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.why_not_differentiate import (
     TRACING_ERRORS,
@@ -44,10 +42,30 @@ from sparsify.passes.without_gradients import is_application
 from sparsify.scan import Scan
 
 aten = torch.ops.aten
+LINKED = "linked"  # in the meta of a product that another loop's gradient would compute
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A Scan whose gradients are known, of one step and with respect to ``required``.
+
+    ``reaches`` are those of ``Differentiated``.
+    """
+
+    joint: JointGraph
+    required: frozenset[Operand]
+    steps: int
+    reaches: frozenset[tuple[int, Operand]]
 
 
 def differentiate(scan: Scan, required: Set[Operand], steps: int) -> Differentiated | Refusal:
     """The gradient of ``scan`` with respect to ``required``, for calls of ``steps`` steps."""
+    draft = draft_gradient(scan, required, steps)
+    return draft if isinstance(draft, Refusal) else write_gradient(draft)
+
+
+def draft_gradient(scan: Scan, required: Set[Operand], steps: int) -> Draft | Refusal:
+    """What there is to know before other loops are linked with this one."""
     refusal = why_not_body(scan)
     if refusal is not None:
         return refusal
@@ -60,20 +78,32 @@ def differentiate(scan: Scan, required: Set[Operand], steps: int) -> Differentia
     refusal = why_not_joint(joint)
     if refusal is not None:
         return refusal
-    saved, written = _write_gradient(joint, required, steps)
-    backward = set_apart(split_time(written.graph).graph).graph
+    reaches = find_reaches(scan, dependences, active & required, steps)
+    return Draft(joint, frozenset(required), steps, reaches)
+
+
+def write_gradient(draft: Draft) -> Differentiated:
+    """The Scan that saves what its gradient needs, and the graph of that gradient."""
+    joint = draft.joint
+    saved, written = _write_parts(joint, draft.required, draft.steps)
+    backward = set_apart(split_time(written.graph, _hoist).graph).graph
     parts = Differentiated(
         _write_forward(joint, saved),
         len(saved),
         chunk_products(restrict_products(backward).graph).graph,
         written.inputs,
         written.outputs,
-        find_reaches(scan, dependences, active & required, steps),
+        draft.reaches,
     )
     return pack_saved(parts)
 
 
-def _write_gradient(
+def _hoist(product: fx.Node) -> bool:
+    """Products that were taken into a loop from outside stay there."""
+    return LINKED not in product.meta and reads_dense(product)
+
+
+def _write_parts(
     joint: JointGraph, required: Set[Operand], steps: int
 ) -> tuple[list[fx.Node], BackwardGraph]:
     """What the forward saves, and the graph that makes the gradients of that."""

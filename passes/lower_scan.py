@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from sparsify import ir
@@ -86,7 +87,8 @@ class _Lowerer:
     def lower(self) -> Lowered:
         self._add_states()
         for node in self.layout.live:
-            if node in self.layout.fixed and node.op == "call_function":
+            is_computed = node in self.layout.fixed and node.op == "call_function"
+            if is_computed and not self._is_read_as_bits(node):
                 self._value(node, self.operands.population_of(node), (), node)
         returned = self._write_results()
         kernel = ir.Kernel(
@@ -198,10 +200,11 @@ class _Lowerer:
         weight, bias = product_weights(node)
         assert source is not None
         assert weight is not None
+        fact = source.meta.get("fact")
+        source = self._bits_of(source) or source
         senders = self.operands.population_of(source)
         sent = self._sent(source, senders, node)
         matrix = self.operands.weight(node, weight, population, senders)
-        fact = source.meta.get("fact")
         binary = fact is not None and fact.event and fact.payload == "binary"
         result = self.names.new(f"{layer_name(node) or matrix.name}_product")
         payload: ir.Payload = "binary" if binary else "real"
@@ -212,6 +215,18 @@ class _Lowerer:
         event, activity = fact is not None and fact.event, node.meta.get("activity")
         self.sites.append(LoweredSite(result, matrix.note, module, location, event, activity))
         return self._affine(cell, result, bias)
+
+    def _bits_of(self, value: fx.Node) -> fx.Node | None:
+        """The bits that ``value`` has as floats: events are listed of them as they are."""
+        packed = self.operands.packed
+        is_cast = value.target is torch.ops.aten._to_copy.default
+        return value.all_input_nodes[0] if is_cast and value.all_input_nodes[0] in packed else None
+
+    def _is_read_as_bits(self, value: fx.Node) -> bool:
+        return self._bits_of(value) is not None and all(
+            product_operand(user) is value and user.all_input_nodes.count(value) == 1
+            for user in value.users
+        )
 
     def _affine(self, cell: NodeCell, product: ir.Arg, bias: fx.Node | None) -> ir.Arg:
         """``beta * bias + alpha * product``, as ``addmm`` has it."""

@@ -14,7 +14,7 @@ of ``scan_0``, which lowering makes a matter of memory (``without_packing.py``):
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +28,14 @@ from sparsify.outer_product import OuterProduct
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_masks import Mask
 from sparsify.passes.lower_layout import find_constants, find_layout, find_live, shape_of
+from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.passes.without_packing import move_masks
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
 from sparsify.scan import Scan
 
+aten = torch.ops.aten
 LEAST_NEURONS = 128  # of a row: fewer save little memory, and packing them takes longer
 
 
@@ -50,21 +52,55 @@ def pack_saved(parts: Differentiated) -> Differentiated:
     packed: dict[fx.Node, int] = {}  # placeholder -> result
     for place, (role, index) in zip(places, parts.inputs, strict=True):
         result = len(results) - parts.saved + index
-        if role == "saved" and results[result] in rows and _can_pack(place, modules):
+        is_bool = place.meta["val"].dtype is torch.bool
+        is_known = role == "saved" and is_bool and results[result] in rows
+        if is_known and _can_pack(place, modules):
             packed[place] = result
     if not packed:
         return parts
+    backward = _given_bits(parts.backward, graph, modules, packed.keys())
+    forward = writing_bits(parts.forward, set(packed.values()))
+    return replace(parts, forward=forward, backward=backward)
+
+
+def reading_bits(parts: Differentiated, x: int) -> Differentiated | None:
+    """``parts`` with bits in the place of x number ``x``, which are floats of 0 and 1.
+
+    The gradient reads bits too, if it reads the x. None if that cannot be.
+    """
+    place = parts.forward.placeholders[parts.forward.carries + x]
+    if shape_of(place)[-1] < LEAST_NEURONS:
+        return None
+    forward, backward = _unpacking(parts.forward, {x}), parts.backward
+    if isinstance(lower_scan(forward, "forward"), Refusal):
+        return None
+    if ("x", x) in parts.inputs:
+        graph = copy_graph(backward.graph)
+        modules: dict[str, nn.Module] = dict(backward.named_children())
+        places = [node for node in graph.nodes if node.op == "placeholder"]
+        given = places[parts.inputs.index(("x", x))]
+        if not _can_pack(given, modules):
+            return None
+        backward = _given_bits(backward, graph, modules, {given})
+    return replace(parts, forward=forward, backward=backward)
+
+
+def _given_bits(
+    backward: fx.GraphModule,
+    graph: fx.Graph,
+    modules: dict[str, nn.Module],
+    packed: Collection[fx.Node],
+) -> fx.GraphModule:
+    """``backward`` of the copied ``graph`` and ``modules`` with bits in its places ``packed``."""
     for node in {user: None for place in packed for user in place.users}:
         modules[str(node.target)] = _reading_bits(node, modules[str(node.target)], packed)
     for place in packed:
         place.meta["val"] = _packed_info(place.meta["val"])
-    backward = fx.GraphModule(modules, graph, class_name=type(parts.backward).__name__)
-    forward = _writing_bits(parts.forward, set(packed.values()))
-    return replace(parts, forward=forward, backward=backward)
+    return fx.GraphModule(modules, graph, class_name=type(backward).__name__)
 
 
 def find_rows(scan: Scan) -> set[fx.Node]:
-    """The bools ``[B, N]`` of the step that a kernel has for all rows and enough neurons."""
+    """The values ``[B, N]`` of the step that a kernel has for all rows and enough neurons."""
     live = find_live(scan)
     if why_not_operations(live, find_constants(scan, live)) is not None:
         return set()
@@ -74,8 +110,7 @@ def find_rows(scan: Scan) -> set[fx.Node]:
     return {
         node
         for node in layout.fixed
-        if node.meta["val"].dtype is torch.bool
-        and layout.tail(node) == 1
+        if layout.tail(node) == 1
         and layout.lead(node) == (layout.batch,)
         and layout.size(node) >= LEAST_NEURONS
     }
@@ -107,7 +142,7 @@ def _groups(user: fx.Node) -> tuple[Any, Any, Any, Any]:
     return args[0], args[1], args[2], args[3]
 
 
-def _reading_bits(user: fx.Node, module: nn.Module, packed: dict[fx.Node, int]) -> nn.Module:
+def _reading_bits(user: fx.Node, module: nn.Module, packed: Collection[fx.Node]) -> nn.Module:
     """``module`` as it takes bits from the placeholders ``packed``."""
     if isinstance(module, OuterProduct):
         return _of_bits(module, user.args[1], packed)
@@ -124,7 +159,7 @@ def _reading_bits(user: fx.Node, module: nn.Module, packed: dict[fx.Node, int]) 
     return ChunkedScan(_unpacking(module.scan, taken), products, module.reads)
 
 
-def _of_bits(product: nn.Module, activation: Any, packed: dict[fx.Node, int]) -> nn.Module:
+def _of_bits(product: nn.Module, activation: Any, packed: Collection[fx.Node]) -> nn.Module:
     assert isinstance(product, OuterProduct)
     if activation not in packed:
         return product
@@ -142,11 +177,13 @@ def _unpacking(scan: Scan, taken: Set[int]) -> Scan:
         info = place.meta["val"]
         with graph.inserting_before(first):
             bools = call(graph, unpack_bits, (place, info.shape[-1]), info, place)
-        bools.meta.update({key: value for key, value in place.meta.items() if key != "role"})
+        known = {key: value for key, value in place.meta.items() if key != "role"}
+        bools.meta.update(known | {"val": with_shape(info, info.shape, dtype=torch.bool)})
+        values = bools if info.dtype is torch.bool else _cast(bools, info)
         place.meta["val"] = _packed_info(info)
         for user in list(place.users):
             if user is not bools:
-                user.replace_input_with(place, bools)
+                user.replace_input_with(place, values)
         for node in graph.nodes:
             mask = node.meta.get("only")
             if mask is not None and mask.node is place:
@@ -154,16 +191,27 @@ def _unpacking(scan: Scan, taken: Set[int]) -> Scan:
     return _with_graph(scan, graph)
 
 
-def _writing_bits(scan: Scan, packed: Set[int]) -> Scan:
-    """``scan`` with results ``packed`` as bits."""
+def _cast(bools: fx.Node, info: Any) -> fx.Node:
+    """The value as ``info`` has it, with all that is known of it."""
+    with bools.graph.inserting_after(bools):
+        values = call(bools.graph, aten._to_copy.default, (bools,), info, bools)
+    values.kwargs = {"dtype": info.dtype}
+    values.meta.update(bools.meta | {"val": with_shape(info, info.shape)})
+    return values
+
+
+def writing_bits(scan: Scan, packed: Set[int]) -> Scan:
+    """``scan`` with results ``packed``, of 0 and 1, as bits."""
     graph, copies = _copied(scan)
     results = [copies[result] for result in scan.results]
     end = next(node for node in graph.nodes if node.op == "output")
     for index in sorted(packed):
         value = results[index]
-        info = _packed_info(value.meta["val"])
+        info = value.meta["val"]
         with graph.inserting_before(end):
-            results[index] = call(graph, pack_bits, (value,), info, value)
+            if info.dtype is not torch.bool:
+                value = _cast(value, with_shape(info, info.shape, dtype=torch.bool))
+            results[index] = call(graph, pack_bits, (value,), _packed_info(info), value)
     end.args = (tuple(results),)
     return _with_graph(scan, graph)
 

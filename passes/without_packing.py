@@ -53,6 +53,9 @@ def without_packing(scan: Scan) -> Unpacked:
     )
     results = [r.all_input_nodes[0] if i in ys else r for i, r in enumerate(scan.results)]
     graph.output(tuple(copies[result] for result in results))
+    for copy in list(graph.nodes):
+        if copy.target is pack_bits and not copy.users:
+            graph.erase_node(copy)
     move_masks(copies)
     body = fx.GraphModule(nn.Module(), graph, class_name=type(scan.body).__name__)
     counts = (scan.carries, scan.xs, scan.consts)

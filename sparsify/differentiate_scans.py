@@ -10,13 +10,14 @@ from torch import Tensor, fx
 
 from sparsify.differentiated import Operand
 from sparsify.errors import Refusal
+from sparsify.linked_graph import LinkedGraph
 from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.differentiate import differentiate
+from sparsify.passes.differentiate import Draft, draft_gradient
 from sparsify.passes.find_masks import Mask
 from sparsify.recording.measure import share_of_nonzeros
 from sparsify.scan import Scan
-from sparsify.scans import BACKWARD, with_modules
-from sparsify.trained_region import TrainedRegion, places_of
+from sparsify.scans import BACKWARD
+from sparsify.trained_region import places_of
 
 MEASURED_STEPS = 8  # of a gradient's loop, the first that run
 
@@ -32,16 +33,16 @@ def differentiate_scans(
     finder = _RequiredFinder(graph)
     with torch.enable_grad():
         finder.run(*operands)
-    made: dict[str, TrainedRegion] = {}
+    drafts: dict[str, Draft] = {}
     refused: dict[str, Refusal] = {}
     for name, scan in wanted.items():
         required, steps = finder.found.get(name, (frozenset[Operand](), 0))
-        parts = differentiate(scan, required, steps) if required and steps else None
-        if isinstance(parts, Refusal):
-            refused[name] = parts
-        elif parts is not None:
-            made[name] = TrainedRegion(scan, parts, required, parts.forward, parts.backward)
-    return with_modules(graph, made) if made else graph, refused
+        draft = draft_gradient(scan, required, steps) if required and steps else None
+        if isinstance(draft, Refusal):
+            refused[name] = draft
+        elif draft is not None:
+            drafts[name] = draft
+    return (LinkedGraph(graph, drafts).write() if drafts else graph), refused
 
 
 def measure_gradients(scans: Mapping[str, Scan], calls: Mapping[str, tuple[Any, ...]]) -> None:

@@ -159,7 +159,8 @@ def general_module(first: nn.Module, second: nn.Module) -> nn.Module | None:
 
 def _general_trained(first: TrainedRegion, second: TrainedRegion) -> TrainedRegion | None:
     roles = [
-        (m.required, m.parts.inputs, m.parts.outputs, m.parts.reaches) for m in (first, second)
+        (m.required, m.parts.inputs, m.parts.outputs, m.parts.reaches, m.links)
+        for m in (first, second)
     ]
     scan = _general_scan(first.scan, second.scan)
     run = general_module(first.run, second.run)
@@ -174,7 +175,7 @@ def _general_trained(first: TrainedRegion, second: TrainedRegion) -> TrainedRegi
     backward = with_modules(found.graph, general.replacing(found.graph))
     forward = run.scan if isinstance(run, Region) else run
     parts = replace(first.parts, forward=forward, backward=without_kernels(backward))
-    return TrainedRegion(scan, parts, first.required, run, backward)
+    return TrainedRegion(scan, parts, first.required, run, backward, first.links)
 
 
 def _steps(region: TrainedRegion) -> list[object]:

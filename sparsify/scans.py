@@ -23,7 +23,7 @@ from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.split_time import used_outputs
 from sparsify.region import Region
 from sparsify.scan import Scan
-from sparsify.trained_region import TrainedRegion
+from sparsify.trained_region import TrainedRegion, blank_zeros
 
 BACKWARD = ".backward."
 SEED = 0  # of the gradients that stand for those of a loss
@@ -135,10 +135,7 @@ def without_kernels(graph: fx.GraphModule) -> fx.GraphModule:
         elif isinstance(module, ChunkedScan):
             modules[name] = module.with_run(module.scan)
         elif isinstance(module, TrainedRegion):
-            parts = module.parts
-            modules[name] = TrainedRegion(
-                module.scan, parts, module.required, parts.forward, parts.backward
-            )
+            modules[name] = module.with_executors(module.parts.forward, module.parts.backward)
     return with_modules(graph, modules)
 
 
@@ -158,11 +155,11 @@ def _with_kernels(
     outer_products: OuterProducts,
 ) -> nn.Module:
     if name not in regions:
-        return module.scan
+        return module.scan if module.links.none else module.without_executors()
     start = f"{name}{BACKWARD}"
     inner = {full.removeprefix(start): r for full, r in regions.items() if full.startswith(start)}
     backward = with_regions(module.backward, inner, outer_products)
-    return TrainedRegion(module.scan, module.parts, module.required, regions[name], backward)
+    return module.with_executors(regions[name], backward)
 
 
 class _Capture(fx.Interpreter):
@@ -185,13 +182,13 @@ class _Capture(fx.Interpreter):
             self.calls[target] = args[:4]
         if not isinstance(module, TrainedRegion):
             return super().call_module(target, args, kwargs)
-        groups = args[1:]
-        values = self._timed(target, module.run, args)
-        known = module.name_tensors([t for group in groups for t in group], values)
-        results = values[: module.results]
+        steps, carries, xs, consts, *linked = args
+        given = steps, carries, module.xs_of(xs, linked), consts
+        computed = self._timed(target, module.run, given)
+        values, known = module.arrange(computed, (*carries, *xs, *consts), linked)
         assert self.node is not None
-        read = used_outputs(self.node)
-        for i, result in enumerate(results):
+        read = set(used_outputs(self.node)) - module.links.quiet
+        for i, result in enumerate(module.gradient_places(values)):
             known["d_result", i] = _random_like(result, 1.0 if i in read else 0.0)
         self.gradients[target] = known
         inner = _Capture(module.backward)
@@ -199,7 +196,7 @@ class _Capture(fx.Interpreter):
         start = f"{target}{BACKWARD}"
         self.calls |= {f"{start}{name}": call for name, call in inner.calls.items()}
         self.seconds |= {f"{start}{name}": took for name, took in inner.seconds.items()}
-        return results
+        return values
 
     def _timed(self, target: str, run: nn.Module, args: tuple[Any, ...]) -> Any:
         self.calls[target] = args
@@ -234,6 +231,8 @@ class _Visitor(fx.Interpreter):
 
 
 def _random_like(result: Tensor, scale: float) -> Tensor:
+    if scale == 0:
+        return blank_zeros(result.shape, result.dtype, result.device)
     generator = torch.Generator(result.device).manual_seed(SEED)
     dtype = result.dtype if result.is_floating_point() else torch.get_default_dtype()
     random = torch.randn(result.shape, generator=generator, dtype=dtype, device=result.device)

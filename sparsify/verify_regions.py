@@ -19,7 +19,9 @@ from torch import Tensor, fx, nn
 from sparsify.bounded import Precision, exact
 from sparsify.error_bounds import Bounds, ErrorBounds
 from sparsify.errors import MismatchError
+from sparsify.passes.without_packing import without_packing
 from sparsify.region import Region
+from sparsify.saved_bits import pack_bits, unpack_bits
 from sparsify.verify_figures import RegionFigures
 from sparsify.verify_outputs import RegionOutput
 from sparsify.verify_values import Place, check_equal
@@ -86,8 +88,15 @@ class RegionCheck:
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> None:
-        self.name, self.region, self.scan = name, region, region.scan
-        self.steps, self.carries, self.xs, self.consts = steps, tuple(carries), xs, tuple(consts)
+        unpacked = without_packing(region.scan)  # so that spikes are compared one by one
+        self.name, self.region, self.scan = name, region, unpacked.scan
+        self.steps, self.carries, self.consts = steps, tuple(carries), tuple(consts)
+        self.given_xs, self.packed = xs, unpacked.ys
+        places = self.scan.placeholders[self.scan.carries :]
+        self.xs = [
+            unpack_bits(x, place.meta["val"].shape[-1]) if place in unpacked.places else x
+            for x, place in zip(xs, places, strict=False)
+        ]
         self.bounds = ErrorBounds(self.scan.body, repeats=True)
         self.bounded_consts = [exact(t, Precision(t.dtype)) for t in consts]
         self.outputs = [RegionOutput(self.scan, i) for i in range(len(self.scan.results))]
@@ -97,7 +106,7 @@ class RegionCheck:
 
     def run(self, most_undecided: float, progress: Progress | None = None) -> RegionFigures:
         before = count_events(self.region)
-        whole = self.region(self.steps, self.carries, self.xs, self.consts)
+        whole = self._run_region(self.steps, self.carries, self.given_xs)
         launched = count_events(self.region) != before or before is None
         kept: list[Tensors] = []
         now = chained = self.carries
@@ -142,10 +151,20 @@ class RegionCheck:
 
     def _run_step(self, step: int, carries: Tensors) -> Tensors:
         """The Region's results of one step, without the time axis."""
-        xs = [x[step : step + 1] for x in self.xs]
-        got = self.region(1, carries, xs, self.consts)
+        xs = [x[step : step + 1] for x in self.given_xs]
+        got = self._run_region(1, carries, xs)
         count = self.scan.carries
         return (*got[:count], *(y[0] for y in got[count:]))
+
+    def _run_region(self, steps: int, carries: Tensors, xs: Sequence[Tensor]) -> Tensors:
+        """The Region's results, bools where it has bits."""
+        results = self.region(steps, carries, xs, self.consts)
+        return tuple(self._unpacked(i, result) for i, result in enumerate(results))
+
+    def _unpacked(self, index: int, result: Tensor) -> Tensor:
+        if index not in self.packed:
+            return result
+        return unpack_bits(result, self.scan.results[index].meta["val"].shape[-1])
 
     def _events_first(self, bounds: Bounds) -> list[RegionOutput]:
         """A wrong event is the cause of what else is wrong in its step."""
@@ -155,7 +174,8 @@ class RegionCheck:
         if self.steps == 0:
             empty: Tensors = self.scan(0, self.carries, self.xs, self.consts)
             return empty
-        return (*final, *self.scan.stack(kept))
+        expected = (*final, *self.scan.stack(kept))
+        return tuple(pack_bits(y) if i in self.packed else y for i, y in enumerate(expected))
 
     def _check_distances(self) -> None:
         for output in self.outputs:
@@ -177,8 +197,8 @@ class RegionCheck:
 
     def _figures(self, whole: Tensors, launched: bool) -> RegionFigures:
         outputs = [
-            output.figures(whole[output.index], self.expected[output.index])
-            for output in self.outputs
+            output.figures(whole[i], self._unpacked(i, self.expected[i]))
+            for i, output in enumerate(self.outputs)
         ]
         return RegionFigures(
             self.name,

@@ -1,0 +1,183 @@
+"""Let the gradient of a loop compute products that the gradient of another one would return.
+
+Before, where a readout reads the spikes of a layer::
+
+    v_T, z = scan_0(T, (v_0,), (x,), ())             # gradient: reads d_z [T, B, N]
+    y = scan_1(T, (), (z,), (w,))                    # gradient: d_z = mm(d, w), of all steps
+
+After::
+
+    v_T, z, end = scan_0(T, (v_0,), (x,), (), w)     # gradient: reads d; a step computes mm(d, w)
+    y = scan_1(T, (), (z,), (w,), end)               # gradient: d [T, B, R] flows to ``end``
+
+``d`` is mostly smaller than ``d_z``, and the step knows which neurons pass gradients on, so that
+``restrict_products`` may leave out the others. ``end`` is a stand-in (``sparsify/links.py``).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.links import Edge
+from sparsify.passes.classify_ops import TRANSPOSES, order_of
+from sparsify.passes.differentiate import LINKED, Draft
+from sparsify.passes.find_masks import find_masks
+from sparsify.passes.fuse_product import RESHAPES
+from sparsify.passes.tensor_info import call, with_shape
+
+aten = torch.ops.aten
+SMALLER = 2  # so many times fewer values than the gradient has that a product makes of them
+
+
+@dataclass(frozen=True)
+class Reading:
+    """x number ``index`` of the call ``reader`` is ``y``, seen through ``views``."""
+
+    reader: fx.Node
+    index: int
+    y: fx.Node
+    views: tuple[fx.Node, ...]
+
+
+def find_readings(graph: fx.Graph, loops: Mapping[str, object]) -> Iterator[Reading]:
+    """Where a loop of ``loops`` reads a stacked y of another one."""
+    for node in graph.nodes:
+        if not _is_call(node, loops):
+            continue
+        for index, x in enumerate(node.args[2]):
+            views: list[fx.Node] = []
+            while x.target in RESHAPES and _keeps_neurons(x):
+                views.append(x)
+                x = x.all_input_nodes[0]
+            if x.target is operator.getitem and _is_call(x.args[0], loops):
+                yield Reading(node, index, x, tuple(reversed(views)))
+
+
+@dataclass(frozen=True)
+class Link:
+    """The gradient of the x that ``reading`` describes flows along ``edge``, with ``weight``."""
+
+    reading: Reading
+    edge: Edge
+    weight: fx.Node
+
+
+def link_loops(graph: fx.Graph, drafts: dict[str, Draft]) -> list[Link]:
+    """Find the products that can be computed elsewhere, and put them there in ``drafts``.
+
+    What the calls take and return is up to the caller.
+    """
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    found: list[Link] = []
+    for reading in list(find_readings(graph, drafts)):
+        writer, result = origin_of(reading.y)
+        source, target = drafts[str(writer.target)], drafts[str(reading.reader.target)]
+        product = _find_product(target, reading.index)
+        if product is None or not _can_compute(source, result, product):
+            continue
+        consts: Any = reading.reader.args[3]
+        weight = consts[product.const]
+        if order[weight] > order[writer]:
+            continue
+        edge = Edge(result, product.transposed, product.d.meta["val"].shape[-1])
+        like = target.joint.operands["const", product.const]
+        name = target.joint.name_of(like)
+        drafts[str(writer.target)] = _with_product(source, edge, like, name)
+        gradients = {**target.joint.gradients, ("x", reading.index): product.d}
+        joint = replace(target.joint, gradients=gradients)
+        drafts[str(reading.reader.target)] = replace(target, joint=joint)
+        found.append(Link(reading, edge, weight))
+    return found
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``mm(d, w)``, where ``w`` is const number ``const``, or its transpose."""
+
+    d: fx.Node
+    const: int
+    transposed: bool
+
+
+def _is_call(node: Any, loops: Mapping[str, object]) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_module" and str(node.target) in loops
+
+
+def _keeps_neurons(view: fx.Node) -> bool:
+    shape, before = view.meta["val"].shape, view.all_input_nodes[0].meta["val"].shape
+    return bool(shape and before and shape[-1] == before[-1])
+
+
+def origin_of(y: fx.Node) -> tuple[fx.Node, int]:
+    writer, index = y.args
+    assert isinstance(writer, fx.Node) and isinstance(index, int)
+    return writer, index
+
+
+def _find_product(draft: Draft, index: int) -> _Product | None:
+    """What the gradient of x number ``index`` is, if it is a product with a const."""
+    gradient = draft.joint.gradients.get(("x", index))
+    if ("x", index) not in draft.required or gradient is None:
+        return None
+    if gradient.target is not aten.mm.default:
+        return None
+    d, weight = gradient.args
+    assert isinstance(d, fx.Node) and isinstance(weight, fx.Node)
+    transposed = weight.target in TRANSPOSES and order_of(weight) == [1, 0]
+    base = weight.all_input_nodes[0] if transposed else weight
+    consts = {n: i for (role, i), n in draft.joint.operands.items() if role == "const"}
+    return _Product(d, consts[base], transposed) if base in consts else None
+
+
+def _can_compute(draft: Draft, result: int, product: _Product) -> bool:
+    """Whether the gradient of the loop that wrote ``result`` is better off with the product."""
+    joint = draft.joint
+    place = joint.d_results.get(result)
+    is_reached = any(index == result for index, _ in draft.reaches)
+    if result < joint.scan.carries or place is None or not is_reached:
+        return False
+    if len(place.meta["val"].shape) != 2:
+        return False
+    neurons, receivers = place.meta["val"].shape[-1], product.d.meta["val"].shape[-1]
+    is_restricted = find_masks(place, tuple(joint.gradients.values())) is not None
+    return is_restricted or SMALLER * receivers <= neurons
+
+
+def _with_product(draft: Draft, edge: Edge, like: fx.Node, name: str) -> Draft:
+    """``draft`` with ``d @ w`` added to the gradient of a result.
+
+    ``w``, called ``name``, is as ``like`` is in the other loop.
+    """
+    joint = draft.joint
+    graph, place = joint.graph, joint.d_results[edge.index]
+    count = sum(role == "const" for role, _ in joint.operands)
+    number = len(joint.scan.results) + count - joint.scan.consts
+    info, matrix = place.meta["val"], like.meta["val"]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        d = graph.placeholder(f"d_{name}")
+        d.meta["val"] = with_shape(info, (*info.shape[:-1], edge.receivers))
+        weight = graph.placeholder(name)
+        weight.meta.update(like.meta)
+        swapped = weight
+        if edge.transposed:
+            swapped = call(graph, aten.t.default, (weight,), matrix, like)
+            swapped.meta["val"] = with_shape(matrix, (matrix.shape[1], matrix.shape[0]))
+        product = call(graph, aten.mm.default, (d, swapped), info, place)
+        product.meta[LINKED] = True
+        total = call(graph, aten.add.Tensor, (place, product), info, place)
+    place.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    operands = {**joint.operands, ("const", count): weight}
+    d_results = {**joint.d_results, number: d}
+    reaches = {(number, operand) for index, operand in draft.reaches if index == edge.index}
+    return replace(
+        draft,
+        joint=replace(joint, operands=operands, d_results=d_results),
+        reaches=draft.reaches | reaches,
+    )

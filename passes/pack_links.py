@@ -1,0 +1,68 @@
+"""Let loops hand spikes to one another as bits.
+
+Before::
+
+    v_T, z = scan_0(T, (v_0,), (x,), ())        # z: floats [T, B, N] of 0 and 1
+    y = scan_1(T, (), (z,), (w,))
+
+After, where loops that can read bits are the only readers::
+
+    v_T, z, bits = scan_0(T, (v_0,), (x,), ())  # z: a stand-in; bits: bytes [T, B, ceil(N / 8)]
+    y = scan_1(T, (), (z,), (w,), bits)         # its gradient reads them as well
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import fx
+
+from sparsify.differentiated import Differentiated
+from sparsify.lowered import Lowered
+from sparsify.passes.link_loops import Reading, origin_of
+from sparsify.passes.lower_layout import shape_of
+from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.pack_saved import LEAST_NEURONS, reading_bits, writing_bits
+from sparsify.passes.save_values import is_binary
+
+
+def find_packed(
+    readings: Iterable[Reading], parts: Mapping[str, Differentiated]
+) -> dict[fx.Node, list[Reading]]:
+    """The ys of calls that can be bits, by their ``getitem``, with all that read them."""
+    found: dict[fx.Node, list[Reading]] = {}
+    for reading in readings:
+        found.setdefault(reading.y, []).append(reading)
+    return {y: own for y, own in found.items() if _can_pack(y, own, parts)}
+
+
+def _can_pack(y: fx.Node, readings: list[Reading], parts: Mapping[str, Differentiated]) -> bool:
+    writer, index = origin_of(y)
+    forward = parts[str(writer.target)].forward
+    result = forward.results[index]
+    is_y = index >= forward.carries and result.meta["val"].dtype.is_floating_point
+    same = [user for user in writer.users if user.args[1] == index]
+    return (
+        is_y
+        and same == [y]
+        and is_binary(result)
+        and shape_of(result)[-1] >= LEAST_NEURONS
+        and isinstance(lower_scan(writing_bits(forward, {index}), "forward"), Lowered)
+        and is_read_by_loops_only(y, readings)
+        and all(reading_bits(parts[str(r.reader.target)], r.index) is not None for r in readings)
+    )
+
+
+def is_read_by_loops_only(y: fx.Node, readings: list[Reading]) -> bool:
+    """Whether every way on from ``y`` ends at one of ``readings``, as an x and nothing else."""
+    views = {view for reading in readings for view in reading.views}
+    readers = {reading.reader for reading in readings}
+    for value in (y, *views):
+        for user in value.users:
+            if user not in views and user not in readers:
+                return False
+            groups: Any = user.args
+            if user in readers and value in (*groups[1], *groups[3]):
+                return False
+    return True

@@ -1,0 +1,125 @@
+"""Write TrainedRegions into a graph, linked with one another where that takes less memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsify.differentiated import Differentiated
+from sparsify.links import Edge, Links, PackedResult
+from sparsify.passes.chunk_products import sorted_graph
+from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.differentiate import Draft, write_gradient
+from sparsify.passes.link_loops import Link, Reading, find_readings, link_loops, origin_of
+from sparsify.passes.pack_links import find_packed, is_read_by_loops_only
+from sparsify.passes.pack_saved import reading_bits, writing_bits
+from sparsify.passes.tensor_info import call, with_shape
+from sparsify.saved_bits import packed_size
+from sparsify.trained_region import TrainedRegion
+
+aten = torch.ops.aten
+
+
+@dataclass
+class _Call:
+    """What a call takes and returns beside operands and results; see ``Links``."""
+
+    bits: dict[int, fx.Node] = field(default_factory=dict)  # by x
+    ends: dict[int, fx.Node] = field(default_factory=dict)  # by x
+    edges: list[Edge] = field(default_factory=list)
+    weights: list[fx.Node] = field(default_factory=list)
+    packed: list[PackedResult] = field(default_factory=list)
+
+    def links(self, quiet: frozenset[int]) -> Links:
+        return Links(
+            tuple(self.packed), tuple(self.edges), tuple(self.bits), tuple(self.ends), quiet
+        )
+
+
+class LinkedGraph:
+    """``graph`` with the gradients of ``drafts``, by the names of Scans, beside the Scans."""
+
+    def __init__(self, graph: fx.GraphModule, drafts: dict[str, Draft]) -> None:
+        self.given, self.graph, self.drafts = graph, copy_graph(graph.graph), dict(drafts)
+        calls = [n for n in self.graph.nodes if n.op == "call_module" and n.target in drafts]
+        self.calls = {node: _Call() for node in calls}
+
+    def write(self) -> fx.GraphModule:
+        readings = list(find_readings(self.graph, self.drafts))
+        links = link_loops(self.graph, self.drafts)
+        parts = {name: write_gradient(draft) for name, draft in self.drafts.items()}
+        packed = find_packed(readings, parts)
+        for link in links:
+            self._add_edge(link)
+        for y, readers in packed.items():
+            self._pack(y, readers, parts)
+        modules: dict[str, nn.Module] = dict(self.given.named_children())
+        for node, linked in self.calls.items():
+            name, draft = str(node.target), self.drafts[str(node.target)]
+            node.args = (*node.args, *linked.bits.values(), *linked.ends.values(), *linked.weights)
+            own, scan = parts[name], draft.joint.scan
+            quiet = frozenset(
+                origin_of(reading.y)[1]
+                for reading in readings
+                if reading.y.args[0] is node and self._is_quiet(reading.y, readings)
+            )
+            links_of = linked.links(quiet)
+            modules[name] = TrainedRegion(
+                scan, own, draft.required, own.forward, own.backward, links_of
+            )
+        graph = sorted_graph(self.graph)
+        return fx.GraphModule(modules, graph, class_name=type(self.given).__name__)
+
+    def _add_edge(self, link: Link) -> None:
+        reading, edge = link.reading, link.edge
+        writer, _ = origin_of(reading.y)
+        info = reading.y.meta["val"]
+        end = self._result(writer, with_shape(info, (*info.shape[:-1], edge.receivers)))
+        self.calls[writer].edges.append(edge)
+        self.calls[writer].weights.append(link.weight)
+        self.calls[reading.reader].ends[reading.index] = self._seen(reading, end)
+
+    def _pack(
+        self, y: fx.Node, readings: Sequence[Reading], parts: dict[str, Differentiated]
+    ) -> None:
+        writer, result = origin_of(y)
+        name, info = str(writer.target), y.meta["val"]
+        shape = (*info.shape[:-1], packed_size(info.shape[-1]))
+        forward = writing_bits(parts[name].forward, {result})
+        parts[name] = replace(parts[name], forward=forward)
+        bits = self._result(writer, with_shape(info, shape, dtype=torch.uint8))
+        self.calls[writer].packed.append(PackedResult(result, info.shape[-1], info.dtype))
+        for reading in readings:
+            reader = str(reading.reader.target)
+            changed = reading_bits(parts[reader], reading.index)
+            assert changed is not None
+            parts[reader] = changed
+            self.calls[reading.reader].bits[reading.index] = self._seen(reading, bits)
+
+    def _result(self, writer: fx.Node, info: Any) -> fx.Node:
+        """One more result of a call."""
+        index = len(writer.meta["val"])
+        writer.meta["val"] = (*writer.meta["val"], info)
+        with self.graph.inserting_after(writer):
+            return call(self.graph, operator.getitem, (writer, index), info, writer)
+
+    def _seen(self, reading: Reading, value: fx.Node) -> fx.Node:
+        """``value`` through the views of a reading, which leave the last dim alone."""
+        with self.graph.inserting_before(reading.reader):
+            for view in reading.views:
+                info = value.meta["val"]
+                shape = [*view.meta["val"].shape[:-1], info.shape[-1]]
+                args = (value, shape)
+                value = call(self.graph, aten.reshape.default, args, with_shape(info, shape), view)
+        return value
+
+    def _is_quiet(self, y: fx.Node, readings: Sequence[Reading]) -> bool:
+        """Whether all gradients of ``y`` flow along edges."""
+        own = [reading for reading in readings if reading.y is y]
+        edges = all(reading.index in self.calls[reading.reader].ends for reading in own)
+        return edges and is_read_by_loops_only(y, own)
