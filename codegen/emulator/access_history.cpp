@@ -16,8 +16,6 @@ void AccessHistory::refine_for(uintptr_t offset, int bytes) {
     finer[i].read = whole.read;
     if (whole.reads) finer[i].reads = std::make_unique<std::vector<Access>>(*whole.reads);
     finer[i].is_written = whole.is_written;
-    finer[i].atomic_write = whole.atomic_write;
-    finer[i].atomic_read = whole.atomic_read;
   }
   cells_ = std::move(finer);
   granule_ = granule;

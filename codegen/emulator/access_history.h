@@ -12,7 +12,8 @@ struct Access {
   static constexpr int THREAD_BITS = 10;  // a block has at most 1024 threads
 
   uint32_t who = 0;  // 0: nobody
-  uint32_t tick = 0;
+  uint32_t tick : 31;
+  uint32_t atomic : 1;  // or volatile: two of these are no race
   const void* code = nullptr;
 
   static uint32_t name(int64_t block, int64_t thread) {
@@ -26,7 +27,7 @@ struct Access {
 struct Cell {
   Access write, read;
   std::unique_ptr<std::vector<Access>> reads;  // further ones that nothing orders
-  bool is_written = false, atomic_write = false, atomic_read = false;
+  bool is_written = false;
 };
 
 // One cell for every `granule` bytes. Starts coarse; an access to fewer bytes makes it finer.

@@ -12,15 +12,14 @@ extern "C" {
 EMULATOR_LIBRARY_1(fabs)
 EMULATOR_LIBRARY_1(sqrt)
 EMULATOR_LIBRARY_1(floor)
-EMULATOR_LIBRARY_1(ceil) EMULATOR_LIBRARY_1(trunc) EMULATOR_LIBRARY_1(rint)
-    EMULATOR_LIBRARY_1(round) EMULATOR_LIBRARY_1(exp) EMULATOR_LIBRARY_1(exp2)
-        EMULATOR_LIBRARY_1(expm1) EMULATOR_LIBRARY_1(log) EMULATOR_LIBRARY_1(log2)
-            EMULATOR_LIBRARY_1(log10) EMULATOR_LIBRARY_1(log1p) EMULATOR_LIBRARY_1(sin)
-                EMULATOR_LIBRARY_1(cos) EMULATOR_LIBRARY_1(tanh) EMULATOR_LIBRARY_1(erf)
-                    EMULATOR_LIBRARY_2(fmod) EMULATOR_LIBRARY_2(fmin) EMULATOR_LIBRARY_2(fmax)
-                        EMULATOR_LIBRARY_2(pow) EMULATOR_LIBRARY_2(copysign)
-                            EMULATOR_LIBRARY_2(nextafter) double fma(double, double,
-                                                                     double) noexcept;
+EMULATOR_LIBRARY_1(ceil)
+EMULATOR_LIBRARY_1(trunc) EMULATOR_LIBRARY_1(rint) EMULATOR_LIBRARY_1(round) EMULATOR_LIBRARY_1(exp)
+    EMULATOR_LIBRARY_1(exp2) EMULATOR_LIBRARY_1(expm1) EMULATOR_LIBRARY_1(log)
+        EMULATOR_LIBRARY_1(log2) EMULATOR_LIBRARY_1(log10) EMULATOR_LIBRARY_1(log1p)
+            EMULATOR_LIBRARY_1(sin) EMULATOR_LIBRARY_1(cos) EMULATOR_LIBRARY_1(tanh)
+                EMULATOR_LIBRARY_1(erf) EMULATOR_LIBRARY_2(fmod) EMULATOR_LIBRARY_2(fmin)
+                    EMULATOR_LIBRARY_2(fmax) EMULATOR_LIBRARY_2(pow) EMULATOR_LIBRARY_2(copysign)
+                        EMULATOR_LIBRARY_2(nextafter) double fma(double, double, double) noexcept;
 float fmaf(float, float, float) noexcept;
 double ldexp(double, int) noexcept;
 float ldexpf(float, int) noexcept;

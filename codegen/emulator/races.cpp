@@ -29,32 +29,29 @@ void report_race(const Attempt& attempt, const Region& region, const char* order
 }
 
 void check_earlier_write(const Attempt& attempt, const Region& region, const Cell& cell) {
-  if (!cell.write.happened() || (is_atomic(attempt.kind) && cell.atomic_write)) return;
+  if (!cell.write.happened() || (is_atomic(attempt.kind) && cell.write.atomic)) return;
   if (!is_ordered(cell.write, *running))
     report_race(attempt, region, writes(attempt.kind) ? "write after write" : "read after write",
                 cell.write);
 }
 
-void check_earlier_read(const Attempt& attempt, const Region& region, const Cell& cell,
-                        const Access& read) {
-  if (!read.happened() || (is_atomic(attempt.kind) && cell.atomic_read)) return;
+void check_earlier_read(const Attempt& attempt, const Region& region, const Access& read) {
+  if (!read.happened() || (is_atomic(attempt.kind) && read.atomic)) return;
   if (!is_ordered(read, *running)) report_race(attempt, region, "write after read", read);
 }
 
 void remember_write(const Attempt& attempt, const Region& region, Cell& cell, const Access& now) {
-  check_earlier_read(attempt, region, cell, cell.read);
+  check_earlier_read(attempt, region, cell.read);
   if (cell.reads)
-    for (const Access& read : *cell.reads) check_earlier_read(attempt, region, cell, read);
+    for (const Access& read : *cell.reads) check_earlier_read(attempt, region, read);
   cell.reads.reset();
   cell.read = {};
   cell.write = now;
   cell.is_written = true;
-  cell.atomic_write = is_atomic(attempt.kind);
 }
 
 // Keeps the last read of each thread that the next write must be ordered after.
-void remember_read(const Attempt& attempt, Cell& cell, const Access& now) {
-  cell.atomic_read = is_atomic(attempt.kind);
+void remember_read(Cell& cell, const Access& now) {
   const bool replaces = !cell.read.happened() || is_ordered(cell.read, *running);
   if (replaces) cell.read = now;
   if (cell.reads && replaces && is_ordered(cell.reads->back(), *running)) {
@@ -77,7 +74,8 @@ void remember_read(const Attempt& attempt, Cell& cell, const Access& now) {
 void check_history(const Attempt& attempt, Region& region) {
   const size_t offset = static_cast<const char*>(attempt.address) - region.base;
   region.history.refine_for(offset, attempt.bytes);
-  const Access now{short_name(*running), running->clock.tick, attempt.code};
+  const Access now{short_name(*running), running->clock.tick, is_atomic(attempt.kind),
+                   attempt.code};
   for (size_t at = offset; at < offset + attempt.bytes; at += region.history.granule()) {
     Cell& cell = region.history[at];
     if (reads(attempt.kind) && region.fresh && !cell.is_written)
@@ -87,13 +85,13 @@ void check_history(const Attempt& attempt, Region& region) {
     if (writes(attempt.kind))
       remember_write(attempt, region, cell, now);
     else
-      remember_read(attempt, cell, now);
+      remember_read(cell, now);
   }
 }
 
 void check_end_of(const Block& block) {
-  KnownBy
-      known;  // by any of its threads when it ended: the block lasts until the last of them does
+  // By any of its threads when it ended: the block lasts until the last of them does.
+  KnownBy known;
   for (auto& each : block.threads) known = join(known, each->clock.known());
   auto check = [&](const Region& region, const Access& access) {
     if (!access.happened() || access.block() == block.index) return;

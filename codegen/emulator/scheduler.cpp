@@ -158,6 +158,5 @@ uint64_t random_number() {
 }
 
 int64_t elapsed_steps() { return steps; }
-int64_t live_threads() { return live; }
 
 }  // namespace emulator

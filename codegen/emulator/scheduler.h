@@ -33,6 +33,5 @@ void note_progress();
 Schedule current_schedule();
 uint64_t random_number();
 int64_t elapsed_steps();
-int64_t live_threads();
 
 }  // namespace emulator

@@ -60,11 +60,14 @@ void check_lanes(Collective what, unsigned mask, int argument, const Place& plac
                    argument & (WARP - 1), mask));
 }
 
-// Lanes of one mask must meet in the same collective with the same mask.
+// Lanes of one mask must meet in the same collective with the same mask. Comparing with all that
+// wait is left to the last one to come; the others compare with the first.
 void check_others(Collective what, unsigned mask, const Place& place) {
   const Warp& warp = *running->warp;
-  for (int lane = 0; lane < WARP; ++lane) {
-    if (!has(warp.waiting & mask, lane)) continue;
+  unsigned others = warp.waiting & mask;
+  if ((others | 1u << running->lane) != mask) others &= -others;
+  for (; others; others &= others - 1) {
+    const int lane = __builtin_ctz(others);
     const Thread& other = *warp.lanes[lane];
     if (other.collective == what && other.mask == mask && other.place.line == place.line) continue;
     fail_at(what, place,

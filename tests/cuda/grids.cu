@@ -141,3 +141,24 @@ extern "C" __global__ void waits_for_nobody(const Call call) {
   wait_for_grid(call.counters, goal, true, true);
   call.out[blockIdx.x * 32 + threadIdx.x] = 1.0f;
 }
+
+// One thread reads the flag as data, before it is written; others only poll it, which is no race.
+// <<<2, 32>>> cooperative
+extern "C" __global__ void polled_and_read(const Call call) {
+  volatile unsigned* flag = call.counters;
+  volatile unsigned* answer = call.counters + 1;
+  const bool first = threadIdx.x == 0;
+  if (first && blockIdx.x == 1) call.out[2] = call.counters[0];
+  if (threadIdx.x % 2) call.out[32 * blockIdx.x + threadIdx.x] = *flag;
+  if (first && blockIdx.x == 1) {
+#ifndef BUG
+    __threadfence();
+#endif
+    *answer = 1;
+  }
+  if (first && blockIdx.x == 0) {
+    while (!*answer) __nanosleep(20);
+    __threadfence();
+    *flag = 2;  // reported: race
+  }
+}
