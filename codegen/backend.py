@@ -48,7 +48,8 @@ class Cost:
     ``pointwise`` the neuron updates, ``barriers`` the points where all that ``meets`` says wait for
     each other. The work can be divided among ``parts`` threads of a processor, or blocks of a GPU.
     ``weights_from`` is the memory that ``weight_bytes`` are read from, ``other_bytes`` what is read
-    and written once: operands, outputs, and weights that then stay where they are.
+    and written once: operands, outputs, and weights that then stay where they are. ``waits`` counts
+    how often the first weight of a sum has to arrive before anything goes on.
     """
 
     weight_bytes: float
@@ -60,6 +61,7 @@ class Cost:
     weights_from: MemoryLevel = "cache"
     meets: Meeting = "threads"
     other_bytes: float = 0.0
+    waits: float = 0.0
     launches: int = 1
 
 

@@ -10,7 +10,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, MIB
 from sparsify.codegen.cuda.predict_cost import H100_RATES, predict_cost, predict_seconds
-from tests.example_kernels import lif, schedule
+from tests.example_kernels import lif, product, schedule
 
 STEPS, B, H = 100, 4, 1024
 PAIRS = 2 * H * H  # of the weights of inputs and of the recurrence
@@ -54,7 +54,10 @@ def test_weights_that_do_not_fit_the_cache_come_from_memory() -> None:
 
 
 def test_a_row_that_streams_from_the_cache_takes_as_long_as_published() -> None:
-    """Events * row bytes over 42 KB per microsecond: 5 us for each of two layers of 1024 at 5 %."""
+    """Events * row bytes over 42 KB per microsecond: 5 us for each of two layers of 1024 at 5 %.
+
+    The rest is what the first weight of each and the barriers take.
+    """
     a_step = predict_seconds(cost_of(), H100) / STEPS
     assert a_step == pytest.approx(0.05 * PAIRS * 4 / 42e9, rel=0.2)
 
@@ -80,6 +83,35 @@ def test_operands_are_read_from_memory_once() -> None:
     assert cost.other_bytes - packed == pytest.approx(2 * STEPS * a_step, rel=0.05)
     floor = 1e12 / H100_RATES.hbm_bytes
     assert predict_seconds(replace(cost, other_bytes=1e12), H100) > floor
+
+
+def test_what_runs_in_turns_waits_in_turns() -> None:
+    """For barriers, and for the first weight of each of the two sums."""
+    together = cost_of(rows_per_block=1, blocks=132, meets="grid", side_by_side=B)
+    assert (together.barriers, together.waits) == (2 * STEPS, 2 * STEPS)
+    one_by_one = cost_of(rows_per_block=1, blocks=132, meets="grid")
+    assert (one_by_one.barriers, one_by_one.waits) == (2 * STEPS * B, 2 * STEPS * B)
+    latency = predict_seconds(together, H100) - predict_seconds(replace(together, waits=0.0), H100)
+    assert latency == pytest.approx(2 * STEPS * H100_RATES.l2_latency)
+    resident = replace(together, weights_from="shared")
+    assert predict_seconds(resident, H100) == predict_seconds(replace(resident, waits=0.0), H100)
+
+
+def test_steps_of_a_product_without_states_wait_together() -> None:
+    kernel = product(H, H)
+    cost = predict_cost(
+        kernel,
+        schedule(kernel, "row-per-block"),
+        steps=STEPS,
+        batch=B,
+        activity={g.result: 0.1 for g in kernel.gathers},
+        limits=H100,
+        rows_per_block=1,
+        blocks=STEPS * B // 2,
+        meets="block",
+        barriers_per_step=0.0,
+    )
+    assert cost.waits == 2
 
 
 def test_nothing_to_do_takes_a_launch() -> None:

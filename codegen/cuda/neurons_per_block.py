@@ -133,7 +133,7 @@ class _NeuronsPerBlock:
         teams = max(1, min(batch, self.limits.multiprocessors // shape.blocks))
         rows = max(1, min(shape.rows, -(-batch // teams)))
         is_resident = shape.resident >= {packed_name(p, team.symbols) for p in team.packings}
-        cost = predict_cost(
+        return predict_cost(
             kernel,
             schedule,
             steps=steps,
@@ -145,9 +145,8 @@ class _NeuronsPerBlock:
             weights_from="shared" if is_resident else None,
             meets="cluster" if self.together is TOGETHER_IN_CLUSTER else "grid",
             barriers_per_step=team.barriers_per_step(),
+            side_by_side=teams,
         )
-        turns = -(-batch // (rows * teams))  # groups of rows that a team carries one after another
-        return replace(cost, barriers=float(turns * steps * team.barriers_per_step()))
 
 
 class NeuronsPerGrid(_NeuronsPerBlock):

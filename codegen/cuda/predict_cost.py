@@ -39,6 +39,8 @@ class Rates:
     grid_barrier: float
     cluster_barrier: float
     block_barrier: float
+    l2_latency: float
+    hbm_latency: float
     launch: float
 
 
@@ -57,6 +59,8 @@ H100_RATES = Rates(
     grid_barrier=1.1e-6,
     cluster_barrier=0.65e-6,
     block_barrier=2e-8,
+    l2_latency=263 / CLOCK_HZ,
+    hbm_latency=600 / CLOCK_HZ,
     launch=3e-6,
 )
 
@@ -74,13 +78,15 @@ def predict_cost(
     meets: Meeting,
     barriers_per_step: float,
     weights_from: Literal["l2", "shared"] | None = None,
+    side_by_side: int | None = None,
 ) -> Cost:
     """The cost of a call, given the share of active senders, or of wanted sums, of each Gather.
 
     ``rows_per_block`` batch rows share a weight row that is read while they take the same step.
     Where ``weights_from`` is None, weights come from the L2 cache if all of them fit in it. Those
     in shared memory are loaded once by the call. ``barriers_per_step`` are those that a row waits
-    for; groups of rows that do not run side by side wait one after the other.
+    for. So many groups of rows run ``side_by_side``, by default those of all blocks where blocks
+    meet no others, else one; further ones wait after them.
     """
     how = dict(schedule.gathers)
     weights = {w.name: w for w in kernel.weights}
@@ -104,16 +110,22 @@ def predict_cost(
         weight_bytes += steps * groups * touched * pairs * BYTES[weight.dtype]
     resident = sum(_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
     source: MemoryLevel = weights_from or ("l2" if resident <= limits.l2_bytes else "hbm")
+    if side_by_side is None:
+        side_by_side = blocks if meets == "block" else 1
+    turns = -(-groups // max(1, side_by_side))
+    # Without states, steps are rows as well.
+    rounds = steps * turns if kernel.states else -(-steps * groups // max(1, side_by_side))
     return Cost(
         weight_bytes=weight_bytes,
         event_adds=event_adds,
         dense_macs=dense_macs,
         pointwise=float(steps * batch * neurons),
-        barriers=barriers_per_step * steps * _turns(groups, blocks, meets),
+        barriers=barriers_per_step * steps * turns,
         parts=max(1, blocks),
         weights_from=source,
         meets=meets,
         other_bytes=_operand_bytes(kernel, steps, batch) + 2 * resident,  # packed, then read
+        waits=float(len(kernel.gathers) * rounds),
     )
 
 
@@ -126,12 +138,9 @@ def predict_seconds(cost: Cost, limits: Limits, rates: Rates = H100_RATES) -> fl
     pointwise = cost.pointwise / rates.pointwise_of_multiprocessor
     work = max(reading, arithmetic / parts) + pointwise / parts
     streamed = cost.other_bytes / rates.hbm_bytes
-    return cost.launches * rates.launch + max(work, streamed) + cost.barriers * _wait(cost, rates)
-
-
-def _turns(groups: int, blocks: int, meets: Meeting) -> int:
-    """How often each barrier is waited for: blocks of their own rows do so side by side."""
-    return -(-groups // max(1, blocks)) if meets == "block" else groups
+    waiting = cost.barriers * _barrier(cost.meets, rates)
+    waiting += cost.waits * _latency(cost.weights_from, rates)
+    return cost.launches * rates.launch + max(work, streamed) + waiting
 
 
 def _bandwidth(source: MemoryLevel, parts: int, rates: Rates) -> float:
@@ -141,9 +150,14 @@ def _bandwidth(source: MemoryLevel, parts: int, rates: Rates) -> float:
     return min(rates.l2_bytes if source == "l2" else rates.hbm_bytes, of_parts)
 
 
-def _wait(cost: Cost, rates: Rates) -> float:
-    waits = {"grid": rates.grid_barrier, "cluster": rates.cluster_barrier}
-    return waits.get(cost.meets, rates.block_barrier)
+def _barrier(meets: Meeting, rates: Rates) -> float:
+    known = {"grid": rates.grid_barrier, "cluster": rates.cluster_barrier}
+    return known.get(meets, rates.block_barrier)
+
+
+def _latency(source: MemoryLevel, rates: Rates) -> float:
+    """Of shared memory it is a part of what a barrier takes."""
+    return {"l2": rates.l2_latency, "hbm": rates.hbm_latency}.get(source, 0.0)
 
 
 def _pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:
