@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import get_args
 
@@ -16,12 +15,11 @@ from sparsify import ir
 from sparsify.codegen.cuda import kernel_text
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.emulator.device import Schedule
-from sparsify.errors import KernelFault
-from sparsify.errors import KernelFault
 from sparsify.reference import Array, gather
 from tests import test_restricted
-from tests.emulated_kernels import EditedDevice, compare, emulator, exact, load, needs_emulator, run
+from tests.emulated_kernels import compare, emulator, exact, load, needs_emulator, run
 from tests.example_kernels import (
+    How,
     gate_of_bits,
     gradient_data,
     lif,
@@ -36,6 +34,7 @@ from tests.test_bits import gate_data
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 ROW = "row-per-block"
+WAYS: tuple[How, ...] = ("event", "dense")
 
 pytestmark = needs_emulator
 
@@ -104,11 +103,11 @@ def test_time_runs_backwards() -> None:
         compare(launch, kernel, lif_data(kernel, steps, batch), steps, batch)
 
 
-@pytest.mark.parametrize("how", ["event", "dense"])
-def test_feedback_within_a_step(how: str) -> None:
+@pytest.mark.parametrize("how", WAYS)
+def test_feedback_within_a_step(how: How) -> None:
     """Dense: products are multiples of 2**-12 up to 1, so 300 of them add exactly in any order."""
     kernel = two_layers(300, 33)
-    plan = ir.Schedule(ROW, (("back", "event"), ("forward", "dense" if how == "dense" else how)))
+    plan = ir.Schedule(ROW, (("back", "event"), ("forward", how)))
     rng = np.random.default_rng(1)
     data: dict[str, Array] = {
         "x": exact(rng, (9, 3, 300)),
@@ -126,11 +125,11 @@ def test_feedback_within_a_step(how: str) -> None:
     assert senders == 27 * 300 and 0 < active < senders
 
 
-@pytest.mark.parametrize("how", ["event", "dense"])
-def test_a_recurrence_backwards(how: str, most_threads: int) -> None:
+@pytest.mark.parametrize("how", WAYS)
+def test_a_recurrence_backwards(how: How, most_threads: int) -> None:
     """Bit for bit, see ``gradient_data``: its sums are exact."""
     kernel = lif_gradient(330)
-    plan = ir.Schedule(ROW, (("returned", "dense" if how == "dense" else "event"),))
+    plan = ir.Schedule(ROW, (("returned", how),))
     backend = CudaBackend(emulator("random"))
     launch = backend.load(backend.compile(kernel, plan))
     data = gradient_data(kernel, 5, 3, 0.2)
@@ -139,11 +138,11 @@ def test_a_recurrence_backwards(how: str, most_threads: int) -> None:
     assert launch.events == {"returned": (near, data["v"].size)}
 
 
-@pytest.mark.parametrize("how", ["event", "dense"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("neurons", [1, 65, 300])
-def test_bits(neurons: int, how: str) -> None:
+def test_bits(neurons: int, how: How) -> None:
     kernel = gate_of_bits(neurons)
-    launch = load(kernel, schedule(kernel, ROW, "dense" if how == "dense" else "event"))
+    launch = load(kernel, schedule(kernel, ROW, how))
     compare(launch, kernel, gate_data(kernel, 3, 5), 3, 5)
     active, seen = launch.events["excitation"]
     assert seen == 15 * neurons and (0 < active < seen or neurons < 64)
@@ -196,11 +195,11 @@ def test_dense_products_within_their_bound(dtype: ir.DType) -> None:
     assert launch.events["y"] == (x.size, x.size)
 
 
-@pytest.mark.parametrize("how", ["event", "dense"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_wanted_sums_lie_within_their_bound(dtype: ir.DType, how: str) -> None:
+def test_wanted_sums_lie_within_their_bound(dtype: ir.DType, how: How) -> None:
     kernel = test_restricted.product(300, 130, dtype)
-    launch = load(kernel, schedule(kernel, ROW, "dense" if how == "dense" else "event"))
+    launch = load(kernel, schedule(kernel, ROW, how))
     for share in (0.0, 0.15, 1.0):
         launch.reset_events()
         data = test_restricted.data_of(kernel, 2, 3, share)
@@ -209,13 +208,13 @@ def test_wanted_sums_lie_within_their_bound(dtype: ir.DType, how: str) -> None:
         assert launch.events == {"y": (int(data["near"].sum()), data["near"].size)}
 
 
-@pytest.mark.parametrize("how", ["event", "dense"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("value", [np.inf, np.nan, 3e38])
 def test_infinities_and_nan_reach_whom_they_reach_in_the_whole_product(
-    value: float, how: str
+    value: float, how: How
 ) -> None:
     kernel = test_restricted.product(130, 40)
-    launch = load(kernel, schedule(kernel, ROW, "dense" if how == "dense" else "event"))
+    launch = load(kernel, schedule(kernel, ROW, how))
     data = test_restricted.data_of(kernel, 1, 3, 0.3)
     data["d"][0, 1, 129] = value
     whole = torch.from_numpy(data["d"]) @ torch.from_numpy(data["w"]).T
@@ -296,86 +295,3 @@ def test_steps_times_rows_beyond_the_other_dims_of_a_grid() -> None:
     got = launch({"x": x, "w": torch.full((1, 1), 2.0)}, steps=33_000, batch=2)["out"]
     assert torch.equal(got, 2 * x)
     assert launch.events == {"y": (65_999, 66_000)}
-
-
-# ---- barriers ----
-
-
-def exchanging() -> dict[str, tuple[ir.Kernel, dict[str, Array]]]:
-    """Kernels whose threads meet for every reason that there is, with their data."""
-    rng = np.random.default_rng(3)
-    layers = {
-        "x": exact(rng, (5, 5, 300)),
-        "bias": np.full(300, 0.2, "float32"),
-        "h0": np.ones((), "float32"),
-        "w_back": exact(rng, (300, 290)),
-        "w_forward": exact(rng, (290, 300)),
-    }
-    recurrent, gradient, gates = lif(300, 530), lif_gradient(330), gate_of_bits(300)
-    return {
-        "lif": (recurrent, lif_data(recurrent, 5, 5)),
-        "gradient": (gradient, gradient_data(gradient, 5, 5, 0.2)),
-        "gates": (gates, gate_data(gates, 5, 5)),
-        "layers": (two_layers(300, 290), layers),
-    }
-
-
-BARRIER = re.compile(r"__syncthreads\(\);.*\n")
-EXCHANGING = exchanging()
-BARRIERS = {
-    f"{name}-{number}": (name, number)
-    for name, (kernel, _) in EXCHANGING.items()
-    for number in range(
-        len(BARRIER.findall(CudaBackend(emulator()).render(kernel, schedule(kernel, ROW)).text))
-    )
-}
-
-
-@pytest.mark.parametrize("case", BARRIERS)
-def test_no_barrier_can_be_left_out(case: str) -> None:
-    """Each block has several rows, of an odd number of steps: the last reads what begins a row."""
-    name, number = BARRIERS[case]
-    kernel, _ = EXCHANGING[name]
-    plan = schedule(kernel, ROW)
-    text = CudaBackend(emulator()).render(kernel, plan).text
-    lines = list(BARRIER.finditer(text))
-    start, end = lines[number].span()
-    without = text[:start] + "\n" + text[end:]
-    devices = (EditedDevice(emulator(order), text, without) for order in SCHEDULES)
-    objections = (why_wrong(device, name) for device in devices)
-    assert any(objections), f"nobody misses {lines[number].group()!r} of {name}"
-
-
-def why_wrong(device: EditedDevice, name: str) -> str | None:
-    """What the emulator objects to in a call of an edited kernel."""
-    kernel, data = EXCHANGING[name]
-    backend = CudaBackend(device)
-    launch = backend.load(backend.compile(kernel, schedule(kernel, ROW)))
-    try:
-        run(launch, data, 5, 5)
-    except KernelFault as fault:
-        return next(r for r in fault.reports if re.match("race|uninitialised|out of bounds", r))
-    return None
-
-
-@pytest.mark.parametrize("name", ["gradient", "gates"])
-def test_all_threads_must_agree_on_what_is_wild(name: str) -> None:
-    """Without the reduction, a warp knows of its own senders only."""
-    kernel, data = EXCHANGING[name]
-    plan = schedule(kernel, ROW)
-    data = {key: value.copy() for key, value in data.items()}
-    source = {"gradient": "d0", "gates": "g"}[name]
-    data[source][..., 299] = np.float32(2.0**63)
-    if name == "gates":
-        data["near"][..., 37] |= 8
-    before = re.search(
-        r"__syncthreads_or\((is_wild.*)\);", CudaBackend(emulator()).render(kernel, plan).text
-    )
-    assert before is not None
-    edited = EditedDevice(
-        emulator("forward", checks=False), before.group(), f"{before.group(1)}; __syncthreads();"
-    )
-    backend = CudaBackend(edited)
-    wrong = run(backend.load(backend.compile(kernel, plan)), data, 5, 5)
-    wanted = run(load(kernel, plan), data, 5, 5)
-    assert any(not torch.equal(wrong[key], wanted[key]) for key in wanted)

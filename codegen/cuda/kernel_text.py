@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols, start_phases
-from sparsify.codegen.cuda.cell_text import (
+from sparsify.codegen.cuda.cell_text import write_cells
+from sparsify.codegen.cuda.frame_text import Scratch, packed_name, row_length
+from sparsify.codegen.cuda.neuron_text import (
     Inputs,
     Kept,
     Neuron,
@@ -20,11 +22,9 @@ from sparsify.codegen.cuda.cell_text import (
     operand_element,
     published,
     saved,
-    write_cells,
     write_inputs,
     write_neuron,
 )
-from sparsify.codegen.cuda.frame_text import Scratch, packed_name, row_length
 from sparsify.codegen.usage import Packing, Source, find_usage, packings
 from sparsify.codegen.writer import Writer
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
-from sparsify.codegen.cuda.cell_text import find_neurons, old_value, operand_element
 from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members
+from sparsify.codegen.cuda.neuron_text import find_neurons, old_value, operand_element
 from sparsify.codegen.cuda.team_memory import Array, TeamMemory, struct_layout
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.neurons_per_thread import meeting_phases

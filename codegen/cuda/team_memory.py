@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
-from sparsify.codegen.cuda.cell_text import Neuron
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
+from sparsify.codegen.cuda.neuron_text import Neuron
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source, Usage, packings
 

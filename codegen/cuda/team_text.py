@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, start_phases
-from sparsify.codegen.cuda.cell_text import bits_of, published, write_cells, write_neuron
+from sparsify.codegen.cuda.cell_text import write_cells
 from sparsify.codegen.cuda.frame_text import packed_name, row_length, write_call, write_head
+from sparsify.codegen.cuda.neuron_text import bits_of, published, write_neuron
 from sparsify.codegen.cuda.team_kernel import TeamKernel, items, write_struct
 from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import Shape
