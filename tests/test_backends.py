@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify import backends
+from sparsify import backends, ir
 from sparsify.api import sparsify
 from sparsify.backends import Compilers, find_device, make_backends, require_backend
+from sparsify.codegen.backend import Source
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.gpu import Gpu
+from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.engine import Engine
-from sparsify.errors import BackendUnavailable, Refusal, RefusedError
+from sparsify.errors import BackendUnavailable, KernelFault, Refusal, RefusedError
 from sparsify.install import Sparsified, install
 from sparsify.options import Options
 from tests.small_nets import RecurrentNet, spikes
@@ -192,3 +196,22 @@ def test_the_emulator_takes_tensors_on_the_processor(monkeypatch: pytest.MonkeyP
     clone = copy.deepcopy(fast)
     assert torch.equal(run(clone, X), run(model, X))
     assert engine_of(clone).compiled.backend.name == "cuda-emulated"
+
+
+class WithoutBarriers(CudaBackend):
+    """As if the text of kernels had a bug."""
+
+    def render(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Source:
+        source = super().render(kernel, schedule)
+        assert "__syncthreads();" in source.text
+        return replace(source, text=source.text.replace("__syncthreads();", ";"))
+
+
+def test_a_fault_names_its_region() -> None:
+    """It is raised: memory of a device that a kernel may have written to is not to be trusted."""
+    backend = WithoutBarriers(EmulatedDevice(checks=True))
+    engine = Engine(RecurrentNet().eval(), Options(), None, {"cpu": backend})
+    with pytest.raises(KernelFault, match=r"kernel 'run_scan_\d' failed:\nrace: ") as caught:
+        run(install(engine), X)
+    name = caught.value.kernel.removeprefix("run_")
+    assert f"run_{name}.cu:" in str(caught.value)  # the line
