@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify.differentiated import Operand
-from sparsify.passes.joint_graph import fake_like, is_float, operand_places
+from sparsify.passes.joint_graph import blank_like, is_float, operand_places
+from sparsify.recording.saved import random_states_kept
 from sparsify.scan import Scan
+from sparsify.training_step import propagate
 
 
 def find_dependences(scan: Scan) -> list[set[Operand]]:
     """For each result of a step, the operands that have a gradient through it in that step."""
     places = operand_places(scan)
-    mode = FakeTensorMode()
-    with mode, torch.enable_grad():
-        operands = [fake_like(place).requires_grad_(is_float(place)) for place in places.values()]
+    with random_states_kept(), torch.enable_grad():
+        operands = [blank_like(place).requires_grad_(is_float(place)) for place in places.values()]
         results = scan.body(*operands)
         named = dict(zip(places, operands, strict=True))
         found = {id(result): _operands_of(result, named) for result in results}
@@ -29,13 +29,7 @@ def _operands_of(result: Tensor, operands: Mapping[Operand, Tensor]) -> set[Oper
     taking = {key: tensor for key, tensor in operands.items() if tensor.requires_grad}
     if not result.requires_grad or not taking:
         return set()
-    gradients = torch.autograd.grad(
-        result,
-        list(taking.values()),
-        torch.ones_like(result),
-        retain_graph=True,
-        allow_unused=True,
-    )
+    gradients = propagate([result], [torch.ones_like(result)], list(taking.values()))
     pairs = zip(taking, gradients, strict=True)
     return {key for key, gradient in pairs if gradient is not None}
 

@@ -9,30 +9,27 @@ After, with what ``Spike.backward`` does written out::
     v_1 = v * 0.5 + x; z = (v_1 > 1).float()
     d = d_v_1 + d_spike / (1 + v_1 ** 2); return d * 0.5, d       # gradients of v and x
 
-The body runs as Python under autograd on fake tensors, ``torch.autograd.grad`` included, and
-``make_fx`` records what that computes: no derivative is written by hand.
+The body runs as Python under autograd, ``torch.autograd.grad`` included, and what that computes is
+recorded (``trace_operations.py``): no derivative is written by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsify.application import Application
 from sparsify.differentiated import Operand
-from sparsify.passes.new_values import without_writes
 from sparsify.passes.simplify_joint import erase_dead, simplify_joint
+from sparsify.passes.trace_operations import Tracer, trace_operations
 from sparsify.passes.without_gradients import is_application
 from sparsify.scan import Scan
+from sparsify.training_step import propagate
 
-aten = torch.ops.aten
 _KEPT_META = ("fact", "activity", "location", "module", "source")
 
 
@@ -77,31 +74,28 @@ def trace_joint(
     reached: list[Operand] = []
     kept: list[fx.Node] = []
 
-    def joint(*tensors: Tensor) -> list[Tensor]:
+    def joint(tracer: Tracer, tensors: Sequence[Tensor]) -> list[Tensor]:
         given, d_results = tensors[: len(places)], tensors[len(places) :]
         with torch.enable_grad():
             operands = {
                 key: tensor.detach().requires_grad_(key in active)
                 for key, tensor in zip(places, given, strict=True)
             }
-            run = _KeepValues(scan.body)
+            run = _KeepValues(scan.body, tracer)
             run.run(*operands.values())
             results = [run.values[scan.results[index]] for index in useful]
             gradients: Sequence[Tensor | None] = ()
             if results:
                 sources = [operands[key] for key in wanted]
-                gradients = torch.autograd.grad(results, sources, d_results, allow_unused=True)
+                gradients = propagate(results, d_results, sources)
         pairs = [(k, g) for k, g in zip(wanted, gradients, strict=False) if g is not None]
         reached[:] = [key for key, _ in pairs]
         kept[:] = run.values
         return [*run.values.values(), *(gradient for _, gradient in pairs)]
 
-    with FakeTensorMode():
-        examples = [fake_like(place) for place in places.values()]
-        examples += [fake_like(scan.results[index]) for index in useful]
-    traced = _trace(joint, examples)
-    graph = traced.graph
-    _write_out_numbers(traced)
+    examples = [blank_like(place) for place in places.values()]
+    examples += [blank_like(scan.results[index]) for index in useful]
+    graph = trace_operations(joint, examples)
     simplify_joint(graph)
     _join_applications(graph, kept)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -135,28 +129,6 @@ def _join_applications(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:
     erase_dead(graph)
 
 
-def _write_out_numbers(traced: fx.GraphModule) -> None:
-    """Make literals of the tensors that a backward made of one number, as ``d[mask] = 0`` does.
-
-    Others stay, as ``get_attr`` nodes.
-    """
-    for node in list(traced.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        value = getattr(traced, node.target)
-        if value.numel() == 0 or not bool((value == value.reshape(-1)[0]).all()):
-            continue
-        with traced.graph.inserting_before(node):
-            full = traced.graph.call_function(
-                aten.full.default,
-                (list(value.shape), value.reshape(-1)[0].item()),
-                {"dtype": value.dtype, "device": value.device},
-            )
-        full.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(full)
-        traced.graph.erase_node(node)
-
-
 def is_float(node: fx.Node) -> bool:
     return bool(node.meta["val"].dtype.is_floating_point)
 
@@ -168,78 +140,34 @@ class _KeepValues(fx.Interpreter):
     given all their gradients at once, as in the model.
     """
 
-    def __init__(self, body: fx.GraphModule) -> None:
+    def __init__(self, body: fx.GraphModule, tracer: Tracer) -> None:
         super().__init__(body, garbage_collect_values=False)
+        self.tracer = tracer
         self.values: dict[fx.Node, Tensor] = {}
         self.applied: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        is_part = isinstance(n.target, Application) and n.target.index is not None
-        value = self._run_part(n) if is_part else super().run_node(n)
+        value = self._run_applied(n) if is_application(n) else super().run_node(n)
         if isinstance(value, Tensor):
             self.values[n] = value
         return value
 
-    def _run_part(self, n: fx.Node) -> Any:
-        """One of several outputs."""
+    def _run_applied(self, n: fx.Node) -> Any:
         value, *tensors = self.fetch_args_kwargs_from_env(n)[0]
-        application = n.target
-        assert isinstance(application, Application) and application.index is not None
-        if not any(tensor.requires_grad for tensor in tensors):
+        assert isinstance(n.target, Application)
+        function = self.tracer.watched(n.target.function)
+        application = replace(n.target, function=function)
+        if application.index is None or not any(tensor.requires_grad for tensor in tensors):
             return application(value, *tensors)
-        use = (application.function, id(application.arguments), *n.args[1:])
+        use = (function, id(application.arguments), *n.args[1:])  # one of several outputs
         if use not in self.applied:
-            apply: Any = application.function.apply
-            self.applied[use] = apply(*application.given(tuple(tensors)))
+            self.applied[use] = function.apply(*application.given(tuple(tensors)))
         return self.applied[use][application.index]
 
 
-def _trace(function: Callable[..., Any], examples: list[Tensor]) -> fx.GraphModule:
-    traced = make_fx(function, _decompositions(), tracing_mode="fake")(*examples)
-    if without_writes(traced.graph):
-        return traced
-    # Gradients are in the graph now, so that writes can be made new values.
-    pure = torch.func.functionalize(traced, remove="mutations")
-    return make_fx(pure, _decompositions(), tracing_mode="fake")(*examples)
-
-
-def fake_like(node: fx.Node) -> Tensor:
-    """A tensor of the active fake mode with the layout of ``node``."""
+def blank_like(node: fx.Node) -> Tensor:
+    """A tensor with the layout of ``node``, whose memory is not touched where it is large."""
     info = node.meta["val"]
-    return torch.empty_strided(info.shape, info.stride, dtype=info.dtype, device=info.device)
-
-
-def _shrink_backward(d: Tensor, value: Tensor, bound: Any) -> Tensor:
-    inside = (value >= -bound) & (value <= bound)
-    return torch.where(inside, torch.zeros((), dtype=d.dtype, device=d.device), d)
-
-
-def _decompositions() -> Mapping[Any, Callable[..., Any]]:
-    """Gradient formulas that torch has as one operation, by those that kernels have."""
-    found: dict[Any, Callable[..., Any]] = {
-        aten.hardshrink_backward.default: _shrink_backward,
-        aten.softshrink_backward.default: _shrink_backward,
-    }
-    for name in _DECOMPOSED:
-        overload = getattr(aten, name).default
-        found[overload] = decomposition_table[overload]
-    return found
-
-
-_DECOMPOSED = (
-    "sigmoid_backward",
-    "tanh_backward",
-    "threshold_backward",
-    "hardtanh_backward",
-    "leaky_relu_backward",
-    "softplus_backward",
-    "elu_backward",
-    "gelu_backward",
-    "silu_backward",
-    "hardsigmoid_backward",
-    "hardswish_backward",
-    "log_sigmoid_backward",
-    "native_dropout_backward",
-    "slice_backward",
-    "select_backward",
-)
+    blank = torch.empty_strided(info.shape, info.stride, dtype=info.dtype, device=info.device)
+    is_number = info.dtype.is_floating_point or info.dtype.is_complex
+    return blank if is_number else blank.zero_()  # others may be indices

@@ -35,8 +35,31 @@ def differentiate_result(
         return [None for _ in sources]
     if weights is None:
         weights = random_gradients(result)
-    found = torch.autograd.grad(results, sources, weights, retain_graph=True, allow_unused=True)
-    return list(found)
+    return propagate(results, weights, sources)
+
+
+def propagate(
+    results: Sequence[Tensor], gradients: Sequence[Tensor], sources: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of ``sources`` from those of ``results``, None for what none depends on.
+
+    ``torch.autograd.grad`` imports sympy where it is given gradients: half a second, once.
+    """
+    seed: Tensor = _Seeded.apply(gradients, *results)  # type: ignore[no-untyped-call]
+    return list(torch.autograd.grad(seed, sources, retain_graph=True, allow_unused=True))
+
+
+class _Seeded(torch.autograd.Function):
+    """A number whose derivatives with respect to the results are ``gradients``."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *results: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=results[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, d_seed: Tensor) -> Any:
+        return None, *ctx.gradients
 
 
 def random_gradients(result: Any) -> list[Tensor]:

@@ -16,6 +16,9 @@ from sparsify.bounded import lowest_bit
 from sparsify.engine import Engine
 from sparsify.free_memory import free_memory
 from sparsify.keep_state import Snapshot
+from sparsify.recording import recorder
+from sparsify.recording.record import record
+from sparsify.recording.recording import Recording
 from tests.live_bytes import peak_of
 
 MOST_OVER_EAGER = 1.5
@@ -175,6 +178,17 @@ def test_holes_between_objects_are_given_back() -> None:
     free_memory()
     assert len(pins) == count
     assert before - resident() > size * count // 2
+
+
+def test_recording_gives_memory_back_after_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, _ = example(Recurrent)
+    least = STEPS * BATCH * HIDDEN * x.element_size()
+    calls: list[None] = []
+    monkeypatch.setattr(recorder, "free_memory", lambda: calls.append(None))
+    monkeypatch.setattr(recorder, "FREED_BYTES", least)
+    with torch.no_grad():
+        assert isinstance(record(model, (x,), {}, restore=True), Recording)
+    assert 4 <= len(calls) <= 10  # of eight results of such a size in a step, and some smaller ones
 
 
 def test_bits_of_a_large_matrix_are_looked_at_in_parts() -> None:

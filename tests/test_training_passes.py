@@ -19,7 +19,6 @@ from sparsify.lowered import Lowered
 from sparsify.passes.find_events import find_events
 from sparsify.passes.generalize import Generalized, generalize
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.new_values import without_writes
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.without_gradients import is_application, without_gradients
 from sparsify.recording.recording import Recording
@@ -200,15 +199,3 @@ def test_without_gradients() -> None:
     given = tuple(torch.randn(shape) for shape in consts)
     one, other = (s(2, carries, xs, given) for s in (scan, plain))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_powers_in_place() -> None:
-    """snnTorch's ATan: ``pow_.Scalar`` writes what ``pow.Tensor_Scalar`` returns."""
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    double = graph.call_function(aten.mul.Tensor, (x, 2))
-    graph.output((graph.call_function(aten.pow_.Scalar, (double, 2)),))
-    assert without_writes(graph)
-    assert [node.target for node in graph.nodes][2] is aten.pow.Tensor_Scalar
-    [result] = fx.GraphModule(nn.Module(), graph)(STEPS)
-    assert torch.equal(result, (STEPS * 2) ** 2)

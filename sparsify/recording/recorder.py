@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import TraceError
+from sparsify.free_memory import free_memory
 from sparsify.graph_meta import Source
 from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
 from sparsify.recording.graph_writer import GraphWriter, Places
@@ -33,6 +34,7 @@ from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current,
 from sparsify.recording.writes import part_of_list, write
 
 NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
+FREED_BYTES = 64 * 2**20  # results after which memory that they have left is given back
 MOST_PINNED = 64  # elements of a state whose content may be part of the guard
 
 
@@ -96,6 +98,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_busy = False  # what the recorder itself does is not the user's
         self.histories: Histories | None = None
         self._origin: Origin | None = NO_ORIGIN
+        self._made_bytes = 0  # since memory was given back
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,6 +217,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = self.values.add_result(result, node)
         if value is None:
             raise CannotRecord(f"{call.op} returns memory of its arguments")
+        self._made_bytes += result.nbytes
+        if self._made_bytes > FREED_BYTES:
+            self._made_bytes = 0
+            free_memory()
         value.origin = None if call.facts.is_random else self._origin
 
     def _measure(self, node: fx.Node, call: Call) -> None:
