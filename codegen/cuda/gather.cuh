@@ -47,6 +47,7 @@ SPARSIFY_INLINE void gather_events(F (&sums)[PER], const F* weight, const Events
   constexpr int AHEAD = PER == 1 ? 8 : PER <= 4 ? 4 : 2;
 #pragma unroll
   for (int k = 0; k < PER; ++k) sums[k] = F(0);
+#pragma unroll 1
   for (int block = 0; block < blocks_of(SENDERS); ++block) {
     const int end = block * BLOCK + events.counts[block];
     F sum[PER] = {};
@@ -117,19 +118,36 @@ SPARSIFY_INLINE void gather(F (&sums)[PER], const F* weight, const F* total,
     gather_all<ROW>(sums, weight, events, payload, columns);
 }
 
+// Adds what a sender contributes to the sums, with one rounding each.
+template <int ROW, int PER, int THREADS, class F>
+SPARSIFY_INLINE void add_sender(F (&sums)[PER], const F* weight, const F* values, int sender,
+                                const Columns<PER, THREADS>& columns) {
+  const F* const from = weight + int64_t(sender) * ROW;
+#pragma unroll
+  for (int k = 0; k < PER; ++k) sums[k] = fused(from[columns.at[k]], values[sender], sums[k]);
+}
+
 // sums[k] = sum over all senders of values[sender] * weight[sender][receiver k].
-// The order of additions is free here and products are fused: compared by a bound, not by bits.
+// The order of additions is free here and products are fused: compared by a bound, not by bits. Each
+// sum is made of several PARTS, so that additions need not wait for each other.
 template <int ROW, int PER, int THREADS, class F>
 SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const F* weight, const F* values, int senders,
                                   const Columns<PER, THREADS>& columns) {
+  constexpr int PARTS = PER == 1 ? 8 : PER <= 4 ? 4 : 2;
+  F parts[PARTS][PER] = {};
+  const int whole = senders / PARTS * PARTS;
+#pragma unroll 1
+  for (int first = 0; first < whole; first += PARTS)
 #pragma unroll
-  for (int k = 0; k < PER; ++k) sums[k] = F(0);
-#pragma unroll 4
-  for (int sender = 0; sender < senders; ++sender) {
-    const F value = values[sender];
-    const F* const from = weight + int64_t(sender) * ROW;
+    for (int p = 0; p < PARTS; ++p)
+      add_sender<ROW>(parts[p], weight, values, first + p, columns);
+  for (int sender = whole; sender < senders; ++sender)
+    add_sender<ROW>(parts[0], weight, values, sender, columns);
 #pragma unroll
-    for (int k = 0; k < PER; ++k) sums[k] = fused(from[columns.at[k]], value, sums[k]);
+  for (int k = 0; k < PER; ++k) {
+    sums[k] = parts[0][k];
+#pragma unroll
+    for (int p = 1; p < PARTS; ++p) sums[k] += parts[p][k];
   }
 }
 
