@@ -30,6 +30,7 @@ from tests.example_kernels import (
     two_layers,
 )
 from tests.random_kernels import Drawn, draw_data, kernels
+from tests.test_cuda_team_shapes import egru
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 TEAMS = ("neurons-per-grid", "neurons-per-cluster")
@@ -75,6 +76,24 @@ def test_recurrent_lif(strategy: str, order: Schedule) -> None:
         compare(launch, kernel, lif_data(kernel, steps, batch), steps, batch)
     active, senders = launch.events["recurrent"]
     assert 0.02 < active / senders < 0.3, "the data do not exercise the kernel"
+
+
+@pytest.mark.parametrize("strategy", TEAMS)
+def test_gates_are_added_up_together(strategy: str) -> None:
+    """Three products of the same events, whose payloads are real."""
+    kernel, steps, batch = egru(270), 3, 3
+    rng = np.random.default_rng(0)
+    shape = (steps, batch, 270)
+    data = {f"p_{gate}": rng.standard_normal(shape).astype("float32") for gate in "zrg"}
+    data |= {f"r_{gate}": rng.standard_normal((270, 270)).astype("float32") / 8 for gate in "zrg"}
+    data["theta"] = np.full(270, 0.5, "float32")
+    data["h0"] = rng.standard_normal(shape[1:]).astype("float32")
+    data["y0"] = data["h0"] * (data["h0"] > 1)
+    launch = load(kernel, schedule(kernel, strategy))
+    compare(launch, kernel, data, steps, batch)
+    active, senders = launch.events["q_z"]
+    assert 0.05 < active / senders < 0.5, "the data do not exercise the kernel"
+    assert launch.events["q_r"] == launch.events["q_g"] == (active, senders)
 
 
 @pytest.mark.parametrize("strategy", TEAMS)

@@ -87,37 +87,41 @@ struct Heard {
 // ---- events ----
 
 // The active ones of a block of senders, ascending: how far they are behind its first. Each warp has
-// a list of its own. Events are taken AT_ONCE, so that the last of them may be missing: their
-// places are there, and say 0.
+// a list of its own. Events are taken AT_ONCE, so that the last of them may be missing: what is in
+// their places is the first sender, with a payload of 0.
 constexpr int AT_ONCE = 4;
 
-template <class F, bool PAYLOADS>
+template <class F>
+struct alignas(16) Payloads {
+  F of[AT_ONCE];
+};
+
+template <class F, bool HAS_PAYLOADS>
 struct BlockEvents {
-  uint8_t index[BLOCK];
-  F payload[PAYLOADS ? BLOCK : 1];
+  uint32_t index[BLOCK / AT_ONCE];  // a byte each
+  Payloads<F> payload[HAS_PAYLOADS ? BLOCK / AT_ONCE : 1];
+
+  SPARSIFY_INLINE void set(int at, int sender, F value) {
+    reinterpret_cast<uint8_t*>(index)[at] = uint8_t(sender);
+    if constexpr (HAS_PAYLOADS) payload[at / AT_ONCE].of[at % AT_ONCE] = value;
+  }
 };
 
 // Lists the events of a block and returns how many there are.
-template <class F, bool PAYLOADS, class Source>
-SPARSIFY_INLINE int list_events(BlockEvents<F, PAYLOADS>& to, const Heard<Source>& heard) {
+template <class F, bool HAS_PAYLOADS, class Source>
+SPARSIFY_INLINE int list_events(BlockEvents<F, HAS_PAYLOADS>& to, const Heard<Source>& heard) {
   int count = 0;
   __syncwarp();  // all have read the list before
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     const bool active = heard.is_active(chunk);
     const uint32_t bits = __ballot_sync(ALL, active);
-    if (active) {
-      const int at = count + __popc(bits & ((1u << lane_of()) - 1));
-      to.index[at] = uint8_t(chunk * WARP + lane_of());
-      if constexpr (PAYLOADS) to.payload[at] = cast<F>(heard.value[chunk]);
-    }
+    const int at = count + __popc(bits & ((1u << lane_of()) - 1));
+    if (active) to.set(at, chunk * WARP + lane_of(), cast<F>(heard.value[chunk]));
     count += __popc(bits);
   }
   const int behind = count + lane_of();
-  if (lane_of() < AT_ONCE - 1 && behind < BLOCK) {
-    to.index[behind] = 0;
-    if constexpr (PAYLOADS) to.payload[behind] = F(0);
-  }
+  if (lane_of() < AT_ONCE - 1 && behind < BLOCK) to.set(behind, 0, F(0));
   __syncwarp();
   return count;
 }

@@ -46,35 +46,81 @@ SPARSIFY_INLINE void keep_rows(F* to, const F* weights, int count) {
 template <int SLICE>
 constexpr int MINE = words_of(SLICE) < 4 ? words_of(SLICE) : 4;
 
-// sums[i] = sum over the events of payload * weight, ascending, from +0, nothing contracted.
+// One of the products that are taken of the same events: where its sums go, and its weights.
+template <int SLICE, class F, class Weights>
+struct Product {
+  F* sums;
+  Weights weight;
+  F sum[MINE<SLICE>], added[AT_ONCE][MINE<SLICE>];
+
+  SPARSIFY_INLINE void start() {
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) sum[m] = F(0);
+  }
+  SPARSIFY_INLINE void load(int j, int s, const int (&receiver)[MINE<SLICE>]) {
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) added[j][m] = weight(s, receiver[m]);
+  }
+  SPARSIFY_INLINE void multiply(int j, F payload) {
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) added[j][m] = added[j][m] * payload;
+  }
+  SPARSIFY_INLINE void clear(int j) {
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) added[j][m] = F(0);
+  }
+  SPARSIFY_INLINE void add(int j) {
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) sum[m] = sum[m] + added[j][m];
+  }
+  SPARSIFY_INLINE void store(int first, int width) {
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) {
+      const int i = first + m * WARP + lane_of();
+      if (i < width) sums[i] = sum[m];
+    }
+  }
+};
+
+template <int SLICE, class F, class Weights>
+SPARSIFY_INLINE Product<SLICE, F, Weights> product_of(F* sums, const Weights& weight) {
+  return {sums, weight};
+}
+
+// sums[i] = sum over the events of payload * weight, ascending, from +0, nothing contracted: of all
+// `products`, whose weights are finite.
 //
-// What began at +0 never becomes -0: adding +0 for an event that is missing changes nothing.
-template <int SLICE, class F, bool PAYLOADS, class Weights>
-SPARSIFY_INLINE void add_events(F* sums, const Weights& weight, const BlockEvents<F, PAYLOADS>& events,
-                                int count, int block, int width) {
-  for (int i = lane_of(); i < width; i += MINE<SLICE> * WARP) {
-    F sum[MINE<SLICE>] = {};
+// What began at +0 never becomes -0: adding a zero for an event that is missing changes nothing.
+// Receivers behind the last one stand for it; they are added up and not stored.
+template <int SLICE, class F, bool HAS_PAYLOADS, class... Products>
+SPARSIFY_INLINE void add_events(const BlockEvents<F, HAS_PAYLOADS>& events, int count, int block,
+                                int width, Products... products) {
+  for (int first = 0; first < width; first += MINE<SLICE> * WARP) {
+    int receiver[MINE<SLICE>];
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) {
+      const int i = first + m * WARP + lane_of();
+      receiver[m] = i < width ? i : width - 1;
+    }
+    (products.start(), ...);
     for (int k = 0; k < count; k += AT_ONCE) {
-      F added[AT_ONCE][MINE<SLICE>];
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        const int s = block * BLOCK + events.index[k + j];
-#pragma unroll
-        for (int m = 0; m < MINE<SLICE>; ++m) {
-          const bool is_there = k + j < count && i + m * WARP < width;
-          F product = is_there ? weight(s, i + m * WARP) : F(0);
-          if constexpr (PAYLOADS) product = product * events.payload[k + j];
-          added[j][m] = product;
-        }
-      }
+      const uint32_t index = events.index[k / AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j)
+        (products.load(j, block * BLOCK + int(index >> 8 * j & 255), receiver), ...);
+      if constexpr (HAS_PAYLOADS) {
+        const Payloads<F> payload = events.payload[k / AT_ONCE];
 #pragma unroll
-        for (int m = 0; m < MINE<SLICE>; ++m) sum[m] = sum[m] + added[j][m];
+        for (int j = 0; j < AT_ONCE; ++j) (products.multiply(j, payload.of[j]), ...);
+      } else {
+#pragma unroll
+        for (int j = 1; j < AT_ONCE; ++j)
+          if (k + j >= count) (products.clear(j), ...);
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) (products.add(j), ...);
     }
-#pragma unroll
-    for (int m = 0; m < MINE<SLICE>; ++m)
-      if (i + m * WARP < width) sums[i + m * WARP] = sum[m];
+    (products.store(first, width), ...);
   }
 }
 

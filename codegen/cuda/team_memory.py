@@ -16,6 +16,7 @@ SIZES = {
     **{"float": 4, "double": 8, "int32_t": 4, "int64_t": 8, "uint32_t": 4},
     **{"bool": 1, "uint8_t": 1},
 }
+AT_ONCE, ALIGNED = 4, 16  # of lists of events, see exchange.cuh
 Dim = tuple[str, int]  # a C++ expression and what it is
 
 
@@ -158,10 +159,10 @@ class TeamMemory:
         sources = [s for s in self.usage.sources.values() if s.events]
         kinds = {(C_TYPES[s.dtype], has_payloads(s, self.usage)) for s in sources}
         for kind, payloads in sorted(kinds):
-            size = SENDER_BLOCK + SIZES[kind] * (SENDER_BLOCK if payloads else 1)
+            size = SENDER_BLOCK + SIZES[kind] * (SENDER_BLOCK if payloads else AT_ONCE)
             text = f"BlockEvents<{kind}, {'true' if payloads else 'false'}>"
             dims = (("WARPS", self.shape.warps),)
-            arrays.append(Array(text, event_list(kind, payloads), dims, size, SIZES[kind]))
+            arrays.append(Array(text, event_list(kind, payloads), dims, size, ALIGNED))
         return arrays
 
 

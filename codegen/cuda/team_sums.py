@@ -58,7 +58,12 @@ class TeamSums:
             elif any(gather.only is None for gather in readers):
                 w.line("const int count = heard.count();")
             for gather in readers:
-                self._write_sum(gather, size)
+                if gather.only is None:
+                    w.line(f"if (counts) {self.team.counter(gather)} += count;")
+            self._write_events([g for g in readers if self._is_event(g)], size)
+            for gather in readers:
+                if gather.result in self.usage.dense:
+                    w.line(self._every(gather, size), gather.note)
             if any(gather.only is not None for gather in readers):
                 self._write_seen(source)
 
@@ -98,24 +103,41 @@ class TeamSums:
             counter = self.team.counter(gather)
             self.w.line(f"{counter} += keep_wanted({name}_sum, {wanted});")
 
-    def _write_sum(self, gather: ir.Gather, senders: str) -> None:
-        w, team = self.w, self.team
-        if gather.only is None:
-            w.line(f"if (counts) {team.counter(gather)} += count;")
-        if self._is_selective(gather):
+    def _write_events(self, gathers: list[ir.Gather], senders: str) -> None:
+        """All products of the same events; where a weight is not finite, of all senders."""
+        if not gathers:
             return
-        population = team.weight(gather).receivers
-        width, mine = team.widths[population], team.mine[population]
-        name = packed_name(team.packing(gather), team.symbols)
-        to = f"shared.{team.name(gather.result)}_sum[row][block], {name}_slice"
-        every = f"add_all<{width}>({to}, heard, block, {senders}, {mine}.size);"
-        if not self._is_event(gather):
-            w.line(every, gather.note)
-            return
-        with w.indented(f"if (is_finite(*call.{name}_total))"):
-            w.line(f"add_events<{width}>({to}, events, count, block, {mine}.size);", gather.note)
-        with w.indented("else"):
-            w.line(every, "0 * inf is NaN")
+        w, width, mine = self.w, *self._slice(gathers[0])
+        skipping = [f"{self._weight(gather)}_finite" for gather in gathers]
+        with w.block(f"if ({' && '.join(dict.fromkeys(skipping))})"):
+            w.line(f"add_events<{width}>(")
+            w.line(f"    events, count, block, {mine}.size,")
+            for gather in gathers:
+                end = ");" if gather is gathers[-1] else ","
+                product = f"product_of<{width}>({self._places(gather)}){end}"
+                w.line(f"    {product}", gather.note)
+        with w.block("else"):
+            w.comment("0 * inf is NaN.")
+            for gather in gathers:
+                w.line(self._every(gather, senders))
+
+    def _every(self, gather: ir.Gather, senders: str) -> str:
+        """The product of all senders."""
+        width, mine = self._slice(gather)
+        given = f"{self._places(gather)}, heard, block, {senders}, {mine}.size"
+        return f"add_all<{width}>({given});"
+
+    def _places(self, gather: ir.Gather) -> str:
+        """Where sums go, and where their weights are."""
+        sums = f"shared.{self.team.name(gather.result)}_sum[row][block]"
+        return f"{sums}, {self._weight(gather)}_slice"
+
+    def _weight(self, gather: ir.Gather) -> str:
+        return packed_name(self.team.packing(gather), self.team.symbols)
+
+    def _slice(self, gather: ir.Gather) -> tuple[str, str]:
+        population = self.team.weight(gather).receivers
+        return self.team.widths[population], self.team.mine[population]
 
     def _write_wanted(self, gather: ir.Gather) -> None:
         w, team, weight = self.w, self.team, self.team.weight(gather)

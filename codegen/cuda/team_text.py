@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, start_phases
 from sparsify.codegen.cuda.cell_text import write_cells
-from sparsify.codegen.cuda.frame_text import packed_name, row_length, write_call, write_head
+from sparsify.codegen.cuda.frame_text import (
+    needs_total,
+    packed_name,
+    row_length,
+    write_call,
+    write_head,
+)
 from sparsify.codegen.cuda.neuron_text import bits_of, published, write_neuron
 from sparsify.codegen.cuda.team_kernel import TeamKernel, items, write_struct
 from sparsify.codegen.cuda.team_memory import is_binary
@@ -109,6 +115,8 @@ class TeamText:
             w.line(f"const {kind}* const {name}_slice = {first};")
             return
         first = f"call.{name} + {mine}.first"
+        if needs_total(packing, self.kernel, team.schedule):
+            w.line(f"const bool {name}_finite = is_finite(*call.{name}_total);")
         if not is_resident:
             w.line(f"const Streamed<{kind}, {row}> {name}_slice{{{first}}};")
             return

@@ -62,7 +62,7 @@ struct Shared {
   bool chosen_wild[ROWS][blocks_of(N_HIDDEN)];  // whether a value of a block of chosen is wild
   BlockEvents<float, false> float_events[WARPS];
 };
-static_assert(sizeof(Shared) == 36768, "as launched");
+static_assert(sizeof(Shared) == 36960, "as launched");
 
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n, const float excitation) {
@@ -92,6 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
   Team team(call.arrivals, call.patience, call.stuck);
   Told& told = reinterpret_cast<Told*>(call.told)[team.team];
   const Slice<N_HIDDEN, SLICE_HIDDEN> my_hidden(team.rank);
+  const bool w_finite = is_finite(*call.w_total);
   keep_columns<SLICE_HIDDEN, 96>(shared.w, call.w + my_hidden.first, N_HIDDEN, my_hidden.size);
   const Resident<float, SLICE_HIDDEN> w_slice{shared.w};
   keep_rows(shared.w_rows, call.w_rows + int64_t(my_hidden.first) * 96, my_hidden.size * 96);
@@ -116,10 +117,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
         auto& events = shared.float_events[warp_of()];
         const int count = list_events(events, heard);
         if (counts) active[0] += count;
-        if (is_finite(*call.w_total))
-          add_events<SLICE_HIDDEN>(shared.excitation_sum[row][block], w_slice, events, count, block, my_hidden.size);
-        else
-          add_all<SLICE_HIDDEN>(shared.excitation_sum[row][block], w_slice, heard, block, N_HIDDEN, my_hidden.size);  // 0 * inf is NaN
+        if (w_finite) {
+          add_events<SLICE_HIDDEN>(
+              events, count, block, my_hidden.size,
+              product_of<SLICE_HIDDEN>(shared.excitation_sum[row][block], w_slice));
+        }
+        else {
+          // 0 * inf is NaN.
+          add_all<SLICE_HIDDEN>(shared.excitation_sum[row][block], w_slice, heard, block, N_HIDDEN, my_hidden.size);
+        }
       }
       __syncthreads();  // the sums are there
       // Its neurons of hidden.

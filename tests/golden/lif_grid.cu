@@ -58,7 +58,7 @@ struct Shared {
   float recurrent_sum[ROWS][blocks_of(N_HIDDEN)][SLICE_HIDDEN];
   BlockEvents<float, false> float_events[WARPS];
 };
-static_assert(sizeof(Shared) == 61760, "as launched");
+static_assert(sizeof(Shared) == 61952, "as launched");
 
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
@@ -93,8 +93,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
   Team team(call.arrivals, call.patience, call.stuck);
   Told& told = reinterpret_cast<Told*>(call.told)[team.team];
   const Slice<N_HIDDEN, SLICE_HIDDEN> my_hidden(team.rank);
+  const bool w_in_finite = is_finite(*call.w_in_total);
   keep_columns<SLICE_HIDDEN, 320>(shared.w_in, call.w_in + my_hidden.first, N_INPUTS, my_hidden.size);
   const Resident<float, SLICE_HIDDEN> w_in_slice{shared.w_in};
+  const bool w_rec_finite = is_finite(*call.w_rec_total);
   keep_columns<SLICE_HIDDEN, 320>(shared.w_rec, call.w_rec + my_hidden.first, N_HIDDEN, my_hidden.size);
   const Resident<float, SLICE_HIDDEN> w_rec_slice{shared.w_rec};
   unsigned long long active[2] = {};
@@ -130,10 +132,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
         auto& events = shared.float_events[warp_of()];
         const int count = list_events(events, heard);
         if (counts) active[0] += count;
-        if (is_finite(*call.w_in_total))
-          add_events<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice, events, count, block, my_hidden.size);  // self.fc(x)
-        else
-          add_all<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice, heard, block, N_INPUTS, my_hidden.size);  // 0 * inf is NaN
+        if (w_in_finite) {
+          add_events<SLICE_HIDDEN>(
+              events, count, block, my_hidden.size,
+              product_of<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice));  // self.fc(x)
+        }
+        else {
+          // 0 * inf is NaN.
+          add_all<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice, heard, block, N_INPUTS, my_hidden.size);
+        }
       }
       if (!team.wait()) return;  // all have told it
       // What hidden receives from s.
@@ -144,10 +151,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
         auto& events = shared.float_events[warp_of()];
         const int count = list_events(events, heard);
         if (counts) active[1] += count;
-        if (is_finite(*call.w_rec_total))
-          add_events<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice, events, count, block, my_hidden.size);  // self.rec(s)
-        else
-          add_all<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice, heard, block, N_HIDDEN, my_hidden.size);  // 0 * inf is NaN
+        if (w_rec_finite) {
+          add_events<SLICE_HIDDEN>(
+              events, count, block, my_hidden.size,
+              product_of<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice));  // self.rec(s)
+        }
+        else {
+          // 0 * inf is NaN.
+          add_all<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice, heard, block, N_HIDDEN, my_hidden.size);
+        }
       }
       __syncthreads();  // the sums are there
       // Its neurons of hidden.

@@ -95,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
   Told& told = shared.told;
   const Slice<N_ONE, SLICE_ONE> my_one(team.rank);
   const Slice<N_TWO, SLICE_TWO> my_two(team.rank);
+  const bool w_back_finite = is_finite(*call.w_back_total);
   keep_columns<SLICE_ONE, 160>(shared.w_back, call.w_back + my_one.first, N_TWO, my_one.size);
   const Resident<float, SLICE_ONE> w_back_slice{shared.w_back};
   keep_columns<SLICE_TWO, 64>(shared.w_forward, call.w_forward + my_two.first, N_ONE, my_two.size);
@@ -133,10 +134,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
         auto& events = shared.float_payloads[warp_of()];
         const int count = list_events(events, heard);
         if (counts) active[0] += count;
-        if (is_finite(*call.w_back_total))
-          add_events<SLICE_ONE>(shared.back_sum[row][block], w_back_slice, events, count, block, my_one.size);
-        else
-          add_all<SLICE_ONE>(shared.back_sum[row][block], w_back_slice, heard, block, N_TWO, my_one.size);  // 0 * inf is NaN
+        if (w_back_finite) {
+          add_events<SLICE_ONE>(
+              events, count, block, my_one.size,
+              product_of<SLICE_ONE>(shared.back_sum[row][block], w_back_slice));
+        }
+        else {
+          // 0 * inf is NaN.
+          add_all<SLICE_ONE>(shared.back_sum[row][block], w_back_slice, heard, block, N_TWO, my_one.size);
+        }
       }
       __syncthreads();  // the sums are there
       // Its neurons of one.
