@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsify import ir
 from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
 from sparsify.codegen.cuda.device import A100, H100, RTX5090, STATED, Limits
@@ -99,6 +100,15 @@ def test_what_a_device_has_no_shared_memory_for() -> None:
     assert "needs 120940 bytes of shared memory, RTX 5090 has 101376" in refusal.reason
     with pytest.raises(ValueError, match="Choose another strategy, or a smaller layer"):
         backend.render(larger, plan)
+
+
+def test_more_tensors_than_a_kernel_can_name() -> None:
+    kernel = product(3, 4)
+    many = tuple(ir.Operand(f"unread{i}", ("T", "B", "N"), "senders", "bool") for i in range(1400))
+    kernel = replace(kernel, operands=(*kernel.operands, *many))
+    refusal = CudaBackend(Gpu(), RTX5090).why_not(kernel, schedule(kernel, "row-per-block"))
+    assert refusal is not None and refusal.code == "unsupported-layout"
+    assert "would be given 4211 pointers and strides; CUDA takes 4095" in refusal.reason
 
 
 def test_a_strategy_that_does_not_exist() -> None:

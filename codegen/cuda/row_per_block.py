@@ -15,7 +15,7 @@ from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.frame_text import call_members
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
-from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
+from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared, why_not_words
 from sparsify.codegen.usage import why_not_gather
 from sparsify.errors import Refusal
 
@@ -30,7 +30,10 @@ class RowPerBlock:
         refusal = why_not_gather(kernel, schedule)
         if refusal is not None:
             return refusal
-        return why_not_shared(kernel, RowText(kernel, schedule).shared_bytes(), self.limits)
+        text = RowText(kernel, schedule)
+        members = call_members(kernel, schedule, text.symbols, text.scratch())
+        refusal = why_not_words(kernel, members)
+        return refusal or why_not_shared(kernel, text.shared_bytes(), self.limits)
 
     def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
         return 0

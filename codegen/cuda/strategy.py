@@ -12,6 +12,7 @@ from sparsify.codegen.cuda.device import Grid, Limits
 from sparsify.codegen.cuda.frame_text import Member, Scratch
 from sparsify.errors import Refusal
 
+MOST_WORDS = 32764 // 8  # of a kernel's parameter, since CUDA 12.1
 Resident = Callable[[int, int], int]  # threads and shared bytes -> blocks of a multiprocessor
 
 
@@ -38,6 +39,20 @@ class CudaStrategy(backend.Strategy, Protocol):
     """A strategy of the CUDA backend."""
 
     def plan(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Plan: ...
+
+
+def why_not_words(kernel: ir.Kernel, members: Sequence[Member]) -> Refusal | None:
+    """Refuse more tensors than the parameter of a kernel can name."""
+    words = 2 + sum(1 + len(member.axes) for member in members)
+    if words <= MOST_WORDS:
+        return None
+    return Refusal(
+        "unsupported-layout",
+        f"Kernel {kernel.name!r} would be given {words} pointers and strides; CUDA takes"
+        f" {MOST_WORDS}.",
+        "Stack tensors that are read together.",
+        facts={"needed": words, "available": MOST_WORDS},
+    )
 
 
 def why_not_shared(kernel: ir.Kernel, needed: int, limits: Limits) -> Refusal | None:
