@@ -56,7 +56,10 @@ def measure_gradients(scans: Mapping[str, Scan], calls: Mapping[str, tuple[Any, 
 
 
 class _RequiredFinder(fx.Interpreter):
-    """Which operands of every Scan require grad, and how many steps it runs."""
+    """Which operands of every Scan require grad, and how many steps it runs.
+
+    Every Scan runs for a few steps only, and the last of them stands for all others.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
@@ -64,12 +67,17 @@ class _RequiredFinder(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
-        if isinstance(module, Scan):
-            steps, *groups = args
-            given = [tensor for group in groups for tensor in group]
-            places = zip(places_of(module), given, strict=True)
-            self.found[target] = frozenset(p for p, t in places if t.requires_grad), steps
-        return super().call_module(target, args, kwargs)
+        if not isinstance(module, Scan):
+            return super().call_module(target, args, kwargs)
+        steps, carries, xs, consts = args
+        places = zip(places_of(module), (*carries, *xs, *consts), strict=True)
+        self.found[target] = frozenset(p for p, t in places if t.requires_grad), steps
+        # A gradient reaches one carry more with every step, until it reaches no more of them.
+        few = min(steps, module.carries + 1)
+        results = module(few, carries, [x[:few] for x in xs], consts)
+        count = module.carries
+        ys = (y[-1:].expand(steps, *y.shape[1:]).contiguous() for y in results[count:])
+        return (*results[:count], *ys)
 
 
 def _measure(

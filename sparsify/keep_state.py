@@ -25,7 +25,9 @@ class Snapshot:
         """Tensors whose ids are in ``unchanged`` are not copied."""
         self._model, self._arguments = model, arguments
         self._places = list(walk([("", model)]))
-        held = [place.value for place in self._places] + pytree.tree_leaves(arguments)
+        states = [place.value for place in self._places]
+        self._states = set(map(id, states))
+        held = states + pytree.tree_leaves(arguments)
         self._contents = [
             (value, value._version, value.detach().clone())
             for value in held
@@ -38,7 +40,7 @@ class Snapshot:
 
         What was not written since is copied no longer: it takes the memory of a call's arguments.
         """
-        same = {id(tensor) for tensor, version, _ in self._contents if tensor._version == version}
+        same = {id(held[0]) for held in self._contents if not self._is_written(*held)}
         after = Snapshot(self._model, self._arguments, same)
         self._contents = [copied for copied in self._contents if id(copied[0]) not in same]
         return after
@@ -49,10 +51,16 @@ class Snapshot:
             _put_back(place)
         with torch.no_grad():
             for tensor, version, copy in self._contents:
-                if tensor._version != version:
+                if self._is_written(tensor, version, copy):
                     tensor.copy_(copy)
                     # It is what it was, also to backwards that have saved it.
                     torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+    def _is_written(self, tensor: Tensor, version: int, copy: Tensor) -> bool:
+        """Batch norm writes to states without counting it as a version of them."""
+        if tensor._version != version:
+            return True
+        return id(tensor) in self._states and not torch.equal(tensor, copy)
 
 
 @contextmanager
