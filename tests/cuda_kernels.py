@@ -27,6 +27,11 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_grid": (lif(70, 300), schedule(lif(70, 300), "neurons-per-grid")),
     "lif_gradient_grid": (lif_gradient(1300), schedule(lif_gradient(1300), "neurons-per-grid")),
     "gate_of_bits_grid": (gate_of_bits(70), schedule(gate_of_bits(70), "neurons-per-grid")),
+    "lif_tiles": (lif(70, 300), schedule(lif(70, 300), "dense-tiles", "dense")),
+    "lif_gradient_tiles": (
+        lif_gradient(300),
+        schedule(lif_gradient(300), "dense-tiles", "dense"),
+    ),
     "two_layers_cluster": (
         two_layers(140, 33),
         ir.Schedule("neurons-per-cluster", (("back", "event"), ("forward", "dense"))),

@@ -21,7 +21,13 @@ from sparsify.codegen.outer_product import OuterProducts
 from sparsify.codegen.writer import Names
 from sparsify.errors import Refusal
 
-HEADERS = ("gather.cuh", "slice_sums.cuh", "barrier.cuh", "cluster.cuh")  # with what it includes
+HEADERS = (
+    "gather.cuh",
+    "slice_sums.cuh",
+    "barrier.cuh",
+    "cluster.cuh",
+    "tile_sums.cuh",
+)  # with what it includes
 
 
 class CudaBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsify.codegen.cuda.dense_tiles import DenseTiles
 from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerCluster, NeuronsPerGrid
 from sparsify.codegen.cuda.row_per_block import RowPerBlock
@@ -9,4 +10,5 @@ from sparsify.codegen.cuda.strategy import CudaStrategy
 
 
 def make_strategies(limits: Limits) -> tuple[CudaStrategy, ...]:
-    return (RowPerBlock(limits), NeuronsPerCluster(limits), NeuronsPerGrid(limits))
+    teams = (NeuronsPerCluster(limits), NeuronsPerGrid(limits), DenseTiles(limits))
+    return (RowPerBlock(limits), *teams)

@@ -1,0 +1,164 @@
+"""Strategy: dense loops on tensor cores, for batches of training and as what events compete with.
+
+Blocks share neurons as in ``neurons-per-grid``. Sums are computed for 16 batch rows, 8 receivers
+and 16 senders at a time, with float32 weights split into three bfloat16 (see ``tile_sums.cuh``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from sparsify import ir
+from sparsify.codegen.backend import Cost
+from sparsify.codegen.cuda.frame_text import packed_name
+from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid, with_resident
+from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_memory import Array, is_binary
+from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, granule, owned_sizes, round_up
+from sparsify.codegen.cuda.team_shape import widths as find_widths
+from sparsify.codegen.cuda.team_sums import TeamSums
+from sparsify.codegen.cuda.team_text import TeamText
+from sparsify.codegen.usage import Source
+from sparsify.errors import Refusal
+
+TENSOR_CORES_SINCE = (8, 0)  # compute capability, with bfloat16
+TILE_ROWS, TILE_COLUMNS = 16, 8
+ROWS = (128, 64, 32, 16)  # how many batch rows a team may carry at once
+WARPS = 16  # of a block
+PARTS = 3  # bfloat16 of a float32
+ROW_WORDS = SENDER_BLOCK // 2 + 4  # of the values of a block of senders, see TileValues
+# Instructions, counted, that a warp issues for the products of a tile: splitting weights, loading
+# and multiplying; and the multiplications of a float32 lane that they take the time of.
+BINARY_COST, REAL_COST = 0.6, 1.0
+
+
+class DenseTiles(NeuronsPerGrid):
+    """The blocks of a grid, with products on tensor cores."""
+
+    name = "dense-tiles"
+
+    def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
+        if self.limits.capability < TENSOR_CORES_SINCE:
+            has = ".".join(map(str, self.limits.capability))
+            reason = f"bfloat16 needs compute capability 8.0; {self.limits.name} has {has}."
+            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
+        how = dict(schedule.gathers)
+        events = [g.result for g in kernel.gathers if how.get(g.result) != "dense"]
+        if events:
+            reason = f"Tensor cores multiply whole tiles, and {events[0]!r} is to read events."
+            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for events.")
+        wide = [w.name for w in kernel.weights if w.dtype != "float32"]
+        if wide:
+            reason = f"Tensor cores multiply parts of float32, and {wide[0]!r} is another dtype."
+            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
+        return super().why_not(kernel, schedule)
+
+    def team(self, kernel: ir.Kernel, schedule: ir.Schedule) -> TeamKernel:
+        return TileKernel(kernel, schedule, self.together)
+
+    def text(self, team: TeamKernel, shape: Shape) -> TeamText:
+        return TileText(team, shape)
+
+    def shape(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Shape:
+        """With the most weights in shared memory, and then the most rows under way at once."""
+        team = self.team(kernel, schedule)
+        width = [schedule.tile] if schedule.tile else find_widths(kernel, self.most_blocks)
+        found, best = None, (-1, 0)
+        for shape in (shape for each in width for shape in tile_shapes(kernel, each)):
+            if team.shared_bytes(shape) > self.limits.shared_per_block:
+                continue
+            filled, kept = with_resident(team, shape, self.limits)
+            teams = max(1, self.limits.multiprocessors // shape.blocks)
+            gained = kept, min(ROWS[0], teams * shape.rows)
+            if gained > best:
+                found, best = filled, gained
+        return found or list(tile_shapes(kernel, width[0]))[-1]
+
+    def predict(
+        self,
+        kernel: ir.Kernel,
+        schedule: ir.Schedule,
+        *,
+        steps: int,
+        batch: int,
+        activity: Mapping[str, float],
+    ) -> Cost:
+        cost = super().predict(kernel, schedule, steps=steps, batch=batch, activity=activity)
+        team = self.team(kernel, schedule)
+        factor = BINARY_COST if parts_of(team) == 1 else REAL_COST
+        whole = round_up(batch, TILE_ROWS) / max(1, batch)
+        return replace(cost, dense_macs=cost.dense_macs * factor * whole)
+
+
+def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:
+    """Teams whose blocks own ``width`` neurons of the largest population, for fewer and fewer rows.
+
+    Smaller populations are divided among as many blocks.
+    """
+    sizes, multiple = owned_sizes(kernel), granule(kernel)
+    blocks = -(-max(sizes.values()) // width)
+    owned = {name: round_up(-(-size // blocks), multiple) for name, size in sizes.items()}
+    for rows in ROWS:
+        tiles = rows // TILE_ROWS * -(-max(owned.values()) // TILE_COLUMNS)
+        yield Shape(blocks, owned, rows, max(4, min(WARPS, tiles)))
+
+
+def parts_of(team: TeamKernel) -> int:
+    """How many parts the values of all sources have: one where they are binary."""
+    sources = team.usage.sources.values()
+    return 1 if all(is_binary(source, team.usage) for source in sources) else PARTS
+
+
+class TileKernel(TeamKernel):
+    """With the values of a block of senders in shared memory."""
+
+    def shared(self, shape: Shape) -> list[Array]:
+        parts = parts_of(self)
+        size = parts * shape.rows * ROW_WORDS * 4
+        values = Array(f"TileValues<ROWS, {parts}>", "tile", (), size, 4, "a block of senders")
+        return [*super().shared(shape), values]
+
+
+class TileText(TeamText):
+    """Text with sums by tiles."""
+
+    headers = ("slice_sums.cuh", "tile_sums.cuh")
+
+    def sums(self, phase: ir.Phase, seen: set[str] | None = None) -> TeamSums:
+        return TileSums(self.w, self.team, phase, seen)
+
+
+class TileSums(TeamSums):
+    """Writes the dense sums of one phase."""
+
+    def write(self, source: Source) -> None:
+        """All products of a source, block of senders by block of senders, which all warps share."""
+        w, team = self.w, self.team
+        size, parts = team.size(source.population), 1 if is_binary(source, self.usage) else PARTS
+        readers = [gather for gather in self.gathers if gather.source == source.name]
+        w.comment(f"What {self.phase.population} receives from {source.name}.")
+        with w.block(f"for (int block = 0; block < blocks_of({size}); ++block)"):
+            w.line("__syncthreads();", "the tiles before are added")
+            with w.block("for (int row = warp_of(); row < whole_tiles(rows); row += WARPS)"):
+                w.line(f"const {self.heard(source)} source{{{self.row(source)}}};")
+                given = f"row, source, block, {size}, row < rows"
+                w.line(f"const Kept kept = shared.tile.keep<{parts}>({given});")
+                for gather in readers:
+                    if gather.only is None:
+                        w.line(f"if (team.rank == 0) {team.counter(gather)} += kept.count;")
+                if any(gather.only is not None for gather in readers):
+                    w.line("const bool wild = __any_sync(ALL, kept.wild);")
+                    wild = f"shared.{team.name(source.name)}_wild[row][block]"
+                    w.line(f"if (lane_of() == 0) {wild} = wild;")
+            w.line("__syncthreads();", "the values are there")
+            for gather in readers:
+                self._write_tiles(gather, size, parts)
+
+    def _write_tiles(self, gather: ir.Gather, senders: str, parts: int) -> None:
+        team = self.team
+        mine = team.mine[team.weight(gather).receivers]
+        weights = f"{packed_name(team.packing(gather), team.symbols)}_slice"
+        given = f"shared.{team.name(gather.result)}_sum, {weights}, shared.tile"
+        call = f"add_tiles<{parts}>({given}, block, {senders}, rows, {mine}.size);"
+        self.w.line(call, gather.note)

@@ -1,0 +1,91 @@
+// Products of small matrices on tensor cores, in bfloat16 with float32 sums: 16 rows x 16 senders
+// times 16 senders x 8 receivers, by a whole warp.
+//
+// A float32 is the sum of three bfloat16, exactly. Products with all three parts have the accuracy
+// of float32 at the speed of bfloat16.
+#pragma once
+
+#include "device.cuh"
+
+namespace sparsify {
+
+constexpr int TILE_ROWS = 16, TILE_COLUMNS = 8, TILE_DEPTH = 16;
+constexpr uint32_t UPPER_HALF = 0xFFFF0000u;  // of a float32: a bfloat16
+
+// ---- parts ----
+
+SPARSIFY_INLINE float truncated(float a) {
+  return same_bits<float>(same_bits<uint32_t>(a) & UPPER_HALF);
+}
+// The nearest bfloat16, but none that is infinite where `a` is not.
+SPARSIFY_INLINE float rounded(float a) {
+  const float nearest = same_bits<float>((same_bits<uint32_t>(a) + 0x8000u) & UPPER_HALF);
+  return absolute(nearest) < infinity<float>() ? nearest : truncated(a);
+}
+
+// The parts of a number, the largest first; each has 8 bits, and is at most 2^-8 of the one before.
+// Their sum is the number, unless it is less than 2^-110: there the last bits of bfloat16 end.
+// Infinity is one part; NaN has a part that is NaN.
+struct Parts {
+  float at[3];
+
+  SPARSIFY_INLINE explicit Parts(float a) {
+    at[0] = rounded(a);
+    const float rest = absolute(a) == infinity<float>() ? 0.0f : a - at[0];
+    at[1] = rounded(rest);
+    at[2] = rest - at[1];
+  }
+};
+
+// Two bfloat16, of float32 that have no more bits; the first one is in the lower half.
+SPARSIFY_INLINE uint32_t pair_of(float first, float second) {
+  return same_bits<uint32_t>(first) >> 16 | (same_bits<uint32_t>(second) & UPPER_HALF);
+}
+
+// ---- tiles, of which each lane has a part: with lane = 4 g + t ----
+
+// Rows g and g + 8, each with senders 2t, 2t + 1 and then 2t + 8, 2t + 9.
+struct LeftTile {
+  uint32_t near[2], far[2];  // [row]
+};
+// Receiver g, with senders 2t, 2t + 1 and then 2t + 8, 2t + 9.
+struct RightTile {
+  uint32_t near, far;
+};
+// Rows g and g + 8, each with receivers 2t and 2t + 1.
+struct SumTile {
+  float at[2][2] = {};
+};
+
+#if !defined(SPARSIFY_EMULATOR)
+SPARSIFY_INLINE void multiply_add(SumTile& to, const LeftTile& left, const RightTile& right) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(to.at[0][0]), "+f"(to.at[0][1]), "+f"(to.at[1][0]), "+f"(to.at[1][1])
+      : "r"(left.near[0]), "r"(left.near[1]), "r"(left.far[0]), "r"(left.far[1]), "r"(right.near),
+        "r"(right.far));
+}
+#else
+SPARSIFY_INLINE float half_of(uint32_t pair, int half) {
+  return same_bits<float>(half ? pair & UPPER_HALF : pair << 16);
+}
+// What the instruction does, up to the order of additions and its rounding.
+SPARSIFY_INLINE void multiply_add(SumTile& to, const LeftTile& left, const RightTile& right) {
+  const int g = lane_of() / 4, t = lane_of() % 4;
+  for (int far = 0; far < 2; ++far) {
+    for (int other = 0; other < 4; ++other) {
+      uint32_t rows[2], receivers[2];
+      for (int i = 0; i < 2; ++i) {
+        rows[i] = __shfl_sync(ALL, far ? left.far[i] : left.near[i], 4 * g + other);
+        receivers[i] = __shfl_sync(ALL, far ? right.far : right.near, 4 * (2 * t + i) + other);
+      }
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 2; ++i)
+          for (int j = 0; j < 2; ++j)
+            to.at[i][j] += half_of(rows[i], half) * half_of(receivers[j], half);
+    }
+  }
+}
+#endif
+
+}  // namespace sparsify

@@ -1,0 +1,116 @@
+// Dense sums over senders for the slice of receivers that a block owns, on tensor cores: 16 batch
+// rows and 8 receivers at a time. Who is active comes from shared memory, 256 senders at a time.
+#pragma once
+
+#include "events.cuh"
+#include "exchange.cuh"
+#include "mma.cuh"
+
+namespace sparsify {
+
+constexpr int PAIRS = BLOCK / 2;  // of senders
+
+// Batch rows of all tiles that have one of `rows`.
+SPARSIFY_INLINE int whole_tiles(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
+
+// What a lane has kept of a row: how many values are not zero, and whether one is wild.
+struct Kept {
+  int count;
+  bool wild;
+};
+
+// Values of ROWS batch rows and a block of senders, in PARTS, with a word for each pair of senders.
+template <int ROWS, int PARTS>
+struct TileValues {
+  uint32_t at[PARTS][ROWS][PAIRS + 4];  // 4 more: the lanes of a warp read from different banks
+
+  // Keeps a row in USED parts, one for binary values; by a whole warp. Zeros unless it is there.
+  template <int USED, class Source>
+  SPARSIFY_INLINE Kept keep(int row, const Source& source, int block, int senders, bool is_there) {
+    Kept kept = {};
+#pragma unroll
+    for (int pair = lane_of(); pair < PAIRS; pair += WARP) {
+      const int s = block * BLOCK + 2 * pair;
+      const float first = is_there && s < senders ? cast<float>(source(s)) : 0.0f;
+      const float second = is_there && s + 1 < senders ? cast<float>(source(s + 1)) : 0.0f;
+      keep_pair<USED>(row, pair, first, second);
+      kept.count += int(first != 0.0f) + int(second != 0.0f);
+      kept.wild |= !(absolute(first) < wild_from<float>() && absolute(second) < wild_from<float>());
+    }
+    return kept;
+  }
+
+  template <int USED>
+  SPARSIFY_INLINE void keep_pair(int row, int pair, float first, float second) {
+    if constexpr (USED == 1) {
+      at[0][row][pair] = pair_of(first, second);
+    } else {
+      const Parts one(first), other(second);
+#pragma unroll
+      for (int part = 0; part < USED; ++part)
+        at[part][row][pair] = pair_of(one.at[part], other.at[part]);
+    }
+  }
+
+  // The rows from `row` on, and the senders from `sender` of the block on.
+  SPARSIFY_INLINE LeftTile tile(int part, int row, int sender) const {
+    const int g = lane_of() / 4, near = sender / 2 + lane_of() % 4, far = near + 4;
+    const auto& rows = at[part];
+    return {{rows[row + g][near], rows[row + g + 8][near]},
+            {rows[row + g][far], rows[row + g + 8][far]}};
+  }
+};
+
+// The three parts of the weights of 16 senders, from s on, and 8 receivers, from i on.
+template <class Weights>
+SPARSIFY_INLINE void load_weights(RightTile (&to)[3], const Weights& weight, int s, int i,
+                                  int senders, int width) {
+  const int receiver = i + lane_of() / 4, first = s + 2 * (lane_of() % 4);
+  const auto at = [&](int sender) {
+    return Parts(sender < senders && receiver < width ? weight(sender, receiver) : 0.0f);
+  };
+  const Parts near[2] = {at(first), at(first + 1)}, far[2] = {at(first + 8), at(first + 9)};
+#pragma unroll
+  for (int part = 0; part < 3; ++part) {
+    to[part].near = pair_of(near[0].at[part], near[1].at[part]);
+    to[part].far = pair_of(far[0].at[part], far[1].at[part]);
+  }
+}
+
+// sums[row][block][i] = sum over the block's senders of value * weight, for the first `rows` rows,
+// and for more of them to whole tiles. Each warp takes tiles of 16 rows and 8 receivers.
+//
+// Weights have three parts and values USED; products of parts p and q are added where p + q < 3.
+// What is left out is less than 2^-23 of value * weight. Where a value or a weight is infinite, so
+// is the sum, or it is NaN.
+template <int USED, int ROWS, int PARTS, int BLOCKS, int SLICE, class Weights>
+SPARSIFY_INLINE void add_tiles(float (&sums)[ROWS][BLOCKS][SLICE], const Weights& weight,
+                               const TileValues<ROWS, PARTS>& values, int block, int senders,
+                               int rows, int width) {
+  constexpr int ACROSS = (SLICE + TILE_COLUMNS - 1) / TILE_COLUMNS;
+  const int down = whole_tiles(rows) / TILE_ROWS;
+  for (int item = warp_of(); item < ACROSS * down; item += warps_of()) {
+    const int first_i = item % ACROSS * TILE_COLUMNS, row = item / ACROSS * TILE_ROWS;
+    SumTile sum[3];  // by order: none waits for another
+#pragma unroll 2
+    for (int k = 0; k < BLOCK && block * BLOCK + k < senders; k += TILE_DEPTH) {
+      RightTile right[3];
+      load_weights(right, weight, block * BLOCK + k, first_i, senders, width);
+#pragma unroll
+      for (int order = 0; order < 3; ++order)
+#pragma unroll
+        for (int part = 0; part < USED && part <= order; ++part)
+          multiply_add(sum[order], values.tile(part, row, k), right[order - part]);
+    }
+    const int i = first_i + 2 * (lane_of() % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int next = 0; next < 2; ++next)
+        if (i + next < SLICE)
+          sums[row + lane_of() / 4 + 8 * half][block][i + next] =
+              sum[2].at[half][next] + sum[1].at[half][next] + sum[0].at[half][next];
+  }
+}
+
+}  // namespace sparsify

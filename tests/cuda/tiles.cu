@@ -1,0 +1,47 @@
+// What dense-tiles is made of: numbers in parts, and sums of 64 batch rows and 520 senders for a
+// slice of 12 receivers.
+#include "slice_sums.cuh"
+#include "tile_sums.cuh"
+
+using namespace sparsify;
+
+constexpr int ROWS = 64, SENDERS = 520, SLICE = 12, PARTS = 3;
+
+struct Call {
+  const float* values;   // [rows][senders], or numbers [rows]
+  const float* weights;  // [senders][slice]
+  float* result;         // [rows][slice], or parts of numbers [rows][3]
+  int64_t rows, width;
+};
+
+extern "C" __global__ void run_parts(const Call call) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= call.rows) return;
+  const Parts parts(call.values[i]);
+  for (int part = 0; part < PARTS; ++part) call.result[i * PARTS + part] = parts.at[part];
+}
+
+template <int USED>
+__device__ void add(const Call& call) {
+  __shared__ TileValues<ROWS, USED> values;
+  __shared__ float sums[ROWS][blocks_of(SENDERS)][SLICE];
+  const Streamed<float, SLICE> weights{call.weights};
+  const int rows = int(call.rows);
+  for (int block = 0; block < blocks_of(SENDERS); ++block) {
+    __syncthreads();
+    for (int row = warp_of(); row < whole_tiles(rows); row += warps_of()) {
+      const Given<float> source{call.values + row * SENDERS};
+      values.template keep<USED>(row, source, block, SENDERS, row < rows);
+    }
+    __syncthreads();
+    add_tiles<USED>(sums, weights, values, block, SENDERS, rows, int(call.width));
+  }
+  __syncthreads();
+  for (int item = threadIdx.x; item < rows * call.width; item += blockDim.x) {
+    const int row = item / int(call.width), i = item % int(call.width);
+    call.result[row * SLICE + i] = add_blocks(sums[row], i);
+  }
+}
+
+extern "C" __global__ void run_binary(const Call call) { add<1>(call); }
+extern "C" __global__ void run_real(const Call call) { add<3>(call); }
