@@ -54,8 +54,12 @@ class TeamKernel:
         """Whether blocks meet before the first phase of a step: they read what states were."""
         return bool(self.usage.of_kind("state"))
 
+    def all_meetings(self) -> list[int]:
+        """The phases before which blocks meet."""
+        return sorted({0, *self.meetings} if self.meets_first else self.meetings)
+
     def barriers_per_step(self) -> int:
-        return len({0, *self.meetings} if self.meets_first else {*self.meetings})
+        return len(self.all_meetings())
 
     # -- memory ------------------------------------------------------------------------------
 
@@ -127,9 +131,9 @@ class TeamKernel:
 
 
 @contextmanager
-def items(w: Writer, many: str, name: str) -> Iterator[None]:
+def items(w: Writer, many: str, name: str, first: str = "warp_of()") -> Iterator[None]:
     """The pairs of a row and ``many`` others, which the warps of a block take in turn."""
-    with w.block(f"for (int item = warp_of(); item < rows * {many}; item += WARPS)"):
+    with w.block(f"for (int item = {first}; item < rows * {many}; item += WARPS)"):
         w.line(f"const int row = item / {many}, {name} = item % {many};")
         yield
 

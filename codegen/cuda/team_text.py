@@ -24,7 +24,7 @@ from sparsify.codegen.cuda.team_kernel import TeamKernel, items, write_struct
 from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_sums import TeamSums
-from sparsify.codegen.usage import Packing, Source
+from sparsify.codegen.usage import Packing, Source, neuron_reads
 from sparsify.codegen.writer import Writer
 
 
@@ -170,11 +170,14 @@ class TeamText:
 
     def _write_step(self) -> None:
         seen: set[str] = set()
+        meetings = self.team.all_meetings()
         for index, phase in enumerate(self.kernel.phases):
             sums = self.sums(phase, seen)
-            meets = index in self.team.meetings or (index == 0 and self.team.meets_first)
+            meets = index in meetings
             if meets:
                 self.w.line("team.arrive();", "it has told what the others read")
+                if index == meetings[0]:
+                    self._write_ahead()
                 if self.together.is_cluster and sums.early():
                     self.w.line("__syncthreads();", "sums may be overwritten")
             for source in sums.early():
@@ -189,6 +192,35 @@ class TeamText:
             if sums.gathers:
                 self.w.line("__syncthreads();", "the sums are there")
             self._write_neurons(phase, self.team.symbols.phases[index])
+
+    def _write_ahead(self) -> None:
+        """Ask for what its neurons read in the next step, while the others are waited for."""
+        w, later = self.w, "t - 1" if self.kernel.reverse else "t + 1"
+        is_left = "t > 0" if self.kernel.reverse else "t + 1 < call.steps"
+        for population, mine in self.team.mine.items():
+            operands = self._streamed(population)
+            if not operands:
+                continue
+            w.comment(f"What its neurons of {population} read in the next step.")
+            words = f"words_of({self.team.widths[population]})"
+            # The first warp polls the barrier, and has as little else to do as can be.
+            first = "WARPS - 1 - warp_of()"
+            with w.block(f"if ({is_left})"), items(w, words, "word", first):
+                w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
+                w.line("const int64_t b = start + row;")
+                w.line(f"if (i >= {mine}.size) continue;")
+                for operand in operands:
+                    name = self.team.name(operand.name)
+                    row = f" + b * call.{name}_b" if "B" in operand.axes else ""
+                    n = "n / 8" if operand.dtype == "bits" else "n"
+                    w.line(f"touch(call.{name} + ({later}) * call.{name}_t{row} + {n});")
+
+    def _streamed(self, population: str) -> list[ir.Operand]:
+        """The operands of which each neuron of a population reads an element in every step."""
+        phases = [phase for phase in self.kernel.phases if phase.population == population]
+        read = {name for ph in phases for s in ph.body for name in neuron_reads(s)}
+        operands = [o for o in self.kernel.operands if o.name in read]
+        return [o for o in operands if {"T", "N"} <= set(o.axes)]
 
     # -- neurons -----------------------------------------------------------------------------
 

@@ -139,6 +139,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
         store_bits(call.passed + t * call.passed_t + b * call.passed_b, n, my_hidden.first + my_hidden.size, here && shared.own_hidden[row][i].passed);
       }
       team.arrive();  // it has told what the others read
+      // What its neurons of hidden read in the next step.
+      if (t + 1 < call.steps) {
+        for (int item = WARPS - 1 - warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
+          const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
+          const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+          const int64_t b = start + row;
+          if (i >= my_hidden.size) continue;
+          touch(call.near + (t + 1) * call.near_t + b * call.near_b + n / 8);
+          touch(call.fired + (t + 1) * call.fired_t + b * call.fired_b + n / 8);
+          touch(call.g + (t + 1) * call.g_t + b * call.g_b + n);
+        }
+      }
       if (!team.wait()) return;  // all have told it
       // What hidden receives from chosen.
       for (int item = warp_of(); item < rows * blocks_of(N_HIDDEN); item += WARPS) {

@@ -125,6 +125,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
       team.arrive();  // it has told what the others read
+      // What its neurons of one read in the next step.
+      if (t + 1 < call.steps) {
+        for (int item = WARPS - 1 - warp_of(); item < rows * words_of(SLICE_ONE); item += WARPS) {
+          const int row = item / words_of(SLICE_ONE), word = item % words_of(SLICE_ONE);
+          const int i = word * WARP + lane_of(), n = my_one.first + i;
+          const int64_t b = start + row;
+          if (i >= my_one.size) continue;
+          touch(call.x + (t + 1) * call.x_t + b * call.x_b + n);
+        }
+      }
       team.wait();  // all have told it
       // What one receives from h.
       for (int item = warp_of(); item < rows * blocks_of(N_TWO); item += WARPS) {
