@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,8 +18,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write tests/golden/ anew instead of comparing with it",
     )
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run what tests give to the emulator of CUDA on the GPU",
+    )
 
 
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def gpu_behind_emulator(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--gpu"):
+        yield
+        return
+    from tests.gpu_behind_emulator import put_gpu_behind_emulator  # torch: not before it is needed
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        put_gpu_behind_emulator(monkeypatch)
+        yield
