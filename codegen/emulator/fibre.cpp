@@ -39,9 +39,15 @@ namespace emulator {
 namespace {
 
 constexpr int SAVED_REGISTERS = 6;
+
+// Stacks that all began at the same place of a page, and at multiples of 128 KiB, would share the
+// same few lines of the caches.
+constexpr size_t COLOURS = 32, COLOUR_BYTES = 128;
+size_t colour_of_next;
+
+// Kept from launch to launch: mapping one takes longer than using it.
+std::vector<char*> free_stacks;
 size_t stacks_made;
-std::vector<char*>
-    free_stacks;  // kept from launch to launch: mapping one takes longer than using it
 
 char* new_stack() {
   void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
@@ -57,7 +63,8 @@ void prepare_fibre(Fibre& fibre, void (*entry)()) {
   if (free_stacks.empty()) free_stacks.push_back(new_stack());
   fibre.stack = free_stacks.back();
   free_stacks.pop_back();
-  void** top = reinterpret_cast<void**>(fibre.stack + STACK_BYTES);
+  const size_t colour = colour_of_next++ % COLOURS * COLOUR_BYTES;
+  void** top = reinterpret_cast<void**>(fibre.stack + STACK_BYTES - colour);
   *--top = nullptr;  // where entry would return to; also aligns its frame
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < SAVED_REGISTERS; ++i) *--top = nullptr;

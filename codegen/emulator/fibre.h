@@ -11,8 +11,7 @@ struct Fibre {
 };
 
 constexpr size_t PAGE_BYTES = 4096;
-constexpr size_t STACK_BYTES =
-    128 * 1024;  // a kernel's local variables; pages are taken when touched
+constexpr size_t STACK_BYTES = 33 * PAGE_BYTES;  // for a kernel's local variables
 
 // The system limits how often mapped memory may change its protection; further stacks lie side by
 // side.

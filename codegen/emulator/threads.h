@@ -29,8 +29,9 @@ struct Thread {
   Warp* warp = nullptr;
   int64_t index = 0;  // within the block
   int lane = 0;
-  int accesses_since_rest =
-      0;  // volatile reads and atomics: a loop that waits by them must let others run
+
+  // Volatile reads and atomics: a loop that waits by them must let others run.
+  int accesses_since_rest = 0;
 
   // The collective that it waits in, and its result.
   Collective collective = Collective::sync;
