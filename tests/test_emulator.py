@@ -335,3 +335,9 @@ def test_a_launch_that_does_not_fit_is_a_fault() -> None:
     with pytest.raises(KernelFault, match="out of memory: the emulator has no room"):
         function.launch(Grid(1, 1), [Memory(large, "large"), 0, 0, 1])
     test_results_are_written_into_the_tensor()
+
+
+def test_names_may_hold_anything() -> None:
+    strange = "größe \udc80 %s " + "ä" * 600  # longer than a report, and not to be encoded
+    with pytest.raises(KernelFault, match=r"out of bounds: near global größe \\udc80 %s ä+"):
+        copy([Memory(torch.zeros(1), strange), Memory(torch.empty(2), "to", True), 2, 1])

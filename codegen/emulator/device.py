@@ -101,7 +101,7 @@ class EmulatedFunction:
         runtime = load_runtime()
         reports = runtime.emulator_launch(ctypes.byref(request))
         if reports:
-            text = ctypes.string_at(reports).decode()
+            text = ctypes.string_at(reports).decode(errors="replace")
             runtime.emulator_free_reports(reports)
             raise KernelFault(self.entry, name_lines(text, self.path))
 

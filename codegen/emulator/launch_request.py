@@ -118,7 +118,7 @@ def _request(region: Region, holes: torch.Tensor | None) -> MemoryRequest:
         host=region.begin,
         bytes=region.end - region.begin,
         alignment_offset=(region.begin - storage.data_ptr()) if region.begin else 0,
-        name=region.name.encode(),
+        name=region.name.encode(errors="backslashreplace"),
         holes=holes.data_ptr() if holes is not None else None,
         written=any(view.written for view in region.views),
         fresh=all(view.fresh for view in region.views),
