@@ -13,6 +13,7 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.cuda import kernel_text
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, Grid, Limits, Memory, Word
 from sparsify.codegen.cuda.row_per_block import RowPerBlock
@@ -228,15 +229,16 @@ def test_no_more_blocks_than_run_at_once() -> None:
             assert grid.threads == 64
 
 
-def test_large_layers_keep_their_states_in_memory() -> None:
-    kernel = lif(20, 9000)
+def test_large_layers_keep_their_states_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_text, "MOST_THREADS", 32)
+    kernel = lif(20, 900)
     log, launch = logged(kernel, resident=1)
     data = {n: torch.from_numpy(v) for n, v in lif_data(kernel, 1, 2).items()}
     launch(data, steps=1, batch=2)
     grid, words = log.launches[0]
     kept = words[-1]
     assert isinstance(kept, Memory)
-    assert (kept.name, kept.tensor.numel(), kept.fresh) == ("v_kept", grid.blocks * 9000, True)
+    assert (kept.name, kept.tensor.numel(), kept.fresh) == ("v_kept", grid.blocks * 900, True)
 
 
 def test_nobody_waits_for_the_device(tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
