@@ -23,9 +23,11 @@ from sparsify.errors import Refusal
 from sparsify.passes.backward_graph import BackwardGraph, write_backward
 from sparsify.passes.chunk_products import chunk_products
 from sparsify.passes.copy_graph import copy_into
+from sparsify.passes.find_origins import find_origins
 from sparsify.passes.find_reaches import find_active, find_dependences, find_reaches
 from sparsify.passes.joint_graph import JointGraph, trace_joint
 from sparsify.passes.leave_loop import find_leaving
+from sparsify.passes.lower_ops import fill_of
 from sparsify.passes.pack_saved import pack_saved
 from sparsify.passes.restrict_products import restrict_products
 from sparsify.passes.save_values import choose_saved, find_invariant, is_binary
@@ -122,8 +124,13 @@ def _write_parts(
 
 
 def _find_dependent(joint: JointGraph) -> set[fx.Node]:
-    """What depends on the gradients of results."""
-    found = set(joint.d_results.values())
+    """What depends on the gradients of results, or takes their place.
+
+    The gradient of ``round`` is zeros: what is made of them is no value of the step to be saved.
+    """
+    step = find_origins(joint.values.values())
+    zeros = {n for n in joint.graph.nodes if n not in step and fill_of(n) == 0}
+    found = {*joint.d_results.values(), *zeros}
     for node in joint.graph.nodes:
         if node.op == "call_function" and any(i in found for i in node.all_input_nodes):
             found.add(node)

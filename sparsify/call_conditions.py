@@ -13,7 +13,6 @@ from torch.utils._device import DeviceContext
 from sparsify.errors import Refusal
 
 HOOK_REMEDY = "Remove the hook, or register it on the whole model, where it keeps firing."
-MODE_REMEDY = "Leave the mode to run the kernels."
 
 
 def is_intercepted() -> bool:
@@ -44,8 +43,3 @@ def why_observed(model: nn.Module) -> Refusal | None:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return Refusal("observed", "A forward hook is registered on all modules.", HOOK_REMEDY)
     return None
-
-
-def why_intercepted() -> Refusal:
-    reason = "A mode or transform of torch watches the operations of this call."
-    return Refusal("observed", reason, MODE_REMEDY)

@@ -52,9 +52,5 @@ class SizedLaunchable:
         for launchable in self._in_use():
             launchable.reset_events()
 
-    def strategy_for(self, batch: int) -> str:
-        """The strategy of calls with this batch, as far as there were any."""
-        return self._by_batch.get(batch, self._first).schedule.strategy
-
     def _in_use(self) -> list[Launchable]:
         return list(dict.fromkeys((self._first, *self._by_batch.values())))

@@ -27,11 +27,12 @@ EPSILON = 8.0  # of the window: units further than 1/8 from threshold pass nothi
 MOST_RELATIVE = 1e-10
 
 # The network, its sites, and the products of each gradient that are restricted: with two exchanges
-# that of the candidate is not, as the reset gate multiplies it in the step that computes it.
+# that of the candidate is not, as the reset gate multiplies it in the step that computes it. With
+# several layers each one computes the product of what reads its events, too.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], int]] = {
     "trace": (EGRU, ("layer.rec",), 3),
     "clamped in place": (lambda: EGRU(in_place=True), ("layer.rec",), 3),
-    "three layers": (EGRULanguageModel, tuple(f"layers.{i}.rec" for i in range(3)), 3),
+    "three layers": (EGRULanguageModel, tuple(f"layers.{i}.rec" for i in range(3)), 4),
     "two exchanges": (TwoExchangeEGRU, ("u", "r"), 1),
 }
 

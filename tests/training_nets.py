@@ -123,7 +123,6 @@ ROUNDED = "EGRU of eighths"  # weights and inputs have gradients that are zero, 
 # Where training differs from inference: the sites that kernels run, and why they run none.
 IN_TRAINING: dict[str, tuple[tuple[str, ...], RefusalCode | None]] = {
     "tanh by hand": (("inp", "rec"), None),  # nothing is silent, but the dense loop is fused
-    ROUNDED: ((), "no-event"),  # its rounded gates are not seen to be events beside gradients
 }
 
 
