@@ -17,8 +17,6 @@ from sparsify.codegen.usage import Packing, packings
 from sparsify.codegen.writer import Writer
 
 PAD = 32  # elements; rows of weights are as many as a warp reads at once, so that each is aligned
-HEADERS = ("gather.cuh", "events.cuh", "device.cuh")
-SCALAR_HEADERS = ("scalar.h", "elementary.h", "logarithms.h", "error_function.h")
 
 
 @dataclass(frozen=True)
