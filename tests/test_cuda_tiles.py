@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,15 @@ from sparsify.codegen.cuda.dense_tiles import DenseTiles
 from sparsify.codegen.cuda.device import H100, KIB, STATED, Grid, Limits, Memory, Word
 from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
+from sparsify.engine import Engine
 from sparsify.errors import KernelFault
+from sparsify.install import install
+from sparsify.options import Options
+from sparsify.plan import Plan
 from sparsify.reference import Array
+from sparsify.verify_model import verify
+from tests import zoo_recurrent
+from tests.emulated import OnlyStrategies
 from tests.emulated_kernels import EditedDevice, compare, exact, needs_emulator
 from tests.example_kernels import (
     gradient_data,
@@ -31,6 +39,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
+from tests.training_nets import net
 
 TILES = (Path(__file__).parent / "cuda" / "tiles.cu").read_text(encoding="utf-8")
 ROWS, SENDERS, SLICE = 64, 520, 12
@@ -305,3 +314,19 @@ def test_prediction() -> None:
     assert macs(kernel, 1) == macs(kernel, 16) == macs(kernel, 32) / 2
     pairs = 1724 / 1024
     assert macs(gradient, 16) > macs(kernel, 16) / pairs
+
+
+def test_a_network_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned to dense; as close to float64 as eager is, spikes and gradients."""
+    monkeypatch.setattr(zoo_recurrent, "HIDDEN", 40)
+    each = net("recurrent")
+    model, x = each.model(torch.float32), each.inputs(2, 3, torch.float32)
+    plan = Plan({"rec": "dense"}, training=Plan({"rec": "dense", "rec.backward": "dense"}))
+    backends = {"cpu": OnlyStrategies("random", ["dense-tiles"])}
+    fast: Any = install(Engine(model, Options(timing=False), plan, backends))
+    fast(x.requires_grad_())
+    figures = verify(model, fast, x, gradients=True, events=0)
+    assert figures.gradients
+    regions = [r for entry in fast.compiled.entries for r in entry.compiled.regions.values()]
+    assert len(regions) >= 2
+    assert all(region.launchable.schedule.strategy == "dense-tiles" for region in regions)

@@ -69,21 +69,26 @@ SPARSIFY_INLINE void multiply_add(SumTile& to, const LeftTile& left, const Right
 SPARSIFY_INLINE float half_of(uint32_t pair, int half) {
   return same_bits<float>(half ? pair & UPPER_HALF : pair << 16);
 }
+struct WordPair {
+  uint32_t at[2];
+};
+SPARSIFY_INLINE WordPair of_lane(uint32_t first, uint32_t second, int lane) {
+  const uint64_t both = uint64_t(second) << 32 | first;
+  return same_bits<WordPair>(uint64_t(__shfl_sync(ALL, both, lane)));
+}
 // What the instruction does, up to the order of additions and its rounding.
 SPARSIFY_INLINE void multiply_add(SumTile& to, const LeftTile& left, const RightTile& right) {
   const int g = lane_of() / 4, t = lane_of() % 4;
-  for (int far = 0; far < 2; ++far) {
-    for (int other = 0; other < 4; ++other) {
-      uint32_t rows[2], receivers[2];
-      for (int i = 0; i < 2; ++i) {
-        rows[i] = __shfl_sync(ALL, far ? left.far[i] : left.near[i], 4 * g + other);
-        receivers[i] = __shfl_sync(ALL, far ? right.far : right.near, 4 * (2 * t + i) + other);
-      }
+  for (int other = 0; other < 4; ++other) {
+    const WordPair rows[2] = {of_lane(left.near[0], left.near[1], 4 * g + other),
+                              of_lane(left.far[0], left.far[1], 4 * g + other)};
+    const WordPair receivers[2] = {of_lane(right.near, right.far, 4 * (2 * t) + other),
+                                   of_lane(right.near, right.far, 4 * (2 * t + 1) + other)};
+    for (int far = 0; far < 2; ++far)
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < 2; ++i)
           for (int j = 0; j < 2; ++j)
-            to.at[i][j] += half_of(rows[i], half) * half_of(receivers[j], half);
-    }
+            to.at[i][j] += half_of(rows[far].at[i], half) * half_of(receivers[j].at[far], half);
   }
 }
 #endif
