@@ -25,7 +25,7 @@ from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
-from sparsify.entry import Entry, merge
+from sparsify.entry import Entry, merge, stand_ins
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
 from sparsify.failures import (
     OUT_OF_MEMORY,
@@ -391,6 +391,7 @@ class Engine:
         for entry in self.entries[-1:]:
             if not entry.compiled.runs_original:
                 notes.append(f"kernels of the backend {entry.backend.name} on {entry.device}")
+            notes += stand_ins(entry)
             notes += ["calls with gradients: forward and backward"] if entry.required else []
             notes += entry.compiled.notes
         return notes + list(self._notes)

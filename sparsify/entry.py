@@ -85,6 +85,18 @@ class Entry:
         return [n for n in self.compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
 
 
+def stand_ins(entry: Entry) -> list[str]:
+    """What an emulator does in another way than the device that it plays, by region."""
+    if entry.backend.is_timed:
+        return []
+    known = {each.name: getattr(each, "stand_in", "") for each in entry.backend.strategies}
+    found = {
+        name: known.get(region.launchable.schedule.strategy, "")
+        for name, region in entry.compiled.regions.items()
+    }
+    return [f"{name}: {what} on the emulator" for name, what in found.items() if what]
+
+
 def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | str:
     """One entry for the sizes of both and all others, or why there is none.
 

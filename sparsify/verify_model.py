@@ -108,7 +108,8 @@ class _Check:
         kernels = self._run(self.engine.original, self._call_fast)
         compiled = self.engine.compiled_for(self.call.args, self.call.kwargs)
         count, sites = self._count_events(compiled, events)
-        assert compiled is not None
+        if compiled is None:
+            raise self._not_compiled()
         operands = self._operands(compiled)
         stages = self._stages(compiled, operands)
         figures = [self._check_recording(stages[0], eager, operands, compiled)]
@@ -142,7 +143,8 @@ class _Check:
             self._run(self.engine.original, self._call_fast)
         compiled = self.engine.compiled_for(args, kwargs)
         self._count_events(compiled, events)
-        assert compiled is not None
+        if compiled is None:
+            raise self._not_compiled()
         operands = compiled.recording.calling.operands(args, kwargs)
         if not needs_grad(operands):
             raise MismatchError("gradients are to be checked, and nothing requires grad")
@@ -165,6 +167,10 @@ class _Check:
         if least is None and compiled is not None and not compiled.backend.is_timed:
             least = max(1, sum(_may_run_events(site) for site in sites))
         return _count_events(sites, 1 if least is None else least), len(sites)
+
+    def _not_compiled(self) -> MismatchError:
+        """For a call that runs the original while others of the module do not."""
+        return MismatchError(f"nothing was compiled for this call:\n{self.engine.report}")
 
     def _call_model(self) -> Any:
         return self.model(*self.call.args, **self.call.kwargs)

@@ -22,6 +22,8 @@ from sparsify.engine import Engine
 from sparsify.errors import BackendUnavailable, KernelFault, Refusal, RefusedError
 from sparsify.install import Sparsified, install
 from sparsify.options import Options
+from sparsify.plan import Plan
+from tests.emulated import OnlyStrategies
 from tests.small_nets import RecurrentNet, spikes
 
 X = spikes()
@@ -215,3 +217,15 @@ def test_a_fault_names_its_region() -> None:
         run(install(engine), X)
     name = caught.value.kernel.removeprefix("run_")
     assert f"run_{name}.cu:" in str(caught.value)  # the line
+
+
+def test_the_report_says_what_the_emulator_does_not_have() -> None:
+    plan = Plan({"rec": "dense", "out": "dense"})
+    backend = OnlyStrategies("forward", ["dense-tiles"])
+    model = RecurrentNet().eval()
+    engine = Engine(model, Options(), plan, {"cpu": backend})
+    assert torch.equal(run(install(engine), X), run(model, X))
+    schedules = [view.schedule.strategy for view in engine.kernels.values()]
+    assert "dense-tiles" in schedules
+    note = ": plain products stand for those of tensor cores on the emulator"
+    assert str(engine.report).count(note) == schedules.count("dense-tiles")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
+from sparsify.engine import Engine
 from sparsify.errors import MismatchError
 from sparsify.install import Sparsified
 from sparsify.plan import Plan
@@ -231,3 +232,19 @@ def test_progress_counts_the_steps() -> None:
     told: list[tuple[str, int, int]] = []
     verify(model, as_events(model, x), x, progress=lambda *state: told.append(state))
     assert {state[1:] for state in told} >= {(step, 5) for step in range(1, 6)}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_call_that_runs_the_original_beside_others_is_no_success(
+    gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = random_net(), spikes(6, 2)
+    fast = as_events(model, x)
+    found = Engine.compiled_for
+
+    def without(self: Engine, args: Any, kwargs: Any) -> Any:
+        return None if torch.is_grad_enabled() == gradients else found(self, args, kwargs)
+
+    monkeypatch.setattr(Engine, "compiled_for", without)
+    with pytest.raises(MismatchError, match="nothing was compiled for this call:\nsite"):
+        verify(model, fast, x, gradients=gradients)

@@ -37,6 +37,7 @@ class DenseTiles(NeuronsPerGrid):
     """The blocks of a grid, with products on tensor cores."""
 
     name = "dense-tiles"
+    stand_in = "plain products stand for those of tensor cores"
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         if self.limits.capability < TENSOR_CORES_SINCE:
