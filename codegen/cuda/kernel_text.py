@@ -1,4 +1,4 @@
-"""CUDA text that all strategies share: sizes, products, the loop over a thread's neurons."""
+"""CUDA text for a block that has all neurons: sizes, products, the loop over a thread's neurons."""
 
 from __future__ import annotations
 
@@ -38,28 +38,18 @@ SUM_WORDS = 3  # registers of a sum: itself, its column and what is added to it
 class CudaText(ABC):
     """One rendering of a kernel. A strategy says where things lie and writes its loops.
 
-    Neuron ``n`` of a population is ``begin + k * THREADS + threadIdx.x``, where ``begin`` is the
-    first one that the block has. The text of a phase relies on these C++ variables: ``call``,
-    ``t``, ``b``, ``now``, ``next``, ``active``.
+    Neuron ``n`` of a population is ``k * THREADS + threadIdx.x``. The text of a phase relies on
+    these C++ variables: ``call``, ``t``, ``b``, ``now``, ``next``, ``active``.
     """
 
-    def __init__(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        parts: int = 1,
-        fetches: bool = False,
-    ) -> None:
-        """``parts`` is the number of blocks that share the neurons of every population.
-
-        Neurons in registers get what they read from outside early, where the strategy ``fetches``.
-        """
+    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, fetches: bool = False) -> None:
+        """Neurons in registers get what they read from outside early, where it ``fetches``."""
         self.w = Writer()
-        self.kernel, self.schedule, self.parts = kernel, schedule, parts
+        self.kernel, self.schedule = kernel, schedule
         self.symbols = Symbols.of(kernel)
         self.usage = find_usage(kernel, schedule)
         self.neurons = find_neurons(self.usage, self.symbols)
-        self.threads = threads_of(kernel, parts)
+        self.threads = threads_of(kernel)
         self.inputs: dict[str, Inputs] = {}
         if fetches:
             found = [find_inputs(self.usage, self.symbols, p) for p in self.neurons]
@@ -86,10 +76,6 @@ class CudaText(ABC):
     def publish(self, source: Source, value: str) -> list[str]:
         """Lines by which whole warps publish ``value`` of neuron ``n``, which is ``here``."""
 
-    def span(self, population: str) -> tuple[str, str]:
-        """The first neuron that the block has, and the end of those."""
-        return "0", self.symbols.sizes[population]
-
     def slot(self, neuron: Neuron) -> str:
         """Where neuron ``n`` lies in the scratch memory of its population."""
         return f"blockIdx.x * {self.symbols.sizes[neuron.population]} + n"
@@ -99,14 +85,11 @@ class CudaText(ABC):
     def packings(self) -> list[Packing]:
         return packings(self.kernel, self.schedule)
 
-    def share(self, population: str) -> int:
-        """The most neurons of a population that a block has: whole warps, if they are shared."""
-        size = self.kernel.population_size(population)
-        return size if self.parts == 1 else -(-size // (self.parts * WARP)) * WARP
-
     def in_memory(self, neuron: Neuron) -> bool:
         """Whether the neurons are too many for registers."""
-        return self.per[neuron.population] * self.threads < self.share(neuron.population)
+        return self.per[neuron.population] * self.threads < self.kernel.population_size(
+            neuron.population
+        )
 
     def scratch(self) -> list[Scratch]:
         """Memory for neurons that do not fit into registers, ``[blocks, N]`` each."""
@@ -115,7 +98,7 @@ class CudaText(ABC):
 
     def _per_thread(self, population: str) -> int:
         """How many neurons of a population a thread computes at once."""
-        every = -(-self.share(population) // self.threads)
+        every = -(-self.kernel.population_size(population) // self.threads)
         phases = [p for p in self.kernel.phases if p.population == population]
         gathers = max(sum(isinstance(s, ir.Gather) for s in p.body) for p in phases)
         width = 2 if any(w.dtype == "float64" for w in self.kernel.weights) else 1
@@ -199,8 +182,7 @@ class CudaText(ABC):
         for population, inputs in self.inputs.items():
             if not (inputs.of_row if of_row else inputs.of_step):
                 continue
-            begin, end = self.span(population)
-            with self._own_neurons(population, begin, end):
+            with self._own_neurons(population, "0", self.symbols.sizes[population]):
                 t = "0" if of_row else "t"
                 self.w.line(f"if (here) {function}({inputs.array}[k], call, {t}, b, n);")
 
@@ -241,12 +223,12 @@ class CudaText(ABC):
     def write_phase(self, phase: ir.Phase, function: str) -> None:
         """The products of a phase, then its neurons; tile by tile where they lie in memory."""
         neuron, w = self.neurons[phase.population], self.w
-        per, (begin, end) = self.per_name[phase.population], self.span(phase.population)
+        per, end = self.per_name[phase.population], self.symbols.sizes[phase.population]
         if not self.in_memory(neuron):
             with w.block(""):
-                self._write_tile(phase, function, begin, end)
+                self._write_tile(phase, function, "0", end)
             return
-        loop = f"for (int first = {begin}; first < {end}; first += {per} * THREADS)"
+        loop = f"for (int first = 0; first < {end}; first += {per} * THREADS)"
         with w.block(loop):
             if neuron.members:
                 w.line(f"{neuron.struct} {neuron.array}[{per}] = {{}};")
@@ -360,7 +342,7 @@ class CudaText(ABC):
             self.w.line(f"store_bits({place}, n, {end}, {neuron.array}[k].{name});")
 
 
-def threads_of(kernel: ir.Kernel, parts: int = 1) -> int:
-    """Threads of a block: one for each neuron of the largest population, or of its share."""
+def threads_of(kernel: ir.Kernel) -> int:
+    """Threads of a block: one for each neuron of the largest population."""
     largest = max(population.size for population in kernel.populations)
-    return min(MOST_THREADS, -(-largest // (parts * WARP)) * WARP)
+    return min(MOST_THREADS, -(-largest // WARP) * WARP)
