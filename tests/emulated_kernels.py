@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.cuda import neurons_per_block, team_shape
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, Function, Limits
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
@@ -84,3 +86,13 @@ def compare(
 def exact(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """Multiples of 1/64 up to 1: sums of their products do not depend on the order."""
     return (rng.integers(-64, 65, shape) / 64).astype("float32")
+
+
+@contextmanager
+def four_warps() -> Iterator[None]:
+    """Blocks of teams have so few: each takes several rows and blocks of senders in turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(team_shape, "MOST_WARPS", 4)
+        neurons_per_block.find_shape.cache_clear()
+        yield
+    neurons_per_block.find_shape.cache_clear()

@@ -13,7 +13,6 @@ import torch
 
 from sparsify import errors, ir
 from sparsify.codegen.backend import Launchable, Source
-from sparsify.codegen.cuda import neurons_per_block, team_shape
 from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
 from sparsify.codegen.cuda.device import H100, KIB, Limits
 from sparsify.codegen.cuda.headers import headers_of
@@ -21,7 +20,7 @@ from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.reference import Array
-from tests.emulated_kernels import compare, exact, needs_emulator, run
+from tests.emulated_kernels import compare, exact, four_warps, needs_emulator, run
 from tests.example_kernels import (
     gradient_data,
     lif,
@@ -41,13 +40,10 @@ Case = tuple[ir.Kernel, dict[str, Array], int, int]
 pytestmark = needs_emulator
 
 
-@pytest.fixture(autouse=True)
-def _four_warps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each takes several rows and blocks of senders, one after the other."""
-    monkeypatch.setattr(team_shape, "MOST_WARPS", 4)
-    neurons_per_block.find_shape.cache_clear()
-    yield
-    neurons_per_block.find_shape.cache_clear()
+@pytest.fixture(autouse=True, scope="module")
+def _four_warps() -> Iterator[None]:
+    with four_warps():
+        yield
 
 
 class EditedDevice(EmulatedDevice):

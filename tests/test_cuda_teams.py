@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import get_args
@@ -19,7 +20,7 @@ from sparsify.codegen.cuda.device import H100, KIB
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.codegen.usage import find_usage
 from sparsify.reference import Array
-from tests.emulated_kernels import compare, exact, needs_emulator, run
+from tests.emulated_kernels import compare, exact, four_warps, needs_emulator, run
 from tests.example_kernels import (
     EVERY,
     gradient_data,
@@ -53,6 +54,12 @@ RANDOM = settings(
 ORDERS = st.sampled_from(SCHEDULES)
 
 pytestmark = needs_emulator
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _four_warps() -> Iterator[None]:
+    with four_warps():
+        yield
 
 
 @cache
