@@ -14,7 +14,7 @@ def tables(sections: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """Text for all sections that have rows."""
     for row in sections.get("machine", ()):
         yield "the device's constants: " + ", ".join(
-            f"{name} {value:.3g}" for name, value in row.items() if isinstance(value, float)
+            f"{name} {value:.3g}" for name, value in row.items() if name.endswith(("_us", "per_s"))
         )
     for name in ("lif", "egru", "feed-forward"):
         for row in _measured(sections.get(name, ())):
