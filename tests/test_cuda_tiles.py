@@ -19,6 +19,7 @@ from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
 from sparsify.codegen.cuda.dense_tiles import DenseTiles
 from sparsify.codegen.cuda.device import H100, KIB, STATED, Grid, Limits, Memory, Word
 from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.occupancy import resident_blocks, why_not_resident
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from sparsify.engine import Engine
 from sparsify.errors import KernelFault
@@ -270,7 +271,14 @@ def test_cubins(kernel: ir.Kernel, limits: Limits) -> None:
     source = Source(text, "run_tiles.cu", "run_tiles")
     cubin = nvrtc.compile_cubin(source, headers_of(*HEADERS), limits.architecture)
     usage = nvrtc.usage_of(cubin, "run_tiles")
-    assert usage.spill_bytes == 0 and usage.registers * shape.threads <= 65536
+    assert usage.spill_bytes == usage.stack_bytes == 0
+
+    def resident(threads: int, shared_bytes: int) -> int:
+        return resident_blocks(limits, usage, threads, shared_bytes)
+
+    for batch in (1, 16, 128):
+        grid = strategy.plan(kernel, dense(kernel)).grid(8, batch, limits, resident)
+        assert grid.cooperative and why_not_resident(limits, usage, grid) is None
 
 
 def test_more_rows_are_under_way_where_all_weights_are_kept() -> None:
