@@ -26,10 +26,10 @@ struct ToldBits {
   const uint32_t* words;
   typedef bool Value;
 
-  SPARSIFY_INLINE bool operator()(int s) const {
-    const int place = s % SLICE, word = s / SLICE * words_of(SLICE) + place / WARP;
-    return Team::fetch(words + word) >> (place % WARP) & 1;
+  SPARSIFY_INLINE uint32_t word(int s) const {
+    return Team::fetch(words + s / SLICE * words_of(SLICE) + s % SLICE / WARP);
   }
+  SPARSIFY_INLINE bool operator()(int s) const { return word(s) >> (s % SLICE % WARP) & 1; }
 };
 
 // Published as numbers.

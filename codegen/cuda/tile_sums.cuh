@@ -13,6 +13,22 @@ constexpr int PAIRS = BLOCK / 2;  // of senders
 // Batch rows of all tiles that have one of `rows`.
 SPARSIFY_INLINE int whole_tiles(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
 
+// Senders s and s + 1 of a row, where s is even; those behind the last one are 0.
+template <class Source>
+SPARSIFY_INLINE void read_pair(float (&pair)[2], const Source& source, int s, int senders) {
+  pair[0] = s < senders ? cast<float>(source(s)) : 0.0f;
+  pair[1] = s + 1 < senders ? cast<float>(source(s + 1)) : 0.0f;
+}
+// Both are bits of one word.
+template <class Team, int SLICE>
+SPARSIFY_INLINE void read_pair(float (&pair)[2], const ToldBits<Team, SLICE>& source, int s,
+                               int senders) {
+  static_assert(SLICE % 2 == 0, "both are in one slice");
+  const uint32_t bits = s < senders ? source.word(s) >> (s % SLICE % WARP) : 0;
+  pair[0] = float(bits & 1);
+  pair[1] = s + 1 < senders ? float(bits >> 1 & 1) : 0.0f;
+}
+
 // What a lane has kept of a row: how many values are not zero, and whether one is wild.
 struct Kept {
   int count;
@@ -31,11 +47,14 @@ struct TileValues {
 #pragma unroll
     for (int pair = lane_of(); pair < PAIRS; pair += WARP) {
       const int s = block * BLOCK + 2 * pair;
-      const float first = is_there && s < senders ? cast<float>(source(s)) : 0.0f;
-      const float second = is_there && s + 1 < senders ? cast<float>(source(s + 1)) : 0.0f;
-      keep_pair<USED>(row, pair, first, second);
-      kept.count += int(first != 0.0f) + int(second != 0.0f);
-      kept.wild |= !(absolute(first) < wild_from<float>() && absolute(second) < wild_from<float>());
+      float value[2] = {};
+      if (is_there) read_pair(value, source, s, senders);
+      keep_pair<USED>(row, pair, value[0], value[1]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        kept.count += int(value[i] != 0.0f);
+        kept.wild |= !(absolute(value[i]) < wild_from<float>());
+      }
     }
     return kept;
   }
