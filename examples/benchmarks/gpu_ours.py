@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +13,14 @@ from gpu_place import Place
 from torch import Tensor, nn
 
 import sparsify
+from sparsify import ir
 from sparsify.candidates import How, Predictor, Workload
+from sparsify.errors import CompileError
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 
 CHOSEN = "chosen"
 UNMEASURED = 0.1  # activity of what no kernel has counted
+Build = tuple[dict[str, RegionPlan], float]  # strategies of the kernels, and their time in ms
 HOW: tuple[How, ...] = ("event", "dense")
 HOPELESS = 4.0  # what is predicted to be so much slower than another strategy is not compiled
 
@@ -40,18 +46,48 @@ def variants(place: Place, model: nn.Module, x: Tensor) -> Iterator[Variant]:
     first(x)  # counts its events
     assert first.kernels, f"no kernel was compiled:\n{first.report}"
     sites = [site.name for site in first.report.sites if site.decision != "kept"]
+    known = [strategy.name for strategy in place.backend.strategies]
+    builds = {}
     for how in HOW:
         times = {name: predicted_ms(place, view, how, x) for name, view in first.kernels.items()}
-        builds = _builds(times, [strategy.name for strategy in place.backend.strategies])
-        for strategy, (regions, ms) in builds.items():
+        builds[how] = _builds(times, known)
+    _compile_together(place, first.kernels, builds)
+    for how in HOW:
+        for strategy, (regions, ms) in builds[how].items():
             decided: dict[str, PlanDecision] = dict.fromkeys(sites, how)
             module: Any = sparsify.sparsify(model, x, plan=Plan(decided, regions), **options)
             yield Variant(f"{how}, {strategy}", module, ms)
 
 
+def _compile_together(
+    place: Place, kernels: Mapping[str, Any], builds: Mapping[How, Mapping[str, Build]]
+) -> None:
+    """Compile what will be asked for on all cores; it is then found in the cache.
+
+    What does not compile is said where it is used.
+    """
+    wanted = {
+        (kernels[name].kernel, schedule_of(kernels[name].kernel, region.strategy, how))
+        for how, of_strategies in builds.items()
+        for regions, _ in of_strategies.values()
+        for name, region in regions.items()
+    }
+
+    def compile_one(pair: tuple[ir.Kernel, ir.Schedule]) -> None:
+        with suppress(CompileError):
+            place.backend.compile(*pair)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, wanted))
+
+
+def schedule_of(kernel: ir.Kernel, strategy: str, how: How) -> ir.Schedule:
+    return ir.Schedule(strategy, tuple((gather.result, how) for gather in kernel.gathers))
+
+
 def _builds(
     times: Mapping[str, Mapping[str, float]], strategies: Sequence[str]
-) -> dict[str, tuple[dict[str, RegionPlan], float]]:
+) -> dict[str, Build]:
     """The kernels' strategies under the name of one, and what all of them take together.
 
     Kernels that this one does not take have their fastest. Hopeless ones are left out.

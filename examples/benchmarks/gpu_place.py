@@ -17,7 +17,7 @@ from sparsify.codegen.cuda.device import Device, Limits
 from sparsify.codegen.cuda.driver import Driver, find_driver
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.nvrtc import find_nvrtc, nvrtc_version
-from sparsify.codegen.emulator.device import EmulatedDevice
+from sparsify.emulation import emulated_device
 from sparsify.errors import Refusal
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ class Place:
 def find_place(backend: str) -> Place | Refusal:
     """The place for ``cuda`` or ``cuda-emulated``, or why it is not here and what to install."""
     emulated = backend == "cuda-emulated"
-    kernels: Device = EmulatedDevice() if emulated else Gpu()
+    kernels: Device = emulated_device() if emulated else Gpu()
     if refusal := kernels.why_unavailable():
         return refusal
     device = torch.device("cpu") if emulated else torch.device("cuda", torch.cuda.current_device())
