@@ -42,9 +42,9 @@ SPARSIFY_INLINE void keep_rows(F* to, const F* weights, int count) {
 
 // ---- sums over a block of senders ----
 
-// Receivers that a lane adds up at once.
+// Receivers that a lane adds up at once; more would not fit the 128 registers of 512 threads.
 template <int SLICE>
-constexpr int MINE = words_of(SLICE) < 4 ? words_of(SLICE) : 4;
+constexpr int MINE = words_of(SLICE) < 2 ? 1 : 2;
 
 // One of the products that are taken of the same events: where its sums go, and its weights.
 template <int SLICE, class F, class Weights>
