@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import torch
 
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda import nvrtc
@@ -18,7 +17,6 @@ from sparsify.codegen.cuda.device import H100, Limits
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.headers import headers_of
 from sparsify.engine import Engine
-from sparsify.install import install
 from sparsify.options import Options
 from sparsify.rendered import Rendered
 from tests.cuda_wheels import needs_nvrtc
@@ -32,10 +30,7 @@ def sources(entry: Entry, limits: Limits, *, all_strategies: bool) -> Iterator[S
     backend = CudaBackend(Gpu(limits.architecture), limits)
     model, x = entry.model(), entry.inputs(4, 3)
     engine = Engine(model, Options(timing=False), None, {"cpu": Rendered(backend)})
-    fast = install(engine)
-    with torch.no_grad():
-        fast(x)
-        fast(x)  # a first call that makes states of its own is not compiled
+    engine.compile_example((x,), {}, gradients=False)
     for view in engine.kernels.values():
         chosen = view.schedule.strategy
         for strategy in backend.strategies if all_strategies else ():
