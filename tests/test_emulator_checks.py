@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cuda.device import H100
+from sparsify.codegen.cuda.device import H100, Grid
 from sparsify.codegen.cuda.nvrtc import compile_cubin
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from tests.cuda_wheels import needs_nvrtc
@@ -67,6 +68,17 @@ def test_right_kernel_runs_without_checks(name: str) -> None:
 def test_bug_is_reported_without_checks(name: str) -> None:
     reports = PLANTED[name].run(EmulatedDevice(), bug=True)
     assert PLANTED[name].is_found(reports), reports
+
+
+def test_full_stacks_are_reported_after_a_launch_of_many_threads() -> None:
+    """More of them than stacks have a page that cannot be touched."""
+    text = 'struct Call { long long n; };\nextern "C" __global__ void run_idle(const Call call) {}'
+    device = EmulatedDevice()
+    path = device.compile(Source(text, "idle.cu", "run_idle"), {})
+    function = device.load(path, "run_idle", torch.device("cpu"))
+    function.launch(Grid(17, 1024, cooperative=True), [0])
+    planted = PLANTED["stack_overflow"]
+    assert planted.is_found(planted.run(EmulatedDevice(checks=True), bug=True))
 
 
 @needs_nvrtc

@@ -46,23 +46,33 @@ constexpr size_t COLOURS = 32, COLOUR_BYTES = 128;
 size_t colour_of_next;
 
 // Kept from launch to launch: mapping one takes longer than using it.
-std::vector<char*> free_stacks;
-size_t stacks_made;
+std::vector<char*> guarded_stacks, plain_stacks;
+size_t guarded_made;
 
 char* new_stack() {
   void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
-  if (stacks_made++ < MOST_GUARDED) mprotect(stack, PAGE_BYTES, PROT_NONE);
   return static_cast<char*>(stack);
+}
+
+char* take(std::vector<char*>& stacks) {
+  if (stacks.empty()) return new_stack();
+  char* const stack = stacks.back();
+  stacks.pop_back();
+  return stack;
 }
 
 }  // namespace
 
 void prepare_fibre(Fibre& fibre, void (*entry)()) {
-  if (free_stacks.empty()) free_stacks.push_back(new_stack());
-  fibre.stack = free_stacks.back();
-  free_stacks.pop_back();
+  const bool is_new = guarded_stacks.empty() && guarded_made < MOST_GUARDED;
+  fibre.is_guarded = is_new || !guarded_stacks.empty();
+  fibre.stack = take(fibre.is_guarded ? guarded_stacks : plain_stacks);
+  if (is_new) {
+    mprotect(fibre.stack, PAGE_BYTES, PROT_NONE);
+    ++guarded_made;
+  }
   const size_t colour = colour_of_next++ % COLOURS * COLOUR_BYTES;
   void** top = reinterpret_cast<void**>(fibre.stack + STACK_BYTES - colour);
   *--top = nullptr;  // where entry would return to; also aligns its frame
@@ -73,7 +83,7 @@ void prepare_fibre(Fibre& fibre, void (*entry)()) {
 
 void release_stack(Fibre& fibre) {
   if (!fibre.stack) return;
-  free_stacks.push_back(fibre.stack);
+  (fibre.is_guarded ? guarded_stacks : plain_stacks).push_back(fibre.stack);
   fibre.stack = nullptr;
 }
 
