@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ def _generalize(
     pairs = _pair_nodes(first, second, same_module)
     shapes = [_shape(node) for node, _ in pairs if node.op == "placeholder"]
     classes = _find_classes([pair for pair in pairs if pair[0].op == "placeholder"])
+    _check_products(classes)
     matching = dict(pairs)
     formulas = {
         (node, index): _find_formula(a, b, classes, node)
@@ -160,6 +161,14 @@ def _find_classes(placeholders: Sequence[tuple[fx.Node, fx.Node]]) -> list[_Clas
     return [_Class(tuple(dims), *sizes) for sizes, dims in found.items()]
 
 
+def _check_products(classes: Sequence[_Class]) -> None:
+    """A product of sizes that is the same in both recordings would pass for a constant."""
+    for n, m in combinations(classes, 2):
+        if n.first * m.first == n.second * m.second:
+            sizes = f"{n.first} * {m.first} and {n.second} * {m.second}"
+            raise _Differs(f"The sizes have the same product in both recordings: {sizes}.")
+
+
 def _differing_numbers(
     node: fx.Node, matching: Mapping[fx.Node, fx.Node]
 ) -> Iterator[tuple[int, int, int]]:
@@ -184,10 +193,7 @@ def _differing_numbers(
 
 
 def _find_formula(a: int, b: int, classes: Sequence[_Class], node: fx.Node) -> _Formula:
-    """The simplest formula in the sizes that gives ``a`` here and ``b`` in the other graph."""
-    equal = [i for i, c in enumerate(classes) if (a, b) == (c.first, c.second)]
-    if equal:
-        return _Formula((equal[0],), 1, 0)
+    """The formula in the sizes that gives ``a`` here and ``b`` in the other graph."""
     # Two recordings cannot tell formulas apart that agree on both, so there must be only one.
     found = {f for find in (_of_one_size, _of_two_sizes) for f in find(a, b, classes)}
     if len(found) == 1:

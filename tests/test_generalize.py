@@ -121,6 +121,20 @@ def test_an_integer_that_follows_in_two_ways_is_refused() -> None:
     assert "more than one way" in refusal(shifted, ((5, 3), (6, 4))).reason
 
 
+def test_a_size_that_may_be_the_last_index_is_refused() -> None:
+    def last(tape: Tape, x: Tensor) -> Tensor:
+        return x[x.size(0) - 1]
+
+    assert "more than one way" in refusal(last, ((4, 3), (6, 5))).reason
+
+
+def test_sizes_of_the_same_product_are_refused() -> None:
+    def rows(tape: Tape, x: Tensor) -> Tensor:
+        return x.view(x.size(0) * x.size(1), -1)
+
+    assert "the same product" in refusal(rows, ((4, 3), (6, 2))).reason
+
+
 def test_other_operations_are_refused() -> None:
     def branching(tape: Tape, x: Tensor) -> Tensor:
         return x.sin() if x.size(0) > 6 else x.cos()
