@@ -14,6 +14,7 @@ After, where loops that can read bits are the only readers::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -29,12 +30,20 @@ from sparsify.passes.save_values import is_binary
 
 def find_packed(
     readings: Iterable[Reading], parts: Mapping[str, Differentiated]
-) -> dict[fx.Node, list[Reading]]:
-    """The ys of calls that can be bits, by their ``getitem``, with all that read them."""
+) -> tuple[dict[fx.Node, list[Reading]], dict[str, Differentiated]]:
+    """The ys of calls that can be bits, by their ``getitem``, with all that read them.
+
+    Also returns ``parts`` as they write and read them.
+    """
     found: dict[fx.Node, list[Reading]] = {}
     for reading in readings:
         found.setdefault(reading.y, []).append(reading)
-    return {y: own for y, own in found.items() if _can_pack(y, own, parts)}
+    changed, packed = dict(parts), {}
+    for y, own in found.items():
+        taken = _with_bits(y, own, changed) if _can_pack(y, own, parts) else None
+        if taken is not None:
+            changed, packed[y] = taken, own
+    return packed, changed
 
 
 def _can_pack(y: fx.Node, readings: list[Reading], parts: Mapping[str, Differentiated]) -> bool:
@@ -48,10 +57,27 @@ def _can_pack(y: fx.Node, readings: list[Reading], parts: Mapping[str, Different
         and same == [y]
         and is_binary(result)
         and shape_of(result)[-1] >= LEAST_NEURONS
-        and isinstance(lower_scan(writing_bits(forward, {index}), "forward"), Lowered)
         and is_read_by_loops_only(y, readings)
-        and all(reading_bits(parts[str(r.reader.target)], r.index) is not None for r in readings)
     )
+
+
+def _with_bits(
+    y: fx.Node, readings: list[Reading], parts: Mapping[str, Differentiated]
+) -> dict[str, Differentiated] | None:
+    """``parts`` with ``y`` as bits; None if one of them cannot, beside the bits that it has."""
+    writer, index = origin_of(y)
+    name, changed = str(writer.target), dict(parts)
+    forward = writing_bits(parts[name].forward, {index})
+    if not isinstance(lower_scan(forward, "forward"), Lowered):
+        return None
+    changed[name] = replace(parts[name], forward=forward)
+    for reading in readings:
+        reader = str(reading.reader.target)
+        reads = reading_bits(changed[reader], reading.index)
+        if reads is None:
+            return None
+        changed[reader] = reads
+    return changed
 
 
 def is_read_by_loops_only(y: fx.Node, readings: list[Reading]) -> bool:

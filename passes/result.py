@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -16,3 +17,6 @@ class PassResult:
     graph: fx.GraphModule
     done: list[str] = field(default_factory=list)
     declined: list[Refusal] = field(default_factory=list)
+
+
+Pass = Callable[[fx.GraphModule], PassResult]

@@ -27,7 +27,9 @@ from sparsify.passes.expansion import Eager
 from sparsify.passes.join_slices import join_slices
 from sparsify.passes.limit_surrogates import limit_surrogates
 from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.part_results import join_results, part_results
 from sparsify.passes.pipeline import PIPELINE
+from sparsify.passes.result import Pass
 from sparsify.passes.scan_products import reads_events
 from sparsify.place_gradients import place_gradients
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
@@ -66,9 +68,10 @@ class Compiler:
         """
         products = find_products(recording.graph.graph)
         plan = measured_plan(plan, products)
-        stages = run_pipeline(recording.graph)
         undifferentiated: dict[str, Refusal] = {}
         is_trained = needs_grad(operands)
+        around = (part_results, *PIPELINE, join_results) if is_trained else PIPELINE
+        stages = run_pipeline(recording.graph, around)
         if is_trained:
             joined = join_slices(stages[-1].graph)
             stages = (*stages, Stage("join_slices", joined.graph, tuple(joined.done)))
@@ -118,10 +121,10 @@ class Compiler:
         )
 
 
-def run_pipeline(graph: fx.GraphModule) -> tuple[Stage, ...]:
+def run_pipeline(graph: fx.GraphModule, passes: Sequence[Pass] = PIPELINE) -> tuple[Stage, ...]:
     """The recorded graph and the graph after every pass."""
     stages = [Stage("record", graph)]
-    for each in PIPELINE:
+    for each in passes:
         result = each(stages[-1].graph)
         taken = sum(stage.name.split("#")[0] == each.__name__ for stage in stages)
         name = f"{each.__name__}#{taken + 1}" if taken else each.__name__

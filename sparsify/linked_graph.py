@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from sparsify.differentiated import Differentiated
 from sparsify.links import Edge, Links, PackedResult
 from sparsify.passes.chunk_products import sorted_graph
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.differentiate import Draft, write_gradient
 from sparsify.passes.link_loops import Link, Reading, find_readings, link_loops, origin_of
 from sparsify.passes.pack_links import find_packed, is_read_by_loops_only
-from sparsify.passes.pack_saved import reading_bits, writing_bits
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.saved_bits import packed_size
 from sparsify.trained_region import TrainedRegion
@@ -53,11 +51,11 @@ class LinkedGraph:
         readings = list(find_readings(self.graph, self.drafts))
         links = link_loops(self.graph, self.drafts)
         parts = {name: write_gradient(draft) for name, draft in self.drafts.items()}
-        packed = find_packed(readings, parts)
+        packed, parts = find_packed(readings, parts)
         for link in links:
             self._add_edge(link)
         for y, readers in packed.items():
-            self._pack(y, readers, parts)
+            self._pack(y, readers)
         modules: dict[str, nn.Module] = dict(self.given.named_children())
         for node, linked in self.calls.items():
             name, draft = str(node.target), self.drafts[str(node.target)]
@@ -84,21 +82,13 @@ class LinkedGraph:
         self.calls[writer].weights.append(link.weight)
         self.calls[reading.reader].ends[reading.index] = self._seen(reading, end)
 
-    def _pack(
-        self, y: fx.Node, readings: Sequence[Reading], parts: dict[str, Differentiated]
-    ) -> None:
+    def _pack(self, y: fx.Node, readers: Sequence[Reading]) -> None:
         writer, result = origin_of(y)
-        name, info = str(writer.target), y.meta["val"]
+        info = y.meta["val"]
         shape = (*info.shape[:-1], packed_size(info.shape[-1]))
-        forward = writing_bits(parts[name].forward, {result})
-        parts[name] = replace(parts[name], forward=forward)
         bits = self._result(writer, with_shape(info, shape, dtype=torch.uint8))
         self.calls[writer].packed.append(PackedResult(result, info.shape[-1], info.dtype))
-        for reading in readings:
-            reader = str(reading.reader.target)
-            changed = reading_bits(parts[reader], reading.index)
-            assert changed is not None
-            parts[reader] = changed
+        for reading in readers:
             self.calls[reading.reader].bits[reading.index] = self._seen(reading, bits)
 
     def _result(self, writer: fx.Node, info: Any) -> fx.Node:

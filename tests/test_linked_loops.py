@@ -35,7 +35,7 @@ class Layers(nn.Module):
         spikes: Tensor = self.surrogate.apply(above, 2.0)
         return spikes.to(above.dtype)
 
-    def spikes(self, x: Tensor) -> Tensor:
+    def steps(self, x: Tensor) -> list[Tensor]:
         v = z = x.new_zeros(x.shape[1], HIDDEN)
         spikes = []
         for x_t in x:
@@ -43,10 +43,13 @@ class Layers(nn.Module):
             z = self.spike(v - 0.4)
             v = v - 0.4 * z
             spikes.append(z)
-        return torch.stack(spikes)
+        return spikes
 
-    def read(self, spikes: Tensor) -> Tensor:
-        read = spikes.new_zeros(spikes.shape[1], CLASSES)
+    def spikes(self, x: Tensor) -> Tensor:
+        return torch.stack(self.steps(x))
+
+    def read(self, spikes: Any) -> Tensor:
+        read: Tensor = spikes[0].new_zeros(spikes[0].shape[0], CLASSES)
         for z in spikes:
             read = 0.75 * read + self.out(z)
         return read
@@ -96,8 +99,24 @@ class Returned(Layers):
     """The spikes are a result, too, with a gradient of their own."""
 
     def forward(self, x: Tensor) -> Any:
-        spikes = self.spikes(x)
-        return self.read(spikes), spikes
+        spikes = self.steps(x)
+        return self.read(spikes), torch.stack(spikes)
+
+
+class Compared(Layers):
+    """A loop without products reads the spikes of two layers; no kernel reads both as bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Any:
+        first = self.spikes(x)
+        v, second = torch.zeros_like(first[0]), []
+        for z in first:
+            v = 0.5 * v + self.mid(z)
+            second.append(self.spike(v - 0.1))
+        return self.read(torch.stack([torch.maximum(*z) for z in zip(first, second, strict=True)]))
 
 
 def compiled(model: nn.Module, x: Tensor) -> tuple[Any, list[TrainedRegion]]:
@@ -141,6 +160,13 @@ def test_gradients_are_those_of_eager(kind: type[Layers]) -> None:
     is_packed = kind is not Returned
     assert len(writer.links.packed) == is_packed
     assert all(reader.links.bit_xs == (0,) * is_packed for reader in readers)
+    assert_same_gradients(gradients_of(fast, x), gradients_of(model, x))
+
+
+def test_not_all_spikes_that_a_loop_reads_can_be_bits() -> None:
+    model, x = made(Compared), example()
+    fast, loops = compiled(model, x)
+    assert any(loop.links.bit_xs and loop.scan.xs > 1 for loop in loops)
     assert_same_gradients(gradients_of(fast, x), gradients_of(model, x))
 
 

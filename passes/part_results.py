@@ -1,0 +1,73 @@
+"""Let every sequence that the model returns be a tensor of its own, as it is in the model.
+
+Before, where layers read the elements of the first list and the second sequence itself::
+
+    s = stack(zs); r = stack(qs); for q in unbind(r): ...; return s, r
+
+After::
+
+    s = alias(stack(zs)); r = alias(stack(qs)); for q in unbind(r): ...; return s, r
+
+A hook on a result sees the gradients of what is made of that tensor, and of nothing else. When time
+loops are rolled, the results of steps and their sequence become one value; the aliases keep apart
+who reads which. ``join_results`` removes them where nobody else reads the value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES
+from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.result import PassResult
+from sparsify.passes.tensor_info import call
+
+aten = torch.ops.aten
+SEQUENCES = (aten.stack.default, aten.cat.default)
+RESULT = "result"  # in the meta of the aliases
+
+
+def part_results(gm: fx.GraphModule) -> PassResult:
+    """Give the results that are sequences a node of their own, which all their readers read."""
+    graph = copy_graph(gm.graph)
+    [output] = [node for node in graph.nodes if node.op == "output"]
+    done = []
+    for node in [n for n in output.all_input_nodes if _is_sequence(n)]:
+        with graph.inserting_after(node):
+            own = call(graph, aten.alias.default, (node,), node.meta["val"], node)
+        own.meta[RESULT] = True
+        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+        done.append(f"{node.name} is a tensor of its own")
+    return PassResult(_with_graph(gm, graph), done) if done else PassResult(gm)
+
+
+def join_results(gm: fx.GraphModule) -> PassResult:
+    """Return values themselves that nothing else reads."""
+    graph = copy_graph(gm.graph)
+    done = []
+    for node in [n for n in graph.nodes if RESULT in n.meta]:
+        [value] = node.all_input_nodes
+        if len(value.users) == len(node.users) == 1:
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+            done.append(f"{value.name} is the result")
+    return PassResult(_with_graph(gm, graph), done) if done else PassResult(gm)
+
+
+def _is_sequence(node: fx.Node) -> bool:
+    """Views with no other readers are tensors of their own already."""
+    info = node.meta.get("val")
+    if not getattr(getattr(info, "dtype", None), "is_floating_point", False):
+        return False
+    if node.target in SEQUENCES:
+        return True
+    base = node
+    while base.target in (*RESHAPES, *TRANSPOSES):
+        base = base.all_input_nodes[0]
+    return base.target in SEQUENCES and len(node.users) > 1
+
+
+def _with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    modules = dict(gm.named_children())
+    return fx.GraphModule(modules, graph, class_name=type(gm).__name__)
