@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any
@@ -56,6 +56,10 @@ class Application:
         """The arguments of ``function.apply``."""
         return tuple(_with_tensors(argument, tensors) for argument in self.arguments)
 
+    def retyped(self, dtype: torch.dtype, source: torch.dtype) -> Application:
+        """The same Function where its ``forward`` names ``source``: outputs of it are ``dtype``."""
+        return replace(self, function=_with_outputs_of(self.function, dtype, source))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Application):
             return NotImplemented
@@ -86,6 +90,29 @@ class WrittenUnseen(torch.autograd.Function):
 
 
 WRITTEN_UNSEEN = Application(WrittenUnseen, (Operand(0), Operand(1)))
+
+
+def _with_outputs_of(
+    function: type[torch.autograd.Function], dtype: torch.dtype, source: torch.dtype
+) -> type[torch.autograd.Function]:
+    """``function`` with outputs of ``source`` converted inside, where autograd does not see it.
+
+    So ``backward`` is given the gradient in ``dtype``. A conversion behind ``apply`` would round
+    that gradient to ``source``.
+    """
+
+    def forward(*arguments: Any) -> Any:  # begins with a ctx, unless there is setup_context
+        return convert(function.forward(*arguments))
+
+    def convert(output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output.to(dtype) if output.dtype is source else output
+        return _rebuilt(output, convert)
+
+    made: type[torch.autograd.Function] = type(
+        function.__name__, (function,), {"forward": staticmethod(forward)}
+    )
+    return made
 
 
 def take_operands(argument: Any, add: Callable[[Tensor], Operand]) -> Any:

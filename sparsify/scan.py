@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.application import Application
 from sparsify.errors import Location
 
 ROLES = ("carry", "x", "const")
@@ -223,6 +224,8 @@ def retyped(
         copy.kwargs = pytree.tree_map_only(torch.dtype, swap, dict(copy.kwargs))
         if _creates_by_default(node, source):
             copy.kwargs = {**copy.kwargs, "dtype": dtype}
+        if isinstance(node.target, Application):
+            copy.target = node.target.retyped(dtype, source)
         if "val" in node.meta:
             copy.meta["val"] = _retyped_info(node.meta["val"], dtype, source)
         copies[node] = copy

@@ -48,6 +48,42 @@ def test_it_is_the_value_without_gradients_and_the_function_with_them() -> None:
     assert torch.equal(gradient, wanted)
 
 
+class NamesFloat32(torch.autograd.Function):
+    """As surrogates of snnTorch: spikes are float32 whatever the membrane is."""
+
+    @staticmethod
+    def forward(ctx: Any, above: Tensor) -> Tensor:
+        ctx.save_for_backward(above)
+        return (above > 0).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        [gradient], [above] = gradients, ctx.saved_tensors
+        return gradient / (1 + above.square())
+
+
+class SetsUpItsContext(NamesFloat32):
+    @staticmethod
+    def forward(above: Tensor) -> Tensor:  # type: ignore[override]
+        return (above > 0).float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        ctx.save_for_backward(*inputs)
+
+
+@pytest.mark.parametrize("function", [NamesFloat32, SetsUpItsContext])
+def test_in_float64_neither_outputs_nor_gradients_are_rounded(function: Any) -> None:
+    wide = use(function).retyped(torch.float64, torch.float32)
+    x = X.double().requires_grad_()
+    result = wide(X.double().sign(), x)
+    assert result.dtype is torch.float64
+    third = torch.full_like(x, 1 / 3)  # which float32 does not have
+    [gradient] = torch.autograd.grad(result, x, third)
+    assert torch.equal(gradient, third / (1 + x.detach().square()))
+    assert wide.__name__ == function.__name__
+
+
 def test_a_value_with_a_history_of_its_own_loses_it() -> None:
     value = X.clone().requires_grad_() * 2
     assert not use(ATan, 2.0)(value, X).requires_grad

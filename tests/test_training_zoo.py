@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.verify_model import verify
 from tests.training_harness import (
     assert_same_gradients,
     assert_trained,
@@ -137,6 +138,13 @@ def test_networks_of_snntorch(name: str) -> None:
     got, expected = gradients_of(fast, x), gradients_of(entry.model(torch.float32), x)
     assert_same_gradients(got, expected, most_relative=MOST_RELATIVE_FLOAT32)
     assert_trained(fast, entry.sites)
+
+
+def test_gradients_of_snntorch_are_verified() -> None:
+    entry = from_zoo(next(each for each in ENTRIES if each.name == "snnTorch, RLeaky"))
+    model, x = entry.model(torch.float32), entry.inputs(dtype=torch.float32)
+    found = verify(model, sparsify_training(model, x), x, gradients=True)
+    assert any(figures.norm > 0 for figures in found.gradients)
 
 
 @named((*NETS, *(each for each in ZOO_NETS if each.name != ROUNDED)))
