@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads or threads)
         with torch.no_grad():
             status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _end_unread()
     except UsageError as error:
         print(f"sparsify: {error}", file=sys.stderr)
         return 2
@@ -79,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--report", action="store_true", help="print the decision for every site")
     shown.set_defaults(run=run_show)
     return parser
+
+
+def _end_unread() -> int:
+    """Whoever reads the output, such as ``head``, has enough: end as other commands then do."""
+    # Python flushes once more when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _add(

@@ -42,7 +42,7 @@ from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.refused_sites import first_refusal
-from sparsify.report import Report, Site
+from sparsify.report import NO_SITE, Report, Site
 from sparsify.settle import settled
 from sparsify.uncollected import seldom_collected
 
@@ -391,6 +391,7 @@ class Engine:
         for entry in self.entries[-1:]:
             if not entry.compiled.runs_original:
                 notes.append(f"kernels of the backend {entry.backend.name} on {entry.device}")
+            notes += [] if entry.compiled.sites else [NO_SITE]
             notes += stand_ins(entry)
             notes += ["calls with gradients: forward and backward"] if entry.required else []
             notes += entry.compiled.notes

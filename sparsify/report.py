@@ -10,6 +10,7 @@ from sparsify.errors import Location, RefusalCode
 
 Decision = Literal["event", "dense", "kept"]
 HEADINGS = ("site", "line", "decision", "activity", "operations", "time", "fusion", "sparsity")
+NO_SITE = "there is no site: the call has no linear operation that a kernel could take over"
 
 
 @dataclass(frozen=True)

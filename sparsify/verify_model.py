@@ -30,7 +30,7 @@ from sparsify.install import Sparsified
 from sparsify.keep_state import keep_state
 from sparsify.options import is_disabled
 from sparsify.recording.reachable import walk
-from sparsify.report import Site
+from sparsify.report import NO_SITE, Site
 from sparsify.verify_figures import RegionFigures, StageFigures, Verification
 from sparsify.verify_gradients import CheckedGradients, check_gradients
 from sparsify.verify_outcome import Outcome, check_outcome, compare_results
@@ -249,6 +249,8 @@ def _count_events(sites: Sequence[Site], least: int) -> int:
         return count
     head = "nothing was compiled" if not compiled else "too little was compiled"
     lines = [f"{head}: {count} of {len(sites)} sites run as events, {least} are asked for"]
+    if not sites:
+        lines.append(f"  {NO_SITE}")
     for site in sites:
         if site.decision != "event":
             code = f" [{site.code}]" if site.code else ""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -371,6 +372,22 @@ def test_module_runs_as_a_command(file: str) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "sparsify: there is no file absent.py\n"
+
+
+def test_a_reader_that_has_enough_ends_the_command(file: str) -> None:
+    shown = [sys.executable, "-m", "sparsify", "show", "--backend", "cuda", f"{file}:make"]
+    process = subprocess.Popen(
+        shown,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # before anything is printed: importing torch takes longer
+    _, errors = process.communicate()
+    assert errors == ""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_show_of_a_named_backend_compiles_nothing(

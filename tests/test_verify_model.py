@@ -85,6 +85,15 @@ def test_nothing_compiled_is_a_mismatch() -> None:
         verify(model, fast, x)
 
 
+def test_a_model_without_any_site_is_told() -> None:
+    model, x = nn.Tanh(), spikes()
+    fast = sparsify(model, x)
+    with pytest.raises(MismatchError, match=r"0 of 0 sites .*\n  there is no site: the call"):
+        verify(model, fast, x)
+    assert isinstance(fast, Sparsified)
+    assert "there is no site" in str(fast.report)
+
+
 def test_too_few_events_are_a_mismatch_that_names_the_others() -> None:
     model, x = random_net(), spikes()
     with pytest.raises(
