@@ -69,7 +69,10 @@ class Compilers:
         if self._asked is not None:
             served = ", ".join(self._by_device) or "no device"
             reason = f"backend={self._asked!r} serves tensors on {served}; these are on {device}."
-            return Refusal("backend-unavailable", reason, "Leave backend out, or move the model.")
+            remedy = "Leave backend out, or move the model."
+            if self._asked == "cuda" and device.type == "cpu":
+                remedy += " backend='cuda-emulated' checks the same kernels on the processor."
+            return Refusal("backend-unavailable", reason, remedy)
         served = " and ".join(device.upper() for device in self._by_device)
         reason = f"There is no backend for tensors on {device}."
         return Refusal("backend-unavailable", reason, f"Kernels run on {served}: move the model.")

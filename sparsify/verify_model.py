@@ -255,6 +255,7 @@ def _count_events(sites: Sequence[Site], least: int) -> int:
         if site.decision != "event":
             code = f" [{site.code}]" if site.code else ""
             lines.append(f"  {site.name}: {site.decision}{code} {site.reason}".rstrip())
+    lines += dict.fromkeys(site.remedy for site in sites if site.remedy and _may_run_events(site))
     if compiled and not count:
         lines.append("Pin a site to 'event', or pass events=0 to check dense kernels alone.")
     raise MismatchError("\n".join(lines), events=count, sites=len(sites))

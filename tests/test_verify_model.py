@@ -94,6 +94,16 @@ def test_a_model_without_any_site_is_told() -> None:
     assert "there is no site" in str(fast.report)
 
 
+def test_what_was_refused_is_told_with_what_to_do() -> None:
+    """backend='cuda' with tensors on the CPU, whether or not there is a GPU."""
+    model, x = random_net(), spikes()
+    with pytest.warns(UserWarning, match="these are on cpu"):
+        fast = sparsify(model, x, backend="cuda")
+    with pytest.raises(MismatchError, match="these are on cpu") as raised:
+        verify(model, fast, x)
+    assert str(raised.value).count("backend='cuda-emulated' checks the same kernels") == 1
+
+
 def test_too_few_events_are_a_mismatch_that_names_the_others() -> None:
     model, x = random_net(), spikes()
     with pytest.raises(
