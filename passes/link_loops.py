@@ -173,11 +173,12 @@ def _with_product(draft: Draft, edge: Edge, like: fx.Node, name: str) -> Draft:
         product.meta[LINKED] = True
         total = call(graph, aten.add.Tensor, (place, product), info, place)
     place.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    gradients = {k: total if d is place else d for k, d in joint.gradients.items()}
     operands = {**joint.operands, ("const", count): weight}
     d_results = {**joint.d_results, number: d}
     reaches = {(number, operand) for index, operand in draft.reaches if index == edge.index}
     return replace(
         draft,
-        joint=replace(joint, operands=operands, d_results=d_results),
+        joint=replace(joint, operands=operands, d_results=d_results, gradients=gradients),
         reaches=draft.reaches | reaches,
     )
