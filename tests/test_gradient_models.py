@@ -170,7 +170,7 @@ def test_a_function_is_given_the_gradients_of_all_outputs_at_once() -> None:
 
     model = make(Net)
     x = inputs()
-    fast = sparsify_training(model, x)
+    fast = sparsify_training(model, x.clone().requires_grad_())
     huge = lambda result: weighted_sum(result) * 1e9  # noqa: E731
     assert_same_gradients(gradients_of(fast, x, huge), gradients_of(model, x, huge))
     assert_trained(fast, ["recur"])
