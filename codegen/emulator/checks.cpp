@@ -37,7 +37,7 @@ int find_image(dl_phdr_info* info, size_t, void* kernel) {
 
 // Local variables and constant tables are in nobody's region; anything else is wild.
 bool is_private(const void* address) {
-  return is_on_stack(running->fibre, address) || (address >= image_begin && address < image_end);
+  return is_on_stack(running->fibre, address) || is_kernel_code(address);
 }
 
 std::string describe(const Attempt& attempt, const Region& region) {
@@ -108,6 +108,8 @@ void start_checks(bool on, const void* kernel) {
   checking = on;
   dl_iterate_phdr(find_image, const_cast<void*>(kernel));
 }
+
+bool is_kernel_code(const void* code) { return code >= image_begin && code < image_end; }
 
 void check_access(const void* address, int bytes, AccessKind kind, const void* code,
                   bool may_be_unaligned) {

@@ -8,6 +8,7 @@
 namespace emulator {
 
 void start_checks(bool enabled, const void* kernel);
+bool is_kernel_code(const void* code);
 void check_access(const void* address, int bytes, AccessKind kind, const void* code,
                   bool may_be_unaligned = false);
 void check_block_may_end(const Block& block);

@@ -4,8 +4,10 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <iterator>
 
+#include "checks.h"
 #include "memory.h"
 #include "reports.h"
 #include "scheduler.h"
@@ -32,6 +34,16 @@ void give_back() {
   for (size_t i = 0; i < std::size(SIGNALS); ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
 }
 
+// Where the kernel was: if the emulator took the last of a full stack, where it was called from.
+const void* place_in_kernel(const void* code, const char* stack_pointer) {
+  if (is_kernel_code(code)) return code;
+  const char* const stack = running->fibre.stack;
+  auto word = reinterpret_cast<void* const*>(std::max(stack_pointer, stack + PAGE_BYTES));
+  const auto end = reinterpret_cast<void* const*>(stack + STACK_BYTES);
+  while (word < end && !is_kernel_code(*word)) ++word;
+  return word < end ? *word : code;
+}
+
 // Of another thread, or of the emulator itself: the process's own handler gets it when the
 // instruction is executed again.
 bool is_ours() { return running && syscall(SYS_gettid) == launching_thread; }
@@ -39,7 +51,8 @@ bool is_ours() { return running && syscall(SYS_gettid) == launching_thread; }
 void on_signal(int signal, siginfo_t* info, void* context) {
   if (!is_ours()) return give_back();
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-  const void* code = reinterpret_cast<void*>(registers[REG_RIP] + 1);
+  const void* const code = place_in_kernel(reinterpret_cast<void*>(registers[REG_RIP] + 1),
+                                           reinterpret_cast<char*>(registers[REG_RSP]));
   report(format("signal %p", code), meaning_of(signal, info->si_addr) + ", by " +
                                         name_of(*running) + " at " + name_of_code(code));
   // Leave the handler into end_launch, on a stack that is as after a call.

@@ -28,10 +28,11 @@ extern "C" __global__ void memory_of_the_process(const Call call) {
   to[threadIdx.x] = call.in[threadIdx.x];  // reported: wild access
 }
 
+// Whichever line takes the last of the stack is the one that is reported.
 __device__ __noinline__ int deep(volatile int* level, int limit) {
   volatile int here[256];
-  here[0] = 0;  // reported: crash
-  *level = *level + 1;
+  here[0] = 0;          // reported: crash
+  *level = *level + 1;  // reported: crash
   return *level < limit ? deep(level, limit) + 1 : here[0];
 }
 // <<<1, 1>>>
