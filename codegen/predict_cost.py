@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
@@ -27,14 +28,31 @@ def predict_cost(
     A weight row that several rows of a group touch is then read from memory once. ``activity`` is
     the share of active senders, or of wanted sums where a gather is restricted.
     """
+    groups = -(-batch // group) if batch else 0
+    work = count_work(kernel, schedule, steps=steps, batch=batch, activity=activity, groups=groups)
+    return replace(work, barriers=barriers, parts=parts)
+
+
+def count_work(
+    kernel: ir.Kernel,
+    schedule: ir.Schedule,
+    *,
+    steps: int,
+    batch: int,
+    activity: Mapping[str, float],
+    groups: int,
+) -> Cost:
+    """What a call does on any backend, without barriers and undivided.
+
+    The rows are in so many ``groups``, each of which reads a weight row that it touches once.
+    """
     how = dict(schedule.gathers)
     weights = {w.name: w for w in kernel.weights}
-    groups = -(-batch // group) if batch else 0
     weight_bytes = event_adds = dense_macs = 0.0
     neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
     for gather in kernel.gathers:
         weight = weights[gather.weight]
-        pairs = kernel.population_size(weight.receivers) * kernel.population_size(weight.senders)
+        pairs = count_pairs(kernel, weight)
         is_dense = how[gather.result] == "dense"
         share = 1.0 if is_dense else min(1.0, max(0.0, activity[gather.result]))
         products = steps * batch * share * pairs
@@ -48,4 +66,9 @@ def predict_cost(
         touched = 1.0 - (1.0 - share) ** (batch / max(1, groups))
         weight_bytes += steps * groups * touched * pairs * BYTES[weight.dtype]
     pointwise = float(steps * batch * neurons)
-    return Cost(weight_bytes, event_adds, dense_macs, pointwise, barriers, parts)
+    return Cost(weight_bytes, event_adds, dense_macs, pointwise, barriers=0.0)
+
+
+def count_pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:
+    """How many pairs of a receiver and a sender ``weight`` connects."""
+    return kernel.population_size(weight.receivers) * kernel.population_size(weight.senders)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Meeting, MemoryLevel
 from sparsify.codegen.cuda.device import Limits
-from sparsify.codegen.predict_cost import BYTES, WANTED_MACS
+from sparsify.codegen.predict_cost import BYTES, count_pairs, count_work
 
 OPERAND_BYTES: dict[ir.DType, float] = {
     "float32": 4,
@@ -88,38 +88,17 @@ def predict_cost(
     for. So many groups of rows run ``side_by_side``, by default those of all blocks where blocks
     meet no others, else one; further ones wait after them.
     """
-    how = dict(schedule.gathers)
-    weights = {w.name: w for w in kernel.weights}
     groups = -(-batch // max(1, rows_per_block)) if batch else 0
-    weight_bytes = event_adds = dense_macs = 0.0
-    neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
-    for gather in kernel.gathers:
-        weight = weights[gather.weight]
-        pairs = _pairs(kernel, weight)
-        is_dense = how[gather.result] == "dense"
-        share = 1.0 if is_dense else min(1.0, max(0.0, activity[gather.result]))
-        products = steps * batch * share * pairs
-        if is_dense:
-            dense_macs += products
-        elif gather.only is None:
-            event_adds += products
-        else:
-            dense_macs += products * WANTED_MACS
-            neurons += kernel.population_size(weight.receivers)
-        touched = 1.0 - (1.0 - share) ** (batch / max(1, groups))
-        weight_bytes += steps * groups * touched * pairs * BYTES[weight.dtype]
-    resident = sum(_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
+    work = count_work(kernel, schedule, steps=steps, batch=batch, activity=activity, groups=groups)
+    resident = sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
     source: MemoryLevel = weights_from or ("l2" if resident <= limits.l2_bytes else "hbm")
     if side_by_side is None:
         side_by_side = blocks if meets == "block" else 1
     turns = -(-groups // max(1, side_by_side))
     # Without states, steps are rows as well.
     rounds = steps * turns if kernel.states else -(-steps * groups // max(1, side_by_side))
-    return Cost(
-        weight_bytes=weight_bytes,
-        event_adds=event_adds,
-        dense_macs=dense_macs,
-        pointwise=float(steps * batch * neurons),
+    return replace(
+        work,
         barriers=barriers_per_step * steps * turns,
         parts=max(1, blocks),
         weights_from=source,
@@ -158,10 +137,6 @@ def _barrier(meets: Meeting, rates: Rates) -> float:
 def _latency(source: MemoryLevel, rates: Rates) -> float:
     """Of shared memory it is a part of what a barrier takes."""
     return {"l2": rates.l2_latency, "hbm": rates.hbm_latency}.get(source, 0.0)
-
-
-def _pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:
-    return kernel.population_size(weight.receivers) * kernel.population_size(weight.senders)
 
 
 def _operand_bytes(kernel: ir.Kernel, steps: int, batch: int) -> float:
