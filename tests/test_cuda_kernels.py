@@ -17,6 +17,7 @@ from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.emulator.device import Schedule
 from sparsify.reference import Array, gather
 from tests import test_restricted
+from tests.carried_state import check_one_call_equals_several
 from tests.emulated_kernels import compare, emulator, exact, load, needs_emulator, run
 from tests.example_kernels import (
     How,
@@ -164,17 +165,7 @@ def test_bits_beside_others_stay() -> None:
 def test_one_long_call_equals_several() -> None:
     kernel = lif(20, 90)
     launch = load(kernel, schedule(kernel, ROW))
-    data = {n: torch.from_numpy(v) for n, v in lif_data(kernel, 12, 4).items()}
-    whole = launch(data, steps=12, batch=4)
-    parts, start = [], 0
-    for steps in (1, 4, 7):
-        part = launch({**data, "x": data["x"][start : start + steps]}, steps=steps, batch=4)
-        data |= {"v0": part["last_v"], "s0": part["last_s"]}
-        parts.append(part["spikes"])
-        start += steps
-    assert whole["spikes"].any()
-    assert torch.equal(whole["spikes"], torch.cat(parts))
-    assert torch.equal(whole["last_v"], part["last_v"])
+    check_one_call_equals_several(launch, kernel)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

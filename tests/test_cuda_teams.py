@@ -20,6 +20,7 @@ from sparsify.codegen.cuda.device import H100, KIB
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.codegen.usage import find_usage
 from sparsify.reference import Array
+from tests.carried_state import check_one_call_equals_several
 from tests.emulated_kernels import compare, exact, four_warps, needs_emulator, run
 from tests.example_kernels import (
     EVERY,
@@ -268,14 +269,4 @@ def test_weights_that_are_not_finite_skip_nobody(strategy: str) -> None:
 def test_one_long_call_equals_several(strategy: str) -> None:
     kernel = lif(20, 90)
     launch = load(kernel, schedule(kernel, strategy, tile=tile(strategy)))
-    data = {n: torch.from_numpy(v) for n, v in lif_data(kernel, 12, 4).items()}
-    whole = launch(data, steps=12, batch=4)
-    parts, start = [], 0
-    for steps in (1, 4, 7):
-        part = launch({**data, "x": data["x"][start : start + steps]}, steps=steps, batch=4)
-        data |= {"v0": part["last_v"], "s0": part["last_s"]}
-        parts.append(part["spikes"])
-        start += steps
-    assert whole["spikes"].any()
-    assert torch.equal(whole["spikes"], torch.cat(parts))
-    assert torch.equal(whole["last_v"], part["last_v"])
+    check_one_call_equals_several(launch, kernel)

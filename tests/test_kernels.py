@@ -17,6 +17,7 @@ from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
+from tests.carried_state import check_one_call_equals_several
 from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule, two_layers
 from tests.random_kernels import Drawn, draw_data, kernels
 
@@ -149,17 +150,7 @@ def test_feedback_within_a_step(strategy: str, how: How) -> None:
 def test_one_long_call_equals_several(strategy: str) -> None:
     kernel = lif(20, 90)
     launch = load(kernel, schedule(kernel, strategy))
-    data = {n: torch.from_numpy(v) for n, v in lif_data(kernel, 12, 4).items()}
-    whole = launch(data, steps=12, batch=4)
-    parts, start = [], 0
-    for steps in (1, 4, 7):
-        part = launch({**data, "x": data["x"][start : start + steps]}, steps=steps, batch=4)
-        data |= {"v0": part["last_v"], "s0": part["last_s"]}
-        parts.append(part["spikes"])
-        start += steps
-    assert whole["spikes"].any()
-    assert torch.equal(whole["spikes"], torch.cat(parts))
-    assert torch.equal(whole["last_v"], part["last_v"])
+    check_one_call_equals_several(launch, kernel)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
