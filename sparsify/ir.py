@@ -48,7 +48,6 @@ class Weight:
     receivers: str
     senders: str
     dtype: DType
-    connectivity: Literal["dense-rows"] = "dense-rows"
     note: str = ""
 
 
@@ -181,17 +180,55 @@ class Kernel:
         return tuple(s for phase in self.phases for s in phase.body if isinstance(s, Gather))
 
 
+LayoutKind = Literal["dense-rows", "compressed-rows", "block-rows", "masked-rows"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of a sender lie in memory: which of them are kept, and where they belong.
+
+    It changes no result: weights that are left out are zero, found anew in every weight that is
+    packed, and a sender whose value is infinite or NaN still reaches every receiver, because
+    0 * inf is NaN. Any layout takes any weight; the pattern decides which one is fast.
+
+    dense-rows       every weight.
+    compressed-rows  the weights that are not zero, each with its receiver.
+    block-rows       runs of ``width`` receivers of which one weight is not zero, each with its
+                     place: all of a run is kept.
+    masked-rows      the weights that are not zero, and a bit for every receiver that says whether
+                     it has one: N:M patterns, and densities at which receivers' numbers would
+                     outweigh what they save.
+
+    Restricted Gathers, which add up what a receiver gets, read the same with senders and receivers
+    exchanged.
+    """
+
+    kind: LayoutKind
+    width: int = 1  # of a run of block-rows
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.width}" if self.kind == "block-rows" else self.kind
+
+
+DENSE_ROWS = Layout("dense-rows")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a kernel is to be run: the strategy's name and, per Gather result, event or dense.
 
     The events of a restricted Gather are its wanted sums: "event" computes those alone, "dense"
-    computes all and clears the others.
+    computes all and clears the others. ``layouts`` has the weights that are not in dense rows:
+    "event" and "dense" alike then leave out weights that are zero.
     """
 
     strategy: str
     gathers: tuple[tuple[str, Literal["event", "dense"]], ...]
     tile: int = 0  # receivers per tile; 0 lets the strategy choose
+    layouts: tuple[tuple[str, Layout], ...] = ()
+
+    def layout_of(self, weight: str) -> Layout:
+        return dict(self.layouts).get(weight, DENSE_ROWS)
 
 
 GATHER_BLOCK = 256
