@@ -11,10 +11,13 @@ from sparsify import ir
 from sparsify.check_ir import read_dtype
 from sparsify.codegen.usage import Source, Usage, emitted, neuron_reads, statement_args
 from sparsify.codegen.writer import Names, Writer
+from sparsify.halves import HALVES, computed, to_dtype
 from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
 
 C_TYPES: dict[ir.DType, str] = {
     "float32": "float",
+    "float16": "float",  # halves are floats but in memory
+    "bfloat16": "float",
     "float64": "double",
     "int32": "int32_t",
     "int64": "int64_t",
@@ -22,7 +25,13 @@ C_TYPES: dict[ir.DType, str] = {
 }
 
 # In memory a bool is a byte: loops over bools are not vectorised, loops over bytes are.
-MEMORY_TYPES: dict[ir.DType, str] = {**C_TYPES, "bool": "uint8_t", "bits": "uint8_t"}
+MEMORY_TYPES: dict[ir.DType, str] = {
+    **C_TYPES,
+    "float16": "sparsify::float16",
+    "bfloat16": "sparsify::bfloat16",
+    "bool": "uint8_t",
+    "bits": "uint8_t",
+}
 
 
 @dataclass(frozen=True)
@@ -72,12 +81,13 @@ def literal(value: float | int | bool, dtype: ir.DType) -> str:
         text = f"{int(value)}{suffix}" if int(value) != least else f"{least + 1}LL - 1"
         return f"{C_TYPES[dtype]}({text})"
     with np.errstate(over="ignore"):
-        rounded = np.dtype(dtype).type(value)
+        rounded = to_dtype(np.asarray(value), dtype)[()]
     if math.isnan(rounded):
         return f"sparsify::not_a_number<{C_TYPES[dtype]}>()"
     if math.isinf(rounded):
         return f"{'-' if rounded < 0 else ''}sparsify::infinity<{C_TYPES[dtype]}>()"
-    return f"{rounded!s}{'f' if dtype == 'float32' else ''}"  # the shortest text that rounds to it
+    # the shortest text that rounds to it
+    return f"{rounded!s}{'f' if computed(dtype) == 'float32' else ''}"
 
 
 def expression(let: ir.Let, symbols: Symbols, dtypes: dict[str, ir.DType]) -> str:
@@ -86,7 +96,8 @@ def expression(let: ir.Let, symbols: Symbols, dtypes: dict[str, ir.DType]) -> st
     wanted = operand_dtypes(op, given, let.dtype)
     assert wanted is not None  # check_kernel refuses comparisons of literals
     args = [operand_text(a, d, symbols) for a, d in zip(let.args, wanted, strict=True)]
-    return op.c.format(*args, type=C_TYPES[let.dtype])
+    kinds = MEMORY_TYPES if let.dtype in HALVES else C_TYPES  # what rounds to a half
+    return op.c.format(*args, type=kinds[let.dtype])
 
 
 def operand_text(arg: ir.Arg, dtype: ir.DType, symbols: Symbols) -> str:

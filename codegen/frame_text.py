@@ -64,7 +64,7 @@ def write_call(
             senders = kernel.population_size(weight.senders)
             note = f"[{receivers}, {senders}] {weight.note}".rstrip()
             by = {"receivers": "[tile][sender][TILE]", "senders": "[block][receiver][SOURCE_BLOCK]"}
-            kind, name = C_TYPES[weight.dtype], weight_name(packing, symbols)
+            kind, name = MEMORY_TYPES[weight.dtype], weight_name(packing, symbols)
             w.line(f"const {kind}* {name};", f"{note}, packed as {by[packing.by]}")
         for output in kernel.outputs:
             name, kind = symbols.outputs[output.name], MEMORY_TYPES[output.dtype]
@@ -129,7 +129,7 @@ def entry_tensors(
         axes = [x.lower() for x in operand.axes if x != "N"]
         tensors.append((symbols.values[operand.name], f"const {MEMORY_TYPES[operand.dtype]}", axes))
     for packing in packings(kernel, schedule):
-        kind = f"const {C_TYPES[packing.weight.dtype]}"
+        kind = f"const {MEMORY_TYPES[packing.weight.dtype]}"
         tensors.append((weight_name(packing, symbols), kind, []))
     for output in kernel.outputs:
         axes = [x.lower() for x in output.axes if x != "N"]

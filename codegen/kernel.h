@@ -66,6 +66,7 @@ SPARSIFY_INLINE void store(F* to, Vector<F> value) {
 
 #include "bits.h"
 #include "scalar.h"
+#include "half_vectors.h"
 
 namespace sparsify {
 
@@ -243,14 +244,15 @@ SPARSIFY_INLINE void convert(F* to, const Source* from, int64_t count) {
 // ---- gathers ----
 
 // Sums the events from `k` to `end`, then adds that to `sums`. `last` is the row's last event.
-template <int TILE, class Index, class F>
-SPARSIFY_INLINE void add_block(F* sums, const F* weight, const Index* index, const F* payload,
+// A weight W is a float F as it lies in memory.
+template <int TILE, class Index, class F, class W>
+SPARSIFY_INLINE void add_block(F* sums, const W* weight, const Index* index, const F* payload,
                                int32_t k, int32_t end, int32_t last, bool starts) {
-  constexpr int VECTORS = TILE / WIDTH<F>, LINE = 64 / sizeof(F);
+  constexpr int VECTORS = TILE / WIDTH<F>, LINE = 64 / sizeof(W);
   Vector<F> sum[VECTORS] = {};
   for (; k < end; ++k) {
-    const F* const from = weight + int64_t(index[k]) * TILE;
-    const F* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
+    const W* const from = weight + int64_t(index[k]) * TILE;
+    const W* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
     SPARSIFY_UNROLL
     for (int i = 0; i < TILE; i += LINE) __builtin_prefetch(later + i);
     SPARSIFY_UNROLL
@@ -269,8 +271,8 @@ SPARSIFY_INLINE void add_block(F* sums, const F* weight, const Index* index, con
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
 // Nothing is contracted (-ffp-contract=off): every backend and every batch size gets the same bits.
 // All rows walk a block before the next one, so that its weights are fetched from afar once.
-template <int TILE, class Index, class F>
-void gather_events(F* sums, const F* weight, const Events<Index, F>& events, int64_t rows) {
+template <int TILE, class Index, class F, class W>
+void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int64_t rows) {
   const int64_t blocks = blocks_of(events.senders);
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -313,8 +315,8 @@ SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, double payload, Vect
 }
 
 // ROWS batch rows times COLUMNS vectors of receivers, over some senders; adds to `sums`.
-template <int TILE, int ROWS, int COLUMNS, class F>
-SPARSIFY_INLINE void dense_patch(F* sums, const F* weight, const F* source, int64_t source_row,
+template <int TILE, int ROWS, int COLUMNS, class F, class W>
+SPARSIFY_INLINE void dense_patch(F* sums, const W* weight, const F* source, int64_t source_row,
                                  int64_t senders, bool starts) {
   Vector<F> sum[ROWS][COLUMNS];
   SPARSIFY_UNROLL
@@ -340,15 +342,15 @@ SPARSIFY_INLINE void dense_patch(F* sums, const F* weight, const F* source, int6
 
 // sums[row][r] = sum over all senders of source[row][s] * weight[s][r], for TILE receivers.
 // The order of additions is free here and products are fused: compared by a bound, not by bits.
-template <int TILE, class F>
-inline void gather_dense(F* sums, const F* weight, const F* source, int64_t source_row,
+template <int TILE, class F, class W>
+inline void gather_dense(F* sums, const W* weight, const F* source, int64_t source_row,
                          int64_t rows, int64_t senders) {
   constexpr int VECTORS = TILE / WIDTH<F>;
   constexpr int COLUMNS = VECTORS < DENSE_VECTORS ? VECTORS : DENSE_VECTORS;
   constexpr int ALONE = VECTORS < 8 ? VECTORS : 8;  // a single row needs more sums to be fast
   for (int64_t s = 0; s < senders; s += DENSE_BLOCK) {
     const int64_t some = senders - s < DENSE_BLOCK ? senders - s : DENSE_BLOCK;
-    const F* const panel = weight + s * TILE;
+    const W* const panel = weight + s * TILE;
     const int64_t full = rows / DENSE_ROWS * DENSE_ROWS;
     for (int c = 0; c < VECTORS; c += COLUMNS)
       for (int64_t r = 0; r < full; r += DENSE_ROWS)

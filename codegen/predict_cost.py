@@ -9,7 +9,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Cost
 
 WANTED_MACS = 1.6  # what a product of a restricted gather costs, in those of a dense one
-BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8}
+BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 def predict_cost(

@@ -33,6 +33,20 @@ uint64_t sparsify_hash(const unsigned char* rows, int64_t count, int64_t row_byt
   return hash_rows(rows, count, row_bytes, stride_bytes, threads);
 }
 
+int sparsify_pack_float16(const uint16_t* weight, int64_t receivers, int64_t senders,
+                          int64_t stride_r, int64_t stride_s, int64_t tile, uint16_t* tiles,
+                          int threads) {
+  return pack<uint16_t, 0x7C00u>(weight, receivers, senders, stride_r, stride_s, tile, tiles,
+                                 threads);
+}
+
+int sparsify_pack_bfloat16(const uint16_t* weight, int64_t receivers, int64_t senders,
+                           int64_t stride_r, int64_t stride_s, int64_t tile, uint16_t* tiles,
+                           int threads) {
+  return pack<uint16_t, 0x7F80u>(weight, receivers, senders, stride_r, stride_s, tile, tiles,
+                                 threads);
+}
+
 int sparsify_pack32(const uint32_t* weight, int64_t receivers, int64_t senders, int64_t stride_r,
                     int64_t stride_s, int64_t tile, uint32_t* tiles, int threads) {
   return pack<uint32_t, 0x7F800000u>(weight, receivers, senders, stride_r, stride_s, tile, tiles,

@@ -18,7 +18,12 @@ HEADERS = ("square.h", "thread_pool.h", "weights.h", "workers.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 IMPORTED_BY = os.getpid()
-PACKABLE = (torch.float32, torch.float64)
+PACKERS = {
+    torch.float16: "sparsify_pack_float16",
+    torch.bfloat16: "sparsify_pack_bfloat16",
+    torch.float32: "sparsify_pack32",
+    torch.float64: "sparsify_pack64",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Runtime:
         self._hash = library["sparsify_hash"]
         self._hash.argtypes = [POINTER, LONG, LONG, LONG, INT]
         self._hash.restype = ctypes.c_uint64
-        self._pack = {size: library[f"sparsify_pack{8 * size}"] for size in (4, 8)}
+        self._pack = {dtype: library[name] for dtype, name in PACKERS.items()}
         for pack in self._pack.values():
             pack.argtypes = [POINTER, *[LONG] * 5, POINTER, INT]
             pack.restype = INT
@@ -83,18 +88,18 @@ class Runtime:
         return int(self._count[size](whole.data_ptr(), whole.numel(), mask, threads))
 
     def pack(self, weight: torch.Tensor, tile: int) -> Packed:
-        """Pack a float32 or float64 matrix ``[R, S]`` of any strides on the CPU.
+        """Pack a matrix ``[R, S]`` of floats, with two bytes at least, of any strides on the CPU.
 
         Raises TypeError for another dtype or device and ValueError for another shape or tile < 1.
         """
-        if check_readable(weight).dtype not in PACKABLE:
-            raise TypeError(f"a weight must be float32 or float64, not {weight.dtype}")
+        if check_readable(weight).dtype not in PACKERS:
+            raise TypeError(f"a weight must be of floats, not {weight.dtype}")
         if weight.dim() != 2 or tile < 1:
             raise ValueError(f"cannot pack shape {tuple(weight.shape)} into tiles of {tile}")
         receivers, senders = weight.shape
         shape = (-(-receivers // tile), senders, tile)
         tiles = torch.empty(shape, dtype=weight.dtype, device="cpu")
-        all_finite = self._pack[weight.element_size()](
+        all_finite = self._pack[weight.dtype](
             weight.data_ptr(),
             receivers,
             senders,

@@ -57,6 +57,8 @@ SPARSIFY_INLINE double with_sign_of(double a, double b) { return SPARSIFY_BUILTI
 
 }  // namespace sparsify
 
+#include "halves.h"
+
 #include "elementary.h"
 #include "error_function.h"
 #include "logarithms.h"

@@ -14,6 +14,8 @@ from sparsify.saved_bits import packed_size
 TORCH_DTYPES: dict[ir.DType, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
     "int32": torch.int32,
     "int64": torch.int64,
     "bool": torch.bool,

@@ -27,6 +27,8 @@ SOURCE, BINARY = "kernel.cpp", "kernel.so"
 KERNEL_HEADERS = (
     "kernel.h",
     "scalar.h",
+    "halves.h",
+    "half_vectors.h",
     "bits.h",
     "elementary.h",
     "logarithms.h",

@@ -8,6 +8,7 @@ from typing import Literal
 from sparsify import ir
 from sparsify.check_ir import value_dtypes
 from sparsify.errors import Refusal
+from sparsify.halves import computed
 
 UINT16_SENDERS = 65536
 SOURCE_BLOCK = 128  # senders whose weights lie together for a restricted product
@@ -16,7 +17,7 @@ TILES = (16, 32, 64, 128)  # multiples of every vector, divisors of a block of 2
 
 @dataclass(frozen=True)
 class Source:
-    """A value that Gathers read. ``dtype`` is the weights', in which payloads are multiplied.
+    """A value that Gathers read. ``dtype`` is that of payloads where weights multiply them.
 
     ``value_dtype`` is that of its memory.
     """
@@ -138,7 +139,7 @@ def why_not_gather(kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
     scheduled = [result for result, _ in schedule.gathers]
     if sorted(scheduled) != sorted(names):
         raise ValueError(f"the schedule names gathers {scheduled}, the kernel has {sorted(names)}")
-    weights = {w.name: w.dtype for w in kernel.weights}
+    weights = {w.name: computed(w.dtype) for w in kernel.weights}
     dtype_of: dict[str, str] = {}
     for gather in kernel.gathers:
         dtype = weights[gather.weight]
@@ -210,7 +211,7 @@ def _find_sources(
             kind="operand" if name in operands else "state" if name in states else "let",
             population=weight.senders,
             value_dtype=value_dtype,
-            dtype=weight.dtype,
+            dtype=computed(weight.dtype),
             events=bool(events),
             payload=any(g.payload == "real" for g in events) and value_dtype != "bits",
             dense=any(g.result in dense for g in readers),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sparsify import ir
+from sparsify.halves import HALVES, computed
 from sparsify.scalar_op import FLOATS
 from sparsify.scalar_ops import SCALAR_OPS, why_malformed
 
@@ -34,7 +35,8 @@ def value_dtypes(kernel: ir.Kernel) -> dict[str, ir.DType]:
     weights = {w.name: w.dtype for w in kernel.weights}
     for phase in kernel.phases:
         dtypes |= {s.result: s.dtype for s in phase.body if isinstance(s, ir.Let)}
-        dtypes |= {s.result: weights[s.weight] for s in phase.body if isinstance(s, ir.Gather)}
+        gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
+        dtypes |= {s.result: computed(weights[s.weight]) for s in gathers}
     return dtypes
 
 
@@ -70,7 +72,7 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
         if ("N" in operand.axes) != (operand.population is not None):
             return f"operand {operand.name!r}: an N axis and a population go together"
     for weight in kernel.weights:
-        if weight.dtype not in FLOATS:
+        if weight.dtype not in (*FLOATS, *HALVES):
             return f"weight {weight.name!r} is {weight.dtype}"
     for output in kernel.outputs:
         if output.axes not in (("T", "B", "N"), ("B", "N")):
@@ -182,11 +184,15 @@ class _Scope:
         operand = self.operands.get(gather.source)
         if operand is not None and operand.axes not in (("T", "B", "N"), ("B", "N")):
             return f"source {gather.source!r} has axes {operand.axes}"
-        if self.dtypes[gather.source] in FLOATS and self.dtypes[gather.source] != weight.dtype:
+        dtype, sent = computed(weight.dtype), computed(self.dtypes[gather.source])
+        if sent in FLOATS and sent != dtype:
             return "source and weight have different float dtypes"
-        if gather.only is not None and (reason := self._why_bad_only(gather.only, population)):
-            return reason
-        self._define(gather.result, weight.dtype, population)
+        if gather.only is not None:
+            if weight.dtype in HALVES:
+                return "a restricted gather reads a weight of halves"
+            if reason := self._why_bad_only(gather.only, population):
+                return reason
+        self._define(gather.result, dtype, population)
         return None
 
     def _why_bad_only(self, only: ir.Ref, population: str) -> str | None:

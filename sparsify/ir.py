@@ -13,7 +13,9 @@ from typing import Literal
 
 # "bits" is how an Operand or an Output with axes T, B, N keeps bools in memory: bytes [T, B,
 # ceil(N / 8)] of eight neurons each, the first in the lowest bit. Statements read and store bools.
-DType = Literal["float32", "float64", "int32", "int64", "bool", "bits"]
+# Halves, "float16" and "bfloat16", are dtypes of memory: statements read them as float32, which has
+# all their values, and only ``cast`` rounds to them.
+DType = Literal["float32", "float64", "float16", "bfloat16", "int32", "int64", "bool", "bits"]
 Axis = Literal["T", "B", "N"]
 Payload = Literal["binary", "real"]
 
@@ -109,14 +111,15 @@ class Gather:
     phase. Only senders with ``source != 0`` (NaN counts) are added, in ascending order within
     blocks of 256 sender indices, each block from +0, then the block sums in ascending order, from
     +0; every product and sum is rounded to the weight's dtype. ``binary`` promises that sources
-    are 0 or 1.
+    are 0 or 1. Through a weight of halves all of this is float32, the result as well.
 
     A restricted Gather names in ``only`` a value ``[B, R]`` of the receivers: a State (its old
     value), an Operand with axes (T,)B,N, or a result of an earlier phase. What has ``only == 0`` is
     not computed but 0: the way back from a neuron whose surrogate gradient is zero there. A row
     with a wild source, one that is not below ``WILD`` in magnitude, is computed for all receivers:
     in the whole product it may give infinities and NaN, which a factor of zero does not undo.
-    The order of additions is free.
+    The order of additions is free. Its weight is none of halves: a sum that is finite in float32
+    may be infinite where it is rounded to a half.
     """
 
     result: str

@@ -125,6 +125,7 @@ LOGICAL: tuple[ScalarOp, ...] = (
         _identity,
         "sparsify::cast<{type}>({0})",
         ("aten._to_copy.default", "aten.to.dtype"),
-        "rounds to nearest even; float to integer truncates, out of range is undefined, as in C",
+        "rounds to nearest even, to halves by way of float32; float to integer truncates, out of "
+        "range is undefined, as in C",
     ),
 )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel, read_dtype, value_dtypes
+from sparsify.halves import computed, to_dtype
 from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
 
 Array = npt.NDArray[Any]
@@ -26,7 +27,7 @@ def run_reference(
 
     ``tensors`` holds operands with their axes in the order T, B, N, and weights
     ``[receivers, senders]``. Returns the outputs, ``[T, B, N]`` or ``[B, N]``; those that are bits,
-    operands too, are uint8 ``[T, B, ceil(N / 8)]``.
+    operands too, are uint8 ``[T, B, ceil(N / 8)]``. Halves are float32 here, given and returned.
     Raises ValueError for a malformed kernel, and for zero steps where an output is the last
     step's value.
     """
@@ -71,13 +72,14 @@ class _Interpreter:
         self.values: dict[str, Array] = {}  # of this step, each [B, N]
         self.next: dict[str, Array] = {}  # states of the next step
         self.outputs: dict[str, Array] = {}
+        self.stored = {o.name: read_dtype(o) for o in kernel.outputs}
         self.packed = {o.name for o in kernel.outputs if o.dtype == "bits"}
 
     def run(self) -> dict[str, Array]:
         for output in self.kernel.outputs:
             shape = (self.batch, self.kernel.population_size(output.population))
             leading = (self.steps,) if "T" in output.axes else ()
-            self.outputs[output.name] = np.zeros(leading + shape, read_dtype(output))
+            self.outputs[output.name] = np.zeros(leading + shape, computed(read_dtype(output)))
         for state in self.kernel.states:
             init = self._operand(state.init, 0)
             size = self.kernel.population_size(state.population)
@@ -109,7 +111,7 @@ class _Interpreter:
             case ir.Store(output=output, value=value):
                 target = self.outputs[output]
                 where = target[t] if target.ndim == 3 else target
-                where[...] = self._full(value, target.dtype, shape)
+                where[...] = self._full(value, self.stored[output], shape)
 
     def _gather(self, statement: ir.Gather) -> Array:
         source = self.values[statement.source]
@@ -125,16 +127,16 @@ class _Interpreter:
         wanted = operand_dtypes(op, given, let.dtype)
         assert wanted is not None  # check_kernel refuses comparisons of literals
         args = [self._arg(a, dtype) for a, dtype in zip(let.args, wanted, strict=True)]
-        return np.asarray(op.reference(*args)).astype(let.dtype)
+        return to_dtype(np.asarray(op.reference(*args)), let.dtype)
 
-    def _arg(self, arg: ir.Arg, dtype: str) -> Array:
+    def _arg(self, arg: ir.Arg, dtype: ir.DType) -> Array:
         if isinstance(arg, ir.Const):
             return np.asarray(arg.value, dtype)
         return self.values[arg]
 
-    def _full(self, arg: ir.Arg, dtype: npt.DTypeLike, shape: tuple[int, int]) -> Array:
+    def _full(self, arg: ir.Arg, dtype: ir.DType, shape: tuple[int, int]) -> Array:
         value = np.asarray(arg.value) if isinstance(arg, ir.Const) else self.values[arg]
-        return np.broadcast_to(value.astype(dtype), shape).copy()
+        return np.broadcast_to(to_dtype(value, dtype), shape).copy()
 
     def _operand(self, name: str, t: int) -> Array:
         """The operand at step ``t``, with axes [B, N] (of extent 1 where it lacks one)."""

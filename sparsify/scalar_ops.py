@@ -1,13 +1,16 @@
 """The scalar operations of the kernel IR: one row each, shared by lowering, reference and backends.
 
 Operands that are tensors have the dtype that the row's rule asks for: lowering inserts a ``cast``
-where torch would promote. Literals (``ir.Const``) are rounded to that same dtype.
+where torch would promote. Literals (``ir.Const``) are rounded to that same dtype. Halves are read
+where a rule asks for float32; ``cast`` alone gives them, as eager's kernels round only what they
+store.
 """
 
 from __future__ import annotations
 
 from sparsify.arithmetic_ops import ARITHMETIC
 from sparsify.elementary_ops import ELEMENTARY
+from sparsify.halves import computed
 from sparsify.ir import DType
 from sparsify.logical_ops import LOGICAL
 from sparsify.scalar_op import ScalarOp
@@ -23,7 +26,7 @@ def why_malformed(op: ScalarOp, operands: tuple[DType | None, ...], result: DTyp
     if wanted is None:
         return f"{op.name} of literals only: nothing says their dtype"
     for index, (given, want) in enumerate(zip(operands, wanted, strict=True)):
-        if given is not None and given != want:
+        if given is not None and want not in (given, computed(given)):
             return f"operand {index} of {op.name} is {given}, expected {want}"
     if op.rule in ("compare", "logical") and result != "bool":
         return f"{op.name} gives bool, not {result}"
@@ -43,7 +46,7 @@ def operand_dtypes(
         return (boolean,) * op.arity
     if op.rule == "select":
         return ("bool", result, result)
-    known = next((dtype for dtype in operands if dtype is not None), None)
+    known = next((computed(dtype) for dtype in operands if dtype is not None), None)
     if known is None:
-        return None if op.rule == "compare" else (result,) * op.arity
+        return None if op.rule == "compare" else (computed(result),) * op.arity
     return (known,) * op.arity

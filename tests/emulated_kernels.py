@@ -19,6 +19,7 @@ from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, Function, Limits
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.reference import Array, run_reference
+from tests.random_kernels import tensors_of
 from tests.test_kernels import assert_same_bits
 
 # Two blocks run at once: those of a call with more rows take several, one after the other.
@@ -67,8 +68,7 @@ def load(kernel: ir.Kernel, plan: ir.Schedule, schedule: Schedule = "random") ->
 def run(
     launch: Launchable, data: Mapping[str, Array], steps: int, batch: int
 ) -> dict[str, torch.Tensor]:
-    tensors = {name: torch.from_numpy(value) for name, value in data.items()}
-    return launch(tensors, steps=steps, batch=batch)
+    return launch(tensors_of(launch.kernel, data), steps=steps, batch=batch)
 
 
 def compare(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from sparsify import ir
+from sparsify.codegen.slots import TORCH_DTYPES
+from sparsify.halves import HALVES, computed, to_dtype
 from sparsify.reference import Array
 from sparsify.scalar_op import ScalarOp
 from sparsify.scalar_ops import SCALAR_OPS
@@ -24,6 +28,7 @@ AXES: tuple[tuple[ir.Axis, ...], ...] = (
     ("B",),
     (),
 )
+SUBNORMAL = {"float32": 1e-42, "float64": 1e-42, "bfloat16": 1e-39, "float16": 1e-7}
 # Integers only count: a product that overflows has no meaning to compare.
 INTEGER_OPS = ("maximum", "minimum", "where", "gt", "le", "eq", "ne", "neg")
 
@@ -52,6 +57,7 @@ class _Builder:
     gatherable: set[str] = field(default_factory=set)
     updated_in: dict[str, int] = field(default_factory=dict)  # state -> index of the phase
     restricted: bool = False  # gathers are restricted wherever they can be
+    half: ir.DType | None = None  # of operands, states and weights, beside the others
     fresh: int = 0
 
     def name(self, prefix: str) -> str:
@@ -77,11 +83,19 @@ class _Builder:
 
     def readable(self, population: str, dtype: ir.DType) -> list[str]:
         return [
-            n for n, d in self.dtypes.items() if d == dtype and self.where[n] in (None, population)
+            n
+            for n, d in self.dtypes.items()
+            if dtype in (d, computed(d)) and self.where[n] in (None, population)
         ]
 
-    def arg(self, population: str, dtype: ir.DType) -> ir.Arg:
+    def floats(self) -> tuple[ir.DType, ...]:
+        """Dtypes that are drawn where there may be floats."""
+        return (self.float_dtype, self.half or self.float_dtype)
+
+    def arg(self, population: str, dtype: ir.DType, *, exactly: bool = False) -> ir.Arg:
         known = self.readable(population, dtype)
+        if exactly:
+            known = [name for name in known if self.dtypes[name] == dtype]
         if known and self.draw(st.integers(0, 4)) > 0:
             name: str = self.draw(st.sampled_from(known))
             return name
@@ -93,12 +107,15 @@ class _Builder:
 
 
 @st.composite
-def kernels(draw: st.DrawFn, restricted: bool = False) -> Drawn:
+def kernels(draw: st.DrawFn, restricted: bool = False, halves: bool = False) -> Drawn:
     """A kernel of one to three populations and phases, with a schedule that fits it.
 
-    Its gathers are restricted wherever they can be, or nowhere.
+    Its gathers are restricted wherever they can be, or nowhere. With ``halves`` some of what lies
+    in memory is float16 or bfloat16.
     """
     b = _Builder(draw, draw(st.sampled_from(("float32", "float64"))), restricted=restricted)
+    if halves:
+        b.float_dtype, b.half = "float32", draw(st.sampled_from(HALVES))
     for index in range(draw(st.integers(1, 3))):
         b.populations.append(ir.Population(f"layer{index}", draw(st.sampled_from(SIZES))))
     names = [p.name for p in b.populations]
@@ -137,7 +154,7 @@ def draw_schedule(draw: st.DrawFn, kernel: ir.Kernel) -> ir.Schedule:
 def _draw_operands(b: _Builder, population: str) -> None:
     for _ in range(b.draw(st.integers(1, 2))):
         axes = b.draw(st.sampled_from(AXES))
-        dtype = b.draw(st.sampled_from((b.float_dtype, b.float_dtype, "bool", "int32", "int64")))
+        dtype = b.draw(st.sampled_from((*b.floats(), "bool", "int32", "int64")))
         name = b.operand(axes, population, dtype)
         if b.draw(st.booleans()):
             b.binary.add(name)
@@ -147,7 +164,7 @@ def _draw_operands(b: _Builder, population: str) -> None:
 
 def _draw_states(b: _Builder, population: str, phases: list[int]) -> None:
     for _ in range(b.draw(st.integers(0, 2))):
-        dtype = b.draw(st.sampled_from((b.float_dtype, b.float_dtype, "bool", "int32")))
+        dtype = b.draw(st.sampled_from((*b.floats(), "bool", "int32")))
         axes: tuple[ir.Axis, ...] = b.draw(st.sampled_from((("B", "N"), ("N",), ())))
         init = b.operand(axes, population, dtype)
         name = b.define(b.name("state"), dtype, population)
@@ -163,14 +180,14 @@ def _draw_phase(b: _Builder, population: str, index: int) -> ir.Phase:
     body += [_draw_let(b, population) for _ in range(b.draw(st.integers(1, 5)))]
     for state in b.states:
         if b.updated_in[state.name] == index:
-            body.append(ir.Update(state.name, b.arg(population, state.dtype)))
+            body.append(ir.Update(state.name, b.arg(population, state.dtype, exactly=True)))
     body += [_draw_store(b, population) for _ in range(b.draw(st.integers(1, 2)))]
     b.gatherable |= {s.result for s in body if isinstance(s, ir.Let | ir.Gather)}
     return ir.Phase(population, tuple(body))
 
 
 def _draw_gather(b: _Builder, population: str) -> list[ir.Statement]:
-    readable = (b.float_dtype, "bool", "int32", "int64")
+    readable = (*b.floats(), "bool", "int32", "int64")
     sources = [name for name in b.gatherable if b.dtypes[name] in readable]
     if not sources:
         return []
@@ -179,7 +196,8 @@ def _draw_gather(b: _Builder, population: str) -> list[ir.Statement]:
     weight = b.name("weight")
     senders = b.where[source]
     assert senders is not None
-    b.weights.append(ir.Weight(weight, population, senders, b.float_dtype))
+    dtype = b.draw(st.sampled_from(b.floats())) if b.half else b.float_dtype
+    b.weights.append(ir.Weight(weight, population, senders, dtype))
     is_binary = source in b.binary and (b.restricted or b.draw(st.booleans()))
     payload: ir.Payload = "binary" if is_binary else "real"
     result = b.define(b.name("sum"), b.float_dtype, population)
@@ -215,7 +233,8 @@ def _draw_args(b: _Builder, op: ScalarOp, population: str, dtype: ir.DType) -> t
 
 def _draw_cast(b: _Builder, population: str) -> ir.Let:
     """Never a float to an integer: out of range that is undefined."""
-    into: ir.DType = b.draw(st.sampled_from(("float32", "float64", "bool")))
+    allowed: tuple[ir.DType, ...] = ("float32", "float64", "bool")
+    into = b.draw(st.sampled_from((*allowed, b.half, b.half) if b.half else allowed))
     sources = [n for d in VALUE_DTYPES for n in b.readable(population, d)]
     source = b.draw(st.sampled_from(sources)) if sources else b.operand((), population, "float32")
     result = b.define(b.name("value"), into, population)
@@ -237,7 +256,21 @@ def in_memory(values: Array, dtype: ir.DType) -> Array:
     """``values`` as a kernel is given them."""
     if dtype == "bits":
         return np.packbits(values != 0, axis=-1, bitorder="little")
-    return values.astype(dtype)
+    return to_dtype(values, dtype)
+
+
+def tensors_of(kernel: ir.Kernel, data: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """``data`` as torch has it: halves are float32 in numpy."""
+    halves = {t.name: t.dtype for t in (*kernel.operands, *kernel.weights) if t.dtype in HALVES}
+    tensors = {name: torch.from_numpy(value) for name, value in data.items()}
+    return tensors | {n: tensors[n].to(TORCH_DTYPES[halves[n]]) for n in halves if n in tensors}
+
+
+def array_of(tensor: torch.Tensor) -> Array:
+    """A result as the reference has it."""
+    is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+    array: Array = (tensor.float() if is_half else tensor).numpy()
+    return array
 
 
 def draw_data(
@@ -258,8 +291,8 @@ def draw_data(
         values = np.asarray(rng.standard_normal(shape) * (rng.random(shape) < activity))
         if operand.name in drawn.binary:
             values = (values != 0).astype(np.float64)
-        elif special and operand.dtype in ("float32", "float64"):
-            odd = rng.choice((np.inf, -np.inf, np.nan, -0.0, 1e-42), shape)
+        elif special and operand.dtype in SUBNORMAL:
+            odd = rng.choice((np.inf, -np.inf, np.nan, -0.0, SUBNORMAL[operand.dtype]), shape)
             values = np.where(rng.random(shape) < 0.1, odd, values)
         elif operand.dtype in ("int32", "int64"):
             values = np.rint(values * 2)
@@ -271,5 +304,5 @@ def draw_data(
         values = rng.standard_normal(shape)
         if weight.name in exact:
             values = rng.integers(-64, 65, shape) / 64
-        data[weight.name] = values.astype(weight.dtype)
+        data[weight.name] = to_dtype(values, weight.dtype)
     return data

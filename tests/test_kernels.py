@@ -19,7 +19,7 @@ from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from tests.carried_state import check_one_call_equals_several
 from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule, two_layers
-from tests.random_kernels import Drawn, draw_data, kernels
+from tests.random_kernels import Drawn, array_of, draw_data, kernels, tensors_of
 
 BACKEND = CppBackend()
 
@@ -41,7 +41,7 @@ def load(kernel: ir.Kernel, schedule: ir.Schedule) -> Launchable:
 
 def assert_same_bits(got: torch.Tensor, wanted: Array, what: str) -> None:
     """Equal bits; NaN equals NaN, because its sign and payload are the processor's choice."""
-    array = got.numpy()
+    array = array_of(got)
     assert array.shape == wanted.shape and array.dtype == wanted.dtype, what
     unsigned = f"u{array.dtype.itemsize}"
     equal = array.view(unsigned) == wanted.view(unsigned)
@@ -54,8 +54,7 @@ def compare(
     launch: Launchable, kernel: ir.Kernel, data: dict[str, Array], steps: int, batch: int
 ) -> None:
     wanted = run_reference(kernel, data, steps=steps, batch=batch)
-    tensors = {name: torch.from_numpy(value) for name, value in data.items()}
-    got = launch(tensors, steps=steps, batch=batch)
+    got = launch(tensors_of(kernel, data), steps=steps, batch=batch)
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_same_bits(got[name], value, f"{name}, {steps} steps of {batch}")
@@ -81,6 +80,17 @@ def test_random_kernels(drawn: Drawn, seed: int, special: bool) -> None:
 @given(drawn=kernels(restricted=True), seed=st.integers(0, 2**16), special=st.booleans())
 def test_random_restricted_kernels(drawn: Drawn, seed: int, special: bool) -> None:
     assume(any(gather.only is not None for gather in drawn.kernel.gathers))
+    compare_with_random_data(drawn, seed, special)
+
+
+@settings(
+    max_examples=16,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(drawn=kernels(halves=True), seed=st.integers(0, 2**16), special=st.booleans())
+def test_random_kernels_of_halves(drawn: Drawn, seed: int, special: bool) -> None:
     compare_with_random_data(drawn, seed, special)
 
 
