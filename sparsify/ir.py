@@ -204,10 +204,14 @@ class Layout:
 
     Restricted Gathers, which add up what a receiver gets, read the same with senders and receivers
     exchanged.
+
+    Kernels on a GPU cannot wait until what is kept has been counted: there is ``room`` for so large
+    a share of a row, and of 32 receivers of it; where more is kept, they read every weight.
     """
 
     kind: LayoutKind
     width: int = 1  # of a run of block-rows
+    room: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.width}" if self.kind == "block-rows" else self.kind

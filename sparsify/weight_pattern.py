@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparsify import ir
+
+WORD = 32  # receivers that a warp of a GPU reads at once
+GRAIN = 4  # what the first of them is a multiple of
+SLACK = 1.125  # of the room for weights that are pruned anew, beside one place in 32
 RUNS = (8, 16, 32)  # receivers of a run of ``ir.Layout``'s block-rows
 GROUPS = (4, 8, 16)  # receivers of which N:M patterns keep some
 
@@ -20,11 +26,15 @@ class Pattern:
     length of a run of consecutive receivers of one sender, the share of runs with such a weight.
     ``n_of_m`` is the smallest ``(n, m)`` for which no aligned group of ``m`` consecutive receivers
     of a sender has more than ``n``, with ``n <= m / 2``; None where there is none.
+    ``fullest_word`` is the largest share of 32 receivers of a sender that is kept, from any
+    multiple of 4 on, ``fullest_row`` that of all senders of a receiver.
     """
 
     density: float
     run_density: Mapping[int, float]
     n_of_m: tuple[int, int] | None = None
+    fullest_word: float = 1.0
+    fullest_row: float = 1.0
 
 
 DENSE = Pattern(1.0, dict.fromkeys(RUNS, 1.0))
@@ -37,7 +47,27 @@ def find_pattern(weight: Tensor) -> Pattern:
     kept = weight.detach().ne(0)
     density = int(kept.sum()) / kept.numel()
     runs = {run: float(_grouped(kept, run).any(1).float().mean()) for run in RUNS}
-    return Pattern(density, runs, _find_n_of_m(kept))
+    row = int(kept.sum(1).max()) / kept.shape[1]
+    return Pattern(density, runs, _find_n_of_m(kept), _fullest_word(kept), row)
+
+
+def with_room(layout: ir.Layout, pattern: Pattern) -> ir.Layout:
+    """The layout with room for a weight of this pattern, and for some more where it has no N:M."""
+    if layout.kind not in ("masked-rows", "compressed-rows"):
+        return layout
+    share = pattern.fullest_word
+    if layout.kind == "compressed-rows":
+        share = max(share, pattern.fullest_row)
+    if layout.kind == "compressed-rows" or pattern.n_of_m is None:
+        share = share * SLACK + 1 / WORD
+    return replace(layout, room=min(1.0, math.ceil(share * WORD) / WORD))
+
+
+def _fullest_word(kept: Tensor) -> float:
+    counts = _grouped(kept, GRAIN).float().sum(1)
+    count = WORD // GRAIN
+    windows = pad(counts, (0, 0, 0, max(0, count - len(counts)))).unfold(0, count, 1)
+    return int(windows.sum(-1).max()) / WORD
 
 
 def _find_n_of_m(kept: Tensor) -> tuple[int, int] | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sparsify.weight_pattern import DENSE, find_pattern
+from sparsify import ir
+from sparsify.weight_pattern import DENSE, find_pattern, with_room
+
+MASKED, COMPRESSED = ir.Layout("masked-rows"), ir.Layout("compressed-rows")
 
 
 def test_density_counts_what_is_not_zero() -> None:
@@ -28,3 +31,21 @@ def test_two_of_four_receivers() -> None:
 
 def test_an_empty_weight_is_dense() -> None:
     assert find_pattern(torch.empty(0, 4)) == DENSE
+
+
+def test_the_fullest_words_and_rows_are_what_room_is_made_for() -> None:
+    weight = torch.zeros(70, 40)
+    weight[36:44, 1] = 1.0  # of receivers 12 to 43, 36 to 67: eight of 32
+    weight[5, :30] = 1.0
+    pattern = find_pattern(weight)
+    assert (pattern.fullest_word, pattern.fullest_row) == (8 / 32, 30 / 40)
+    assert with_room(MASKED, pattern).room == 10 / 32  # an eighth more, and one
+    assert with_room(COMPRESSED, pattern).room == 28 / 32
+    block = ir.Layout("block-rows", 8)
+    assert with_room(block, pattern) == block
+    assert with_room(MASKED, DENSE).room == 1.0
+
+
+def test_two_of_four_are_half_a_word() -> None:
+    weight = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(16)[:, None].repeat(1, 3)
+    assert with_room(MASKED, find_pattern(weight)).room == 0.5

@@ -1,7 +1,6 @@
 // Sums over senders, for PER receivers of a thread: those in `columns`, of one row of the batch.
 //
-// Weights are packed as [sender][receiver] with rows of ROW elements; of restricted products as
-// [receiver][sender].
+// Weights are packed as [sender][receiver], of restricted products as [receiver][sender].
 #pragma once
 
 #include "events.cuh"
@@ -20,6 +19,15 @@ struct Columns {
       at[k] = n < end ? n : end - 1;
     }
   }
+};
+
+// Weights in memory, as [sender][receiver] with rows of ROW elements, or the other way round. Sums take
+// whatever says which weight a row has at a place in this way.
+template <int ROW, class F>
+struct Rows {
+  const F* weights;
+  SPARSIFY_INLINE explicit Rows(const F* weights) : weights(weights) {}
+  SPARSIFY_INLINE F operator()(int row, int at) const { return weights[int64_t(row) * ROW + at]; }
 };
 
 // The payload of an event: 1, or the sender's value.
@@ -41,9 +49,10 @@ struct Payload {
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
 // Nothing is contracted (--fmad=false): every backend and every batch size gets the same bits.
 // AHEAD weights are asked for before the first of them is added.
-template <int ROW, int PER, int THREADS, class F, int SENDERS, class Payloads>
-SPARSIFY_INLINE void gather_events(F (&sums)[PER], const F* weight, const Events<SENDERS>& events,
-                                   const Payloads& payload, const Columns<PER, THREADS>& columns) {
+template <class Weights, int PER, int THREADS, class F, int SENDERS, class Payloads>
+SPARSIFY_INLINE void gather_events(F (&sums)[PER], const Weights& weight,
+                                   const Events<SENDERS>& events, const Payloads& payload,
+                                   const Columns<PER, THREADS>& columns) {
   constexpr int AHEAD = PER == 1 ? 8 : PER <= 4 ? 4 : 2;
 #pragma unroll
   for (int k = 0; k < PER; ++k) sums[k] = F(0);
@@ -56,9 +65,9 @@ SPARSIFY_INLINE void gather_events(F (&sums)[PER], const F* weight, const Events
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
         const int sender = events.index[e + a < end ? e + a : end - 1];
-        const F* const from = weight + int64_t(sender) * ROW;
 #pragma unroll
-        for (int k = 0; k < PER; ++k) added[a][k] = payload.times(from[columns.at[k]], sender);
+        for (int k = 0; k < PER; ++k)
+          added[a][k] = payload.times(weight(sender, columns.at[k]), sender);
       }
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a)
@@ -86,9 +95,10 @@ template <class F, int SENDERS>
 SPARSIFY_INLINE F payload_of(const Events<SENDERS>&, const Payload<F>& payload, int sender, int&) {
   return payload.values[sender];
 }
-template <int ROW, int PER, int THREADS, class F, int SENDERS, class Payloads>
-SPARSIFY_INLINE void gather_all(F (&sums)[PER], const F* weight, const Events<SENDERS>& events,
-                                const Payloads& payload, const Columns<PER, THREADS>& columns) {
+template <class Weights, int PER, int THREADS, class F, int SENDERS, class Payloads>
+SPARSIFY_INLINE void gather_all(F (&sums)[PER], const Weights& weight,
+                                const Events<SENDERS>& events, const Payloads& payload,
+                                const Columns<PER, THREADS>& columns) {
   F sum[PER] = {};
   int next = 0;
 #pragma unroll
@@ -99,40 +109,45 @@ SPARSIFY_INLINE void gather_all(F (&sums)[PER], const F* weight, const Events<SE
     const bool closes = sender % BLOCK == BLOCK - 1 || sender == SENDERS - 1;
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
-      sum[k] += weight[int64_t(sender) * ROW + columns.at[k]] * value;
+      sum[k] += weight(sender, columns.at[k]) * value;
       sums[k] += closes ? sum[k] : F(0);
       sum[k] = closes ? F(0) : sum[k];
     }
   }
 }
 
-// gather_events where the weights are finite, else gather_all. `total` is the sum of all weights: it may
-// overflow, which costs time alone.
+// gather_events where the weights are finite, else gather_all. `total` is not finite if one of them is not.
+template <class Weights, int PER, int THREADS, class F, int SENDERS, class Payloads>
+SPARSIFY_INLINE void gather(F (&sums)[PER], const Weights& weight, const F* total,
+                            const Events<SENDERS>& events, const Payloads& payload,
+                            const Columns<PER, THREADS>& columns) {
+  if (is_finite(*total))
+    gather_events(sums, weight, events, payload, columns);
+  else
+    gather_all(sums, weight, events, payload, columns);
+}
 template <int ROW, int PER, int THREADS, class F, int SENDERS, class Payloads>
 SPARSIFY_INLINE void gather(F (&sums)[PER], const F* weight, const F* total,
                             const Events<SENDERS>& events, const Payloads& payload,
                             const Columns<PER, THREADS>& columns) {
-  if (is_finite(*total))
-    gather_events<ROW>(sums, weight, events, payload, columns);
-  else
-    gather_all<ROW>(sums, weight, events, payload, columns);
+  gather(sums, Rows<ROW, F>(weight), total, events, payload, columns);
 }
 
 // Adds what a sender contributes to the sums, with one rounding each.
-template <int ROW, int PER, int THREADS, class F>
-SPARSIFY_INLINE void add_sender(F (&sums)[PER], const F* weight, const F* values, int sender,
+template <class Weights, int PER, int THREADS, class F>
+SPARSIFY_INLINE void add_sender(F (&sums)[PER], const Weights& weight, const F* values, int sender,
                                 const Columns<PER, THREADS>& columns) {
-  const F* const from = weight + int64_t(sender) * ROW;
 #pragma unroll
-  for (int k = 0; k < PER; ++k) sums[k] = fused(from[columns.at[k]], values[sender], sums[k]);
+  for (int k = 0; k < PER; ++k)
+    sums[k] = fused(weight(sender, columns.at[k]), values[sender], sums[k]);
 }
 
 // sums[k] = sum over all senders of values[sender] * weight[sender][receiver k].
 // The order of additions is free here and products are fused: compared by a bound, not by bits. Each
 // sum is made of several PARTS, so that additions need not wait for each other.
-template <int ROW, int PER, int THREADS, class F>
-SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const F* weight, const F* values, int senders,
-                                  const Columns<PER, THREADS>& columns) {
+template <class Weights, int PER, int THREADS, class F>
+SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const Weights& weight, const F* values,
+                                  int senders, const Columns<PER, THREADS>& columns) {
   constexpr int PARTS = PER == 1 ? 8 : PER <= 4 ? 4 : 2;
   F parts[PARTS][PER] = {};
   const int whole = senders / PARTS * PARTS;
@@ -140,9 +155,9 @@ SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const F* weight, const F* valu
   for (int first = 0; first < whole; first += PARTS)
 #pragma unroll
     for (int p = 0; p < PARTS; ++p)
-      add_sender<ROW>(parts[p], weight, values, first + p, columns);
+      add_sender(parts[p], weight, values, first + p, columns);
   for (int sender = whole; sender < senders; ++sender)
-    add_sender<ROW>(parts[0], weight, values, sender, columns);
+    add_sender(parts[0], weight, values, sender, columns);
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     sums[k] = parts[0][k];
@@ -150,26 +165,41 @@ SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const F* weight, const F* valu
     for (int p = 1; p < PARTS; ++p) sums[k] += parts[p][k];
   }
 }
+template <int ROW, int PER, int THREADS, class F>
+SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const F* weight, const F* values, int senders,
+                                  const Columns<PER, THREADS>& columns) {
+  gather_dense(sums, Rows<ROW, F>(weight), values, senders, columns);
+}
+
+// What `weight` says of one receiver, added up by a whole warp: a part to each lane.
+template <class Weights, class F>
+SPARSIFY_INLINE F part_of_row(const Weights& weight, const F* values, int senders, int receiver) {
+  F part = F(0);
+#pragma unroll 4
+  for (int sender = lane_of(); sender < senders; sender += WARP)
+    part = fused(weight(receiver, sender), values[sender], part);
+  return part;
+}
 
 // sum = sum over all senders of values[sender] * weight[n][sender] where `wanted`, else 0. The lanes
 // of a warp, whose n are consecutive, add up one wanted receiver after the other. Returns to one of
 // them how many there were. The order of additions is the same whoever else is wanted.
-template <int ROW, class F>
-SPARSIFY_INLINE int gather_wanted(F& sum, const F* weight, const F* values, int senders, int n,
+template <class Weights, class F>
+SPARSIFY_INLINE int gather_wanted(F& sum, const Weights& weight, const F* values, int senders, int n,
                                   bool wanted) {
   const uint32_t all = __ballot_sync(ALL, wanted);
   sum = F(0);
   for (uint32_t left = all; left; left &= left - 1) {
     const int lane = __ffs(left) - 1;
-    const F* const from = weight + int64_t(n - lane_of() + lane) * ROW;
-    F part = F(0);
-#pragma unroll 4
-    for (int sender = lane_of(); sender < senders; sender += WARP)
-      part = fused(from[sender], values[sender], part);
-    part = warp_sum(part);
-    if (lane_of() == lane) sum = part;
+    const F whole = warp_sum(part_of_row(weight, values, senders, n - lane_of() + lane));
+    if (lane_of() == lane) sum = whole;
   }
   return lane_of() == 0 ? __popc(all) : 0;
+}
+template <int ROW, class F>
+SPARSIFY_INLINE int gather_wanted(F& sum, const F* weight, const F* values, int senders, int n,
+                                  bool wanted) {
+  return gather_wanted(sum, Rows<ROW, F>(weight), values, senders, n, wanted);
 }
 
 // Clears the sums that nobody wants; counts like gather_wanted.
