@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.prune import BasePruningMethod
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -35,9 +36,13 @@ def needs_grad(tensors: Iterable[Tensor]) -> bool:
 
 
 def why_observed(model: nn.Module) -> Refusal | None:
-    """A forward hook that would not fire: on a submodule, or on all modules."""
+    """A forward hook that would not fire: on a submodule, or on all modules.
+
+    Masks of ``torch.nn.utils.prune`` are hooks that compute with tensors alone; they are recorded.
+    """
     for name, module in model.named_modules():
-        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if module is not model and not all(isinstance(hook, BasePruningMethod) for hook in hooks):
             reason = f"A forward hook on {name!r} reads what runs inside of the kernels."
             return Refusal("observed", reason, HOOK_REMEDY)
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:

@@ -46,6 +46,7 @@ from sparsify.scans import (
     visit_calls,
     with_regions,
 )
+from sparsify.weight_facts import note_patterns
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Compiler:
 
         ``earlier`` are sites that the plan has from another recording of the model.
         """
+        note_patterns(recording.graph.graph, operands)
         products = find_products(recording.graph.graph)
         plan = measured_plan(plan, products)
         undifferentiated: dict[str, Refusal] = {}
@@ -105,8 +107,7 @@ class Compiler:
             for product in products
             if product not in placed
         }
-        weights = _stored_tensors(recording.graph, operands)
-        rows = Rows(placements, choices, refused, weights, chooser.break_even)
+        rows = Rows(placements, choices, refused, chooser.break_even)
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
         return Compiled(
@@ -266,13 +267,3 @@ def summarize(result: Any) -> Any:
 
 def _kernel_name(name: str) -> str:
     return name.replace(".", "_")
-
-
-def _stored_tensors(graph: fx.GraphModule, operands: Sequence[Tensor]) -> dict[str, Tensor]:
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    sources = (node.meta.get("source") for node in placeholders)
-    return {
-        source.name: operand
-        for source, operand in zip(sources, operands, strict=True)
-        if source is not None and source.kind != "input"
-    }

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.choose import Choice
 from sparsify.errors import Refusal
@@ -24,7 +23,6 @@ class Rows:
     placements: Sequence[Placement]
     choices: Mapping[str, Choice]
     refused: Mapping[str, Refusal]  # by product name
-    weights: Mapping[str, Tensor]
     break_even: Mapping[tuple[str, str], float]
 
     def describe(self, products: Iterable[Product]) -> tuple[Site, ...]:
@@ -54,7 +52,7 @@ class Rows:
             _reason_with_line(refusal, product),
             refusal.remedy,
             activity=product.activity,
-            weight_density=self._density(product),
+            weight_density=_density(product),
             dense_operations=product.operations or None,
         )
 
@@ -76,7 +74,7 @@ class Rows:
             refusal.reason if refusal else choice.note,
             refusal.remedy if refusal else "",
             activity=activity,
-            weight_density=self._density(product),
+            weight_density=_density(product),
             dense_operations=product.operations or None,
             event_operations=None if activity is None else activity * product.operations or None,
             took_ms=took,
@@ -86,11 +84,9 @@ class Rows:
             region=placement.region if choice.region is not None else "",
         )
 
-    def _density(self, product: Product) -> float | None:
-        weight = self.weights.get(product.weight)
-        if weight is None or weight.numel() == 0:
-            return None
-        return int(torch.count_nonzero(weight.detach())) / weight.numel()
+
+def _density(product: Product) -> float | None:
+    return None if product.pattern is None else product.pattern.density
 
 
 def _reason_with_line(refusal: Refusal, product: Product) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import fx
 from sparsify.errors import Location
 from sparsify.graph_meta import Source
 from sparsify.passes.classify_ops import TRANSPOSES
+from sparsify.weight_pattern import Pattern
 
 aten = torch.ops.aten
 WEIGHT_ARGUMENT: dict[object, int] = {
@@ -44,7 +44,8 @@ class Product:
     """One line of the model that multiplies by one weight, over all time steps.
 
     ``activity`` is the mean measured share of non-zeros that it read, ``operations`` the
-    multiply-adds of a dense product for the whole example.
+    multiply-adds of a dense product for the whole example. ``pattern`` is that of the weight
+    ``[R, S]`` that it reads, masks and parametrizations applied; None where it was not noted.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Product:
     activity: float | None
     operations: float
     nodes: tuple[fx.Node, ...]
+    pattern: Pattern | None = field(default=None, compare=False)
 
 
 def find_products(graph: fx.Graph) -> tuple[Product, ...]:
@@ -61,7 +63,7 @@ def find_products(graph: fx.Graph) -> tuple[Product, ...]:
     paths: dict[fx.Node, str] = {}
     groups: dict[tuple[str, str, Location | None], list[tuple[fx.Node, fx.Node]]] = {}
     for node in graph.nodes:
-        for weight in _weights_of(node):
+        for weight in weights_of(node):
             path = _weight_path(weight, paths)
             if path:
                 key = (path, str(node.meta.get("module", "")), node.meta.get("location"))
@@ -70,7 +72,8 @@ def find_products(graph: fx.Graph) -> tuple[Product, ...]:
     return tuple(_product(key, uses, names) for key, uses in groups.items())
 
 
-def _weights_of(node: fx.Node) -> Iterable[fx.Node]:
+def weights_of(node: fx.Node) -> list[fx.Node]:
+    """What a linear operation multiplies by, matrices and kernels of convolutions; else nothing."""
     if node.target in RECURRENT:
         tensors: Any = node.args[3] if node.target in DATA_FORMS else node.args[2]
         return [w for w in tensors if len(w.meta["val"].shape) == 2]
@@ -121,14 +124,29 @@ def _product(
     names: dict[str, int],
 ) -> Product:
     path, module, location = key
-    base = path.removesuffix(".weight")
+    base = layer_name(path)
     names[base] = names.get(base, 0) + 1
     name = base if names[base] == 1 else f"{base}#{names[base]}"
     measured = [a for node, _ in uses if (a := node.meta.get("activity")) is not None]
     activity = math.fsum(measured) / len(measured) if measured else None
     operations = math.fsum(_operations(node, weight) for node, weight in uses)
     nodes = tuple(node for node, _ in uses)
-    return Product(name, path, module, location, activity, operations, nodes)
+    patterns = (of.meta["pattern"] for use in uses for of in use if "pattern" in of.meta)
+    pattern = next(patterns, None)
+    return Product(name, path, module, location, activity, operations, nodes, pattern)
+
+
+def layer_name(path: str) -> str:
+    """What a weight's layer is called: the same with and without a mask or a parametrization."""
+    names = path.split(".")
+    if "parametrizations" in names[:-2]:
+        place = names.index("parametrizations")  # fc.parametrizations.weight.original0
+        names = [*names[:place], names[place + 1]]
+    if names[-1].endswith("_orig"):  # torch.nn.utils.prune
+        names[-1] = names[-1].removesuffix("_orig")
+    if names[-1] == "weight":
+        names.pop()
+    return ".".join(names) or "weight"
 
 
 def _operations(node: fx.Node, weight: fx.Node) -> float:

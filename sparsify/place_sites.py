@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsify.errors import Location, Refusal
-from sparsify.find_products import RECURRENT, Product
+from sparsify.find_products import RECURRENT, Product, layer_name
 from sparsify.lowered import Lowered, LoweredSite
 from sparsify.passes.classify_ops import product_operand
 from sparsify.scan import Scan
@@ -74,7 +74,7 @@ def _find_product(site: LoweredSite, products: Iterable[Product]) -> Product | N
 
 
 def _unrecorded_product(site: LoweredSite, taken: set[str]) -> Product:
-    base = site.weight.removesuffix(".weight")
+    base = layer_name(site.weight)
     numbered = (f"{base}#{i}" for i in range(2, len(taken) + 3))
     name = next(n for n in (base, *numbered) if n not in taken)
     return Product(name, site.weight, site.module, site.location, None, 0.0, ())

@@ -68,7 +68,9 @@ HOOKS = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
-TORCH_FIELDS = frozenset(nn.Module().__dict__)
+# Of the last, recurrent modules of torch make new ones where their weights, masked ones too, are
+# no longer those that it refers to.
+TORCH_FIELDS = frozenset(nn.Module().__dict__) | {"_flat_weight_refs"}
 KEPT = (nn.Module, torch.autograd.Function)  # whose forward is checked in torch's classes too
 CachedFunction = type(functools.lru_cache(len))
 WRAPPERS = (property, staticmethod, classmethod, functools.cached_property)

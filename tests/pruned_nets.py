@@ -1,0 +1,93 @@
+"""One recurrent network whose weights are zero in the ways in which people have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+DENSITY = 0.25
+
+
+class Recurrent(nn.Module):
+    """Leaky units that send what exceeds 1; ``x`` is ``[T, B, inputs]``."""
+
+    kept: Tensor
+
+    def __init__(self, inputs: int = 8, hidden: int = 32) -> None:
+        super().__init__()
+        self.encode = nn.Linear(inputs, hidden)
+        self.recur = nn.Linear(hidden, hidden, bias=False)
+        generator = torch.Generator().manual_seed(1)
+        kept = torch.rand(hidden, hidden, generator=generator)
+        self.register_buffer("kept", (kept < DENSITY).float())
+
+    def recurrent(self, sent: Tensor) -> Tensor:
+        current: Tensor = self.recur(sent)
+        return current
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = sent = x.new_zeros(x.shape[1], self.recur.in_features)
+        outputs = []
+        for x_t in x:
+            v = 0.75 * v + self.encode(x_t) + self.recurrent(sent)
+            sent = torch.relu(v - 1)
+            v = v - sent
+            outputs.append(sent)
+        return torch.stack(outputs)
+
+
+class MaskedInForward(Recurrent):
+    def recurrent(self, sent: Tensor) -> Tensor:
+        return F.linear(sent, self.recur.weight * self.kept)
+
+
+class Masked(nn.Module):
+    """A parametrization."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.get_buffer("kept")
+
+
+def zeroed() -> Recurrent:
+    model = Recurrent()
+    with torch.no_grad():
+        model.recur.weight.mul_(model.kept)
+    return model
+
+
+def masked_by_torch() -> Recurrent:
+    model = Recurrent()
+    prune.custom_from_mask(model.recur, "weight", model.kept)
+    return model
+
+
+def parametrized() -> Recurrent:
+    model = Recurrent()
+    parametrize.register_parametrization(model.recur, "weight", Masked(model.kept))
+    return model
+
+
+PRUNED: dict[str, Callable[[], Recurrent]] = {
+    "zeroed": zeroed,
+    "torch.nn.utils.prune": masked_by_torch,
+    "parametrization": parametrized,
+    "masked in forward": MaskedInForward,
+}
+
+
+def mask_of(model: Recurrent) -> Tensor:
+    """The mask that the model's forward multiplies by."""
+    masks = {name: buffer for name, buffer in model.named_buffers() if name != "kept"}
+    return next(iter(masks.values()), model.kept)
+
+
+def example(steps: int = 6, batch: int = 3) -> Tensor:
+    return 2 * torch.randn(steps, batch, 8, generator=torch.Generator().manual_seed(2))
