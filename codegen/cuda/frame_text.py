@@ -6,12 +6,13 @@ they are written here and filled by the launchable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
+from sparsify.codegen.cuda.layouts import Array
 from sparsify.codegen.frame_text import shape_note, write_origin
 from sparsify.codegen.usage import Packing, packings
 from sparsify.codegen.writer import Writer
@@ -45,7 +46,7 @@ class Member:
     ``role`` and ``of`` say what it belongs to: the operand, weight, output or scratch of that name.
     """
 
-    role: Literal["operand", "weight", "total", "output", "active", "scratch", "number"]
+    role: Literal["operand", "weight", "total", "kept", "output", "active", "scratch", "number"]
     of: str
     kind: str
     name: str
@@ -90,10 +91,12 @@ def call_members(
     symbols: Symbols,
     scratch: Sequence[Scratch] = (),
     numbers: Sequence[str] = (),
+    kept: Callable[[Packing], Sequence[Array]] = lambda _: (),
 ) -> list[Member]:
     """The members of ``struct Call`` behind ``steps`` and ``batch``.
 
-    ``scratch`` and ``numbers`` are a strategy's own, in its order.
+    ``scratch`` and ``numbers`` are a strategy's own, in its order; ``kept`` says what is packed of
+    a weight beside its whole rows.
     """
     members: list[Member] = []
     for operand in kernel.operands:
@@ -102,6 +105,10 @@ def call_members(
         members.append(Member("operand", operand.name, kind, name, axes, note))
     for packing in packings(kernel, schedule):
         members += _weight_members(kernel, schedule, symbols, packing)
+        rows, of = packed_name(packing, symbols), packing.weight.name
+        for array in kept(packing):
+            kind, name = f"const {array.kind}", f"{rows}{array.suffix}"
+            members.append(Member("kept", of, kind, name, (), array.note))
     for output in kernel.outputs:
         kind, name = MEMORY_TYPES[output.dtype], symbols.outputs[output.name]
         note = shape_note(kernel, output, output.note)

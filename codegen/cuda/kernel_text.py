@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols, start_phases
+from sparsify.codegen.cell_text import start_phases
 from sparsify.codegen.cuda.cell_text import write_cells
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name, row_length
+from sparsify.codegen.cuda.gather_text import GatherText
+from sparsify.codegen.cuda.layouts import find_kept
 from sparsify.codegen.cuda.neuron_text import (
     Inputs,
     Kept,
@@ -25,7 +27,7 @@ from sparsify.codegen.cuda.neuron_text import (
     write_inputs,
     write_neuron,
 )
-from sparsify.codegen.usage import Packing, Source, find_usage, packings
+from sparsify.codegen.usage import Source
 from sparsify.codegen.writer import Writer
 
 WARP = 32
@@ -35,7 +37,7 @@ TILE_WORDS = 24  # where neurons lie in memory, for those that are computed at o
 SUM_WORDS = 3  # registers of a sum: itself, its column and what is added to it
 
 
-class CudaText(ABC):
+class CudaText(GatherText):
     """One rendering of a kernel. A strategy says where things lie and writes its loops.
 
     Neuron ``n`` of a population is ``k * THREADS + threadIdx.x``. The text of a phase relies on
@@ -44,10 +46,7 @@ class CudaText(ABC):
 
     def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, fetches: bool = False) -> None:
         """Neurons in registers get what they read from outside early, where it ``fetches``."""
-        self.w = Writer()
-        self.kernel, self.schedule = kernel, schedule
-        self.symbols = Symbols.of(kernel)
-        self.usage = find_usage(kernel, schedule)
+        super().__init__(kernel, schedule)
         self.neurons = find_neurons(self.usage, self.symbols)
         self.threads = threads_of(kernel)
         self.inputs: dict[str, Inputs] = {}
@@ -57,20 +56,9 @@ class CudaText(ABC):
         self.per = {p: self._per_thread(p) for p in self.neurons}
         new = self.symbols.names.new
         self.per_name = {p: new(f"per_{p}".lower()).upper() for p in self.neurons}
-        self.rows = {
-            packed_name(p, self.symbols): new(f"row_{packed_name(p, self.symbols)}".lower()).upper()
-            for p in self.packings()
-        }
+        self.kept = find_kept(kernel, schedule, self._bands_of)
 
     # -- what a strategy says ----------------------------------------------------------------
-
-    @abstractmethod
-    def events_of(self, source: Source) -> str:
-        """The ``Events`` of a source."""
-
-    @abstractmethod
-    def values_of(self, source: Source) -> str:
-        """The array ``[N]`` of a source's values in the weights' dtype, of step ``t``."""
 
     @abstractmethod
     def publish(self, source: Source, value: str) -> list[str]:
@@ -82,9 +70,6 @@ class CudaText(ABC):
 
     # -- sizes -------------------------------------------------------------------------------
 
-    def packings(self) -> list[Packing]:
-        return packings(self.kernel, self.schedule)
-
     def in_memory(self, neuron: Neuron) -> bool:
         """Whether the neurons are too many for registers."""
         return self.per[neuron.population] * self.threads < self.kernel.population_size(
@@ -95,6 +80,10 @@ class CudaText(ABC):
         """Memory for neurons that do not fit into registers, ``[blocks, N]`` each."""
         kept = [n.scratch() for n in self.neurons.values() if self.in_memory(n)]
         return [memory for memories in kept for memory in memories]
+
+    def _bands_of(self, population: str) -> tuple[int, int]:
+        """The warps of a block, and for how many words of receivers each adds up at once."""
+        return self.threads // WARP, self.per[population]
 
     def _per_thread(self, population: str) -> int:
         """How many neurons of a population a thread computes at once."""
@@ -136,31 +125,6 @@ class CudaText(ABC):
 
     def starts(self) -> list[tuple[ir.Phase, str]]:
         return list(zip(start_phases(self.kernel), self.symbols.starts, strict=True))
-
-    def name(self, source: Source) -> str:
-        return self.symbols.values[source.name]
-
-    def size(self, source: Source) -> str:
-        return self.symbols.sizes[source.population]
-
-    def operand(self, name: str) -> ir.Operand | None:
-        return next((o for o in self.kernel.operands if o.name == name), None)
-
-    def operand_row(self, operand: ir.Operand) -> str:
-        """The address of the row of an operand that has axes (T,)B,N."""
-        name = self.symbols.values[operand.name]
-        time = f" + t * call.{name}_t" if "T" in operand.axes else ""
-        return f"call.{name}{time} + b * call.{name}_b"
-
-    def needs_values(self, source: Source) -> bool:
-        """Whether a gather reads the values of a source, and not its events alone."""
-        readers = [g for g in self.kernel.gathers if g.source == source.name]
-        return source.dense or source.blocks or any(map(self.is_real, readers))
-
-    def is_converted(self, source: Source) -> bool:
-        """Whether values of an operand are copied in the weights' dtype; else they stay."""
-        is_other = source.value_dtype != source.dtype
-        return source.kind == "operand" and is_other and self.needs_values(source)
 
     def write_own_neurons(self) -> None:
         """Declare what a thread keeps in registers through all steps."""
@@ -241,6 +205,9 @@ class CudaText(ABC):
         if gathers:
             per = self.per_name[phase.population]
             w.line(f"const Columns<{per}, THREADS> columns({first}, {end});")
+            if any(self.adds_runs(gather) for gather in gathers):
+                before = "" if first == "0" else f"first / ({per} * THREADS) * (THREADS / WARP) + "
+                w.line(f"const int band = {before}warp_of();")
         for gather in gathers:
             self.write_gather(gather, self.per_name[phase.population])
         wanted = [g for g in gathers if g.only is not None]
@@ -278,33 +245,6 @@ class CudaText(ABC):
             w.line(f"const bool here = n < {end};")
             yield
 
-    def write_gather(self, gather: ir.Gather, per: str) -> None:
-        """Declare and compute the sums of a thread's neurons; restricted ones come with those."""
-        name, dtype = self.symbols.values[gather.result], C_TYPES[self.usage.dtypes[gather.result]]
-        self.w.line(f"{dtype} {name}[{per}];", gather.note)
-        if gather.result in self.usage.selective:
-            return
-        source = self.usage.sources[gather.source]
-        weight, row = self.weight(gather, "receivers")
-        if gather.result in self.usage.dense:
-            given = f"{name}, {weight}, {self.values_of(source)}, {self.size(source)}, columns"
-            self.w.line(f"gather_dense<{row}>({given});")
-            return
-        payload = f"Payload({self.values_of(source)})" if self.is_real(gather) else "One()"
-        given = f"{name}, {weight}, {weight}_total, {self.events_of(source)}, {payload}, columns"
-        self.w.line(f"gather<{row}>({given});")
-
-    def weight(self, gather: ir.Gather, by: str) -> tuple[str, str]:
-        """The packed weight of a gather and the distance of its rows."""
-        packing = next(p for p in self.packings() if p.weight.name == gather.weight and p.by == by)
-        name = packed_name(packing, self.symbols)
-        return f"call.{name}", self.rows[name]
-
-    def is_real(self, gather: ir.Gather) -> bool:
-        """Whether the gather multiplies with the values of its senders."""
-        source = self.usage.sources[gather.source]
-        return gather.payload == "real" and source.value_dtype not in ("bool", "bits")
-
     def _write_wanted(self, gather: ir.Gather, phase: ir.Phase) -> None:
         """The sums of a restricted gather, for a warp's neurons ``n``."""
         assert gather.only is not None
@@ -316,9 +256,9 @@ class CudaText(ABC):
         if gather.result in self.usage.dense:
             self.w.line(f"{counter} += keep_wanted({name}[k], {name}_wanted);")
             return
-        weight, row = self.weight(gather, "senders")
-        given = f"{name}[k], {weight}, {self.values_of(source)}, {self.size(source)}, n"
-        self.w.line(f"{counter} += gather_wanted<{row}>({given}, {name}_wanted);")
+        given = f"{self.values_of(source)}, {self.size(source)}, n, {name}_wanted"
+        for line in self.wanted_sum(gather, counter, given):
+            self.w.line(line)
 
     def _only(self, gather: ir.Gather, phase: ir.Phase) -> str:
         assert gather.only is not None

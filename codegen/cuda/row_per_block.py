@@ -12,7 +12,6 @@ from functools import partial
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
-from sparsify.codegen.cuda.frame_text import call_members
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared, why_not_words
@@ -31,8 +30,7 @@ class RowPerBlock:
         if refusal is not None:
             return refusal
         text = RowText(kernel, schedule)
-        members = call_members(kernel, schedule, text.symbols, text.scratch())
-        refusal = why_not_words(kernel, members)
+        refusal = why_not_words(kernel, text.members())
         return refusal or why_not_shared(kernel, text.shared_bytes(), self.limits)
 
     def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
@@ -43,7 +41,6 @@ class RowPerBlock:
 
     def plan(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Plan:
         text = RowText(kernel, schedule)
-        members = call_members(kernel, schedule, text.symbols, text.scratch())
         blocks = partial(_blocks, bool(kernel.states), text.threads, text.shared_bytes())
         sizes = [
             kernel.population_size(neuron.population)
@@ -55,7 +52,7 @@ class RowPerBlock:
         def elements(grid: Grid, batch: int) -> list[int]:
             return [grid.blocks * size for size in sizes]
 
-        return Plan(members, blocks, text.scratch(), elements)
+        return Plan(text.members(), blocks, text.scratch(), elements, kept=text.kept)
 
     def predict(
         self,

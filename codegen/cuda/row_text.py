@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES
-from sparsify.codegen.cuda.frame_text import call_members, write_call, write_head
+from sparsify.codegen.cuda.frame_text import Member, call_members, write_call, write_head
 from sparsify.codegen.cuda.kernel_text import CudaText
+from sparsify.codegen.cuda.layouts import arrays_of
 from sparsify.codegen.cuda.meetings import Meetings
 from sparsify.codegen.cuda.shared_text import (
     Field,
@@ -28,9 +30,9 @@ class RowText(CudaText):
         super().__init__(kernel, schedule, fetches=bool(kernel.states))
 
     def render(self, entry: str) -> str:
-        write_head(self.w, self.kernel, self.schedule, self.symbols)
+        write_head(self.w, self.kernel, self.schedule, self.symbols, self.headers())
         self.write_sizes()
-        members = call_members(self.kernel, self.schedule, self.symbols, self.scratch())
+        members = self.members()
         write_call(self.w, self.kernel, members)
         if self.fields():
             note = "What the threads of a block exchange, in shared memory."
@@ -40,6 +42,17 @@ class RowText(CudaText):
         self.w.line("}  // namespace")
         self._write_entry(entry)
         return self.w.text()
+
+    def headers(self) -> list[str]:
+        """What the text includes."""
+        hows = {kept.how for kept in self.kept}
+        masked = ["masked_rows.cuh"] if "masks" in hows else []
+        return ["gather.cuh", *(["kept_runs.cuh"] if hows - {"masks"} else []), *masked]
+
+    def members(self) -> list[Member]:
+        """Those of ``struct Call``."""
+        kept = partial(arrays_of, self.kept)
+        return call_members(self.kernel, self.schedule, self.symbols, self.scratch(), kept=kept)
 
     # -- where things lie --------------------------------------------------------------------
 
@@ -81,7 +94,20 @@ class RowText(CudaText):
                 fields.append(
                     values_field(kind, dtype, f"{name}_values", size, neurons, copies, note)
                 )
+        fields += self._sums_of_runs()
         return sorted(fields, key=lambda member: -member.align)
+
+    def _sums_of_runs(self) -> list[Field]:
+        """Where warps add up runs: one after the other, for gathers of the same receivers."""
+        weights = {w.name: w for w in self.kernel.weights}
+        found = {}
+        for gather in filter(self.adds_runs, self.kernel.gathers):
+            population, dtype = weights[gather.weight].receivers, weights[gather.weight].dtype
+            name, size = self.own_sums(gather), f"{self.per_name[population]} * THREADS"
+            count = self.per[population] * self.threads
+            note = f"what each warp adds up for {population}"
+            found[name] = values_field(C_TYPES[dtype], dtype, name, size, count, 1, note)
+        return list(found.values())
 
     def shared_bytes(self) -> int:
         return sizeof(self.fields())
@@ -107,6 +133,7 @@ class RowText(CudaText):
             if self.kernel.states:
                 self.write_own_neurons()
             self.write_own_counters()
+            self.write_fits()
             self._write_rows()
             self.write_counters()
 
@@ -213,16 +240,19 @@ class RowText(CudaText):
             self.w.line(f"active[{index}] += {found};")
 
     def _write_wild(self, phase: ir.Phase, meetings: Meetings) -> None:
-        """Find out whether values are wild of which a restricted product is taken.
+        """Find out whether values are wild, where products depend on it.
 
         A thread looks at values that it has written itself.
         """
         for gather in phase.body:
-            if not isinstance(gather, ir.Gather) or gather.only is None:
+            if not isinstance(gather, ir.Gather):
+                continue
+            if gather.only is None and not self.needs_finite_values(gather):
                 continue
             source = self.usage.sources[gather.source]
             name = self.symbols.values[gather.result]
-            if source.value_dtype in NEVER_WILD:
+            is_bit = gather.only is None and gather.payload == "binary"
+            if source.value_dtype in NEVER_WILD or is_bit:
                 self.w.line(f"constexpr bool {name}_wild = false;", f"{source.name} is small")
                 continue
             wild = f"__syncthreads_or(is_wild({self.values_of(source)}, {self.size(source)}))"

@@ -10,6 +10,7 @@ from sparsify import ir
 from sparsify.codegen import backend
 from sparsify.codegen.cuda.device import Grid, Limits
 from sparsify.codegen.cuda.frame_text import Member, Scratch
+from sparsify.codegen.cuda.layouts import Kept
 from sparsify.errors import Refusal
 
 MOST_WORDS = 32764 // 8  # of a kernel's parameter, since CUDA 12.1
@@ -33,6 +34,8 @@ class Plan:
     scratch: Sequence[Scratch] = ()
     sizes: Callable[[Grid, int], Sequence[int]] = _nothing
     numbers: Callable[[Grid, int], Sequence[int]] = _nothing
+    kept: Sequence[Kept] = ()
+    """What is packed of weights beside their whole rows."""
 
 
 class CudaStrategy(backend.Strategy, Protocol):
