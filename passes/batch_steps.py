@@ -15,6 +15,7 @@ from sparsify.passes.classify_ops import (
     SLICES,
     TRANSPOSES,
     is_pointwise,
+    keep_measured,
     order_of,
     product_operand,
 )
@@ -194,9 +195,9 @@ class _Batcher:
         info = with_shape(self.node.meta["val"], (rows, *self.shape[1:]))
         result = call(self.graph, self.node.target, tuple(args), info, self.node)
         result.kwargs = fx.map_arg(self.node.kwargs, self.constant)
-        for key in ("activity", "fact"):
-            if key in self.node.meta:
-                result.meta[key] = self.node.meta[key]
+        keep_measured(result, self.node)
+        if "fact" in self.node.meta:
+            result.meta["fact"] = self.node.meta["fact"]
         outer = (self.shape[0], self.steps) if swapped else (self.steps, self.shape[0])
         unfolded = self._view(result, (*outer, *self.shape[1:]))
         return self._swap(unfolded) if swapped else unfolded

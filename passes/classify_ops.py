@@ -32,6 +32,11 @@ PRODUCTS: dict[object, int] = {
     aten.convolution.default: 0,
 }
 
+MOST_DENSITY = 0.5  # of a weight that counts as sparse: above, hardly any kernel gains by its zeros
+
+# What a product's meta has beside the facts of values: see ``graph_meta``.
+MEASURED = ("activity", "pattern")
+
 # Sums over dims of one tensor, which no kernel has.
 REDUCTIONS = (
     aten.sum.dim_IntList,
@@ -72,6 +77,12 @@ def product_operand(node: fx.Node) -> fx.Node | None:
         return None
     operand = node.args[PRODUCTS[node.target]]
     return operand if isinstance(operand, fx.Node) else None
+
+
+def keep_measured(made: fx.Node, product: fx.Node) -> fx.Node:
+    """Note on ``made``, which takes the place of ``product``, what was measured of that."""
+    made.meta.update({key: product.meta[key] for key in MEASURED if key in product.meta})
+    return made
 
 
 def coupled_operand(node: fx.Node) -> fx.Node | None:

@@ -1,20 +1,24 @@
-"""Write ``nn.RNN(nonlinearity="relu")`` as one Scan per layer.
+"""Write torch's recurrent layers as Scans, where events or zero weights are to be had in them.
 
 Before::
 
-    y, h_n = rnn_relu(x, h_0, (w_ih, w_hh, b_ih, b_hh), ...)
+    y, h_n = gru(x, h_0, (w_ih, w_hh, b_ih, b_hh), ...)
 
 After::
 
-    h_T, y = scan_0(T, (h_0,), (x,), (w_ih, w_hh, b_ih, b_hh))
+    p = linear(x, w_ih, b_ih)                   # of all steps at once [T, B, 3 * H]
+    h_T, y = scan_0(T, (h_0,), (p[..., :H], ...), (w_hh[:H], ..., b_hh[:H], ...))
 
-    # body:  h = relu(addmm(b_hh, h, t(w_hh)) + addmm(b_ih, x_t, t(w_ih)))
+    # body:  r = sigmoid(linear(h, w_hh_r, b_hh_r) + p_r_t); ...
+
+A ReLU RNN sends events. What the others send is zero nowhere, so they are worth it where at most
+``MOST_DENSITY`` of a recurrent weight is not zero; other layers of the same call stay torch's.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,56 +26,41 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan
+from sparsify.passes.classify_ops import MOST_DENSITY
 from sparsify.passes.result import PassResult
+from sparsify.passes.rnn_cells import CELLS, Cell, Layer, Step
 from sparsify.passes.tensor_info import call, permuted, with_shape, without_dim
 from sparsify.scan import Scan
 from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 
-# Recurrent ops whose hidden values pass no threshold.
-DENSE_RNNS: dict[object, str] = {
-    aten.rnn_tanh.input: "nn.RNN with tanh",
-    aten.rnn_tanh.data: "nn.RNN with tanh",
-    aten.gru.input: "nn.GRU",
-    aten.gru.data: "nn.GRU",
-    aten.lstm.input: "nn.LSTM",
-    aten.lstm.data: "nn.LSTM",
+PACKED: dict[object, object] = {
+    aten.rnn_relu.data: aten.rnn_relu.input,
+    aten.rnn_tanh.data: aten.rnn_tanh.input,
+    aten.gru.data: aten.gru.input,
+    aten.lstm.data: aten.lstm.input,
 }
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The tensors of one layer; the biases are both there or both None."""
-
-    w_ih: fx.Node
-    w_hh: fx.Node
-    b_ih: fx.Node | None = None
-    b_hh: fx.Node | None = None
-
-    @property
-    def present(self) -> list[fx.Node]:
-        found = (self.w_ih, self.w_hh, self.b_ih, self.b_hh)
-        return [node for node in found if node is not None]
-
-
 def expand_rnn(gm: fx.GraphModule) -> PassResult:
-    """Expand every ``aten.rnn_relu.input``; refuse other recurrent ops, naming the line."""
+    """Expand every recurrent op that gains by it; refuse the others, naming the line."""
     refused = {node: why for node in gm.graph.nodes if (why := why_not_expand(node)) is not None}
-    targets = [node for node in gm.graph.nodes if node.target is aten.rnn_relu.input]
+    targets = [node for node in gm.graph.nodes if node.target in CELLS]
     declined = list(refused.values())
     if all(node in refused for node in targets):
         return PassResult(gm, [], declined)
     graph = fx.Graph()
     modules: dict[str, nn.Module] = dict(gm.named_children())
     copies: dict[fx.Node, fx.Node] = {}
-    results: dict[object, tuple[fx.Node, fx.Node]] = {}
+    results: dict[object, list[fx.Node]] = {}
     done: list[str] = []
     for node in gm.graph.nodes:
         operand: object = node.args[0] if node.args else None
-        if node.target is aten.rnn_relu.input and node not in refused:
-            results[node] = _expand(graph, modules, node, copies)
-            done.append(f"{node.meta.get('location')}: expanded a ReLU RNN into loops")
+        if node.target in CELLS and node not in refused:
+            expander = _Expander(graph, modules, node, copies)
+            results[node] = expander.run()
+            done.append(f"{node.meta.get('location')}: expanded {expander.cell.name} into loops")
         elif node.target is operator.getitem and operand in results:
             copies[node] = results[operand][node.args[1]]
         else:
@@ -81,88 +70,180 @@ def expand_rnn(gm: fx.GraphModule) -> PassResult:
 
 
 def why_not_expand(node: fx.Node) -> Refusal | None:
-    """Why a recurrent op of torch stays as it is; None for other ops, and if it can be expanded."""
+    """Why a recurrent op of torch stays as it is; None for other ops, and if it can be expanded.
+
+    ``meta["whole"]`` is a Refusal from before: its loops were tried and are no better.
+    """
     location = node.meta.get("location")
-    if node.target in DENSE_RNNS:
-        name = DENSE_RNNS[node.target]
-        reason = f"{name} multiplies hidden values that pass no threshold, so none are zero."
-        remedy = "Use a spiking layer or nn.RNN(nonlinearity='relu') where events are wanted."
+    cell = CELLS.get(PACKED.get(node.target, node.target))
+    if cell is None:
+        return None
+    if not any(_is_worth_it(layer, cell) for layer in _layers(node)):
+        reason = f"{cell.name} multiplies hidden values that pass no threshold, so none are zero."
+        remedy = (
+            f"Prune its recurrent weights, so that at most {MOST_DENSITY:.0%} of them are left, or "
+            "use a spiking layer or nn.RNN(nonlinearity='relu') where events are wanted."
+        )
         return Refusal("no-event", reason, remedy, location)
-    if node.target is aten.rnn_relu.data:
+    if node.target in PACKED:
         reason = "A packed sequence has another batch size in every step."
         return Refusal("unsupported-op", reason, "Pass a padded tensor.", location)
-    if node.target is not aten.rnn_relu.input:
-        return None
-    dropout, train, bidirectional = node.args[5:8]
-    if bidirectional:
-        reason = "The second direction of a bidirectional RNN runs backward in time."
-        return Refusal("unsupported-op", reason, "Use two RNNs, one on x.flip(0).", location)
-    if dropout and train:
+    num_layers, dropout, train = node.args[4:7]
+    if dropout and train and num_layers != 1:
         reason = "Dropout draws random numbers between the layers."
         return Refusal("random", reason, "Call model.eval(), or set dropout=0.", location)
-    return None
+    whole = node.meta.get("whole")
+    return whole if isinstance(whole, Refusal) else None
 
 
-def _expand(
-    graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, copies: dict[fx.Node, fx.Node]
-) -> tuple[fx.Node, fx.Node]:
-    """Append the layers; returns the output and the final hidden values ``[layers, B, H]``."""
-    args: Any = fx.map_arg(node.args, copies.__getitem__)
-    x, h_0, weights, has_biases, num_layers = args[:5]
-    batch_first = args[8]
-    if batch_first:
-        x = _swap(graph, x, node)
-    finals: list[fx.Node] = []
-    per_layer = 4 if has_biases else 2
-    for index in range(num_layers):
-        tensors = weights[index * per_layer : (index + 1) * per_layer]
-        layer = _Layer(*tensors)
-        info = without_dim(h_0.meta["val"], 0)
-        start = call(graph, aten.select.int, (h_0, 0, index), info, node)
-        steps = x.meta["val"].shape[0]
-        scan = Scan(_body(x, start, layer, node), 1, 1, per_layer, node.meta.get("location"))
-        meta = {key: node.meta.get(key) for key in ("location", "module", "loops")}
-        call_args = (steps, (start,), (x,), tuple(layer.present))
-        final, x = call_scan(graph, modules, scan, call_args, meta)
-        finals.append(final)
-    info = with_shape(h_0.meta["val"], h_0.meta["val"].shape)
-    h_n = call(graph, aten.stack.default, (finals,), info, node)
-    return (_swap(graph, x, node) if batch_first else x), h_n
+def _layers(node: fx.Node) -> list[Layer]:
+    """The layers of a recurrent op, of two directions the forward one before the other."""
+    data = int(node.target in PACKED)
+    weights: Any
+    weights, has_biases, num_layers = node.args[2 + data : 5 + data]
+    bidirectional: Any = node.args[7 + data]
+    count = len(weights) // (num_layers * (1 + bidirectional))
+    found = []
+    for first in range(0, len(weights), count):
+        own = list(weights[first : first + count])
+        b_ih, b_hh = own[2:4] if has_biases else (None, None)
+        projection = own[-1] if count in (3, 5) else None
+        found.append(Layer(own[0], own[1], b_ih, b_hh, projection))
+    return found
 
 
-def _body(x: fx.Node, start: fx.Node, layer: _Layer, like: fx.Node) -> fx.GraphModule:
-    graph = fx.Graph()
-
-    def placeholder(name: str, outer: fx.Node, info: Any) -> fx.Node:
-        node = graph.placeholder(name)
-        kept = ("location", "module", "source")
-        node.meta.update({key: outer.meta[key] for key in kept if key in outer.meta}, val=info)
-        return node
-
-    hidden = placeholder("carry_0", start, start.meta["val"])
-    x_t = placeholder("x_0", x, without_dim(x.meta["val"], 0))
-    inside = {node: placeholder(node.name, node, node.meta["val"]) for node in layer.present}
-
-    def product(value: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-        info = permuted(weight.meta["val"], (1, 0))
-        transposed = call(graph, aten.t.default, (inside[weight],), info, like)
-        info = with_shape(start.meta["val"], start.meta["val"].shape)
-        if bias is None:
-            return call(graph, aten.mm.default, (value, transposed), info, like)
-        args = (inside[bias], value, transposed)
-        return call(graph, aten.addmm.default, args, info, like)
-
-    current = product(x_t, layer.w_ih, layer.b_ih)
-    recurrent = product(hidden, layer.w_hh, layer.b_hh)
-    total = call(graph, aten.add.Tensor, (recurrent, current), current.meta["val"], like)
-    result = call(graph, aten.relu.default, (total,), current.meta["val"], like)
-    for node in graph.nodes:
-        node.meta["loops"] = ()
-    graph.output((result, result))
-    return fx.GraphModule(nn.Module(), graph, class_name="Body")
+def _is_worth_it(layer: Layer, cell: Cell) -> bool:
+    recurrent = [weight for weight in (layer.w_hh, layer.w_hr) if weight is not None]
+    patterns = [w.meta["pattern"] for w in recurrent if "pattern" in w.meta]
+    return cell.has_threshold or any(p.density <= MOST_DENSITY for p in patterns)
 
 
-def _swap(graph: fx.Graph, value: fx.Node, like: fx.Node) -> fx.Node:
-    """Batch and time exchanged."""
-    info = permuted(value.meta["val"], (1, 0, 2))
-    return call(graph, aten.permute.default, (value, [1, 0, 2]), info, like)
+class _Expander:
+    """Appends the layers of one op."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        modules: dict[str, nn.Module],
+        node: fx.Node,
+        copies: dict[fx.Node, fx.Node],
+    ) -> None:
+        self.graph, self.modules, self.node = graph, modules, node
+        self.cell = CELLS[node.target]
+        args: Any = fx.map_arg(node.args, copies.__getitem__)
+        self.x: fx.Node = args[0]
+        self.starts: list[fx.Node] = [args[1]] if self.cell.states == 1 else list(args[1])
+        self.options = args[3:]
+        self.directions = 1 + args[7]
+        self.batch_first = args[8]
+        self.layers = [_copied(layer, copies) for layer in _layers(node)]
+
+    def run(self) -> list[fx.Node]:
+        """Returns the output and the final states ``[layers * directions, B, H]``."""
+        x = self._swapped(self.x) if self.batch_first else self.x
+        finals: list[list[fx.Node]] = [[] for _ in self.starts]
+        for first in range(0, len(self.layers), self.directions):
+            outputs = []
+            for index in range(first, first + self.directions):
+                is_kept = not _is_worth_it(self.layers[index], self.cell)
+                run = self._keep if is_kept else self._expand
+                *states, y = run(x, index, index != first)
+                outputs.append(y)
+                for known, state in zip(finals, states, strict=True):
+                    known.append(state)
+            x = outputs[0] if self.directions == 1 else self._joined(outputs)
+        stacked = [
+            self._call(aten.stack.default, (states,), start.meta["val"].shape)
+            for states, start in zip(finals, self.starts, strict=True)
+        ]
+        return [self._swapped(x) if self.batch_first else x, *stacked]
+
+    def _expand(self, x: fx.Node, index: int, reverse: bool) -> list[fx.Node]:
+        """One layer in one direction as a Scan; returns the final states and the output."""
+        layer, gates = self.layers[index], self.cell.gates
+        steps, batch = x.meta["val"].shape[:2]
+        inputs = [tensor for tensor in (layer.w_ih, layer.b_ih) if tensor is not None]
+        receivers = layer.w_ih.meta["val"].shape[0]
+        product = self._call(aten.linear.default, (x, *inputs), (steps, batch, receivers))
+        if "pattern" in layer.w_ih.meta:
+            product.meta["pattern"] = layer.w_ih.meta["pattern"]
+        starts = [self._start(start, index) for start in self.starts]
+        currents = self._gates(product, 2)
+        weights = self._gates(layer.w_hh, 0)
+        biases = [] if layer.b_hh is None else self._gates(layer.b_hh, 0)
+        step = Step(self.node, starts, currents, weights, biases, layer.w_hr)
+        body = step.body(self.cell.write(step))
+        consts = (*weights, *biases, *([] if layer.w_hr is None else [layer.w_hr]))
+        location = self.node.meta.get("location")
+        scan = Scan(body, len(starts), gates, len(consts), location, reverse)
+        meta = {key: self.node.meta.get(key) for key in ("location", "module", "loops")}
+        args = (steps, tuple(starts), tuple(currents), consts)
+        return call_scan(self.graph, self.modules, scan, args, meta)
+
+    def _keep(self, x: fx.Node, index: int, reverse: bool) -> list[fx.Node]:
+        """One layer in one direction as torch's own op."""
+        has_biases, _, _, train, *_ = self.options
+        x = self._flipped(x) if reverse else x
+        starts = []
+        for start in self.starts:
+            shape = (1, *start.meta["val"].shape[1:])
+            args: tuple[Any, ...] = (start, 0, index, index + 1)
+            starts.append(self._call(aten.slice.Tensor, args, shape))
+        given: Any = starts[0] if self.cell.states == 1 else starts
+        args = (x, given, self.layers[index].present, has_biases, 1, 0.0, train, False, False)
+        shapes = [(*x.meta["val"].shape[:2], starts[0].meta["val"].shape[2])]
+        shapes += [start.meta["val"].shape for start in starts]
+        results = call(self.graph, self.node.target, args, None, self.node)
+        results.meta["val"] = tuple(with_shape(x.meta["val"], shape) for shape in shapes)
+        y, *finals = (
+            self._call(operator.getitem, (results, i), shape) for i, shape in enumerate(shapes)
+        )
+        last = [self._start(final, 0) for final in finals]
+        return [*last, self._flipped(y) if reverse else y]
+
+    def _gates(self, tensor: fx.Node, dim: int) -> list[fx.Node]:
+        """The part of every gate: views, which keep the name and the pattern of the tensor."""
+        if self.cell.gates == 1:
+            return [tensor]
+        info = tensor.meta["val"]
+        size = info.shape[dim] // self.cell.gates
+        parts = []
+        for gate in range(self.cell.gates):
+            args = (tensor, dim, gate * size, (gate + 1) * size)
+            shape = [size if d == dim else full for d, full in enumerate(info.shape)]
+            part = self._call(aten.slice.Tensor, args, shape, info.stride)
+            kept = ("source", "pattern")
+            part.meta.update({key: tensor.meta[key] for key in kept if key in tensor.meta})
+            parts.append(part)
+        return parts
+
+    def _start(self, states: fx.Node, index: int) -> fx.Node:
+        info = without_dim(states.meta["val"], 0)
+        return call(self.graph, aten.select.int, (states, 0, index), info, self.node)
+
+    def _joined(self, outputs: list[fx.Node]) -> fx.Node:
+        shape = outputs[0].meta["val"].shape
+        return self._call(aten.cat.default, (outputs, 2), (*shape[:2], 2 * shape[2]))
+
+    def _flipped(self, value: fx.Node) -> fx.Node:
+        return self._call(aten.flip.default, (value, [0]), value.meta["val"].shape)
+
+    def _swapped(self, value: fx.Node) -> fx.Node:
+        """Batch and time exchanged."""
+        info = permuted(value.meta["val"], (1, 0, 2))
+        return call(self.graph, aten.permute.default, (value, [1, 0, 2]), info, self.node)
+
+    def _call(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        shape: Sequence[int],
+        stride: Sequence[int] | None = None,
+    ) -> fx.Node:
+        info = with_shape(self.x.meta["val"], shape, stride)
+        return call(self.graph, target, args, info, self.node)
+
+
+def _copied(layer: Layer, copies: dict[fx.Node, fx.Node]) -> Layer:
+    tensors = (layer.w_ih, layer.w_hh, layer.b_ih, layer.b_hh, layer.w_hr)
+    return Layer(*(None if t is None else copies[t] for t in tensors))  # type: ignore[arg-type]

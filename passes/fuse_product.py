@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES, order_of, product_operand
+from sparsify.passes.classify_ops import (
+    PRODUCTS,
+    TRANSPOSES,
+    keep_measured,
+    order_of,
+    product_operand,
+)
 from sparsify.passes.tensor_info import call, contiguous_stride, permuted, with_shape, without_dim
 from sparsify.passes.why_not_lower import product_weights
 from sparsify.scan import Scan
@@ -192,10 +198,9 @@ def _write_product(
     info = with_shape(product.meta["val"], shape, contiguous_stride(shape))
     result = call(graph, product.target, tuple(args), info, product)
     result.kwargs = dict(product.kwargs)
-    for key in ("activity", "fact"):
-        if key in product.meta:
-            result.meta[key] = product.meta[key]
-    return result
+    if "fact" in product.meta:
+        result.meta["fact"] = product.meta["fact"]
+    return keep_measured(result, product)
 
 
 def _placeholder(graph: fx.Graph, outer: fx.Node, name: str, info: Any) -> fx.Node:

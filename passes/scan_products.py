@@ -1,4 +1,7 @@
-"""Take products of events that stand outside of loops into loops, where they become event kernels.
+"""Take products that kernels are for, and that stand outside of loops, into loops.
+
+These are products of events, which become event kernels, and those with weights that are mostly
+zeros.
 
 Before, in layer-by-layer code::
 
@@ -13,6 +16,9 @@ After, where the current feeds only a loop::
 and where it does not, for example in a readout::
 
     h = scan_2(1, (), (flatten(z)[None],), (w, b))[0]     # no states, all rows at once
+
+Products of dense values with sparse weights get the second form only: all rows share the reading of
+the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan, erase_unused
-from sparsify.passes.classify_ops import PRODUCTS, product_operand
+from sparsify.passes.classify_ops import MOST_DENSITY, PRODUCTS, product_operand
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.fuse_product import find_chain, fused_scan, lone_scan, moved_views
 from sparsify.passes.lower_refusals import refuse
@@ -42,8 +48,9 @@ BATCHED_PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 def scan_products(gm: fx.GraphModule) -> PassResult:
     """Move every product of events into the loop that reads it, or into one of its own.
 
-    A product stays, with a refusal that names its line, if it reads no events, if it is a
-    convolution or a product of two activations, or if its loop could not become a kernel.
+    A product stays, with a refusal that names its line, if it reads no events and has no sparse
+    weight, if it is a convolution or a product of two activations, or if its loop could not become
+    a kernel.
     """
     graph = copy_graph(gm.graph)
     modules: dict[str, nn.Module] = dict(gm.named_children())
@@ -65,11 +72,14 @@ def why_not_take(product: fx.Node, activations: set[fx.Node]) -> Refusal | None:
     if fact is not None and fact.payload == "zero":
         reason = "It reads zeros only, before any event can have come."
         return refuse("no-event", reason, "Nothing is lost.", product)
-    if not reads_events(product):
+    if not skips_zeros(product):
         activity = product.meta.get("activity")
         measured = "" if activity is None else f" and {activity:.0%} of them are not zero"
         reason = f"It reads values that pass no threshold{measured}."
-        remedy = "Nothing is lost: a dense product of all steps at once is the best there is."
+        remedy = (
+            "Nothing is lost: a dense product of all steps at once is the best there is, unless "
+            "most of its weights are pruned."
+        )
         return refuse("no-event", reason, remedy, product)
     weight, bias = product_weights(product)
     if product.target in BATCHED_PRODUCTS or any(w in activations for w in (weight, bias)):
@@ -92,6 +102,17 @@ def reads_events(product: fx.Node) -> bool:
     activity = product.meta.get("activity")
     is_event = any(fact is not None and fact.event for fact in facts)
     return is_event or (activity is not None and activity <= DENSE_ACTIVITY)
+
+
+def has_sparse_weight(product: fx.Node) -> bool:
+    """True if so many of its weights were zero in the example that leaving them out may gain."""
+    pattern = product.meta.get("pattern")
+    return pattern is not None and pattern.density <= MOST_DENSITY
+
+
+def skips_zeros(product: fx.Node) -> bool:
+    """True for what kernels are for: products that read events, or have sparse weights."""
+    return reads_events(product) or has_sparse_weight(product)
 
 
 def find_activations(graph: fx.Graph) -> set[fx.Node]:
@@ -117,7 +138,8 @@ class _Mover:
     def move(self, product: fx.Node) -> None:
         refusal = why_not_take(product, self.activations)
         if refusal is None:
-            refusal = None if self._fuse(product) else self._stand_alone(product)
+            fused = reads_events(product) and self._fuse(product)
+            refusal = None if fused else self._stand_alone(product)
         if refusal is not None:
             self.declined.append(refusal)
 

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import draws_random, is_pointwise
+from sparsify.passes.classify_ops import draws_random, is_pointwise, keep_measured
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_parts import (
     SPLITS,
@@ -208,9 +208,7 @@ class _Splitter:
             args[0] = self._part(args[0], part, product)
         info = with_shape(product.meta["val"], part.shape(product.meta["val"].shape))
         result = self._again(product, args, info)
-        if "activity" in product.meta:
-            result.meta["activity"] = product.meta["activity"]
-        return result
+        return keep_measured(result, product)
 
     def _part(self, base: fx.Node, part: Part, reader: fx.Node) -> fx.Node:
         """A part of ``base``; of a stored tensor it is taken once, and keeps the tensor's name."""

@@ -73,6 +73,8 @@ class _Splitter:
         for part in joined:
             end = start + part.meta["val"].shape[1]
             made = self._product(product, part, start, end, with_bias=total is None)
+            if "pattern" in product.meta:  # that of the whole weight
+                made.meta["pattern"] = product.meta["pattern"]
             if total is not None:
                 args = (total, made)
                 made = self._before(product, aten.add.Tensor, args, product.meta["val"])

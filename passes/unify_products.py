@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import RESHAPES
+from sparsify.passes.classify_ops import RESHAPES, keep_measured
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views
@@ -80,8 +80,7 @@ def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
             matrix = call(graph, aten.t.default, (matrix,), info, product)
         info = with_shape(product.meta["val"], (batches * rows, receivers))
         result = call(graph, aten.mm.default, (flat, matrix), info, product)
-        if "activity" in product.meta:
-            result.meta["activity"] = product.meta["activity"]
+        keep_measured(result, product)
         rows_of_batches = [batches, rows, receivers]
         info = with_shape(product.meta["val"], rows_of_batches)
         whole = call(graph, aten.reshape.default, (result, rows_of_batches), info, product)
@@ -133,8 +132,7 @@ def _add_bias(graph: fx.Graph, product: fx.Node) -> bool:
     with graph.inserting_before(product):
         args = (bias, *product.args)
         result = call(graph, aten.addmm.default, args, product.meta["val"], product)
-    if "activity" in product.meta:
-        result.meta["activity"] = product.meta["activity"]
+        keep_measured(result, product)
     product.replace_all_uses_with(result)
     total.replace_all_uses_with(result if last is product else last)
     return True

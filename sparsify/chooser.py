@@ -131,8 +131,12 @@ class Chooser:
     def _predictor(self, task: Task) -> Predictor:
         measured = {site.gather: site.activity for site in task.lowered.sites}
         measured |= {p.gather: p.product.activity for p in self._of(task)}
+        # Without a threshold nothing is zero.
+        dense = {site.gather for site in task.lowered.sites if not site.event}
         activity = {
-            gather.result: UNMEASURED_ACTIVITY if (a := measured.get(gather.result)) is None else a
+            gather.result: (1.0 if gather.result in dense else UNMEASURED_ACTIVITY)
+            if (a := measured.get(gather.result)) is None
+            else a
             for gather in task.lowered.kernel.gathers
         }
         workload = Workload(int(task.operands[0]), task.batch, activity)

@@ -12,6 +12,9 @@ Every node of a recording, and every node that a pass creates, has in ``node.met
     autocast    the autocast dtype, or None
     activity    of a product: measured share of non-zeros in the activation that it reads, or of
                 values that matter, where ``only`` is given
+    pattern     weight_pattern.Pattern of a weight, or of what a product multiplies by; a part of a
+                weight has that of the whole
+    whole       of a recurrent operation: Refusal, why its loops are not worth it
     only        Mask, written by ``restrict_products``: where a product's values matter
     fact        Fact, written by ``find_events``
 """
