@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.part_results import join_results, part_results
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.passes.result import Pass
-from sparsify.passes.scan_products import reads_events
+from sparsify.passes.scan_products import skips_zeros
 from sparsify.place_gradients import place_gradients
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
@@ -47,6 +47,7 @@ from sparsify.scans import (
     with_regions,
 )
 from sparsify.weight_facts import note_patterns
+from sparsify.whole_operations import find_stepwise
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,25 @@ class Compiler:
     ) -> Compiled:
         """Decide every site on ``operands``; with gradients where they are enabled and needed.
 
-        ``earlier`` are sites that the plan has from another recording of the model.
+        ``earlier`` are sites that the plan has from another recording of the model. Recurrent
+        operations of torch of which a loop got no kernel are put back whole.
         """
         note_patterns(recording.graph.graph, operands)
+        compiled = self._compile(recording, operands, plan, earlier or {})
+        stepwise = find_stepwise(compiled)
+        if not stepwise:
+            return compiled
+        for node, refusal in stepwise.items():
+            node.meta["whole"] = refusal
+        return self._compile(recording, operands, plan, earlier or {})
+
+    def _compile(
+        self,
+        recording: Recording,
+        operands: Sequence[Tensor],
+        plan: Plan,
+        earlier: Mapping[str, Site],
+    ) -> Compiled:
         products = find_products(recording.graph.graph)
         plan = measured_plan(plan, products)
         undifferentiated: dict[str, Refusal] = {}
@@ -90,7 +107,7 @@ class Compiler:
         forward = {name: low for name, low in lowered.items() if BACKWARD not in name}
         placements = place_products(products, forward)
         placements += place_gradients(placements, lowered)
-        chooser = Chooser(self.options, self.binaries, plan, placements, earlier or {})
+        chooser = Chooser(self.options, self.binaries, plan, placements, earlier)
         tasks = find_tasks(scans, calls, lowered)
         chooser.prepare(tasks)
         if captured is not None:
@@ -107,6 +124,7 @@ class Compiler:
             for product in products
             if product not in placed
         }
+        whole = [p.name for p in products if any("whole" in node.meta for node in p.nodes)]
         rows = Rows(placements, choices, refused, chooser.break_even)
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
@@ -116,7 +134,7 @@ class Compiler:
             regions,
             rows.describe(products),
             self.binaries.backend,
-            decided_plan(plan, placements, choices, describe_machine(operands)),
+            decided_plan(plan, placements, choices, describe_machine(operands), whole),
             {p.product.name: (p.region, p.gather) for p in reversed(placements)},
             tuple(said for stage in stages if stage.name == LIMITED for said in stage_notes(stage)),
         )
@@ -180,12 +198,12 @@ def lower_forward(scan: Scan, name: str, eager: Eager = "cpu") -> Lowered | Refu
 
 
 def why_no_events(scan: Scan) -> Refusal | None:
-    """Why a loop with products is left alone: none of them reads events."""
+    """Why a loop with products is left alone: none of them reads events or has sparse weights."""
     products = [node for node in scan.body.graph.nodes if product_operand(node) is not None]
-    if not products or any(map(reads_events, products)):
+    if not products or any(map(skips_zeros, products)):
         return None
     reason = "It reads values that pass no threshold, so none are zero."
-    remedy = "Use a spiking layer or a ReLU where events are wanted."
+    remedy = "Use a spiking layer or a ReLU where events are wanted, or prune its weights."
     return Refusal("no-event", reason, remedy, products[0].meta.get("location"))
 
 
@@ -230,9 +248,13 @@ def _uncounted(region: Region) -> Callable[..., Any]:
 
 
 def decided_plan(
-    plan: Plan, placements: Sequence[Placement], choices: Mapping[str, Choice], machine: str
+    plan: Plan,
+    placements: Sequence[Placement],
+    choices: Mapping[str, Choice],
+    machine: str,
+    whole: Iterable[str],
 ) -> Plan:
-    """``plan`` with what was decided beyond it."""
+    """``plan`` with what was decided beyond it; ``whole`` names sites that torch's code keeps."""
     sites: dict[str, PlanDecision] = dict(plan.sites)
     regions = dict(plan.regions)
     for placement in placements:
@@ -243,6 +265,8 @@ def decided_plan(
         schedule = region.launchable.schedule
         sites[placement.product.name] = dict(schedule.gathers)[placement.gather]
         regions[placement.region] = RegionPlan(schedule.strategy, schedule.tile)
+    for name in whole:
+        sites.setdefault(name, "off")
     return Plan(sites, regions, plan.machine or machine, plan.activity)
 
 
