@@ -103,8 +103,8 @@ def gelu(cell: Cell, a: Any) -> ir.Arg:
 
 def remainder(cell: Cell, a: Any, b: Any) -> ir.Arg:
     """Of the divisor's sign, as Python's ``%``."""
-    divisor = cell.value(b, cell.dtype)
-    rest = cell.let("fmod", cell.value(a, cell.dtype), divisor)
+    divisor = cell.rounded(b)
+    rest = cell.let("fmod", cell.rounded(a), divisor)
     is_negative = cell.let("lt", rest, ir.Const(0), dtype="bool")
     differs = cell.let("ne", rest, ir.Const(0), dtype="bool")
     if isinstance(divisor, ir.Const):

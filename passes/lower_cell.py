@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparsify import ir
+from sparsify.halves import HALVES, computed, to_dtype
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_layout import shape_of
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, row_of
@@ -36,17 +37,35 @@ class NodeCell:
     def __init__(self, node: fx.Node, read: ReadValue, write: WriteLet, eager: Eager) -> None:
         self.node, self.read, self.write = node, read, write
         self.eager = eager
-        self.dtype: ir.DType = DTYPES[node.meta["val"].dtype]
+        own = DTYPES[node.meta["val"].dtype]
+        self.dtype: ir.DType = computed(own)
+        self.half: ir.DType | None = own if own in HALVES else None
+        self._halves: set[ir.Ref] = set()  # values that have the dtype already
 
     def value(self, argument: Any, dtype: ir.DType) -> ir.Arg:
         if not isinstance(argument, fx.Node):
             return literal(argument, dtype)
         value = self.read(argument)
-        if DTYPES[argument.meta["val"].dtype] == dtype:
+        given = DTYPES[argument.meta["val"].dtype]
+        if given == self.half and isinstance(value, ir.Ref):
+            self._halves.add(value)
+        if dtype in (given, computed(given)):
             return value
         if isinstance(value, ir.Const):
             return literal(value.value, dtype)
         return self.let("cast", value, dtype=dtype)
+
+    def rounded(self, argument: Any) -> ir.Arg:
+        if (
+            self.half is None or self.eager == "cuda"
+        ):  # CUDA's operations take all numbers as they are
+            return self.value(argument, self.dtype)
+        return self.value(argument, self.half)
+
+    def stored(self, value: ir.Arg) -> ir.Arg:
+        if self.half is None or value in self._halves:
+            return value
+        return self.let("cast", value, dtype=self.half)
 
     def is_number(self, argument: Any) -> bool:
         if not isinstance(argument, fx.Node):
@@ -61,6 +80,9 @@ class NodeCell:
 
     def write_operation(self) -> ir.Arg:
         """The node's own operation, which is neither a product nor a literal."""
+        return self.stored(self._write_operation())
+
+    def _write_operation(self) -> ir.Arg:
         node = self.node
         expansion = EXPANSIONS.get(node.target)
         if expansion is None:
@@ -81,17 +103,19 @@ class NodeCell:
             dtype = "bool"
         elif row.rule == "compare":
             dtype = _common_dtype(self.node)
-        if dtype not in row.dtypes or (row.rule == "logical" and self.dtype != "bool"):
+        if computed(dtype) not in row.dtypes or (row.rule == "logical" and self.dtype != "bool"):
             reason = f"{self.node.target} works on {self.dtype}, which kernels have no such op for."
             raise Refused(refuse("unsupported-op", reason, "Use floats.", self.node))
-        args = [self.value(argument, dtype) for argument in self.node.args[: row.arity]]
-        return self.let(row.name, *args)
+        operands = self.node.args[: row.arity]
+        if row.name == "fmod":
+            return self.let(row.name, *map(self.rounded, operands))
+        return self.let(row.name, *(self.value(argument, dtype) for argument in operands))
 
 
 def literal(value: Any, dtype: ir.DType) -> ir.Const:
     """A number as ``dtype`` holds it."""
     with np.errstate(all="ignore"):
-        return ir.Const(np.asarray(value).astype(dtype).item())
+        return ir.Const(to_dtype(np.asarray(value), dtype).item())
 
 
 def _fold(op: str, args: tuple[ir.Arg, ...], dtype: ir.DType) -> ir.Const | None:
@@ -103,7 +127,7 @@ def _fold(op: str, args: tuple[ir.Arg, ...], dtype: ir.DType) -> ir.Const | None
     kinds = operand_dtypes(row, (None,) * len(args), dtype) or ("float64",) * len(args)
     with np.errstate(all="ignore"):
         arrays = [np.asarray(n).astype(kind) for n, kind in zip(numbers, kinds, strict=True)]
-        return ir.Const(np.asarray(row.reference(*arrays)).astype(dtype).item())
+        return ir.Const(to_dtype(np.asarray(row.reference(*arrays)), dtype).item())
 
 
 def _common_dtype(node: fx.Node) -> ir.DType:

@@ -39,21 +39,22 @@ aten = torch.ops.aten
 def _add(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
     if cell.dtype == "bool":
         return cell.let("logical_or", cell.value(a, "bool"), cell.value(b, "bool"))
-    return cell.let("add", cell.value(a, cell.dtype), _scaled(cell, b, alpha))
+    return cell.let("add", cell.rounded(a), _scaled(cell, b, alpha))
 
 
 def _sub(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
-    return cell.let("sub", cell.value(a, cell.dtype), _scaled(cell, b, alpha))
+    return cell.let("sub", cell.rounded(a), _scaled(cell, b, alpha))
 
 
 def _rsub(cell: Cell, a: Any, b: Any, alpha: Any = 1) -> ir.Arg:
-    return cell.let("sub", cell.value(b, cell.dtype), _scaled(cell, a, alpha))
+    return cell.let("sub", cell.rounded(b), _scaled(cell, a, alpha))
 
 
 def _scaled(cell: Cell, argument: Any, alpha: Any) -> ir.Arg:
-    value = cell.value(argument, cell.dtype)
+    """``alpha`` times an operand of an addition."""
+    value = cell.rounded(argument)
     # Eager fuses this product into the addition, on the CPU and on CUDA, and so rounds once less.
-    return value if alpha == 1 else cell.let("mul", value, cell.value(alpha, cell.dtype))
+    return value if alpha == 1 else cell.let("mul", value, cell.rounded(alpha))
 
 
 def _mul(cell: Cell, a: Any, b: Any) -> ir.Arg:
@@ -88,7 +89,7 @@ def _pow(cell: Cell, a: Any, exponent: Any) -> ir.Arg:
         case 2:
             return cell.let("mul", value, value)
         case 3:
-            return cell.let("mul", cell.let("mul", value, value), value)
+            return cell.let("mul", _squared(cell, value), value)
         case 0.5:
             return cell.let("sqrt", value)
         case -0.5:
@@ -96,8 +97,14 @@ def _pow(cell: Cell, a: Any, exponent: Any) -> ir.Arg:
         case -1:
             return cell.let("reciprocal", value)
         case -2:
-            return cell.let("reciprocal", cell.let("mul", value, value))
+            return cell.let("reciprocal", _squared(cell, value))
     return value
+
+
+def _squared(cell: Cell, value: ir.Arg) -> ir.Arg:
+    """A square on the way to another power; of bfloat16 eager rounds it."""
+    square = cell.let("mul", value, value)
+    return cell.stored(square) if cell.half == "bfloat16" else square
 
 
 POWERS = (1, 2, 3, 0.5, -0.5, -1, -2)
@@ -112,13 +119,18 @@ def _rsqrt(cell: Cell, a: Any) -> ir.Arg:
 
 
 def _addcmul(cell: Cell, a: Any, b: Any, c: Any, value: Any = 1) -> ir.Arg:
-    scaled = _scaled(cell, b, value)
+    scaled = _multiple(cell, b, value)
     product = cell.let("mul", scaled, cell.value(c, cell.dtype))
     return cell.let("add", cell.value(a, cell.dtype), product)
 
 
+def _multiple(cell: Cell, argument: Any, factor: Any) -> ir.Arg:
+    value = cell.value(argument, cell.dtype)
+    return value if factor == 1 else cell.let("mul", value, cell.value(factor, cell.dtype))
+
+
 def _addcdiv(cell: Cell, a: Any, b: Any, c: Any, value: Any = 1) -> ir.Arg:
-    scaled = _scaled(cell, b, value)
+    scaled = _multiple(cell, b, value)
     quotient = cell.let("div", scaled, cell.value(c, cell.dtype))
     return cell.let("add", cell.value(a, cell.dtype), quotient)
 
@@ -154,6 +166,8 @@ def _dtype_of(node: fx.Node) -> ir.DType:
 DTYPES: dict[torch.dtype, ir.DType] = {
     torch.float32: "float32",
     torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
     torch.int32: "int32",
     torch.int64: "int64",
     torch.bool: "bool",

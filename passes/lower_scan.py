@@ -176,7 +176,8 @@ class _Lowerer:
             return self._value(operand, population, dims, node)
 
         def write(op: str, args: tuple[ir.Arg, ...], dtype: ir.DType) -> str:
-            name = self._result_name(node)
+            is_rounded = dtype == cell.half or cell.half is None
+            name = self._result_name(node) if is_rounded else self._unrounded_name(node)
             self.placed.append(Placed(population, ir.Let(name, op, args, dtype)))
             return name
 
@@ -184,6 +185,9 @@ class _Lowerer:
         if product_operand(node) is not None:
             return self._gather(cell, population)
         return cell.write_operation()
+
+    def _unrounded_name(self, node: fx.Node) -> str:
+        return self.names.new(operation_name(node))
 
     def _result_name(self, node: fx.Node) -> str:
         wish = self.assigned.get(node)
@@ -214,7 +218,7 @@ class _Lowerer:
         module, location = node.meta.get("module") or "", node.meta.get("location")
         event, activity = fact is not None and fact.event, node.meta.get("activity")
         self.sites.append(LoweredSite(result, matrix.note, module, location, event, activity))
-        return self._affine(cell, result, bias)
+        return cell.stored(self._affine(cell, result, bias))
 
     def _bits_of(self, value: fx.Node) -> fx.Node | None:
         """The bits that ``value`` has as floats: events are listed of them as they are."""

@@ -87,8 +87,8 @@ def _why_not_dtype(node: fx.Node) -> Refusal | None:
         return refuse("unsupported-op", reason, "Use tensors in the loop.", node)
     if info is not None and info.dtype not in DTYPES:
         dtype = str(info.dtype).removeprefix("torch.")
-        reason = f"{node.name} is {dtype}; kernels compute in float32, float64, integers and bool."
-        return refuse("unsupported-layout", reason, "Use model.float(), without autocast.", node)
+        reason = f"{node.name} is {dtype}; kernels compute with floats, int32, int64 and bool."
+        return refuse("unsupported-layout", reason, "Use model.float().", node)
     return None
 
 
@@ -163,10 +163,7 @@ def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     if weight is None or untransposed(weight)[0].op != "placeholder":
         reason = f"The weight of {node.name} is computed in every step."
         return refuse("unsupported-op", reason, "Compute the weight before the loop.", node)
-    if len(weight.meta["val"].shape) != 2 or weight.meta["val"].dtype not in (
-        torch.float32,
-        torch.float64,
-    ):
+    if len(weight.meta["val"].shape) != 2 or not weight.meta["val"].dtype.is_floating_point:
         reason = f"The weight of {node.name} is no matrix of floats."
         return refuse("unsupported-layout", reason, "Use a matrix as nn.Linear does.", node)
     return None

@@ -221,8 +221,10 @@ class _Scope:
             return f"{kind} {name!r} belongs to another population"
         if reason := self._why_unreadable(value, population):
             return reason
-        if not isinstance(value, ir.Const) and self.dtypes[value] != target[1]:
-            return f"{kind} {name!r} is {target[1]}, the value {self.dtypes[value]}"
+        if not isinstance(value, ir.Const):
+            given = self.dtypes[value]
+            if target[1] not in (given, computed(given)):
+                return f"{kind} {name!r} is {target[1]}, the value {given}"
         self.written.add((kind, name))
         return None
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsify.bounded import Bounded, Precision, exact, is_exact, move, stack, unbounded
+from sparsify.rounding_halves import HALVES, UNKNOWN, in_halves
 from sparsify.rounding_rows import COUPLING, DECIDING, ROWS
 from sparsify.scan import Scan
 
@@ -89,8 +90,9 @@ class ErrorBounds(fx.Interpreter):
                 return result
         row = ROWS.get(n.target)
         precision = Precision(self._result_dtype(n, args, kwargs))
-        if row is None:
+        if row is None or (precision.dtype in HALVES and n.target in UNKNOWN):
             return self._give_up(n, precision, args, kwargs)
+        row = in_halves(n.target, row) if precision.dtype in HALVES else row
         result = row(precision, *args, **kwargs)
         if not isinstance(result, Bounded):
             return [_settled(part) for part in result]

@@ -22,12 +22,12 @@ from sparsify.check_recording import why_not_repeated
 from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.differentiated import Input
 from sparsify.errors import MismatchError
-from sparsify.scan import retyped
 from sparsify.scans import capture, find_regions
 from sparsify.trained_region import TrainedRegion
 from sparsify.training_step import differentiate_result
 from sparsify.verify_figures import GradientFigures, RegionFigures
 from sparsify.verify_regions import Progress, RegionCheck
+from sparsify.widened import widen, widened
 
 # A float64 sum of n terms is off by less than n eps = n * 1.1e-16 of the sum of their magnitudes,
 # and no gradient here sums up more than some 1e6 of them in a row. A wrong factor is off by more.
@@ -70,7 +70,7 @@ def check_gradients(
 
 
 def _check_stages(stages: Sequence[Stage], operands: Sequence[Tensor]) -> None:
-    wide = [_widened(operand) for operand in operands]
+    wide = [widen(operand) for operand in operands]
     expected = _gradients(stages[0].graph, wide)
     if all(gradient is None for gradient in expected):
         raise MismatchError("gradients are to be checked, and no result of the model has any")
@@ -94,7 +94,7 @@ def _check_stages(stages: Sequence[Stage], operands: Sequence[Tensor]) -> None:
 
 
 def _gradients(graph: fx.GraphModule, wide: Sequence[Tensor]) -> list[Tensor | None]:
-    return differentiate_result(retyped(graph, torch.float64)(*wide), wide)
+    return differentiate_result(widened(graph)(*wide), wide)
 
 
 def _distances(
@@ -107,8 +107,8 @@ def _distances(
         if not isinstance(ours, TrainedRegion) or not isinstance(theirs, TrainedRegion):
             continue
         given = [known[place] for place in theirs.parts.inputs]
-        wide = [_widened(tensor) for tensor in given]
-        exact = retyped(theirs.backward, torch.float64)(*wide)
+        wide = [widen(tensor) for tensor in given]
+        exact = widened(theirs.backward)(*wide)
         computed = ours.backward(*given), theirs.backward(*given), exact
         results = zip(ours.parts.outputs, *computed, strict=True)
         for (role, index), got, eager, wanted in results:
@@ -138,11 +138,5 @@ def _check_distance(figures: GradientFigures, eps: float) -> None:
     )
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    if tensor.dtype is not torch.float32:
-        return tensor
-    return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.nan_to_num(0.0, 0.0, 0.0)))
+    return float(torch.linalg.vector_norm(tensor.double().nan_to_num(0.0, 0.0, 0.0)))

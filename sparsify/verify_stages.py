@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from sparsify.bounded import Bounded
 from sparsify.compiled import Stage
 from sparsify.error_bounds import Bounds, bound_errors
-from sparsify.scan import retyped
 from sparsify.verify_figures import StageFigures
 from sparsify.verify_values import Place, check_equal, check_layout, check_within
+from sparsify.widened import widen, widened
 
 ROLLING = "roll_loops"  # the pass whose result has the bits of what it was given
 
@@ -55,11 +55,11 @@ def _check_in_float64(stages: Sequence[Stage], operands: Sequence[Tensor]) -> li
     others = [s for s in _distinct(stages) if id(s.graph) not in rolled]
     if not others:
         return []
-    wide = [t.double() if t.dtype is torch.float32 else t for t in operands]
-    bounds = bound_errors(retyped(reference.graph, torch.float64), wide)
+    wide = [widen(t) for t in operands]
+    bounds = bound_errors(widened(reference.graph), wide)
     figures = []
     for stage in others:
-        results = _run(retyped(stage.graph, torch.float64), wide)
+        results = _run(widened(stage.graph), wide)
         name = f"stage {stage.name} against {reference.name}, both in float64"
         shares = [
             _check_output(Place(name, f"output {index}"), got, bounded)

@@ -261,9 +261,12 @@ def in_memory(values: Array, dtype: ir.DType) -> Array:
 
 def tensors_of(kernel: ir.Kernel, data: Mapping[str, Array]) -> dict[str, torch.Tensor]:
     """``data`` as torch has it: halves are float32 in numpy."""
-    halves = {t.name: t.dtype for t in (*kernel.operands, *kernel.weights) if t.dtype in HALVES}
+    dtypes = {o.name: o.dtype for o in kernel.operands} | {w.name: w.dtype for w in kernel.weights}
     tensors = {name: torch.from_numpy(value) for name, value in data.items()}
-    return tensors | {n: tensors[n].to(TORCH_DTYPES[halves[n]]) for n in halves if n in tensors}
+    for name in tensors:
+        if dtypes.get(name) in HALVES:
+            tensors[name] = tensors[name].to(TORCH_DTYPES[dtypes[name]])
+    return tensors
 
 
 def array_of(tensor: torch.Tensor) -> Array:

@@ -220,8 +220,8 @@ def power(v: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
     return v, (v > 1).float()
 
 
-def half(v: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-    v = (v.half() + current.half()).float()
+def complicated(v: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+    v = torch.view_as_real(torch.complex(v, current)).sum(-1)
     return v, (v > 1).float()
 
 
@@ -237,7 +237,7 @@ REFUSED: tuple[tuple[Callable[..., Any], RefusalCode, str], ...] = (
     (noisy, "random", "rand"),
     (halves, "unsupported-op", "slice"),
     (power, "unsupported-op", "2.5"),
-    (half, "unsupported-layout", "float16"),
+    (complicated, "unsupported-layout", "complex64"),
     (mixed, "unsupported-op", "moves neurons"),
 )
 
