@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
-from sparsify.codegen.usage import UINT16_SENDERS, Packing, Source, packings
+from sparsify.codegen.given_weights import given_weights
+from sparsify.codegen.usage import UINT16_SENDERS, Source
 from sparsify.codegen.writer import Writer
 
 
@@ -17,6 +18,10 @@ def write_origin(w: Writer, kernel: ir.Kernel, schedule: ir.Schedule) -> None:
         w.comment(f"  {line}")
     how = ", ".join(f"{result} = {kind}" for result, kind in schedule.gathers)
     w.comment(f"{schedule.strategy}; gathers: {how or 'none'}")
+    if schedule.layouts:
+        w.comment(
+            f"weights: {', '.join(f'{name} = {layout}' for name, layout in schedule.layouts)}"
+        )
     w.line()
 
 
@@ -25,8 +30,8 @@ def write_head(
 ) -> None:
     write_origin(w, kernel, schedule)
     w.line('#include "kernel.h"')
-    if any(gather.only is not None for gather in kernel.gathers):
-        w.line('#include "restricted.h"')
+    for header in _headers(kernel, schedule):
+        w.line(f'#include "{header}"')
     w.line()
     w.line("namespace {")
     w.line()
@@ -36,6 +41,19 @@ def write_head(
         size = symbols.sizes[population.name]
         w.line(f"constexpr int64_t {size} = {population.size};", f"neurons of {population.name}")
     w.line(f"constexpr int64_t TILE = {tile};", "receivers whose sums stay in registers")
+
+
+def _headers(kernel: ir.Kernel, schedule: ir.Schedule) -> list[str]:
+    """What kernels need beside kernel.h."""
+    found = ["restricted.h"] if any(gather.only is not None for gather in kernel.gathers) else []
+    given = given_weights(kernel, schedule)
+    if any(weight.is_kept and weight.by == "receivers" for weight in given):
+        found.append("kept_rows.h")
+    if any(weight.is_kept and weight.by == "senders" for weight in given):
+        found.append("kept_products.h")
+    if any(weight.layout.kind == "masked-rows" for weight in given):
+        found.append("masked_rows.h")
+    return found
 
 
 def write_call(
@@ -58,14 +76,12 @@ def write_call(
             tail = f" int64_t {strides};" if strides else ""
             note = shape_note(kernel, operand, operand.note)
             w.line(f"const {kind}* {name};{tail}", note)
-        for packing in packings(kernel, schedule):
-            weight = packing.weight
+        for given in given_weights(kernel, schedule):
+            weight = given.weight
             receivers = kernel.population_size(weight.receivers)
             senders = kernel.population_size(weight.senders)
             note = f"[{receivers}, {senders}] {weight.note}".rstrip()
-            by = {"receivers": "[tile][sender][TILE]", "senders": "[block][receiver][SOURCE_BLOCK]"}
-            kind, name = MEMORY_TYPES[weight.dtype], weight_name(packing, symbols)
-            w.line(f"const {kind}* {name};", f"{note}, packed as {by[packing.by]}")
+            w.line(f"{given.kind()} {given.name(symbols)};", f"{note}, {given.note()}")
         for output in kernel.outputs:
             name, kind = symbols.outputs[output.name], MEMORY_TYPES[output.dtype]
             strides = "".join(f", {name}_{x.lower()}" for x in output.axes if x != "N")[2:]
@@ -78,11 +94,6 @@ def write_call(
         w.line("char* memory;")
         for member in extra:
             w.line(member)
-
-
-def weight_name(packing: Packing, symbols: Symbols) -> str:
-    name = symbols.values[packing.weight.name]
-    return name if packing.by == "receivers" else f"{name}_blocks"
 
 
 def write_entry(
@@ -108,7 +119,8 @@ def write_entry(
         w.line("call.batch = batch;")
         w.line("call.active = active;")
         for name, kind, axes in entry_tensors(kernel, schedule, symbols):
-            w.line(f"call.{name} = static_cast<{kind}*>(*pointers++);")
+            given = f"static_cast<{kind}>" if kind.endswith("*") else kind
+            w.line(f"call.{name} = {given}(*pointers++);")
             for axis in axes:
                 w.line(f"call.{name}_{axis} = *strides++;")
         for line in set_up:
@@ -127,13 +139,13 @@ def entry_tensors(
     tensors = []
     for operand in kernel.operands:
         axes = [x.lower() for x in operand.axes if x != "N"]
-        tensors.append((symbols.values[operand.name], f"const {MEMORY_TYPES[operand.dtype]}", axes))
-    for packing in packings(kernel, schedule):
-        kind = f"const {MEMORY_TYPES[packing.weight.dtype]}"
-        tensors.append((weight_name(packing, symbols), kind, []))
+        kind = f"const {MEMORY_TYPES[operand.dtype]}*"
+        tensors.append((symbols.values[operand.name], kind, axes))
+    for given in given_weights(kernel, schedule):
+        tensors.append((given.name(symbols), given.kind(), []))
     for output in kernel.outputs:
         axes = [x.lower() for x in output.axes if x != "N"]
-        tensors.append((symbols.outputs[output.name], MEMORY_TYPES[output.dtype], axes))
+        tensors.append((symbols.outputs[output.name], f"{MEMORY_TYPES[output.dtype]}*", axes))
     return tensors
 
 

@@ -340,27 +340,32 @@ SPARSIFY_INLINE void dense_patch(F* sums, const W* weight, const F* source, int6
     for (int c = 0; c < COLUMNS; ++c) store(sums + r * TILE + c * WIDTH<F>, sum[r][c]);
 }
 
+// Adds what some senders contribute to the sums of TILE receivers; source[0] is the first one's.
+template <int TILE, class F, class W>
+SPARSIFY_INLINE void dense_panel(F* sums, const W* weight, const F* source, int64_t source_row,
+                                 int64_t rows, int64_t senders, bool starts) {
+  constexpr int VECTORS = TILE / WIDTH<F>;
+  constexpr int COLUMNS = VECTORS < DENSE_VECTORS ? VECTORS : DENSE_VECTORS;
+  constexpr int ALONE = VECTORS < 8 ? VECTORS : 8;  // a single row needs more sums to be fast
+  const int64_t full = rows / DENSE_ROWS * DENSE_ROWS;
+  for (int c = 0; c < VECTORS; c += COLUMNS)
+    for (int64_t r = 0; r < full; r += DENSE_ROWS)
+      dense_patch<TILE, DENSE_ROWS, COLUMNS>(sums + r * TILE + c * WIDTH<F>, weight + c * WIDTH<F>,
+                                             source + r * source_row, source_row, senders, starts);
+  for (int64_t r = full; r < rows; ++r)
+    for (int c = 0; c < VECTORS; c += ALONE)
+      dense_patch<TILE, 1, ALONE>(sums + r * TILE + c * WIDTH<F>, weight + c * WIDTH<F>,
+                                  source + r * source_row, source_row, senders, starts);
+}
+
 // sums[row][r] = sum over all senders of source[row][s] * weight[s][r], for TILE receivers.
 // The order of additions is free here and products are fused: compared by a bound, not by bits.
 template <int TILE, class F, class W>
 inline void gather_dense(F* sums, const W* weight, const F* source, int64_t source_row,
                          int64_t rows, int64_t senders) {
-  constexpr int VECTORS = TILE / WIDTH<F>;
-  constexpr int COLUMNS = VECTORS < DENSE_VECTORS ? VECTORS : DENSE_VECTORS;
-  constexpr int ALONE = VECTORS < 8 ? VECTORS : 8;  // a single row needs more sums to be fast
   for (int64_t s = 0; s < senders; s += DENSE_BLOCK) {
     const int64_t some = senders - s < DENSE_BLOCK ? senders - s : DENSE_BLOCK;
-    const W* const panel = weight + s * TILE;
-    const int64_t full = rows / DENSE_ROWS * DENSE_ROWS;
-    for (int c = 0; c < VECTORS; c += COLUMNS)
-      for (int64_t r = 0; r < full; r += DENSE_ROWS)
-        dense_patch<TILE, DENSE_ROWS, COLUMNS>(sums + r * TILE + c * WIDTH<F>,
-                                               panel + c * WIDTH<F>, source + r * source_row + s,
-                                               source_row, some, s == 0);
-    for (int64_t r = full; r < rows; ++r)
-      for (int c = 0; c < VECTORS; c += ALONE)
-        dense_patch<TILE, 1, ALONE>(sums + r * TILE + c * WIDTH<F>, panel + c * WIDTH<F>,
-                                    source + r * source_row + s, source_row, some, s == 0);
+    dense_panel<TILE>(sums, weight + s * TILE, source + s, source_row, rows, some, s == 0);
   }
 }
 

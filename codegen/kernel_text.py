@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Cell, Places, Symbols, start_phases
-from sparsify.codegen.frame_text import operand_row, weight_name
+from sparsify.codegen.frame_text import operand_row
+from sparsify.codegen.given_weights import given_weights, is_kept, whole_values
 from sparsify.codegen.memory_text import Field, array
-from sparsify.codegen.usage import Source, find_usage, packings
+from sparsify.codegen.usage import Source, find_usage
 from sparsify.codegen.writer import Writer
 
 
@@ -25,7 +26,8 @@ class KernelText(ABC):
         self.w = Writer()
         self.kernel, self.schedule, self.tile = kernel, schedule, tile
         self.symbols = Symbols.of(kernel)
-        self.usage = find_usage(kernel, schedule)
+        self.usage = find_usage(kernel, whole_values(kernel, schedule))
+        self.weights = given_weights(kernel, schedule)
 
     @abstractmethod
     def places(self) -> Places:
@@ -118,6 +120,8 @@ class KernelText(ABC):
                 continue
             source = self.usage.sources[gather.source]
             values, row = self.dense_source(source)
+            if is_kept(self.kernel, self.schedule, gather):
+                self._write_wild(gather)
             with self.w.indented("for (int64_t row = 0; row < rows; ++row)"):
                 counted = f"count_active({values} + row * {row}, {self.size(source)})"
                 self.w.line(f"active[{index}] += {counted};")
@@ -143,16 +147,23 @@ class KernelText(ABC):
         slot = "[now]" if source.kind == "state" else ""
         return self.values_of(source, slot), self.size(source)
 
-    def write_tiles(self, phase: ir.Phase, function: str, tiles: str) -> None:
-        """The loop over ``tiles`` (a C++ for-head that sets ``first``) and the rows at hand.
+    def write_tiles(self, phase: ir.Phase, function: str, begin: str, end: str) -> None:
+        """The loop over tiles of the receivers ``begin`` to ``end``, and the rows at hand.
 
         One gather at a time for all rows, so that only one tile of weights has to stay cached.
+        Those whose weights are kept compute all of the sums before.
         """
         gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
-        with self.w.block(tiles):
+        kept = [g for g in gathers if is_kept(self.kernel, self.schedule, g)]
+        for gather in kept:
+            self._write_kept(gather, begin, end)
+        with self.w.block(f"for (int64_t first = {begin}; first < {end}; first += TILE)"):
             for gather in gathers:
-                self._write_gather(gather)
-            sums = [f"{self._sums(gather)} + row * TILE" for gather in gathers]
+                if gather not in kept:
+                    self._write_gather(gather)
+            size = self.symbols.sizes[phase.population]
+            at = {g.result: f"row * {size} + first" if g in kept else "row * TILE" for g in gathers}
+            sums = [f"{self._sums(gather)} + {at[gather.result]}" for gather in gathers]
             with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
                 self._write_cell_call(phase, function, sums)
 
@@ -166,32 +177,88 @@ class KernelText(ABC):
             self._write_selective(gather)
             return
         weight = f"call.{self.symbols.values[gather.weight]} + first * {senders}"
+        masked = ""
+        if self.schedule.layout_of(gather.weight).kind == "masked-rows":
+            weight, masked = f"call.{self.symbols.values[gather.weight]}, first", "masked_"
         if gather.result in self.usage.dense:
             values, row = self.dense_source(source)
             given = f"{self._sums(gather)}, {weight}, {values}, {row}, rows, {senders}"
-            self.w.line(f"gather_dense<TILE>({given});", gather.note)
+            self.w.line(f"gather_{masked}dense<TILE>({given});", gather.note)
             if gather.only is not None:
                 given = f"{self._sums(gather)}, {self._wanted(gather)}"
                 self.w.line(f"{self._count(gather)} += keep_wanted<TILE>({given}, rows);")
             return
         given = f"{self._sums(gather)}, {weight}, {self.places().events[gather.source]}, rows"
-        self.w.line(f"gather_events<TILE>({given});", gather.note)
+        self.w.line(f"gather_{masked}events<TILE>({given});", gather.note)
 
     def _write_selective(self, gather: ir.Gather) -> None:
-        packing = next(
-            p
-            for p in packings(self.kernel, self.schedule)
-            if p.weight.name == gather.weight and p.by == "senders"
-        )
-        weight = f"call.{weight_name(packing, self.symbols)}"
+        weight = self._weight(gather, "senders")
         blocks = self.blocks_of(self.usage.sources[gather.source])
         given = f"{self._sums(gather)}, {weight}, {blocks}, {self._wanted(gather)}, rows"
-        self.w.line(f"{self._count(gather)} += gather_restricted<TILE>({given});", gather.note)
+        masked = self.schedule.layout_of(gather.weight).kind == "masked-rows"
+        function = "gather_masked_restricted" if masked else "gather_restricted"
+        self.w.line(f"{self._count(gather)} += {function}<TILE>({given});", gather.note)
+
+    def _weight(self, gather: ir.Gather, by: str) -> str:
+        given = next(g for g in self.weights if g.weight.name == gather.weight and g.by == by)
+        return f"call.{given.name(self.symbols)}"
+
+    def _write_kept(self, gather: ir.Gather, begin: str, end: str) -> None:
+        """All sums of a thread through weights that are kept one by one or in runs."""
+        source = self.usage.sources[gather.source]
+        weight = next(w for w in self.kernel.weights if w.name == gather.weight)
+        sums = f"{self._sums(gather)}, {self.symbols.sizes[weight.receivers]}"
+        if gather.result not in self.usage.dense:
+            given = f"{sums}, {self._weight(gather, 'receivers')}"
+            events = self.places().events[gather.source]
+            self.w.line(
+                f"gather_kept_events({given}, {events}, rows, {begin}, {end});", gather.note
+            )
+            return
+        values, row = self.dense_source(source)
+        kind = C_TYPES[source.dtype]
+        read = f"Values<{kind}>{{{values}, {row}, {self._wild(gather)}, {self._lanes(source)}}}"
+        given = f"{sums}, {self._weight(gather, 'senders')}, {read}"
+        if gather.only is None:
+            self.w.line(f"gather_kept({given}, rows, {begin}, {end});", gather.note)
+            return
+        given = f"{given}, {self._wanted(gather, '0')}, rows, {begin}, {end}"
+        self.w.line(f"{self._count(gather)} += gather_kept_restricted({given});", gather.note)
+
+    def _lanes(self, source: Source) -> str:
+        return f"own.{self.name(source)}_lanes"
+
+    def lanes_fields(self) -> list[Field]:
+        """Scratch memory of a thread for products with weights that receivers keep."""
+        read = [
+            g.source
+            for g in self.kernel.gathers
+            if is_kept(self.kernel, self.schedule, g) and g.result in self.usage.dense
+        ]
+        fields = []
+        for source in (self.usage.sources[name] for name in dict.fromkeys(read)):
+            kind, note = C_TYPES[source.dtype], f"{source.name}, batch rows side by side"
+            count = f"rows < 4 ? 0 : lanes_of({self.size(source)}) * LANES<{kind}>"
+            fields.append(array(kind, f"{self.name(source)}_lanes", count, 1, note))
+        return fields
+
+    def sum_fields(self) -> list[Field]:
+        """Sums of gathers: one tile of receivers, or all where they are kept."""
+        fields = []
+        for gather in self.kernel.gathers:
+            weight = next(w for w in self.kernel.weights if w.name == gather.weight)
+            kind, count, note = C_TYPES[self.usage.dtypes[gather.result]], "TILE", "[rows, TILE]"
+            if is_kept(self.kernel, self.schedule, gather):
+                count = self.symbols.sizes[weight.receivers]
+                note = f"[rows, {self.kernel.population_size(weight.receivers)}]"
+            name = f"{self.symbols.values[gather.result]}_sum"
+            fields.append(array(kind, name, f"rows * {count}", 1, note))
+        return fields
 
     def _count(self, gather: ir.Gather) -> str:
         return f"active[{self.kernel.gathers.index(gather)}]"
 
-    def _wanted(self, gather: ir.Gather) -> str:
+    def _wanted(self, gather: ir.Gather, first: str = "first") -> str:
         """The object that says which sums of a tile are wanted."""
         assert gather.only is not None
         weight = next(w for w in self.kernel.weights if w.name == gather.weight)
@@ -204,7 +271,7 @@ class KernelText(ABC):
         else:
             slot = "[now]" if gather.only in self.usage.doubled_states else ""
             place, row = f"{self.places().state}.{name}{slot}", size
-        return f"Only({place}, {row}, {self._wild(gather)}, {size}, first)"
+        return f"Only({place}, {row}, {self._wild(gather)}, {size}, {first})"
 
     def _write_cell_call(self, phase: ir.Phase, function: str, sums: list[str]) -> None:
         """Call a cell with the width of its tile, a constant wherever it can be."""

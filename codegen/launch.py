@@ -13,7 +13,10 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Source
-from sparsify.codegen.runtime import PackedWeight, Runtime
+from sparsify.codegen.compressed import band_width
+from sparsify.codegen.given_weights import GivenWeight, given_weights
+from sparsify.codegen.neurons_per_thread import NeuronsPerThread
+from sparsify.codegen.runtime import Packed, PackedWeight, Runtime
 from sparsify.codegen.slots import (
     CPU,
     TORCH_DTYPES,
@@ -25,7 +28,6 @@ from sparsify.codegen.slots import (
     take_operand,
     take_output,
 )
-from sparsify.codegen.usage import SOURCE_BLOCK, Packing, packings
 
 PAIRS_PER_NEURON = 64  # weights that cost as much as the update of a neuron, at some 20 % activity
 ALONE = 8192  # neuron updates that take one thread no longer than it takes to wake another
@@ -34,25 +36,41 @@ FunctionOf = Callable[[ir.Kernel, ir.Schedule], Any]
 
 @dataclass(frozen=True, slots=True)
 class _PackedSlot:
-    """A weight of the kernel in one layout."""
+    """A weight of the kernel in one layout. ``places`` are the neurons of a band, if it has any."""
 
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype
     packed: PackedWeight
     by_senders: bool
+    places: int
 
     @staticmethod
-    def of(kernel: ir.Kernel, packing: Packing, runtime: Runtime, tile: int) -> _PackedSlot:
-        weight, by_senders = packing.weight, packing.by == "senders"
-        receivers, senders = weight.receivers, weight.senders
+    def of(kernel: ir.Kernel, given: GivenWeight, runtime: Runtime, tile: int) -> _PackedSlot:
+        weight, by_senders = given.weight, given.by == "senders"
+        shape = kernel.population_size(weight.receivers), kernel.population_size(weight.senders)
         return _PackedSlot(
             weight.name,
-            (kernel.population_size(receivers), kernel.population_size(senders)),
+            shape,
             TORCH_DTYPES[weight.dtype],
-            PackedWeight(runtime, SOURCE_BLOCK if by_senders else tile),
+            PackedWeight(runtime, given.form(tile)),
             by_senders,
+            shape[0] if given.is_kept and not by_senders else 0,
         )
+
+    def pack(self, weight: torch.Tensor, frozen: bool, threads: int, tile: int) -> Packed:
+        """``threads`` share the bands of receivers."""
+        band = band_width(self.places, threads, tile) if self.places else 0
+        matrix = weight.t() if self.by_senders else weight
+        return self.packed.get(matrix, frozen=frozen, band=band)
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """The kernel under one schedule, and what it is given of weights."""
+
+    function: Any
+    weights: list[_PackedSlot]
 
 
 class CppLaunchable:
@@ -75,19 +93,16 @@ class CppLaunchable:
         self.kernel, self.schedule, self.source = kernel, schedule, source
         self._runtime, self._function_of = runtime, function_of
         self._slots = Slots(kernel)
-        self._weights = [
-            _PackedSlot.of(kernel, packing, runtime, tile) for packing in packings(kernel, schedule)
-        ]
+        self._tile, self._divides = tile, schedule.strategy == NeuronsPerThread.name
+        variant = self._variant(schedule, function)
         self._counted = {g.result: counted(kernel, g) for g in kernel.gathers}
         self._active = (ctypes.c_int64 * max(1, len(kernel.gathers)))()
         self._row_steps = 0  # time steps times batch rows of all calls
         self._lock = Lock()
         self._work = sum(kernel.population_size(phase.population) for phase in kernel.phases)
-        self._work += sum(math.prod(w.shape) for w in self._weights) // PAIRS_PER_NEURON
-        self._functions = {frozenset[str](): _declare(function)}
+        self._work += sum(math.prod(w.shape) for w in variant.weights) // PAIRS_PER_NEURON
+        self._variants = {frozenset[str](): variant}
         strided = (*self._slots.operands, *self._slots.outputs)
-        tensors = len(strided) + len(self._weights)
-        self._pointers = ctypes.c_void_p * max(1, tensors)
         self._strides = ctypes.c_int64 * max(1, sum(len(lead(s.axes)) for s in strided))
 
     def __call__(
@@ -112,16 +127,15 @@ class CppLaunchable:
             operand = take_operand(tensors, slot, shape, CPU, strides)
             pointers.append(operand.data_ptr())
             alive.append(operand)
-        infinite = self._add_weights(tensors, frozen, pointers, alive)
+        function = self._add_weights(tensors, frozen, pointers, alive)
         results = {}
         for slot, shape in zip(self._slots.outputs, output_shapes, strict=True):
             output = results[slot.name] = take_output(outputs, slot, shape, CPU, strides)
             pointers.append(output.data_ptr())
         if steps and batch:
-            function = self._functions.get(infinite) or self._dense_function(infinite)
             failed = function(
                 self._runtime.table,
-                self._pointers(*pointers),
+                (ctypes.c_void_p * max(1, len(pointers)))(*pointers),
                 self._strides(*strides),
                 steps,
                 batch,
@@ -156,38 +170,60 @@ class CppLaunchable:
         frozen: bool,
         pointers: list[int],
         alive: list[torch.Tensor],
-    ) -> frozenset[str]:
-        """Pack the weights; the names of those that are not finite."""
-        infinite = []
-        for slot in self._weights:
-            weight = tensors.get(slot.name)
-            if not fits(weight, slot.dtype, slot.shape, CPU):
-                wanted = f"{list(slot.shape)} of {slot.dtype}"
-                raise misfit(weight, slot.name, wanted, slot.dtype, CPU)
-            packed = slot.packed.get(weight.t() if slot.by_senders else weight, frozen=frozen)
-            pointers.append(packed.tiles.data_ptr())
-            alive.append(packed.tiles)
-            if not packed.all_finite:
-                infinite.append(slot.name)
-        return frozenset(infinite)
+    ) -> Any:
+        """Pack the weights; the function that takes them."""
+        threads = torch.get_num_threads() if self._divides else 1
+        variant = self._variants[frozenset()]
+        while True:
+            packed = [self._pack(slot, tensors, frozen, threads) for slot in variant.weights]
+            pairs = zip(variant.weights, packed, strict=True)
+            infinite = frozenset(slot.name for slot, one in pairs if not one.all_finite)
+            wanted = self._variants.get(infinite) or self._dense_variant(infinite)
+            if wanted.weights is variant.weights:
+                break
+            variant = wanted
+        pointers += [one.tiles.data_ptr() for one in packed]
+        alive += [one.tiles for one in packed]
+        return wanted.function
 
-    def _dense_function(self, infinite: frozenset[str]) -> Any:
+    def _pack(
+        self, slot: _PackedSlot, tensors: Mapping[str, torch.Tensor], frozen: bool, threads: int
+    ) -> Packed:
+        weight = tensors.get(slot.name)
+        if not fits(weight, slot.dtype, slot.shape, CPU):
+            wanted = f"{list(slot.shape)} of {slot.dtype}"
+            raise misfit(weight, slot.name, wanted, slot.dtype, CPU)
+        return slot.pack(weight, frozen, threads, self._tile)
+
+    def _dense_variant(self, infinite: frozenset[str]) -> _Variant:
         """The kernel whose gathers through ``infinite`` weights are dense, compiled at need.
 
-        Restricted ones skip no sender, and what they skip is zero whatever the weights are.
+        Restricted ones skip no sender, and what they skip is zero whatever the weights are. Through
+        rows that are not dense, too: what is left out is multiplied by zero or not at all.
         """
         read = [g for g in self.kernel.gathers if g.only is None]
         dense = {g.result for g in read if g.weight in infinite}
         gathers: tuple[tuple[str, Any], ...] = tuple(
             (result, "dense" if result in dense else how) for result, how in self.schedule.gathers
         )
-        if gathers == self.schedule.gathers:
-            function = self._functions[frozenset()]
+        whole = {g.weight for g in read if g.weight in infinite}
+        layouts = tuple(pair for pair in self.schedule.layouts if pair[0] not in whole)
+        schedule = replace(self.schedule, gathers=gathers, layouts=layouts)
+        known = self._variants[frozenset()]
+        if schedule == self.schedule:
+            variant = known
         else:
-            schedule = replace(self.schedule, gathers=gathers)
-            function = _declare(self._function_of(self.kernel, schedule))
-        self._functions[infinite] = function
-        return function
+            function = self._function_of(self.kernel, schedule)
+            variant = self._variant(schedule, function)
+            if layouts == self.schedule.layouts:
+                variant = _Variant(variant.function, known.weights)
+        self._variants[infinite] = variant
+        return variant
+
+    def _variant(self, schedule: ir.Schedule, function: Any) -> _Variant:
+        given = given_weights(self.kernel, schedule)
+        slots = [_PackedSlot.of(self.kernel, one, self._runtime, self._tile) for one in given]
+        return _Variant(_declare(function), slots)
 
 
 def _declare(function: Any) -> Any:

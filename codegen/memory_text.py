@@ -73,20 +73,6 @@ def blocks_field(source: Source, symbols: Symbols, copies: int, note: str) -> Fi
     return Field(f"{kind} {name}[2]", f"{name}{{{{{made}}}, {{{made}}}}}", note)
 
 
-def sum_fields(usage: Usage, symbols: Symbols, rows: str = "rows") -> list[Field]:
-    """Sums of gathers, one tile of receivers."""
-    return [
-        array(
-            C_TYPES[usage.dtypes[gather.result]],
-            f"{symbols.values[gather.result]}_sum",
-            f"{rows} * TILE",
-            1,
-            "[rows, TILE]",
-        )
-        for gather in usage.kernel.gathers
-    ]
-
-
 def write_struct(w: Writer, name: str, note: str, fields: list[Field]) -> None:
     w.line()
     w.comment(note)

@@ -12,6 +12,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
+from sparsify.codegen.given_weights import shared_bands
 from sparsify.codegen.kernel_text import KernelText
 from sparsify.codegen.memory_text import (
     Field,
@@ -19,7 +20,6 @@ from sparsify.codegen.memory_text import (
     blocks_field,
     events_field,
     state_fields,
-    sum_fields,
     write_struct,
 )
 from sparsify.codegen.predict_cost import predict_cost
@@ -159,7 +159,7 @@ class _SharedText(KernelText):
             if source.blocks and source.kind == "operand":
                 note = f"{source.name}, for restricted products"
                 fields.append(blocks_field(source, self.symbols, 1, note))
-        return fields + sum_fields(self.usage, self.symbols)
+        return fields + self.lanes_fields() + self.sum_fields()
 
     def _write_rows(self) -> None:
         w = self.w
@@ -172,7 +172,7 @@ class _SharedText(KernelText):
         with w.block(head):
             for population in dict.fromkeys(phase.population for phase in self.kernel.phases):
                 size, mine = self.symbols.sizes[population], self.mine[population]
-                w.line(f"const Share {mine} = share<TILE>({size}, team);")
+                w.line(f"const Share {mine} = {self._share(population, size)};")
             if self.kernel.states:
                 w.comment("Every state gets its initial value.")
                 with w.block(""):
@@ -182,6 +182,12 @@ class _SharedText(KernelText):
             with self.steps():
                 self.write_scans()
                 self._write_step()
+
+    def _share(self, population: str, size: str) -> str:
+        given = shared_bands(self.weights, population)
+        if given is None:
+            return f"share<TILE>({size}, team)"
+        return f"share_bands({size}, call.{given.name(self.symbols)}.band, team)"
 
     def _write_step(self) -> None:
         states = self.usage.of_kind("state")
@@ -211,8 +217,7 @@ class _SharedText(KernelText):
 
     def _write_phase(self, phase: ir.Phase, function: str) -> None:
         mine = self.mine[phase.population]
-        loop = f"for (int64_t first = {mine}.begin; first < {mine}.end; first += TILE)"
-        self.write_tiles(phase, function, loop)
+        self.write_tiles(phase, function, f"{mine}.begin", f"{mine}.end")
 
     def _write_run(self) -> None:
         w, gathers = self.w, len(self.kernel.gathers)

@@ -151,8 +151,8 @@ SPARSIFY_INLINE double total(Vector<double> a) {
 
 // Adds to ROWS sums what a block of senders contributes: those of the rows that are the lowest bits
 // of `wanted`. Returns the other bits. How a sum is added up does not depend on ROWS.
-template <int TILE, int ROWS, class F>
-SPARSIFY_INLINE uint64_t add_rows(F* sums, const F* weight, const F* block, uint64_t wanted,
+template <int TILE, int ROWS, class F, class W>
+SPARSIFY_INLINE uint64_t add_rows(F* sums, const W* weight, const F* block, uint64_t wanted,
                                   int vectors) {
   const F* from[ROWS];
   F* to[ROWS];
@@ -182,8 +182,8 @@ SPARSIFY_INLINE uint64_t add_rows(F* sums, const F* weight, const F* block, uint
   return wanted;
 }
 
-template <int TILE, class F>
-SPARSIFY_INLINE void add_receiver(F* sums, const F* weight, const F* block, uint64_t wanted,
+template <int TILE, class F, class W>
+SPARSIFY_INLINE void add_receiver(F* sums, const W* weight, const F* block, uint64_t wanted,
                                   int vectors) {
   int left = __builtin_popcountll(wanted);
   for (; left >= TOGETHER; left -= TOGETHER)
@@ -196,23 +196,24 @@ SPARSIFY_INLINE void add_receiver(F* sums, const F* weight, const F* block, uint
 // sums[row][i] = sum over all senders of value[row][s] * weight[first + i][s] for a tile of receivers
 // where the row wants it, else 0. Returns how many sums were wanted.
 //
-// `weight` is packed as [block of senders][receiver][SOURCE_BLOCK], zero behind the last sender.
-// The order of additions is free and products are fused: compared by a bound, not by bits. It is the
-// same whoever else wants a receiver, so that other batch sizes and threads give the same bits.
-template <int TILE, class F, class Mask>
-inline int64_t gather_restricted(F* sums, const F* weight, const Blocks<F>& from,
-                                 const Only<Mask>& only, int64_t rows) {
+// `line(s, r)` has the weights of receiver r for the block of senders that begins with s, zero behind
+// the last sender. The order of additions is free and products are fused: compared by a bound, not by
+// bits. It is the same whoever else wants a receiver, so that other batch sizes and threads give the
+// same bits.
+template <int TILE, class F, class Mask, class LineOf>
+SPARSIFY_INLINE int64_t sum_wanted(F* sums, const LineOf& line, const Blocks<F>& from,
+                                   const Only<Mask>& only, int64_t rows) {
   constexpr int VECTORS = SOURCE_BLOCK / WIDTH<F>;
   uint64_t wanted[TILE];
   find_wanted<TILE>(wanted, only, rows);
   for (int64_t i = 0; i < rows * TILE; ++i) sums[i] = F(0);
   for (int64_t s = 0; s < from.senders; s += SOURCE_BLOCK) {
-    const F* const panel = weight + s * only.receivers + only.first * SOURCE_BLOCK;
     const F* const block = from.at(0, s);
     const int64_t left = from.senders - s;
     const int vectors = left < SOURCE_BLOCK ? int((left + WIDTH<F> - 1) / WIDTH<F>) : VECTORS;
     for (int i = 0; i < TILE; ++i) {
-      const F* const weights = panel + i * SOURCE_BLOCK;
+      if (!wanted[i]) continue;
+      const auto weights = line(s, only.first + i);
       if (vectors == VECTORS)  // a constant
         add_receiver<TILE>(sums + i, weights, block, wanted[i], VECTORS);
       else
@@ -222,6 +223,16 @@ inline int64_t gather_restricted(F* sums, const F* weight, const Blocks<F>& from
   int64_t count = 0;
   for (int i = 0; i < TILE; ++i) count += __builtin_popcountll(wanted[i]);
   return count;
+}
+
+// The same with weights that are packed as [block of senders][receiver][SOURCE_BLOCK].
+template <int TILE, class F, class W, class Mask>
+inline int64_t gather_restricted(F* sums, const W* weight, const Blocks<F>& from,
+                                 const Only<Mask>& only, int64_t rows) {
+  const auto line = [&](int64_t s, int64_t receiver) {
+    return weight + s * only.receivers + receiver * SOURCE_BLOCK;
+  };
+  return sum_wanted<TILE>(sums, line, from, only, rows);
 }
 
 // Clears those of all sums of a tile that nobody wants; returns how many were wanted.

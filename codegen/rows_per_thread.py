@@ -19,7 +19,6 @@ from sparsify.codegen.memory_text import (
     blocks_field,
     events_field,
     state_fields,
-    sum_fields,
     write_struct,
 )
 from sparsify.codegen.predict_cost import predict_cost
@@ -127,7 +126,7 @@ class _RowsText(KernelText):
                 kind, note = C_TYPES[source.dtype], f"{source.name}, for dense products"
                 count = f"rows * {self.size(source)}"
                 fields.append(array(kind, f"{self.name(source)}_values", count, copies, note))
-        return fields + sum_fields(self.usage, self.symbols)
+        return fields + self.lanes_fields() + self.sum_fields()
 
     def _write_rows(self) -> None:
         w = self.w
@@ -156,8 +155,7 @@ class _RowsText(KernelText):
                 slot = "[next]" if source.kind == "state" else ""
                 self.w.line(f"clear(own.{self.name(source)}_events{slot}, rows);")
         size = self.symbols.sizes[phase.population]
-        loop = f"for (int64_t first = 0; first < {size}; first += TILE)"
-        self.write_tiles(phase, function, loop)
+        self.write_tiles(phase, function, "0", size)
 
     def _write_run(self) -> None:
         w, gathers = self.w, len(self.kernel.gathers)

@@ -1,6 +1,7 @@
 // The support library that Python loads once per process; see runtime.py for its callers.
 #include "runtime.h"
 
+#include "compress.h"
 #include "thread_pool.h"
 #include "weights.h"
 
@@ -11,6 +12,19 @@ namespace {
 const Runtime table = {
     [](Body body, void* context, int threads) { pool->parallel(body, context, threads); },
 };
+
+// Calls work(matrix) with words of the size of a weight: `shape` is lines, places and their strides.
+template <class Work>
+void with_matrix(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
+                 Work work) {
+  const auto call = [&](auto* typed) {
+    using Word = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    work(Matrix<Word>{typed, shape[0], shape[1], shape[2], shape[3], Word(exponent)});
+  };
+  if (word_bytes == 2) call(static_cast<const uint16_t*>(words));
+  if (word_bytes == 4) call(static_cast<const uint32_t*>(words));
+  if (word_bytes == 8) call(static_cast<const uint64_t*>(words));
+}
 
 }  // namespace
 
@@ -57,6 +71,33 @@ int sparsify_pack64(const uint64_t* weight, int64_t receivers, int64_t senders, 
                     int64_t stride_s, int64_t tile, uint64_t* tiles, int threads) {
   return pack<uint64_t, 0x7FF0000000000000u>(weight, receivers, senders, stride_r, stride_s, tile,
                                              tiles, threads);
+}
+
+int sparsify_count_kept(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
+                        int64_t band, int64_t run, int64_t together, uint32_t* starts,
+                        int threads) {
+  bool all_finite = true;
+  with_matrix(words, word_bytes, shape, exponent, [&](const auto& from) {
+    all_finite = count_kept(from, band, run, together, starts, threads);
+  });
+  return all_finite;
+}
+
+void sparsify_fill_kept(const void* words, int word_bytes, const int64_t* shape, int64_t band,
+                        int64_t run, int apart, const uint32_t* starts, uint16_t* places,
+                        void* weights, int threads) {
+  with_matrix(words, word_bytes, shape, 0, [&](const auto& from) {
+    using Word = std::remove_const_t<std::remove_reference_t<decltype(*from.words)>>;
+    fill_kept(from, band, run, apart != 0, starts, places, static_cast<Word*>(weights), threads);
+  });
+}
+
+void sparsify_fill_masked(const void* words, int word_bytes, const int64_t* shape, int64_t tile,
+                          const uint32_t* starts, uint8_t* masks, void* weights, int threads) {
+  with_matrix(words, word_bytes, shape, 0, [&](const auto& from) {
+    using Word = std::remove_const_t<std::remove_reference_t<decltype(*from.words)>>;
+    fill_masked(from, tile, starts, masks, static_cast<Word*>(weights), threads);
+  });
 }
 
 int64_t sparsify_count8(const uint8_t* words, int64_t count, uint8_t mask, int threads) {

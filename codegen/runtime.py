@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
+from sparsify.codegen.compressed import Compressor, Form
 from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-HEADERS = ("square.h", "thread_pool.h", "weights.h", "workers.h")
+HEADERS = ("compress.h", "square.h", "thread_pool.h", "weights.h", "workers.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 IMPORTED_BY = os.getpid()
@@ -28,11 +29,15 @@ PACKERS = {
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight ``[R, S]`` as kernels read it: ``tiles[ceil(R / tile), S, tile]``, zero padded."""
+    """A weight ``[R, S]`` as kernels read it: ``tiles[ceil(R / tile), S, tile]``, zero padded.
+
+    Without its zeros it is bytes, and ``kept`` says how many weights there are.
+    """
 
     tiles: torch.Tensor
     tile: int
     all_finite: bool
+    kept: int | None = None
 
 
 class Runtime:
@@ -50,6 +55,7 @@ class Runtime:
         for size, count in self._count.items():
             count.argtypes = [POINTER, LONG, WORDS[size], INT]
             count.restype = LONG
+        self._compressor = Compressor(library)
         table = library["sparsify_table"]
         table.restype = POINTER
         self.table = POINTER(table())
@@ -92,9 +98,7 @@ class Runtime:
 
         Raises TypeError for another dtype or device and ValueError for another shape or tile < 1.
         """
-        if check_readable(weight).dtype not in PACKERS:
-            raise TypeError(f"a weight must be of floats, not {weight.dtype}")
-        if weight.dim() != 2 or tile < 1:
+        if _check_packable(weight).dim() != 2 or tile < 1:
             raise ValueError(f"cannot pack shape {tuple(weight.shape)} into tiles of {tile}")
         receivers, senders = weight.shape
         shape = (-(-receivers // tile), senders, tile)
@@ -109,6 +113,20 @@ class Runtime:
             torch.get_num_threads(),
         )
         return Packed(tiles, tile, bool(all_finite))
+
+    def compress(self, weight: torch.Tensor, form: Form) -> Packed:
+        """Pack a matrix ``[places, lines]`` as ``pack`` does, without the weights that are zero.
+
+        Raises TypeError for another dtype or device.
+        """
+        packed, all_finite, kept = self._compressor.pack(_check_packable(weight), form)
+        return Packed(packed, form.band, all_finite, kept)
+
+
+def _check_packable(weight: torch.Tensor) -> torch.Tensor:
+    if check_readable(weight).dtype not in PACKERS:
+        raise TypeError(f"a weight must be of floats, not {weight.dtype}")
+    return weight
 
 
 def check_readable(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,31 +171,43 @@ class PackedWeight:
     inference mode, so the content itself is compared at each call.
     """
 
-    def __init__(self, runtime: Runtime, tile: int) -> None:
-        self._runtime, self._tile = runtime, tile
+    def __init__(self, runtime: Runtime, form: int | Form) -> None:
+        """``form`` is the width of tiles, or says how zeros are left out."""
+        self._runtime, self._form = runtime, form
         # Replaced as a whole: several threads may call at once.
         self._current: tuple[tuple[object, ...], int, torch.Tensor, Packed] | None = None
 
-    def get(self, weight: torch.Tensor, *, frozen: bool = False) -> Packed:
+    def get(self, weight: torch.Tensor, *, frozen: bool = False, band: int = 0) -> Packed:
         """``weight`` ``[R, S]`` packed. Unless ``frozen``, its content is hashed and compared.
 
-        Raises what ``Runtime.pack`` raises.
+        ``band`` replaces that of the form, if it is not 0.
+        Raises what ``Runtime.pack`` and ``Runtime.compress`` raise.
         """
-        layout = (weight.dtype, weight.shape, weight.stride(), weight.data_ptr())
+        layout = (weight.dtype, weight.shape, weight.stride(), band, weight.data_ptr())
         current = self._current
         if frozen and current and current[0] == layout:
             return current[3]
         # Before packing: a write in between is then found at the next call.
         content = self._runtime.content_hash(weight)
-        if current and current[0][:3] == layout[:3] and current[1] == content:
+        if current and current[0][:-1] == layout[:-1] and current[1] == content:
             packed = current[3]
             if current[0] == layout:
                 return packed
         else:
-            packed = self._runtime.pack(weight, self._tile)
+            packed = self._pack(weight, band)
         # The tensor is kept so that its memory is not given to another that looks the same.
         self._current = (layout, content, weight.detach(), packed)
         return packed
+
+    @property
+    def kept(self) -> int | None:
+        """How many weights of the last one were kept; None if all are, or none was packed."""
+        return self._current[3].kept if self._current else None
+
+    def _pack(self, weight: torch.Tensor, band: int) -> Packed:
+        if isinstance(self._form, int):
+            return self._runtime.pack(weight, self._form)
+        return self._runtime.compress(weight, replace(self._form, band=band or self._form.band))
 
 
 @cache

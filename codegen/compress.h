@@ -1,0 +1,223 @@
+// Packs weights without those that are zero; kept_rows.h and masked_rows.h say how they are read.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "weights.h"
+
+namespace sparsify {
+namespace {
+
+// A matrix in memory, with strides in elements. Words stand for floats of the same size.
+template <class Word>
+struct Matrix {
+  const Word* words;
+  int64_t lines, places, line_stride, place_stride;
+  Word exponent;  // its bits are all set in infinities and NaN
+
+  Word at(int64_t line, int64_t place) const {
+    return words[line * line_stride + place * place_stride];
+  }
+};
+
+constexpr int kGroup = 64;            // of runs that are looked at together
+constexpr int64_t kLinesAtOnce = 256;  // by one thread
+
+template <class Word>
+constexpr Word kMagnitude = Word(~Word(0)) >> 1;  // all bits but the sign: -0.0 is zero
+
+// Bit i is set where words[i] is not zero.
+template <class Word>
+inline uint64_t nonzero_bits(const Word (&words)[kGroup]) {
+  uint64_t bits = 0;
+#if defined(__AVX2__)
+  if constexpr (sizeof(Word) == 4) {
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef uint32_t Words __attribute__((vector_size(32)));
+    for (int i = 0; i < kGroup; i += 8) {
+      Words eight;
+      std::memcpy(&eight, words + i, sizeof eight);
+      const Floats signs = (Floats)(eight != 0);
+      bits |= uint64_t(uint32_t(__builtin_ia32_movmskps256(signs))) << i;
+    }
+    return bits;
+  }
+#endif
+  for (int i = 0; i < kGroup; ++i) bits |= uint64_t(words[i] != 0) << i;
+  return bits;
+}
+
+// Calls visit(line, run, any, count, along_lines) for groups of runs of lines first .. last: any[i]
+// is not zero where run `run` of line `line + i` has a weight that is not zero, or run `run + i` of
+// `line`. The runs of a line come in ascending order. Returns whether all weights are finite.
+template <class Word, class Visit>
+bool each_group(const Matrix<Word>& from, int64_t first, int64_t last, int64_t run_length,
+                Visit visit) {
+  const int64_t runs = (from.places + run_length - 1) / run_length;
+  Word infinite = 0;
+  const auto look = [&](Word& any, Word word) {
+    any |= word & kMagnitude<Word>;
+    infinite |= Word((word & from.exponent) == from.exponent);
+  };
+  if (from.place_stride == 1 && from.line_stride != 1) {
+    for (int64_t line = first; line < last; ++line)
+      for (int64_t run = 0; run < runs; run += kGroup) {
+        Word any[kGroup] = {};
+        const int64_t place = run * run_length, left = from.places - place;
+        const int64_t count = left < kGroup * run_length ? left : kGroup * run_length;
+        const Word* const words = from.words + line * from.line_stride + place;
+        if (run_length == 1)
+          for (int64_t i = 0; i < count; ++i) look(any[i], words[i]);
+        else
+          for (int64_t i = 0; i < count; ++i) look(any[i / run_length], words[i]);
+        visit(line, run, any, (count + run_length - 1) / run_length, false);
+      }
+    return !infinite;
+  }
+  for (int64_t run = 0; run < runs; ++run)
+    for (int64_t line = first; line < last; line += kGroup) {
+      Word any[kGroup] = {};
+      const int64_t count = last - line < kGroup ? last - line : kGroup;
+      const int64_t end = (run + 1) * run_length;
+      for (int64_t place = run * run_length; place < end && place < from.places; ++place) {
+        const Word* const words = from.words + line * from.line_stride + place * from.place_stride;
+        if (from.line_stride == 1)
+          for (int64_t i = 0; i < count; ++i) look(any[i], words[i]);
+        else
+          for (int64_t i = 0; i < count; ++i) look(any[i], words[i * from.line_stride]);
+      }
+      visit(line, run, any, count, true);
+    }
+  return !infinite;
+}
+
+// The part of a matrix that belongs to places of one band.
+template <class Word>
+Matrix<Word> band_of(const Matrix<Word>& from, int64_t first, int64_t band) {
+  Matrix<Word> part = from;
+  part.words += first * from.place_stride;
+  part.places = from.places - first < band ? from.places - first : band;
+  return part;
+}
+
+// Calls work(first, last) for all lines, shared among threads.
+template <class Word, class Work>
+void divide_lines(const Matrix<Word>& from, int threads, Work work) {
+  const int64_t bytes = from.lines * from.places * static_cast<int64_t>(sizeof(Word));
+  const int64_t blocks = (from.lines + kLinesAtOnce - 1) / kLinesAtOnce;
+  divide(blocks, worthwhile(4 * bytes, threads), [&](int64_t first, int64_t end) {
+    for (int64_t block = first; block < end; ++block) {
+      const int64_t last = (block + 1) * kLinesAtOnce;
+      work(block * kLinesAtOnce, last < from.lines ? last : from.lines);
+    }
+  });
+}
+
+// starts[bands][lines + 1] get the numbers of units, each of `together` runs that are kept; the last
+// one is how many there are. Returns whether all weights are finite.
+template <class Word>
+bool count_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, int64_t together,
+                uint32_t* starts, int threads) {
+  std::atomic<bool> all_finite{true};
+  divide_lines(from, threads, [&](int64_t first, int64_t last) {
+    for (int64_t place = 0; place < from.places; place += band) {
+      Word found[kLinesAtOnce] = {};  // of the word's type: the loop is one of vectors
+      const auto count = [&](int64_t line, int64_t, const Word(&any)[kGroup], int64_t n, bool along) {
+        Word* const to = found + (line - first);
+        if (along)
+          for (int64_t i = 0; i < n; ++i) to[i] += Word(any[i] != 0);
+        else
+          *to += Word(__builtin_popcountll(nonzero_bits(any)));
+      };
+      if (!each_group(band_of(from, place, band), first, last, run_length, count))
+        all_finite.store(false, std::memory_order_relaxed);
+      uint32_t* const to = starts + place / band * (from.lines + 1);
+      for (int64_t line = first; line < last; ++line)
+        to[line] = uint32_t((found[line - first] + together - 1) / together);
+    }
+  });
+  uint32_t units = 0;
+  for (int64_t place = 0; place < from.places; place += band) {
+    uint32_t* const to = starts + place / band * (from.lines + 1);
+    for (int64_t line = 0; line <= from.lines; ++line) {
+      const uint32_t here = line < from.lines ? to[line] : 0;
+      to[line] = units;
+      units += here;
+    }
+  }
+  return all_finite;
+}
+
+// Calls keep(line, run, number) for the runs of a band that are kept: `number` counts those of a line.
+template <class Word, class Keep>
+void each_kept(const Matrix<Word>& band, int64_t first, int64_t last, int64_t run_length,
+               uint32_t (&found)[kLinesAtOnce], Keep keep) {
+  each_group(band, first, last, run_length,
+             [&](int64_t line, int64_t run, const Word(&any)[kGroup], int64_t, bool along) {
+               for (uint64_t bits = nonzero_bits(any); bits; bits &= bits - 1) {
+                 const int64_t i = __builtin_ctzll(bits), at = along ? line + i : line;
+                 keep(at, along ? run : run + i, found[at - first]++);
+               }
+             });
+}
+
+constexpr int64_t kChunk = 16;
+
+// Fills in what `starts` counted. Chunks are filled up with zeros, at places behind the band if
+// `apart`, so that no place is there twice, else at the band's first one.
+template <class Word>
+void fill_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, bool apart,
+               const uint32_t* starts, uint16_t* places, Word* weights, int threads) {
+  divide_lines(from, threads, [&](int64_t first, int64_t last) {
+    for (int64_t base = 0; base < from.places; base += band) {
+      const Matrix<Word> part = band_of(from, base, band);
+      const uint32_t* const units = starts + base / band * (from.lines + 1);
+      uint32_t found[kLinesAtOnce] = {};
+      if (run_length > 1) {
+        each_kept(part, first, last, run_length, found, [&](int64_t line, int64_t run, uint32_t n) {
+          const int64_t unit = int64_t(units[line]) + n;
+          places[unit] = uint16_t(run);
+          for (int64_t i = 0; i < run_length; ++i) {
+            const int64_t place = run * run_length + i;
+            weights[unit * run_length + i] = place < part.places ? part.at(line, place) : Word(0);
+          }
+        });
+        continue;
+      }
+      each_kept(part, first, last, 1, found, [&](int64_t line, int64_t place, uint32_t n) {
+        const int64_t at = int64_t(units[line]) * kChunk + n;
+        places[at] = uint16_t(place);
+        weights[at] = part.at(line, place);
+      });
+      for (int64_t line = first; line < last; ++line)
+        for (int64_t n = found[line - first]; n % kChunk; ++n) {
+          const int64_t at = int64_t(units[line]) * kChunk + n;
+          places[at] = apart ? uint16_t(band + n % kChunk) : uint16_t(0);
+          weights[at] = Word(0);
+        }
+    }
+  });
+}
+
+// The same for tiles of `tile` places with a bit for each: masks[tiles][lines + 1][tile / 8].
+template <class Word>
+void fill_masked(const Matrix<Word>& from, int64_t tile, const uint32_t* starts, uint8_t* masks,
+                 Word* weights, int threads) {
+  divide_lines(from, threads, [&](int64_t first, int64_t last) {
+    for (int64_t base = 0; base < from.places; base += tile) {
+      const Matrix<Word> part = band_of(from, base, tile);
+      const int64_t before = base / tile * (from.lines + 1);
+      std::memset(masks + (before + first) * tile / 8, 0, (last - first) * tile / 8);
+      uint32_t found[kLinesAtOnce] = {};
+      each_kept(part, first, last, 1, found, [&](int64_t line, int64_t place, uint32_t n) {
+        masks[(before + line) * tile / 8 + place / 8] |= uint8_t(1 << place % 8);
+        weights[starts[before + line] + n] = part.at(line, place);
+      });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace sparsify

@@ -1,0 +1,111 @@
+"""Weights packed without those that are zero: what kept_rows.h and masked_rows.h read."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from sparsify import ir
+
+CHUNK = 16  # weights of a unit that are kept one by one, see kept_rows.h
+WIDEST_BAND = 4096  # receivers whose sums stay in the first cache, see kept_rows.h
+WIDEST_LINE = 32768  # senders of a band: their numbers take 16 bits
+HEAD = 6  # 64-bit words: band, lines, places, and where three arrays begin
+EXPONENTS = {  # bits that are all set in infinities and NaN
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0000000000000,
+}
+LINE = 64  # bytes to which arrays are aligned
+INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to pack a matrix ``[places, lines]``: in bands, or tiles, of places.
+
+    ``apart`` says that the places of a chunk have to differ, as sums that are written must.
+    """
+
+    layout: ir.Layout
+    band: int
+    apart: bool
+
+    @property
+    def is_masked(self) -> bool:
+        return self.layout.kind == "masked-rows"
+
+
+def band_width(receivers: int, threads: int, tile: int) -> int:
+    """Receivers of a band: whole tiles, as many bands for each of the threads."""
+    bands = threads * -(-receivers // (threads * WIDEST_BAND))
+    return min(WIDEST_BAND, -(-receivers // (bands * tile)) * tile)
+
+
+class Compressor:
+    """Packs weights by the support library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._count = library["sparsify_count_kept"]
+        self._count.argtypes = [POINTER, INT, POINTER, ctypes.c_uint64, *[LONG] * 3, POINTER, INT]
+        self._count.restype = INT
+        self._fill_kept = library["sparsify_fill_kept"]
+        self._fill_kept.argtypes = [POINTER, INT, POINTER, LONG, LONG, INT, *[POINTER] * 3, INT]
+        self._fill_kept.restype = None
+        self._fill_masked = library["sparsify_fill_masked"]
+        self._fill_masked.argtypes = [POINTER, INT, POINTER, LONG, *[POINTER] * 3, INT]
+        self._fill_masked.restype = None
+
+    def pack(self, weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, bool, int]:
+        """Pack a matrix ``[places, lines]`` of floats of any strides, which lies in memory.
+
+        Bytes, whether all weights are finite, and how many are kept, zeros in runs as well.
+        """
+        places, lines = weight.shape
+        size, threads = weight.element_size(), torch.get_num_threads()
+        shape = (LONG * 4)(lines, places, weight.stride(1), weight.stride(0))
+        run = 1 if form.is_masked else form.layout.width
+        together = CHUNK if form.layout.kind == "compressed-rows" else 1
+        bands = -(-places // form.band)
+        starts = torch.zeros(max(1, bands * (lines + 1)), dtype=torch.int32, device="cpu")
+        given = (weight.data_ptr(), size, shape)
+        all_finite = self._count(
+            *given, EXPONENTS[weight.dtype], form.band, run, together, starts.data_ptr(), threads
+        )
+        units = int(starts[-1])
+        if form.is_masked:
+            kept, beside = units, bands * (lines + 1) * form.band // 8
+        else:
+            kept, beside = units * together * run, 2 * units * (CHUNK if run == 1 else 1)
+        head = torch.tensor([form.band, lines, places, *[0] * (HEAD - 3)], dtype=torch.int64)
+        packed, (at, weights) = _lay_out(head, starts, beside, kept * size)
+        if form.is_masked:
+            fill = (form.band, starts.data_ptr(), at, weights, threads)
+            self._fill_masked(*given, *fill)
+        else:
+            self._fill_kept(
+                *given, form.band, run, form.apart, starts.data_ptr(), at, weights, threads
+            )
+        return packed, bool(all_finite), kept
+
+
+def _lay_out(
+    head: torch.Tensor, starts: torch.Tensor, beside: int, weights: int
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Room for what is packed, with ``head`` and ``starts``, and the addresses of the rest.
+
+    Behind the weights there is as much as a vector has, because whole vectors are read.
+    """
+    sizes = (HEAD * 8, starts.numel() * 4, beside, weights + LINE)
+    places = [0]
+    for size in sizes:
+        places.append(places[-1] + -(-size // LINE) * LINE)
+    packed = torch.empty(places[-1], dtype=torch.uint8, device="cpu")
+    head[3:] = torch.tensor(places[1:4])
+    packed[: HEAD * 8] = head.view(torch.uint8)
+    packed[places[1] : places[1] + sizes[1]] = starts.view(torch.uint8)
+    address = packed.data_ptr()
+    return packed, (address + places[2], address + places[3])

@@ -1,0 +1,113 @@
+"""What a C++ kernel is given of each weight: which layout, and from whose side it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sparsify import ir
+from sparsify.codegen.cell_text import MEMORY_TYPES, Symbols
+from sparsify.codegen.compressed import WIDEST_BAND, WIDEST_LINE, Form
+from sparsify.codegen.usage import SOURCE_BLOCK, packings
+
+KEPT = ("compressed-rows", "block-rows")
+
+
+@dataclass(frozen=True)
+class GivenWeight:
+    """A weight in one layout: what senders send, ``by`` receivers whose sums lie together, or what
+    receivers get ``by`` senders.
+    """
+
+    weight: ir.Weight
+    by: Literal["receivers", "senders"]
+    layout: ir.Layout
+
+    @property
+    def is_kept(self) -> bool:
+        return self.layout.kind in KEPT
+
+    def name(self, symbols: Symbols) -> str:
+        name = symbols.values[self.weight.name]
+        return name if self.by == "receivers" else f"{name}_blocks"
+
+    def kind(self) -> str:
+        """The C++ type of the kernel's member."""
+        word = MEMORY_TYPES[self.weight.dtype]
+        if self.is_kept:
+            return f"Kept<{word}, {self.layout.width}>"
+        if self.layout.kind == "masked-rows":
+            return f"Masked<{word}, {'TILE' if self.by == 'receivers' else 'SOURCE_BLOCK'}>"
+        return f"const {word}*"
+
+    def note(self) -> str:
+        if self.is_kept:
+            return f"{self.layout} of what is not zero, by {_other(self.by)}"
+        order = "[tile][sender][TILE]"
+        if self.by == "senders":
+            order = "[block][receiver][SOURCE_BLOCK]"
+        packed = f"packed as {order}"
+        return f"{packed} with masks" if self.layout.kind == "masked-rows" else packed
+
+    def form(self, tile: int) -> int | Form:
+        """How ``PackedWeight`` packs the matrix ``[places, lines]``."""
+        width = tile if self.by == "receivers" else SOURCE_BLOCK
+        if self.layout.kind == "dense-rows":
+            return width
+        if self.layout.kind == "masked-rows":
+            return Form(self.layout, width, False)
+        by_receivers = self.by == "receivers"
+        return Form(self.layout, WIDEST_BAND if by_receivers else WIDEST_LINE, by_receivers)
+
+
+def _other(by: str) -> str:
+    return "sender" if by == "receivers" else "receiver"
+
+
+def is_kept(kernel: ir.Kernel, schedule: ir.Schedule, gather: ir.Gather) -> bool:
+    """Whether ``gather`` reads weights that are kept one by one or in runs."""
+    return schedule.layout_of(gather.weight).kind in KEPT
+
+
+def whole_values(kernel: ir.Kernel, schedule: ir.Schedule) -> ir.Schedule:
+    """``schedule`` with those Gathers dense that read values as a dense product does: restricted
+    ones whose weights are kept.
+    """
+    reading = {g.result for g in kernel.gathers if g.only and is_kept(kernel, schedule, g)}
+    gathers = tuple((r, "dense" if r in reading else how) for r, how in schedule.gathers)
+    return replace(schedule, gathers=gathers)
+
+
+def given_weights(kernel: ir.Kernel, schedule: ir.Schedule) -> list[GivenWeight]:
+    """What a kernel is given of each weight, in its order."""
+    found = [
+        GivenWeight(p.weight, p.by, schedule.layout_of(p.weight.name))
+        for p in packings(kernel, schedule)
+        if schedule.layout_of(p.weight.name).kind not in KEPT
+    ]
+    how = dict(schedule.gathers)
+    for weight in kernel.weights:
+        layout = schedule.layout_of(weight.name)
+        if layout.kind not in KEPT:
+            continue
+        readers = [g for g in kernel.gathers if g.weight == weight.name]
+        sent = [g for g in readers if g.only is None and how[g.result] == "event"]
+        if sent:
+            found.append(GivenWeight(weight, "receivers", layout))
+        if len(sent) < len(readers) or not readers:
+            found.append(GivenWeight(weight, "senders", layout))
+    order = [weight.name for weight in kernel.weights]
+    return sorted(found, key=lambda given: order.index(given.weight.name))
+
+
+def shared_bands(given: Sequence[GivenWeight], population: str) -> GivenWeight | None:
+    """A weight whose bands say which of a population's neurons are one thread's."""
+    return next(
+        (
+            g
+            for g in given
+            if g.is_kept and g.by == "receivers" and g.weight.receivers == population
+        ),
+        None,
+    )

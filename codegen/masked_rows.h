@@ -1,0 +1,165 @@
+// Tiles of weights without those that are zero: a bit for every receiver says whether it has one.
+#pragma once
+
+#include "kernel.h"
+#include "restricted.h"
+
+namespace sparsify {
+
+// A weight as compress.h packs it, in tiles of PLACES places of each line, which is what a sender
+// sends or a receiver gets.
+template <class W, int PLACES>
+struct Masked {
+  int64_t lines;
+  const uint32_t* starts;  // [tiles][lines + 1], of weights
+  const uint8_t* masks;    // [tiles][lines + 1][PLACES / 8]
+  const W* weights;        // and as many behind the last one as a vector has
+
+  Masked() = default;
+  explicit Masked(const void* packed) {
+    const int64_t* const head = static_cast<const int64_t*>(packed);
+    const char* const bytes = static_cast<const char*>(packed);
+    lines = head[1];
+    starts = reinterpret_cast<const uint32_t*>(bytes + head[3]);
+    masks = reinterpret_cast<const uint8_t*>(bytes + head[4]);
+    weights = reinterpret_cast<const W*>(bytes + head[5]);
+  }
+  // The line of the tile that begins at place `first`.
+  int64_t at(int64_t first, int64_t line) const { return first / PLACES * (lines + 1) + line; }
+  const uint8_t* mask(int64_t at) const { return masks + at * (PLACES / 8); }
+};
+
+// The bits of a vector's lanes.
+template <class F>
+SPARSIFY_INLINE uint32_t lane_bits(const uint8_t* mask, int vector) {
+  const int lane = vector * WIDTH<F>;
+  if (WIDTH<F> == 16) {
+    uint16_t bits;
+    std::memcpy(&bits, mask + lane / 8, 2);
+    return bits;
+  }
+  return uint32_t(mask[lane / 8] >> lane % 8) & ((1u << WIDTH<F>) - 1);
+}
+
+// Consecutive weights in the lanes whose bits are set, zero in the others.
+#if defined(__AVX512F__)
+template <class W>
+SPARSIFY_INLINE Vector<float> expand(const float*, const W* from, uint32_t bits) {
+  return __builtin_ia32_expandsf512_mask(load(from), Vector<float>{}, uint16_t(bits));
+}
+template <class W>
+SPARSIFY_INLINE Vector<double> expand(const double*, const W* from, uint32_t bits) {
+  return __builtin_ia32_expanddf512_mask(load(from), Vector<double>{}, uint8_t(bits));
+}
+#else
+template <class F, class W>
+SPARSIFY_INLINE Vector<F> expand(const F*, const W* from, uint32_t bits) {
+  Vector<F> result = {};
+  SPARSIFY_UNROLL
+  for (int i = 0; i < WIDTH<F>; ++i) {
+    const uint32_t bit = bits >> i & 1;
+    result[i] = bit ? F(*from) : F(0);
+    from += bit;
+  }
+  return result;
+}
+#endif
+
+// All weights of a line in a tile.
+template <class F, class W, int PLACES>
+SPARSIFY_INLINE void expand_line(F* to, const Masked<W, PLACES>& weight, int64_t first,
+                                 int64_t line) {
+  const int64_t at = weight.at(first, line);
+  const uint8_t* const mask = weight.mask(at);
+  const W* from = weight.weights + weight.starts[at];
+  SPARSIFY_UNROLL
+  for (int v = 0; v < PLACES / WIDTH<F>; ++v) {
+    const uint32_t bits = lane_bits<F>(mask, v);
+    store(to + v * WIDTH<F>, expand(to, from, bits));
+    from += __builtin_popcount(bits);
+  }
+}
+
+// As add_block.
+template <int TILE, class Index, class F, class W>
+SPARSIFY_INLINE void add_masked_block(F* sums, const Masked<W, TILE>& weight, int64_t first,
+                                      const Index* index, const F* payload, int32_t k, int32_t end,
+                                      int32_t last, bool starts) {
+  constexpr int VECTORS = TILE / WIDTH<F>;
+  Vector<F> sum[VECTORS] = {};
+  for (; k < end; ++k) {
+    const int64_t at = weight.at(first, index[k]);
+    const int64_t soon = weight.at(first, index[k + AHEAD < last ? k + AHEAD : last]);
+    const int64_t later = weight.at(first, index[k + 2 * AHEAD < last ? k + 2 * AHEAD : last]);
+    __builtin_prefetch(weight.weights + weight.starts[soon]);
+    __builtin_prefetch(weight.starts + later);
+    __builtin_prefetch(weight.mask(later));
+    const uint8_t* const mask = weight.mask(at);
+    const W* from = weight.weights + weight.starts[at];
+    SPARSIFY_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      const uint32_t bits = lane_bits<F>(mask, v);
+      const Vector<F> weights = expand(sums, from, bits);
+      from += __builtin_popcount(bits);
+      sum[v] += payload ? weights * payload[k] : weights;
+    }
+  }
+  SPARSIFY_UNROLL
+  for (int v = 0; v < VECTORS; ++v)
+    store(sums + v * WIDTH<F>, starts ? sum[v] : load(sums + v * WIDTH<F>) + sum[v]);
+}
+
+// As gather_events, for the tile of receivers that begins with `first`.
+template <int TILE, class Index, class F, class W>
+void gather_masked_events(F* sums, const Masked<W, TILE>& weight, int64_t first,
+                          const Events<Index, F>& events, int64_t rows) {
+  const int64_t blocks = blocks_of(events.senders);
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const Index* const index = events.index + row * events.senders;
+      const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
+      const int32_t* const ends = events.ends + row * blocks;
+      add_masked_block<TILE>(sums + row * TILE, weight, first, index, payload,
+                             block ? ends[block - 1] : 0, ends[block], events.count[row] - 1,
+                             block == 0);
+    }
+  }
+}
+
+constexpr int PANEL = 32;  // senders whose weights are put in dense rows at once
+
+// As gather_dense.
+template <int TILE, class F, class W>
+inline void gather_masked_dense(F* sums, const Masked<W, TILE>& weight, int64_t first,
+                                const F* source, int64_t source_row, int64_t rows,
+                                int64_t senders) {
+  alignas(64) F panel[PANEL * TILE];
+  for (int64_t s = 0; s < senders; s += PANEL) {
+    const int64_t some = senders - s < PANEL ? senders - s : PANEL;
+    for (int64_t i = 0; i < some; ++i) expand_line(panel + i * TILE, weight, first, s + i);
+    dense_panel<TILE>(sums, panel, source + s, source_row, rows, some, s == 0);
+  }
+}
+
+// Where restricted products read the weights of a receiver and a block of senders.
+template <class F, class W>
+struct MaskedPanels {
+  const Masked<W, SOURCE_BLOCK>& weight;
+  F* line;  // [SOURCE_BLOCK]
+
+  SPARSIFY_INLINE const F* operator()(int64_t sender, int64_t receiver) const {
+    expand_line(line, weight, sender, receiver);
+    return line;
+  }
+};
+
+// As gather_restricted, to the bit.
+template <int TILE, class F, class W, class Mask>
+inline int64_t gather_masked_restricted(F* sums, const Masked<W, SOURCE_BLOCK>& weight,
+                                        const Blocks<F>& from, const Only<Mask>& only,
+                                        int64_t rows) {
+  alignas(64) F line[SOURCE_BLOCK];
+  return sum_wanted<TILE>(sums, MaskedPanels<F, W>{weight, line}, from, only, rows);
+}
+
+}  // namespace sparsify
