@@ -19,6 +19,7 @@ from sparsify.differentiate_scans import differentiate_scans, measure_gradients
 from sparsify.errors import Refusal
 from sparsify.find_products import RECURRENT, Product, find_products
 from sparsify.graph_meta import TensorInfo
+from sparsify.keep_weights import keep_weights
 from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
 from sparsify.options import Options
@@ -42,6 +43,7 @@ from sparsify.scans import (
     BACKWARD,
     call_layouts,
     capture,
+    find_regions,
     find_scans,
     visit_calls,
     with_regions,
@@ -129,6 +131,10 @@ class Compiler:
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
         return Compiled(
+        if not is_trained:
+            settles = self.binaries.backend.name == "cpp"
+            installed = keep_weights(installed, recording.calling.changing, settles)
+            regions = find_regions(installed)
             replace(recording, result=summarize(recording.result)),
             (*stages, Stage("install", installed, done)),
             regions,

@@ -9,6 +9,7 @@ from torch import fx
 
 from sparsify.codegen.backend import Backend
 from sparsify.errors import Refusal
+from sparsify.kept_weights import KeptWeights
 from sparsify.plan import Plan
 from sparsify.recording.recording import Recording
 from sparsify.region import Region
@@ -55,6 +56,14 @@ class Compiled:
     @property
     def graph(self) -> fx.GraphModule:
         return self.stages[-1].graph
+
+    def freeze(self, frozen: bool) -> None:
+        """Whether kernels and kept weights go by the user's promise that weights stay."""
+        for region in self.regions.values():
+            region.frozen = frozen
+        for module in self.graph.children():
+            if isinstance(module, KeptWeights):
+                module.frozen = frozen
 
     @property
     def runs_original(self) -> bool:

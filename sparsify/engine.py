@@ -194,8 +194,7 @@ class Engine:
     def freeze(self, frozen: bool = True) -> None:
         self._frozen = frozen
         for entry in self.entries:
-            for region in entry.compiled.regions.values():
-                region.frozen = frozen
+            entry.compiled.freeze(frozen)
 
     def _run(self, entry: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Any:
         self._refused = None

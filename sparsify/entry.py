@@ -13,6 +13,7 @@ from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.backend import Backend
 from sparsify.compiled import Compiled, Stage
 from sparsify.errors import Refusal
+from sparsify.keep_weights import compute_weights, keep_weights
 from sparsify.layout import Layout
 from sparsify.outer_product import OuterProduct
 from sparsify.passes.backward_graph import has_time
@@ -110,10 +111,13 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
         return reason
     ours, theirs = first.compiled, second.compiled
     general = GeneralModules()
-    found = generalize(ours.graph, theirs.graph, general.same_module)
+    plain = compute_weights(ours.graph)
+    found = generalize(plain, compute_weights(theirs.graph), general.same_module)
     if isinstance(found, Refusal):
         return str(found)
     graph = with_modules(found.graph, general.replacing(found.graph))
+    if not first.required:
+        graph = keep_weights(graph, first.calling.changing, first.backend.name == "cpp")
     compiled = replace(
         ours,
         stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),

@@ -109,12 +109,16 @@ class Region(nn.Module):
     """Runs ``launchable`` where ``scan`` ran: same operands, same results.
 
     Zero steps, empty batches, operands whose sizes do not fit and calls that need gradients run the
-    Scan itself. Weights are the caller's own tensors, so that a change is seen.
+    Scan itself. Weights are the caller's own tensors, so that a change is seen. ``settled`` says
+    that nobody writes to them: other weights come as other tensors.
     """
 
-    def __init__(self, scan: Scan, lowered: Lowered, launchable: Launchable) -> None:
+    def __init__(
+        self, scan: Scan, lowered: Lowered, launchable: Launchable, settled: bool = False
+    ) -> None:
         super().__init__()
         self.scan, self.lowered, self.launchable = scan, lowered, launchable
+        self.settled = settled
         self.frozen = False
         self._fetches = tuple(_Prepared.of(fetch) for fetch in fetches_of(lowered))
         timed = {output.name: "T" in output.axes for output in lowered.kernel.outputs}
@@ -130,7 +134,15 @@ class Region(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        return self._run(steps, carries, xs, consts, self.frozen)
+        return self._run(steps, carries, xs, consts, self.frozen or self.settled)
+
+    @property
+    def weight_consts(self) -> tuple[int, ...]:
+        """Which of the Scan's consts are weights; empty if another operand is one."""
+        weights = {weight.name for weight in self.lowered.kernel.weights}
+        found = [binding for binding in self.lowered.bindings if binding.name in weights]
+        are_consts = all(binding.role == "const" for binding in found)
+        return tuple(binding.index for binding in found) if are_consts else ()
 
     def again(
         self,

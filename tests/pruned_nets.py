@@ -13,7 +13,7 @@ DENSITY = 0.25
 
 
 class Recurrent(nn.Module):
-    """Leaky units that send what exceeds 1; ``x`` is ``[T, B, inputs]``."""
+    """Leaky units that send what exceeds a half; ``x`` is ``[T, B, inputs]``."""
 
     kept: Tensor
 
@@ -24,6 +24,8 @@ class Recurrent(nn.Module):
         generator = torch.Generator().manual_seed(1)
         kept = torch.rand(hidden, hidden, generator=generator)
         self.register_buffer("kept", (kept < DENSITY).float())
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5, generator=generator)
 
     def recurrent(self, sent: Tensor) -> Tensor:
         current: Tensor = self.recur(sent)
@@ -34,9 +36,9 @@ class Recurrent(nn.Module):
         outputs = []
         for x_t in x:
             v = 0.75 * v + self.encode(x_t) + self.recurrent(sent)
-            sent = torch.relu(v - 1)
+            sent = torch.relu(v - 0.5)
             v = v - sent
-            outputs.append(sent)
+            outputs.append(v)
         return torch.stack(outputs)
 
 

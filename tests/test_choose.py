@@ -48,6 +48,10 @@ class AnyCall:
     def written(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
         return []
 
+    @property
+    def changing(self) -> frozenset[int]:
+        return frozenset()
+
     def deliver(self, values: Any, args: Args, kwargs: Kwargs) -> Any:
         return values
 

@@ -101,6 +101,19 @@ class ModelCalling:
         """The tensors that ``deliver`` writes to."""
         return [self._fetchers[written.operand](args, kwargs) for written in self._written]
 
+    @property
+    def changing(self) -> frozenset[int]:
+        """The operands that forward writes, or puts other tensors in the place of."""
+        paths = tuple(place.path for place, _ in self._bound)
+        starts = tuple(f"{path}{mark}" for path in paths for mark in ".[")
+        replaced = (
+            index
+            for index, origin in enumerate(self._origins)
+            if isinstance(origin, Place)
+            and (origin.path in paths or origin.path.startswith(starts))
+        )
+        return frozenset((*(written.operand for written in self._written), *replaced))
+
     def deliver(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Write back the states that forward writes and return what forward returns."""
         given: list[Tensor] = []

@@ -38,6 +38,10 @@ class Calling(Protocol):
     def written(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
         """The tensors that ``deliver`` writes to."""
 
+    @property
+    def changing(self) -> frozenset[int]:
+        """The operands that forward writes, or puts other tensors in the place of."""
+
     def deliver(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Write back the state that forward writes and return what forward returns.
 
