@@ -206,11 +206,12 @@ class Layout:
     exchanged.
 
     Kernels on a GPU cannot wait until what is kept has been counted: there is ``room`` for so large
-    a share of a row, and of 32 receivers of it; where more is kept, they read every weight.
+    a share of a row, and of 32 receivers of it; where more is kept, they read every weight. In
+    masked-rows with a ``width`` it is a share of each group of so many receivers: N:M.
     """
 
     kind: LayoutKind
-    width: int = 1  # of a run of block-rows
+    width: int = 1  # of a run of block-rows, or M
     room: float = 1.0
 
     def __str__(self) -> str:

@@ -55,12 +55,14 @@ def with_room(layout: ir.Layout, pattern: Pattern) -> ir.Layout:
     """The layout with room for a weight of this pattern, and for some more where it has no N:M."""
     if layout.kind not in ("masked-rows", "compressed-rows"):
         return layout
+    if layout.kind == "masked-rows" and pattern.n_of_m is not None:
+        n, m = pattern.n_of_m
+        return replace(layout, width=m, room=n / m)
     share = pattern.fullest_word
     if layout.kind == "compressed-rows":
         share = max(share, pattern.fullest_row)
-    if layout.kind == "compressed-rows" or pattern.n_of_m is None:
-        share = share * SLACK + 1 / WORD
-    return replace(layout, room=min(1.0, math.ceil(share * WORD) / WORD))
+    room = math.ceil((share * SLACK + 1 / WORD) * WORD) / WORD
+    return replace(layout, room=min(1.0, room))
 
 
 def _fullest_word(kept: Tensor) -> float:

@@ -155,13 +155,20 @@ def test_every_barrier_is_needed() -> None:
 
 
 def test_rooms() -> None:
-    """An N:M share of a word; never more than there are, nor none."""
-    kernel = product(40, 150)
+    """Never for more than there are, nor for none."""
+    kernel = product(40, 152)
     packing = Packing(kernel.weights[0], "receivers")
-    half = ir.Layout("masked-rows", room=0.5)
-    assert [masked(kernel, packing, half, band).room for band in (0, 20, 8)] == [16, 16, 8]
-    assert masked(kernel, packing, replace(half, room=0.0)).room == 1
-    assert masked(kernel, packing, replace(half, room=0.26)).room == 9
+
+    def rooms(layout: ir.Layout, *bands: int) -> list[int]:
+        return [masked(kernel, packing, layout, band).room for band in bands]
+
+    word = ir.Layout("masked-rows", room=0.26)  # of any 32 receivers from a multiple of 4 on
+    assert rooms(word, 0, 20, 8) == [9, 9, 8]
+    assert rooms(replace(word, room=0.0), 0) == [1]
+    two_of_four = ir.Layout("masked-rows", 4, 0.5)
+    assert rooms(two_of_four, 0, 20, 8) == [16, 10, 4]
+    two_of_eight = ir.Layout("masked-rows", 8, 0.25)  # of at most four groups
+    assert rooms(two_of_eight, 0, 20, 8) == [8, 8, 2]
 
 
 def test_memory_is_a_word_of_its_own_for_each_array() -> None:

@@ -101,14 +101,18 @@ SPARSIFY_INLINE bool has_finite_payloads(const Events<SENDERS>& events, const Pa
 
 // ---- restricted sums: a warp adds the row of a receiver; it is one band ----
 
+// The last run may end behind the last sender.
 template <int WIDTH, int ROOM, class Place, class F>
-SPARSIFY_INLINE F part_of_row(const KeptRuns<WIDTH, 1, ROOM, Place, F>& runs, const F* values, int,
-                              int receiver) {
+SPARSIFY_INLINE F part_of_row(const KeptRuns<WIDTH, 1, ROOM, Place, F>& runs, const F* values,
+                              int senders, int receiver) {
   F part = F(0);
   const int count = runs.count(receiver, 0);
 #pragma unroll 4
-  for (int i = lane_of(); i < count; i += WARP)
-    part = fused(runs.weight(receiver, 0, i), values[runs.place(receiver, 0, i)], part);
+  for (int i = lane_of(); i < count; i += WARP) {
+    const int sender = runs.place(receiver, 0, i);
+    if (WIDTH == 1 || sender < senders)
+      part = fused(runs.weight(receiver, 0, i), values[sender], part);
+  }
   return part;
 }
 

@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(sparsify::KEEPING_THREADS)
 def render_keeping(dtype: ir.DType, place: str = "") -> Source:
     """The kernel for weights of ``dtype`` and numbers of runs of type ``place``, or for masks."""
     kind = MEMORY_TYPES[dtype]
-    entry = f"run_keep_{dtype}" + (f"_{place}" if place else "_masked")
+    entry = f"run_pack_{place or 'masks'}_{dtype}"
     text = TEXT.format(
         dtype=dtype,
         places=f", with places of {place}" if place else "",

@@ -132,9 +132,17 @@ def masked(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, band: int = 0
     weight, size = packing.weight, kernel.population_size
     senders, receivers = size(weight.senders), size(weight.receivers)
     band = min(band or receivers, receivers)
-    room = _room(layout, min(WARP, band), WARP)
     bands = -(-receivers // band)
+    room = _room_of_word(layout, min(WARP, band), bands == 1 or band % layout.width == 0)
     return Kept(packing, "masks", senders, receivers, room, bands, band)
+
+
+def _room_of_word(layout: ir.Layout, places: int, begins_group: bool) -> int:
+    """Of so many places from a multiple of 4 on, or from one of the layout's width on."""
+    if layout.width == 1:
+        return _room(layout, places, WARP)
+    groups = -(-places // layout.width) + (0 if begins_group else 1)
+    return max(1, min(places, groups * math.ceil(layout.room * layout.width)))
 
 
 def _of_wanted(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:

@@ -63,10 +63,12 @@ SPARSIFY_INLINE void pack_masked(const MaskedCall<T>& call) {
     const bool inside = at < call.band_places;
     const T weight = inside ? call.whole.at(row, band * call.band_places + at) : T(0.0f);
     const uint32_t mask = __ballot_sync(ALL, is_kept(weight));
-    const int before = __popc(mask & ((1u << lane_of()) - 1));
-    if (is_kept(weight) && before < call.room) call.kept[item * call.room + before] = weight;
+    const int before = __popc(mask & ((1u << lane_of()) - 1)), count = __popc(mask);
+    T* const kept = call.kept + item * call.room;
+    if (is_kept(weight) && before < call.room) kept[before] = weight;
+    if (lane_of() >= count && lane_of() < call.room) kept[lane_of()] = T(0.0f);
     if (lane_of() == 0) call.masks[item] = mask;
-    overflows |= __popc(mask) > call.room;
+    overflows |= count > call.room;
   }
   call.whole.finish(overflows);
 }
