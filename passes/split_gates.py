@@ -212,7 +212,10 @@ class _Splitter:
 
     def _part(self, base: fx.Node, part: Part, reader: fx.Node) -> fx.Node:
         """A part of ``base``; of a stored tensor it is taken once, and keeps the tensor's name."""
-        is_stored = base.op == "placeholder" or "source" in base.meta
+        # A weight that is computed in every iteration has its parts there.
+        is_stored = base.op == "placeholder" or (
+            "source" in base.meta and not base.meta.get("loops")
+        )
         if is_stored and (base, part) in self.parts:
             return self.parts[base, part]
         info, dim = base.meta["val"], part.dim % len(base.meta["val"].shape)
@@ -221,7 +224,10 @@ class _Splitter:
         info = with_shape(info, part.shape(info.shape), stride)
         args = (base, dim, part.first, part.end, *((part.step,) if part.step != 1 else ()))
         if not is_stored:
-            return call(self.graph, aten.slice.Tensor, args, info, reader)
+            part_of_base = call(self.graph, aten.slice.Tensor, args, info, reader)
+            if "source" in base.meta:
+                part_of_base.meta["source"] = base.meta["source"]
+            return part_of_base
         with self.graph.inserting_after(self.last_input if base.op == "placeholder" else base):
             made = call(self.graph, aten.slice.Tensor, args, info, None)
         made.meta["source"] = base.meta.get("source")

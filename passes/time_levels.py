@@ -41,8 +41,8 @@ class TimeLevels:
         """Invariants that cost nothing in a step: literals, and weights' transposes at products."""
         if not node.all_input_nodes:
             return True
-        reads_operand = node.target in TRANSPOSES and node.all_input_nodes[0].op == "placeholder"
-        return reads_operand and all(product_operand(user) is not None for user in node.users)
+        is_transpose = node.target in TRANSPOSES
+        return is_transpose and all(product_operand(user) is not None for user in node.users)
 
 
 def find_time_levels(scan: Scan) -> TimeLevels:

@@ -17,7 +17,7 @@ from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.describe_sites import Rows
 from sparsify.differentiate_scans import differentiate_scans, measure_gradients
 from sparsify.errors import Refusal
-from sparsify.find_products import RECURRENT, Product, find_products
+from sparsify.find_products import RECURRENT, Product, find_products, name_weights
 from sparsify.graph_meta import TensorInfo
 from sparsify.keep_weights import keep_weights
 from sparsify.lowered import Lowered
@@ -71,6 +71,7 @@ class Compiler:
         ``earlier`` are sites that the plan has from another recording of the model. Recurrent
         operations of torch of which a loop got no kernel are put back whole.
         """
+        name_weights(recording.graph.graph)
         note_patterns(recording.graph.graph, operands)
         compiled = self._compile(recording, operands, plan, earlier or {})
         stepwise = find_stepwise(compiled)
@@ -130,11 +131,11 @@ class Compiler:
         rows = Rows(placements, choices, refused, chooser.break_even)
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
-        return Compiled(
         if not is_trained:
             settles = self.binaries.backend.name == "cpp"
             installed = keep_weights(installed, recording.calling.changing, settles)
             regions = find_regions(installed)
+        return Compiled(
             replace(recording, result=summarize(recording.result)),
             (*stages, Stage("install", installed, done)),
             regions,

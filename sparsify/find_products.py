@@ -83,6 +83,18 @@ def weights_of(node: fx.Node) -> list[fx.Node]:
     return [weight] if isinstance(weight, fx.Node) else []
 
 
+def name_weights(graph: fx.Graph) -> None:
+    """Give weights that are computed, ``weight_orig * mask``, the name of their parameter."""
+    paths: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        for weight in weights_of(node):
+            path = _weight_path(weight, paths)
+            while weight.target in TRANSPOSES:
+                weight = weight.all_input_nodes[0]
+            if path and weight.op == "call_function":
+                weight.meta["source"] = Source("parameter", path)
+
+
 DATA_FORMS = (aten.rnn_relu.data, aten.rnn_tanh.data, aten.gru.data, aten.lstm.data)
 
 
