@@ -155,7 +155,7 @@ def test_every_barrier_is_needed() -> None:
 
 
 def test_rooms() -> None:
-    """Never for more than there are, nor for none."""
+    """Never for more than there are, nor for none; in whole rows whole sectors of memory."""
     kernel = product(40, 152)
     packing = Packing(kernel.weights[0], "receivers")
 
@@ -163,8 +163,8 @@ def test_rooms() -> None:
         return [masked(kernel, packing, layout, band).room for band in bands]
 
     word = ir.Layout("masked-rows", room=0.26)  # of any 32 receivers from a multiple of 4 on
-    assert rooms(word, 0, 20, 8) == [9, 9, 8]
-    assert rooms(replace(word, room=0.0), 0) == [1]
+    assert rooms(word, 0, 20, 8) == [16, 9, 8]
+    assert rooms(replace(word, room=0.0), 0, 20) == [8, 1]
     two_of_four = ir.Layout("masked-rows", 4, 0.5)
     assert rooms(two_of_four, 0, 20, 8) == [16, 10, 4]
     two_of_eight = ir.Layout("masked-rows", 8, 0.25)  # of at most four groups

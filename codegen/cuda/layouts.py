@@ -20,6 +20,7 @@ from sparsify.codegen.usage import Packing, packings, selective_gathers
 
 WARP = 32
 MOST_COUNTED = 2**16 - 1
+SECTOR = 8  # weights of float32 that are read from memory together
 PLACES = (("uint8_t", torch.uint8), ("uint16_t", torch.int16), ("uint32_t", torch.int32))
 How = Literal["masks", "runs", "senders"]
 
@@ -134,6 +135,8 @@ def masked(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, band: int = 0
     band = min(band or receivers, receivers)
     bands = -(-receivers // band)
     room = _room_of_word(layout, min(WARP, band), bands == 1 or band % layout.width == 0)
+    if bands == 1:
+        room = _aligned(room, min(WARP, band))
     return Kept(packing, "masks", senders, receivers, room, bands, band)
 
 
@@ -152,8 +155,8 @@ def _of_wanted(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
     if layout.kind == "masked-rows":  # senders of a receiver have no N:M
         room = min(WARP, senders)
         return Kept(packing, "masks", receivers, senders, room, band_places=senders)
-    room = _room(layout, _runs(senders, layout.width))
-    width = layout.width
+    runs, width = _runs(senders, layout.width), layout.width
+    room = _aligned(_room(layout, runs), runs)
     return Kept(packing, "runs", receivers, senders, room, band_places=senders, width=width)
 
 
@@ -162,7 +165,8 @@ def _of_events(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, bands_of:
     senders, receivers = size(weight.senders), size(weight.receivers)
     warps, words = bands_of(weight.receivers)
     bands = warps * -(-receivers // (warps * words * WARP))
-    room = _room(layout, _runs(words * WARP, layout.width))
+    runs = _runs(words * WARP, layout.width)
+    room = _aligned(_room(layout, runs), runs)
     return Kept(packing, "runs", senders, receivers, room, bands, words * WARP, layout.width, warps)
 
 
@@ -180,6 +184,11 @@ def _runs(places: int, width: int) -> int:
 def _room(layout: ir.Layout, most: int, of: int = 0) -> int:
     """Room for the layout's share of ``of``, but not for more than ``most``."""
     return max(1, min(most, math.ceil(layout.room * (of or most)), MOST_COUNTED))
+
+
+def _aligned(room: int, most: int) -> int:
+    """So much room that the weights of each row begin where memory is read from."""
+    return min(most, -(-room // SECTOR) * SECTOR)
 
 
 def arrays_of(kept: Sequence[Kept], packing: Packing) -> list[Array]:
