@@ -13,8 +13,10 @@ from typing import Literal, Protocol
 import torch
 
 from sparsify import ir
+from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.errors import Refusal
+from sparsify.weight_pattern import Pattern
 
 MemoryLevel = Literal["cache", "hbm", "l2", "shared"]
 Meeting = Literal["threads", "block", "cluster", "grid"]
@@ -49,7 +51,8 @@ class Cost:
     each other. The work can be divided among ``parts`` threads of a processor, or blocks of a GPU.
     ``weights_from`` is the memory that ``weight_bytes`` are read from, ``other_bytes`` what is read
     and written once: operands, outputs, and weights that then stay where they are. ``waits`` counts
-    how often the first weight of a sum has to arrive before anything goes on.
+    how often the first weight of a sum has to arrive before anything goes on. ``resident_bytes``
+    are those of all weights that a step may touch; ``is_divided`` if each part has its own of them.
     """
 
     weight_bytes: float
@@ -120,7 +123,7 @@ class Strategy(Protocol):
     ) -> Cost:
         """The cost of a call, given the share of active senders of each Gather.
 
-        Of restricted ones, the share of wanted sums.
+        Of restricted ones, the share of wanted sums. ``patterns`` are those of weights, by name.
         """
 
 
@@ -131,6 +134,7 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
+        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     def strategies(self) -> tuple[Strategy, ...]:
         """In the order in which a tie is decided."""
 

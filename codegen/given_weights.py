@@ -65,7 +65,7 @@ def _other(by: str) -> str:
     return "sender" if by == "receivers" else "receiver"
 
 
-def is_kept(kernel: ir.Kernel, schedule: ir.Schedule, gather: ir.Gather) -> bool:
+def is_kept(schedule: ir.Schedule, gather: ir.Gather) -> bool:
     """Whether ``gather`` reads weights that are kept one by one or in runs."""
     return schedule.layout_of(gather.weight).kind in KEPT
 
@@ -74,7 +74,7 @@ def whole_values(kernel: ir.Kernel, schedule: ir.Schedule) -> ir.Schedule:
     """``schedule`` with those Gathers dense that read values as a dense product does: restricted
     ones whose weights are kept.
     """
-    reading = {g.result for g in kernel.gathers if g.only and is_kept(kernel, schedule, g)}
+    reading = {g.result for g in kernel.gathers if g.only and is_kept(schedule, g)}
     gathers = tuple((r, "dense" if r in reading else how) for r, how in schedule.gathers)
     return replace(schedule, gathers=gathers)
 

@@ -120,7 +120,7 @@ class KernelText(ABC):
                 continue
             source = self.usage.sources[gather.source]
             values, row = self.dense_source(source)
-            if is_kept(self.kernel, self.schedule, gather):
+            if is_kept(self.schedule, gather):
                 self._write_wild(gather)
             with self.w.indented("for (int64_t row = 0; row < rows; ++row)"):
                 counted = f"count_active({values} + row * {row}, {self.size(source)})"
@@ -154,7 +154,7 @@ class KernelText(ABC):
         Those whose weights are kept compute all of the sums before.
         """
         gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
-        kept = [g for g in gathers if is_kept(self.kernel, self.schedule, g)]
+        kept = [g for g in gathers if is_kept(self.schedule, g)]
         for gather in kept:
             self._write_kept(gather, begin, end)
         with self.w.block(f"for (int64_t first = {begin}; first < {end}; first += TILE)"):
@@ -233,7 +233,7 @@ class KernelText(ABC):
         read = [
             g.source
             for g in self.kernel.gathers
-            if is_kept(self.kernel, self.schedule, g) and g.result in self.usage.dense
+            if is_kept(self.schedule, g) and g.result in self.usage.dense
         ]
         fields = []
         for source in (self.usage.sources[name] for name in dict.fromkeys(read)):
@@ -248,7 +248,7 @@ class KernelText(ABC):
         for gather in self.kernel.gathers:
             weight = next(w for w in self.kernel.weights if w.name == gather.weight)
             kind, count, note = C_TYPES[self.usage.dtypes[gather.result]], "TILE", "[rows, TILE]"
-            if is_kept(self.kernel, self.schedule, gather):
+            if is_kept(self.schedule, gather):
                 count = self.symbols.sizes[weight.receivers]
                 note = f"[rows, {self.kernel.population_size(weight.receivers)}]"
             name = f"{self.symbols.values[gather.result]}_sum"

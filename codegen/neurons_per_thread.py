@@ -14,6 +14,7 @@ from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.given_weights import shared_bands
 from sparsify.codegen.kernel_text import KernelText
+from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import (
     Field,
     array,
@@ -25,6 +26,7 @@ from sparsify.codegen.memory_text import (
 from sparsify.codegen.predict_cost import predict_cost
 from sparsify.codegen.usage import Source, default_tile, emitted, find_usage, why_not_gather
 from sparsify.errors import Refusal
+from sparsify.weight_pattern import Pattern
 
 GROUP = 64  # at most, because a set of rows is one word
 
@@ -55,6 +57,7 @@ class NeuronsPerThread:
         steps: int,
         batch: int,
         activity: Mapping[str, float],
+        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
         usage = find_usage(kernel, schedule)
         meetings = bool(usage.of_kind("state")) + len(meeting_phases(usage.kernel, schedule))
@@ -65,6 +68,8 @@ class NeuronsPerThread:
             steps=steps,
             batch=batch,
             activity=activity,
+            patterns=patterns,
+            is_divided=True,
             group=GROUP,
             barriers=float(steps * -(-batch // GROUP) * meetings),
             parts=max(-(-p.size // tile) for p in kernel.populations),

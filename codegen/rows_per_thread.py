@@ -13,6 +13,7 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.kernel_text import KernelText
+from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import (
     Field,
     array,
@@ -24,6 +25,7 @@ from sparsify.codegen.memory_text import (
 from sparsify.codegen.predict_cost import predict_cost
 from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
 from sparsify.errors import Refusal
+from sparsify.weight_pattern import Pattern
 
 GROUP = 64  # at most, because a set of rows is one word
 
@@ -59,6 +61,7 @@ class RowsPerThread:
         steps: int,
         batch: int,
         activity: Mapping[str, float],
+        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
         return predict_cost(
             kernel,
@@ -66,8 +69,10 @@ class RowsPerThread:
             steps=steps,
             batch=batch,
             activity=activity,
+            patterns=patterns,
             group=GROUP,
             barriers=0.0,
+            is_divided=False,
             parts=max(1, batch),
         )
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sparsify import ir
 from sparsify.codegen.backend import Backend, Strategy
 from sparsify.errors import Refusal
+from sparsify.layouts import Layouts, layouts_of, scattered
 from sparsify.plan import RegionPlan
+from sparsify.weight_pattern import Pattern
 
 How = Literal["event", "dense"]
+Label = Literal["event", "dense", "parameters", "both"]
 Gathers = dict[str, How]
 CLOSE = 1.5  # predictions within this factor of the best are settled by timing
 CLEARLY_FASTER = 1.2  # a prediction this much better moves calls of another size
@@ -29,32 +32,79 @@ class Workload:
 
 @dataclass(frozen=True)
 class Candidate:
-    """``label`` is "event" if at least one Gather is."""
+    """``label`` is "event" if at least one Gather is, "parameters" if zeros of weights are left
+    out, and "both" if both are so.
+    """
 
-    label: How
+    label: Label
     schedule: ir.Schedule
     predicted_seconds: float
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts the schedules of one kernel on one backend under one workload."""
+    """Predicts the schedules of one kernel on one backend under one workload.
+
+    ``patterns`` are those of the kernel's weights, by name; what has none keeps dense rows.
+    ``pinned`` are the layouts that a plan decides. ``is_gradient``: patterns are those of weights
+    as the model has them, with receivers and senders exchanged.
+    """
 
     kernel: ir.Kernel
     workload: Workload
     backend: Backend
     region_plan: RegionPlan | None = None
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    pinned: Layouts = ()
+    is_gradient: bool = False
 
-    def candidates(self, gathers: Gathers) -> list[Candidate]:
-        """One for each strategy that takes the kernel, the fastest first."""
+    def candidates(
+        self, gathers: Gathers, layouts: Layouts | None = None, *, without_zeros: bool = False
+    ) -> list[Candidate]:
+        """One for each strategy that takes the kernel, the fastest first.
+
+        Weights have the layouts that the plan says, or that are given, or else for each strategy
+        those that are predicted to be the fastest, ``without_zeros`` if there are some.
+        """
+        decided = dict(self.pinned)
+        given = (*self.pinned, *(pair for pair in layouts or () if pair[0] not in decided))
+        given = tuple(pair for pair in given if pair[1] != ir.DENSE_ROWS)
         found = []
         for strategy in self._strategies():
             tile = self.region_plan.tile if self.region_plan else 0
-            schedule = ir.Schedule(strategy.name, tuple(gathers.items()), tile)
+            schedule = ir.Schedule(strategy.name, tuple(gathers.items()), tile, given)
+            if layouts is None:
+                schedule = self._with_best_layouts(strategy, schedule, without_zeros)
             if self.backend.why_not(self.kernel, schedule) is None:
-                label: How = "event" if "event" in gathers.values() else "dense"
-                found.append(Candidate(label, schedule, self._seconds(strategy, schedule)))
+                seconds = self._seconds(strategy, schedule)
+                found.append(Candidate(label_of(schedule), schedule, seconds))
         return sorted(found, key=lambda c: c.predicted_seconds)
+
+    def _with_best_layouts(
+        self, strategy: Strategy, schedule: ir.Schedule, without_zeros: bool = False
+    ) -> ir.Schedule:
+        """One weight after the other gets the layout under which the call is the fastest."""
+        for weight in self.kernel.weights:
+            pattern = self.patterns.get(weight.name)
+            if weight.name in dict(self.pinned):
+                continue
+            tried = [schedule]
+            along = self._reads_along(weight, schedule)
+            for layout in layouts_of(pattern, along=along) if pattern is not None else ():
+                pairs = (*schedule.layouts, (weight.name, layout))
+                other = replace(schedule, layouts=pairs)
+                if self.backend.why_not(self.kernel, other) is None:
+                    tried.append(other)
+            some = tried[1:] if without_zeros and len(tried) > 1 else tried
+            schedule = min(some, key=lambda s: self._seconds(strategy, s))
+        return schedule
+
+    def _reads_along(self, weight: ir.Weight, schedule: ir.Schedule) -> bool:
+        """Whether all read what a sender of the model's own product sends."""
+        how = dict(schedule.gathers)
+        readers = [g for g in self.kernel.gathers if g.weight == weight.name]
+        sent = [g.only is None and how[g.result] == "event" for g in readers]
+        return not any(sent) if self.is_gradient else all(sent)
 
     def seconds(self, gathers: Gathers) -> float:
         return min((c.predicted_seconds for c in self.candidates(gathers)), default=float("inf"))
@@ -73,9 +123,9 @@ class Predictor:
     def better_strategy(self, known: ir.Schedule, steps: int, batch: int) -> ir.Schedule | None:
         """``known`` under the strategy that is clearly faster for a call of these sizes, if any."""
         workload = Workload(steps, batch, self.workload.activity)
-        predictor = Predictor(self.kernel, workload, self.backend)
-        gathers: Gathers = dict(known.gathers)
-        candidates = {c.schedule.strategy: c for c in predictor.candidates(gathers)}
+        predictor = Predictor(self.kernel, workload, self.backend, None, self.patterns)
+        found = predictor.candidates(dict(known.gathers), known.layouts)
+        candidates = {c.schedule.strategy: c for c in found}
         best = min(candidates.values(), key=lambda c: c.predicted_seconds, default=None)
         if best is None or known.strategy not in candidates:
             return None
@@ -83,6 +133,13 @@ class Predictor:
         if best.predicted_seconds * CLEARLY_FASTER > now:
             return None
         return replace(known, strategy=best.schedule.strategy)
+
+    def better_layouts(self, known: ir.Schedule) -> ir.Schedule | None:
+        """``known`` with layouts of weights that are clearly faster, if any are."""
+        strategy = next(s for s in self.backend.strategies if s.name == known.strategy)
+        best = self._with_best_layouts(strategy, replace(known, layouts=()))
+        faster = self._seconds(strategy, best) * CLEARLY_FASTER <= self._seconds(strategy, known)
+        return best if faster else None
 
     def break_even(self, gathers: Gathers, gather: str) -> float:
         """The activity of ``gather`` below which it is predicted to be faster as an event."""
@@ -92,8 +149,22 @@ class Predictor:
             middle = (low + high) / 2
             activity = {**self.workload.activity, gather: middle}
             moved = Workload(self.workload.steps, self.workload.batch, activity)
-            other = Predictor(self.kernel, moved, self.backend, self.region_plan)
+            other = replace(self, workload=moved)
             wins = other.seconds({**gathers, gather: "event"}) < dense
+            low, high = (middle, high) if wins else (low, middle)
+        return (low + high) / 2
+
+    def break_even_density(self, gathers: Gathers, weight: str) -> float:
+        """The density of ``weight`` below which leaving out its zeros is predicted to be faster.
+
+        Its zeros are taken to lie anywhere.
+        """
+        plain = replace(self, pinned=((weight, ir.DENSE_ROWS),)).seconds(gathers)
+        low, high = 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            patterns = {**self.patterns, weight: scattered(middle)}
+            wins = replace(self, patterns=patterns, pinned=()).seconds(gathers) < plain
             low, high = (middle, high) if wins else (low, middle)
         return (low + high) / 2
 
@@ -110,15 +181,24 @@ class Predictor:
             steps=workload.steps,
             batch=workload.batch,
             activity=workload.activity,
+            patterns=self.patterns,
         )
         return self.backend.seconds(cost)
+
+
+def label_of(schedule: ir.Schedule) -> Label:
+    is_event = "event" in dict(schedule.gathers).values()
+    if schedule.layouts:
+        return "both" if is_event else "parameters"
+    return "event" if is_event else "dense"
 
 
 def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Candidate]:
     """The schedules to compile, the fastest as predicted first; empty if no strategy fits.
 
     ``pinned`` holds the Gathers that a plan decides. The others are tried all dense, and with those
-    as events that the cost model says gain by it, or all of them if none does.
+    as events that the cost model says gain by it, or all of them if none does; either with every
+    weight and, where that is predicted to be faster, without those that are zero.
     """
     names = [gather.result for gather in predictor.kernel.gathers]
     dense: Gathers = {name: pinned.get(name, "dense") for name in names}
@@ -129,10 +209,21 @@ def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Can
             events = tried
     if events == dense:
         events = {name: pinned.get(name, "event") for name in names}
-    found = predictor.candidates(dense)[:1]
-    if events != dense:
-        of_events = predictor.candidates(events)
-        best = of_events[0].predicted_seconds if of_events else 0.0
-        found += [c for c in of_events if c.predicted_seconds <= CLOSE * best]
-    found.sort(key=lambda c: c.predicted_seconds)
-    return [c for c in found if c.predicted_seconds <= HOPELESS * found[0].predicted_seconds]
+    found: dict[ir.Schedule, Candidate] = {}
+    for gathers in (dense, events):
+        best = _close(predictor.candidates(gathers))
+        if not best:
+            continue
+        whole = _close(predictor.candidates(gathers, ()))
+        pruned = predictor.candidates(gathers, without_zeros=True)
+        pruned = [c for c in pruned if c.predicted_seconds <= CLOSE * best[0].predicted_seconds]
+        for some in (best, whole, pruned):
+            few = some[:1] if gathers is dense and events != dense else some
+            found |= {c.schedule: c for c in few}
+    ordered = sorted(found.values(), key=lambda c: c.predicted_seconds)
+    return [c for c in ordered if c.predicted_seconds <= HOPELESS * ordered[0].predicted_seconds]
+
+
+def _close(candidates: list[Candidate]) -> list[Candidate]:
+    best = candidates[0].predicted_seconds if candidates else 0.0
+    return [c for c in candidates if c.predicted_seconds <= CLOSE * best]

@@ -28,7 +28,12 @@ BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one 
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
 REMEDY = "Larger batches, more neurons or fewer events move the balance; a plan can pin the site."
-
+KINDS = {
+    "dense": "dense",
+    "event": "event",
+    "parameters": "pruned",
+    "both": "pruned event",
+}
 REPORT = "Please report this with the model and its input; until then the original runs."
 
 
@@ -36,7 +41,7 @@ REPORT = "Please report this with the model and its input; until then the origin
 class Choice:
     """What a Scan is replaced by, or why it is kept.
 
-    ``took_ms`` has what was measured, by "original", "dense" and "event".
+    ``took_ms`` has what was measured, by "original" and by the labels of candidates.
     """
 
     region: Region | None
@@ -216,8 +221,9 @@ def _no_gain(
     took_ms: Mapping[str, float],
     events: Mapping[str, tuple[int, int]],
 ) -> Choice:
+    kind = KINDS[candidate.label]
     reason = (
-        f"The {candidate.label} kernel took {ours * 1e3:.3g} ms, the original operations took "
+        f"The {kind} kernel took {ours * 1e3:.3g} ms, the original operations took "
         f"{original * 1e3:.3g} ms."
     )
     facts = {"kernel_ms": ours * 1e3, "original_ms": original * 1e3}

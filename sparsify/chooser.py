@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
+from sparsify import ir
 from sparsify.binaries import Binaries
 from sparsify.candidates import Candidate, How, Predictor, Workload, find_candidates
 from sparsify.choose import Choice, Task, choose_region
-from sparsify.codegen.backend import Launchable
 from sparsify.errors import CompileError, Refusal
+from sparsify.layouts import layouts_of
 from sparsify.options import Options
 from sparsify.place_sites import Placement
 from sparsify.plan import Plan
+from sparsify.rechoose import Rechooser
 from sparsify.region import Region
 from sparsify.rendered import Rendered
 from sparsify.report import Site
+from sparsify.scans import BACKWARD
 from sparsify.sized_launchable import SizedLaunchable
 
 UNMEASURED_ACTIVITY = 0.1  # of events that the recorder did not measure
 COMPILER = "Report the source and the log: generated code must compile. Until then, pin it off."
+
+T = TypeVar("T")
 
 
 class Chooser:
@@ -37,6 +44,7 @@ class Chooser:
         self.placements = placements
         self.earlier = earlier
         self.break_even: dict[tuple[str, str], float] = {}
+        self.break_even_density: dict[tuple[str, str], float] = {}
         self.choices: dict[str, Choice] = {}
         self._found: dict[str, list[Candidate]] = {}
 
@@ -79,15 +87,12 @@ class Chooser:
         return Choice(Region(task.scan, task.lowered, launchable))
 
     def _suit_sizes(self, task: Task, region: Region, was_timed: bool) -> None:
-        """Let calls with other batch sizes be shared out among the threads in their own way."""
-        load, kernel = self.binaries.load, task.lowered.kernel
-        first, predictor = region.launchable, self._predictor(task)
-
-        def suited(steps: int, batch: int) -> Launchable | None:
-            better = predictor.better_strategy(first.schedule, steps, batch)
-            return load(kernel, better) if better is not None else None
-
-        region.launchable = SizedLaunchable(first, suited, task.batch if was_timed else None)
+        """Let calls with other batch sizes be shared out among the threads in their own way, and
+        weights that are pruned later on get other layouts.
+        """
+        predictor = replace(self._predictor(task), region_plan=None)
+        rechooser = Rechooser(predictor, region.launchable, self.binaries.load)
+        region.launchable = SizedLaunchable(rechooser, task.batch if was_timed else None)
 
     def _why_off(self, task: Task) -> Refusal | None:
         off = [name for name in self._sites(task) if self.plan.sites.get(name) == "off"]
@@ -120,6 +125,10 @@ class Chooser:
             gathers: dict[str, How] = dict(candidates[0].schedule.gathers)
             at = predictor.break_even(gathers, each.result)
             self.break_even[task.name, each.result] = at
+            pattern = predictor.patterns.get(each.weight)
+            if pattern is not None and layouts_of(pattern, along=False):
+                at = predictor.break_even_density(gathers, each.weight)
+                self.break_even_density[task.name, each.result] = at
         return candidates
 
     def _why_no_candidate(self, task: Task) -> Refusal:
@@ -145,7 +154,19 @@ class Chooser:
             workload,
             self.binaries.backend,
             self.plan.regions.get(task.name),
+            self._by_weight(task, {p.gather: p.product.pattern for p in self._of(task)}),
+            tuple(self._by_weight(task, self._pinned_layouts(task)).items()),
+            BACKWARD in task.name,
         )
+
+    def _pinned_layouts(self, task: Task) -> dict[str, ir.Layout | None]:
+        return {p.gather: self.plan.layouts.get(p.product.name) for p in self._of(task)}
+
+    @staticmethod
+    def _by_weight(task: Task, known: Mapping[str, T | None]) -> dict[str, T]:
+        """What is known of Gathers, of their weights."""
+        pairs = ((g.weight, known.get(g.result)) for g in task.lowered.kernel.gathers)
+        return {weight: value for weight, value in pairs if value is not None}
 
     def _is_decided(self, task: Task) -> bool:
         sites = self._sites(task)

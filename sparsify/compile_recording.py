@@ -128,7 +128,8 @@ class Compiler:
             if product not in placed
         }
         whole = [p.name for p in products if any("whole" in node.meta for node in p.nodes)]
-        rows = Rows(placements, choices, refused, chooser.break_even)
+        even, densities = chooser.break_even, chooser.break_even_density
+        rows = Rows(placements, choices, refused, even, densities)
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
         if not is_trained:
@@ -263,7 +264,7 @@ def decided_plan(
 ) -> Plan:
     """``plan`` with what was decided beyond it; ``whole`` names sites that torch's code keeps."""
     sites: dict[str, PlanDecision] = dict(plan.sites)
-    regions = dict(plan.regions)
+    regions, layouts = dict(plan.regions), dict(plan.layouts)
     for placement in placements:
         region = choices[placement.region].region
         if region is None:
@@ -271,10 +272,13 @@ def decided_plan(
             continue
         schedule = region.launchable.schedule
         sites[placement.product.name] = dict(schedule.gathers)[placement.gather]
+        weight = region.lowered.kernel.weight_of(placement.gather)
+        layouts[placement.product.name] = schedule.layout_of(weight)
         regions[placement.region] = RegionPlan(schedule.strategy, schedule.tile)
     for name in whole:
         sites.setdefault(name, "off")
-    return Plan(sites, regions, plan.machine or machine, plan.activity)
+    machine = plan.machine or machine
+    return Plan(sites, regions, machine, plan.activity, layouts=layouts)
 
 
 def measured_plan(plan: Plan, products: Sequence[Product]) -> Plan:

@@ -14,6 +14,7 @@ from sparsify.plan import Plan
 from sparsify.recording.recording import Recording
 from sparsify.region import Region
 from sparsify.report import Site
+from sparsify.sized_launchable import SizedLaunchable
 
 LIMITED = "limit_surrogates"  # the stage from which on gradients are approximations
 
@@ -68,6 +69,17 @@ class Compiled:
     @property
     def runs_original(self) -> bool:
         return not self.regions
+
+    def live_density(self) -> dict[str, float]:
+        """The share of weights of each site that were not zero when they were last looked at."""
+        shares = {}
+        for site, (name, gather) in self.placements.items():
+            launchable = self.regions[name].launchable if name in self.regions else None
+            if isinstance(launchable, SizedLaunchable):
+                weight = launchable.kernel.weight_of(gather)
+                if weight in launchable.densities:
+                    shares[site] = launchable.densities[weight]
+        return shares
 
     def live_activity(self) -> dict[str, float]:
         """The share of active senders of each event site since its kernel was compiled."""

@@ -19,30 +19,40 @@ DENSE_MACS_PER_MAC = 0.73
 POINTWISE_PER_ELEMENT = 0.25  # a neuron update is several operations of an element each
 CALL_SECONDS = 15e-6  # checks, pointers and waking the threads
 BARRIER_SECONDS = 0.7e-6
+NEAR_BYTES = 1.5 * 2**20  # weights that stay in a core's own cache
+FAR_ELEMENTS = 4 * 2**20  # of an array that does not
 SIDE = 384  # of the product that is timed: its operands stay in the second-level cache
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one thread does in a second."""
+    """What one thread does in a second. ``far_bytes`` are those of weights that do not stay in its
+    cache, the same as others if not given.
+    """
 
     weight_bytes: float
     event_adds: float
     dense_macs: float
     pointwise: float
+    far_bytes: float | None = None
 
     def predict_seconds(self, cost: Cost, threads: int) -> float:
         """Memory traffic overlaps with arithmetic; what remains of neurons does not."""
         arithmetic = cost.event_adds / self.event_adds + cost.dense_macs / self.dense_macs
-        work = max(cost.weight_bytes / self.weight_bytes, arithmetic)
+        work = max(cost.weight_bytes / self._bandwidth(cost, threads), arithmetic)
         work += cost.pointwise / self.pointwise
         shared = work / max(1, min(threads, cost.parts))
         return CALL_SECONDS + shared + cost.barriers * BARRIER_SECONDS
 
+    def _bandwidth(self, cost: Cost, threads: int) -> float:
+        parts = max(1, min(threads, cost.parts)) if cost.is_divided else 1
+        is_far = cost.resident_bytes / parts > NEAR_BYTES
+        return self.far_bytes if is_far and self.far_bytes is not None else self.weight_bytes
+
 
 @cache
 def calibrate_rates() -> Rates:
-    """The rates of this machine, measured once per process in about 10 ms."""
+    """The rates of this machine, measured once per process in about 20 ms."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -57,11 +67,14 @@ def _measure_rates() -> Rates:
     product = torch.empty_like(matrix)
     macs = SIDE**3 / _best_seconds(lambda: torch.mm(matrix, matrix, out=product))
     adds = product.numel() / _best_seconds(lambda: torch.add(matrix, matrix, out=product))
+    far = torch.full((FAR_ELEMENTS,), 0.5, device="cpu")
+    read = 4 * FAR_ELEMENTS / _best_seconds(lambda: torch.sum(far), repeats=3)
     return Rates(
         weight_bytes=3 * 4 * adds,  # two operands read, one written
         event_adds=EVENT_ADDS_PER_MAC * macs,
         dense_macs=DENSE_MACS_PER_MAC * macs,
         pointwise=POINTWISE_PER_ELEMENT * adds,
+        far_bytes=read,
     )
 
 

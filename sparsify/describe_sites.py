@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparsify import ir
 from sparsify.choose import Choice
 from sparsify.errors import Refusal
 from sparsify.find_products import Product
@@ -24,6 +25,7 @@ class Rows:
     choices: Mapping[str, Choice]
     refused: Mapping[str, Refusal]  # by product name
     break_even: Mapping[tuple[str, str], float]
+    break_even_density: Mapping[tuple[str, str], float]
 
     def describe(self, products: Iterable[Product]) -> tuple[Site, ...]:
         placed: dict[str, Placement] = {}
@@ -61,8 +63,14 @@ class Rows:
         active, senders = choice.events.get(placement.gather, (0, 0))
         activity = active / senders if senders else product.activity
         decision: Decision = "kept"
+        layout = ir.DENSE_ROWS
         if choice.region is not None:
-            decision = dict(choice.region.launchable.schedule.gathers)[placement.gather]
+            schedule = choice.region.launchable.schedule
+            decision = dict(schedule.gathers)[placement.gather]
+            layout = schedule.layout_of(choice.region.lowered.kernel.weight_of(placement.gather))
+        density = _density(product)
+        operations = product.operations or None
+        event = None if activity is None else activity * product.operations or None
         refusal = choice.refusal
         took = choice.took_ms
         believed = {} if choice.note else took  # ratios of disturbed times say nothing
@@ -74,13 +82,19 @@ class Rows:
             refusal.reason if refusal else choice.note,
             refusal.remedy if refusal else "",
             activity=activity,
-            weight_density=_density(product),
-            dense_operations=product.operations or None,
-            event_operations=None if activity is None else activity * product.operations or None,
+            weight_density=density,
+            dense_operations=operations,
+            event_operations=event,
+            parameter_operations=_times(operations, density),
+            both_operations=_times(event, density),
             took_ms=took,
             fusion_gain=_ratio(believed, "original", "dense"),
             sparsity_gain=_ratio(believed, "dense", "event"),
+            parameter_gain=_ratio(believed, "event", "both")
+            or _ratio(believed, "dense", "parameters"),
             break_even=self.break_even.get((placement.region, placement.gather)),
+            break_even_density=self.break_even_density.get((placement.region, placement.gather)),
+            layout="" if layout == ir.DENSE_ROWS else str(layout),
             region=placement.region if choice.region is not None else "",
         )
 
@@ -103,6 +117,10 @@ def describe_kept(model: nn.Module, refusal: Refusal) -> tuple[Site, ...]:
         for name, module in model.named_modules()
         if isinstance(module, PRODUCT_MODULES)
     )
+
+
+def _times(operations: float | None, density: float | None) -> float | None:
+    return None if operations is None or density is None else operations * density
 
 
 def _ratio(took_ms: Mapping[str, float], slow: str, fast: str) -> float | None:

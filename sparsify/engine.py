@@ -145,8 +145,11 @@ class Engine:
         live: dict[str, float] = {}
         for entry in self.entries:
             live.update(entry.compiled.live_activity())
+        densities: dict[str, float] = {}
         trained = bool(self.entries and self.entries[-1].required)
-        return Report(self._sites(), tuple(self._all_notes()), live, trained)
+        notes = tuple(self._all_notes())
+        return Report(self._sites(), notes, live, trained, densities)
+            densities.update(entry.compiled.live_density())
 
     @property
     def binaries(self) -> Mapping[tuple[ir.Kernel, ir.Schedule], Binary]:

@@ -182,6 +182,10 @@ class Kernel:
     def gathers(self) -> tuple[Gather, ...]:
         return tuple(s for phase in self.phases for s in phase.body if isinstance(s, Gather))
 
+    def weight_of(self, result: str) -> str:
+        """The name of the weight that the Gather of ``result`` reads."""
+        return next(g.weight for g in self.gathers if g.result == result)
+
 
 LayoutKind = Literal["dense-rows", "compressed-rows", "block-rows", "masked-rows"]
 

@@ -24,6 +24,9 @@ def place_gradients(placements: Sequence[Placement], lowered: LoweredScans) -> l
             numbered = (f"{base}#{i}" for i in range(2, len(taken) + 3))
             name = next(n for n in (base, *numbered) if n not in taken)
             taken.add(name)
-            product = Product(name, site.weight, site.module, site.location, site.activity, 0.0, ())
+            pattern = owner.pattern if owner else None  # as the model's product has it
+            product = Product(
+                name, site.weight, site.module, site.location, site.activity, 0.0, (), pattern
+            )
             found.append(Placement(product, region, site.gather))
     return found

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sparsify import ir
 from sparsify.errors import PlanError
 
 PlanDecision = Literal["event", "dense", "off"]
@@ -30,7 +31,8 @@ class Plan:
 
     ``"off"`` leaves a site to the original operations. Sites that a plan does not name are decided
     when they are compiled. ``machine`` says where the decisions were taken. ``training`` has the
-    decisions for calls with gradients, which are taken on their own.
+    decisions for calls with gradients, which are taken on their own. ``layouts`` says how the
+    weights of sites lie in memory; that of others is chosen.
     """
 
     sites: Mapping[str, PlanDecision] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Plan:
     machine: str = ""
     activity: Mapping[str, float] = field(default_factory=dict)
     training: Plan | None = None
+    layouts: Mapping[str, ir.Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for site, decision in self.sites.items():
@@ -45,17 +48,21 @@ class Plan:
                 known = ", ".join(map(repr, PLAN_DECISIONS))
                 raise ValueError(f"site {site!r}: {decision!r} is no decision; known: {known}")
 
-    def pin(self, site: str, decision: PlanDecision) -> Plan:
+    def pin(self, site: str, decision: PlanDecision, layout: ir.Layout | None = None) -> Plan:
         """A copy in which ``site`` is decided: ``model.sparsify(x, plan=fast.plan.pin(...))``.
 
+        So is the ``layout`` of its weights, if one is given, such as ``Layout("compressed-rows")``.
         A site called ``<site>.backward`` belongs to the gradient; others are pinned for calls with
         and without gradients.
         """
-        trained = self.training or Plan()
-        trained = replace(trained, sites={**trained.sites, site: decision})
+        trained = (self.training or Plan())._with(site, decision, layout)
         if site.partition("#")[0].endswith(GRADIENT):
             return replace(self, training=trained)
-        return replace(self, sites={**self.sites, site: decision}, training=trained)
+        return replace(self._with(site, decision, layout), training=trained)
+
+    def _with(self, site: str, decision: PlanDecision, layout: ir.Layout | None) -> Plan:
+        layouts = self.layouts if layout is None else {**self.layouts, site: layout}
+        return replace(self, sites={**self.sites, site: decision}, layouts=layouts)
 
     def check_sites(self, known: Iterable[str]) -> None:
         """Raise PlanError if a site is named that the model does not have."""
@@ -83,6 +90,7 @@ class Plan:
             "sites": dict(self.sites),
             "regions": regions,
             "activity": dict(self.activity),
+            "layouts": {site: asdict(layout) for site, layout in self.layouts.items()},
         }
         if self.training is not None:
             content["training"] = json.loads(self.training.to_json())
@@ -96,20 +104,29 @@ class Plan:
                 raise ValueError(f"format {content['format']} is not {FORMAT}")
             regions = {name: RegionPlan(**fields) for name, fields in content["regions"].items()}
             activity = {name: float(share) for name, share in content["activity"].items()}
-            training = content.get("training")
+            training, layouts = content.get("training"), content.get("layouts", {})
             return Plan(
                 dict(content["sites"]),
                 regions,
                 str(content["machine"]),
                 activity,
                 Plan.from_json(json.dumps(training)) if training is not None else None,
+                {site: ir.Layout(**fields) for site, fields in layouts.items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no plan: {error!r}") from error
 
     def __str__(self) -> str:
         width = max(map(len, self.sites), default=0)
-        lines = [f"{site:<{width}}  {decision}" for site, decision in self.sites.items()]
+        lines = [
+            f"{site:<{width}}  {decision}"
+            + (
+                f", {self.layouts[site]}"
+                if self.layouts.get(site, ir.DENSE_ROWS) != ir.DENSE_ROWS
+                else ""
+            )
+            for site, decision in self.sites.items()
+        ]
         lines += [
             f"{name}: {region.strategy}" + (f", tiles of {region.tile}" if region.tile else "")
             for name, region in self.regions.items()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sparsify.errors import Location, RefusalCode
+from sparsify.layouts import has_moved
 
 Decision = Literal["event", "dense", "kept"]
-HEADINGS = ("site", "line", "decision", "activity", "operations", "time", "fusion", "sparsity")
+HEADINGS = (
+    *("site", "line", "decision", "layout", "activity", "density", "operations", "time"),
+    *("fusion", "sparsity", "parameters"),
+)
 NO_SITE = "there is no site: the call has no linear operation that a kernel could take over"
 
 
@@ -18,10 +22,14 @@ class Site:
     """One linear operation of the model.
 
     ``took_ms`` has the times of one call of the region that the site belongs to, by candidate:
-    ``original``, ``dense``, ``event``. ``fusion_gain`` is original over dense, ``sparsity_gain``
-    dense over event; both are None where nothing was measured. Operations are multiply-adds of one
-    call on the example. ``break_even`` is the activity at which an event kernel is predicted to be
-    as fast as a dense one. ``region`` names the module of the graph that computes the site.
+    ``original``, ``dense``, ``event``, ``parameters`` (everything active, but without weights that
+    are zero), ``both``. ``fusion_gain`` is original over dense, ``sparsity_gain`` dense over event,
+    ``parameter_gain`` what leaving out weights gains beside that; they are None where nothing was
+    measured. Operations are multiply-adds of one call on the example: of a dense product, of active
+    senders, of weights that are not zero, and of both. ``break_even`` is the activity at which an
+    event kernel is predicted to be as fast as a dense one, ``break_even_density`` the density of
+    the weight at which ``layout`` is as fast as dense rows. ``region`` names the module of the
+    graph that computes the site.
     """
 
     name: str
@@ -34,11 +42,16 @@ class Site:
     weight_density: float | None = None
     dense_operations: float | None = None
     event_operations: float | None = None
+    parameter_operations: float | None = None
+    both_operations: float | None = None
     took_ms: Mapping[str, float] = field(default_factory=dict)
     fusion_gain: float | None = None
     sparsity_gain: float | None = None
+    parameter_gain: float | None = None
     break_even: float | None = None
+    break_even_density: float | None = None
     region: str = ""
+    layout: str = ""  # empty where all weights are read
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class Report:
     notes: tuple[str, ...] = ()
     live_activity: Mapping[str, float] = field(default_factory=dict)
     gradients: bool = False
+    live_density: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Site:
         """The site called ``name``. Raises KeyError with the known names."""
@@ -67,8 +81,10 @@ class Report:
         return self.live_activity
 
     def drift(self) -> tuple[str, ...]:
-        """Sites whose activity has moved past the point where the other kernel would win."""
-        found = []
+        """Sites whose activity has moved past the point where the other kernel would win, or whose
+        weights have other zeros than when their layout was chosen.
+        """
+        found = [*self._drift_of_weights()]
         for site in self.sites:
             live = self.live_activity.get(site.name)
             if live is None or site.break_even is None:
@@ -84,6 +100,17 @@ class Report:
                     "Call sparsify again on a typical input."
                 )
         return tuple(found)
+
+    def _drift_of_weights(self) -> Iterator[str]:
+        for site in self.sites:
+            now, was = self.live_density.get(site.name), site.weight_density
+            if now is None or was is None or not has_moved(was, now):
+                continue
+            layout = site.layout or "dense rows"
+            yield (
+                f"{site.name}: {now:.1%} of its weights are not zero now, {was:.1%} were when "
+                f"{layout} was chosen. Calls choose its layout anew."
+            )
 
     def __str__(self) -> str:
         lines = _table([HEADINGS, *map(_row, self.sites)]) if self.sites else []
@@ -101,11 +128,14 @@ def _row(site: Site) -> tuple[str, ...]:
         site.name,
         _short(site.location),
         site.decision,
+        site.layout,
         "" if site.activity is None else f"{site.activity:.1%}",
+        "" if site.weight_density in (None, 1.0) else f"{site.weight_density:.1%}",
         _operations(site),
         _times(site.took_ms),
         "" if site.fusion_gain is None else f"{site.fusion_gain:.1f}x",
         "" if site.sparsity_gain is None else f"{site.sparsity_gain:.1f}x",
+        "" if site.parameter_gain is None else f"{site.parameter_gain:.1f}x",
     )
 
 
@@ -118,10 +148,11 @@ def _short(location: Location | None) -> str:
 def _operations(site: Site) -> str:
     if site.dense_operations is None:
         return ""
+    done = site.event_operations if site.decision == "event" else None
+    if site.layout:
+        done = site.both_operations if site.decision == "event" else site.parameter_operations
     dense = _engineering(site.dense_operations)
-    if site.event_operations is None or site.decision != "event":
-        return dense
-    return f"{_engineering(site.event_operations)} of {dense}"
+    return dense if done is None else f"{_engineering(done)} of {dense}"
 
 
 def _engineering(number: float) -> str:

@@ -1,27 +1,40 @@
-"""One kernel whose loops are shared out anew for every batch size; the bits stay the same."""
+"""One kernel that is shared out anew for every batch size, and whose weights are packed anew when
+many of them became zero; the bits of event products stay the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor
 
 from sparsify.codegen.backend import Launchable
 
-Suited = Callable[[int, int], Launchable | None]
+
+class Choice(Protocol):
+    """What ``Rechooser`` does."""
+
+    base: Launchable
+    densities: dict[str, float]
+
+    def suited(self, steps: int, batch: int) -> Launchable | None: ...
+
+    def look(self, tensors: Mapping[str, Tensor]) -> bool: ...
 
 
 class SizedLaunchable:
-    """Runs ``first``, or what ``suited(steps, batch)`` names in its place for another batch.
+    """Runs what ``rechooser`` names for a call's batch and for the weights as they are.
 
-    A strategy decides who shares neurons and rows, not what is computed nor in which order it is
-    added, so every strategy gives the same results and a plan stays what it says.
-    ``timed_at`` is the batch at which ``first`` was measured to be the best.
+    A strategy decides who shares neurons and rows, and a layout which zeros are read, not what is
+    computed nor in which order events are added, so a plan stays what it says. ``timed_at`` is the
+    batch at which the first kernel was measured to be the best.
     """
 
-    def __init__(self, first: Launchable, suited: Suited, timed_at: int | None) -> None:
+    def __init__(self, rechooser: Choice, timed_at: int | None) -> None:
+        first = rechooser.base
         self.kernel, self.schedule = first.kernel, first.schedule
-        self._first, self._suited = first, suited
+        self._rechooser, self._used = rechooser, [first]
         self._by_batch: dict[int, Launchable] = {} if timed_at is None else {timed_at: first}
 
     def __call__(
@@ -33,24 +46,35 @@ class SizedLaunchable:
         outputs: Mapping[str, Tensor] | None = None,
         frozen: bool = False,
     ) -> dict[str, Tensor]:
+        if not frozen and self._rechooser.look(tensors):
+            self._by_batch = {}
         launchable = self._by_batch.get(batch)
         if launchable is None:
-            launchable = self._suited(steps, batch) or self._first
+            launchable = self._rechooser.suited(steps, batch) or self._rechooser.base
             self._by_batch[batch] = launchable
+            if launchable not in self._used:
+                self._used.append(launchable)
         return launchable(tensors, steps=steps, batch=batch, outputs=outputs, frozen=frozen)
+
+    @property
+    def densities(self) -> Mapping[str, float]:
+        """The share of weights that are not zero, by name, as they were when last looked at."""
+        return self._rechooser.densities
+
+    @property
+    def now(self) -> Launchable:
+        """What runs at the batch size that the kernel was chosen for."""
+        return self._rechooser.base
 
     @property
     def events(self) -> dict[str, tuple[int, int]]:
         total: dict[str, tuple[int, int]] = {}
-        for launchable in self._in_use():
+        for launchable in self._used:
             for gather, (active, senders) in launchable.events.items():
                 known = total.get(gather, (0, 0))
                 total[gather] = (known[0] + active, known[1] + senders)
         return total
 
     def reset_events(self) -> None:
-        for launchable in self._in_use():
+        for launchable in self._used:
             launchable.reset_events()
-
-    def _in_use(self) -> list[Launchable]:
-        return list(dict.fromkeys((self._first, *self._by_batch.values())))

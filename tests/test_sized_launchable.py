@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +17,20 @@ from sparsify.sized_launchable import SizedLaunchable
 from tests.small_nets import RecurrentNet, spikes
 
 KERNEL = ir.Kernel("nothing", (), (), (), (), (), ())
+
+
+@dataclass
+class Chosen:
+    """What stands for a ``Rechooser``: ``base`` is replaced by ``next`` when weights are looked at."""
+
+    base: Any
+    suited: Callable[[int, int], Any] = lambda steps, batch: None
+    next: Any = None
+    densities: dict[str, float] = field(default_factory=dict)
+
+    def look(self, tensors: Mapping[str, Tensor]) -> bool:
+        self.base, self.next, changes = self.next or self.base, None, self.next is not None
+        return changes
 
 
 class Counted:
@@ -45,7 +60,7 @@ def test_other_batches_run_what_suits_them() -> None:
         asked.append(batch)
         return other if batch == 1 else None
 
-    sized = SizedLaunchable(first, suited, timed_at=8)
+    sized = SizedLaunchable(Chosen(first, suited), timed_at=8)
     for batch in (8, 1, 1, 2, 2):
         sized({}, steps=3, batch=batch)
     assert (first.calls, other.calls) == (3, 2)
@@ -57,9 +72,22 @@ def test_other_batches_run_what_suits_them() -> None:
 
 def test_an_untimed_schedule_is_asked_for_at_every_batch() -> None:
     first, other = Counted("first"), Counted("other")
-    sized = SizedLaunchable(first, lambda steps, batch: other, timed_at=None)
+    sized = SizedLaunchable(Chosen(first, lambda steps, batch: other), timed_at=None)
     sized({}, steps=1, batch=4)
     assert (first.calls, other.calls) == (0, 1)
+
+
+def test_another_choice_replaces_the_first_and_events_are_counted_on() -> None:
+    first, other = Counted("first"), Counted("other")
+    chosen = Chosen(first)
+    sized = SizedLaunchable(chosen, timed_at=4)
+    sized({}, steps=1, batch=4)
+    chosen.next = other
+    sized({}, steps=1, batch=4, frozen=True)  # the promise that weights stay
+    sized({}, steps=1, batch=4)
+    assert (first.calls, other.calls) == (2, 1)
+    assert sized.now.schedule.strategy == "other"
+    assert sized.events == {"sum": (3, 30)}
 
 
 def test_every_strategy_serves_the_regions_of_a_model_with_equal_bits() -> None:

@@ -19,8 +19,10 @@ from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, granule, owned
 from sparsify.codegen.cuda.team_shape import widths as find_widths
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.cuda.team_text import TeamText
+from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.usage import Source
 from sparsify.errors import Refusal
+from sparsify.weight_pattern import Pattern
 
 TENSOR_CORES_SINCE = (8, 0)  # compute capability, with bfloat16
 TILE_ROWS, TILE_COLUMNS = 16, 8
@@ -84,6 +86,7 @@ class DenseTiles(NeuronsPerGrid):
         steps: int,
         batch: int,
         activity: Mapping[str, float],
+        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
         cost = super().predict(kernel, schedule, steps=steps, batch=batch, activity=activity)
         team = self.team(kernel, schedule)

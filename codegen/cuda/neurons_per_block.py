@@ -20,9 +20,11 @@ from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_shape import Shape, shapes, widths
 from sparsify.codegen.cuda.team_text import TeamText
+from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import find_usage, why_not_gather
 from sparsify.errors import Refusal
+from sparsify.weight_pattern import Pattern
 
 CLUSTERS_SINCE = (9, 0)  # compute capability
 COUNTER_WORDS = 32  # of the counter of a team: a line of the second cache, see barrier.cuh
@@ -127,6 +129,7 @@ class _NeuronsPerBlock:
         steps: int,
         batch: int,
         activity: Mapping[str, float],
+        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
         team = self.team(kernel, schedule)
         shape = self.shape(kernel, schedule)
@@ -139,6 +142,7 @@ class _NeuronsPerBlock:
             steps=steps,
             batch=batch,
             activity=activity,
+            patterns=patterns,
             limits=self.limits,
             rows_per_block=rows,
             blocks=teams * shape.blocks,

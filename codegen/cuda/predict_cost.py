@@ -9,7 +9,9 @@ from typing import Literal
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Meeting, MemoryLevel
 from sparsify.codegen.cuda.device import Limits
+from sparsify.codegen.layout_costs import NO_PATTERNS, LayoutCosts
 from sparsify.codegen.predict_cost import BYTES, count_pairs, count_work
+from sparsify.weight_pattern import Pattern
 
 OPERAND_BYTES: dict[ir.DType, float] = {
     "float32": 4,
@@ -19,6 +21,17 @@ OPERAND_BYTES: dict[ir.DType, float] = {
     "bool": 1,
     "bits": 1 / 8,
 }
+
+# A lane that has a kept weight finds its place first, and other lanes wait for the fullest one.
+CUDA_COSTS = LayoutCosts(
+    kept_add=3.0,
+    kept_mac=3.0,
+    shared_mac=3.0,
+    run_add=8.0,
+    run_mac=8.0,
+    place=1.5,
+    line=32.0,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ def predict_cost(
     barriers_per_step: float,
     weights_from: Literal["l2", "shared"] | None = None,
     side_by_side: int | None = None,
+    patterns: Mapping[str, Pattern] = NO_PATTERNS,
 ) -> Cost:
     """The cost of a call, given the share of active senders, or of wanted sums, of each Gather.
 
@@ -89,7 +103,16 @@ def predict_cost(
     meet no others, else one; further ones wait after them.
     """
     groups = -(-batch // max(1, rows_per_block)) if batch else 0
-    work = count_work(kernel, schedule, steps=steps, batch=batch, activity=activity, groups=groups)
+    work = count_work(
+        kernel,
+        schedule,
+        steps=steps,
+        batch=batch,
+        activity=activity,
+        groups=groups,
+        patterns=patterns,
+        costs=CUDA_COSTS,
+    )
     resident = sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
     source: MemoryLevel = weights_from or ("l2" if resident <= limits.l2_bytes else "hbm")
     if side_by_side is None:

@@ -15,8 +15,10 @@ from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared, why_not_words
+from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.usage import why_not_gather
 from sparsify.errors import Refusal
+from sparsify.weight_pattern import Pattern
 
 
 class RowPerBlock:
@@ -62,6 +64,7 @@ class RowPerBlock:
         steps: int,
         batch: int,
         activity: Mapping[str, float],
+        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
         text = RowText(kernel, schedule)
         rows = batch if kernel.states else batch * steps
@@ -74,6 +77,7 @@ class RowPerBlock:
             steps=steps,
             batch=batch,
             activity=activity,
+            patterns=patterns,
             limits=self.limits,
             rows_per_block=1,
             blocks=min(max(1, rows), self.limits.multiprocessors * max(1, together)),

@@ -1,0 +1,64 @@
+"""Another choice for a kernel that runs: for other sizes of calls, and for weights pruned since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsify import ir
+from sparsify.candidates import Predictor
+from sparsify.codegen.backend import Launchable
+from sparsify.layouts import has_moved
+from sparsify.weight_pattern import find_pattern
+
+EVERY = 32  # calls after which weights are looked at: counting reads all of them once
+
+Load = Callable[[ir.Kernel, ir.Schedule], Launchable]
+
+
+class Rechooser:
+    """Names what runs in the place of ``first``. Nothing is recorded anew.
+
+    A plan says how a kernel begins: weights that have other zeros by now may get other layouts.
+    """
+
+    def __init__(self, predictor: Predictor, first: Launchable, load: Load) -> None:
+        self.base = first
+        self._predictor, self._load = predictor, load
+        self._calls = 0
+        self.densities = {name: p.density for name, p in predictor.patterns.items()}
+
+    def suited(self, steps: int, batch: int) -> Launchable | None:
+        """What is clearly faster than ``base`` for calls of these sizes, if anything is."""
+        better = self._predictor.better_strategy(self.base.schedule, steps, batch)
+        return self._load(self.base.kernel, better) if better is not None else None
+
+    def look(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Look at the weights of some calls; whether ``base`` is another one since.
+
+        Those on a GPU are left alone: nobody waits for it to count.
+        """
+        self._calls += 1
+        if self._calls % EVERY:
+            return False
+        moved = {}
+        for name in self.densities:
+            weight = tensors[name].detach()
+            if weight.is_cpu and weight.numel():
+                density = int(torch.count_nonzero(weight)) / weight.numel()
+                self.densities[name] = density
+                if has_moved(self._predictor.patterns[name].density, density):
+                    moved[name] = find_pattern(
+                        weight.t() if self._predictor.is_gradient else weight
+                    )
+        if not moved:
+            return False
+        patterns = {**self._predictor.patterns, **moved}
+        self._predictor = replace(self._predictor, patterns=patterns, pinned=())
+        better = self._predictor.better_layouts(self.base.schedule)
+        if better is not None:
+            self.base = self._load(self.base.kernel, better)
+        return better is not None
