@@ -24,11 +24,15 @@ Meeting = Literal["threads", "block", "cluster", "grid"]
 
 @dataclass(frozen=True)
 class Source:
-    """Generated code. ``entry`` is the function to call."""
+    """Generated code. ``entry`` is the function to call.
+
+    ``title`` says what of the model it computes, to profilers and in reports of faults.
+    """
 
     text: str
     filename: str
     entry: str
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,14 @@ class Cost:
     other_bytes: float = 0.0
     waits: float = 0.0
     launches: int = 1
+
+
+def describe_kernel(kernel: ir.Kernel) -> str:
+    """What of the model a kernel computes: its weights, and the first line that it came from."""
+    weights = ", ".join(dict.fromkeys(w.note or w.name for w in kernel.weights))
+    parts = [f"with {weights}"] if weights else []
+    parts += [f"from {kernel.origin[0]}"] if kernel.origin else []
+    return " ".join((kernel.name, *parts))
 
 
 class Launchable(Protocol):

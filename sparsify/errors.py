@@ -100,7 +100,8 @@ class CompileError(SparsifyError):
 class KernelFault(SparsifyError):
     """A bug of sparsify: a CUDA kernel did what it must not, or could not be launched.
 
-    ``kernel`` is its name, ``reports`` what was found, a sentence each.
+    ``kernel`` names it and what of the model it computes, ``reports`` say what was found, in a
+    sentence each.
     """
 
     def __init__(self, kernel: str, reports: Sequence[str]) -> None:

@@ -46,12 +46,17 @@ class EditedDevice:
         return self.emulator.limits(device)
 
     def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
+        if source.entry.startswith("run_pack"):
+            return self.emulator.compile(source, headers)
         assert self.before in source.text
         text = source.text.replace(self.before, self.after, 1)
         return self.emulator.compile(replace(source, text=text), headers)
 
-    def load(self, path: Path, entry: str, device: torch.device) -> Function:
-        return self.emulator.load(path, entry, device)
+    def load(self, path: Path, entry: str, device: torch.device, title: str = "") -> Function:
+        return self.emulator.load(path, entry, device, title)
+
+    def stream(self, device: torch.device) -> int | None:
+        return self.emulator.stream(device)
 
 
 def emulator(schedule: Schedule = "random", seed: int = 1, checks: bool = True) -> EmulatedDevice:

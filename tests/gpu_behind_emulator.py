@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cuda.device import Function, Grid, Limits, Word
+from sparsify.codegen.cuda.device import Function, Grid, Launch, Limits, Word, prepare_words
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.nvrtc import Usage
 from sparsify.codegen.cuda.occupancy import resident_blocks
@@ -51,6 +51,11 @@ class ElsewhereFunction:
         for at, here in written.items():
             here.copy_(there[at])  # waits for the kernel
 
+    def prepare(
+        self, grid: Grid, words: Sequence[Word], places: Sequence[int], stream: int
+    ) -> Launch:
+        return prepare_words(self, grid, words, places)
+
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         return resident_blocks(self.played, ANY, threads, shared_bytes)
 
@@ -65,8 +70,10 @@ def put_gpu_behind_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_source(self: EmulatedDevice, source: Source, headers: Mapping[str, str]) -> Path:
         return gpu.compile(source, headers)
 
-    def load(self: EmulatedDevice, path: Path, entry: str, _: torch.device) -> Function:
-        return ElsewhereFunction(gpu.load(path, entry, device), device, self.played)
+    def load(
+        self: EmulatedDevice, path: Path, entry: str, _: torch.device, title: str = ""
+    ) -> Function:
+        return ElsewhereFunction(gpu.load(path, entry, device, title), device, self.played)
 
     monkeypatch.setattr(EmulatedDevice, "compile", compile_source)
     monkeypatch.setattr(EmulatedDevice, "load", load)

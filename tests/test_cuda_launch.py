@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,9 +15,17 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable, Source
-from sparsify.codegen.cuda import kernel_text
+from sparsify.codegen.cuda import kernel_text, packing
 from sparsify.codegen.cuda.backend import CudaBackend
-from sparsify.codegen.cuda.device import H100, Grid, Limits, Memory, Word
+from sparsify.codegen.cuda.device import (
+    H100,
+    Grid,
+    Launch,
+    Limits,
+    Memory,
+    Word,
+    prepare_words,
+)
 from sparsify.codegen.cuda.row_per_block import RowPerBlock
 from tests import test_launch
 from tests.emulated_kernels import emulator, load, needs_emulator
@@ -33,9 +43,12 @@ class Log:
     name = "cuda-emulated"
     type = "cpu"
 
-    def __init__(self, resident: int = 2) -> None:
+    def __init__(self, resident: int = 2, packing: Log | None = None) -> None:
         self.resident = resident
         self.launches: list[tuple[Grid, list[Word]]] = []
+        self.packing = self if packing is None else packing
+        self.current_stream: int | None = 0
+        self.prepared = 0
 
     def why_unavailable(self) -> None:
         return None
@@ -46,18 +59,45 @@ class Log:
     def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
         return Path(source.filename)
 
-    def load(self, path: Path, entry: str, device: torch.device) -> Log:
-        return self
+    def load(self, path: Path, entry: str, device: torch.device, title: str = "") -> Log:
+        return self if not entry.startswith("run_pack") else self.packing
+
+    def stream(self, device: torch.device) -> int | None:
+        return self.current_stream
 
     def launch(self, grid: Grid, words: Sequence[Word]) -> None:
         self.launches.append((grid, list(words)))
+
+    def prepare(
+        self, grid: Grid, words: Sequence[Word], places: Sequence[int], stream: int
+    ) -> Launch:
+        self.prepared += 1
+        return prepare_words(self, grid, words, places)
 
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         return self.resident
 
 
+class Packing(Log):
+    """What packs weights, in torch's operations."""
+
+    def launch(self, grid: Grid, words: Sequence[Word]) -> None:
+        super().launch(grid, words)
+        for at in range(0, len(words), packing.WORDS):
+            weight, packed, total = words[at : at + 3]
+            numbers = [n for n in words[at + 4 : at + packing.WORDS] if isinstance(n, int)]
+            rows, columns, _, down, across, _ = numbers
+            if not isinstance(weight, Memory):
+                continue
+            read = weight.tensor.detach().as_strided((rows, columns), (down, across))
+            if isinstance(packed, Memory):
+                packed.tensor.zero_()[:, :columns] = read
+            if isinstance(total, Memory):
+                total.tensor.copy_(read.sum() * 0)
+
+
 def logged(kernel: ir.Kernel, how: str = "event", resident: int = 2) -> tuple[Log, Launchable]:
-    log = Log(resident)
+    log = Log(resident, Packing())
     backend = CudaBackend(log)
     plan = schedule(kernel, ROW, "dense" if how == "dense" else "event")
     return log, backend.load(backend.compile(kernel, plan))
@@ -171,24 +211,106 @@ def test_weights_are_packed_in_padded_rows(tensors: Tensors) -> None:
     memories = {w.name: w.tensor for w in log.launches[0][1] if isinstance(w, Memory)}
     assert memories["w_in"].shape == (INPUTS, 64)
     assert torch.equal(memories["w_in"][:, :HIDDEN], tensors["w_in"].t())
-    assert memories["sum of w_in"].isfinite()
+    assert memories["total of w_in"].isfinite()
     tensors["w_in"][3, 3] = float("nan")
     launch(tensors, steps=STEPS, batch=BATCH)
     memories = {w.name: w.tensor for w in log.launches[1][1] if isinstance(w, Memory)}
-    assert not memories["sum of w_in"].isfinite()
-    assert memories["sum of w_rec"].isfinite()
+    assert not memories["total of w_in"].isfinite()
+    assert memories["total of w_rec"].isfinite()
+
+
+def packed_weight(log: Log) -> torch.Tensor:
+    memory = log.launches[-1][1][5]
+    assert isinstance(memory, Memory)
+    return memory.tensor
 
 
 def test_weights_that_lie_as_kernels_read_them_are_not_copied() -> None:
     kernel = product(64, 64)
-    log, launch = logged(kernel)
-    x, w = torch.zeros(1, 2, 64), torch.ones(64, 64)
+    x, w = torch.zeros(1, 2, 64), torch.rand(64, 64)
     for given, same in ((w, False), (w.clone().t(), True), (w[:, :32].repeat(1, 2).t(), True)):
+        log, launch = logged(kernel)
         launch({"x": x, "w": given}, steps=1, batch=2)
-        packed = log.launches[-1][1][5]
-        assert isinstance(packed, Memory)
-        assert (packed.tensor.data_ptr() == given.data_ptr()) == same
-        assert torch.equal(packed.tensor, given.t())
+        assert (packed_weight(log).data_ptr() == given.data_ptr()) == same
+        assert torch.equal(packed_weight(log), given.t())
+
+
+def test_a_weight_that_is_elsewhere_in_every_call_is_copied_to_where_kernels_look() -> None:
+    """Then a call writes a pointer less, and needs no preparation of its own."""
+    log, launch = logged(product(64, 64))
+    kept = []
+    for _ in range(4):
+        kept.append(torch.rand(64, 64).t())
+        launch({"x": torch.zeros(1, 2, 64), "w": kept[-1]}, steps=1, batch=2)
+        assert torch.equal(packed_weight(log), kept[-1].t())
+    assert packed_weight(log).data_ptr() not in {w.data_ptr() for w in kept}
+    assert log.prepared == 2
+
+
+def test_calls_of_the_same_sizes_are_prepared_once(tensors: Tensors) -> None:
+    """Also with other tensors, and weights; another batch or layout is prepared on its own."""
+    log, launch = logged(lif(INPUTS, HIDDEN))
+    for _ in range(3):
+        moved = {name: tensor.clone() for name, tensor in tensors.items()}
+        results = launch(moved, steps=STEPS, batch=BATCH)
+    assert log.prepared == 1 and log.packing.prepared == 1
+    grid, words = log.launches[-1]
+    pointers = [w.tensor.data_ptr() for w in words if isinstance(w, Memory)]
+    for tensor in (moved["x"], moved["v0"], *results.values()):
+        assert tensor.data_ptr() in pointers
+    assert words[:2] == [STEPS, BATCH] and grid == log.launches[0][0]
+    half = {n: t if n.startswith("w") else t[..., :2, :] for n, t in tensors.items()}
+    launch(half, steps=STEPS, batch=2)
+    assert log.prepared == 2
+    strided = {**tensors, "x": tensors["x"].repeat(1, 2, 1)[:, ::2]}
+    launch(strided, steps=STEPS, batch=BATCH)
+    x = log.launches[-1][1][2]
+    assert isinstance(x, Memory) and x.tensor.data_ptr() == strided["x"].data_ptr()
+    assert log.launches[-1][1][3] == strided["x"].stride(0)
+
+
+def test_memory_is_not_kept_while_a_graph_is_captured(tensors: Tensors) -> None:
+    log, launch = logged(lif(INPUTS, HIDDEN))
+    launch(tensors, steps=STEPS, batch=BATCH)
+    log.current_stream = None
+    seen = set()
+    for _ in range(2):
+        launch(tensors, steps=STEPS, batch=BATCH, frozen=True)
+        seen |= {id(w) for w in log.launches[-1][1] if isinstance(w, Memory) and "w_" in w.name}
+    assert log.prepared == 1 and len(seen) == 8  # two weights and their totals, in each call
+    assert len(log.packing.launches) == 3
+
+
+def test_streams_have_memory_of_their_own(tensors: Tensors) -> None:
+    log, launch = logged(lif(INPUTS, HIDDEN))
+    places = []
+    for stream in (0, 7, 0):
+        log.current_stream = stream
+        launch(tensors, steps=STEPS, batch=BATCH, frozen=True)
+        places.append([w.tensor for w in log.launches[-1][1] if isinstance(w, Memory)][3])
+    assert places[0] is places[2] and places[0] is not places[1]
+
+
+def test_a_frozen_call_is_short(tensors: Tensors) -> None:
+    """Counted, because times are not steady: the functions that a call enters, Python's or C's."""
+    _, launch = logged(lif(INPUTS, HIDDEN))
+    for _ in range(2):
+        launch(tensors, steps=STEPS, batch=BATCH, frozen=True)
+    prepared: list[Launch] = [lambda tensors: None]
+    launch._prepared = {k: p._replace(launch=prepared[0]) for k, p in launch._prepared.items()}  # type: ignore[attr-defined]
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, function: Any) -> None:
+        if event in ("call", "c_call"):
+            calls.append(getattr(function, "__name__", frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        launch(tensors, steps=STEPS, batch=BATCH, frozen=True)
+    finally:
+        sys.setprofile(None)
+    assert calls.count("empty_like") == 3  # the outputs
+    assert len(calls) <= 40, calls
 
 
 def test_rows_of_receivers_for_restricted_products() -> None:
@@ -199,7 +321,7 @@ def test_rows_of_receivers_for_restricted_products() -> None:
     launch({"v": v, "g": v, "d0": v[0], "w_rec": w}, steps=2, batch=3)
     memories = {m.name: m.tensor for m in log.launches[0][1] if isinstance(m, Memory)}
     assert torch.equal(memories["w_rec"][:, :40], w)
-    assert "sum of w_rec" not in memories  # they skip no sender
+    assert "total of w_rec" not in memories  # they skip no sender
 
 
 def test_no_more_blocks_than_run_at_once() -> None:

@@ -200,8 +200,11 @@ class Edited:
         edited = text.replace(self.before, self.after)
         return self.emulator.compile(source, {**headers, "outer_product.cuh": edited})
 
-    def load(self, path: Path, entry: str, device: torch.device) -> Function:
-        return self.emulator.load(path, entry, device)
+    def load(self, path: Path, entry: str, device: torch.device, title: str = "") -> Function:
+        return self.emulator.load(path, entry, device, title)
+
+    def stream(self, device: torch.device) -> int | None:
+        return self.emulator.stream(device)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -10,10 +10,10 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.cuda import nvrtc
-from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
+from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import A100, H100, RTX5090, STATED, Limits
 from sparsify.codegen.cuda.gpu import Gpu
-from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.headers import headers_for
 from sparsify.codegen.cuda.occupancy import why_not_resident
 from tests.cuda_kernels import CUDA_CASES
 from tests.cuda_wheels import needs_nvrtc
@@ -50,7 +50,7 @@ def test_every_target(name: str, limits: Limits) -> None:
             backend.render(kernel, plan)
         return
     source = backend.render(kernel, plan)
-    cubin = nvrtc.compile_cubin(source, headers_of(*HEADERS), limits.architecture)
+    cubin = nvrtc.compile_cubin(source, headers_for(source), limits.architecture)
     usage = nvrtc.usage_of(cubin, source.entry)
     assert usage.shared_bytes == 0
     strategy = next(s for s in backend.strategies if s.name == plan.strategy)
@@ -85,7 +85,7 @@ def test_hostile_names_compile_and_run(strategy: str, offset: int) -> None:
     assert all(map(torch.equal, run(launch, given, 3, 2).values(), wanted.values()))
     if nvrtc.why_unavailable() is None:
         source = CudaBackend(Gpu()).render(kernel, plan)
-        nvrtc.compile_cubin(source, headers_of(*HEADERS), "sm_90")
+        nvrtc.compile_cubin(source, headers_for(source), "sm_90")
 
 
 def test_what_a_device_has_no_shared_memory_for() -> None:

@@ -9,10 +9,10 @@ import pytest
 from sparsify import ir
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda import nvrtc
-from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
+from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import A100, STATED, Grid, Limits
 from sparsify.codegen.cuda.gpu import Gpu
-from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.headers import headers_for, headers_of
 from sparsify.codegen.cuda.occupancy import resident_blocks, why_not_resident
 from tests.cuda_wheels import needs_nvrtc
 from tests.example_kernels import lif, lif_gradient, schedule
@@ -43,7 +43,7 @@ def test_all_blocks_of_a_team_are_resident(name: str, strategy: str, limits: Lim
         return
     assert refusal is None
     source = backend.render(kernel, plan)
-    cubin = nvrtc.compile_cubin(source, headers_of(*HEADERS), limits.architecture)
+    cubin = nvrtc.compile_cubin(source, headers_for(source), limits.architecture)
     usage = nvrtc.usage_of(cubin, source.entry)
 
     def resident(threads: int, shared_bytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 
 from sparsify import errors, ir
 from sparsify.codegen.backend import Launchable, Source
-from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
+from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, KIB, Limits
-from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.headers import headers_for
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
@@ -122,9 +123,11 @@ def mutants(strategy: str, kernel: ir.Kernel, limits: Limits, with_headers: bool
     source = backend.render(kernel, schedule(kernel, strategy))
     texts = {source.filename: source.text}
     if with_headers:
-        known = headers_of(*HEADERS)
+        known = headers_for(source)
         texts |= {name: known[name] for name in (HEADER[strategy], "exchange.cuh")}
-    return list(without_each_barrier(texts, [*ORDERING, "arrive", "wait", "meet"]))
+    # What a grid leaves undone is seen by the next call alone.
+    leaving = ["leave"] if strategy == CLUSTER else []
+    return list(without_each_barrier(texts, [*ORDERING, "arrive", "wait", "meet", *leaving]))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def mutants(strategy: str, kernel: ir.Kernel, limits: Limits, with_headers: bool
     [
         (GRID, recurrent(), 5, 9),
         (GRID, backwards(), 5, 3),
-        (CLUSTER, recurrent(), 5, 11),
+        (CLUSTER, recurrent(), 5, 12),
         (CLUSTER, two_exchanges(), 18, 8),
     ],
     ids=lambda value: value[0].name if isinstance(value, tuple) else str(value),
@@ -145,6 +148,20 @@ def test_every_barrier_is_needed(strategy: str, case: Case, kib: int, count: int
     assert len(found) == count
     needless = [str(m) for m in found if not objection(strategy, case, m.texts, limits)]
     assert not needless
+
+
+def test_a_grid_leaves_its_counters_as_it_found_them() -> None:
+    """They are not cleared by calls, which would be a launch of its own."""
+    case, limits = recurrent(), small(5)
+    source = CudaBackend(EmulatedDevice(played=limits)).render(case[0], schedule(case[0], GRID))
+    text = source.text.replace("team.leave();", "")
+    assert text != source.text
+    for texts, is_wrong in (({}, False), ({source.filename: text}, True)):
+        backend = CudaBackend(edited("forward", texts, limits))
+        launch = backend.load(backend.compile(case[0], schedule(case[0], GRID)))
+        run(launch, *case[1:])
+        with pytest.raises(errors.KernelFault) if is_wrong else nullcontext():
+            run(launch, *case[1:])
 
 
 def lost(steps: int, batch: int) -> tuple[Launchable, Mapping[str, Array]]:
@@ -164,7 +181,10 @@ def test_a_block_that_does_not_come_ends_the_kernel() -> None:
     launch, data = lost(3, 2)
     with pytest.raises(errors.KernelFault) as caught:
         run(launch, data, 3, 2)
-    assert caught.value.kernel == "recurrent_lif"
+    wanted = (
+        "recurrent_lif with fc.weight, rec.weight from model.py:41  s, v = self.cell(x[t], s, v)"
+    )
+    assert caught.value.kernel == wanted
     assert "a block did not come to a barrier" in str(caught.value)
 
 

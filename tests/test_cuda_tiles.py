@@ -15,10 +15,10 @@ import torch
 from sparsify import ir
 from sparsify.codegen.backend import Launchable, Source
 from sparsify.codegen.cuda import nvrtc
-from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
+from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.dense_tiles import DenseTiles
 from sparsify.codegen.cuda.device import H100, KIB, STATED, Grid, Limits, Memory, Word
-from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.headers import headers_for, headers_of
 from sparsify.codegen.cuda.occupancy import resident_blocks, why_not_resident
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from sparsify.engine import Engine
@@ -269,7 +269,7 @@ def test_cubins(kernel: ir.Kernel, limits: Limits) -> None:
     assert len(shape.resident) == len(kernel.weights) and shape.blocks <= limits.multiprocessors
     text = strategy.render(kernel, dense(kernel), "run_tiles")
     source = Source(text, "run_tiles.cu", "run_tiles")
-    cubin = nvrtc.compile_cubin(source, headers_of(*HEADERS), limits.architecture)
+    cubin = nvrtc.compile_cubin(source, headers_for(source), limits.architecture)
     usage = nvrtc.usage_of(cubin, "run_tiles")
     assert usage.spill_bytes == usage.stack_bytes == 0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from sparsify.codegen.cuda.device import H100, Grid, Memory, Word
+from sparsify.codegen.cuda.device import H100, Grid, Launch, Memory, Word, prepare_words
 from sparsify.codegen.emulator.device import EmulatedDevice
 from tests.gpu_behind_emulator import ElsewhereFunction, put_gpu_behind_emulator
 
@@ -27,6 +27,11 @@ class Adding:
         floats = (ctypes.c_float * self.count).from_address(words[0])
         for i in range(self.count):
             floats[i] += 1
+
+    def prepare(
+        self, grid: Grid, words: Sequence[Word], places: Sequence[int], stream: int
+    ) -> Launch:
+        return prepare_words(self, grid, words, places)
 
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         raise AssertionError("the played device decides")

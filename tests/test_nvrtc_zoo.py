@@ -12,10 +12,10 @@ import pytest
 
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda import nvrtc
-from sparsify.codegen.cuda.backend import HEADERS, CudaBackend
+from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, Limits
 from sparsify.codegen.cuda.gpu import Gpu
-from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.headers import headers_for
 from sparsify.engine import Engine
 from sparsify.options import Options
 from sparsify.rendered import Rendered
@@ -45,7 +45,7 @@ def check_no_stack(entry: Entry, limits: Limits, *, all_strategies: bool) -> Non
     texts = list(sources(entry, limits, all_strategies=all_strategies))
     assert texts, "no kernel was rendered"
     for source in texts:
-        cubin = nvrtc.compile_cubin(source, headers_of(*HEADERS), limits.architecture)
+        cubin = nvrtc.compile_cubin(source, headers_for(source), limits.architecture)
         assert nvrtc.usage_of(cubin, source.entry).stack_bytes == 0, source.text
 
 

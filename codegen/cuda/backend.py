@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel
-from sparsify.codegen.backend import Binary, Cost, Launchable, Source
+from sparsify.codegen.backend import Binary, Cost, Launchable, Source, describe_kernel
 from sparsify.codegen.cuda.device import H100, Device, Function, Limits
-from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.headers import headers_for
 from sparsify.codegen.cuda.launch import CudaLaunchable
+from sparsify.codegen.cuda.layout_packing import source_of
 from sparsify.codegen.cuda.outer_product import CudaOuterProducts
+from sparsify.codegen.cuda.packing import render_packing
 from sparsify.codegen.cuda.predict_cost import H100_RATES, Rates, predict_seconds
 from sparsify.codegen.cuda.strategies import make_strategies
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.codegen.writer import Names
 from sparsify.errors import Refusal
-
-HEADERS = (
-    "gather.cuh",
-    "slice_sums.cuh",
-    "barrier.cuh",
-    "cluster.cuh",
-    "tile_sums.cuh",
-)  # with what it includes
 
 
 class CudaBackend:
@@ -81,17 +76,25 @@ class CudaBackend:
             raise ValueError(str(refusal))
         entry = Names().new(f"run_{kernel.name}")
         text = self._strategy(schedule).render(kernel, schedule, entry)
-        return Source(text, f"{entry}.cu", entry)
+        return Source(text, f"{entry}.cu", entry, describe_kernel(kernel))
 
     def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
         """The compiled kernel, from the cache if it was compiled before."""
         source = self.render(kernel, schedule)
-        path = self.device.compile(source, headers_of(*HEADERS))
-        return Binary(path, source, kernel, schedule)
+        kept = self._strategy(schedule).plan(kernel, schedule).kept
+        packing = {render_packing(weight.dtype) for weight in kernel.weights}
+        for other in packing | {source_of(one) for one in kept}:
+            self._compile(other)
+        return Binary(self._compile(source), source, kernel, schedule)
 
     def load(self, binary: Binary) -> Launchable:
         def function_on(device: torch.device) -> Function:
-            return self.device.load(binary.path, binary.source.entry, device)
+            source = binary.source
+            return self.device.load(binary.path, source.entry, device, source.title)
+
+        def packing_on(source: Source, device: torch.device) -> Function:
+            path = self._compile(source)
+            return self.device.load(path, source.entry, device, source.title)
 
         return CudaLaunchable(
             binary.kernel,
@@ -100,10 +103,15 @@ class CudaBackend:
             self._strategy(binary.schedule).plan(binary.kernel, binary.schedule),
             self.device,
             function_on,
+            packing_on,
         )
 
     def seconds(self, cost: Cost) -> float:
         return predict_seconds(cost, self.limits, self._rates)
+
+    def _compile(self, source: Source) -> Path:
+        """From the cache, if it was compiled before for this kind of device."""
+        return self.device.compile(source, headers_for(source))
 
     def _strategy(self, schedule: ir.Schedule) -> CudaStrategy:
         """Raises ValueError for a name that no strategy has."""

@@ -13,7 +13,7 @@ template <int BLOCKS>
 struct GridTeam {
   int rank;             // of this block in its team
   int64_t team, teams;  // which team it is in, of how many
-  unsigned* arrivals;   // of the team's blocks at all barriers so far; zero before the call
+  unsigned* arrivals;   // of the team's blocks at all barriers so far; zero between calls
   unsigned goal = 0;    // what `arrivals` is when all have come
   int64_t patience;     // polls before a block gives up
   int64_t* stuck;       // set by those who do
@@ -49,6 +49,11 @@ struct GridTeam {
   SPARSIFY_INLINE bool meet() {
     arrive();
     return wait();
+  }
+
+  // The block needs the others no more. The last one clears the counter for the next call.
+  SPARSIFY_INLINE void leave() {
+    if (threadIdx.x == 0 && atomicAdd(arrivals, 1u) + 1 == goal + BLOCKS) atomicExch(arrivals, 0u);
   }
 
   // Of what the team exchanges: past the first cache, which does not see what other blocks write.

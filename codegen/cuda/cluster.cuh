@@ -30,6 +30,9 @@ struct ClusterTeam {
     return wait();
   }
 
+  // No memory goes while others may write to it.
+  SPARSIFY_INLINE void leave() { meet(); }
+
   // `to` is a place in this block's shared memory; the same place of every block is written.
   template <class T>
   static SPARSIFY_INLINE void publish(T* to, T value) {

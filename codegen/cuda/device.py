@@ -6,8 +6,8 @@ A kernel has one parameter, ``extern "C" __global__ void run_NAME(const Call cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -83,11 +83,23 @@ RTX5090 = Limits("RTX 5090", (12, 0), 170, 99 * KIB, 100 * KIB, 65536, 1536, 96 
 STATED = (A100, H100, B200, RTX5090)
 
 
+Launch = Callable[[Sequence[torch.Tensor]], None]
+
+
 class Function(Protocol):
     """A kernel that can be launched."""
 
     def launch(self, grid: Grid, words: Sequence[Word]) -> None:
         """Run it on the current stream of the device of its tensors; waits for nothing."""
+
+    def prepare(
+        self, grid: Grid, words: Sequence[Word], places: Sequence[int], stream: int
+    ) -> Launch:
+        """What launches it on ``stream``, again and again, with other tensors in ``places``.
+
+        Places are indices of ``words`` that are memory; what lies there has the same sizes, strides
+        and dtypes in every launch. All other words stay as they are.
+        """
 
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         """How many blocks of ``threads`` with that much dynamic memory a multiprocessor holds."""
@@ -111,4 +123,28 @@ class Device(Protocol):
         ``headers`` are the texts of what it includes, by name. Raises CompileError.
         """
 
-    def load(self, path: Path, entry: str, device: torch.device) -> Function: ...
+    def load(self, path: Path, entry: str, device: torch.device, title: str = "") -> Function:
+        """The kernel ``entry``; ``title`` is what profilers and reports of faults call it."""
+
+    def stream(self, device: torch.device) -> int | None:
+        """The current stream of ``device``, where launches run in their order.
+
+        None while it is captured: what a graph uses must be its own.
+        """
+
+
+def prepare_words(
+    function: Function, grid: Grid, words: Sequence[Word], places: Sequence[int]
+) -> Launch:
+    """``Function.prepare`` by means of ``launch``."""
+    kept = list(words)
+
+    def launch(tensors: Sequence[torch.Tensor]) -> None:
+        given = list(kept)
+        for place, tensor in zip(places, tensors, strict=True):
+            memory = kept[place]
+            assert isinstance(memory, Memory)
+            given[place] = replace(memory, tensor=tensor)
+        function.launch(grid, given)
+
+    return launch

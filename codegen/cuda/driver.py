@@ -68,7 +68,9 @@ class LaunchAttribute(ctypes.Structure):
 
 
 class LaunchConfig(ctypes.Structure):
-    """``CUlaunchConfig``."""
+    """``CUlaunchConfig``. ``address`` is where it lies."""
+
+    address: int
 
     _fields_ = (
         ("blocks", UINT * 3),
@@ -88,8 +90,9 @@ class Driver:
         for name, function in self._functions.items():
             function.argtypes, function.restype = SIGNATURES[name], INT
         self._contexts: dict[int, int] = {}
-        self._launch: Callable[..., int] = self._functions["cuLaunchKernelEx"]
-        self._current: Callable[..., int] = self._functions["cuCtxGetCurrent"]
+        # Takes the address of a LaunchConfig, a function, the address of the address of its one
+        # argument, which is copied, and None. Returns a status for ``check``.
+        self.launch_kernel: Callable[..., int] = self._functions["cuLaunchKernelEx"]
         self._call("cuInit", 0)
 
     def version(self) -> tuple[int, int]:
@@ -143,9 +146,7 @@ class Driver:
 
     def current_context(self) -> int:
         """The context of this thread, 0 if it has none."""
-        current = POINTER()
-        self._check(self._current(ctypes.byref(current)))
-        return current.value or 0
+        return self._pointer("cuCtxGetCurrent")
 
     def load_module(self, cubin: bytes) -> int:
         return self._pointer("cuModuleLoadData", cubin)
@@ -163,16 +164,11 @@ class Driver:
         name = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
         return self._int(name, function, threads, shared_bytes)
 
-    def launch(self, function: int, config: LaunchConfig, struct: int) -> None:
-        """Start ``function`` with one argument, the struct at that address, which is copied."""
-        arguments = ctypes.byref(POINTER(struct))
-        self._check(self._launch(ctypes.byref(config), function, arguments, None))
-
     def synchronize(self, stream: int) -> None:
         self._call("cuStreamSynchronize", stream)
 
     def _call(self, name: str, *arguments: object) -> None:
-        self._check(self._functions[name](*arguments))
+        self.check(self._functions[name](*arguments))
 
     def _int(self, name: str, *arguments: object) -> int:
         result = INT()
@@ -184,7 +180,8 @@ class Driver:
         self._call(name, ctypes.byref(result), *arguments)
         return result.value or 0
 
-    def _check(self, status: int) -> None:
+    def check(self, status: int) -> None:
+        """Raises DriverError if a call has failed."""
         if status:
             raise DriverError(status, self._describe(status))
 
@@ -205,7 +202,7 @@ def launch_config(grid: Grid, stream: int) -> LaunchConfig:
     if grid.cluster > 1:
         attributes.append(_attribute(CLUSTER_DIMENSION, grid.cluster, 1, 1))
     kept = (LaunchAttribute * len(attributes))(*attributes)
-    return LaunchConfig(
+    config = LaunchConfig(
         blocks=(grid.blocks, 1, 1),
         threads=(grid.threads, 1, 1),
         shared_bytes=grid.shared_bytes,
@@ -213,6 +210,8 @@ def launch_config(grid: Grid, stream: int) -> LaunchConfig:
         attributes=kept,
         attribute_count=len(attributes),
     )
+    config.address = ctypes.addressof(config)
+    return config
 
 
 @cache

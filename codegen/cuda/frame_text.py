@@ -24,8 +24,9 @@ PAD = 32  # elements; rows of weights are as many as a warp reads at once, so th
 class Scratch:
     """Memory that a launch brings beside its tensors. ``name`` is its C++ identifier.
 
-    "word" are 32 bits without a sign. ``zeroed`` memory is zero when the kernel starts. A kernel
-    sets ``lasting`` memory, one of all calls in the memory of the host, when it has given up.
+    "word" are 32 bits without a sign. ``zeroed`` memory is zero when the kernel starts, and again
+    when it has ended. A kernel sets ``lasting`` memory, one of all calls in the memory of the host,
+    when it has given up.
     """
 
     name: str
@@ -138,7 +139,7 @@ def _weight_members(
     kind, name = f"const {C_TYPES[weight.dtype]}", packed_name(packing, symbols)
     members = [Member("weight", weight.name, kind, name, (), note)]
     if needs_total(packing, kernel, schedule):
-        note = "the sum of its elements: not finite if one of them is not"
+        note = "0; not finite if one of its elements is not"
         members.append(Member("total", weight.name, kind, f"{name}_total", (), note))
     return members
 

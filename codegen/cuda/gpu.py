@@ -1,7 +1,8 @@
 """The GPU as a Device: cubins through NVRTC, launched on torch's current stream.
 
-With ``SPARSIFY_NVTX=1`` every launch is an NVTX range with the kernel's name. With
-``CUDA_LAUNCH_BLOCKING=1`` every launch is waited for, so that a fault is reported where it happens.
+With ``SPARSIFY_NVTX=1`` every launch is an NVTX range that names what of the model it computes.
+With ``CUDA_LAUNCH_BLOCKING=1`` every launch is waited for, so that a fault is reported where it
+happens.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cache import is_intact
 from sparsify.codegen.cuda import driver, nvrtc
-from sparsify.codegen.cuda.device import Grid, Limits, Word
+from sparsify.codegen.cuda.device import Grid, Launch, Limits, Memory, Word
 from sparsify.codegen.cuda.driver import Driver, DriverError, LaunchConfig, find_driver
 from sparsify.errors import BackendUnavailable, CompileError, KernelFault, Refusal
 
@@ -27,7 +28,10 @@ CONFIGS = 256  # of one kernel; batch and stream differ between calls
 OUT_OF_MEMORY, NO_BINARY = 2, 209
 FAULTS = {700, 702, 710, 714, 715, 716, 717, 718, 719}
 """What a kernel that ran earlier may have done; every later call of the process answers so."""
+WORD_BYTES = 8
 _nvtx: Any = torch.cuda.nvtx  # without annotations
+# As torch's own compiler asks; torch.cuda.current_stream makes an object of it each time.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class Gpu:
@@ -80,18 +84,24 @@ class Gpu:
         """
         return nvrtc.compile_cubin(source, headers, self._target(), spills=True)
 
-    def load(self, path: Path, entry: str, device: torch.device) -> GpuFunction:
-        """The kernel ``entry`` of a cubin on ``device``.
+    def load(self, path: Path, entry: str, device: torch.device, title: str = "") -> GpuFunction:
+        """The kernel ``entry`` of a cubin on ``device``, called ``title`` in reports.
 
         Raises OSError if the cubin is not what was compiled, CompileError if the driver does not
         take it and torch.OutOfMemoryError if it does not fit.
         """
         key = path, entry, _ordinal(device)
         if key not in self._loaded:
-            self._loaded[key] = self._load(*key)
+            self._loaded[key] = self._load(*key, title or entry.removeprefix("run_"))
         return self._loaded[key]
 
-    def _load(self, path: Path, entry: str, ordinal: int) -> GpuFunction:
+    def stream(self, device: torch.device) -> int | None:
+        """torch's current stream of ``device``, None while it is captured."""
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        return current_stream(device)
+
+    def _load(self, path: Path, entry: str, ordinal: int, title: str) -> GpuFunction:
         if not is_intact(path):
             remedy = f"it was not loaded. Delete {path.parent}."
             raise OSError(f"{path} is not what was compiled; {remedy}")
@@ -107,10 +117,10 @@ class Gpu:
                 message = f"no memory to load kernel {entry!r} on cuda:{ordinal}: {error}"
                 raise torch.OutOfMemoryError(message) from error
             if error.status in FAULTS:
-                raise _earlier_fault(_region(entry), error, self._launched) from error
+                raise _earlier_fault(title, error, self._launched) from error
             message = f"{limits.name} ({limits.architecture}) does not load {path}."
             raise CompileError(message, str(error), str(path.parent)) from error
-        return GpuFunction(api, context, handle, ordinal, _region(entry), self._launched)
+        return GpuFunction(api, context, handle, ordinal, title, self._launched)
 
     def _target(self) -> str:
         if self._architecture:
@@ -122,7 +132,7 @@ class Gpu:
 
 
 class GpuFunction:
-    """A kernel on one device."""
+    """A kernel on one device. ``title`` is what profilers and reports of faults call it."""
 
     def __init__(
         self,
@@ -130,12 +140,13 @@ class GpuFunction:
         context: int,
         handle: int,
         ordinal: int,
-        name: str,
+        title: str,
         launched: deque[str],
     ) -> None:
         self._api, self._context, self._handle = api, context, handle
+        self._launch_kernel = api.launch_kernel
         self._device = torch.device("cuda", ordinal)
-        self._name, self._launched = name, launched
+        self._title, self._launched = title, launched
         # Never changed once they are made: launches of other threads read them.
         self._configs: dict[tuple[Grid, int], LaunchConfig] = {}
         self._waits = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
@@ -146,34 +157,62 @@ class GpuFunction:
 
         Raises KernelFault if it cannot be started, or if one that ran before has failed.
         """
-        stream = int(torch.cuda.current_stream(self._device).cuda_stream)
-        # Two's complement of negative integers; far faster than an array of ctypes.
-        struct = array("q", [w if isinstance(w, int) else w.tensor.data_ptr() for w in words])
-        if self._marks:
-            _nvtx.range_push(self._name)
-        try:
-            self._launch(self._config(grid, stream), struct)
-        except DriverError as error:
-            raise self._fault(error, grid) from error
-        finally:
-            if self._marks:
-                _nvtx.range_pop()
-        self._launched.append(self._name)
-        if self._waits:
-            self._wait(stream)
+        stream = current_stream(self._device)
+        self._start(grid, self._config(grid, stream).address, stream, _argument(words))
+
+    def prepare(
+        self, grid: Grid, words: Sequence[Word], places: Sequence[int], stream: int
+    ) -> Launch:
+        """See ``Function.prepare``. Raises what ``launch`` raises."""
+        template, config = _argument(words), self._config(grid, stream)
+        at = [1 + place for place in places]
+        changing = set(places)
+        kept = [w for i, w in enumerate(words) if i not in changing and isinstance(w, Memory)]
+
+        pairs, address, start = list(enumerate(at)), config.address, self._start
+
+        # So that a launch is a few instructions: this is most of what a call takes.
+        def launch(tensors: Sequence[torch.Tensor], kept: Sequence[Memory] = kept) -> None:
+            argument = template[:]
+            for i, place in pairs:
+                argument[place] = tensors[i].data_ptr()
+            start(grid, address, stream, argument)
+
+        return launch
 
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         """How many blocks of ``threads`` with that much dynamic memory a multiprocessor holds."""
         with self._api.in_context(self._context):
             return self._api.resident_blocks(self._handle, threads, shared_bytes)
 
-    def _launch(self, config: LaunchConfig, struct: array[int]) -> None:
-        address, _ = struct.buffer_info()
+    def _start(self, grid: Grid, config: int, stream: int, argument: array[int]) -> None:
+        """``argument`` is a place for its own address, and the struct behind that.
+
+        ``config`` is the address of the launch's configuration.
+        """
+        address, _ = argument.buffer_info()
+        argument[0] = address + WORD_BYTES
+        if self._marks:
+            _nvtx.range_push(self._title)
+        try:
+            status = self._launch_kernel(config, self._handle, address, None)
+            if status:
+                self._start_in_context(status, config, address)
+        except DriverError as error:
+            raise self._fault(error, grid) from error
+        finally:
+            if self._marks:
+                _nvtx.range_pop()
+        self._launched.append(self._title)
+        if self._waits:
+            self._wait(stream)
+
+    def _start_in_context(self, status: int, config: int, argument: int) -> None:
+        """Again, where it failed because this thread has another context, or none yet."""
         if self._api.current_context() == self._context:
-            self._api.launch(self._handle, config, address)
-            return
+            self._api.check(status)
         with self._api.in_context(self._context):
-            self._api.launch(self._handle, config, address)
+            self._api.check(self._launch_kernel(config, self._handle, argument, None))
 
     def _config(self, grid: Grid, stream: int) -> LaunchConfig:
         config = self._configs.get((grid, stream))
@@ -189,12 +228,29 @@ class GpuFunction:
         try:
             self._api.synchronize(stream)
         except DriverError as error:
-            raise KernelFault(self._name, [f"It ran, and then the device said {error}."]) from error
+            said = f"It ran, and then the device said {error}."
+            raise KernelFault(self._title, [said]) from error
 
     def _fault(self, error: DriverError, grid: Grid) -> KernelFault:
         if error.status in FAULTS:
-            return _earlier_fault(self._name, error, self._launched)
-        return KernelFault(self._name, [f"It was not started: {error}. It was launched as {grid}."])
+            return _earlier_fault(self._title, error, self._launched)
+        said = f"It was not started: {error}. It was launched as {grid}."
+        return KernelFault(self._title, [said])
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of torch's current stream of ``device``."""
+    if _raw_stream is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(_raw_stream(_ordinal(device)))
+
+
+def _argument(words: Sequence[Word]) -> array[int]:
+    """A place for an address, and the struct of ``words``.
+
+    Integers are in two's complement; an array of ctypes would be far slower.
+    """
+    return array("q", [0, *(w if isinstance(w, int) else w.tensor.data_ptr() for w in words)])
 
 
 def _earlier_fault(name: str, error: DriverError, launched: Sequence[str]) -> KernelFault:
@@ -228,10 +284,6 @@ def _current() -> torch.device:
 
 def _ordinal(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _region(entry: str) -> str:
-    return entry.removeprefix("run_")
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -6,9 +6,15 @@ import re
 from functools import cache
 from importlib import resources
 
+from sparsify.codegen.backend import Source
 from sparsify.codegen.toolchain import read_source
 
 INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+
+
+def headers_for(source: Source) -> dict[str, str]:
+    """The texts of all that ``source`` includes, also by way of others, by name."""
+    return headers_of(*INCLUDED.findall(source.text))
 
 
 def headers_of(*files: str) -> dict[str, str]:

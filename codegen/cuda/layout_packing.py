@@ -42,7 +42,8 @@ def render_keeping(dtype: ir.DType, place: str = "") -> Source:
         function="pack_runs" if place else "pack_masked",
         entry=entry,
     )
-    return Source(text, f"{entry}.cu", entry)
+    title = f"packing of what is not zero in weights of {dtype}"
+    return Source(text, f"{entry}.cu", entry, title)
 
 
 def source_of(kept: Kept) -> Source:
@@ -55,19 +56,24 @@ def source_of(kept: Kept) -> Source:
 class Keeping:
     """The launch that packs one weight, and what it fills: memory for a kernel, in its order.
 
-    The first of ``words`` is where the weights are.
+    The first of ``words`` is where the weights are: the weight itself, or its packed rows.
     """
 
+    source: Source
     grid: Grid
     words: Sequence[Word]
     filled: Sequence[Memory]
+    reads_weight: bool
 
 
-def keeping_of(kept: Kept, rows: torch.Tensor, name: str) -> Keeping:
-    """How ``rows``, of which it takes the first ``kept.places`` columns, are packed.
+def keeping_of(kept: Kept, packed: torch.Tensor, weight: torch.Tensor, name: str) -> Keeping:
+    """How a ``weight`` ``[R, S]`` that is also ``packed`` in whole rows is packed once more.
 
-    With new memory on the device of ``rows``, which has axes [rows, places].
+    With new memory on its device. Where rows are receivers and the packed ones are not, the weight
+    itself is read.
     """
+    reads_weight = kept.how == "senders"
+    rows = weight if reads_weight else packed
     device = rows.device
     progress = torch.zeros(1, dtype=torch.int32, device=device)
     filled = []
@@ -90,4 +96,5 @@ def keeping_of(kept: Kept, rows: torch.Tensor, name: str) -> Keeping:
     ]
     items = kept.rows * kept.bands * (kept.words if kept.how == "masks" else 1)
     blocks = min(MOST_BLOCKS, -(-items // WARPS))
-    return Keeping(Grid(blocks, THREADS), words, [Memory(m.tensor, m.name) for m in filled])
+    given = [Memory(memory.tensor, memory.name) for memory in filled]
+    return Keeping(source_of(kept), Grid(blocks, THREADS), words, given, reads_weight)

@@ -156,7 +156,7 @@ def _of_wanted(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
         room = min(WARP, senders)
         return Kept(packing, "masks", receivers, senders, room, band_places=senders)
     runs, width = _runs(senders, layout.width), layout.width
-    room = _aligned(_room(layout, runs), runs)
+    room = _aligned(_room(layout, runs), runs, width)
     return Kept(packing, "runs", receivers, senders, room, band_places=senders, width=width)
 
 
@@ -166,7 +166,7 @@ def _of_events(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, bands_of:
     warps, words = bands_of(weight.receivers)
     bands = warps * -(-receivers // (warps * words * WARP))
     runs = _runs(words * WARP, layout.width)
-    room = _aligned(_room(layout, runs), runs)
+    room = _aligned(_room(layout, runs), runs, layout.width)
     return Kept(packing, "runs", senders, receivers, room, bands, words * WARP, layout.width, warps)
 
 
@@ -186,9 +186,10 @@ def _room(layout: ir.Layout, most: int, of: int = 0) -> int:
     return max(1, min(most, math.ceil(layout.room * (of or most)), MOST_COUNTED))
 
 
-def _aligned(room: int, most: int) -> int:
-    """So much room that the weights of each row begin where memory is read from."""
-    return min(most, -(-room // SECTOR) * SECTOR)
+def _aligned(room: int, most: int, width: int = 1) -> int:
+    """Room for so many runs that the weights of each row begin where memory is read from."""
+    runs = max(1, SECTOR // width)
+    return min(most, -(-room // runs) * runs)
 
 
 def arrays_of(kept: Sequence[Kept], packing: Packing) -> list[Array]:

@@ -58,8 +58,7 @@ class TeamText:
         with w.block(f'extern "C" __global__ void {bounds} {entry}(const Call call)'):
             self._write_set_up()
             self._write_groups()
-            if self.together.is_cluster:
-                w.line("team.meet();", "no memory goes while others may write to it")
+            w.line("team.leave();")
             gathers = len(self.kernel.gathers)
             for index in range(gathers):
                 w.line(f"add_count(call.active + {index}, active[{index}]);")

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cuda.device import H100, Grid, Limits, Word
+from sparsify.codegen.cuda.device import H100, Grid, Launch, Limits, Word, prepare_words
 from sparsify.codegen.emulator.build import compile_kernel, find_gcc, load_kernel, load_runtime
 from sparsify.codegen.emulator.launch_request import LaunchRequest, Operands
 from sparsify.codegen.emulator.name_lines import name_lines
@@ -59,16 +59,23 @@ class EmulatedDevice:
         """The library of ``source``. Raises CompileError and BackendUnavailable."""
         return compile_kernel(source, headers, checks=self.checks)
 
-    def load(self, path: Path, entry: str, device: torch.device) -> EmulatedFunction:
-        return EmulatedFunction(self, path, entry)
+    def load(
+        self, path: Path, entry: str, device: torch.device, title: str = ""
+    ) -> EmulatedFunction:
+        return EmulatedFunction(self, path, entry, title)
+
+    def stream(self, device: torch.device) -> int | None:
+        """There is one: launches end before they return."""
+        return 0
 
 
 class EmulatedFunction:
     """A kernel of a compiled library; calls from several threads run one after the other."""
 
-    def __init__(self, device: EmulatedDevice, path: Path, entry: str) -> None:
+    def __init__(self, device: EmulatedDevice, path: Path, entry: str, title: str = "") -> None:
         library = load_kernel(path)
         self.device, self.path, self.entry = device, path, entry
+        self.title = title or entry
         self._enter = ctypes.cast(library[f"emulator_enter_{entry}"], ctypes.c_void_p)
         self._words: int = library[f"emulator_words_{entry}"]()
 
@@ -103,7 +110,13 @@ class EmulatedFunction:
         if reports:
             text = ctypes.string_at(reports).decode(errors="replace")
             runtime.emulator_free_reports(reports)
-            raise KernelFault(self.entry, name_lines(text, self.path))
+            raise KernelFault(self.title, name_lines(text, self.path))
+
+    def prepare(
+        self, grid: Grid, words: Sequence[Word], places: Sequence[int], stream: int
+    ) -> Launch:
+        """See ``Function.prepare``."""
+        return prepare_words(self, grid, words, places)
 
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         """How many blocks a multiprocessor of the played device holds, registers aside."""

@@ -14,6 +14,7 @@ std::string journal;
 std::map<std::string, int> answers;  // what a call fails with, and what an attribute is
 int words = 0;                       // of the struct that a launch passes
 thread_local CUcontext current = nullptr;
+CUcontext home = nullptr;  // of the module that was loaded last
 
 void note(const char *format, auto... values) {
     char line[400];
@@ -105,6 +106,7 @@ CUresult cuCtxSetCurrent(CUcontext context) {
 }
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     note("load %.3s in %lld", static_cast<const char *>(image) + 1, plain(current));
+    home = current;
     *module = handle<CUmodule>(77);
     return answer("cuModuleLoadData");
 }
@@ -133,6 +135,7 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction fun
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments,
                           void **extra) {
     if (const CUresult status = answer("cuLaunchKernelEx")) return status;
+    if (home && current != home) return current ? CUDA_ERROR_INVALID_HANDLE : CUDA_ERROR_INVALID_CONTEXT;
     note("launch %lld on stream %lld in %lld: grid %u %u %u, block %u %u %u, shared %u%s",
          plain(function), plain(c->hStream), plain(current), c->gridDimX, c->gridDimY, c->gridDimZ,
          c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, extra ? ", extra" : "");

@@ -24,7 +24,7 @@ struct Call {
   const uint8_t* fired; int64_t fired_t, fired_b;  // [T, B, 70 / 8]
   const float* g; int64_t g_t, g_b;  // [T, B, 70]
   const float* w;  // [sender][receiver] of 70 x 70
-  const float* w_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_total;  // 0; not finite if one of its elements is not
   const float* w_rows;  // [receiver][sender] of 70 x 70
   uint8_t* passed; int64_t passed_t, passed_b;  // [T, B, 70 / 8]
   float* drive; int64_t drive_t, drive_b;  // [T, B, 70]
@@ -206,6 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
       }
     }
   }
+  team.leave();
   add_count(call.active + 0, active[0]);
   add_count(call.active + 1, active[1]);
   add_count(call.active + 2, active[2]);

@@ -22,7 +22,7 @@ struct Call {
   const uint8_t* fired; int64_t fired_t, fired_b;  // [T, B, 70 / 8]
   const float* g; int64_t g_t, g_b;  // [T, B, 70]
   const float* w;  // [sender][receiver] of 70 x 70
-  const float* w_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_total;  // 0; not finite if one of its elements is not
   const float* w_rows;  // [receiver][sender] of 70 x 70
   uint8_t* passed; int64_t passed_t, passed_b;  // [T, B, 70 / 8]
   float* drive; int64_t drive_t, drive_b;  // [T, B, 70]

@@ -168,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
       }
     }
   }
+  team.leave();
   add_count(call.active + 0, active[0]);
   add_row_steps(call.active + 1, call.steps, call.batch);
 }

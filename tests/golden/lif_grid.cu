@@ -24,9 +24,9 @@ struct Call {
   const float* v0; int64_t v0_b;  // [B, 300]
   const float* s0; int64_t s0_b;  // [B, 300]
   const float* w_in;  // [sender][receiver] of 70 x 300 fc.weight
-  const float* w_in_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_in_total;  // 0; not finite if one of its elements is not
   const float* w_rec;  // [sender][receiver] of 300 x 300 rec.weight
-  const float* w_rec_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_rec_total;  // 0; not finite if one of its elements is not
   float* spikes; int64_t spikes_t, spikes_b;  // [T, B, 300]
   float* last_v; int64_t last_v_b;  // [B, 300]
   float* last_s; int64_t last_s_b;  // [B, 300]
@@ -173,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
       }
     }
   }
+  team.leave();
   add_count(call.active + 0, active[0]);
   add_count(call.active + 1, active[1]);
   add_row_steps(call.active + 2, call.steps, call.batch);

@@ -22,9 +22,9 @@ struct Call {
   const float* v0; int64_t v0_b;  // [B, 130]
   const float* s0; int64_t s0_b;  // [B, 130]
   const float* w_in;  // [sender][receiver] of 70 x 130 fc.weight
-  const float* w_in_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_in_total;  // 0; not finite if one of its elements is not
   const float* w_rec;  // [sender][receiver] of 130 x 130 rec.weight
-  const float* w_rec_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_rec_total;  // 0; not finite if one of its elements is not
   float* spikes; int64_t spikes_t, spikes_b;  // [T, B, 130]
   float* last_v; int64_t last_v_b;  // [B, 130]
   float* last_s; int64_t last_s_b;  // [B, 130]

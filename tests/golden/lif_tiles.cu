@@ -156,6 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
       }
     }
   }
+  team.leave();
   add_count(call.active + 0, active[0]);
   add_count(call.active + 1, active[1]);
   add_row_steps(call.active + 2, call.steps, call.batch);

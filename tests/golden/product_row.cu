@@ -18,7 +18,7 @@ struct Call {
   int64_t steps, batch;
   const float* x; int64_t x_t, x_b;  // [T, B, 300]
   const float* w;  // [sender][receiver] of 300 x 40
-  const float* w_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_total;  // 0; not finite if one of its elements is not
   float* out; int64_t out_t, out_b;  // [T, B, 40]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
 };

@@ -23,7 +23,7 @@ struct Call {
   const float* bias;  // [140]
   const float* h0;  // []
   const float* w_back;  // [sender][receiver] of 33 x 140
-  const float* w_back_total;  // the sum of its elements: not finite if one of them is not
+  const float* w_back_total;  // 0; not finite if one of its elements is not
   const float* w_forward;  // [sender][receiver] of 140 x 33
   float* out; int64_t out_t, out_b;  // [T, B, 33]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
