@@ -7,6 +7,16 @@ from dataclasses import replace
 from sparsify import ir
 from tests.example_kernels import gate_of_bits, lif, lif_gradient, product, schedule, two_layers
 
+COMPRESSED = ir.Layout("compressed-rows", room=0.25)
+TWO_OF_FOUR = ir.Layout("masked-rows", 4, 0.5)
+BLOCKS = ir.Layout("block-rows", 8)
+
+
+def kept(schedule: ir.Schedule, **layouts: ir.Layout) -> ir.Schedule:
+    """With these layouts of weights."""
+    return replace(schedule, layouts=tuple(layouts.items()))
+
+
 CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_row": (lif(70, 130), schedule(lif(70, 130), "row-per-block")),
     "lif_dense_row": (
@@ -24,6 +34,22 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         ir.Schedule("row-per-block", (("back", "event"), ("forward", "dense"))),
     ),
     "product_row": (product(300, 40), schedule(product(300, 40), "row-per-block")),
+    "lif_kept_row": (
+        lif(70, 700),
+        kept(schedule(lif(70, 700), "row-per-block"), w_in=TWO_OF_FOUR, w_rec=COMPRESSED),
+    ),
+    "two_layers_kept_row": (
+        two_layers(1400, 330),
+        kept(
+            ir.Schedule("row-per-block", (("back", "event"), ("forward", "dense"))),
+            w_back=BLOCKS,
+            w_forward=COMPRESSED,
+        ),
+    ),
+    "lif_gradient_kept_row": (
+        lif_gradient(1300),
+        kept(schedule(lif_gradient(1300), "row-per-block"), w_rec=COMPRESSED),
+    ),
     "lif_grid": (lif(70, 300), schedule(lif(70, 300), "neurons-per-grid")),
     "lif_gradient_grid": (lif_gradient(1300), schedule(lif_gradient(1300), "neurons-per-grid")),
     "gate_of_bits_grid": (gate_of_bits(70), schedule(gate_of_bits(70), "neurons-per-grid")),

@@ -47,7 +47,7 @@ def function_of(source: Source, order: Schedule) -> Function:
 def pack(kept: Kept, weight: Array, order: Schedule = "random") -> dict[str, torch.Tensor]:
     """The arrays, by suffix. ``weight`` has rows of senders or, for "senders", of receivers."""
     rows = torch.from_numpy(weight)
-    keeping = keeping_of(kept, rows, "w")
+    keeping = keeping_of(kept, rows, rows, "w")
     grid = replace(keeping.grid, blocks=min(3, keeping.grid.blocks))
     function_of(source_of(kept), order).launch(grid, keeping.words)
     arrays = zip(kept.arrays(), keeping.filled, strict=True)
@@ -120,7 +120,7 @@ def test_one_weight_too_many_is_told_until_it_is_gone(kept: Kept) -> None:
     assert pack(kept, weight)["overflow"].item() == 0
     weight[20, 64 + kept.room] = np.nan
     rows = torch.from_numpy(weight)
-    keeping = keeping_of(kept, rows, "w")
+    keeping = keeping_of(kept, rows, rows, "w")
     function = function_of(source_of(kept), "forward")
     found = []
     for value in (2.0, 0.0, 3.0):
@@ -141,7 +141,7 @@ def test_every_barrier_is_needed() -> None:
     """A block of threads has seen an overflow as soon as one of its warps has."""
     weight = np.zeros((37, 150), "float32")
     weight[20, 61:90] = 1.0
-    keeping = keeping_of(replace(MASKS, room=5), torch.from_numpy(weight), "w")
+    keeping = keeping_of(replace(MASKS, room=5), torch.from_numpy(weight), torch.empty(0), "w")
     source = source_of(MASKS)
     mutants = list(without_each_barrier(headers_of(HEADER), ["__syncthreads"]))
     assert len(mutants) == 1
@@ -180,4 +180,4 @@ def test_memory_is_a_word_of_its_own_for_each_array() -> None:
     ]
     assert (RUNS.place[0], SENDERS.place[0]) == ("uint8_t", "uint8_t")
     assert replace(SENDERS, band_places=257).place[0] == "uint16_t"
-    assert isinstance(keeping_of(RUNS, torch.zeros(37, 150), "w").filled[0], Memory)
+    assert isinstance(keeping_of(RUNS, torch.zeros(37, 150), torch.empty(0), "w").filled[0], Memory)
