@@ -71,14 +71,19 @@ def find_restrictions(scan: Scan) -> list[Restriction]:
     found = []
     for node in scan.body.graph.nodes:
         masks = find_masks(node, scan.results) if product_operand(node) is not None else None
-        if masks is not None:
+        if masks is not None and not _is_half(node):
             found.append(Restriction(node, masks))
     for carry in range(scan.carries):
         total = find_sum(scan, carry)
         masks = find_masks(scan.placeholders[carry], scan.results) if total else None
-        if total is not None and masks is not None:
+        if total is not None and masks is not None and not any(map(_is_half, total.products)):
             found += [Restriction(product, masks, carry) for product in total.products]
     return found
+
+
+def _is_half(product: fx.Node) -> bool:
+    """A sum that is too large for a half is infinite, and zero times that is not zero but NaN."""
+    return product.meta["val"].dtype in (torch.float16, torch.bfloat16)
 
 
 def moved_sums(scan: Scan, found: list[Restriction]) -> dict[int, CarriedSum]:
