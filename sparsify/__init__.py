@@ -8,6 +8,7 @@ from sparsify.errors import (
     BackendUnavailable,
     CompileError,
     MismatchError,
+    PruningError,
     Refusal,
     RefusedError,
     SparsifyError,
@@ -16,6 +17,8 @@ from sparsify.errors import (
 from sparsify.explain_model import explain
 from sparsify.options import Options
 from sparsify.plan import Plan
+from sparsify.pruning.pruner import Pruner
+from sparsify.pruning.request import Pruning
 from sparsify.report import Report, Site
 from sparsify.verify_model import verify
 
@@ -25,6 +28,9 @@ __all__ = [
     "MismatchError",
     "Options",
     "Plan",
+    "Pruner",
+    "Pruning",
+    "PruningError",
     "Refusal",
     "RefusedError",
     "Report",

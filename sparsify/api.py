@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,8 @@ from sparsify.engine import Engine
 from sparsify.install import Sparsified, install
 from sparsify.options import Options
 from sparsify.plan import Plan
+from sparsify.pruning.prune_model import prune_model
+from sparsify.pruning.request import Pruning
 
 
 def sparsify(
@@ -20,6 +23,7 @@ def sparsify(
     backend: str | None = None,
     timing: bool = True,
     surrogate_window: float | None = None,
+    prune: Pruning | float | str | Mapping[str, float] | None = None,
     **example_kwargs: Any,
 ) -> nn.Module:
     """Return ``model`` as a drop-in module whose event-driven parts run as compiled kernels.
@@ -31,11 +35,18 @@ def sparsify(
         sparsify itself fails, in place of running the original with a warning.
     plan: decisions to follow, as from ``fast.plan`` or ``Plan.load``.
     backend, timing, surrogate_window: see ``Options``.
+    prune: make weights zero first, in a copy of the model: the fraction that goes, an N:M pattern
+        such as "2:4" that stays, or a ``Pruning`` that says more. Raises PruningError for what
+        cannot be pruned so; what was reached is in the report.
     """
     if isinstance(model, Sparsified):
         model = model.original
     options = Options(strict, backend, timing, surrogate_window)
+    outcome = None
+    if prune is not None:
+        model, outcome = prune_model(model, prune, *example_args, **example_kwargs)
     engine = Engine(model, options, plan)
+    engine.pruned = outcome
     fast = install(engine)
     if example_args or example_kwargs:
         engine.compile_example(example_args, example_kwargs)

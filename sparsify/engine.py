@@ -40,6 +40,7 @@ from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
+from sparsify.pruning.outcome import PruningOutcome
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.refused_sites import first_refusal
 from sparsify.report import NO_SITE, Report, Site
@@ -81,6 +82,7 @@ class Engine:
         self._unsettled: set[object] = set()  # keys of calls that changed state, to be tried again
         self._originals: set[object] = set()  # keys of calls that are known to run the original
         self.failure: CompileError | None = None  # the last bug of ours that was met
+        self.pruned: PruningOutcome | None = None  # what was made zero before
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         if is_intercepted() or is_disabled():
@@ -390,6 +392,7 @@ class Engine:
             return ["nothing is recorded yet: the first call will be"]
         plural = "recording" if count == 1 else "recordings"
         notes = [f"{count} {plural}, {len(self.entries)} compiled"] if count else []
+        notes += self.pruned.notes if self.pruned is not None else ()
         for entry in self.entries[-1:]:
             if not entry.compiled.runs_original:
                 notes.append(f"kernels of the backend {entry.backend.name} on {entry.device}")

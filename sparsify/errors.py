@@ -84,6 +84,10 @@ class PlanError(SparsifyError, ValueError):
     """A plan that does not fit the model."""
 
 
+class PruningError(SparsifyError, ValueError):
+    """A model cannot be pruned as it was asked for; names the layer and what to do."""
+
+
 class CompileError(SparsifyError):
     """A bug of sparsify: the compiler rejected generated code, or a pass failed.
 

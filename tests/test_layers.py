@@ -27,6 +27,7 @@ def sources() -> dict[str, ast.Module]:
     found = {}
     for folder, package in (
         (ROOT / "sparsify", "sparsify"),
+        (ROOT / "sparsify" / "pruning", "sparsify.pruning"),
         (ROOT / "sparsify" / "recording", "sparsify.recording"),
         (ROOT / "passes", "sparsify.passes"),
         (ROOT / "codegen", "sparsify.codegen"),

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {
     "sparsify": "sparsify",
+    "sparsify/pruning": "sparsify/pruning",
     "sparsify/recording": "sparsify/recording",
     "sparsify/passes": "passes",
     "sparsify/codegen": "codegen",

@@ -1,0 +1,168 @@
+"""Pruning in training: masks hold, follow a schedule, and are seen by compiled modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify
+from sparsify import Pruner, Pruning
+from tests.pruned_nets import Recurrent, example
+
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, 0.1),
+    "fused Adam": lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+}
+
+
+def train(module: Any, optimizer: torch.optim.Optimizer, steps: int, pruner: Pruner | None) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        module(example(4) + step).square().mean().backward()
+        if pruner is not None:
+            pruner.step()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_masks_hold_whatever_the_optimizer_does(make: Optimizer) -> None:
+    model = Recurrent()
+    optimizer = make(model.parameters())  # before there are masks: the parameters stay the same
+    train(model, optimizer, 3, None)  # momentum of weights that are pruned later
+    pruner = Pruner(model, 0.75)
+    pruner.prune()
+    kept = pruner.masks()
+    before = model.state_dict()["recur.weight"]
+    train(model, optimizer, 4, None)
+    after = model.state_dict()["recur.weight"]
+    assert torch.equal(after != 0, kept["recur"])
+    assert (after != before)[kept["recur"]].all()
+    assert pruner.outcome.density == 0.25
+
+
+def test_the_fraction_grows_by_a_cubic_schedule() -> None:
+    model = nn.Sequential(nn.Linear(40, 50))
+    pruner = Pruner(model, Pruning(0.8, begin=2, end=12, every=5))
+    densities, changed = [], []
+    for _ in range(15):
+        changed.append(pruner.step())
+        densities.append(pruner.outcome.density)
+    assert [step for step, did in enumerate(changed) if did] == [2, 7, 12]
+    expected = [1.0] * 2 + [1.0] * 5 + [1 - 0.8 * (1 - 0.5**3)] * 5 + [0.2] * 3
+    assert densities == pytest.approx(expected, abs=1 / 2000)
+
+
+def test_groups_lose_their_weights_one_by_one() -> None:
+    pruner = Pruner(nn.Sequential(nn.Linear(8, 8)), Pruning(pattern="1:4", end=20, every=5))
+    densities = set()
+    for _ in range(21):
+        pruner.step()
+        densities.add(pruner.outcome.density)
+    assert densities == {1.0, 0.5, 0.25}
+
+
+def test_a_compiled_module_follows_masks_without_another_recording() -> None:
+    model = Recurrent()
+    pruner = Pruner(model, Pruning(0.9, end=6, every=2))
+    fast: Any = sparsify.sparsify(model, timing=False)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    twin = Recurrent()
+    twin_pruner = Pruner(twin, pruner.pruning)
+    train(twin, torch.optim.Adam(twin.parameters(), 0.01), 8, twin_pruner)
+    train(fast, optimizer, 8, pruner)
+    assert not fast.compiled.compiled.runs_original
+    assert fast.compiled.recordings == 1
+    with torch.no_grad():
+        x = example()
+        evaluated = fast(x)
+        pruner.prune()
+        torch.testing.assert_close(evaluated, model(x))
+    assert fast.compiled.recordings == 2
+    assert pruner.outcome.density == pytest.approx(0.1, abs=1e-3)
+    found, expected = fast.state_dict(), twin.state_dict()
+    for name in ("recur.weight", "encode.weight"):
+        # Rounding of gradients decides the rank of single weights: some may differ.
+        same = (found[name] != 0) == (expected[name] != 0)
+        assert float(same.float().mean()) > 0.97
+
+
+def test_movement_keeps_what_moves_away_from_zero() -> None:
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    weight: Any = model[0].weight
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[0.1, 5.0, 0.1, 5.0]]))
+    pruner = Pruner(model, Pruning(0.5, criterion="movement", begin=3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (-model(torch.tensor([[1.0, -1.0, 1.0, -1.0]])).sum()).backward()
+        pruner.step()
+        optimizer.step()
+    assert (model.state_dict()["0.weight"] != 0).tolist() == [[True, False, True, False]]
+
+
+def test_pruned_weights_with_large_gradients_grow_again() -> None:
+    model = nn.Sequential(nn.Linear(8, 1, bias=False))
+    weight: Any = model[0].weight
+    with torch.no_grad():
+        weight.copy_(torch.arange(1.0, 9.0)[None])
+    x = torch.tensor([[0.0, 0.0, 9.0, 0.0, 1.0, 1.0, 1.0, 1.0]])
+    calls: list[Tensor] = []
+
+    def loss() -> Tensor:
+        found: Tensor = model(x).sum()
+        calls.append(found)
+        return found
+
+    pruner = Pruner(model, Pruning(0.5, end=10, every=5, regrow=0.5, loss=loss))
+    kept = pruner.masks()["0"]
+    assert kept.all()
+    pruner.prune()  # the four smallest
+    pruner.step()
+    after = model[0].get_buffer("weight_mask")[0].tolist()
+    # Half of the kept four go, the smallest; as many come, those with the largest gradients.
+    assert after[2] == 1
+    assert after[6:] == [1, 1]
+    assert sum(after) == 4
+    assert weight[0, 2] == 0  # and begins at zero
+    assert weight.grad is None
+    # The loss is that of the pruned model, though gradients are those of all weights.
+    assert calls[0].item() == 5 + 6 + 7 + 8
+    assert pruner.outcome.density == 0.5
+
+
+def test_accuracy_that_falls_too_far_ends_pruning() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    accuracies = iter([0.9, 0.88, 0.7, 0.9, 0.9])
+    pruning = Pruning(0.8, end=12, every=3, evaluate=lambda _: next(accuracies), most_loss=0.1)
+    pruner = Pruner(model, pruning)
+    changed = [pruner.step() for _ in range(13)]
+    assert [step for step, did in enumerate(changed) if did] == [0, 3]
+    outcome = pruner.outcome
+    assert outcome.density > 0.2
+    assert "accuracy fell from 0.9 to 0.7" in outcome.stopped
+    assert "most_loss=0.1" in str(outcome)
+
+
+def test_zeros_can_be_made_permanent() -> None:
+    model = Recurrent()
+    pruner = Pruner(model, 0.5)
+    pruner.prune()
+    state = model.state_dict()
+    pruner.remove()
+    assert set(dict(model.named_buffers())) == {"kept"}
+    assert torch.equal(model.recur.weight, state["recur.weight"])
+    assert model.state_dict().keys() == state.keys()
+
+
+def test_a_pruner_of_a_sparsified_module_prunes_its_model() -> None:
+    model = Recurrent()
+    fast = sparsify.sparsify(model)
+    pruner = Pruner(fast, 0.5)
+    assert pruner.model is model
