@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sparsify import ir
 from tests.example_kernels import gate_of_bits, lif, lif_gradient, product, schedule, two_layers
+from tests.half_kernels import half_lif
 
 COMPRESSED = ir.Layout("compressed-rows", room=0.25)
 TWO_OF_FOUR = ir.Layout("masked-rows", 4, 0.5)
@@ -32,6 +33,10 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "two_layers_row": (
         two_layers(140, 33),
         ir.Schedule("row-per-block", (("back", "event"), ("forward", "dense"))),
+    ),
+    "half_lif_row": (
+        half_lif(70, 130, "bfloat16"),
+        schedule(half_lif(70, 130, "bfloat16"), "row-per-block"),
     ),
     "product_row": (product(300, 40), schedule(product(300, 40), "row-per-block")),
     "lif_kept_row": (

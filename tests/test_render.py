@@ -22,6 +22,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
+from tests.half_kernels import half_lif
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
@@ -30,6 +31,10 @@ CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_dense": (
         lif(70, 130, "float64"),
         schedule(lif(70, 130), "rows-per-thread", "dense", tile=32),
+    ),
+    "half_lif": (
+        half_lif(70, 130, "float16"),
+        schedule(half_lif(70, 130, "float16"), "neurons-per-thread"),
     ),
     "lif_reversed": (
         replace(lif(70, 130), reverse=True),

@@ -136,11 +136,12 @@ def _weight_members(
         sizes.reverse()
         axes = "[receiver][sender]"
     note = f"{axes} of {sizes[0]} x {sizes[1]} {weight.note}".rstrip()
-    kind, name = f"const {C_TYPES[weight.dtype]}", packed_name(packing, symbols)
+    kind, name = f"const {MEMORY_TYPES[weight.dtype]}", packed_name(packing, symbols)
     members = [Member("weight", weight.name, kind, name, (), note)]
     if needs_total(packing, kernel, schedule):
         note = "0; not finite if one of its elements is not"
-        members.append(Member("total", weight.name, kind, f"{name}_total", (), note))
+        of_sums = f"const {C_TYPES[weight.dtype]}"
+        members.append(Member("total", weight.name, of_sums, f"{name}_total", (), note))
     return members
 
 

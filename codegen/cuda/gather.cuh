@@ -22,11 +22,11 @@ struct Columns {
 };
 
 // Weights in memory, as [sender][receiver] with rows of ROW elements, or the other way round. Sums take
-// whatever says which weight a row has at a place in this way.
-template <int ROW, class F>
+// whatever says which weight a row has at a place in this way. A weight W is a float F in memory.
+template <int ROW, class F, class W>
 struct Rows {
-  const F* weights;
-  SPARSIFY_INLINE explicit Rows(const F* weights) : weights(weights) {}
+  const W* weights;
+  SPARSIFY_INLINE explicit Rows(const W* weights) : weights(weights) {}
   SPARSIFY_INLINE F operator()(int row, int at) const { return weights[int64_t(row) * ROW + at]; }
 };
 
@@ -126,11 +126,11 @@ SPARSIFY_INLINE void gather(F (&sums)[PER], const Weights& weight, const F* tota
   else
     gather_all(sums, weight, events, payload, columns);
 }
-template <int ROW, int PER, int THREADS, class F, int SENDERS, class Payloads>
-SPARSIFY_INLINE void gather(F (&sums)[PER], const F* weight, const F* total,
+template <int ROW, int PER, int THREADS, class F, class W, int SENDERS, class Payloads>
+SPARSIFY_INLINE void gather(F (&sums)[PER], const W* weight, const F* total,
                             const Events<SENDERS>& events, const Payloads& payload,
                             const Columns<PER, THREADS>& columns) {
-  gather(sums, Rows<ROW, F>(weight), total, events, payload, columns);
+  gather(sums, Rows<ROW, F, W>(weight), total, events, payload, columns);
 }
 
 // Adds what a sender contributes to the sums, with one rounding each.
@@ -165,10 +165,10 @@ SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const Weights& weight, const F
     for (int p = 1; p < PARTS; ++p) sums[k] += parts[p][k];
   }
 }
-template <int ROW, int PER, int THREADS, class F>
-SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const F* weight, const F* values, int senders,
+template <int ROW, int PER, int THREADS, class F, class W>
+SPARSIFY_INLINE void gather_dense(F (&sums)[PER], const W* weight, const F* values, int senders,
                                   const Columns<PER, THREADS>& columns) {
-  gather_dense(sums, Rows<ROW, F>(weight), values, senders, columns);
+  gather_dense(sums, Rows<ROW, F, W>(weight), values, senders, columns);
 }
 
 // What `weight` says of one receiver, added up by a whole warp: a part to each lane.
@@ -196,10 +196,10 @@ SPARSIFY_INLINE int gather_wanted(F& sum, const Weights& weight, const F* values
   }
   return lane_of() == 0 ? __popc(all) : 0;
 }
-template <int ROW, class F>
-SPARSIFY_INLINE int gather_wanted(F& sum, const F* weight, const F* values, int senders, int n,
+template <int ROW, class F, class W>
+SPARSIFY_INLINE int gather_wanted(F& sum, const W* weight, const F* values, int senders, int n,
                                   bool wanted) {
-  return gather_wanted(sum, Rows<ROW, F>(weight), values, senders, n, wanted);
+  return gather_wanted(sum, Rows<ROW, F, W>(weight), values, senders, n, wanted);
 }
 
 // Clears the sums that nobody wants; counts like gather_wanted.

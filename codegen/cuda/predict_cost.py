@@ -16,6 +16,8 @@ from sparsify.weight_pattern import Pattern
 OPERAND_BYTES: dict[ir.DType, float] = {
     "float32": 4,
     "float64": 8,
+    "float16": 2,
+    "bfloat16": 2,
     "int32": 4,
     "int64": 8,
     "bool": 1,

@@ -14,7 +14,13 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
-from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared, why_not_words
+from sparsify.codegen.cuda.strategy import (
+    Plan,
+    Resident,
+    why_not_halves,
+    why_not_shared,
+    why_not_words,
+)
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.usage import why_not_gather
 from sparsify.errors import Refusal
@@ -28,7 +34,7 @@ class RowPerBlock:
         self.limits = limits
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
-        refusal = why_not_gather(kernel, schedule)
+        refusal = why_not_gather(kernel, schedule) or why_not_halves(kernel, schedule, in_rows=True)
         if refusal is not None:
             return refusal
         text = RowText(kernel, schedule)
