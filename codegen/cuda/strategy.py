@@ -53,8 +53,11 @@ def why_not_halves(kernel: ir.Kernel, schedule: ir.Schedule, in_rows: bool) -> R
     weights = [w.name for w in kernel.weights if w.dtype in HALVES]
     if in_rows:
         weights = [name for name in weights if schedule.layout_of(name) != ir.DENSE_ROWS]
-    others = [*kernel.operands, *kernel.states, *kernel.outputs]
-    halves = weights if in_rows else [*weights, *(o.name for o in others if o.dtype in HALVES)]
+    halves = weights
+    if not in_rows:
+        halves += [o.name for o in kernel.operands if o.dtype in HALVES]
+        halves += [s.name for s in kernel.states if s.dtype in HALVES]
+        halves += [o.name for o in kernel.outputs if o.dtype in HALVES]
     if not halves:
         return None
     return Refusal(
