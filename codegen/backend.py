@@ -70,6 +70,8 @@ class Cost:
     other_bytes: float = 0.0
     waits: float = 0.0
     launches: int = 1
+    resident_bytes: float = 0.0
+    is_divided: bool = False
 
 
 def describe_kernel(kernel: ir.Kernel) -> str:
@@ -132,6 +134,7 @@ class Strategy(Protocol):
         steps: int,
         batch: int,
         activity: Mapping[str, float],
+        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
         """The cost of a call, given the share of active senders of each Gather.
 
@@ -146,7 +149,6 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
     def strategies(self) -> tuple[Strategy, ...]:
         """In the order in which a tie is decided."""
 
