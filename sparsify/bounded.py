@@ -20,21 +20,31 @@ from torch import Tensor
 class Bounded:
     """A tensor and how far a computation in ``dtype`` may be from it.
 
-    ``value`` is float64 for every floating ``dtype``. ``error`` is float64 and broadcasts to the
-    value; of a bool it is 1 where the comparison is undecided, so that a cast of it is right by
-    itself. ``event`` marks values that only comparisons decide, and ``margin`` their distance from
-    the threshold beside the bound that this distance has to exceed.
+    ``stored`` holds the values in any floating dtype: operands stay in their own, so that large
+    weights can be widened part by part. ``error`` is float64 and broadcasts to them; of a bool it
+    is 1 where the comparison is undecided, so that a cast of it is right by itself. ``event`` marks
+    values that only comparisons decide, and ``margin`` their distance from the threshold beside the
+    bound that this distance has to exceed.
     """
 
-    value: Tensor
+    stored: Tensor
     error: Tensor
     dtype: torch.dtype
     event: bool = False
     margin: tuple[Tensor, Tensor] | None = None
 
+    @cached_property
+    def value(self) -> Tensor:
+        """The values: float64 for every floating ``dtype``."""
+        return self.stored.double() if self.stored.is_floating_point() else self.stored
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored.shape
+
     @property
     def full_error(self) -> Tensor:
-        return self.error.to(self.value.device).expand(self.value.shape)
+        return self.error.to(self.stored.device).expand(self.shape)
 
     @cached_property
     def magnitude(self) -> Tensor:
@@ -43,13 +53,13 @@ class Bounded:
     @cached_property
     def lowest_bit_of_few(self) -> float:
         """The same of a few elements: real-valued ones are told without looking at all."""
-        few = (slice(8),) * self.value.dim()
-        return lowest_bit(self.value[few].double())
+        few = (slice(8),) * self.stored.dim()
+        return lowest_bit(self.stored[few])
 
     @cached_property
     def lowest_bit(self) -> float:
         """The largest power of two that divides all elements; infinity if all are zero."""
-        return lowest_bit(self.value.double())
+        return lowest_bit(self.stored)
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,7 @@ def exact(value: Any, precision: Precision) -> Bounded:
     if isinstance(value, Bounded):
         return _narrowed(value, precision)
     if isinstance(value, Tensor):
-        wide = value.double() if value.is_floating_point() else value
-        return Bounded(wide, EXACT, value.dtype)
+        return Bounded(value, EXACT, value.dtype)
     if isinstance(value, float):
         return Bounded(_scalar(precision.round_scalar(value)), EXACT, precision.dtype)
     return Bounded(torch.tensor(value), EXACT, precision.dtype)
@@ -113,7 +122,7 @@ def _narrowed(x: Bounded, precision: Precision) -> Bounded:
     if not precision.dtype.is_floating_point:
         return x
     if not x.dtype.is_floating_point:
-        return replace(x, value=x.value.double())
+        return replace(x, stored=x.value.double())
     if torch.promote_types(x.dtype, precision.dtype) is precision.dtype:
         return x
     return Bounded(x.value.to(precision.dtype).double(), x.error, precision.dtype)
@@ -142,7 +151,7 @@ def move(x: Bounded, function: Callable[[Tensor], Tensor]) -> Bounded:
     """Apply an operation that only moves elements to everything known about them."""
     error = x.error if is_exact(x) else function(x.full_error)
     margin = x.margin and (_moved(function, x.margin[0], x), _moved(function, x.margin[1], x))
-    return Bounded(function(x.value), error, x.dtype, x.event, margin)
+    return Bounded(function(x.stored), error, x.dtype, x.event, margin)
 
 
 def lowest_bit(x: Tensor) -> float:
@@ -150,7 +159,7 @@ def lowest_bit(x: Tensor) -> float:
     if x.numel() > FEW:
         rows = max(1, FEW * len(x) // x.numel())
         return min(map(lowest_bit, torch.split(x, rows))) if len(x) > 1 else lowest_bit(x[0])
-    mantissa, exponent = torch.frexp(x[x != 0])
+    mantissa, exponent = torch.frexp(x[x != 0].double())
     if mantissa.numel() == 0:
         return torch.inf
     whole = (mantissa * 2.0**53).long()
@@ -173,7 +182,7 @@ def unbounded(p: Precision, value: Tensor) -> Bounded:
 
 
 def _moved(function: Callable[[Tensor], Tensor], part: Tensor, like: Bounded) -> Tensor:
-    return function(part.expand(like.value.shape))
+    return function(part.expand(like.shape))
 
 
 def _scalar(value: float) -> Tensor:

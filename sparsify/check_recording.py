@@ -72,6 +72,7 @@ def repeat(
         expected = _run(model, recording, given, given, model.forward, differentiate)
     else:
         call = perturb(given)  # anew: the model may have written to them
+    free_memory()  # what the model left
     got = _run(model, recording, given, call, _repeating(recording), differentiate_result)
     differs = _compare(got.values, expected.values)
     differs = differs and f"{differs}{_blame(recording.graph)}"

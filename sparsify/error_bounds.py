@@ -48,11 +48,14 @@ class ErrorBounds(fx.Interpreter):
     Scans with at least one step are run step by step.
     """
 
-    def __init__(self, graph: fx.GraphModule, repeats: bool = False) -> None:
-        """With ``repeats`` keep what operations gave, for operands that are the same objects."""
+    def __init__(self, graph: fx.GraphModule, lasting: int = 0) -> None:
+        """The last ``lasting`` operands are often the same objects: what is computed of these only
+        is kept.
+        """
         super().__init__(graph)
         self.extra_traceback = False
-        self._kept: dict[fx.Node, tuple[list[Bounded], Any]] | None = {} if repeats else None
+        self._lasting = _find_lasting(graph.graph, lasting)
+        self._kept: dict[fx.Node, tuple[list[Bounded], Any]] = {}
         self._dtypes: dict[fx.Node, torch.dtype] = {}
         self._thresholds = 0
         self._undecided = 0
@@ -74,7 +77,7 @@ class ErrorBounds(fx.Interpreter):
         if n.target is torch.ops.aten.sym_size.int:  # of a body that serves all sizes
             return args[0].value.shape[args[1]]
         given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Bounded)]
-        if self._kept is None:
+        if n not in self._lasting:
             return self._run_operation(n, args, kwargs, given)
         before, result = self._kept.get(n, ([], None))
         is_same = len(before) == len(given) and all(map(operator.is_, before, given))
@@ -110,7 +113,7 @@ class ErrorBounds(fx.Interpreter):
         if not isinstance(scan, Scan):
             return super().call_module(target, args, kwargs)
         steps, carries, xs, consts = args
-        body = ErrorBounds(scan.body, repeats=True)
+        body = ErrorBounds(scan.body, lasting=scan.consts)
         now, kept = tuple(carries), []
         for step in scan.times(steps):
             slices = [move(x, partial(torch.select, dim=0, index=step)) for x in xs]
@@ -143,6 +146,17 @@ class ErrorBounds(fx.Interpreter):
             return unbounded(own, tensor)
 
         return pytree.tree_map_only(Tensor, part, result)
+
+
+def _find_lasting(graph: fx.Graph, count: int) -> set[fx.Node]:
+    """What depends on none but the last ``count`` placeholders, where there are any."""
+    if not count:
+        return set()
+    found = set([node for node in graph.nodes if node.op == "placeholder"][-count:])
+    for node in graph.nodes:
+        if node.op == "call_function" and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _compute_directly(target: Any, args: Any, kwargs: Any) -> Any:
@@ -179,7 +193,7 @@ def _settled(x: Bounded) -> Bounded:
 
 def _rounded(x: Bounded) -> Tensor:
     """Not a meta tensor: for these torch would import its compiler, which takes seconds."""
-    return x.value.to(x.dtype)
+    return x.stored.to(x.dtype)
 
 
 def _swap(tree: Any, part: Any) -> Any:

@@ -29,7 +29,8 @@ class Fingerprint:
         """The fingerprint of a tensor of any layout and device."""
         whole = tensor.detach()
         whole = whole if whole.layout is torch.strided else whole.to_dense()
-        return Fingerprint(tensor.dtype, tuple(tensor.shape), tuple(map(_hash, _parts(whole))))
+        hashes = map(_Hasher(whole).hash, _parts(whole))
+        return Fingerprint(tensor.dtype, tuple(tensor.shape), tuple(hashes))
 
     def why_not(self, other: Fingerprint) -> str:
         """How a tensor differs from the one of ``other``; "" if it does not."""
@@ -54,11 +55,22 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from torch.split(tensor, PART // row)
 
 
-def _hash(part: Tensor) -> bytes:
-    part = part.resolve_conj().resolve_neg()
-    if part.is_complex():
-        part = torch.view_as_real(part)
-    if part.is_floating_point():
-        part = torch.where(part.isnan(), torch.nan, part + 0.0)  # -0.0 + 0.0 is 0.0
-    flat = part.contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.cpu().numpy().data).digest()
+class _Hasher:
+    """Hashes parts of one tensor, each in the same memory: freed copies of each leave holes."""
+
+    def __init__(self, whole: Tensor) -> None:
+        size = min(whole.numel(), PART) * (2 if whole.is_complex() else 1)
+        dtype = whole.real.dtype if whole.is_complex() else whole.dtype
+        self._copy = torch.empty(size, dtype=dtype, device=whole.device)
+        self._is_nan = torch.empty(size if dtype.is_floating_point else 0, dtype=torch.bool)
+        self._is_nan = self._is_nan.to(whole.device)
+
+    def hash(self, part: Tensor) -> bytes:
+        part = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
+        copy = self._copy[: part.numel()].view(part.shape).copy_(part)
+        if part.is_floating_point():
+            copy.add_(0.0)  # -0.0 + 0.0 is 0.0
+            is_nan = self._is_nan[: part.numel()].view(part.shape)
+            copy.masked_fill_(torch.ne(copy, copy, out=is_nan), torch.nan)
+        flat = copy.view(-1).view(torch.uint8)
+        return hashlib.sha256(flat.cpu().numpy().data).digest()

@@ -70,7 +70,8 @@ def structural(target: Any) -> Row:
         def run(part: Callable[[Bounded], Tensor]) -> Any:
             return target(*_swap(args, part), **_swap(kwargs, part))
 
-        values = run(lambda x: x.value)
+        # Several are brought to one dtype: scattering would round to that of the first.
+        values = run(lambda x: x.stored if len(given) == 1 else x.value)
         errors = EXACT if all(map(is_exact, given)) else run(lambda x: x.full_error)
         margins = _margins(given, run)
         event = all(x.event or (is_exact(x) and x.value.dim() == 0) for x in given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,19 +13,13 @@ from sparsify.bounded import EXACT, Bounded, Precision, exact, is_exact, move
 from sparsify.rounding import add, divide, multiply
 
 aten = torch.ops.aten
+MOST_WIDENED = 1 << 17  # elements of a matrix that are held in float64 at a time
 
 
 def product(p: Precision, x: Any, weight: Any, bias: Any = None) -> Bounded:
     """``x @ weight + bias``. Terms with a zero sender are exact, so only the others round."""
     a, w = exact(x, p), exact(weight, p)
-    terms = a.magnitude @ w.magnitude
-    inherited = EXACT
-    if not is_exact(a):
-        inherited = inherited + a.full_error @ w.magnitude
-    if not is_exact(w):
-        inherited = inherited + (a.magnitude + a.full_error) @ w.full_error
-    count = ((a.value != 0) | (a.error > 0)).sum(-1, keepdim=w.value.dim() > 1)
-    value = a.value @ w.value
+    value, terms, inherited, count = _in_parts(a, w)
     parts = [a, w]
     if bias is not None:
         b = exact(bias, p)
@@ -33,6 +29,45 @@ def product(p: Precision, x: Any, weight: Any, bias: Any = None) -> Bounded:
         return Bounded(value, EXACT, p.dtype)
     error = inherited + p.gamma(count) * (terms + inherited) + (count > 0) * p.smallest * count
     return Bounded(value, error, p.dtype)
+
+
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # value, sum of magnitudes, inherited error, count
+
+
+def _in_parts(a: Bounded, w: Bounded) -> Sums:
+    """The sums of ``a @ w`` for some rows or columns of a large matrix after the other.
+
+    Of each a part only is widened to float64 at a time.
+    """
+    if w.stored.numel() > MOST_WIDENED and w.stored.dim() > 1 and w.shape[-1] > 1:
+        sums = [_in_parts(a, part) for part in _split(w, -1)]
+        value, terms, inherited = (torch.cat([s[i] for s in sums], -1) for i in range(3))
+        return value, terms, inherited, sums[0][3]  # which counts senders
+    if a.stored.numel() > MOST_WIDENED and a.stored.dim() > 1 and a.shape[-2] > 1:
+        along = -2 if w.stored.dim() > 1 else -1
+        sums = [_in_parts(part, w) for part in _split(a, -2)]
+        value, terms, inherited, count = (torch.cat(x, along) for x in zip(*sums, strict=True))
+        return value, terms, inherited, count
+    return _sums(a, w)
+
+
+def _split(x: Bounded, dim: int) -> Iterator[Bounded]:
+    """Parts that are made one by one: what they keep is freed with them."""
+    size = x.shape[dim]
+    most = max(1, MOST_WIDENED * size // x.stored.numel())
+    for at in range(0, size, most):
+        yield move(x, partial(torch.narrow, dim=dim, start=at, length=min(most, size - at)))
+
+
+def _sums(a: Bounded, w: Bounded) -> Sums:
+    value, terms = a.value @ w.value, a.magnitude @ w.magnitude
+    inherited = torch.zeros_like(terms)
+    if not is_exact(a):
+        inherited = inherited + a.full_error @ w.magnitude
+    if not is_exact(w):
+        inherited = inherited + (a.magnitude + a.full_error) @ w.full_error
+    count = ((a.value != 0) | (a.error > 0)).sum(-1, keepdim=w.stored.dim() > 1)
+    return value, terms, inherited, count
 
 
 def linear(p: Precision, x: Bounded, weight: Bounded, bias: Bounded | None = None) -> Bounded:

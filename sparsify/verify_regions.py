@@ -97,7 +97,7 @@ class RegionCheck:
             unpack_bits(x, place.meta["val"].shape[-1]) if place in unpacked.places else x
             for x, place in zip(xs, places, strict=False)
         ]
-        self.bounds = ErrorBounds(self.scan.body, repeats=True)
+        self.bounds = ErrorBounds(self.scan.body, lasting=self.scan.consts)
         self.bounded_consts = [exact(t, Precision(t.dtype)) for t in consts]
         self.outputs = [RegionOutput(self.scan, i) for i in range(len(self.scan.results))]
         self.thresholds = self.undecided = 0
