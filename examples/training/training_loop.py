@@ -59,10 +59,12 @@ def train(
     *,
     rate: float,
     clip: float = 1.0,
+    before_update: Callable[[], object] = lambda: None,
 ) -> Run:
     """Minimise with Adam; ``step`` gives the loss and the activity of a batch.
 
-    ``evaluate`` returns loss and score on held-out data, outside of what is timed.
+    ``evaluate`` returns loss and score on held-out data, outside of what is timed. With gradients
+    at hand, ``before_update`` is called before the optimizer.
     """
     optimizer = torch.optim.Adam(module.parameters(), lr=rate)
     seconds, points = 0.0, []
@@ -73,6 +75,7 @@ def train(
             optimizer.zero_grad()
             loss, activity = step(module, batch)
             loss.backward()
+            before_update()
             nn.utils.clip_grad_norm_(module.parameters(), clip)
             optimizer.step()
             losses.append(float(loss))

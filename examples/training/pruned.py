@@ -1,0 +1,133 @@
+"""Prune two networks of events step by step while they are trained on, and measure what it saves.
+
+python examples/training/pruned.py --plot pruned.png --json pruned.json   # needs scikit-learn
+
+A recurrent LIF classifier of handwritten digits and an EGRU language model of English text are
+trained, then pruned to 50, 80, 90 and 95 % zeros (global magnitude, a cubic schedule) while they
+are trained further. Each of them is compiled in four ways: reading everything (dense), the weights
+of active units (activity), weights that are not zero (parameters), and both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from digits import epoch, load_digits
+from example_options import arguments
+from language_model import EGRULanguageModel, Reader, Trainer, load_text
+from language_model import evaluate as evaluate_text
+from pruned_results import Result, measure, save_results, show_results
+from spiking import SpikingClassifier, evaluate, step
+from torch import Tensor, nn
+from training_loop import Evaluate, Step, train
+
+import sparsify
+from sparsify.demo_model import encode_rates
+
+FRACTIONS = (0.0, 0.5, 0.8, 0.9, 0.95)
+PRUNING_SHARE = 0.6  # of the steps that a network is trained on for, in which it is pruned
+UPDATES = 24  # of the language model, in a pass
+WHERE = {"digits": ("encode", "recur"), "language": ("layers.*",)}  # what is pruned
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network and what it is trained on: ``passes`` of batches; ``x`` is a call of one row."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    passes: Callable[[int], Iterable[Iterable[Any]]]
+    updates: int  # in a pass
+    step: Callable[[], Step]
+    evaluate: Evaluate
+    rate: float
+    x: Tensor
+    score: str
+
+
+def digits_task(hidden: int, steps: int, batch: int) -> Task:
+    digits = load_digits()
+    generator = torch.Generator().manual_seed(0)
+    test_x = encode_rates(digits.test_pixels, steps, torch.Generator().manual_seed(1))
+    return Task(
+        "digits",
+        lambda: SpikingClassifier(64, hidden, 10, gain=2.0),
+        lambda count: (epoch(digits, steps, batch, generator) for _ in range(count)),
+        -(-len(digits.train_labels) // batch),
+        lambda: step,
+        partial(evaluate, x=test_x, labels=digits.test_labels),
+        2e-3,
+        test_x[:, :1],
+        "accuracy",
+    )
+
+
+def language_task(hidden: int, steps: int, batch: int, updates: int, characters: int) -> Task:
+    """``characters`` to train on; the held-out ones are at most a tenth of that."""
+    training, held_out, kinds = load_text()
+    training, held_out = training[:characters], held_out[: characters // 10]
+    return Task(
+        "language",
+        lambda: EGRULanguageModel(kinds, hidden, 1),
+        lambda count: Reader(training, batch, steps).passes(count, updates),
+        updates,
+        lambda: Trainer(priced=True).step,
+        partial(evaluate_text, text=held_out, batch=batch, steps=steps),
+        1e-2,
+        held_out[:steps, None],
+        "bits per character",
+    )
+
+
+def train_and_prune(task: Task, passes: int, fractions: Iterable[float]) -> list[Result]:
+    """Train once, then prune copies to every fraction, training them on; measure each."""
+    torch.manual_seed(0)
+    dense = task.build()
+    fast = sparsify.sparsify(dense)
+    train(task.name, 0, fast, task.passes(passes), task.step(), task.evaluate, rate=task.rate)
+    return [_pruned(task, dense, passes, fraction) for fraction in fractions]
+
+
+def _pruned(task: Task, dense: nn.Module, passes: int, fraction: float) -> Result:
+    model = copy.deepcopy(dense)
+    end = int(PRUNING_SHARE * passes * task.updates)
+    pruning = sparsify.Pruning(fraction, only=WHERE[task.name], end=end, every=max(1, end // 10))
+    pruner = sparsify.Pruner(model, pruning)
+    run = train(
+        f"{fraction:.0%}",
+        0,
+        sparsify.sparsify(model),
+        task.passes(passes),
+        task.step(),
+        task.evaluate,
+        rate=task.rate / 2,
+        before_update=pruner.step,
+    )
+    print(pruner.outcome)
+    return measure(task.name, model.eval(), task.x, run.last, fraction, pruner.outcome)
+
+
+def main() -> None:
+    args = arguments(__doc__, hidden=512, steps=25, passes=10, batch=64, quick=(64, 8, 2))
+    updates, characters = (2, 20_000) if args.quick else (UPDATES, 10**9)
+    fractions = (0.9,) if args.quick else FRACTIONS
+    tasks = (
+        digits_task(args.hidden, args.steps, args.batch),
+        language_task(args.hidden, 2 * args.steps, args.batch, updates, characters),
+    )
+    results = []
+    for task in tasks:
+        passes = args.passes if task.name == "digits" else 2 * args.passes
+        found = train_and_prune(task, passes, fractions)
+        print(show_results(found, task.score))
+        results += found
+    save_results(results, {task.name: task.score for task in tasks}, args.json, args.plot)
+
+
+if __name__ == "__main__":
+    main()

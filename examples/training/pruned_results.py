@@ -1,0 +1,157 @@
+"""What pruning saves: four ways of running a network, measured side by side, as table and plot."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from training_loop import Point
+
+import sparsify
+from sparsify.bench import measure_pairs
+from sparsify.ir import DENSE_ROWS, Layout
+from sparsify.pruning.outcome import PruningOutcome
+
+ROUNDS = 15
+KEPT = Layout("compressed-rows")
+# How every product of a way runs, and how its weights lie in memory.
+WAYS: dict[str, tuple[Any, Layout]] = {
+    "dense": ("dense", DENSE_ROWS),
+    "activity": ("event", DENSE_ROWS),
+    "parameters": ("dense", KEPT),
+    "both": ("event", KEPT),
+}
+EAGER = "PyTorch"
+MIB = 2**20
+DENSE_BYTES, KEPT_BYTES = 4, 6  # of a weight; of one that is kept, with the number of its receiver
+
+
+@dataclass(frozen=True)
+class Result:
+    """One network pruned by ``fraction``; ``ms`` and ``operations`` are of a call with one row.
+
+    Weights take ``weight_mib`` of those products that kernels compute; ``perplexity`` is that of
+    held-out data, for language models of the next character.
+    """
+
+    task: str
+    fraction: float
+    density: float
+    score: float
+    perplexity: float
+    activity: float
+    ms: Mapping[str, float]
+    operations: Mapping[str, float]
+    weight_mib: Mapping[str, float]
+    disturbed: str
+
+
+def measure(
+    task: str,
+    model: nn.Module,
+    x: Tensor,
+    reached: Point,
+    fraction: float,
+    outcome: PruningOutcome,
+) -> Result:
+    """Compile ``model`` in all four ways, and time calls of each on ``x`` in turn."""
+    with torch.no_grad():
+        found: Any = sparsify.sparsify(copy.deepcopy(model), x, timing=False)
+        names = [site.name for site in found.report.sites if site.region]
+        fast = {way: _compiled(model, x, names, *pinned) for way, pinned in WAYS.items()}
+        functions: dict[str, Callable[[Tensor], Any]] = {EAGER: model, **fast}
+        timings = measure_pairs(functions, ROUNDS, inputs=[x])
+    sites = [site for site in fast["both"].report.sites if site.region]
+    operations = {
+        "dense": math.fsum(site.dense_operations or 0 for site in sites),
+        "activity": math.fsum(site.event_operations or 0 for site in sites),
+        "parameters": math.fsum(site.parameter_operations or 0 for site in sites),
+        "both": math.fsum(site.both_operations or 0 for site in sites),
+    }
+    weights = sum(layer.weights for layer in outcome.layers)
+    dense, kept = weights * DENSE_BYTES / MIB, weights * outcome.density * KEPT_BYTES / MIB
+    return Result(
+        task,
+        fraction,
+        outcome.density,
+        reached.score,
+        math.exp(reached.loss),
+        reached.activity,
+        {name: timings.median_ms(name) for name in functions},
+        operations,
+        {"dense": dense, "activity": dense, "parameters": kept, "both": kept},
+        timings.why_contended,
+    )
+
+
+def _compiled(
+    model: nn.Module, x: Tensor, sites: Sequence[str], decision: Any, layout: Layout
+) -> Any:
+    """A copy of which all sites run in one way; like the others, it does not look for changes."""
+    plan = sparsify.Plan()
+    for site in sites:
+        plan = plan.pin(site, decision, layout)
+    fast: Any = sparsify.sparsify(copy.deepcopy(model), x, plan=plan)
+    return fast.freeze()
+
+
+def show_results(results: Sequence[Result], score: str) -> str:
+    """One row for each fraction; times, operations and memory of all four ways."""
+    head = f"{'zeros':>5} {score:>18} {'perplexity':>10} {'active':>7}  {EAGER:>9} "
+    rows = [head + " ".join(f"{name:>10}" for name in WAYS)]
+    for r in results:
+        name = f"{r.fraction:5.0%} {r.score:18.3f} {r.perplexity:10.3f} {r.activity:7.1%}"
+        times = " ".join(f"{r.ms[way]:7.3f} ms" for way in WAYS)
+        rows.append(f"{name}  {r.ms[EAGER]:6.2f} ms {times}")
+        counts = " ".join(f"{r.operations[way] / 1e6:6.2f} Mop" for way in WAYS)
+        rows.append(f"{'':>53} {counts}")
+        rows.append(f"{'':>53} " + " ".join(f"{r.weight_mib[way]:6.2f} MiB" for way in WAYS))
+    disturbed = [r for r in results if r.disturbed]
+    if disturbed:
+        rows.append(f"NOT VALID, times: {disturbed[0].disturbed}")
+    return "\n".join(rows)
+
+
+def save_results(
+    results: Sequence[Result],
+    scores: Mapping[str, str],
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Write all results, and the curves of score over speed, to the files that were asked for."""
+    if json_path:
+        text = json.dumps([asdict(result) for result in results], indent=1)
+        json_path.write_text(text + "\n", encoding="utf-8")
+    if plot_path:
+        plot_speed(results, scores, plot_path)
+
+
+def plot_speed(results: Sequence[Result], scores: Mapping[str, str], path: Path) -> None:
+    """A curve for each way through all fractions: score over calls a second; needs matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(scores), figsize=(11, 4), constrained_layout=True)
+    for axis, (task, score) in zip(axes, scores.items(), strict=True):
+        mine = [result for result in results if result.task == task]
+        for way in WAYS:
+            speeds = [1e3 / result.ms[way] for result in mine]
+            axis.plot(speeds, [result.score for result in mine], "o-", label=way)
+        for result in mine:
+            where = (1e3 / result.ms["both"], result.score)
+            axis.annotate(f" {result.fraction:.0%}", where, fontsize=8)
+        axis.set(xlabel="calls a second, batch 1", ylabel=score, title=task, xscale="log")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    print(f"curves: {path}")
