@@ -51,6 +51,10 @@ class DenseTiles(NeuronsPerGrid):
         if events:
             reason = f"Tensor cores multiply whole tiles, and {events[0]!r} is to read events."
             return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for events.")
+        if schedule.layouts:
+            name, layout = schedule.layouts[0]
+            reason = f"Tensor cores multiply whole tiles, and {name!r} is to be read in {layout}."
+            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for layouts.")
         wide = [w.name for w in kernel.weights if w.dtype != "float32"]
         if wide:
             reason = f"Tensor cores multiply parts of float32, and {wide[0]!r} is another dtype."
@@ -130,7 +134,7 @@ class TileText(TeamText):
     headers = ("slice_sums.cuh", "tile_sums.cuh")
 
     def sums(self, phase: ir.Phase, seen: set[str] | None = None) -> TeamSums:
-        return TileSums(self.w, self.team, phase, seen)
+        return TileSums(self.w, self.team, phase, self.shape, seen)
 
 
 class TileSums(TeamSums):

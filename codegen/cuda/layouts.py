@@ -140,6 +140,14 @@ def masked(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, band: int = 0
     return Kept(packing, "masks", senders, receivers, room, bands, band)
 
 
+def masked_senders(kernel: ir.Kernel, packing: Packing) -> Kept:
+    """Masks of rows of receivers. There is room for every weight: senders have no N:M."""
+    weight, size = packing.weight, kernel.population_size
+    senders = size(weight.senders)
+    room = min(WARP, senders)
+    return Kept(packing, "masks", size(weight.receivers), senders, room, band_places=senders)
+
+
 def _room_of_word(layout: ir.Layout, places: int, begins_group: bool) -> int:
     """Of so many places from a multiple of 4 on, or from one of the layout's width on."""
     if layout.width == 1:
@@ -152,9 +160,8 @@ def _of_wanted(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
     """Rows of receivers, for restricted sums."""
     weight, size = packing.weight, kernel.population_size
     receivers, senders = size(weight.receivers), size(weight.senders)
-    if layout.kind == "masked-rows":  # senders of a receiver have no N:M
-        room = min(WARP, senders)
-        return Kept(packing, "masks", receivers, senders, room, band_places=senders)
+    if layout.kind == "masked-rows":
+        return masked_senders(kernel, packing)
     runs, width = _runs(senders, layout.width), layout.width
     room = _aligned(_room(layout, runs), runs, width)
     return Kept(packing, "runs", receivers, senders, room, band_places=senders, width=width)

@@ -16,8 +16,9 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name
 from sparsify.codegen.cuda.predict_cost import predict_cost
-from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
+from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_halves, why_not_shared
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
+from sparsify.codegen.cuda.team_masks import why_not_layouts
 from sparsify.codegen.cuda.team_shape import Shape, shapes, widths
 from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.layout_costs import NO_PATTERNS
@@ -62,7 +63,8 @@ class _NeuronsPerBlock:
         raise NotImplementedError
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
-        refusal = why_not_gather(kernel, schedule)
+        refusal = why_not_gather(kernel, schedule) or why_not_layouts(kernel, schedule)
+        refusal = refusal or why_not_halves(kernel, schedule, in_rows=False)
         if refusal is not None:
             return refusal
         if not find_usage(kernel, schedule).exchanges:
@@ -116,7 +118,8 @@ class _NeuronsPerBlock:
         def numbers(grid: Grid, batch: int) -> list[int]:
             return [self.patience][: len(self.together.numbers)]
 
-        return Plan(team.members(), grid, self.together.scratch, sizes, numbers)
+        kept = team.kept(shape)
+        return Plan(team.members(shape), grid, self.together.scratch, sizes, numbers, kept)
 
     def grid(self, teams: int, shape: Shape, shared_bytes: int) -> Grid:
         raise NotImplementedError

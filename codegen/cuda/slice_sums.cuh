@@ -25,12 +25,12 @@ struct Streamed {
   SPARSIFY_INLINE F operator()(int s, int i) const { return __ldg(weights + int64_t(s) * ROW + i); }
 };
 
-// Copies the `width` columns of a slice to shared memory.
-template <int SLICE, int ROW, class F>
+// Copies the `width` columns of a slice to shared memory, where rows are APART.
+template <int SLICE, int ROW, int APART = SLICE, class F>
 SPARSIFY_INLINE void keep_columns(F* to, const F* weights, int senders, int width) {
   for (int at = int(threadIdx.x); at < senders * SLICE; at += int(blockDim.x)) {
     const int s = at / SLICE, i = at % SLICE;
-    to[at] = i < width ? __ldg(weights + int64_t(s) * ROW + i) : F(0);
+    to[s * APART + i] = i < width ? __ldg(weights + int64_t(s) * ROW + i) : F(0);
   }
 }
 
@@ -42,9 +42,10 @@ SPARSIFY_INLINE void keep_rows(F* to, const F* weights, int count) {
 
 // ---- sums over a block of senders ----
 
-// Receivers that a lane adds up at once; more would not fit the 128 registers of 512 threads.
+// Receivers that a lane adds up at once: three where that is all of them; more would not fit the 128
+// registers of 512 threads.
 template <int SLICE>
-constexpr int MINE = words_of(SLICE) < 2 ? 1 : 2;
+constexpr int MINE = words_of(SLICE) == 3 ? 3 : words_of(SLICE) < 2 ? 1 : 2;
 
 // One of the products that are taken of the same events: where its sums go, and its weights.
 template <int SLICE, class F, class Weights>

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
-from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members
+from sparsify.codegen.cuda.bundle import Bundle, find_bundles
+from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members, packed_name
+from sparsify.codegen.cuda.layouts import Kept, arrays_of
 from sparsify.codegen.cuda.neuron_text import find_neurons, old_value, operand_element
+from sparsify.codegen.cuda.team_masks import kept_of_teams
 from sparsify.codegen.cuda.team_memory import Array, TeamMemory, struct_layout
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.neurons_per_thread import meeting_phases
@@ -47,6 +51,7 @@ class TeamKernel:
         self.mine = {p: new(f"my_{p}") for p in self.neurons}
         self.widths = {p: new(f"slice_{p}".lower()).upper() for p in self.neurons}
         self.packings = packings(kernel, schedule)
+        self._bundles = find_bundles(self.usage, schedule, self.symbols, self.widths)
         self.meetings = meeting_phases(kernel, schedule)
 
     @property
@@ -61,11 +66,34 @@ class TeamKernel:
     def barriers_per_step(self) -> int:
         return len(self.all_meetings())
 
+    # -- gathers of the same events ----------------------------------------------------------
+
+    def bundles(self, shape: Shape) -> list[Bundle]:
+        """Those of which a block has all weights in shared memory."""
+
+        def is_resident(gather: ir.Gather) -> bool:
+            return packed_name(self.packing(gather), self.symbols) in shape.resident
+
+        return [b for b in self._bundles if all(map(is_resident, b.gathers))]
+
+    def bundle_of(self, weight: ir.Weight, shape: Shape) -> Bundle | None:
+        """The bundle that has the weight."""
+        return next((b for b in self.bundles(shape) if b.has(weight.name)), None)
+
     # -- memory ------------------------------------------------------------------------------
 
-    def members(self) -> list[Member]:
+    def members(self, shape: Shape) -> list[Member]:
         scratch, numbers = self.together.scratch, self.together.numbers
-        return call_members(self.kernel, self.schedule, self.symbols, scratch, numbers)
+        kept = partial(arrays_of, self.kept(shape))
+        return call_members(self.kernel, self.schedule, self.symbols, scratch, numbers, kept)
+
+    def kept(self, shape: Shape) -> list[Kept]:
+        """What is packed of weights beside their whole rows."""
+        given = self.kernel, self.schedule, self.symbols, self.packings
+        return kept_of_teams(*given, shape)
+
+    def kept_of(self, packing: Packing, shape: Shape) -> Kept | None:
+        return next((kept for kept in self.kept(shape) if kept.packing == packing), None)
 
     def told(self, shape: Shape) -> list[Array]:
         """The struct of what a team tells each other."""
@@ -86,7 +114,8 @@ class TeamKernel:
 
     def _memory(self, shape: Shape) -> TeamMemory:
         given = self.usage, self.schedule, self.symbols, self.neurons
-        return TeamMemory(*given, shape, self.widths)
+        kept = {packed_name(k.packing, self.symbols): k for k in self.kept(shape)}
+        return TeamMemory(*given, shape, self.widths, self.bundles(shape), kept)
 
     # -- names -------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
+from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
+from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.cuda.neuron_text import Neuron
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source, Usage, packings
@@ -62,6 +64,8 @@ class TeamMemory:
     neurons: dict[str, Neuron]
     shape: Shape
     widths: dict[str, str]  # population -> the constant that is its slice
+    bundles: Sequence[Bundle] = ()
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # of packed weights, by name
 
     def told(self) -> list[Array]:
         """What blocks tell each other, by parity of the step."""
@@ -105,7 +109,7 @@ class TeamMemory:
         arrays, kernel = [], self.usage.kernel
         for packing in packings(kernel, self.schedule):
             name, weight = packed_name(packing, self.symbols), packing.weight
-            if name not in self.shape.resident:
+            if name not in self.shape.resident or self._bundle_of(weight):
                 continue
             text, width = self._slice(weight.receivers)
             along, senders = self._size(weight.senders)
@@ -114,8 +118,40 @@ class TeamMemory:
                 along = str(senders)
             dim = (f"{along} * {text}", senders * width)
             note = weight.note or weight.name
+            if name in self.kept:
+                arrays += self._masked(self.kept[name], name, note)
+                continue
             arrays.append(Array.of(C_TYPES[weight.dtype], name, [dim], f"its slice of {note}"))
+        for bundle in self.bundles:
+            weights = [self._weight(gather) for gather in bundle.gathers]
+            senders, size = self._size(weights[0].senders)
+            dim = f"{senders} * {bundle.columns}", size * self._columns(bundle)[1]
+            note = "its slices of " + ", ".join(weight.note or weight.name for weight in weights)
+            kind = C_TYPES[weights[0].dtype]
+            arrays.append(Array.of(kind, f"{bundle.name}_weights", [dim], note))
         return arrays
+
+    def _masked(self, kept: Kept, name: str, note: str) -> list[Array]:
+        """A slice of masked rows."""
+        weight = kept.packing.weight
+        along, senders = self._size(weight.senders)
+        words = f"{along} * words_of({self._slice(weight.receivers)[0]})", senders * kept.words
+        room = f"{words[0]} * {kept.room}", words[1] * kept.room
+        kind = C_TYPES[weight.dtype]
+        return [
+            Array.of(kind, f"{name}_kept", [room], f"what its slice of {note} keeps"),
+            Array.of("uint32_t", f"{name}_masks", [words], "a bit for each that is not zero"),
+        ]
+
+    def _weight(self, gather: ir.Gather) -> ir.Weight:
+        return next(w for w in self.usage.kernel.weights if w.name == gather.weight)
+
+    def _bundle_of(self, weight: ir.Weight) -> Bundle | None:
+        return next((bundle for bundle in self.bundles if bundle.has(weight.name)), None)
+
+    def _columns(self, bundle: Bundle) -> Dim:
+        width = self._slice(self._weight(bundle.gathers[0]).receivers)[1]
+        return bundle.columns, len(bundle.gathers) * width
 
     def _neurons(self) -> list[Array]:
         arrays = []
@@ -130,13 +166,19 @@ class TeamMemory:
     def _sums(self) -> list[Array]:
         arrays = []
         for gather in self.usage.kernel.gathers:
-            weight = next(w for w in self.usage.kernel.weights if w.name == gather.weight)
+            weight = self._weight(gather)
+            if self._bundle_of(weight):
+                continue
             parts = self._blocks(weight.senders)
             if gather.result in self.usage.selective:
                 parts = ("1", 1)
             dims = [self.rows, parts, self._slice(weight.receivers)]
             name = f"{self.symbols.values[gather.result]}_sum"
             arrays.append(Array.of(C_TYPES[weight.dtype], name, dims))
+        for bundle in self.bundles:
+            weight = self._weight(bundle.gathers[0])
+            dims = [self.rows, self._blocks(weight.senders), self._columns(bundle)]
+            arrays.append(Array.of(C_TYPES[weight.dtype], f"{bundle.name}_sum", dims))
         return arrays
 
     def _restricted(self) -> list[Array]:

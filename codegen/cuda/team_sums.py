@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
+from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.team_kernel import TeamKernel, items
+from sparsify.codegen.cuda.team_masks import masked_sum
 from sparsify.codegen.cuda.team_memory import event_list, has_payloads, is_binary
+from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.usage import Source
 from sparsify.codegen.writer import Writer
 
@@ -22,9 +25,15 @@ class TeamSums:
     """
 
     def __init__(
-        self, w: Writer, team: TeamKernel, phase: ir.Phase, seen: set[str] | None = None
+        self,
+        w: Writer,
+        team: TeamKernel,
+        phase: ir.Phase,
+        shape: Shape,
+        seen: set[str] | None = None,
     ) -> None:
         self.w, self.team, self.phase, self.usage = w, team, phase, team.usage
+        self.shape = shape
         self.seen = set() if seen is None else seen
         self.gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
 
@@ -89,9 +98,12 @@ class TeamSums:
     def total(self, gather: ir.Gather) -> str:
         """The sum of receiver i of the slice, as its cell is given it."""
         name = self.team.name(gather.result)
-        return (
-            f"{name}_sum" if self._is_cleared(gather) else f"add_blocks(shared.{name}_sum[row], i)"
-        )
+        if self._is_cleared(gather):
+            return f"{name}_sum"
+        bundle = self._bundle_of(gather)
+        if bundle is None:
+            return f"add_blocks(shared.{name}_sum[row], i)"
+        return f"add_blocks(shared.{bundle.name}_sum[row], {bundle.column(gather.weight)}i)"
 
     def write_cleared(self) -> None:
         """Of dense products, clear the sums of receiver i that nobody wants."""
@@ -107,6 +119,10 @@ class TeamSums:
         """All products of the same events; where a weight is not finite, of all senders."""
         if not gathers:
             return
+        bundle = self._bundle_of(gathers[0])
+        if bundle is not None:
+            self._write_bundle(bundle, senders)
+            return
         w, width, mine = self.w, *self._slice(gathers[0])
         skipping = [f"{self._weight(gather)}_finite" for gather in gathers]
         with w.block(f"if ({' && '.join(dict.fromkeys(skipping))})"):
@@ -120,6 +136,22 @@ class TeamSums:
             w.comment("0 * inf is NaN.")
             for gather in gathers:
                 w.line(self._every(gather, senders))
+
+    def _write_bundle(self, bundle: Bundle, senders: str) -> None:
+        """The products of a bundle, as one with more receivers."""
+        w, columns = self.w, bundle.columns
+        places = f"shared.{bundle.name}_sum[row][block], {bundle.name}_slice"
+        skipping = [f"{self._weight(gather)}_finite" for gather in bundle.gathers]
+        notes = ", ".join(gather.note for gather in bundle.gathers if gather.note)
+        with w.block(f"if ({' && '.join(skipping)})"):
+            product = f"product_of<{columns}>({places})"
+            w.line(f"add_events<{columns}>(events, count, block, {columns}, {product});", notes)
+        with w.block("else"):
+            w.comment("0 * inf is NaN.")
+            w.line(f"add_all<{columns}>({places}, heard, block, {senders}, {columns});")
+
+    def _bundle_of(self, gather: ir.Gather) -> Bundle | None:
+        return self.team.bundle_of(self.team.weight(gather), self.shape)
 
     def _every(self, gather: ir.Gather, senders: str) -> str:
         """The product of all senders."""
@@ -152,6 +184,9 @@ class TeamSums:
             weights = f"{packed_name(packing, team.symbols)}_slice + int64_t(i) * {row}"
             values = f"shared.{team.name(gather.source)}_values[row]"
             added = f"add_row({weights}, {values}, {senders})"
+            kept = team.kept_of(packing, self.shape)
+            if kept is not None:
+                added = masked_sum(kept, team.symbols, values, "n")
             w.line(f"const {kind} sum = wanted ? {added} : {kind}(0);", gather.note)
             with w.block("if (lane_of() == 0)"):
                 w.line(f"shared.{team.name(gather.result)}_sum[row][0][i] = sum;")

@@ -21,6 +21,7 @@ from sparsify.codegen.cuda.frame_text import (
 )
 from sparsify.codegen.cuda.neuron_text import bits_of, published, write_neuron
 from sparsify.codegen.cuda.team_kernel import TeamKernel, items, write_struct
+from sparsify.codegen.cuda.team_masks import write_masked_slice
 from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_sums import TeamSums
@@ -40,10 +41,11 @@ class TeamText:
 
     def render(self, entry: str) -> str:
         w, team = self.w, self.team
-        headers = (self.together.header, *self.headers)
+        masks = ("masked_slice.cuh",) if team.kept(self.shape) else ()
+        headers = (self.together.header, *self.headers, *masks)
         write_head(w, self.kernel, team.schedule, team.symbols, headers)
         self._write_sizes()
-        write_call(w, self.kernel, team.members())
+        write_call(w, self.kernel, team.members(self.shape))
         for neuron in team.neurons.values():
             write_neuron(w, neuron)
         note = "What the blocks of a team tell each other."
@@ -67,7 +69,7 @@ class TeamText:
 
     def sums(self, phase: ir.Phase, seen: set[str] | None = None) -> TeamSums:
         """What writes the sums of a phase."""
-        return TeamSums(self.w, self.team, phase, seen)
+        return TeamSums(self.w, self.team, phase, self.shape, seen)
 
     def _write_sizes(self) -> None:
         w, shape = self.w, self.shape
@@ -106,6 +108,9 @@ class TeamText:
         name, kind = packed_name(packing, team.symbols), C_TYPES[weight.dtype]
         mine, width = team.mine[weight.receivers], team.widths[weight.receivers]
         row, is_resident = row_length(self.kernel, packing), name in self.shape.resident
+        kept = team.kept_of(packing, self.shape)
+        if packing.by == "senders" and kept is not None:
+            return  # its sums read masked rows from memory
         if packing.by == "senders":
             first = f"call.{name} + int64_t({mine}.first) * {row}"
             if is_resident:
@@ -116,10 +121,23 @@ class TeamText:
         first = f"call.{name} + {mine}.first"
         if needs_total(packing, self.kernel, team.schedule):
             w.line(f"const bool {name}_finite = is_finite(*call.{name}_total);")
+        if kept is not None:
+            given = self.kernel, team.symbols, kept, team.mine, team.widths
+            write_masked_slice(w, *given, is_resident)
+            return
         if not is_resident:
             w.line(f"const Streamed<{kind}, {row}> {name}_slice{{{first}}};")
             return
-        given = f"shared.{name}, {first}, {team.size(weight.senders)}, {mine}.size"
+        given = f"{first}, {team.size(weight.senders)}, {mine}.size"
+        bundle = team.bundle_of(weight, self.shape)
+        if bundle is not None:
+            place = f"{bundle.column(weight.name)}shared.{bundle.name}_weights"
+            w.line(f"keep_columns<{width}, {row}, {bundle.columns}>({place}, {given});")
+            if weight.name == bundle.gathers[-1].weight:
+                together = f"Resident<{kind}, {bundle.columns}> {bundle.name}_slice"
+                w.line(f"const {together}{{shared.{bundle.name}_weights}};")
+            return
+        given = f"shared.{name}, {given}"
         w.line(f"keep_columns<{width}, {row}>({given});")
         w.line(f"const Resident<{kind}, {width}> {name}_slice{{shared.{name}}};")
 
@@ -185,6 +203,8 @@ class TeamText:
                 is_sure = self.together.is_cluster
                 wait = "team.wait();" if is_sure else "if (!team.wait()) return;"
                 self.w.line(wait, "all have told it")
+            if index < min(meetings) and any(gather.only for gather in sums.gathers):
+                self.w.line("__syncthreads();", "all have seen what was wild in the step before")
             for source in sums.late():
                 sums.write(source)
             sums.write_wanted()

@@ -1,0 +1,62 @@
+"""Gathers of a team that are added up as one, because they read the same events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparsify import ir
+from sparsify.codegen.cell_text import Symbols
+from sparsify.codegen.usage import Usage
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Gathers of the same events for the same neurons, such as the gates of a GRU.
+
+    Their weights lie together, as ``[sender][gather][neuron of the slice]``: a warp reads those of
+    all in one access, where a slice alone would leave lanes idle. So do their sums.
+    """
+
+    name: str
+    gathers: tuple[ir.Gather, ...]
+    width: str  # the constant that is the slice
+
+    @property
+    def columns(self) -> str:
+        return f"{len(self.gathers)} * {self.width}"
+
+    def has(self, weight: str) -> bool:
+        return any(gather.weight == weight for gather in self.gathers)
+
+    def column(self, weight: str) -> str:
+        """Where the columns of a weight begin, as text before another term; nothing for 0."""
+        index = [gather.weight for gather in self.gathers].index(weight)
+        return f"{index} * {self.width} + " if index else ""
+
+
+def find_bundles(
+    usage: Usage, schedule: ir.Schedule, symbols: Symbols, widths: Mapping[str, str]
+) -> list[Bundle]:
+    """All event gathers of a phase that read one source, if no other reads their weights.
+
+    ``widths`` are the constants that are slices, by population.
+    """
+    kernel = usage.kernel
+    dtypes = {weight.name: weight.dtype for weight in kernel.weights}
+    readers = [gather.weight for gather in kernel.gathers]
+    found = []
+    for phase in kernel.phases:
+        of_source: dict[str, list[ir.Gather]] = {}
+        gathers = [statement for statement in phase.body if isinstance(statement, ir.Gather)]
+        for gather in gathers:
+            if gather.result not in usage.dense | usage.selective:
+                of_source.setdefault(gather.source, []).append(gather)
+        for source, gathers in of_source.items():
+            alike = len({dtypes[g.weight] for g in gathers}) == 1
+            alone = all(readers.count(g.weight) == 1 for g in gathers)
+            whole = all(schedule.layout_of(g.weight) == ir.DENSE_ROWS for g in gathers)
+            if len(gathers) > 1 and alike and alone and whole:
+                name = symbols.names.new(f"{symbols.values[source]}_to_{phase.population}")
+                found.append(Bundle(name, tuple(gathers), widths[phase.population]))
+    return found

@@ -1,0 +1,99 @@
+"""Gates that read the same events are added up as one: their text, their bits, their cubins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sparsify import ir
+from sparsify.codegen.cuda import nvrtc
+from sparsify.codegen.cuda.backend import CudaBackend
+from sparsify.codegen.cuda.device import H100, KIB, STATED, Limits
+from sparsify.codegen.cuda.gpu import Gpu
+from sparsify.codegen.cuda.headers import headers_for
+from sparsify.codegen.emulator.device import EmulatedDevice
+from sparsify.reference import Array, run_reference
+from tests.cuda_wheels import needs_nvrtc
+from tests.emulated_kernels import compare, needs_emulator, run
+from tests.example_kernels import schedule
+from tests.test_cuda_team_shapes import egru
+
+GRID, CLUSTER = "neurons-per-grid", "neurons-per-cluster"
+STEPS, BATCH, HIDDEN = 3, 3, 270  # two blocks of senders
+
+
+def data(seed: int = 0) -> dict[str, Array]:
+    """About a tenth of the units are active."""
+    rng, kernel = np.random.default_rng(seed), egru(HIDDEN)
+    extent = {"T": STEPS, "B": BATCH, "N": HIDDEN}
+    values = {o.name: rng.standard_normal([extent[a] for a in o.axes]) for o in kernel.operands}
+    values["theta"] = np.full(HIDDEN, 0.8)
+    values["y0"] = np.where(values["y0"] > 1, values["y0"], 0)
+    values |= {w.name: rng.standard_normal((HIDDEN, HIDDEN)) / 10 for w in kernel.weights}
+    return {name: value.astype("float32") for name, value in values.items()}
+
+
+def render(kernel: ir.Kernel, plan: ir.Schedule, limits: Limits = H100) -> str:
+    return CudaBackend(EmulatedDevice(played=limits), limits).render(kernel, plan).text
+
+
+@needs_emulator
+@pytest.mark.parametrize("strategy", [GRID, CLUSTER])
+def test_sums_have_the_bits_of_the_reference(strategy: str) -> None:
+    kernel, played = egru(HIDDEN), replace(H100, multiprocessors=9, blocks_per_multiprocessor=1)
+    backend = CudaBackend(EmulatedDevice("random", seed=1, checks=True, played=played))
+    plan = schedule(kernel, strategy)
+    assert (
+        "product_of<3 * SLICE_HIDDEN>(shared.y_to_hidden_sum" in backend.render(kernel, plan).text
+    )
+    launch = backend.load(backend.compile(kernel, plan))
+    given = data()
+    compare(launch, kernel, given, STEPS, BATCH)
+    active, of = launch.events["q_r"]
+    assert 0.02 * of < active < 0.5 * of and launch.events["q_z"] == launch.events["q_g"]
+    # A unit that fires is silent for ever if an infinite weight meets a silent sender.
+    fired = run(launch, given, STEPS, BATCH)["out"].numpy().any(axis=0).all(axis=0)
+    unit = int(np.flatnonzero(fired)[0])
+    given["r_r"][unit, 5], given["y0"][:, 5] = np.inf, 0
+    assert not run(launch, given, STEPS, BATCH)["out"][:, :, unit].any()
+    assert not run_reference(kernel, given, steps=STEPS, batch=BATCH)["out"][:, :, unit].any()
+
+
+def test_what_is_not_added_up_as_one() -> None:
+    kernel = egru(300)
+    plan = schedule(kernel, GRID)
+    assert "y_to_hidden" in render(kernel, plan)
+    dense = replace(plan, gathers=(("q_z", "dense"), ("q_r", "dense"), ("q_g", "dense")))
+    assert "y_to_hidden" not in render(kernel, dense)
+    masked = replace(plan, layouts=(("r_z", ir.Layout("masked-rows")),))
+    backend = CudaBackend(EmulatedDevice(), H100)
+    assert backend.why_not(kernel, masked) or "y_to_hidden" not in render(kernel, masked)
+    # Where not all of the weights fit in shared memory, those that do have slices of their own.
+    small = replace(H100, multiprocessors=8, shared_per_block=64 * KIB)
+    text = render(kernel, plan, small)
+    assert "y_to_hidden" not in text and "Resident" in text and "Streamed" in text
+
+
+def test_one_of_two_gates_may_be_dense() -> None:
+    """The two others are still one, and the third is added up beside them."""
+    kernel = egru(300)
+    plan = replace(
+        schedule(kernel, GRID), gathers=(("q_z", "event"), ("q_r", "event"), ("q_g", "dense"))
+    )
+    text = render(kernel, plan)
+    assert "product_of<2 * SLICE_HIDDEN>(shared.y_to_hidden_sum" in text
+    assert "add_all<SLICE_HIDDEN>(shared.q_g_sum" in text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("limits", STATED, ids=lambda limits: limits.architecture)
+@pytest.mark.parametrize("hidden", [590, 1350])
+def test_cubins(hidden: int, limits: Limits) -> None:
+    kernel = egru(hidden)
+    backend = CudaBackend(Gpu(limits.architecture), limits)
+    source = backend.render(kernel, schedule(kernel, GRID))
+    cubin = nvrtc.compile_cubin(source, headers_for(source), limits.architecture)
+    usage = nvrtc.usage_of(cubin, source.entry)
+    assert usage.spill_bytes == usage.stack_bytes == 0
