@@ -145,13 +145,13 @@ class Engine:
     def report(self) -> Report:
         """What was decided, and what happened since."""
         live: dict[str, float] = {}
+        densities: dict[str, float] = {}
         for entry in self.entries:
             live.update(entry.compiled.live_activity())
-        densities: dict[str, float] = {}
+            densities.update(entry.compiled.live_density())
         trained = bool(self.entries and self.entries[-1].required)
         notes = tuple(self._all_notes())
         return Report(self._sites(), notes, live, trained, densities)
-            densities.update(entry.compiled.live_density())
 
     @property
     def binaries(self) -> Mapping[tuple[ir.Kernel, ir.Schedule], Binary]:
