@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.keep_state import Snapshot, keep_state
-from tests.test_gradient_calls import ROUNDING, FastSigmoid
+from tests.spiking_net import ROUNDING
+from tests.zoo_surrogates import FastSigmoid
 
 STEPS, BATCH, INPUTS, HIDDEN = 6, 4, 8, 12
 # The gradient of a bias in front of a norm is what rounding leaves of sums of some 100 numbers

@@ -6,77 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sparsify
 from sparsify.options import Options
+from tests.spiking_net import ROUNDING, Spiking, distance, gradients, spike_trains
+from tests.zoo_surrogates import ATan
 
-INPUTS, HIDDEN, WINDOW = 12, 20, 0.25
-ROUNDING = 1e-10  # relative 2-norm: float64 sums of some 1e5 terms in another order
-
-
-class ATan(torch.autograd.Function):
-    """Infinite support; ``limit`` makes the exact gradient that a window asks for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.limit = limit
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        slope = gradient / (1 + (torch.pi * x) ** 2)
-        return slope if ctx.limit is None else slope * (x.abs() <= ctx.limit).to(x.dtype), None
-
-
-class Spiking(nn.Module):
-    def __init__(self, limit: float | None) -> None:
-        super().__init__()
-        self.encode = nn.Linear(INPUTS, HIDDEN)
-        self.recur = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.limit = limit
-
-    def forward(self, x: Tensor) -> Tensor:
-        v = spikes = x.new_zeros(x.shape[1], HIDDEN)
-        seen = []
-        for x_t in x:
-            v = 0.8 * v + self.encode(x_t) + self.recur(spikes)
-            spikes = ATan.apply(v - 0.5, self.limit)  # type: ignore[no-untyped-call]
-            v = v - spikes.detach()
-            seen.append(spikes)
-        return torch.stack(seen)
+WINDOW = 0.25
 
 
 def make(limit: float | None) -> Spiking:
+    """With infinite support; ``limit`` makes the exact gradient that a window asks for."""
+
+    def spike(above: Tensor) -> Tensor:
+        if limit is not None:
+            above = torch.where(above.abs() <= limit, above, above.detach())
+        spikes: Tensor = ATan.apply(above, 2.0)  # type: ignore[no-untyped-call]
+        return spikes
+
     torch.manual_seed(0)
-    return Spiking(limit).double()
-
-
-def inputs() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(6, 3, INPUTS, generator=generator, dtype=torch.float64)
-    return (x < 0.3).double() * 2
-
-
-def gradients(net: Any, x: Tensor) -> list[Tensor]:
-    for parameter in net.parameters():
-        parameter.grad = None
-    result = net(x)
-    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype)
-    (result * weights.reshape(result.shape)).sum().backward()
-    return [p.grad for p in net.parameters()]
-
-
-def distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = zip(got, expected, strict=True)
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return Spiking(spike).double()
 
 
 def test_a_window_gives_the_gradient_of_the_surrogate_that_ends_there() -> None:
     fast: Any = sparsify.sparsify(make(None), timing=False, surrogate_window=WINDOW)
-    x = inputs()
+    x = spike_trains()
     gradients(fast, x)
     got = gradients(fast, x)
     assert distance(got, gradients(make(WINDOW), x)) <= ROUNDING
@@ -89,7 +44,7 @@ def test_a_window_gives_the_gradient_of_the_surrogate_that_ends_there() -> None:
 def test_without_a_window_gradients_are_exact() -> None:
     model = make(None)
     fast: Any = sparsify.sparsify(model, timing=False)
-    x = inputs()
+    x = spike_trains()
     gradients(fast, x)
     assert distance(gradients(fast, x), gradients(model, x)) <= ROUNDING
     assert not any("approximation" in note for note in fast.compiled.report.notes)
@@ -99,7 +54,7 @@ def test_the_gradient_to_senders_becomes_sparse() -> None:
     kernels = {}
     for window in (None, WINDOW):
         fast: Any = sparsify.sparsify(make(None), timing=False, surrogate_window=window)
-        gradients(fast, inputs())
+        gradients(fast, spike_trains())
         kernels[window] = [
             gather.only is not None
             for kernel, _ in fast.compiled.binaries
@@ -111,10 +66,9 @@ def test_the_gradient_to_senders_becomes_sparse() -> None:
 
 
 def test_verify_takes_the_window_into_account() -> None:
-    torch.manual_seed(0)
-    model = Spiking(None)
+    model = make(None).float()
     fast = sparsify.sparsify(model, timing=False, surrogate_window=WINDOW)
-    found = sparsify.verify(model, fast, inputs().float(), gradients=True)
+    found = sparsify.verify(model, fast, spike_trains().float(), gradients=True)
     assert found.gradients
 
 

@@ -113,9 +113,10 @@ def test_random_numbers_are_drawn_for_nobody() -> None:
 def test_training_does_not_import_the_compiler_of_torch_or_sympy() -> None:
     program = """
 import sys, torch, sparsify
-from tests.test_gradient_calls import Spiking, inputs
-model = Spiking()
-fast = sparsify.sparsify(model, inputs().float(), timing=False)
+from tests.spiking_net import Spiking, spike_trains
+from tests.zoo_surrogates import FastSigmoid
+model = Spiking(FastSigmoid.apply)
+fast = sparsify.sparsify(model, spike_trains().float(), timing=False)
 assert fast.compiled.is_compiled and fast.compiled.entries[-1].required
 print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 """

@@ -22,21 +22,9 @@ from tests.training_harness import (
 )
 from tests.training_nets import TrainingNet, net
 from tests.zoo_feedforward import HIDDEN, IN
-from tests.zoo_surrogates import FastSigmoid
+from tests.zoo_surrogates import FastSigmoid, WrongShape
 
 ENTRY = net("recurrent")
-
-
-class WrongShape(torch.autograd.Function):
-    """A mistake: its backward sums over the neurons."""
-
-    @staticmethod
-    def forward(ctx: Any, above: Tensor) -> Tensor:
-        return (above > 0).to(above.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.sum(1)
 
 
 class NoisySlope(torch.autograd.Function):

@@ -47,6 +47,32 @@ class ATan(torch.autograd.Function):
         return half / (1 + (math.pi * half * x) ** 2) * grad_output, None
 
 
+class Window(torch.autograd.Function):
+    """A rectangle: the gradient passes where the membrane is within ``width`` of threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, above: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(above.abs() < width)
+        return (above >= 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+class WrongShape(torch.autograd.Function):
+    """A mistake: its backward sums over the neurons."""
+
+    @staticmethod
+    def forward(ctx: Any, above: Tensor) -> Tensor:
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.sum(1)
+
+
 class Triangle(nn.Module):
     """A module: straight through in training, plain heaviside in eval."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo_feedforward import HIDDEN, IN, OUT
-from tests.zoo_surrogates import ATan, FastSigmoid
+from tests.zoo_surrogates import ATan, FastSigmoid, Window
 
 TOKENS = 11
 
@@ -28,21 +28,6 @@ class EventGate(torch.autograd.Function):
         (above,) = ctx.saved_tensors
         slope = EventGate.gamma * torch.relu(1 - EventGate.epsilon * above.abs())
         result: Tensor = grad * slope
-        return result
-
-
-class Window(torch.autograd.Function):
-    """A rectangle: the gradient passes where the membrane is within 0.4 of threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, above: Tensor) -> Tensor:
-        ctx.save_for_backward(above.abs() < 0.4)
-        return (above >= 0).to(above.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (inside,) = ctx.saved_tensors
-        result: Tensor = grad * inside
         return result
 
 
@@ -183,7 +168,7 @@ class SecondOrder(nn.Module):
         for x_t in x:
             i = self.alpha * i + self.inp(x_t) + self.rec(z)
             v = self.beta * v * (1 - z) + (1 - self.beta) * i
-            z = Window.apply(v - 0.4)
+            z = Window.apply(v - 0.4, 0.4)
             spikes.append(z)
             voltages.append(v)
         return torch.stack(spikes), torch.stack(voltages)
