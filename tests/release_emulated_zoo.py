@@ -15,9 +15,7 @@ from tests.test_emulated_zoo import COMPILED, TRAINED
 from tests.training_nets import NETS, ZOO_NETS, TrainingNet
 from tests.zoo import Entry
 
-# In float32 and with gradients, eager's fused cell rounds as no recording of its parts does.
-NOT_RECORDED = "GRUCell, thresholded"
-TRAINING = [each for each in (*NETS, *ZOO_NETS) if each.code is None and each.name != NOT_RECORDED]
+TRAINING = [each for each in (*NETS, *ZOO_NETS) if each.code is None]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -52,9 +52,14 @@ def write(value: Value, node: fx.Node, has_layout: bool, writer: Writer) -> str 
         written.node = content
         written.version = memory.version
         written.has_layout = layout
-    if writer.histories is None and value.parent is not None and not has_layout:
+    if value.parent is not None and not has_layout and _has_its_history(value, writer.histories):
         value.version = OUTDATED  # read anew, as a view: its strides decide on rounding
     return None
+
+
+def _has_its_history(value: Value, histories: Histories | None) -> bool:
+    """Whether the parent has got, by the write, the gradient history that ``value`` has."""
+    return histories is None or (value.follows and not histories.is_closed())
 
 
 def _with_histories(chain: list[Written], histories: Histories) -> list[Written]:
