@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsify import ir
 from sparsify.bench import Timings, measure_pairs, wait_for_devices
@@ -19,9 +20,9 @@ from sparsify.region import Region, batch_of
 from sparsify.scan import Scan
 from sparsify.verify_regions import RegionCheck
 
-BUDGET_SECONDS = 0.15  # of timing, for a region
+BUDGET_SECONDS = 0.1  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
-TIMED_STEPS = 100  # of an original of which not even the order of magnitude is known
+TIMED_STEPS = 100  # of a longer loop: every one takes the same time
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
 BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one is timed no further
@@ -84,9 +85,7 @@ def choose_region(
         Region(task.scan, task.lowered, load(task.lowered.kernel, c.schedule)) for c in candidates
     ]
     with torch.no_grad():
-        for region in regions:
-            region(*task.operands)  # packs weights and counts events
-        events = _exact_events(regions)
+        events = _exact_events(task, regions)
         if timing:
             choice = _choose_timed(task, candidates, regions, events)
         else:
@@ -133,15 +132,16 @@ def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, lis
     """Interleaved rounds; the medians of the regions and, last, of the original Scan.
 
     The original and regions take part only where they are close. On a contended machine the
-    shortest times are given: other work only ever adds to them.
+    shortest times are given: other work only ever adds to them. Of many steps some are timed.
     """
+    task, share = in_the_middle(task, regions[0])
     operands = task.operands
     functions = {str(i): _call(region, operands) for i, region in enumerate(regions)}
     once = {name: seconds_of(function) for name, function in functions.items()}
     kernels = min(once.values())
     original = task.original_seconds
     if original is None:
-        original = _estimate_original(task)
+        original = seconds_of(_call(task.scan, operands))
     if original < FAR * kernels:
         original = seconds_of(_call(task.scan, operands))
     is_close = original < FAR * kernels
@@ -155,15 +155,34 @@ def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, lis
     pick = min if timings.why_contended else _median
     once |= {name: float(pick(timings.seconds[name])) for name in functions}
     once.setdefault("original", original)
-    return timings, list(once.values())
+    return timings, [seconds / share for seconds in once.values()]
 
 
-def _estimate_original(task: Task) -> float:
-    """What the Scan takes, from its first steps: every one of them takes the same time."""
+def in_the_middle(task: Task, run: Callable[..., Any]) -> tuple[Task, float]:
+    """The task with ``TIMED_STEPS`` of many steps, and their share of all.
+
+    They are in the middle of the loop, from the states that ``run`` comes there with: at the start
+    nothing may fire yet.
+    """
     steps, carries, xs, consts = task.operands
-    first: int = min(steps, TIMED_STEPS)
-    operands = (first, carries, [x[:first] for x in xs], consts)
-    return seconds_of(_call(task.scan, operands)) * float(steps / max(first, 1))
+    if steps < 2 * TIMED_STEPS:
+        return task, 1.0
+    before = (steps - TIMED_STEPS) // 2
+    first, timed = range(before), range(before, before + TIMED_STEPS)
+
+    def part(which: range) -> list[Tensor]:
+        """Rows of the xs, in the order in which steps run."""
+        start, stop = which.start, which.stop
+        if task.scan.reverse:
+            start, stop = steps - stop, steps - start
+        return [x[start:stop] for x in xs]
+
+    if carries:
+        carries = run(before, carries, part(first), consts)[: task.scan.carries]
+    share = TIMED_STEPS / steps
+    took = None if task.original_seconds is None else task.original_seconds * share
+    operands = (TIMED_STEPS, carries, part(timed), consts)
+    return replace(task, operands=operands, original_seconds=took), share
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
@@ -194,10 +213,19 @@ def _median(values: Sequence[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def _exact_events(regions: Sequence[Region]) -> dict[str, tuple[int, int]]:
-    """Active senders and senders of each Gather, from the counters of the kernels."""
+def _exact_events(task: Task, regions: Sequence[Region]) -> dict[str, tuple[int, int]]:
+    """Active senders and senders of each Gather, from the counters of the kernels.
+
+    Those that differ in what they gather run once.
+    """
     found: dict[str, tuple[int, int]] = {}
+    seen: set[object] = set()
     for region in regions:
+        gathers = region.launchable.schedule.gathers
+        if gathers in seen:
+            continue
+        seen.add(gathers)
+        region(*task.operands)
         found.update(region.launchable.events)
         region.launchable.reset_events()
     return found

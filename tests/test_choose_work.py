@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from sparsify import choose
 from sparsify.bench import Timings
 from sparsify.binaries import Binaries
-from sparsify.choose import time_candidates
+from sparsify.choose import in_the_middle, time_candidates
 from sparsify.compile_recording import Compiler
 from sparsify.options import Options
 from sparsify.plan import Plan
@@ -21,6 +22,7 @@ from tests.looped_models import layer_order, recurrent
 from tests.test_choose import BACKEND, record, task_of
 
 SLOW, FAST, FURTHER = 9e-3, 1e-3, 1.9e-3
+TIMED = 3  # of ten steps
 
 
 class Stub:
@@ -78,19 +80,36 @@ def test_kernels_that_were_chosen_make_the_operands_of_later_ones(
     assert not runs.keys() & {id(region.scan) for region in found.regions.values()}
 
 
-def test_of_a_long_original_the_first_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of(recurrent)
-    runs: list[int] = []
+@pytest.mark.parametrize("reverse", [False, True])
+def test_of_many_steps_those_in_the_middle_are_timed(
+    monkeypatch: pytest.MonkeyPatch, reverse: bool
+) -> None:
+    monkeypatch.setattr(choose, "TIMED_STEPS", TIMED)
+    task = replace(task_of(recurrent), original_seconds=1.0)
+    task.scan.reverse = reverse
+    steps = task.operands[0]
+    before = (steps - TIMED) // 2
+    middle, share = in_the_middle(task, task.scan)
+    assert (share, middle.original_seconds) == (TIMED / steps, TIMED / steps)
+    trace, part = task.scan.trace_states(*task.operands), task.scan.trace_states(*middle.operands)
+    assert len(trace.outputs) > task.scan.carries
+    first = steps - before - TIMED if reverse else before
+    count = task.scan.carries
+    ours, whole = (*part.carries, *part.outputs[count:]), (*trace.carries, *trace.outputs[count:])
+    for some, every in zip(ours, whole, strict=True):
+        assert torch.equal(some, every[first : first + TIMED])
 
-    def forward(steps: int, *operands: Any) -> float:
-        runs.append(steps)
-        return 1.0
 
-    monkeypatch.setattr(choose, "TIMED_STEPS", 2)
+def test_times_of_some_steps_are_scaled_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "TIMED_STEPS", TIMED)
+    monkeypatch.setattr(choose, "in_the_middle", lambda task, run: (task, 0.25))
     monkeypatch.setattr(choose, "seconds_of", lambda function: function())
-    monkeypatch.setattr(task.scan, "forward", forward)
     found = Timings({"0": (FAST,)}, (1.0,), 1)
     monkeypatch.setattr(choose, "measure_pairs", lambda *_, **__: found)
-    _, seconds = time_candidates(task, [Stub(FAST)])  # type: ignore[list-item]
-    assert runs == [2]
-    assert seconds == [FAST, task.operands[0] / 2]
+    task = replace(task_of(recurrent), original_seconds=SLOW)
+    assert time_candidates(task, [Stub(FAST)])[1] == [4 * FAST, 4 * SLOW]  # type: ignore[list-item]
+
+
+def test_few_steps_are_all_timed() -> None:
+    task = task_of(recurrent)
+    assert in_the_middle(task, task.scan) == (task, 1.0)
