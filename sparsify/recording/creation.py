@@ -92,7 +92,8 @@ def _known_constant(recorder: Recorder, content: Tensor) -> fx.Node:
             if node.meta["source"].kind == "constant" and _same_bits(tensor, content):
                 return node
     number = sum(n.meta["source"].kind == "constant" for n in recorder.placeholders)
-    recorder.add_placeholder(content, Source("constant", f"constant_{number}"))
+    source = Source("constant", f"constant_{number}")
+    recorder.met.add_placeholder(content, source, recorder.histories)
     return next(reversed(recorder.placeholders))
 
 

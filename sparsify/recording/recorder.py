@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import TraceError
 from sparsify.free_memory import free_memory
-from sparsify.graph_meta import Source
 from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
 from sparsify.recording.graph_writer import GraphWriter, Places
 from sparsify.recording.histories import Before, Histories
 from sparsify.recording.measure import share_of_nonzeros
+from sparsify.recording.met_tensors import MetTensors, Sources
 from sparsify.recording.operations import (
     NOTHING_KNOWN,
     UNSAFE_VIEWS,
@@ -35,7 +35,6 @@ from sparsify.recording.writes import part_of_list, write
 
 NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
 FREED_BYTES = 64 * 2**20  # results after which memory that they have left is given back
-MOST_PINNED = 64  # elements of a state whose content may be part of the guard
 
 
 class PausedPlaces(Places, Protocol):
@@ -44,13 +43,6 @@ class PausedPlaces(Places, Protocol):
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...
-
-
-class Sources(Protocol):
-    """Says what a tensor is that no recorded operation made."""
-
-    def find(self, tensor: Tensor) -> Source | None:
-        """Where the tensor comes from at each call; None for one made during the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +79,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values = Values()
         self._hows: dict[int, _How] = {}
         self.positions = positions
-        self.sources = sources
+        self.met = MetTensors(self.values, self.writer, sources)
         self.rule_of = rule_of
         self.before_write = before_write
         self.error: TraceError | None = None
-        self.placeholders: dict[fx.Node, Tensor] = {}
-        self.roots: dict[fx.Node, Value] = {}
+        self.placeholders, self.roots = self.met.placeholders, self.met.roots
         self.pinned: set[fx.Node] = set()
         self.is_suspended = False
         self.is_busy = False  # what the recorder itself does is not the user's
@@ -294,53 +285,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def value_of(self, tensor: Tensor) -> Value:
         value = self.values.get(tensor)
-        return self._meet(tensor) if value is None else value
-
-    def _meet(self, tensor: Tensor) -> Value:
-        """A tensor that no recorded operation made becomes a placeholder."""
-        check_plain(tensor)
-        source = self.sources.find(tensor)
-        if source is None and self.values.knows_memory_of(tensor):
-            alias = self._meet_alias(tensor)
-            if alias is not None:
-                return alias
-        if source is None:
-            raise CannotRecord(
-                "a tensor is used that no recorded operation made, such as one from numpy or "
-                "another library; make it with torch, or before the call"
-            )
-        memory = self.values.memory_of(tensor)
-        if memory.version or (memory.roots and memory.placeholder is None):
-            raise CannotRecord(f"{source.name} shares memory with a tensor that was written to")
-        return self.add_placeholder(tensor, source)
-
-    def _meet_alias(self, tensor: Tensor) -> Value | None:
-        """``nn.Parameter(x)`` and the like: another tensor object on the elements of a root."""
-        roots = self.values.memory_of(tensor).roots
-        root = roots[0] if len(roots) == 1 else None
-        if root is None or root.info != self.values.info(tensor):
-            return None
-        held = self.placeholders.get(root.memory.placeholder or root.node)
-        offset = held.storage_offset() if held is not None else 0
-        if tensor.storage_offset() != offset:
-            return None
-        value = self.values.add_view(tensor, self.read(root), root, None)
-        if self.histories is not None:  # it is a leaf of its own
-            value.detached, value.follows = True, False
-        return value
-
-    def add_placeholder(self, tensor: Tensor, source: Source) -> Value:
-        node = self.writer.add_placeholder(source, self.values.info(tensor))
-        value = self.values.add_root(tensor, node, placeholder=node)
-        value.memory.placeholder = value.memory.placeholder or node
-        if self.histories is not None:
-            value.detached = False
-            self.histories.meet(node, tensor)
-        self.placeholders[node] = tensor
-        self.roots[node] = value
-        if source.kind not in ("input", "constant") and tensor.numel() <= MOST_PINNED:
-            value.origin = frozenset({node})
-        return value
+        return self.met.meet(tensor, self.histories) if value is None else value
 
     def reveal(self, call: Call) -> None:
         """A value becomes known to Python: allowed if it is the same at every call."""
