@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -15,13 +16,19 @@ def arguments(
     batch: int,
     quick: tuple[int, int, int],
     layers: int = 1,
+    tasks: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """Parse the command line; ``quick`` is what ``--quick`` makes of hidden, steps and passes."""
+    """Parse the command line; ``quick`` is what ``--quick`` makes of hidden, steps and passes.
+
+    Of several ``tasks`` one can be chosen: ``only`` is its name, else None.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     parser.add_argument("--hidden", type=int, default=hidden, help="units of a layer")
     if layers > 1:
         parser.add_argument("--layers", type=int, default=layers)
+    if tasks:
+        parser.add_argument("--only", choices=tasks, help="leave the others out")
     parser.add_argument("--steps", type=int, default=steps, help="time steps of a batch")
     parser.add_argument("--passes", type=int, default=passes, help="evaluations, one after each")
     parser.add_argument("--batch", type=int, default=batch, help="samples of a batch")

@@ -11,6 +11,7 @@ of active units (activity), weights that are not zero (parameters), and both.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,8 @@ from sparsify.demo_model import encode_rates
 FRACTIONS = (0.0, 0.5, 0.8, 0.9, 0.95)
 PRUNING_SHARE = 0.6  # of the steps that a network is trained on for, in which it is pruned
 UPDATES = 24  # of the language model, in a pass
-WHERE = {"digits": ("encode", "recur"), "language": ("layers.*",)}  # what is pruned
+# What is pruned: by the given fraction each.
+WHERE = {"digits": ("encode", "recur"), "language": ("layers.*.inp", "layers.*.rec")}
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,17 @@ def language_task(hidden: int, steps: int, batch: int, updates: int, characters:
         lambda count: Reader(training, batch, steps).passes(count, updates),
         updates,
         lambda: Trainer(priced=True).step,
-        partial(evaluate_text, text=held_out, batch=batch, steps=steps),
+        partial(perplexity, text=held_out, batch=batch, steps=steps),
         1e-2,
         held_out[:steps, None],
-        "bits per character",
+        "perplexity",
     )
+
+
+def perplexity(module: nn.Module, text: Tensor, batch: int, steps: int) -> tuple[float, float]:
+    """Cross-entropy of the held-out text, and among how many characters that is like guessing."""
+    loss, _ = evaluate_text(module, text, batch, steps)
+    return loss, math.exp(loss)
 
 
 def train_and_prune(task: Task, passes: int, fractions: Iterable[float]) -> list[Result]:
@@ -96,7 +104,8 @@ def train_and_prune(task: Task, passes: int, fractions: Iterable[float]) -> list
 def _pruned(task: Task, dense: nn.Module, passes: int, fraction: float) -> Result:
     model = copy.deepcopy(dense)
     end = int(PRUNING_SHARE * passes * task.updates)
-    pruning = sparsify.Pruning(fraction, only=WHERE[task.name], end=end, every=max(1, end // 10))
+    fractions = dict.fromkeys(WHERE[task.name], fraction)
+    pruning = sparsify.Pruning(fractions, end=end, every=max(1, end // 10))
     pruner = sparsify.Pruner(model, pruning)
     run = train(
         f"{fraction:.0%}",
@@ -113,20 +122,26 @@ def _pruned(task: Task, dense: nn.Module, passes: int, fraction: float) -> Resul
 
 
 def main() -> None:
-    args = arguments(__doc__, hidden=512, steps=25, passes=10, batch=64, quick=(64, 8, 2))
+    names = tuple(WHERE)
+    args = arguments(
+        __doc__, hidden=512, steps=25, passes=10, batch=64, quick=(64, 8, 2), tasks=names
+    )
     updates, characters = (2, 20_000) if args.quick else (UPDATES, 10**9)
     fractions = (0.9,) if args.quick else FRACTIONS
-    tasks = (
-        digits_task(args.hidden, args.steps, args.batch),
-        language_task(args.hidden, 2 * args.steps, args.batch, updates, characters),
-    )
-    results = []
-    for task in tasks:
-        passes = args.passes if task.name == "digits" else 2 * args.passes
-        found = train_and_prune(task, passes, fractions)
+    makers: dict[str, Callable[[], Task]] = {
+        "digits": lambda: digits_task(args.hidden, args.steps, args.batch),
+        "language": lambda: language_task(
+            args.hidden, 2 * args.steps, args.batch, updates, characters
+        ),
+    }
+    results, scores = [], {}
+    for name in (args.only,) if args.only else names:
+        task = makers[name]()
+        found = train_and_prune(task, args.passes, fractions)
         print(show_results(found, task.score))
         results += found
-    save_results(results, {task.name: task.score for task in tasks}, args.json, args.plot)
+        scores[name] = task.score
+    save_results(results, scores, args.json, args.plot)
 
 
 if __name__ == "__main__":

@@ -37,15 +37,14 @@ DENSE_BYTES, KEPT_BYTES = 4, 6  # of a weight; of one that is kept, with the num
 class Result:
     """One network pruned by ``fraction``; ``ms`` and ``operations`` are of a call with one row.
 
-    Weights take ``weight_mib`` of those products that kernels compute; ``perplexity`` is that of
-    held-out data, for language models of the next character.
+    ``weight_mib`` is what the pruned layers' weights take as kernels read them; ``score`` is that
+    of held-out data, ``activity`` the share of units that fired.
     """
 
     task: str
     fraction: float
     density: float
     score: float
-    perplexity: float
     activity: float
     ms: Mapping[str, float]
     operations: Mapping[str, float]
@@ -82,7 +81,6 @@ def measure(
         fraction,
         outcome.density,
         reached.score,
-        math.exp(reached.loss),
         reached.activity,
         {name: timings.median_ms(name) for name in functions},
         operations,
@@ -104,15 +102,15 @@ def _compiled(
 
 def show_results(results: Sequence[Result], score: str) -> str:
     """One row for each fraction; times, operations and memory of all four ways."""
-    head = f"{'zeros':>5} {score:>18} {'perplexity':>10} {'active':>7}  {EAGER:>9} "
+    head = f"{'zeros':>5} {score:>10} {'active':>7}  {EAGER:>9} "
     rows = [head + " ".join(f"{name:>10}" for name in WAYS)]
     for r in results:
-        name = f"{r.fraction:5.0%} {r.score:18.3f} {r.perplexity:10.3f} {r.activity:7.1%}"
+        name = f"{r.fraction:5.0%} {r.score:10.3f} {r.activity:7.1%}"
         times = " ".join(f"{r.ms[way]:7.3f} ms" for way in WAYS)
         rows.append(f"{name}  {r.ms[EAGER]:6.2f} ms {times}")
         counts = " ".join(f"{r.operations[way] / 1e6:6.2f} Mop" for way in WAYS)
-        rows.append(f"{'':>53} {counts}")
-        rows.append(f"{'':>53} " + " ".join(f"{r.weight_mib[way]:6.2f} MiB" for way in WAYS))
+        rows.append(f"{'':>35} {counts}")
+        rows.append(f"{'':>35} " + " ".join(f"{r.weight_mib[way]:6.2f} MiB" for way in WAYS))
     disturbed = [r for r in results if r.disturbed]
     if disturbed:
         rows.append(f"NOT VALID, times: {disturbed[0].disturbed}")
@@ -142,7 +140,10 @@ def plot_speed(results: Sequence[Result], scores: Mapping[str, str], path: Path)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(scores), figsize=(11, 4), constrained_layout=True)
+    size = (5.5 * len(scores), 4)
+    figure, [axes] = pyplot.subplots(
+        1, len(scores), figsize=size, squeeze=False, constrained_layout=True
+    )
     for axis, (task, score) in zip(axes, scores.items(), strict=True):
         mine = [result for result in results if result.task == task]
         for way in WAYS:
