@@ -33,7 +33,8 @@ SEED = 0  # of the gradients that stand for those of a loss
 class Captured:
     """What every Scan is called with, and what the gradient of every TrainedRegion is given.
 
-    ``seconds`` is what every Scan took; of those that run in chunks, nothing is known.
+    ``seconds`` is what Scans took; of those that run in chunks, and of the last ones of gradients,
+    nothing is known.
     """
 
     calls: dict[str, tuple[Any, ...]]
@@ -163,8 +164,12 @@ def _with_kernels(
 
 
 class _Capture(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule) -> None:
+    """Unless ``is_whole``, nothing runs from the last loop on: what it is called with is known."""
+
+    def __init__(self, graph: fx.GraphModule, is_whole: bool = True) -> None:
         super().__init__(graph)
+        self.is_whole = is_whole
+        self.waiting = {name for name, _ in _find_loops(graph)}
         self.calls: dict[str, tuple[Any, ...]] = {}
         self.gradients: dict[str, dict[Input, Tensor]] = {}
         self.seconds: dict[str, float] = {}
@@ -172,14 +177,17 @@ class _Capture(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
-        return super().run_node(n)
+        return super().run_node(n) if self.is_whole or self.waiting else None
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
+        if isinstance(module, (Scan, ChunkedScan)):
+            self.calls[target] = args[:4]
+            self.waiting.discard(target)
+            if not self.is_whole and not self.waiting:
+                return None
         if isinstance(module, Scan):
             return self._timed(target, module, args)
-        if isinstance(module, ChunkedScan):
-            self.calls[target] = args[:4]
         if not isinstance(module, TrainedRegion):
             return super().call_module(target, args, kwargs)
         steps, carries, xs, consts, *linked = args
@@ -191,7 +199,7 @@ class _Capture(fx.Interpreter):
         for i, result in enumerate(module.gradient_places(values)):
             known["d_result", i] = _random_like(result, 1.0 if i in read else 0.0)
         self.gradients[target] = known
-        inner = _Capture(module.backward)
+        inner = _Capture(module.backward, is_whole=False)
         inner.run(*(known[place] for place in module.parts.inputs))
         start = f"{target}{BACKWARD}"
         self.calls |= {f"{start}{name}": call for name, call in inner.calls.items()}

@@ -11,7 +11,7 @@ from sparsify.passes.join_slices import join_slices
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from sparsify.scan import Scan
-from sparsify.scans import find_scans
+from sparsify.scans import BACKWARD, capture, find_scans
 from sparsify.trained_region import TrainedRegion
 from tests.test_compile_work import run_passes
 
@@ -66,3 +66,33 @@ def test_a_few_steps_tell_what_needs_gradients(monkeypatch: pytest.MonkeyPatch) 
     # Positive terms, and each is a product of at most 40 roundings: both are off by 80 eps at most.
     assert torch.allclose(one, other, rtol=160 * torch.finfo(one.dtype).eps, atol=0)
     assert bool(one.all())
+
+
+def test_the_last_loop_of_a_gradient_is_not_run_to_know_its_operands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = Delayed(), torch.rand(STEPS, 2, 5)
+    found = record(model, (x,), {}, restore=True)
+    assert isinstance(found, Recording)
+    graph = join_slices(run_passes(found.graph)).graph
+    operands = found.calling.operands((x,), {})
+    trained, _ = differentiate_scans(graph, operands, find_scans(graph))
+    ran: set[int] = set()
+
+    def forward(self: Scan, *groups: object) -> object:
+        ran.add(id(self))
+        return original(self, *groups)  # type: ignore[arg-type]
+
+    original = Scan.forward
+    monkeypatch.setattr(Scan, "forward", forward)
+    captured = capture(trained, operands)
+    scans = find_scans(trained)
+    backward = [name for name in scans if BACKWARD in name]
+    assert len(backward) == 2
+    assert captured.calls.keys() == scans.keys()
+    assert ran == {id(scan) for name, scan in scans.items() if name not in backward}
+    assert captured.seconds.keys() == scans.keys() - set(backward)
+    for name in backward:
+        steps, carries, xs, consts = captured.calls[name]
+        outputs = original(scans[name], steps, carries, xs, consts)
+        assert steps == STEPS and any(bool(output.any()) for output in outputs)
