@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
-from sparsify.entry import Entry, merge, stand_ins
+from sparsify.entry import Entry, with_entry
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
 from sparsify.failures import (
     OUT_OF_MEMORY,
@@ -38,16 +37,16 @@ from sparsify.failures import (
 from sparsify.keep_state import Snapshot
 from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
+from sparsify.notices import Misses, Notices
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
 from sparsify.pruning.outcome import PruningOutcome
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.refused_sites import first_refusal
-from sparsify.report import NO_SITE, Report, Site
+from sparsify.report import Report, Site
 from sparsify.settle import settled
 from sparsify.uncollected import seldom_collected
 
-MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
@@ -74,8 +73,8 @@ class Engine:
         self._compilers = Compilers(options, backends)
         self.entries: tuple[Entry, ...] = ()
         self._frozen = False
-        self._notes: dict[str, None] = {}
-        self._misses: dict[str, int] = {}
+        self._notices = Notices(type(model).__name__)
+        self._misses = Misses()
         self.recordings = 0
         self._refused: Refusal | None = None  # why nothing can be compiled for now
         self._given_up: Refusal | None = None  # why nothing more will be recorded
@@ -150,7 +149,8 @@ class Engine:
             live.update(entry.compiled.live_activity())
             densities.update(entry.compiled.live_density())
         trained = bool(self.entries and self.entries[-1].required)
-        notes = tuple(self._all_notes())
+        pruned = self.pruned.notes if self.pruned is not None else ()
+        notes = self._notices.of(self.recordings, self.entries, pruned)
         return Report(self._sites(), notes, live, trained, densities)
 
     @property
@@ -219,7 +219,7 @@ class Engine:
         if refusal is None and self._refused is not None:
             refusal = self._why_not_compile(args, kwargs)
         if refusal is not None:
-            self._say(refusal)
+            self._notices.say(refusal)
             return self.original.forward(*args, **kwargs)
         with COMPILING:
             entry = self._find(args, kwargs)  # another thread may have compiled it meanwhile
@@ -313,26 +313,14 @@ class Engine:
             self._plans[backend] = replace(plans, training=compiled.plan)
         else:
             self._plans[backend] = replace(compiled.plan, training=plans.training)
-        self._add(entry, operands, args, kwargs)
+        self.entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
+        for reason in apart:
+            self._notices.note(f"sizes are compiled one by one: {reason}")
         if self.options.strict:
             refusal = first_refusal(compiled.sites)
             if refusal is not None:
                 raise RefusedError(refusal)
         self.freeze(self._frozen)
-
-    def _add(self, new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> None:
-        """Add ``new`` to the entries, or put one for all sizes in the place of two."""
-        for old in self.entries:
-            if old.is_general or not old.guard.matches(args, kwargs):
-                continue
-            if not old.layout.differs_in_sizes_only(operands):
-                continue
-            merged = merge(old, new, operands)
-            if isinstance(merged, Entry):
-                self.entries = tuple(merged if entry is old else entry for entry in self.entries)
-                return
-            self._note(f"sizes are compiled one by one: {merged}")
-        self.entries = (*self.entries, new)
 
     def _why_not_compile(self, args: Args, kwargs: Kwargs) -> Refusal | None:
         compiler = self._compilers.serving(tensors_of(self.original, args, kwargs))
@@ -341,19 +329,15 @@ class Engine:
         return compiler.binaries.backend.why_unavailable() or why_observed(self.original)
 
     def _why_too_many(self, args: Args, kwargs: Kwargs) -> Refusal | None:
-        reasons = [entry.why_miss(args, kwargs) for entry in self.entries]
-        if not reasons:
+        if not self.entries:
             return None
-        kind = reasons[-1].split(" was ")[0].split(" has ")[0].split(" is ")[0]
-        self._misses[kind] = self._misses.get(kind, 0) + 1
-        self._note(f"recorded again: {reasons[-1]}")
-        if self._misses[kind] <= MOST_MISSES:
-            return None
-        self.entries = self.entries[-MOST_KEPT:]
-        reason = f"{MOST_MISSES} recordings did not settle it: {reasons[-1]}."
-        remedy = "Keep it constant between calls, or pass it as a tensor."
-        self._given_up = Refusal("unsupported-op", reason, remedy)
-        return self._given_up
+        reason = self.entries[-1].why_miss(args, kwargs)
+        self._notices.note(f"recorded again: {reason}")
+        refusal = self._misses.why_too_many(reason)
+        if refusal is not None:
+            self.entries = self.entries[-MOST_KEPT:]
+            self._given_up = refusal
+        return refusal
 
     def _give_up(self, error: TraceError, args: Args, kwargs: Kwargs) -> None:
         key = call_key(self.original, args, kwargs)
@@ -367,37 +351,9 @@ class Engine:
         self._refused = refusal
         if self.options.strict:
             raise RefusedError(refusal)
-        self._say(refusal)
-
-    def _say(self, refusal: Refusal) -> None:
-        """Once per reason: in the report, and as a warning."""
-        if self._note(f"[{refusal.code}] {refusal.reason} {refusal.remedy}".rstrip()):
-            name = type(self.original).__name__
-            warnings.warn(f"{name} runs its original operations: {refusal}", stacklevel=6)
-
-    def _note(self, note: str) -> bool:
-        if note in self._notes:
-            return False
-        self._notes[note] = None
-        return True
+        self._notices.say(refusal)
 
     def _sites(self) -> tuple[Site, ...]:
         if self.entries and self._refused is None:
             return self.entries[-1].compiled.sites
         return describe_kept(self.original, self._refused) if self._refused else ()
-
-    def _all_notes(self) -> list[str]:
-        count = self.recordings
-        if not count and not self._notes:
-            return ["nothing is recorded yet: the first call will be"]
-        plural = "recording" if count == 1 else "recordings"
-        notes = [f"{count} {plural}, {len(self.entries)} compiled"] if count else []
-        notes += self.pruned.notes if self.pruned is not None else ()
-        for entry in self.entries[-1:]:
-            if not entry.compiled.runs_original:
-                notes.append(f"kernels of the backend {entry.backend.name} on {entry.device}")
-            notes += [] if entry.compiled.sites else [NO_SITE]
-            notes += stand_ins(entry)
-            notes += ["calls with gradients: forward and backward"] if entry.required else []
-            notes += entry.compiled.notes
-        return notes + list(self._notes)

@@ -98,6 +98,26 @@ def stand_ins(entry: Entry) -> list[str]:
     return [f"{name}: {what} on the emulator" for name, what in found.items() if what]
 
 
+def with_entry(
+    entries: tuple[Entry, ...], new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs
+) -> tuple[tuple[Entry, ...], list[str]]:
+    """``entries`` and ``new``, which was compiled for this call, or one for all sizes for two.
+
+    Also returns why those for other sizes were not put together with it.
+    """
+    apart: list[str] = []
+    for old in entries:
+        if old.is_general or not old.guard.matches(args, kwargs):
+            continue
+        if not old.layout.differs_in_sizes_only(operands):
+            continue
+        merged = merge(old, new, operands)
+        if isinstance(merged, Entry):
+            return tuple(merged if entry is old else entry for entry in entries), apart
+        apart.append(merged)
+    return (*entries, new), apart
+
+
 def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | str:
     """One entry for the sizes of both and all others, or why there is none.
 

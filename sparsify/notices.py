@@ -1,0 +1,67 @@
+"""What the engine tells about its calls: in the report, and what was refused also as a warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from sparsify.entry import Entry, stand_ins
+from sparsify.errors import Refusal
+from sparsify.report import NO_SITE
+
+MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
+
+
+class Notices:
+    """Each is told once. ``name`` is that of the model's class."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._told: dict[str, None] = {}
+
+    def note(self, text: str) -> bool:
+        """For the report; True if it is new."""
+        if text in self._told:
+            return False
+        self._told[text] = None
+        return True
+
+    def say(self, refusal: Refusal) -> None:
+        """In the report, and as a warning."""
+        if self.note(f"[{refusal.code}] {refusal.reason} {refusal.remedy}".rstrip()):
+            warnings.warn(f"{self._name} runs its original operations: {refusal}", stacklevel=6)
+
+    def of(
+        self, recordings: int, entries: Sequence[Entry], before: Sequence[str] = ()
+    ) -> tuple[str, ...]:
+        """All of them, behind those of ``before`` and what the newest of ``entries`` has to say."""
+        if not recordings and not self._told:
+            return ("nothing is recorded yet: the first call will be",)
+        plural = "recording" if recordings == 1 else "recordings"
+        notes = [f"{recordings} {plural}, {len(entries)} compiled"] if recordings else []
+        notes += before
+        for entry in entries[-1:]:
+            if not entry.compiled.runs_original:
+                notes.append(f"kernels of the backend {entry.backend.name} on {entry.device}")
+            notes += [] if entry.compiled.sites else [NO_SITE]
+            notes += stand_ins(entry)
+            notes += ["calls with gradients: forward and backward"] if entry.required else []
+            notes += entry.compiled.notes
+        return (*notes, *self._told)
+
+
+class Misses:
+    """Counts why calls had to be recorded again."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def why_too_many(self, reason: str) -> Refusal | None:
+        """Count a recording for ``reason``; why it is the last one."""
+        kind = reason.split(" was ")[0].split(" has ")[0].split(" is ")[0]
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if self._counts[kind] <= MOST_MISSES:
+            return None
+        told = f"{MOST_MISSES} recordings did not settle it: {reason}."
+        remedy = "Keep it constant between calls, or pass it as a tensor."
+        return Refusal("unsupported-op", told, remedy)
