@@ -3,8 +3,8 @@
 Every node of a recording, and every node that a pass creates, has in ``node.meta``:
 
     val         TensorInfo, or a tuple of them for an op with several results
-    source      Source of a placeholder; of a weight that is computed, and of its parts, the parameter
-                that it is made of
+    source      Source of a placeholder; of a weight that is computed, and of its parts, the
+                parameter that it is made of
     location    Location: the user's line
     module      dotted path of the innermost submodule whose forward ran, "" for the root
     loops       tuple of LoopStep, outermost first

@@ -28,13 +28,15 @@ class SizedLaunchable:
 
     A strategy decides who shares neurons and rows, and a layout which zeros are read, not what is
     computed nor in which order events are added, so a plan stays what it says. ``timed_at`` is the
-    batch at which the first kernel was measured to be the best.
+    batch at which the first kernel was measured to be the best. While ``is_settled``, no layout
+    changes: dense products of another one are added up in another order.
     """
 
     def __init__(self, rechooser: Choice, timed_at: int | None) -> None:
         first = rechooser.base
         self.kernel, self.schedule = first.kernel, first.schedule
         self._rechooser, self._used = rechooser, [first]
+        self.is_settled = False
         self._by_batch: dict[int, Launchable] = {} if timed_at is None else {timed_at: first}
 
     def __call__(
@@ -46,7 +48,7 @@ class SizedLaunchable:
         outputs: Mapping[str, Tensor] | None = None,
         frozen: bool = False,
     ) -> dict[str, Tensor]:
-        if not frozen and self._rechooser.look(tensors):
+        if not frozen and not self.is_settled and self._rechooser.look(tensors):
             self._by_batch = {}
         launchable = self._by_batch.get(batch)
         if launchable is None:

@@ -10,7 +10,8 @@ at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sparsify.errors import MismatchError
 from sparsify.passes.without_packing import without_packing
 from sparsify.region import Region
 from sparsify.saved_bits import pack_bits, unpack_bits
+from sparsify.sized_launchable import SizedLaunchable
 from sparsify.verify_figures import RegionFigures
 from sparsify.verify_outputs import RegionOutput
 from sparsify.verify_values import Place, check_equal
@@ -105,6 +107,11 @@ class RegionCheck:
         self.expected: Tensors = ()
 
     def run(self, most_undecided: float, progress: Progress | None = None) -> RegionFigures:
+        """Raises MismatchError; what a kernel computes must not change its layout meanwhile."""
+        with _settled(self.region):
+            return self._run(most_undecided, progress)
+
+    def _run(self, most_undecided: float, progress: Progress | None) -> RegionFigures:
         before = count_events(self.region)
         whole = self._run_region(self.steps, self.carries, self.given_xs)
         launched = count_events(self.region) != before or before is None
@@ -210,6 +217,18 @@ class RegionCheck:
             self.without_bound,
             launched,
         )
+
+
+@contextmanager
+def _settled(region: nn.Module) -> Iterator[None]:
+    launchable = getattr(region, "launchable", None)
+    if isinstance(launchable, SizedLaunchable):
+        launchable.is_settled = True
+    try:
+        yield
+    finally:
+        if isinstance(launchable, SizedLaunchable):
+            launchable.is_settled = False
 
 
 def count_events(region: nn.Module) -> object:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsify.errors import RefusalCode
 from tests import zoo_feedforward as feedforward
 from tests import zoo_gated as gated
+from tests import zoo_pruned as pruned
 from tests import zoo_rates as rates
 from tests import zoo_recurrent as recurrent
 from tests import zoo_snntorch as snntorch_nets
@@ -223,6 +224,28 @@ ENTRIES = (
         events=("rlif.recurrent", "fc2"),
         recordings=3,
     ),
+    Entry(
+        "nn.GRU, pruned",
+        lambda: rates.TorchRNN(pruned.pruned(nn.GRU(IN, HIDDEN), "weight_hh_l0", "weight_ih_l0")),
+        events=("rnn.weight_hh_l0", "rnn.weight_ih_l0"),
+        grid=None,
+    ),
+    Entry(
+        "nn.LSTM, pruned",
+        lambda: rates.TorchRNN(
+            pruned.pruned(nn.LSTM(IN, HIDDEN, batch_first=True), "weight_hh_l0")
+        ),
+        events=("rnn.weight_hh_l0",),
+        grid=None,
+        layout="batch first",
+    ),
+    Entry(
+        "nn.RNN tanh, pruned",
+        lambda: rates.TorchRNN(pruned.pruned(nn.RNN(IN, HIDDEN), "weight_hh_l0")),
+        events=("rnn.weight_hh_l0",),
+        grid=None,
+    ),
+    Entry("GRUCell, pruned", pruned.gru_cells, events=("cell.weight_hh",), grid=None),
     Entry("tanh by hand", rates.TanhRNN, code="no-event", grid=None),
     Entry(
         "nn.RNN tanh",
