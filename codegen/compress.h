@@ -165,11 +165,17 @@ void each_kept(const Matrix<Word>& band, int64_t first, int64_t last, int64_t ru
 
 constexpr int64_t kChunk = 16;
 
-// Fills in what `starts` counted. Chunks are filled up with zeros, at places behind the band if
-// `apart`, so that no place is there twice, else at the band's first one.
+// Fills in what `starts` counted: chunks, their places before their weights, or the places and the
+// weights of runs. Chunks are filled up with zeros, at places behind the band if `apart`, so that no
+// place is there twice, else at the band's first one.
 template <class Word>
 void fill_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, bool apart,
                const uint32_t* starts, uint16_t* places, Word* weights, int threads) {
+  constexpr int64_t kWords = kChunk + 2 * kChunk / sizeof(Word);  // of a chunk, places included
+  const auto put = [&](uint32_t unit, int64_t n, int64_t place, Word weight) {
+    places[unit * kWords * sizeof(Word) / 2 + n] = uint16_t(place);
+    weights[unit * kWords + n] = weight;
+  };
   divide_lines(from, threads, [&](int64_t first, int64_t last) {
     for (int64_t base = 0; base < from.places; base += band) {
       const Matrix<Word> part = band_of(from, base, band);
@@ -187,15 +193,12 @@ void fill_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, bool 
         continue;
       }
       each_kept(part, first, last, 1, found, [&](int64_t line, int64_t place, uint32_t n) {
-        const int64_t at = int64_t(units[line]) * kChunk + n;
-        places[at] = uint16_t(place);
-        weights[at] = part.at(line, place);
+        put(units[line] + n / kChunk, n % kChunk, place, part.at(line, place));
       });
       for (int64_t line = first; line < last; ++line)
         for (int64_t n = found[line - first]; n % kChunk; ++n) {
-          const int64_t at = int64_t(units[line]) * kChunk + n;
-          places[at] = apart ? uint16_t(band + n % kChunk) : uint16_t(0);
-          weights[at] = Word(0);
+          const int64_t i = n % kChunk;
+          put(units[line] + uint32_t(n / kChunk), i, apart ? band + i : 0, Word(0));
         }
     }
   });

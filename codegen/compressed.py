@@ -78,13 +78,16 @@ class Compressor:
         units = int(starts[-1])
         if form.is_masked:
             kept, beside = units, bands * (lines + 1) * form.band // 8
-        else:
-            kept, beside = units * together * run, 2 * units * (CHUNK if run == 1 else 1)
-        head = torch.tensor([form.band, lines, places, *[0] * (HEAD - 3)], dtype=torch.int64)
-        packed, (at, weights) = _lay_out(head, starts, beside, kept * size)
+        elif run > 1:
+            kept, beside = units * run, 2 * units
+        else:  # the places of a chunk lie before its weights
+            kept, beside = units * CHUNK, 0
+        chunks = 2 * kept if beside == 0 else 0
+        packed, (at, weights) = _lay_out(
+            (form.band, lines, places), starts, beside, kept * size + chunks, chunks > 0
+        )
         if form.is_masked:
-            fill = (form.band, starts.data_ptr(), at, weights, threads)
-            self._fill_masked(*given, *fill)
+            self._fill_masked(*given, form.band, starts.data_ptr(), at, weights, threads)
         else:
             self._fill_kept(
                 *given, form.band, run, form.apart, starts.data_ptr(), at, weights, threads
@@ -93,19 +96,22 @@ class Compressor:
 
 
 def _lay_out(
-    head: torch.Tensor, starts: torch.Tensor, beside: int, weights: int
+    sizes: tuple[int, int, int], starts: torch.Tensor, beside: int, weights: int, chunks: bool
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Room for what is packed, with ``head`` and ``starts``, and the addresses of the rest.
+    """Room for what is packed, with its head and ``starts``, and the addresses of the rest.
 
     Behind the weights there is as much as a vector has, because whole vectors are read.
     """
-    sizes = (HEAD * 8, starts.numel() * 4, beside, weights + LINE)
+    lengths = (HEAD * 8, starts.numel() * 4, beside, weights + LINE)
     places = [0]
-    for size in sizes:
-        places.append(places[-1] + -(-size // LINE) * LINE)
+    for length in lengths:
+        places.append(places[-1] + -(-length // LINE) * LINE)
     packed = torch.empty(places[-1], dtype=torch.uint8, device="cpu")
-    head[3:] = torch.tensor(places[1:4])
+    at, first = places[2], places[3]
+    if chunks:
+        at, first = first, first + 2 * CHUNK
+    head = torch.tensor([*sizes, places[1], at, first], dtype=torch.int64)
     packed[: HEAD * 8] = head.view(torch.uint8)
-    packed[places[1] : places[1] + sizes[1]] = starts.view(torch.uint8)
+    packed[places[1] : places[1] + lengths[1]] = starts.view(torch.uint8)
     address = packed.data_ptr()
-    return packed, (address + places[2], address + places[3])
+    return packed, (address + at, address + first)

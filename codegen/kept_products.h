@@ -39,9 +39,8 @@ struct Line {
 
   template <class Visit>
   SPARSIFY_INLINE void each(Visit visit) const {
-    constexpr int WEIGHTS = Kept<W, RUN>::WEIGHTS, PLACES = Kept<W, RUN>::PLACES;
     for (int64_t unit = first; unit < int64_t(end); ++unit)
-      visit(weight.places + unit * PLACES, weight.weights + unit * WEIGHTS);
+      visit(weight.places_of(unit), weight.weights_of(unit));
   }
 };
 
@@ -100,15 +99,14 @@ SPARSIFY_INLINE F dot(const Kept<W, RUN>& weight, int64_t receiver, const F* sou
 template <int RUN, class F, class W>
 __attribute__((noinline)) F dot_with_zeros(const Kept<W, RUN>& weight, int64_t receiver,
                                            const F* source) {
-  constexpr int PLACES = Kept<W, RUN>::PLACES, WEIGHTS = Kept<W, RUN>::WEIGHTS;
   int64_t infinite = 0;
   for (int64_t s = 0; s < weight.size; ++s) infinite += !(absolute(source[s]) < infinity<F>());
   F sum = F(0);
   each_band(weight, receiver, [&](const Line<W, RUN>& line) {
     line.each([&](const uint16_t* places, const W* weights) {
-      for (int i = 0; i < WEIGHTS; ++i) {
-        const int64_t place = places[PLACES == 1 ? 0 : i];
-        const int64_t s = line.base + place * RUN + (PLACES == 1 ? i : 0);
+      for (int i = 0; i < Kept<W, RUN>::WEIGHTS; ++i) {
+        const int64_t place = places[RUN == 1 ? i : 0];
+        const int64_t s = line.base + place * RUN + (RUN == 1 ? 0 : i);
         if (F(weights[i]) == F(0)) continue;
         infinite -= !(absolute(source[s]) < infinity<F>());
         sum += F(weights[i]) * source[s];

@@ -12,14 +12,16 @@ constexpr int UNITS_AHEAD = 8;      // units between asking for one and adding i
 
 // A weight as compress.h packs it. A line holds what a sender sends, or what a receiver gets. Its
 // units are those of a band of places first: chunks of CHUNK weights with a place each if RUN is 1,
-// else the weights of RUN places in a row, of which one is not zero. Zeros fill up the last chunk.
+// else the weights of RUN places in a row, of which one is not zero. Zeros fill up the last chunk. The
+// places of a chunk lie before its weights, those of runs lie apart.
 template <class W, int RUN>
 struct Kept {
-  static constexpr int WEIGHTS = RUN == 1 ? CHUNK : RUN, PLACES = RUN == 1 ? CHUNK : 1;
+  static constexpr int WEIGHTS = RUN == 1 ? CHUNK : RUN;
+  static constexpr int64_t BYTES = WEIGHTS * sizeof(W) + (RUN == 1 ? 2 * CHUNK : 0);
   int64_t band, lines, size;  // size: of all places
   const uint32_t* starts;     // [bands][lines + 1] units
-  const uint16_t* places;     // [units][PLACES] from the band's first one, in runs
-  const W* weights;           // [units][WEIGHTS]
+  const char* places;         // of units, from the band's first one, in runs
+  const char* weights;        // of units
 
   Kept() = default;
   explicit Kept(const void* packed) {
@@ -27,8 +29,14 @@ struct Kept {
     const char* const bytes = static_cast<const char*>(packed);
     band = head[0], lines = head[1], size = head[2];
     starts = reinterpret_cast<const uint32_t*>(bytes + head[3]);
-    places = reinterpret_cast<const uint16_t*>(bytes + head[4]);
-    weights = reinterpret_cast<const W*>(bytes + head[5]);
+    places = bytes + head[4];
+    weights = bytes + head[5];
+  }
+  const uint16_t* places_of(int64_t unit) const {
+    return reinterpret_cast<const uint16_t*>(places + unit * (RUN == 1 ? BYTES : 2));
+  }
+  const W* weights_of(int64_t unit) const {
+    return reinterpret_cast<const W*>(weights + unit * BYTES);
   }
   const uint32_t* starts_of(int64_t first) const { return starts + first / band * (lines + 1); }
 };
@@ -103,7 +111,7 @@ struct Listed {
   // At most WIDEST_BAND / 8 units, from `first` to `end`.
   SPARSIFY_INLINE void append(F* sums, const Kept<W, RUN>& from, uint32_t first, uint32_t end,
                               F value) {
-    if (count + (end - first) > LISTED) add(sums, from);
+    if (count + (end - first) > LISTED) add(sums, from, first);
     for (uint32_t at = first; at < end; at += 16) {
       const int64_t to = count + (at - first);
       *reinterpret_cast<Numbers*>(unit + to) = NUMBERS + at;
@@ -113,17 +121,18 @@ struct Listed {
     count += end - first;
   }
 
-  SPARSIFY_INLINE void add(F* sums, const Kept<W, RUN>& from) {
-    constexpr int WEIGHTS = Kept<W, RUN>::WEIGHTS, PLACES = Kept<W, RUN>::PLACES;
+  // `then` is the unit that is read afterwards.
+  SPARSIFY_INLINE void add(F* sums, const Kept<W, RUN>& from, uint32_t then) {
     if (!count) return;
-    for (int i = 0; i < UNITS_AHEAD; ++i) unit[count + i] = unit[count - 1];
+    for (int i = 0; i < UNITS_AHEAD; ++i) unit[count + i] = then + i;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t at = unit[k], later = unit[k + UNITS_AHEAD];
-      __builtin_prefetch(from.places + later * PLACES);
+      const char* const soon = reinterpret_cast<const char*>(from.places_of(later));
+      if (RUN > 1) __builtin_prefetch(soon);
+      const char* const lines = RUN == 1 ? soon : reinterpret_cast<const char*>(from.weights_of(later));
       SPARSIFY_UNROLL
-      for (int i = 0; i < WEIGHTS; i += 64 / int(sizeof(W)))
-        __builtin_prefetch(from.weights + later * WEIGHTS + i);
-      add_unit<RUN, PAYLOAD>(sums, from.places + at * PLACES, from.weights + at * WEIGHTS,
+      for (int64_t i = 0; i < Kept<W, RUN>::BYTES; i += 64) __builtin_prefetch(lines + i);
+      add_unit<RUN, PAYLOAD>(sums, from.places_of(at), from.weights_of(at),
                              PAYLOAD ? payload[k] : F(1));
     }
     count = 0;
@@ -136,34 +145,33 @@ struct Listed {
 template <int RUN, class F, class W>
 __attribute__((noinline)) void add_to_all(F* sums, const Kept<W, RUN>& from, uint32_t first,
                                           uint32_t end, F payload, int64_t width) {
-  constexpr int WEIGHTS = Kept<W, RUN>::WEIGHTS, PLACES = Kept<W, RUN>::PLACES;
   F line[WIDEST_BAND + CHUNK];
   for (int64_t i = 0; i < width; ++i) line[i] = F(0);
   for (int64_t unit = first; unit < end; ++unit)
-    for (int i = 0; i < WEIGHTS; ++i) {
-      const int64_t place = from.places[unit * PLACES + (RUN == 1 ? i : 0)];
-      line[place * RUN + (RUN == 1 ? 0 : i)] = F(from.weights[unit * WEIGHTS + i]);
+    for (int i = 0; i < Kept<W, RUN>::WEIGHTS; ++i) {
+      const int64_t place = from.places_of(unit)[RUN == 1 ? i : 0];
+      line[place * RUN + (RUN == 1 ? 0 : i)] = F(from.weights_of(unit)[i]);
     }
   for (int64_t i = 0; i < width; ++i) sums[i] += line[i] * payload;
 }
 
-// Sums the events from `k` to `end` of one batch row.
+// Sums the events from `k` to `end` of one batch row. `then` is the sender that is read afterwards.
 template <bool PAYLOAD, int RUN, class Index, class F, class W>
 SPARSIFY_INLINE void add_kept(F* sums, const Kept<W, RUN>& from, const uint32_t* starts,
                               const Index* index, const F* payload, int32_t k, int32_t end,
-                              int64_t width) {
+                              int64_t width, int64_t then) {
   Listed<RUN, PAYLOAD, F, W> listed;
   for (; k < end; ++k) {
     const int64_t sender = index[k];
     const F value = PAYLOAD ? payload[k] : F(1);
     if (PAYLOAD && !(absolute(value) < infinity<F>())) {
-      listed.add(sums, from);
+      listed.add(sums, from, starts[sender]);
       add_to_all(sums, from, starts[sender], starts[sender + 1], value, width);
     } else {
       listed.append(sums, from, starts[sender], starts[sender + 1], value);
     }
   }
-  listed.add(sums, from);
+  listed.add(sums, from, starts[then]);
 }
 
 // sums[row][r] = sum over the events of `row` of payload * weight[r][event], for receivers
@@ -187,11 +195,13 @@ void gather_kept_events(F* sums, int64_t receivers, const Kept<W, RUN>& weight,
         const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
         const int32_t* const ends = events.ends + row * blocks;
         const int32_t k = block ? ends[block - 1] : 0;
-        if (k == ends[block]) continue;
+        const int32_t end = ends[block];
+        if (k == end) continue;
+        const int64_t then = index[end < events.count[row] ? end : end - 1];
         if (payload)
-          add_kept<true>(block_sums, weight, starts, index, payload, k, ends[block], width);
+          add_kept<true>(block_sums, weight, starts, index, payload, k, end, width, then);
         else
-          add_kept<false>(block_sums, weight, starts, index, payload, k, ends[block], width);
+          add_kept<false>(block_sums, weight, starts, index, payload, k, end, width, then);
         F* const to = sums + row * receivers + first;
         SPARSIFY_LANES
         for (int64_t i = 0; i < width; ++i) {

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from sparsify import ir
 from sparsify.plan import Plan, RegionPlan
 
 REGIONS = {"scan_0": RegionPlan("rows-per-thread", 64)}
@@ -63,3 +65,20 @@ def test_a_file_with_a_wrong_decision_is_refused() -> None:
     text = PLAN.to_json().replace('"off"', '"sometimes"')
     with pytest.raises(ValueError, match="'sometimes' is no decision"):
         Plan.from_json(text)
+
+
+def test_layouts_are_pinned_saved_and_printed() -> None:
+    layout = ir.Layout("block-rows", 16)
+    pinned = PLAN.pin("fc", "event", layout)
+    assert pinned.layouts == {"fc": layout}
+    assert pinned.training is not None
+    assert pinned.training.layouts == {"fc": layout}
+    assert Plan.from_json(pinned.to_json()) == pinned
+    assert str(pinned).splitlines()[0] == "fc   event, block-rows of 16"
+    assert pinned.pin("fc", "dense").layouts == {"fc": layout}
+
+
+def test_a_plan_of_before_layouts_is_read() -> None:
+    content = json.loads(PLAN.to_json())
+    del content["layouts"]
+    assert Plan.from_json(json.dumps(content)) == PLAN

@@ -25,6 +25,7 @@ from tests.example_kernels import (
 from tests.half_kernels import half_lif
 
 GOLDEN = Path(__file__).parent / "golden"
+PRUNED = (("w_in", ir.Layout("masked-rows")), ("w_rec", ir.Layout("compressed-rows")))
 CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_rows": (lif(70, 130), schedule(lif(70, 130), "rows-per-thread")),
     "lif_neurons": (lif(70, 130), schedule(lif(70, 130), "neurons-per-thread")),
@@ -47,6 +48,17 @@ CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_gradient_neurons": (
         lif_gradient(130),
         schedule(lif_gradient(130), "neurons-per-thread"),
+    ),
+    "lif_compressed": (
+        lif(70, 130),
+        replace(schedule(lif(70, 130), "neurons-per-thread"), layouts=PRUNED),
+    ),
+    "lif_gradient_blocks": (
+        lif_gradient(130),
+        replace(
+            schedule(lif_gradient(130), "rows-per-thread"),
+            layouts=((lif_gradient(130).weights[0].name, ir.Layout("block-rows", 16)),),
+        ),
     ),
     "gate_of_bits": (
         gate_of_bits(70),

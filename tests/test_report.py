@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sparsify.errors import Location
@@ -55,3 +57,30 @@ def test_drift_is_told_when_activity_crosses_the_break_even() -> None:
     assert len(told.drift()) == 1
     assert "rec: 31.0% of its inputs are active now, 5.0% were" in told.drift()[0]
     assert "dense is predicted to be faster above 20.0%" in str(told)
+
+
+PRUNED = replace(
+    EVENT,
+    layout="compressed-rows",
+    weight_density=0.1,
+    both_operations=10_000,
+    parameter_gain=3.0,
+    took_ms={"event": 0.5, "both": 0.2},
+)
+
+
+def test_a_pruned_site_tells_its_layout_density_operations_and_gain() -> None:
+    head, _, row, *_ = str(Report((PRUNED,))).splitlines()
+    assert head.split() == [
+        *("site", "line", "decision", "layout", "activity", "density", "operations", "time"),
+        *("fusion", "sparsity", "parameters"),
+    ]
+    assert row.split()[3:6] == ["compressed-rows", "5.0%", "10.0%"]
+    assert "10k of 2M" in row
+    assert row.endswith("4.0x    4.0x      3.0x")
+
+
+def test_drift_is_told_when_weights_have_other_zeros() -> None:
+    assert Report((PRUNED,), live_density={"rec": 0.14}).drift() == ()
+    (told,) = Report((PRUNED,), live_density={"rec": 0.5}).drift()
+    assert told.startswith("rec: 50.0% of its weights are not zero now, 10.0% were when compressed")

@@ -1,0 +1,222 @@
+"""Pruned recurrent spiking layers: zeros of weights and events together, and each alone.
+
+python examples/benchmarks/pruned_recurrent.py           # sizes, patterns, a grid, break-evens
+python examples/benchmarks/pruned_recurrent.py --quick   # one small size, to see that it runs
+
+Kernels and peers alike are told that weights stay (``freeze``): peers hold converted copies. What
+looking at the weights in every call costs is told beside that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from command_line import machine
+from networks import Recurrent, spike_trains
+from peers import dense_peers
+from torch import Tensor
+
+import sparsify
+from sparsify.bench import measure_pairs
+from sparsify.ir import DENSE_ROWS
+
+INPUTS, INPUT_RATE = 700, 0.02
+EXAMPLES = 4  # inputs that take turns
+DENSE, EVENTS, BOTH = "dense", "events", "both"
+LOOKING = "both, looking at weights"
+CALIBRATION = (20, 4)  # steps and samples on which the threshold is chosen
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network. ``pattern`` is "anywhere", "2:4" along receivers, or "blocks" of 16 of them."""
+
+    hidden: int
+    batch: int = 1
+    density: float = 0.1
+    activity: float = 0.1
+    pattern: str = "anywhere"
+    steps: int = 100
+
+
+SIZES = (
+    Case(2048),
+    Case(4096),
+    Case(2048, batch=32),
+    Case(4096, batch=32, steps=40),
+    Case(2048, density=0.5, pattern="2:4"),
+    Case(2048, pattern="blocks"),
+)
+GRID = [(a, d) for a in (0.02, 0.05, 0.1, 0.2) for d in (0.02, 0.05, 0.1, 0.2, 0.5)]
+
+
+class PrunedNet(Recurrent):
+    """The threshold is a tensor, so that one kernel serves all activities."""
+
+    threshold: Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "theta":
+            self.register_buffer("threshold", torch.tensor(float(value)))
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__("threshold" if name == "theta" else name)
+
+
+def keep(weight: Tensor, case: Case) -> Tensor:
+    """Which weights ``[receivers, senders]`` are left: the largest, alone or in groups."""
+    size = weight.abs()
+    if case.pattern == "2:4":
+        groups = size.view(-1, 4, size.shape[1])
+        return torch.zeros_like(groups).scatter_(1, groups.topk(2, 1).indices, 1.0).flatten(0, 1)
+    if case.pattern == "blocks":
+        blocks = size.view(-1, 16, size.shape[1])
+        score = blocks.sum(1, keepdim=True).expand_as(blocks).reshape(size.shape)
+    else:
+        score = size + torch.rand_like(size) * 1e-6  # weights on a grid are often equal
+    least = score.flatten().kthvalue(max(1, round((1 - case.density) * score.numel()))).values
+    kept: Tensor = score > least
+    return kept.to(weight.dtype)
+
+
+def build(case: Case) -> tuple[PrunedNet, list[Tensor]]:
+    """A calibrated network and its inputs."""
+    torch.manual_seed(0)
+    model = PrunedNet(INPUTS, case.hidden).eval()
+    for weight in model.products():
+        weight.mul_(keep(weight, case) / case.density**0.5)
+        weight.copy_(torch.round(weight * 1024) / 1024)  # sums stay exact in any order
+    model.calibrate(spike_trains(*CALIBRATION, INPUTS, INPUT_RATE), case.activity)
+    shape = (case.steps, case.batch, INPUTS, INPUT_RATE)
+    return model, [spike_trains(*shape) for _ in range(EXAMPLES)]
+
+
+def variants(model: PrunedNet, x: Tensor) -> dict[str, Any]:
+    """Our kernels without and with events, with and without the weights that are zero."""
+    chosen: Any = sparsify.sparsify(model, x)
+    found: dict[str, Any] = {}
+    for name, decision in ((DENSE, "dense"), (EVENTS, "event")):
+        plan = chosen.plan
+        for site in chosen.report.sites:
+            plan = plan.pin(site.name, decision, DENSE_ROWS)
+        fast: Any = sparsify.sparsify(model, x, plan=plan)
+        found[name] = fast.freeze()
+    plan = chosen.plan
+    for site in chosen.report.sites:
+        plan = plan.pin(site.name, "event")
+    found[LOOKING] = sparsify.sparsify(model, x, plan=plan)
+    frozen: Any = sparsify.sparsify(model, x, plan=plan)
+    found[BOTH] = frozen.freeze()
+    return found
+
+
+def check(outputs: Mapping[str, Any]) -> None:
+    """Spikes are equal where sums are exact and nothing rounds weights."""
+    expected = outputs["eager"] if "eager" in outputs else outputs[EVENTS]
+    for name in (DENSE, EVENTS, BOTH, LOOKING, "hoisted"):
+        if name in outputs:
+            assert torch.equal(outputs[name], expected), f"{name} gives other spikes than eager"
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Everything against everything, in interleaved rounds."""
+    model, inputs = build(case)
+    activity = float(model(inputs[0]).mean())
+    density = float(model.products()[1].ne(0).float().mean())
+    print(
+        f"\n{case.hidden} neurons, batch {case.batch}, {case.steps} steps: {density:.1%} of "
+        f"weights ({case.pattern}), {activity:.1%} of neurons fire"
+    )
+    peers = dense_peers(model, inputs[0], compiled=False)
+    ours = variants(model, inputs[0])
+    timings = measure_pairs({**peers, **ours}, rounds, inputs=inputs, check=check)
+    best = min(peers.keys() - {"eager"}, key=timings.median_ms)
+    print(timings)
+    gains = {
+        "activity": timings.ratio(DENSE, EVENTS),
+        "parameters, beside events": timings.ratio(EVENTS, BOTH),
+        f"best dense peer ({best}) over both": timings.ratio(best, BOTH),
+    }
+    for what, ratio in gains.items():
+        print(f"{what}: {ratio}")
+    sites = ours[BOTH].report.sites
+    for site in sites:
+        print(f"{site.name}: {site.decision}, {site.layout or 'dense rows'}")
+    return {
+        **asdict(case),
+        "measured_activity": activity,
+        "measured_density": density,
+        "layouts": {site.name: site.layout for site in sites},
+        "median_ms": {name: timings.median_ms(name) for name in timings.seconds},
+        "gains": {what: asdict(ratio) for what, ratio in gains.items()},
+        "contended": timings.why_contended,
+    }
+
+
+def measure_grid(hidden: int, rounds: int, grid: list[tuple[float, float]]) -> list[dict[str, Any]]:
+    """Microseconds a step with events, and without the weights that are zero beside."""
+    print(f"\n{hidden} neurons, batch 1: microseconds a step of events alone / of both")
+    found = []
+    for activity, density in grid:
+        model, inputs = build(Case(hidden, density=density, activity=activity))
+        ours = variants(model, inputs[0])
+        some = {name: ours[name] for name in (EVENTS, BOTH)}
+        timings = measure_pairs(some, rounds, inputs=inputs, check=check)
+        step = {name: timings.median_ms(name) * 1e3 / inputs[0].shape[0] for name in some}
+        fired = float(ours[BOTH](inputs[0]).mean())
+        adds = hidden * fired * hidden * density + INPUTS * INPUT_RATE * hidden * density
+        layout = ours[BOTH].report["rec"].layout or "dense rows"
+        print(
+            f"activity {fired:5.1%}, density {density:4.0%}: {step[EVENTS]:7.1f} / "
+            f"{step[BOTH]:7.1f}   {adds / 1e3:7.1f} k weights added, {layout}"
+        )
+        found.append({"activity": fired, "density": density, "adds": adds, **step})
+    return found
+
+
+def print_break_evens(hidden: int, grid: list[dict[str, Any]]) -> None:
+    """Where leaving out zeros begins to gain: as predicted, and between points of the grid."""
+    model, inputs = build(Case(hidden))
+    fast: Any = sparsify.sparsify(model, inputs[0])
+    site = fast.report["rec"]
+    print(
+        f"predicted break-even: {site.break_even_density or 0:.0%} of weights, "
+        f"{site.break_even or 0:.0%} of senders"
+    )
+    faster = [p["density"] for p in grid if p[BOTH] < 0.95 * p[EVENTS]]
+    print(f"measured: up to {max(faster, default=0.0):.0%} of weights, of the densities above")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Pruned recurrent spiking layers.")
+    parser.add_argument("--quick", action="store_true", help="one small size")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of the cases to run")
+    parser.add_argument("--grid", type=int, default=2048, help="neurons of the grid, 0 for none")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args(argv)
+    cases, hidden = list(SIZES), args.grid
+    if args.quick:
+        cases, hidden, args.rounds = [Case(256, steps=20)], 0, 3
+    if args.sizes is not None:
+        cases = [cases[number] for number in args.sizes]
+    with torch.inference_mode():
+        figures = [measure(case, args.rounds) for case in cases]
+        points = measure_grid(hidden, args.rounds, GRID) if hidden else []
+        if points:
+            print_break_evens(hidden, points)
+    if args.json:
+        content = {"machine": machine(), "figures": figures, "grid": points}
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

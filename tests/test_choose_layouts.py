@@ -1,0 +1,130 @@
+"""Layouts of weights among the candidates, in plans and reports, and chosen again while running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify import ir
+from sparsify.api import sparsify
+from sparsify.candidates import Predictor, Workload, find_candidates
+from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
+from sparsify.cost_model import Rates
+from sparsify.layouts import layouts_of, scattered
+from sparsify.rechoose import EVERY, Rechooser
+from sparsify.weight_pattern import DENSE, Pattern
+from tests.example_kernels import product
+from tests.small_nets import RecurrentNet, spikes
+
+# Of an AVX-512 core; weights that do not stay in its cache are read at 20 GB/s.
+RATES = Rates(1e11, event_adds=4e10, dense_macs=7e10, pointwise=2e9, far_bytes=2e10)
+COMPRESSED = ir.Layout("compressed-rows")
+
+
+def predictor(pattern: Pattern, activity: float = 0.1, size: int = 2048) -> Predictor:
+    kernel = product(size, size)
+    workload = Workload(100, 1, {"y": activity})
+    return Predictor(kernel, workload, CppBackend(RATES), patterns={"w": pattern})
+
+
+def kinds(found: Predictor) -> list[str]:
+    """Layouts of the candidates, the fastest first."""
+    return [c.schedule.layout_of("w").kind for c in find_candidates(found, {})]
+
+
+def test_few_weights_that_are_left_are_compressed() -> None:
+    assert kinds(predictor(scattered(0.1)))[0] == "compressed-rows"
+    assert kinds(predictor(scattered(0.95)))[0] == "dense-rows"
+    assert set(kinds(predictor(DENSE))) == {"dense-rows"}
+
+
+def test_what_is_left_in_blocks_or_groups_is_kept_so() -> None:
+    blocks = Pattern(0.1, {8: 0.1, 16: 0.1, 32: 0.19})
+    assert kinds(predictor(blocks))[0] == "block-rows"
+    assert [layout.width for layout in layouts_of(blocks, along=True)][2:] == [8, 16, 32]
+    assert "block-rows" not in {layout.kind for layout in layouts_of(blocks, along=False)}
+    two_of_four = Pattern(0.5, {8: 1.0, 16: 1.0, 32: 1.0}, (2, 4), 0.5, 0.5)
+    assert kinds(predictor(two_of_four))[0] == "masked-rows"
+
+
+def test_candidates_are_few_and_have_labels() -> None:
+    found = find_candidates(predictor(scattered(0.1)), {})
+    assert len(found) <= 5
+    assert {"event", "both"} <= {c.label for c in found}
+    assert all(c.label in ("both", "parameters") for c in found if c.schedule.layouts)
+
+
+def test_a_pinned_layout_is_not_varied() -> None:
+    found = replace(predictor(scattered(0.1)), pinned=(("w", ir.Layout("masked-rows")),))
+    assert set(kinds(found)) == {"masked-rows"}
+    found = replace(predictor(scattered(0.1)), pinned=(("w", ir.DENSE_ROWS),))
+    assert set(kinds(found)) == {"dense-rows"}
+
+
+def test_the_break_even_density_divides_the_layouts() -> None:
+    found = predictor(scattered(0.1))
+    even = found.break_even_density({"y": "event"}, "w")
+    assert 0.1 < even < 0.76  # denser ones are not tried
+    assert kinds(predictor(scattered(0.8 * even)))[0] != "dense-rows"
+
+
+class Launched:
+    """A launchable that runs nothing."""
+
+    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule) -> None:
+        self.kernel, self.schedule = kernel, schedule
+        self.events: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, tensors: Mapping[str, Any], **sizes: Any) -> dict[str, Any]:
+        return {}
+
+    def reset_events(self) -> None: ...
+
+
+def test_weights_that_are_pruned_later_get_another_layout_and_back() -> None:
+    found = predictor(DENSE)
+    first = Launched(found.kernel, ir.Schedule("neurons-per-thread", (("y", "event"),)))
+    rechooser = Rechooser(found, first, Launched)
+    weight = torch.ones(2048, 2048)
+    assert not any(rechooser.look({"w": weight}) for _ in range(EVERY))
+    weight *= torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0)) < 0.1
+    assert sum(rechooser.look({"w": weight}) for _ in range(3 * EVERY)) == 1
+    assert rechooser.base.schedule.layout_of("w").kind == "compressed-rows"
+    assert 0.09 < rechooser.densities["w"] < 0.11
+    assert sum(rechooser.look({"w": torch.ones(2048, 2048)}) for _ in range(EVERY)) == 1
+    assert rechooser.base.schedule == first.schedule
+
+
+@pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
+def test_a_pinned_layout_runs_is_reported_and_drifts() -> None:
+    model, x = RecurrentNet().eval(), spikes()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter *= torch.rand_like(parameter) < 0.3
+        fast: Any = sparsify(model, x, timing=False)
+        plan = fast.plan
+        sites = [site.name for site in fast.report.sites if site.decision != "kept"]
+        assert sites
+        for site in sites:
+            plan = plan.pin(site, "event", COMPRESSED)
+        pinned: Any = sparsify(model, x, plan=plan)
+        for name in sites:
+            site = pinned.report[name]
+            assert (site.decision, site.layout) == ("event", "compressed-rows")
+            assert site.both_operations == pytest.approx(
+                site.dense_operations * site.activity * site.weight_density
+            )
+        assert torch.equal(pinned(x), model(x))
+        assert not pinned.report.drift()
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.fill_(0.0)  # pruned to nothing
+        for _ in range(EVERY):
+            assert torch.equal(pinned(x), model(x))
+        assert len(pinned.report.drift()) == len(sites)
