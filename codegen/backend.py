@@ -55,7 +55,9 @@ class Cost:
     each other. The work can be divided among ``parts`` threads of a processor, or blocks of a GPU.
     ``weights_from`` is the memory that ``weight_bytes`` are read from, ``other_bytes`` what is read
     and written once: operands, outputs, and weights that then stay where they are. ``waits`` counts
-    how often the first weight of a sum has to arrive before anything goes on. ``resident_bytes``
+    how often the first weight of a sum has to arrive before anything goes on. ``clocks`` are those
+    that the busiest part takes whatever it reads: instructions, and latencies one after the other;
+    0 where nobody has counted them. ``resident_bytes``
     are those of all weights that a step may touch; ``is_divided`` if each part has its own of them.
     """
 
@@ -70,6 +72,7 @@ class Cost:
     other_bytes: float = 0.0
     waits: float = 0.0
     launches: int = 1
+    clocks: float = 0.0
     resident_bytes: float = 0.0
     is_divided: bool = False
 

@@ -9,7 +9,8 @@ import pytest
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, MIB
-from sparsify.codegen.cuda.predict_cost import H100_RATES, predict_cost, predict_seconds
+from sparsify.codegen.cuda.predict_cost import predict_cost, predict_seconds
+from sparsify.codegen.cuda.rates import H100_RATES
 from tests.example_kernels import lif, product, schedule
 
 STEPS, B, H = 100, 4, 1024

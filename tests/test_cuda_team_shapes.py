@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sparsify import ir
 from sparsify.codegen.cuda.device import A100, H100, RTX5090, Limits
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerCluster, NeuronsPerGrid
 from sparsify.codegen.cuda.predict_cost import predict_seconds
+from sparsify.codegen.cuda.team_clocks import step_clocks
 from tests.example_kernels import EVERY, gate_of_bits, lif, product, schedule, two_layers
 
+ACTIVE = {"q_z": 0.12, "q_r": 0.12, "q_g": 0.12}
 GRID, CLUSTER = NeuronsPerGrid(H100), NeuronsPerCluster(H100)
 
 
@@ -72,26 +76,36 @@ def microseconds_per_step(
 
 
 def test_small_batches_of_what_fits_shared_memory_take_two_microseconds() -> None:
-    """One barrier (1.1 us in a grid, 0.65 us in a cluster), and reading what lies in shared memory.
+    """One barrier (1.1 us in a grid, 0.65 us in a cluster), and one latency after the other.
 
-    What a step waits for besides, one latency after the other, is not in the prediction: some
-    0.6 us at these sizes (a load from the second cache, listing, adding 13 events, the neurons).
+    These are some 0.6 us at these sizes: a load from the second cache, listing, adding 13 events,
+    the neurons.
     """
     for hidden in (256, 512, 1024):
         for batch in (1, 4):
-            assert microseconds_per_step(GRID, lif(4, hidden), batch, 0.05) < 1.4
+            assert 1.5 < microseconds_per_step(GRID, lif(4, hidden), batch, 0.05) < 2.0
     for batch in (1, 4):
-        assert microseconds_per_step(CLUSTER, lif(4, 512), batch, 0.05) < 1.0
-        assert microseconds_per_step(GRID, egru(590), batch, 0.12) < 1.4
+        assert 1.0 < microseconds_per_step(CLUSTER, lif(4, 512), batch, 0.05) < 1.4
+        assert 1.5 < microseconds_per_step(GRID, egru(590), batch, 0.12) < 2.0
 
 
 def test_weights_of_a_gated_layer_fill_the_shared_memory_of_the_device() -> None:
-    """Slices of 12 neurons: 113 blocks with 190 KiB of weights each, and sixteen rows."""
+    """Slices of 12 neurons: 113 blocks with 190 KiB of weights each, and sixteen rows.
+
+    A block lists 96 blocks of senders and adds 2592 events to 36 sums, which are two words of a
+    warp: it issues 37000 instructions, and reads 2 * 128 bytes of shared memory for an event. Even
+    with 144 bytes of each that would be 1.7 us beside the barrier: 2.6 us are out of reach for
+    weights of float32 that are read from there.
+    """
     plan = schedule(egru(1350), "neurons-per-grid")
     shape = GRID.shape(egru(1350), plan)
     assert (shape.blocks, shape.slices, shape.rows) == (113, {"hidden": 12}, 16)
     assert shape.resident == {"r_z", "r_r", "r_g"}
-    assert microseconds_per_step(GRID, egru(1350), 16, 0.12) < 2.6
+    assert 6 < microseconds_per_step(GRID, egru(1350), 16, 0.12) < 8.5
+    wide = step_clocks(
+        GRID.team(egru(1350), plan), replace(shape, resident=frozenset()), 16, ACTIVE
+    )
+    assert step_clocks(GRID.team(egru(1350), plan), shape, 16, ACTIVE) < 0.85 * wide  # one by one
 
 
 def test_what_does_not_fit_is_read_from_memory() -> None:
@@ -101,6 +115,19 @@ def test_what_does_not_fit_is_read_from_memory() -> None:
     assert shape.resident == {"w_in"} and shape.blocks == 128
     took = microseconds_per_step(GRID, kernel, 1, 0.05)
     assert took < 1.5 * (1.1 + 205 * 4096 * 4 / 2.8e6)
+
+
+def test_clocks_grow_with_what_a_warp_does_in_turn() -> None:
+    kernel = lif(4, 1024)
+    plan = schedule(kernel, "neurons-per-grid")
+    team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
+    quiet, busy = {"recurrent": 0.01, "drive": 0.0}, {"recurrent": 0.3, "drive": 0.0}
+    assert shape.warps == 16
+    one, four, sixteen = (step_clocks(team, shape, rows, quiet) for rows in (1, 4, 16))
+    assert one < four < 2 * one < sixteen  # four blocks of senders a row, for sixteen warps
+    assert step_clocks(team, shape, 1, busy) > 1.3 * one
+    # Inputs are added up while the others are waited for.
+    assert step_clocks(team, shape, 4, {**quiet, "drive": 1.0}) == four
 
 
 @pytest.mark.parametrize("limits", [A100, H100, RTX5090], ids=lambda limits: limits.name)

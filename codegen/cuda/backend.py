@@ -17,7 +17,8 @@ from sparsify.codegen.cuda.launch import CudaLaunchable
 from sparsify.codegen.cuda.layout_packing import source_of
 from sparsify.codegen.cuda.outer_product import CudaOuterProducts
 from sparsify.codegen.cuda.packing import render_packing
-from sparsify.codegen.cuda.predict_cost import H100_RATES, Rates, predict_seconds
+from sparsify.codegen.cuda.predict_cost import predict_seconds
+from sparsify.codegen.cuda.rates import Rates, rates_of
 from sparsify.codegen.cuda.strategies import make_strategies
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.outer_product import OuterProducts
@@ -34,9 +35,9 @@ class CudaBackend:
     eager: Literal["cpu", "cuda"] = "cuda"
 
     def __init__(
-        self, device: Device, limits: Limits | None = None, rates: Rates = H100_RATES
+        self, device: Device, limits: Limits | None = None, rates: Rates | None = None
     ) -> None:
-        self.device, self._limits, self._rates = device, limits, rates
+        self.device, self._limits, self._given_rates = device, limits, rates
 
     @property
     def name(self) -> str:
@@ -53,6 +54,11 @@ class CudaBackend:
         if self.device.why_unavailable() is not None:
             return H100
         return self.device.limits(torch.device(self.device.type))
+
+    @cached_property
+    def rates(self) -> Rates:
+        """Those that were given or measured on the device, else the stated ones."""
+        return self._given_rates or rates_of(self.limits)
 
     @cached_property
     def strategies(self) -> tuple[CudaStrategy, ...]:
@@ -107,7 +113,7 @@ class CudaBackend:
         )
 
     def seconds(self, cost: Cost) -> float:
-        return predict_seconds(cost, self.limits, self._rates)
+        return predict_seconds(cost, self.limits, self.rates)
 
     def _compile(self, source: Source) -> Path:
         """From the cache, if it was compiled before for this kind of device."""

@@ -13,6 +13,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid, with_resident
+from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, L2_CLOCKS, SYNC_CLOCKS
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_memory import Array, is_binary
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, granule, owned_sizes, round_up
@@ -97,6 +98,12 @@ class DenseTiles(NeuronsPerGrid):
         factor = BINARY_COST if parts_of(team) == 1 else REAL_COST
         whole = round_up(batch, TILE_ROWS) / max(1, batch)
         return replace(cost, dense_macs=cost.dense_macs * factor * whole)
+
+    def step_clocks(
+        self, team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]
+    ) -> float:
+        """What is told arrives, and the neurons; products are counted as such."""
+        return len(team.kernel.phases) * (L2_CLOCKS + SYNC_CLOCKS + CELL_CLOCKS)
 
 
 def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:

@@ -17,6 +17,7 @@ from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_halves, why_not_shared
+from sparsify.codegen.cuda.team_clocks import step_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_masks import why_not_layouts
 from sparsify.codegen.cuda.team_shape import Shape, shapes, widths
@@ -153,7 +154,13 @@ class _NeuronsPerBlock:
             meets="cluster" if self.together is TOGETHER_IN_CLUSTER else "grid",
             barriers_per_step=team.barriers_per_step(),
             side_by_side=teams,
+            step_clocks=self.step_clocks(team, shape, rows, activity),
         )
+
+    def step_clocks(
+        self, team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]
+    ) -> float:
+        return step_clocks(team, shape, rows, activity)
 
 
 class NeuronsPerGrid(_NeuronsPerBlock):

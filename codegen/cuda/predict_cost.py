@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Meeting, MemoryLevel
 from sparsify.codegen.cuda.device import Limits
+from sparsify.codegen.cuda.rates import H100_RATES, Rates
 from sparsify.codegen.layout_costs import NO_PATTERNS, LayoutCosts
 from sparsify.codegen.predict_cost import BYTES, count_pairs, count_work
 from sparsify.weight_pattern import Pattern
@@ -36,50 +37,6 @@ CUDA_COSTS = LayoutCosts(
 )
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a device does in a second, and how long what it waits for takes.
-
-    Those that say so are of one multiprocessor: a block uses one. Additions are those of event
-    gathers, of which each reads its own weight; products of dense ones keep theirs in registers.
-    """
-
-    hbm_bytes: float
-    l2_bytes: float
-    l2_bytes_of_multiprocessor: float
-    shared_bytes_of_multiprocessor: float
-    event_adds_of_multiprocessor: float
-    dense_macs_of_multiprocessor: float
-    pointwise_of_multiprocessor: float
-    grid_barrier: float
-    cluster_barrier: float
-    block_barrier: float
-    l2_latency: float
-    hbm_latency: float
-    launch: float
-
-
-# An H100 SXM: bandwidths and barriers as published measurements have them, until `gpu.py` measures
-# them on the device at hand. A multiprocessor at 1.7 GHz has 128 lanes of float32 and reads 128
-# bytes of shared memory in a clock; a neuron update is some 20 instructions of one lane.
-CLOCK_HZ = 1.7e9
-H100_RATES = Rates(
-    hbm_bytes=2.8e12,
-    l2_bytes=5.5e12,
-    l2_bytes_of_multiprocessor=42e9,
-    shared_bytes_of_multiprocessor=128 * CLOCK_HZ,
-    event_adds_of_multiprocessor=64 * CLOCK_HZ,  # an addition, and the load of its weight
-    dense_macs_of_multiprocessor=96 * CLOCK_HZ,
-    pointwise_of_multiprocessor=128 * CLOCK_HZ / 20,
-    grid_barrier=1.1e-6,
-    cluster_barrier=0.65e-6,
-    block_barrier=2e-8,
-    l2_latency=263 / CLOCK_HZ,
-    hbm_latency=600 / CLOCK_HZ,
-    launch=3e-6,
-)
-
-
 def predict_cost(
     kernel: ir.Kernel,
     schedule: ir.Schedule,
@@ -94,6 +51,7 @@ def predict_cost(
     barriers_per_step: float,
     weights_from: Literal["l2", "shared"] | None = None,
     side_by_side: int | None = None,
+    step_clocks: float = 0.0,
     patterns: Mapping[str, Pattern] = NO_PATTERNS,
 ) -> Cost:
     """The cost of a call, given the share of active senders, or of wanted sums, of each Gather.
@@ -102,7 +60,8 @@ def predict_cost(
     Where ``weights_from`` is None, weights come from the L2 cache if all of them fit in it. Those
     in shared memory are loaded once by the call. ``barriers_per_step`` are those that a row waits
     for. So many groups of rows run ``side_by_side``, by default those of all blocks where blocks
-    meet no others, else one; further ones wait after them.
+    meet no others, else one; further ones wait after them. ``step_clocks`` are those that the
+    busiest block takes for a step at least, see ``Cost.clocks``.
     """
     groups = -(-batch // max(1, rows_per_block)) if batch else 0
     work = count_work(
@@ -130,11 +89,15 @@ def predict_cost(
         meets=meets,
         other_bytes=_operand_bytes(kernel, steps, batch) + 2 * resident,  # packed, then read
         waits=float(len(kernel.gathers) * rounds),
+        clocks=step_clocks * rounds,
     )
 
 
 def predict_seconds(cost: Cost, limits: Limits, rates: Rates = H100_RATES) -> float:
-    """Reading weights overlaps with arithmetic; memory that is read once does so too."""
+    """Reading weights overlaps with arithmetic; memory that is read once does so too.
+
+    So do the clocks, which are the same work in other units.
+    """
     parts = max(1, min(limits.multiprocessors, cost.parts))
     reading = cost.weight_bytes / _bandwidth(cost.weights_from, parts, rates)
     arithmetic = cost.event_adds / rates.event_adds_of_multiprocessor
@@ -144,7 +107,8 @@ def predict_seconds(cost: Cost, limits: Limits, rates: Rates = H100_RATES) -> fl
     streamed = cost.other_bytes / rates.hbm_bytes
     waiting = cost.barriers * _barrier(cost.meets, rates)
     waiting += cost.waits * _latency(cost.weights_from, rates)
-    return cost.launches * rates.launch + max(work, streamed) + waiting
+    busy = cost.clocks / rates.clock_hz
+    return cost.launches * rates.launch + max(work, streamed, busy) + waiting
 
 
 def _bandwidth(source: MemoryLevel, parts: int, rates: Rates) -> float:

@@ -14,6 +14,7 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
+from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, L2_CLOCKS, LIST_CLOCKS
 from sparsify.codegen.cuda.strategy import (
     Plan,
     Resident,
@@ -22,9 +23,12 @@ from sparsify.codegen.cuda.strategy import (
     why_not_words,
 )
 from sparsify.codegen.layout_costs import NO_PATTERNS
+from sparsify.codegen.slots import counted
 from sparsify.codegen.usage import why_not_gather
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
+
+AHEAD = 8  # weights of a receiver that are asked for at once, see gather.cuh
 
 
 class RowPerBlock:
@@ -88,8 +92,22 @@ class RowPerBlock:
             rows_per_block=1,
             blocks=min(max(1, rows), self.limits.multiprocessors * max(1, together)),
             meets="block",
+            step_clocks=_step_clocks(kernel, schedule, activity),
             barriers_per_step=text.barriers() / (1 if kernel.states else max(1, steps)),
         )
+
+
+def _step_clocks(kernel: ir.Kernel, schedule: ir.Schedule, activity: Mapping[str, float]) -> float:
+    """Lists, weights of events that arrive some at a time, and neurons, one after the other."""
+    total, how = 0.0, dict(schedule.gathers)
+    for phase in kernel.phases:
+        gathers = [s for s in phase.body if isinstance(s, ir.Gather) and s.only is None]
+        for gather in gathers:
+            if how[gather.result] == "event":
+                active = activity.get(gather.result, 1.0) * counted(kernel, gather)
+                total += active / AHEAD * L2_CLOCKS
+        total += LIST_CLOCKS * bool(gathers) + CELL_CLOCKS
+    return total
 
 
 def _blocks(
