@@ -4,8 +4,8 @@ python examples/benchmarks/gpu.py                            # on a GPU: results
 python examples/benchmarks/gpu.py --quick                    # a small cell of each section
 python examples/benchmarks/gpu.py --quick --backend cuda-emulated    # that it runs, without a GPU
 
-With ``SPARSIFY_CUDA_RATES=results/<device>.json`` predictions, which choose among strategies, follow
-what was measured on this device; without it, what is stated of an H100.
+With ``SPARSIFY_CUDA_RATES=results/<device>.json`` predictions, which choose among strategies,
+follow what was measured on this device; without it, what is stated of an H100.
 
 Each section runs in a process of its own, so that a kernel that fails or hangs takes only its own
 row along. The file is written anew after each section.
