@@ -90,7 +90,10 @@ class Predictor:
                 continue
             tried = [schedule]
             along = self._reads_along(weight, schedule)
-            for layout in layouts_of(pattern, along=along) if pattern is not None else ():
+            layouts: list[ir.Layout] = []
+            if pattern is not None:
+                layouts = layouts_of(pattern, along=along, is_gradient=self.is_gradient)
+            for layout in layouts:
                 pairs = (*schedule.layouts, (weight.name, layout))
                 other = replace(schedule, layouts=pairs)
                 if self.backend.why_not(self.kernel, other) is None:

@@ -211,12 +211,14 @@ class Layout:
 
     Kernels on a GPU cannot wait until what is kept has been counted: there is ``room`` for so large
     a share of a row, and of 32 receivers of it; where more is kept, they read every weight. In
-    masked-rows with a ``width`` it is a share of each group of so many receivers: N:M.
+    masked-rows with a ``width`` it is a share of each group of so many receivers: N:M. The weights
+    of a gradient are those of the model with receivers and senders exchanged: ``along`` senders.
     """
 
     kind: LayoutKind
     width: int = 1  # of a run of block-rows, or M
     room: float = 1.0
+    along: Literal["receivers", "senders"] = "receivers"
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.width}" if self.kind == "block-rows" else self.kind

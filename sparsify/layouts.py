@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from sparsify import ir
 from sparsify.weight_pattern import RUNS, Pattern, with_room
 
@@ -23,18 +26,18 @@ def scattered(density: float) -> Pattern:
     return Pattern(density, {run: 1 - (1 - density) ** run for run in RUNS})
 
 
-def layouts_of(pattern: Pattern, *, along: bool) -> list[ir.Layout]:
+def layouts_of(pattern: Pattern, *, along: bool, is_gradient: bool = False) -> list[ir.Layout]:
     """Those that leave out zeros, if there are enough of them.
 
-    ``along`` says that lines are read in which the pattern looked for runs and groups.
+    ``along`` says that lines are read in which the pattern looked for runs. ``is_gradient``: the
+    pattern is that of the model's weight, of which the kernel's is the transposed one.
     """
     if pattern.density > MOST_DENSITY:
         return []
     kinds = [ir.Layout("compressed-rows"), ir.Layout("masked-rows")]
-    if not along:
-        return kinds
-    for width in RUNS:
+    for width in RUNS if along else ():
         share = pattern.run_density.get(width, 1.0)
         if share <= MOST_DENSITY and share <= SCATTERED * max(pattern.density, 1 / width):
             kinds.append(ir.Layout("block-rows", width))
-    return [with_room(layout, pattern) for layout in kinds]
+    side: Literal["senders", "receivers"] = "senders" if is_gradient else "receivers"
+    return [replace(with_room(layout, pattern), along=side) for layout in kinds]

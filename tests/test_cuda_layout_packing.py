@@ -15,7 +15,7 @@ from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda.device import Function, Grid, Memory
 from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.cuda.layout_packing import keeping_of, source_of
-from sparsify.codegen.cuda.layouts import WARP, Kept, masked
+from sparsify.codegen.cuda.layouts import WARP, Kept, masked, masked_senders
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.codegen.usage import Packing
 from sparsify.reference import Array
@@ -167,8 +167,11 @@ def test_rooms() -> None:
     assert rooms(replace(word, room=0.0), 0, 20) == [8, 1]
     two_of_four = ir.Layout("masked-rows", 4, 0.5)
     assert rooms(two_of_four, 0, 20, 8) == [16, 10, 4]
+    assert rooms(replace(two_of_four, along="senders"), 0, 20, 8) == [32, 20, 8]
     two_of_eight = ir.Layout("masked-rows", 8, 0.25)  # of at most four groups
     assert rooms(two_of_eight, 0, 20, 8) == [8, 8, 2]
+    assert masked_senders(kernel, packing, two_of_eight).room == 32
+    assert masked_senders(kernel, packing, replace(two_of_eight, along="senders")).room == 8
 
 
 def test_memory_is_a_word_of_its_own_for_each_array() -> None:

@@ -134,17 +134,21 @@ def masked(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, band: int = 0
     senders, receivers = size(weight.senders), size(weight.receivers)
     band = min(band or receivers, receivers)
     bands = -(-receivers // band)
-    room = _room_of_word(layout, min(WARP, band), bands == 1 or band % layout.width == 0)
+    room = min(WARP, band)
+    if layout.along == "receivers":
+        room = _room_of_word(layout, room, bands == 1 or band % layout.width == 0)
     if bands == 1:
         room = _aligned(room, min(WARP, band))
     return Kept(packing, "masks", senders, receivers, room, bands, band)
 
 
-def masked_senders(kernel: ir.Kernel, packing: Packing) -> Kept:
-    """Masks of rows of receivers. There is room for every weight: senders have no N:M."""
+def masked_senders(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
+    """Masks of rows of receivers."""
     weight, size = packing.weight, kernel.population_size
     senders = size(weight.senders)
     room = min(WARP, senders)
+    if layout.along == "senders":
+        room = _aligned(_room_of_word(layout, room, True), room)
     return Kept(packing, "masks", size(weight.receivers), senders, room, band_places=senders)
 
 
@@ -161,7 +165,7 @@ def _of_wanted(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
     weight, size = packing.weight, kernel.population_size
     receivers, senders = size(weight.receivers), size(weight.senders)
     if layout.kind == "masked-rows":
-        return masked_senders(kernel, packing)
+        return masked_senders(kernel, packing, layout)
     runs, width = _runs(senders, layout.width), layout.width
     room = _aligned(_room(layout, runs), runs, width)
     return Kept(packing, "runs", receivers, senders, room, band_places=senders, width=width)

@@ -51,7 +51,7 @@ def kept_of_teams(
             band = shape.slices[packing.weight.receivers]
             found.append(masked(kernel, packing, layout, band))
         elif packed_name(packing, symbols) not in shape.resident:
-            found.append(masked_senders(kernel, packing))
+            found.append(masked_senders(kernel, packing, layout))
     return found
 
 
@@ -83,10 +83,12 @@ def write_masked_slice(
     w.line(f"const MaskedSlice<{types}> {name}_slice{{{fits}, {given}}};")
 
 
-def masked_sum(kept: Kept, symbols: Symbols, values: str, receiver: str) -> str:
-    """The sum of one receiver over all senders, by a whole warp: there is room for all of them."""
+def masked_sum(kept: Kept, symbols: Symbols, values: str, receiver: str, row: int) -> str:
+    """The sum of one receiver over all senders, by a whole warp."""
     weight = kept.packing.weight
     name, senders = packed_name(kept.packing, symbols), symbols.sizes[weight.senders]
     types = f"{senders}, {kept.room}, {C_TYPES[weight.dtype]}"
     rows = f"MaskedRows<{types}>(call.{name}_masks, call.{name}_kept)"
-    return f"warp_sum(part_of_row({rows}, {values}, {senders}, {receiver}))"
+    added = f"warp_sum(part_of_row({rows}, {values}, {senders}, {receiver}))"
+    whole = f"add_row(call.{name} + int64_t({receiver}) * {row}, {values}, {senders})"
+    return f"(*call.{name}_overflow == 0 ? {added} : {whole})"

@@ -11,47 +11,11 @@ from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.cuda.neuron_text import Neuron
+from sparsify.codegen.cuda.struct_text import SIZES, Array, Dim, struct_layout
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source, Usage, packings
 
-SIZES = {
-    **{"float": 4, "double": 8, "int32_t": 4, "int64_t": 8, "uint32_t": 4},
-    **{"bool": 1, "uint8_t": 1},
-}
 AT_ONCE, ALIGNED = 4, 16  # of lists of events, see exchange.cuh
-Dim = tuple[str, int]  # a C++ expression and what it is
-
-
-@dataclass(frozen=True)
-class Array:
-    """A member of a struct: ``kind name[dims[0]]...``; ``size``, ``alignment`` are the kind's."""
-
-    kind: str
-    name: str
-    dims: tuple[Dim, ...]
-    size: int
-    alignment: int
-    note: str = ""
-
-    @staticmethod
-    def of(kind: str, name: str, dims: Sequence[Dim], note: str = "") -> Array:
-        return Array(kind, name, tuple(dims), SIZES[kind], SIZES[kind], note)
-
-    @property
-    def declaration(self) -> str:
-        return f"{self.kind} {self.name}" + "".join(f"[{text}]" for text, _ in self.dims) + ";"
-
-
-def struct_layout(arrays: Sequence[Array]) -> tuple[int, int]:
-    """Size and alignment of a struct of these, as compilers lay it out."""
-    at, widest = 0, 1
-    for array in arrays:
-        count = 1
-        for _, extent in array.dims:
-            count *= extent
-        at = -(-at // array.alignment) * array.alignment + array.size * count
-        widest = max(widest, array.alignment)
-    return max(1, -(-at // widest) * widest), widest
 
 
 @dataclass(frozen=True)
@@ -124,8 +88,8 @@ class TeamMemory:
             arrays.append(Array.of(C_TYPES[weight.dtype], name, [dim], f"its slice of {note}"))
         for bundle in self.bundles:
             weights = [self._weight(gather) for gather in bundle.gathers]
-            senders, size = self._size(weights[0].senders)
-            dim = f"{senders} * {bundle.columns}", size * self._columns(bundle)[1]
+            heard, size = self._size(weights[0].senders)
+            dim = f"{heard} * {bundle.columns}", size * self._columns(bundle)[1]
             note = "its slices of " + ", ".join(weight.note or weight.name for weight in weights)
             kind = C_TYPES[weights[0].dtype]
             arrays.append(Array.of(kind, f"{bundle.name}_weights", [dim], note))

@@ -186,7 +186,7 @@ class TeamSums:
             added = f"add_row({weights}, {values}, {senders})"
             kept = team.kept_of(packing, self.shape)
             if kept is not None:
-                added = masked_sum(kept, team.symbols, values, "n")
+                added = masked_sum(kept, team.symbols, values, "n", row)
             w.line(f"const {kind} sum = wanted ? {added} : {kind}(0);", gather.note)
             with w.block("if (lane_of() == 0)"):
                 w.line(f"shared.{team.name(gather.result)}_sum[row][0][i] = sum;")

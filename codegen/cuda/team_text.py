@@ -20,7 +20,8 @@ from sparsify.codegen.cuda.frame_text import (
     write_head,
 )
 from sparsify.codegen.cuda.neuron_text import bits_of, published, write_neuron
-from sparsify.codegen.cuda.team_kernel import TeamKernel, items, write_struct
+from sparsify.codegen.cuda.struct_text import write_struct
+from sparsify.codegen.cuda.team_kernel import TeamKernel, items
 from sparsify.codegen.cuda.team_masks import write_masked_slice
 from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import Shape
@@ -122,8 +123,8 @@ class TeamText:
         if needs_total(packing, self.kernel, team.schedule):
             w.line(f"const bool {name}_finite = is_finite(*call.{name}_total);")
         if kept is not None:
-            given = self.kernel, team.symbols, kept, team.mine, team.widths
-            write_masked_slice(w, *given, is_resident)
+            names = self.kernel, team.symbols, kept, team.mine, team.widths
+            write_masked_slice(w, *names, is_resident)
             return
         if not is_resident:
             w.line(f"const Streamed<{kind}, {row}> {name}_slice{{{first}}};")
