@@ -14,8 +14,9 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid, with_resident
 from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, L2_CLOCKS, SYNC_CLOCKS
+from sparsify.codegen.cuda.struct_text import Array
 from sparsify.codegen.cuda.team_kernel import TeamKernel
-from sparsify.codegen.cuda.team_memory import Array, is_binary
+from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, granule, owned_sizes, round_up
 from sparsify.codegen.cuda.team_shape import widths as find_widths
 from sparsify.codegen.cuda.team_sums import TeamSums

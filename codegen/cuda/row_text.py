@@ -11,14 +11,8 @@ from sparsify.codegen.cuda.frame_text import Member, call_members, write_call, w
 from sparsify.codegen.cuda.kernel_text import CudaText
 from sparsify.codegen.cuda.layouts import arrays_of
 from sparsify.codegen.cuda.meetings import Meetings
-from sparsify.codegen.cuda.shared_text import (
-    Field,
-    events_field,
-    sizeof,
-    values_field,
-    words_field,
-    write_shared,
-)
+from sparsify.codegen.cuda.shared_text import events_field, values_field, words_field
+from sparsify.codegen.cuda.struct_text import Array, struct_layout, write_struct
 from sparsify.codegen.usage import Source, emitted
 from sparsify.codegen.writer import Writer
 
@@ -36,7 +30,7 @@ class RowText(CudaText):
         write_call(self.w, self.kernel, members)
         if self.fields():
             note = "What the threads of a block exchange, in shared memory."
-            write_shared(self.w, "Shared", note, self.fields())
+            write_struct(self.w, "Shared", note, self.fields())
         self.write_neurons()
         self.w.line()
         self.w.line("}  // namespace")
@@ -74,7 +68,7 @@ class RowText(CudaText):
             lines.append(f"if (here) {place} = cast<{C_TYPES[source.dtype]}>({value});")
         return lines
 
-    def fields(self) -> list[Field]:
+    def fields(self) -> list[Array]:
         """The members of the struct in shared memory, those of 8 bytes first."""
         fields = []
         for source in self.usage.sources.values():
@@ -90,14 +84,12 @@ class RowText(CudaText):
                 source.kind != "operand" and self.needs_values(source)
             ):
                 copies, note = (2, "now and next") if source.kind == "state" else (1, "")
-                kind, dtype = C_TYPES[source.dtype], source.dtype
-                fields.append(
-                    values_field(kind, dtype, f"{name}_values", size, neurons, copies, note)
-                )
+                kind = C_TYPES[source.dtype]
+                fields.append(values_field(kind, f"{name}_values", size, neurons, copies, note))
         fields += self._sums_of_runs()
-        return sorted(fields, key=lambda member: -member.align)
+        return sorted(fields, key=lambda member: -member.alignment)
 
-    def _sums_of_runs(self) -> list[Field]:
+    def _sums_of_runs(self) -> list[Array]:
         """Where warps add up runs: one after the other, for gathers of the same receivers."""
         weights = {w.name: w for w in self.kernel.weights}
         found = {}
@@ -106,11 +98,12 @@ class RowText(CudaText):
             name, size = self.own_sums(gather), f"{self.per_name[population]} * THREADS"
             count = self.per[population] * self.threads
             note = f"what each warp adds up for {population}"
-            found[name] = values_field(C_TYPES[dtype], dtype, name, size, count, 1, note)
+            found[name] = values_field(C_TYPES[dtype], name, size, count, 1, note)
         return list(found.values())
 
     def shared_bytes(self) -> int:
-        return sizeof(self.fields())
+        fields = self.fields()
+        return struct_layout(fields)[0] if fields else 0
 
     def barriers(self) -> int:
         """How often the threads of a block meet in a step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +13,9 @@ from sparsify.codegen.cuda.bundle import Bundle, find_bundles
 from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members, packed_name
 from sparsify.codegen.cuda.layouts import Kept, arrays_of
 from sparsify.codegen.cuda.neuron_text import find_neurons, old_value, operand_element
+from sparsify.codegen.cuda.struct_text import Array, struct_layout
 from sparsify.codegen.cuda.team_masks import kept_of_teams
-from sparsify.codegen.cuda.team_memory import Array, TeamMemory, struct_layout
+from sparsify.codegen.cuda.team_memory import TeamMemory
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.neurons_per_thread import meeting_phases
 from sparsify.codegen.usage import Packing, find_usage, packings
@@ -165,15 +166,3 @@ def items(w: Writer, many: str, name: str, first: str = "warp_of()") -> Iterator
     with w.block(f"for (int item = {first}; item < rows * {many}; item += WARPS)"):
         w.line(f"const int row = item / {many}, {name} = item % {many};")
         yield
-
-
-def write_struct(w: Writer, name: str, note: str, arrays: Sequence[Array]) -> None:
-    """The struct, and a check that it has the size for which kernels are launched."""
-    w.line()
-    w.comment(note)
-    with w.block(f"struct {name}", "};"):
-        for array in arrays:
-            w.line(array.declaration, array.note)
-    if arrays:
-        size = struct_layout(arrays)[0]
-        w.line(f'static_assert(sizeof({name}) == {size}, "as launched");')
