@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify.carried import carried
 from sparsify.differentiated import Input, Operand
 from sparsify.outer_product import OuterProduct
 from sparsify.passes.backward_body import BackwardBody, name_of_gradient
@@ -34,6 +35,7 @@ from sparsify.passes.tensor_info import call, with_shape
 from sparsify.scan import Scan
 
 aten = torch.ops.aten
+CARRIED = "carried"  # what the steps started with, by the index of the carry: see find_carried
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,16 @@ def write_backward(
     joint: JointGraph,
     leaving: Leaving,
     saved: Mapping[fx.Node, Input],
+    carried: Mapping[fx.Node, tuple[int, int]],
     required: Set[Operand],
     steps: int,
 ) -> BackwardGraph:
     """The gradients with respect to ``required`` for all steps.
 
-    ``saved`` says where the values of every step are found that the gradients read.
+    ``saved`` says where the values of every step are found that the gradients read, and ``carried``
+    which carry and which result those of ``CARRIED`` are made of.
     """
-    return _Writer(joint, leaving, saved, required, steps).write()
+    return _Writer(joint, leaving, saved, carried, required, steps).write()
 
 
 def has_time(inputs: Iterable[Input], carries: int) -> bool:
@@ -75,11 +79,12 @@ class _Writer:
         joint: JointGraph,
         leaving: Leaving,
         saved: Mapping[fx.Node, Input],
+        carried: Mapping[fx.Node, tuple[int, int]],
         required: Set[Operand],
         steps: int,
     ) -> None:
         self.joint, self.leaving, self.saved, self.steps = joint, leaving, saved, steps
-        self.required = required
+        self.carried, self.required = carried, required
         self.carries = joint.active_carries
         # Gradients of ys are there for all steps, without a loop that returns them.
         self.given = {d: i for i, d in joint.d_results.items() if i >= joint.scan.carries}
@@ -131,7 +136,10 @@ class _Writer:
             time = [self.steps] if index >= scan.carries else []
             self._add_input(("d_result", index), place, time, name_of_gradient(joint, index))
         for node, source in self.saved.items():
-            self._add_input(source, node, [self.steps], f"{source[0]}_{joint.name_of(node)}")
+            if node in self.carried:
+                self._add_carried(node)
+            else:
+                self._add_input(source, node, [self.steps], f"{source[0]}_{joint.name_of(node)}")
         if not has_time(self.inputs, scan.carries):
             self._add_time()
         consts = [(key, node) for key, node in joint.operands.items() if key[0] == "const"]
@@ -152,6 +160,13 @@ class _Writer:
                 found.add(node)
                 waiting.extend(node.all_input_nodes)
         return found
+
+    def _add_carried(self, node: fx.Node) -> None:
+        carry, result = self.carried[node]
+        name = self.joint.name_of(node)
+        self._add_input(("carry", carry), node, [], f"{name}_start")
+        if ("result", result) not in self.inputs:
+            self._add_input(("result", result), node, [self.steps], f"result_{name}")
 
     def _add_time(self) -> None:
         """Take an x along for its number of steps, which a graph for all sizes must follow."""
@@ -177,7 +192,10 @@ class _Writer:
         """Append the loop; returns the gradients of the initial carries."""
         inits = [self._init(index) for index in self.carries]
         inits += [self._zeros(node.meta["val"], node) for node in self.summed]
-        xs = tuple(self.inputs[key] for key in body.xs)
+        pairs = {self.saved[node]: self._pair(node) for node in self.carried}
+        xs = tuple(
+            self._carried(*pairs[key]) if key in pairs else self.inputs[key] for key in body.xs
+        )
         consts = tuple(self.inputs[key] for key in body.const_keys)
         meta = {"location": scan.location, "module": body.module, "loops": ()}
         args = (self.steps, tuple(inits), xs, consts)
@@ -185,7 +203,8 @@ class _Writer:
         count = len(self.carries)
         self.sums = dict(zip(self.summed, results[count:], strict=False))
         self.stacks = dict(zip(self.stacked, results[scan.carries :], strict=True))
-        self.stacks |= {node: self.inputs[key] for node, key in self.saved.items()}
+        given = ((n, key) for n, key in self.saved.items() if n not in self.carried)
+        self.stacks |= {node: self.inputs[key] for node, key in given}
         self.stacks |= {node: self.inputs["d_result", i] for node, i in self.given.items()}
         for node in self.leaving.summed:
             if node not in self.sums:  # of one step
@@ -194,6 +213,13 @@ class _Writer:
                     self.graph, aten.select.int, (stack, 0, 0), node.meta["val"], node
                 )
         return dict(zip(self.carries, results[:count], strict=True))
+
+    def _carried(self, first: fx.Node, y: fx.Node) -> fx.Node:
+        return call(self.graph, carried, (first, y), y.meta["val"], y)
+
+    def _pair(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        carry, result = self.carried[node]
+        return self.inputs["carry", carry], self.inputs["result", result]
 
     def _init(self, index: int) -> fx.Node:
         if index in self.joint.d_results:
@@ -234,7 +260,12 @@ class _Writer:
         product = self.leaving.products[node]
         d, activation = product.d, product.activation
         d_values = self.sums[d] if product.waits else self.stacks[d]
-        values = self._after(activation) if product.waits else self.stacks[activation]
+        values: fx.Node | tuple[fx.Node, fx.Node]
+        if product.waits:
+            values = self._after(activation)
+        else:
+            is_carried = activation in self.carried
+            values = self._pair(activation) if is_carried else self.stacks[activation]
         readers = {body for body, value in self.joint.values.items() if value is activation}
         reader = _forward_product(self.joint.scan, readers)
         fact = activation.meta.get("fact")

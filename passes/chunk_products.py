@@ -80,7 +80,8 @@ def _is_product(user: fx.Node, part: fx.Node, modules: dict[str, nn.Module]) -> 
     operands: Any = user.args
     d, activation = operands
     # The activation must be there before the loop runs.
-    return d is part and part.args[0] not in find_origins([activation])
+    read = activation if isinstance(activation, tuple) else (activation,)
+    return d is part and part.args[0] not in find_origins(read)
 
 
 def _rewrite(

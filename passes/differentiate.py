@@ -12,17 +12,18 @@ After::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from sparsify.differentiated import Differentiated, Operand
+from sparsify.differentiated import Differentiated, Input, Operand
 from sparsify.errors import Refusal
-from sparsify.passes.backward_graph import BackwardGraph, write_backward
+from sparsify.passes.backward_graph import CARRIED, BackwardGraph, write_backward
 from sparsify.passes.chunk_products import chunk_products
 from sparsify.passes.copy_graph import copy_into
+from sparsify.passes.find_carried import find_carried
 from sparsify.passes.find_origins import find_origins
 from sparsify.passes.find_reaches import find_active, find_dependences, find_reaches
 from sparsify.passes.joint_graph import JointGraph, trace_joint
@@ -84,10 +85,13 @@ def draft_gradient(scan: Scan, required: Set[Operand], steps: int) -> Draft | Re
     return Draft(joint, frozenset(required), steps, reaches)
 
 
-def write_gradient(draft: Draft) -> Differentiated:
-    """The Scan that saves what its gradient needs, and the graph of that gradient."""
+def write_gradient(draft: Draft, private: Collection[int] = ()) -> Differentiated:
+    """The Scan that saves what its gradient needs, and the graph of that gradient.
+
+    ``private`` are results that nobody writes to once they are there: the gradient may read them.
+    """
     joint = draft.joint
-    saved, written = _write_parts(joint, draft.required, draft.steps)
+    saved, written = _write_parts(joint, draft.required, draft.steps, private)
     backward = set_apart(split_time(written.graph, _hoist).graph).graph
     parts = Differentiated(
         _write_forward(joint, saved),
@@ -106,7 +110,7 @@ def _hoist(product: fx.Node) -> bool:
 
 
 def _write_parts(
-    joint: JointGraph, required: Set[Operand], steps: int
+    joint: JointGraph, required: Set[Operand], steps: int, private: Collection[int]
 ) -> tuple[list[fx.Node], BackwardGraph]:
     """What the forward saves, and the graph that makes the gradients of that."""
     depends, invariant = _find_dependent(joint), find_invariant(joint)
@@ -118,9 +122,12 @@ def _write_parts(
     needed = _find_needed([*wanted, *activations], depends, invariant)
     chosen = choose_saved(joint, needed, {node for node in activations if is_binary(node)})
     xs = {node: key for key, node in joint.operands.items() if key[0] == "x"}
-    saved = [node for node in chosen if node not in xs]
-    places = {node: xs[node] if node in xs else ("saved", saved.index(node)) for node in chosen}
-    return saved, write_backward(joint, leaving, places, required, steps)
+    carried = find_carried(joint, chosen, private)
+    saved = [node for node in chosen if node not in xs and node not in carried]
+    places: dict[fx.Node, Input] = {node: ("saved", i) for i, node in enumerate(saved)}
+    places |= {node: (CARRIED, carry) for node, (carry, _) in carried.items()}
+    places = {node: xs[node] if node in xs else places[node] for node in chosen}
+    return saved, write_backward(joint, leaving, places, carried, required, steps)
 
 
 def _find_dependent(joint: JointGraph) -> set[fx.Node]:

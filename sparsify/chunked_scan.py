@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.codegen.outer_product import OuterProducts
-from sparsify.outer_product import OuterProduct
+from sparsify.outer_product import Activation, OuterProduct
 from sparsify.region import Region
 from sparsify.scan import Scan
 
-# Of what the outer products read: as much as stays in the last cache.
+# Of what the outer products read: at most as much as stays in the last cache, and no more than
+# twice what they add to, which every chunk reads and writes once.
 CHUNK_BYTES = 8 * 2**20
+SMALL_CHUNK_BYTES = 2 * 2**20
 GPU_CHUNK_BYTES = 32 * 2**20
 
 
@@ -48,14 +50,14 @@ class ChunkedScan(nn.Module):
         carries: Sequence[Tensor],
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
-        activations: Sequence[Tensor],
+        activations: Sequence[Activation],
     ) -> tuple[Tensor, ...]:
-        """Activations are ``[T, ..., S]``."""
+        """Activations are ``[T, ..., S]``, or what a loop carries, as OuterProducts take it."""
         count, now = len(carries), tuple(carries)
         sums: list[Tensor | None] = [None for _ in self.products]
         is_first = True
         whole: dict[int, Tensor] = {}
-        for start, stop in self._chunks(steps, carries):
+        for start, stop in self._chunks(steps, carries, activations):
             # The weights are those of the first chunk, so that they need be looked at only once.
             run = self.run if is_first or isinstance(self.run, Scan) else self.run.again
             is_first = False
@@ -64,7 +66,7 @@ class ChunkedScan(nn.Module):
             self._keep(whole, ys, steps, start)
             given = zip(self.products, self.reads, activations, sums, strict=True)
             sums = [
-                product(ys[read], activation[start:stop], total)
+                product(ys[read], _part(activation, start, stop), total)
                 for product, read, activation, total in given
             ]
         return (*now, *whole.values(), *(total for total in sums if total is not None))
@@ -88,18 +90,31 @@ class ChunkedScan(nn.Module):
     def extra_repr(self) -> str:
         return f"reads={self.reads}"
 
-    def _chunks(self, steps: int, carries: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    def _chunks(
+        self, steps: int, carries: Sequence[Tensor], activations: Sequence[Activation]
+    ) -> Iterator[tuple[int, int]]:
         """Nearly equal parts of the time, in the order in which the loop runs."""
         rows = max((carry.shape[0] for carry in carries if carry.dim() > 1), default=1)
         is_cuda = any(carry.is_cuda for carry in carries)
         nodes = [self.scan.results[self.scan.carries + read] for read in set(self.reads)]
         infos = [node.meta["val"] for node in nodes]
         bytes_a_step = sum(rows * i.shape[-1] * i.dtype.itemsize for i in infos)
-        chunk_bytes = GPU_CHUNK_BYTES if is_cuda else CHUNK_BYTES
+        chunk_bytes = GPU_CHUNK_BYTES if is_cuda else self._chunk_bytes(activations)
         count = max(1, min(steps, steps * bytes_a_step // chunk_bytes))
         edges = [steps * i // count for i in range(count + 1)]
         chunks = list(pairwise(edges))
         return iter(chunks[::-1] if self.scan.reverse else chunks)
+
+    def _chunk_bytes(self, activations: Sequence[Activation]) -> int:
+        """On the CPU."""
+        totals = 0
+        given = zip(self.products, self.reads, activations, strict=True)
+        for product, read, activation in given:
+            values = activation if isinstance(activation, Tensor) else activation[1]
+            bits = product.senders if isinstance(product, OuterProduct) else None
+            info = self.scan.results[self.scan.carries + read].meta["val"]
+            totals += info.shape[-1] * info.dtype.itemsize * (bits or values.shape[-1])
+        return min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, 2 * totals))
 
     def _keep(self, whole: dict[int, Tensor], ys: Sequence[Tensor], steps: int, start: int) -> None:
         for index, y in enumerate(ys):
@@ -111,3 +126,10 @@ class ChunkedScan(nn.Module):
             if index not in whole:
                 whole[index] = y.new_empty((steps, *y.shape[1:]))
             whole[index][start : start + len(y)] = y
+
+
+def _part(activation: Activation, start: int, stop: int) -> Activation:
+    if isinstance(activation, Tensor):
+        return activation[start:stop]
+    first, y = activation
+    return y[start - 1 : stop - 1] if start else (first, y[:stop])

@@ -14,6 +14,7 @@ from sparsify.links import Edge, Links, PackedResult
 from sparsify.passes.chunk_products import sorted_graph
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.differentiate import Draft, write_gradient
+from sparsify.passes.find_private import find_private
 from sparsify.passes.link_loops import Link, Reading, find_readings, link_loops, origin_of
 from sparsify.passes.pack_links import find_packed, is_read_by_loops_only
 from sparsify.passes.tensor_info import call, with_shape
@@ -50,7 +51,8 @@ class LinkedGraph:
     def write(self) -> fx.GraphModule:
         readings = list(find_readings(self.graph, self.drafts))
         links = link_loops(self.graph, self.drafts)
-        parts = {name: write_gradient(draft) for name, draft in self.drafts.items()}
+        private = {str(node.target): find_private(node) for node in self.calls}
+        parts = {n: write_gradient(draft, private[n]) for n, draft in self.drafts.items()}
         packed, parts = find_packed(readings, parts)
         for link in links:
             self._add_edge(link)

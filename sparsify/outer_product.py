@@ -17,6 +17,8 @@ from sparsify.codegen.outer_product import ROWS_PER_SUM, OuterKernel, OuterProdu
 from sparsify.errors import BackendUnavailable, CompileError
 from sparsify.saved_bits import check_packed, unpack_bits
 
+Activation = Tensor | tuple[Tensor, Tensor]
+
 UNPACKED_VALUES = 1 << 23  # of a dense product at once: 32 MiB of float32
 ON_THE_CPU = CppOuterProducts()
 
@@ -47,6 +49,9 @@ class OuterProduct(nn.Module):
     is no compiler. Where ``d`` is not finite, all is read (eager's 0 * inf is NaN). ``activity`` is
     the share of active values on an example, if known. With ``senders`` the activation comes as the
     bits of so many senders (``pack_bits``).
+
+    An activation may be what a loop carries, ``(first, y)``: row 0 is ``first``, and every other
+    row t is row t - 1 of ``y``.
 
     ``last`` says how the last call was computed. ``runs`` counts how calls were, and ``events`` how
     many values were active and how many there were, over all calls that looked.
@@ -84,11 +89,15 @@ class OuterProduct(nn.Module):
     def events(self) -> tuple[int, int]:
         return (0, 0) if self._kernel is None else self._kernel.events
 
-    def forward(self, d: Tensor, activation: Tensor, total: Tensor | None = None) -> Tensor:
+    def forward(self, d: Tensor, activation: Activation, total: Tensor | None = None) -> Tensor:
         """``[R, S]`` in the dtype of ``d``; it is added to ``total``, in place, if that is given.
 
         Raises ValueError if the operands do not fit.
         """
+        if not isinstance(activation, Tensor):
+            first, y = activation
+            total = self(d[:1], first[None], total)
+            return total if len(d) == 1 else self(d[1:], y[: len(d) - 1], total)
         self._check(d, activation)
         if total is not None and not can_add_to(total, d.shape[-1], self._senders(activation), d):
             product: Tensor = self(d, activation)

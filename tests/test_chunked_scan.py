@@ -80,3 +80,15 @@ def test_a_value_that_something_else_reads_stays() -> None:
     assert result.graph is gm
     assert result.done == []
     assert chunk_products(outer_graph(leaky(True))).done
+
+
+@pytest.mark.parametrize("senders", [None, 8 * S])
+def test_chunks_are_as_large_as_what_they_add_to_asks_for(
+    senders: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits are a part of the size of the values that they stand for."""
+    monkeypatch.setattr(chunked_scan, "CHUNK_BYTES", 10**6)
+    monkeypatch.setattr(chunked_scan, "SMALL_CHUNK_BYTES", 8)
+    chunked = ChunkedScan(leaky(False), [OuterProduct(senders=senders)], [0])
+    total = N * (senders or S) * 4  # the step is one of float32
+    assert chunked._chunk_bytes([torch.zeros(STEPS, BATCH, S)]) == 2 * total
