@@ -32,7 +32,10 @@ from sparsify.passes.fuse_product import RESHAPES
 from sparsify.passes.tensor_info import call, with_shape
 
 aten = torch.ops.aten
-SMALLER = 2  # so many times fewer values than the gradient has that a product makes of them
+# A product for all neurons takes longer step by step than at once: with 2000 neurons, 1000
+# receivers and 128 rows, a training step took 340 ms and not 308, with half of both there was no
+# difference (one AVX-512 core). With so many times fewer receivers the loss is below 3 %.
+SMALLER = 8
 
 
 @dataclass(frozen=True)
