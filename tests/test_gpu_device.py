@@ -325,6 +325,29 @@ def test_ranges_for_the_profiler(fake: FakeDriver, monkeypatch: pytest.MonkeyPat
     assert ranges == ["lif", "end"] * 2
 
 
+def test_profilers_are_told_what_of_the_model_runs(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of prepared launches; and so do reports of faults."""
+    ranges: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", ranges.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
+    monkeypatch.setenv("SPARSIFY_NVTX", "1")
+    title, device = "lif with rec.weight from model.py:4  h = self.rec(h)", Gpu()
+    path = device.compile(SOURCE, {})
+    function = device.load(path, "run_lif", torch.device("cuda"), title)
+    y = torch.zeros(5)
+    launch = function.prepare(Grid(1, 32), [Memory(torch.zeros(2), "x"), 7, 1], [0], STREAM)
+    fake.reset(3)
+    launch([y])
+    assert ranges == [title]
+    assert fake.journal()[-4:-1] == [f"word {y.data_ptr()}", "word 7", "word 1"]
+    fake.answer("cuLaunchKernelEx", 1)
+    with pytest.raises(KernelFault) as caught:
+        launch([y])
+    assert caught.value.kernel == title
+
+
 def test_a_cubin_that_the_driver_refuses(fake: FakeDriver) -> None:
     device = Gpu()
     path = device.compile(SOURCE, {})
