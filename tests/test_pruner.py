@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import sparsify
 from sparsify import Pruner, Pruning
@@ -159,6 +160,19 @@ def test_zeros_can_be_made_permanent() -> None:
     assert set(dict(model.named_buffers())) == {"kept"}
     assert torch.equal(model.recur.weight, state["recur.weight"])
     assert model.state_dict().keys() == state.keys()
+
+
+def test_masks_go_on_where_torch_goes_on_pruning() -> None:
+    model: Any = Recurrent()
+    pruner = Pruner(model, Pruning(0.5, only="recur"))
+    pruner.prune()
+    assert model.recur.weight_mask.dtype is torch.bool
+    prune.l1_unstructured(model.recur, "weight", 0.5)
+    assert float(model.recur.weight_mask.mean()) == 0.25
+    model(example()).sum().backward()
+    gradient = model.recur.weight_orig.grad
+    assert int(gradient.count_nonzero()) <= 256
+    assert Pruner(model, Pruning(0.0, only="recur")).outcome.density == 0.25
 
 
 def test_a_pruner_of_a_sparsified_module_prunes_its_model() -> None:

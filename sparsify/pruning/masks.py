@@ -14,14 +14,17 @@ from sparsify.pruning.prunable import Prunable
 
 
 def set_mask(weight: Prunable, kept: Tensor) -> None:
-    """Keep exactly the weights ``kept``; the mask is a buffer that later calls write into."""
-    mask = kept.to(weight.parameter.dtype)
+    """Keep exactly the weights ``kept``; the mask is a buffer that later calls write into.
+
+    It is one of bools, which is read in a quarter of the time; torch makes its own of floats.
+    """
     if weight.is_masked:
         with torch.no_grad():
-            weight.mask.copy_(mask)
+            weight.mask.copy_(kept)
         _refresh(weight.module, weight.name)
         return
-    prune.custom_from_mask(weight.module, weight.name, mask)  # type: ignore[no-untyped-call]
+    prune.custom_from_mask(weight.module, weight.name, kept)  # type: ignore[no-untyped-call]
+    weight.module.register_buffer(f"{weight.name}_mask", kept.bool().clone())
     if _to_dense not in _hooks_of(weight.module):
         module: Any = weight.module  # torch leaves these two without annotations
         module.register_state_dict_post_hook(_to_dense)

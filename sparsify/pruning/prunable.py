@@ -43,9 +43,9 @@ class Prunable:
 
     @property
     def mask(self) -> Tensor:
-        """1 for what is kept, of the weight's dtype; the buffer itself where there is one."""
+        """1 for what is kept; the buffer itself where there is one."""
         if not self.is_masked:
-            return torch.ones_like(self.parameter, requires_grad=False)
+            return torch.ones_like(self.parameter, dtype=torch.bool)
         return self.module.get_buffer(f"{self.name}_mask")
 
     @property
