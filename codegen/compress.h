@@ -71,7 +71,9 @@ bool each_group(const Matrix<Word>& from, int64_t first, int64_t last, int64_t r
         if (run_length == 1)
           for (int64_t i = 0; i < count; ++i) look(any[i], words[i]);
         else
-          for (int64_t i = 0; i < count; ++i) look(any[i / run_length], words[i]);
+          for (int64_t i = 0, place = 0; place < count; ++i)
+            for (int64_t end = place + run_length; place < end && place < count; ++place)
+              look(any[i], words[place]);
         visit(line, run, any, (count + run_length - 1) / run_length, false);
       }
     return !infinite;
