@@ -275,7 +275,8 @@ class Cell:
         self._before.append((f"{constant}{MEMORY_TYPES[dtype]}* const {name} = {place};", ""))
 
     def _stage(self, source: Source, value: ir.Arg) -> None:
-        kind, name = MEMORY_TYPES[source.value_dtype], self.symbols.values[source.name]
+        name, dtype = self.symbols.values[source.name], source.value_dtype
+        kind = C_TYPES[dtype] if dtype in HALVES else MEMORY_TYPES[dtype]
         text = operand_text(value, source.value_dtype, self.symbols)
         self._before.append((f"alignas(64) {kind} {name}_tile[TILE];", ""))
         self._inside.append((f"{name}_tile[i] = {text};", ""))

@@ -11,6 +11,22 @@ SPARSIFY_INLINE WordVector load_bits(const uint16_t* from) {
   return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(from), WordVector);
 }
 
+// Bit i is set where half i of eight is not zero: whatever its kind, zero has no bit but the sign.
+#if defined(__SSE2__)
+SPARSIFY_INLINE uint32_t eight_active_bits(const uint16_t* halves) {
+  typedef short Eight __attribute__((vector_size(16)));
+  typedef Eight Anywhere __attribute__((may_alias, aligned(2)));
+  const Eight active = (Eight)((*reinterpret_cast<const Anywhere*>(halves) & 0x7FFF) != 0);
+  return uint32_t(__builtin_ia32_pmovmskb128(__builtin_ia32_packsswb128(active, Eight{})));
+}
+SPARSIFY_INLINE uint32_t eight_active_bits(const bfloat16* halves) {
+  return eight_active_bits(&halves->bits);
+}
+SPARSIFY_INLINE uint32_t eight_active_bits(const float16* halves) {
+  return eight_active_bits(&halves->bits);
+}
+#endif
+
 SPARSIFY_INLINE Vector<float> load(const bfloat16* from) {
   return (Vector<float>)(load_bits(&from->bits) << 16);
 }

@@ -88,12 +88,30 @@ def why_not_expand(node: fx.Node) -> Refusal | None:
     if node.target in PACKED:
         reason = "A packed sequence has another batch size in every step."
         return Refusal("unsupported-op", reason, "Pass a padded tensor.", location)
+    if cell.gates > 1 and _is_autocast(node):
+        reason = f"Under autocast {cell.name} mixes dtypes within a step."
+        remedy = "Cast the model and its input to the half, without autocast."
+        return Refusal("unsupported-op", reason, remedy, location)
     num_layers, dropout, train = node.args[4:7]
     if dropout and train and num_layers != 1:
         reason = "Dropout draws random numbers between the layers."
         return Refusal("random", reason, "Call model.eval(), or set dropout=0.", location)
     whole = node.meta.get("whole")
     return whole if isinstance(whole, Refusal) else None
+
+
+def _is_autocast(node: fx.Node) -> bool:
+    """Whether autocast has cast what the op reads."""
+    dtype = _dtype_of(node)
+    is_cast = any(given.meta["val"].dtype != dtype for given in node.all_input_nodes)
+    return is_cast or (node.meta.get("autocast") is not None and dtype is torch.float32)
+
+
+def _dtype_of(node: fx.Node) -> torch.dtype:
+    """Of the results; autocast may have cast what the op reads."""
+    results = node.meta.get("val") or [node.all_input_nodes[0].meta["val"]]
+    dtype: torch.dtype = results[0].dtype
+    return dtype
 
 
 def _layers(node: fx.Node) -> list[Layer]:
@@ -130,6 +148,7 @@ class _Expander:
     ) -> None:
         self.graph, self.modules, self.node = graph, modules, node
         self.cell = CELLS[node.target]
+        copies = {given: self._cast(copies[given]) for given in node.all_input_nodes}
         args: Any = fx.map_arg(node.args, copies.__getitem__)
         self.x: fx.Node = args[0]
         self.starts: list[fx.Node] = [args[1]] if self.cell.states == 1 else list(args[1])
@@ -137,6 +156,18 @@ class _Expander:
         self.directions = 1 + args[7]
         self.batch_first = args[8]
         self.layers = [_copied(layer, copies) for layer in _layers(node)]
+
+    def _cast(self, given: fx.Node) -> fx.Node:
+        """What autocast makes of an operand: a tensor of the results' dtype."""
+        dtype = _dtype_of(self.node)
+        if given.meta["val"].dtype is dtype:
+            return given
+        info = with_shape(given.meta["val"], given.meta["val"].shape, dtype=dtype)
+        cast = call(self.graph, aten._to_copy.default, (given,), info, given)
+        cast.kwargs = {"dtype": dtype}
+        kept = ("source", "pattern", "fact")
+        cast.meta.update({key: given.meta[key] for key in kept if key in given.meta})
+        return cast
 
     def run(self) -> list[fx.Node]:
         """Returns the output and the final states ``[layers * directions, B, H]``."""

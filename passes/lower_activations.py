@@ -45,8 +45,9 @@ def threshold(cell: Cell, a: Any, threshold: Any, replacement: Any) -> ir.Arg:
 
 def hardshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
     value = cell.value(a, cell.dtype)
-    above = cell.let("ge", value, ir.Const(-bound), dtype="bool")
-    below = cell.let("le", value, ir.Const(bound), dtype="bool")
+    own = cell.half or cell.dtype  # eager rounds this bound to the dtype, not that of softshrink
+    above = cell.let("ge", value, cell.value(-bound, own), dtype="bool")
+    below = cell.let("le", value, cell.value(bound, own), dtype="bool")
     inside = cell.let("logical_and", above, below, dtype="bool")
     return cell.let("where", inside, ir.Const(0), value)
 

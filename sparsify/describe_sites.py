@@ -63,11 +63,14 @@ class Rows:
         active, senders = choice.events.get(placement.gather, (0, 0))
         activity = active / senders if senders else product.activity
         decision: Decision = "kept"
-        layout = ir.DENSE_ROWS
+        layout, dtype = ir.DENSE_ROWS, ""
         if choice.region is not None:
             schedule = choice.region.launchable.schedule
             decision = dict(schedule.gathers)[placement.gather]
-            layout = schedule.layout_of(choice.region.lowered.kernel.weight_of(placement.gather))
+            kernel = choice.region.lowered.kernel
+            weight = kernel.weight_of(placement.gather)
+            layout = schedule.layout_of(weight)
+            dtype = next(w.dtype for w in kernel.weights if w.name == weight)
         density = _density(product)
         operations = product.operations or None
         event = None if activity is None else activity * product.operations or None
@@ -95,6 +98,7 @@ class Rows:
             break_even=self.break_even.get((placement.region, placement.gather)),
             break_even_density=self.break_even_density.get((placement.region, placement.gather)),
             layout="" if layout == ir.DENSE_ROWS else str(layout),
+            weight_dtype=dtype,
             region=placement.region if choice.region is not None else "",
         )
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sparsify.errors import Location, RefusalCode
+from sparsify.halves import HALVES
 from sparsify.layouts import has_moved
 
 Decision = Literal["event", "dense", "kept"]
 HEADINGS = (
-    *("site", "line", "decision", "layout", "activity", "density", "operations", "time"),
+    *("site", "line", "decision", "weights", "layout", "activity", "density", "operations", "time"),
     *("fusion", "sparsity", "parameters"),
 )
 NO_SITE = "there is no site: the call has no linear operation that a kernel could take over"
@@ -52,6 +53,7 @@ class Site:
     break_even_density: float | None = None
     region: str = ""
     layout: str = ""  # empty where all weights are read
+    weight_dtype: str = ""  # in which a kernel reads them
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def _row(site: Site) -> tuple[str, ...]:
         site.name,
         _short(site.location),
         site.decision,
+        site.weight_dtype if site.weight_dtype in HALVES else "",
         site.layout,
         "" if site.activity is None else f"{site.activity:.1%}",
         "" if site.weight_density in (None, 1.0) else f"{site.weight_density:.1%}",

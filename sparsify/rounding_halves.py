@@ -38,6 +38,8 @@ def in_halves(target: Any, row: Row) -> Row:
             on_cpu = all(x.value.is_cpu for x in args if isinstance(x, Bounded))
             alpha = [p.round_scalar(v) for v in (*args[2:], *kwargs.values())]
             args, kwargs = (*(_number(a, p.dtype, on_cpu) for a in args[:2]), *alpha), {}
+        if target is aten.hardshrink.default:
+            args = (args[0], *map(p.round_scalar, args[1:]))
         if target is aten.pow.Tensor_Scalar and args[1] == 3:
             return _hull(*_cubes(args[0], p.dtype))
         result = row(WORKING, *args, **kwargs)

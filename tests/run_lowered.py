@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify import ir
+from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.errors import Refusal
 from sparsify.lowered import Lowered
 from sparsify.passes.find_events import find_events
@@ -21,6 +22,7 @@ from sparsify.passes.unify_products import unify_products
 from sparsify.reference import run_reference
 from sparsify.region import Region
 from sparsify.scan import Scan
+from tests.random_kernels import array_of
 from tests.unrolled import Tape, Unrolled, record_unrolled
 
 Model = Callable[[Tape, Tensor], Any]
@@ -46,9 +48,10 @@ class ReferenceLaunchable:
     ) -> dict[str, Tensor]:
         self.calls += 1
         self.given = tensors
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays = {name: array_of(tensor) for name, tensor in tensors.items()}
         results = run_reference(self.kernel, arrays, steps=steps, batch=batch)
-        return {name: torch.from_numpy(value.copy()) for name, value in results.items()}
+        dtypes = {output.name: TORCH_DTYPES[output.dtype] for output in self.kernel.outputs}
+        return {n: torch.from_numpy(v.copy()).to(dtypes[n]) for n, v in results.items()}
 
     @property
     def events(self) -> dict[str, tuple[int, int]]:

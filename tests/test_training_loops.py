@@ -5,7 +5,6 @@ Each runs twice from the same start, once on eager, and ends with the same float
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -227,18 +226,3 @@ def test_gradients_by_the_functional_call() -> None:
         found.append(dict(zip(names, values, strict=True)))
     assert_same_gradients(found[0], found[1])
     assert_trained(fast, ENTRY.sites)
-
-
-def test_autocast_trains_as_eager() -> None:
-    """The original must run: kernels would not round products to bfloat16 as eager does."""
-    x = ENTRY.inputs(dtype=torch.float32)
-    fast = sparsify_training(ENTRY.model(torch.float32), x)
-    found = []
-    for module in (fast, ENTRY.model(torch.float32)):
-        with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = module(x)
-        module.zero_grad(set_to_none=True)
-        weighted_sum(out).backward()
-        found.append(parameter_gradients(module))
-    assert_same_gradients(found[0], found[1])

@@ -67,7 +67,7 @@ SPARSIFY_INLINE void hidden_start(const Call& call, const Shared& shared, const 
     int64_t row, int64_t now, int64_t next, int64_t first, int64_t width) {
   const float zero = call.zero[0];
   sparsify::float16* const v_to = shared.v + row * N_HIDDEN + first;
-  alignas(64) sparsify::float16 s_tile[TILE];
+  alignas(64) float s_tile[TILE];
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     s_tile[i] = zero;
@@ -83,7 +83,7 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
   const sparsify::float16* const v_from = shared.v + row * N_HIDDEN + first;
   sparsify::float16* const v_to = shared.v + row * N_HIDDEN + first;
   sparsify::float16* const spikes_to = call.spikes + t * call.spikes_t + b * call.spikes_b + first;
-  alignas(64) sparsify::float16 s_tile[TILE];
+  alignas(64) float s_tile[TILE];
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     const float drive = drive_sum[i];
