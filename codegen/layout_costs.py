@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import Protocol
 
 from sparsify import ir
 from sparsify.codegen.compressed import CHUNK
@@ -55,6 +57,21 @@ class Reading:
     bytes: float = 0.0
 
 
+class ReadLayout(Protocol):
+    """``read_layout`` of a backend, whose costs it knows."""
+
+    def __call__(
+        self,
+        layout: ir.Layout,
+        pattern: Pattern,
+        *,
+        places: int,
+        element: int,
+        is_product: bool,
+        rows: float,
+    ) -> Reading: ...
+
+
 def read_layout(
     layout: ir.Layout,
     pattern: Pattern,
@@ -84,3 +101,6 @@ def read_layout(
         each = costs.shared_mac if rows >= SHARED_ROWS else costs.kept_mac
     operations = (filled + costs.line / max(1, places)) * each
     return Reading(operations, filled * (element + INDEX_BYTES))
+
+
+read_layout_cpp: ReadLayout = partial(read_layout, costs=CPP_COSTS)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.given_weights import is_kept
-from sparsify.codegen.layout_costs import CPP_COSTS, NO_PATTERNS, LayoutCosts, Reading, read_layout
+from sparsify.codegen.layout_costs import NO_PATTERNS, Reading, ReadLayout, read_layout_cpp
 from sparsify.weight_pattern import DENSE, Pattern
 
 WANTED_MACS = 1.6  # what a product of a restricted gather costs, in those of a dense one
@@ -56,12 +56,13 @@ def count_work(
     activity: Mapping[str, float],
     groups: int,
     patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    costs: LayoutCosts = CPP_COSTS,
+    read: ReadLayout = read_layout_cpp,
 ) -> Cost:
     """What a call does on any backend, without barriers and undivided.
 
     The rows are in so many ``groups``, each of which reads a weight row that it touches once.
-    ``patterns`` are those of weights with layouts: none that is missing gains by one.
+    ``patterns`` are those of weights with layouts: none that is missing gains by one. ``read`` says
+    what a weight takes in its layout.
     """
     how = dict(schedule.gathers)
     weights = {w.name: w for w in kernel.weights}
@@ -72,7 +73,7 @@ def count_work(
         pairs = count_pairs(kernel, weight)
         is_dense = how[gather.result] == "dense"
         share = 1.0 if is_dense else min(1.0, max(0.0, activity[gather.result]))
-        reading = _reading(kernel, schedule, gather, patterns, batch / max(1, groups), costs)
+        reading = _reading(kernel, schedule, gather, patterns, batch / max(1, groups), read)
         products = steps * batch * share * pairs * reading.operations
         if is_dense:
             dense_macs += products
@@ -95,19 +96,18 @@ def _reading(
     gather: ir.Gather,
     patterns: Mapping[str, Pattern],
     rows: float,
-    costs: LayoutCosts,
+    read: ReadLayout,
 ) -> Reading:
     weight = next(w for w in kernel.weights if w.name == gather.weight)
     is_product = gather.only is not None or dict(schedule.gathers)[gather.result] == "dense"
     pattern, layout = patterns.get(weight.name), schedule.layout_of(weight.name)
-    return read_layout(
+    return read(
         layout if pattern is not None else ir.DENSE_ROWS,
         pattern or DENSE,
         places=kernel.population_size(weight.senders if is_product else weight.receivers),
         element=BYTES[weight.dtype],
         is_product=is_product,
         rows=rows,
-        costs=costs,
     )
 
 

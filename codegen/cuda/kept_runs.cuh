@@ -45,7 +45,7 @@ template <int WIDTH, int BANDS, int ROOM, class Place, class F, int PER, int SEN
 SPARSIFY_INLINE void gather_runs(F (&sums)[PER],
                                  const KeptRuns<WIDTH, BANDS, ROOM, Place, F>& runs, int band, F* own,
                                  const Events<SENDERS>& events, const Payloads& payload) {
-  constexpr int AHEAD = 4;
+  constexpr int AHEAD = sizeof(F) == 4 ? 6 : 4;
 #pragma unroll
   for (int k = 0; k < PER; ++k) sums[k] = own[k * WARP + lane_of()] = F(0);
   __syncwarp();  // the zeros are there

@@ -9,8 +9,9 @@ from typing import Literal
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Meeting, MemoryLevel
 from sparsify.codegen.cuda.device import Limits
+from sparsify.codegen.cuda.layout_costs import read_layout
 from sparsify.codegen.cuda.rates import H100_RATES, Rates
-from sparsify.codegen.layout_costs import NO_PATTERNS, LayoutCosts
+from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.predict_cost import BYTES, count_pairs, count_work
 from sparsify.weight_pattern import Pattern
 
@@ -24,17 +25,6 @@ OPERAND_BYTES: dict[ir.DType, float] = {
     "bool": 1,
     "bits": 1 / 8,
 }
-
-# A lane that has a kept weight finds its place first, and other lanes wait for the fullest one.
-CUDA_COSTS = LayoutCosts(
-    kept_add=3.0,
-    kept_mac=3.0,
-    shared_mac=3.0,
-    run_add=8.0,
-    run_mac=8.0,
-    place=1.5,
-    line=32.0,
-)
 
 
 def predict_cost(
@@ -72,7 +62,7 @@ def predict_cost(
         activity=activity,
         groups=groups,
         patterns=patterns,
-        costs=CUDA_COSTS,
+        read=read_layout,
     )
     resident = sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
     source: MemoryLevel = weights_from or ("l2" if resident <= limits.l2_bytes else "hbm")

@@ -12,9 +12,10 @@ from functools import partial
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
+from sparsify.codegen.cuda.layout_costs import event_clocks
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
-from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, L2_CLOCKS, LIST_CLOCKS
+from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, LIST_CLOCKS
 from sparsify.codegen.cuda.strategy import (
     Plan,
     Resident,
@@ -105,7 +106,7 @@ def _step_clocks(kernel: ir.Kernel, schedule: ir.Schedule, activity: Mapping[str
         for gather in gathers:
             if how[gather.result] == "event":
                 active = activity.get(gather.result, 1.0) * counted(kernel, gather)
-                total += active / AHEAD * L2_CLOCKS
+                total += active * event_clocks(schedule.layout_of(gather.weight), AHEAD)
         total += LIST_CLOCKS * bool(gathers) + CELL_CLOCKS
     return total
 
