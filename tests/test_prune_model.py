@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 
 import sparsify
 from sparsify import Pruning, PruningError
+from sparsify.cli import main
 from sparsify.pruning.outcome import PruningOutcome
 from sparsify.pruning.prune_model import prune_model
 from sparsify.pruning.request import Context
@@ -369,3 +371,34 @@ def test_senders_that_no_module_shows() -> None:
 def test_requests_that_make_no_sense(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Pruning(**given)
+
+
+PRUNED_FILE = """
+import sparsify
+from sparsify.pruning.prune_model import prune_model
+from tests.pruned_nets import Recurrent, example
+
+
+def make():
+    model, _ = prune_model(Recurrent(hidden=64).eval(), 0.9)
+    return model, example(4)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["explain"], "recur"),
+        (["verify", "--events", "0"], "threshold decisions equal"),
+        (["show", "--stage", "install"], "recur_weight_mask"),
+    ],
+)
+def test_commands_take_pruned_models(
+    command: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pruned.py"
+    path.write_text(PRUNED_FILE, encoding="utf-8")
+    status = main([command[0], f"{path}:make", *command[1:]])
+    printed = capsys.readouterr()
+    assert (status, printed.err) == (0, "")
+    assert said in printed.out
