@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ import sparsify
 from sparsify import ir
 from sparsify.bench import measure_pairs
 
-LAYERS: dict[str, type[nn.RNNBase]] = {"GRU": nn.GRU, "LSTM": nn.LSTM, "RNN": nn.RNN}
+LAYERS: dict[str, Callable[[int, int], nn.RNNBase]] = {
+    "GRU": nn.GRU,
+    "LSTM": nn.LSTM,
+    "RNN": nn.RNN,
+}
 INPUTS = 256
 EXAMPLES = 4  # inputs that take turns
 EAGER, DENSE, PRUNED, CHOSEN = "eager", "sparsify dense", "sparsify pruned", "sparsify chosen"
