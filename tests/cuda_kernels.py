@@ -56,6 +56,17 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         kept(schedule(lif_gradient(1300), "row-per-block"), w_rec=COMPRESSED),
     ),
     "lif_grid": (lif(70, 300), schedule(lif(70, 300), "neurons-per-grid")),
+    "lif_masked_grid": (
+        lif(70, 300),
+        kept(schedule(lif(70, 300), "neurons-per-grid"), w_in=TWO_OF_FOUR, w_rec=TWO_OF_FOUR),
+    ),
+    "lif_gradient_masked_grid": (
+        lif_gradient(3000),
+        kept(
+            schedule(lif_gradient(3000), "neurons-per-grid"),
+            w_rec=replace(TWO_OF_FOUR, along="senders"),
+        ),
+    ),
     "lif_gradient_grid": (lif_gradient(1300), schedule(lif_gradient(1300), "neurons-per-grid")),
     "gate_of_bits_grid": (gate_of_bits(70), schedule(gate_of_bits(70), "neurons-per-grid")),
     "lif_tiles": (lif(70, 300), schedule(lif(70, 300), "dense-tiles", "dense")),
