@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import errors, ir
@@ -121,7 +121,7 @@ def test_a_recurrence_backwards(strategy: str, kib: int) -> None:
 
 
 @needs_emulator
-@RANDOM
+@settings(RANDOM, max_examples=4)
 @given(
     drawn=kernels(restricted=True),
     strategy=st.sampled_from(TEAMS),
