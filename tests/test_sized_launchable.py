@@ -21,7 +21,7 @@ KERNEL = ir.Kernel("nothing", (), (), (), (), (), ())
 
 @dataclass
 class Chosen:
-    """What stands for a ``Rechooser``: ``base`` is replaced by ``next`` when weights are looked at."""
+    """Stands for a ``Rechooser``: ``next`` replaces ``base`` when weights are looked at."""
 
     base: Any
     suited: Callable[[int, int], Any] = lambda steps, batch: None
