@@ -334,7 +334,17 @@ def nothing(layer: str, weight: Tensor, context: Context) -> Any:
         (Mixed, Pruning(0.5, criterion="movement"), "has no gradient yet.*Pruner.step"),
         (Mixed, Pruning(0.5, only="nowhere"), "only='nowhere'.*its matrices are own, table.weight"),
         (Mixed, {"rnn": 0.5, "nowhere": 0.1}, "fraction: 'nowhere' fits no weight"),
+        (Mixed, Pruning(0.5, except_="nowhere"), "except_: 'nowhere' fits no weight; its matri"),
+        (Mixed, Pruning(0.5, only=("rnn", "nowhere")), "only: 'nowhere' fits no weight"),
         (lambda: nn.ReLU(), 0.5, "fits no weight of ReLU; it has no matrices"),
+        (lambda: nn.Conv2d(1, 4, 3), 0.5, "kernels of convolutions are not pruned"),
+        (lambda: nn.Embedding(4, 3), 0.5, "of your own modules have to be named: only='weight'"),
+        (Mixed, Pruning(0.5, evaluate=lambda model: None), "evaluate returned None"),  # type: ignore[arg-type, return-value]
+        (
+            Mixed,
+            Pruning(0.5, criterion="gradient", loss=lambda: None),  # type: ignore[arg-type, return-value]
+            "loss returned None; return the loss itself",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_named(
@@ -355,6 +365,10 @@ def test_senders_that_no_module_shows() -> None:
     [
         ({"fraction": 1.5}, "from 0 to 1"),
         ({"fraction": {"a": -0.5}}, "from 0 to 1"),
+        ({"fraction": True}, "a fraction of True: give a number"),
+        ({"fraction": "2:4"}, "a fraction of '2:4': give a number"),
+        ({"fraction": [0.5]}, r"a fraction of \[0.5\]: give a number"),
+        ({"fraction": {"a": "0.5"}}, "a fraction of '0.5': give a number"),
         ({}, "say which fraction"),
         ({"fraction": 0.5, "pattern": "2:4"}, "leave fraction out"),
         ({"pattern": "4:4"}, "N must be smaller"),
@@ -363,6 +377,7 @@ def test_senders_that_no_module_shows() -> None:
         ({"fraction": 0.5, "along": "rows"}, "give 'receivers' or 'senders'"),
         ({"fraction": 0.5, "every": 0}, "every 0"),
         ({"fraction": 0.5, "begin": -1}, "from -1"),
+        ({"fraction": 0.5, "begin": 9, "end": 4}, "from 9 to 4.* end is not before it"),
         ({"fraction": 0.5, "regrow": 0.3}, "give loss="),
         ({"fraction": 0.5, "regrow": 0.3, "pattern": "8x1"}, "single weights"),
         ({"fraction": 0.5, "most_loss": 0.1}, "needs evaluate="),

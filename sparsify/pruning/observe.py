@@ -94,11 +94,15 @@ def dense_gradients(weights: Sequence[Prunable], loss: Callable[[], Tensor]) -> 
     """The gradients of ``loss()`` by layer, of weights that are pruned as well.
 
     Those are zero meanwhile, and may be changed by what is called. Other gradients stay as they
-    are.
+    are. Raises PruningError where ``loss`` returns no loss.
     """
     parameters = [weight.parameter for weight in weights]
     with _opened(weights), torch.enable_grad():
-        found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        value: Any = loss()
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            got = "a tensor without gradients" if isinstance(value, Tensor) else repr(value)
+            raise PruningError(f"loss returned {got}; return the loss itself, before backward")
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
     return {
         weight.layer: torch.zeros_like(weight.parameter) if each is None else each.detach()
         for weight, each in zip(weights, found, strict=True)

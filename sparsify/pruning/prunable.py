@@ -73,9 +73,7 @@ def find_prunable(model: nn.Module, pruning: Pruning) -> list[Prunable]:
         raise PruningError(
             f"{_asked(pruning)} fits no weight of {type(model).__name__}; {_known(model)}"
         )
-    for glob in pruning.fractions:
-        if not any(weight.pool == glob for weight in found):
-            raise PruningError(f"fraction: {glob!r} fits no weight; {_known(model)}")
+    _check_globs(model, pruning, found)
     _check_shared(found)
     for weight in found:
         _check(weight)
@@ -111,7 +109,7 @@ def _is_masked(module: nn.Module, name: str) -> bool:
 
 def _pool(module: nn.Module, path: str, pruning: Pruning) -> str | None:
     """The glob of the fraction that applies; None if the weight stays."""
-    names = (layer_name(path), path.rpartition(".")[0], path)
+    names = _names(path)
     asked = _globs(pruning.only)
     if _fits(names, _globs(pruning.except_)) or (asked and not _fits(names, asked)):
         return None
@@ -120,6 +118,26 @@ def _pool(module: nn.Module, path: str, pruning: Pruning) -> str | None:
     if not isinstance(module, LAYERS) and not _fits((path,), [g for g in named if g != "*"]):
         return None  # perhaps no product reads it; whoever names it knows
     return pool
+
+
+def _check_globs(model: nn.Module, pruning: Pruning, found: Sequence[Prunable]) -> None:
+    """A name that fits nothing is a mistake: what it was to spare, or to prune, is another layer.
+
+    Those of ``except_`` and ``only`` may fit what is not pruned for another reason.
+    """
+    paths = _paths(model)
+    for what in ("only", "except_"):
+        for glob in _globs(getattr(pruning, what)):
+            if not any(_fits(_names(path), (glob,)) for path in paths):
+                raise PruningError(f"{what}: {glob!r} fits no weight; {_known(model)}")
+    for glob in pruning.fractions:
+        if not any(weight.pool == glob for weight in found):
+            raise PruningError(f"fraction: {glob!r} fits no weight; {_known(model)}")
+
+
+def _names(path: str) -> tuple[str, str, str]:
+    """What a glob may name a weight by: its layer, its module, its path."""
+    return layer_name(path), path.rpartition(".")[0], path
 
 
 def _globs(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -138,12 +156,22 @@ def _asked(pruning: Pruning) -> str:
 
 
 def _known(model: nn.Module) -> str:
-    names = [
+    names = _paths(model)
+    if not names:
+        return "it has no matrices (kernels of convolutions are not pruned)"
+    known = f"its matrices are {', '.join(names)}"
+    if not any(isinstance(module, LAYERS) for module in model.modules()):
+        known += f"; those of your own modules have to be named: only={names[0]!r}"
+    return known
+
+
+def _paths(model: nn.Module) -> list[str]:
+    """The paths of all matrices."""
+    return [
         f"{module_name}.{name}".lstrip(".")
         for module_name, module in model.named_modules()
         for name in _weights_of(module)
     ]
-    return f"its matrices are {', '.join(names)}" if names else "it has no matrices"
 
 
 def _check_shared(weights: Sequence[Prunable]) -> None:

@@ -100,7 +100,10 @@ class Pruner:
         if self.pruning.evaluate is None:
             return None
         with torch.no_grad():
-            self._accuracy = float(self.pruning.evaluate(self.model))
+            accuracy: Any = self.pruning.evaluate(self.model)
+        if accuracy is None:
+            raise PruningError("evaluate returned None; return the accuracy, a number")
+        self._accuracy = float(accuracy)
         if self._before is None:
             self._before = self._accuracy
         return self._accuracy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -96,9 +97,7 @@ class Pruning:
         if (self.fraction is None) != (self.n_of_m is not None):
             wanted = "leave fraction out" if self.n_of_m else "say which fraction to prune"
             raise ValueError(f"pattern={self.pattern!r} with fraction={self.fraction}: {wanted}")
-        for fraction in self.fractions.values():
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"a fraction of {fraction}: give a number from 0 to 1")
+        _check_fraction(self.fraction)
         if self.n_of_m is not None and not 0 < self.n_of_m[0] < self.n_of_m[1]:
             raise ValueError(f"pattern={self.pattern!r} prunes nothing: N must be smaller than M")
         if self.along not in ("receivers", "senders"):
@@ -106,8 +105,12 @@ class Pruning:
         if isinstance(self.criterion, str) and self.criterion not in NAMED_CRITERIA:
             known = ", ".join(map(repr, NAMED_CRITERIA))
             raise ValueError(f"unknown criterion {self.criterion!r}; known: {known}, or a function")
-        if not 0 <= self.begin <= max(self.begin, self.end) or self.every < 1:
-            raise ValueError(f"steps from {self.begin} to {self.end}, every {self.every}")
+        ends_early = self.end != 0 and self.end < self.begin  # without an end, all at begin
+        if self.begin < 0 or ends_early or self.every < 1:
+            raise ValueError(
+                f"steps from {self.begin} to {self.end}, every {self.every}: begin is 0 or more, "
+                "end is not before it, every is 1 or more"
+            )
         if not 0 <= self.regrow < 1 or (self.regrow and self.pattern != "unstructured"):
             raise ValueError(
                 f"regrow={self.regrow} with pattern={self.pattern!r}: single weights can be "
@@ -121,9 +124,9 @@ class Pruning:
     @property
     def fractions(self) -> dict[str, float]:
         """By glob; one for all where there is no choice."""
-        if self.fraction is None or isinstance(self.fraction, (int, float)):
+        if self.fraction is None or not isinstance(self.fraction, Mapping):
             return {"*": 0.0 if self.fraction is None else float(self.fraction)}
-        return dict(self.fraction)
+        return {glob: float(fraction) for glob, fraction in self.fraction.items()}
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -159,3 +162,15 @@ class Pruning:
         if step == max(self.begin, self.end):
             return True
         return self.begin <= step < self.end and (step - self.begin) % self.every == 0
+
+
+def _check_fraction(given: object) -> None:
+    """Raises ValueError unless ``given`` is a share, shares by glob, or None."""
+    shares: Any = given.values() if isinstance(given, Mapping) else (given,)
+    for share in shares if given is not None else ():
+        is_number = isinstance(share, Real) and not isinstance(share, bool)
+        if not is_number or not 0 <= float(share) <= 1:
+            raise ValueError(
+                f"a fraction of {share!r}: give a number from 0 to 1, or numbers by the names of "
+                "layers"
+            )
