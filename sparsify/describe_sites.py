@@ -10,7 +10,7 @@ from torch import nn
 from sparsify import ir
 from sparsify.choose import Choice
 from sparsify.errors import Refusal
-from sparsify.find_products import Product
+from sparsify.find_products import RECURRENT, Product
 from sparsify.place_sites import Placement
 from sparsify.report import Decision, Site
 
@@ -33,8 +33,9 @@ class Rows:
             placed[placement.product.name] = placement
         known = list(products)
         known += dict.fromkeys(p.product for p in self.placements if p.product not in known)
+        fused = {p.weight for p in known if any(node.target in RECURRENT for node in p.nodes)}
         return tuple(
-            self._placed(product, placed[product.name])
+            self._placed(product, placed[product.name], product.weight in fused)
             if product.name in placed
             else self._kept(product, self.refused[product.name])
             for product in known
@@ -58,7 +59,8 @@ class Rows:
             dense_operations=product.operations or None,
         )
 
-    def _placed(self, product: Product, placement: Placement) -> Site:
+    def _placed(self, product: Product, placement: Placement, is_fused: bool) -> Site:
+        """``is_fused`` says that the model runs the product inside a recurrent op of torch."""
         choice = self.choices[placement.region]
         active, senders = choice.events.get(placement.gather, (0, 0))
         activity = active / senders if senders else product.activity
@@ -75,7 +77,7 @@ class Rows:
         operations = product.operations or None
         event = None if activity is None else activity * product.operations or None
         refusal = choice.refusal
-        took = choice.took_ms
+        took = _by_steps(choice.took_ms) if is_fused else choice.took_ms
         believed = {} if choice.note else took  # ratios of disturbed times say nothing
         return Site(
             product.name,
@@ -121,6 +123,11 @@ def describe_kept(model: nn.Module, refusal: Refusal) -> tuple[Site, ...]:
         for name, module in model.named_modules()
         if isinstance(module, PRODUCT_MODULES)
     )
+
+
+def _by_steps(took_ms: Mapping[str, float]) -> Mapping[str, float]:
+    """Single operations took that long; the original is one of torch's, which is faster."""
+    return {"step by step" if name == "original" else name: took for name, took in took_ms.items()}
 
 
 def _times(operations: float | None, density: float | None) -> float | None:

@@ -51,22 +51,25 @@ class Sparsified:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         engine = self._engine
-        clone = rebuild(copy.deepcopy(engine.original, memo), engine.options, engine.plan)
+        original = copy.deepcopy(engine.original, memo)
+        clone = rebuild(original, engine.options, engine.plan, engine.pruned)
         memo[id(self)] = clone
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         engine = self._engine
-        return rebuild, (engine.original, engine.options, engine.plan)
+        return rebuild, (engine.original, engine.options, engine.plan, engine.pruned)
 
 
-def rebuild(model: nn.Module, options: Any, plan: Any) -> nn.Module:
+def rebuild(model: nn.Module, options: Any, plan: Any, pruned: Any = None) -> nn.Module:
     """Install an engine that compiles at its first call: how copies and pickles come back."""
     from sparsify.engine import (
         Engine,  # the engine's own imports are what a pickle must not pay for
     )
 
-    return install(Engine(model, options, plan))
+    engine = Engine(model, options, plan)
+    engine.pruned = pruned
+    return install(engine)
 
 
 def _shortcut(name: str) -> property:

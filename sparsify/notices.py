@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 from sparsify.entry import Entry, stand_ins
 from sparsify.errors import Refusal
+from sparsify.options import is_disabled
 from sparsify.report import NO_SITE
 
+WAITS = "nothing is recorded yet: the first call will be"
+OFF = "SPARSIFY=0 is set: everything runs as the original"
 MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
 
 
@@ -36,7 +39,8 @@ class Notices:
     ) -> tuple[str, ...]:
         """All of them, behind those of ``before`` and what the newest of ``entries`` has to say."""
         if not recordings and not self._told:
-            return ("nothing is recorded yet: the first call will be",)
+            waits = OFF if is_disabled() else WAITS
+            return (*before, waits)
         plural = "recording" if recordings == 1 else "recordings"
         notes = [f"{recordings} {plural}, {len(entries)} compiled"] if recordings else []
         notes += before

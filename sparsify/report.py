@@ -24,13 +24,14 @@ class Site:
 
     ``took_ms`` has the times of one call of the region that the site belongs to, by candidate:
     ``original``, ``dense``, ``event``, ``parameters`` (everything active, but without weights that
-    are zero), ``both``. ``fusion_gain`` is original over dense, ``sparsity_gain`` dense over event,
-    ``parameter_gain`` what leaving out weights gains beside that; they are None where nothing was
-    measured. Operations are multiply-adds of one call on the example: of a dense product, of active
-    senders, of weights that are not zero, and of both. ``break_even`` is the activity at which an
-    event kernel is predicted to be as fast as a dense one, ``break_even_density`` the density of
-    the weight at which ``layout`` is as fast as dense rows. ``region`` names the module of the
-    graph that computes the site.
+    are zero), ``both``; in place of ``original`` it is ``step by step`` in layers such as nn.GRU,
+    whose own operation has no part that could be compared. ``fusion_gain`` is original over dense,
+    ``sparsity_gain`` dense over event, ``parameter_gain`` what leaving out weights gains beside
+    that; they are None where nothing was measured. Operations are multiply-adds of one call on the
+    example: of a dense product, of active senders, of weights that are not zero, and of both.
+    ``break_even`` is the activity at which an event kernel is predicted to be as fast as a dense
+    one, ``break_even_density`` the density of the weight at which ``layout`` is as fast as dense
+    rows. ``region`` names the module of the graph that computes the site.
     """
 
     name: str

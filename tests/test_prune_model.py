@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,24 @@ def test_the_dense_model_is_changed_only_where_it_is_asked_for() -> None:
     same, _ = prune_model(model, Pruning(0.5, in_place=True))
     assert same is model
     assert prune.is_pruned(model)
+
+
+def test_copies_and_pickles_know_what_was_pruned() -> None:
+    fast: Any = sparsify.sparsify(Recurrent(hidden=32).eval(), prune=0.75)
+    said = "pruned: 25.0% of "
+    for again in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert said in str(again.report)
+        assert again.compiled.pruned.density == pytest.approx(0.25, abs=1e-3)
+
+
+def test_what_is_pruned_stays_pruned_where_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SPARSIFY", "0")
+    fast: Any = sparsify.sparsify(Recurrent(hidden=32).eval(), example(4), prune=0.75)
+    assert fast.compiled.pruned.density == pytest.approx(0.25, abs=1e-3)
+    assert "SPARSIFY=0 is set: everything runs as the original" in str(fast.report)
+    assert torch.equal(fast(example(4)), fast.original(example(4)))
 
 
 def test_recurrent_modules_run_with_their_masks() -> None:

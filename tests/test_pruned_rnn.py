@@ -73,6 +73,15 @@ def test_a_pruned_layer_runs_without_its_zeros() -> None:
     assert fast.report["rnn.weight_ih_l0"].code == "no-event"
 
 
+def test_steps_of_single_operations_are_not_called_the_original() -> None:
+    """What the model would run is torch's whole layer, several times faster than its steps."""
+    fast: Any = sparsify(gru(0.05), example())
+    site = fast.report[SITE]
+    assert "step by step" in site.took_ms
+    assert "original" not in site.took_ms
+    assert site.fusion_gain is None
+
+
 def test_dense_rows_alone_are_not_verified_unasked() -> None:
     net = gru()
     plan = Plan().pin(SITE, "dense", ir.DENSE_ROWS)
