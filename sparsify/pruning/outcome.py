@@ -54,7 +54,8 @@ class PruningOutcome:
         empty = [layer.name for layer in self.layers if layer.density == 0]
         if empty:
             notes.append(
-                f"pruned to nothing: {', '.join(empty)}; what reads it sees its bias alone"
+                f"pruned to nothing: {', '.join(empty)}; what reads it sees its bias alone, "
+                "unless each layer is given a fraction of its own"
             )
         if self.accuracy is not None and self.accuracy_before is not None:
             notes.append(f"accuracy {self.accuracy_before:.4g} before, {self.accuracy:.4g} now")
