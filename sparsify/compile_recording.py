@@ -28,6 +28,7 @@ from sparsify.passes.expansion import Eager
 from sparsify.passes.join_slices import join_slices
 from sparsify.passes.limit_surrogates import limit_surrogates
 from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.own_memory import own_memory
 from sparsify.passes.part_results import join_results, part_results
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.passes.result import Pass
@@ -98,6 +99,10 @@ class Compiler:
             joined = join_slices(stages[-1].graph)
             stages = (*stages, Stage("join_slices", joined.graph, tuple(joined.done)))
             stages = (*stages, *limit(stages[-1].graph, self.options.surrogate_window))
+        owned = own_memory(stages[-1].graph, recording.graph.graph)
+        if owned.done:
+            stages = (*stages, Stage("own_memory", owned.graph, tuple(owned.done)))
+        if is_trained:
             stage, undifferentiated = differentiate(stages[-1].graph, operands)
             stages = (*stages, stage)
         graph = stages[-1].graph
