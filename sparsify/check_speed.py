@@ -80,6 +80,8 @@ def _kept(site: Site, refusal: Refusal) -> Site:
         reason=refusal.reason,
         remedy=refusal.remedy,
         region="",
+        layout="",
+        weight_dtype="",
     )
 
 

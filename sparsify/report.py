@@ -15,6 +15,7 @@ HEADINGS = (
     *("site", "line", "decision", "weights", "layout", "activity", "density", "operations", "time"),
     *("fusion", "sparsity", "parameters"),
 )
+MOST_NAMES = 4  # of sites with one and the same reason
 NO_SITE = "there is no site: the call has no linear operation that a kernel could take over"
 
 
@@ -117,13 +118,20 @@ class Report:
 
     def __str__(self) -> str:
         lines = _table([HEADINGS, *map(_row, self.sites)]) if self.sites else []
-        whole = {site.reason for site in self.sites}
+        sites_of: dict[str, list[str]] = {}
         for site in self.sites:
-            if site.reason and (len(whole) > 1 or site is self.sites[0]):
+            if site.reason:
                 code = f"[{site.code}] " if site.code else ""
-                lines.append(f"  {site.name}: {code}{site.reason} {site.remedy}".rstrip())
+                told = f"{code}{site.reason} {site.remedy}".rstrip()
+                sites_of.setdefault(told, []).append(site.name)
+        lines += [f"  {_some(names)}: {told}" for told, names in sites_of.items()]
         lines += [f"  {note}" for note in (*self.notes, *self.drift())]
         return "\n".join(lines)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _row(site: Site) -> tuple[str, ...]:

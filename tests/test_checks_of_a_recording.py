@@ -117,6 +117,7 @@ def test_a_call_that_gains_nothing_runs_the_original(monkeypatch: pytest.MonkeyP
     assert isinstance(engine, Engine)
     site = engine.report["rec"]
     assert (site.decision, site.code) == ("kept", "no-gain")
+    assert (site.layout, site.weight_dtype, site.region) == ("", "", "")  # no kernel reads it
     assert "A call took 3 ms compiled and 2 ms as the original" in site.reason
     assert engine.compiled.runs_original
     assert engine.plan.sites["rec"] == "off"

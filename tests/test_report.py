@@ -40,6 +40,15 @@ def test_a_reason_that_all_sites_share_is_told_once() -> None:
     assert str(Report((KEPT, other))).count("It reads x.") == 1
 
 
+def test_sites_of_one_reason_share_a_line() -> None:
+    others = [replace(KEPT, name=f"fc{i}") for i in range(5)]
+    told = str(Report((EVENT, KEPT, *others[:2])))
+    assert "\n  fc, fc0, fc1: [no-event] It reads x. Encode x." in told
+    told = str(Report((EVENT, KEPT, *others, replace(KEPT, name="last", reason="It is last."))))
+    assert "\n  fc, fc0, fc1, fc2 and 2 more: [no-event] It reads x. Encode x." in told
+    assert "\n  last: [no-event] It is last. Encode x." in told
+
+
 def test_an_empty_report_prints_its_notes() -> None:
     assert str(Report((), ("nothing was recorded yet",))) == "  nothing was recorded yet"
 
