@@ -373,6 +373,20 @@ def test_what_cannot_be_pruned_is_named(
         prune_model(make(), pruning)
 
 
+def test_a_loss_of_another_model_ranks_nothing() -> None:
+    model = Recurrent(hidden=32)
+
+    def loss() -> Tensor:
+        result: Tensor = model(example(4)).square().mean()
+        return result
+
+    with pytest.raises(PruningError, match=r"it calls another model.*unless in_place=True"):
+        prune_model(model, Pruning(0.5, criterion="gradient", loss=loss))
+    same, outcome = prune_model(model, Pruning(0.5, criterion="gradient", loss=loss, in_place=True))
+    assert same is model
+    assert outcome.density == pytest.approx(0.5, abs=1e-3)
+
+
 def test_senders_that_no_module_shows() -> None:
     pruning = Pruning(0.5, only="own", criterion="event-weighted")
     with pytest.raises(PruningError, match="own did not run as a module on the example"):

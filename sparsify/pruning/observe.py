@@ -94,7 +94,7 @@ def dense_gradients(weights: Sequence[Prunable], loss: Callable[[], Tensor]) -> 
     """The gradients of ``loss()`` by layer, of weights that are pruned as well.
 
     Those are zero meanwhile, and may be changed by what is called. Other gradients stay as they
-    are. Raises PruningError where ``loss`` returns no loss.
+    are. Raises PruningError where ``loss`` returns no loss, or that of another model.
     """
     parameters = [weight.parameter for weight in weights]
     with _opened(weights), torch.enable_grad():
@@ -103,6 +103,11 @@ def dense_gradients(weights: Sequence[Prunable], loss: Callable[[], Tensor]) -> 
             got = "a tensor without gradients" if isinstance(value, Tensor) else repr(value)
             raise PruningError(f"loss returned {got}; return the loss itself, before backward")
         found = torch.autograd.grad(value, parameters, allow_unused=True)
+    if all(each is None for each in found):
+        raise PruningError(
+            "loss has no gradient for any weight that is to be pruned: it calls another model. A "
+            "copy is pruned, which loss cannot know, unless in_place=True; a Pruner makes no copy"
+        )
     return {
         weight.layer: torch.zeros_like(weight.parameter) if each is None else each.detach()
         for weight, each in zip(weights, found, strict=True)

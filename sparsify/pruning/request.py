@@ -59,7 +59,8 @@ class Pruning:
     regrow: share of the kept weights that every update exchanges for pruned ones with large
         gradients, falling to zero by a cosine until ``end`` (RigL, Evci et al. 2020).
     loss: a function without arguments that returns the loss on a typical batch; what needs
-        gradients of pruned weights, or any before training, calls it.
+        gradients of pruned weights, or any before training, calls it. It has to call the model that
+        is pruned: the one given to a ``Pruner``, or with ``in_place``.
     evaluate: a function of the model that returns its accuracy, or another number that is better
         when it is larger.
     most_loss: pruning stops with what was reached when accuracy has fallen by more than this.
