@@ -93,3 +93,21 @@ def mask_of(model: Recurrent) -> Tensor:
 
 def example(steps: int = 6, batch: int = 3) -> Tensor:
     return 2 * torch.randn(steps, batch, 8, generator=torch.Generator().manual_seed(2))
+
+
+class Mixed(nn.Module):
+    """Layers of many kinds; ``table`` and ``own`` are matrices, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 8)
+        self.rnn = nn.GRU(8, 16, num_layers=2)
+        self.block = nn.ModuleDict({"fc": nn.Linear(16, 16), "cell": nn.LSTMCell(16, 8)})
+        self.own = nn.Parameter(torch.randn(8, 8))
+        self.decay = nn.Parameter(torch.rand(8))
+
+    def forward(self, text: Tensor) -> Tensor:
+        x, _ = self.rnn(self.table(text))
+        h, _ = self.block["cell"](torch.relu(self.block["fc"](x[-1])))
+        result: Tensor = h @ self.own
+        return result
