@@ -12,7 +12,9 @@ from sparsify.candidates import Candidate, How, Predictor, Workload, find_candid
 from sparsify.choose import Choice, Task, choose_region
 from sparsify.errors import CompileError, Refusal
 from sparsify.layouts import layouts_of
+from sparsify.lowered import LoweredSite
 from sparsify.options import Options
+from sparsify.passes.split_time import DENSE_ACTIVITY
 from sparsify.place_sites import Placement
 from sparsify.plan import Plan
 from sparsify.rechoose import Rechooser
@@ -116,9 +118,9 @@ class Chooser:
         backend = self.binaries.backend
         # An emulator is there to run the kernels of events, not to gain by them.
         if not backend.is_timed and not isinstance(backend, Rendered):
-            reads_events = {site.gather: site.event for site in task.lowered.sites}
+            reads_events = {site.gather for site in task.lowered.sites if _reads_events(site)}
             for each in task.lowered.kernel.gathers:
-                if reads_events.get(each.result) or each.only is not None:
+                if each.result in reads_events or each.only is not None:
                     pinned.setdefault(each.result, "event")
         candidates = find_candidates(predictor, pinned)
         for each in task.lowered.kernel.gathers if candidates else ():
@@ -177,3 +179,8 @@ class Chooser:
 
     def _of(self, task: Task) -> list[Placement]:
         return [p for p in self.placements if p.region == task.name]
+
+
+def _reads_events(site: LoweredSite) -> bool:
+    """As ``scan_products.reads_events`` says of the product."""
+    return site.event or (site.activity is not None and site.activity <= DENSE_ACTIVITY)
