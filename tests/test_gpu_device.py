@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -346,6 +347,22 @@ def test_profilers_are_told_what_of_the_model_runs(
     with pytest.raises(KernelFault) as caught:
         launch([y])
     assert caught.value.kernel == title
+
+
+def test_a_prepared_launch_keeps_its_configuration(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when its function has forgotten it, after launches in many other ways."""
+    monkeypatch.setattr(gpu, "CONFIGS", 1)
+    function = load(fake)
+    made = [weakref.ref(function._config(Grid(8, 32, cluster=4), STREAM))]
+    launch = function.prepare(Grid(8, 32, cluster=4), [], [], STREAM)
+    made.append(weakref.ref(function._config(Grid(1, 32), STREAM)))
+    function.launch(Grid(2, 32), [])
+    assert [config() is None for config in made] == [False, True]
+    fake.reset()
+    launch([])
+    assert fake.journal()[2] == "cluster 4 1 1"
 
 
 def test_a_cubin_that_the_driver_refuses(fake: FakeDriver) -> None:

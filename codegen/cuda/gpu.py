@@ -158,25 +158,23 @@ class GpuFunction:
         Raises KernelFault if it cannot be started, or if one that ran before has failed.
         """
         stream = current_stream(self._device)
-        self._start(grid, self._config(grid, stream).address, stream, _argument(words))
+        self._start(grid, self._config(grid, stream), stream, _argument(words))
 
     def prepare(
         self, grid: Grid, words: Sequence[Word], places: Sequence[int], stream: int
     ) -> Launch:
         """See ``Function.prepare``. Raises what ``launch`` raises."""
-        template, config = _argument(words), self._config(grid, stream)
-        at = [1 + place for place in places]
+        template, config, start = _argument(words), self._config(grid, stream), self._start
+        pairs = [(i, 1 + place) for i, place in enumerate(places)]
         changing = set(places)
         kept = [w for i, w in enumerate(words) if i not in changing and isinstance(w, Memory)]
-
-        pairs, address, start = list(enumerate(at)), config.address, self._start
 
         # So that a launch is a few instructions: this is most of what a call takes.
         def launch(tensors: Sequence[torch.Tensor], kept: Sequence[Memory] = kept) -> None:
             argument = template[:]
             for i, place in pairs:
                 argument[place] = tensors[i].data_ptr()
-            start(grid, address, stream, argument)
+            start(grid, config, stream, argument)
 
         return launch
 
@@ -185,19 +183,16 @@ class GpuFunction:
         with self._api.in_context(self._context):
             return self._api.resident_blocks(self._handle, threads, shared_bytes)
 
-    def _start(self, grid: Grid, config: int, stream: int, argument: array[int]) -> None:
-        """``argument`` is a place for its own address, and the struct behind that.
-
-        ``config`` is the address of the launch's configuration.
-        """
+    def _start(self, grid: Grid, config: LaunchConfig, stream: int, argument: array[int]) -> None:
+        """``argument`` is a place for its own address, and the struct behind that."""
         address, _ = argument.buffer_info()
         argument[0] = address + WORD_BYTES
         if self._marks:
             _nvtx.range_push(self._title)
         try:
-            status = self._launch_kernel(config, self._handle, address, None)
+            status = self._launch_kernel(config.address, self._handle, address, None)
             if status:
-                self._start_in_context(status, config, address)
+                self._start_in_context(status, config.address, address)
         except DriverError as error:
             raise self._fault(error, grid) from error
         finally:
