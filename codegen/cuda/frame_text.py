@@ -6,13 +6,13 @@ they are written here and filled by the launchable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
-from sparsify.codegen.cuda.layouts import Array
+from sparsify.codegen.cuda.layouts import Kept, arrays_of
 from sparsify.codegen.frame_text import shape_note, write_origin
 from sparsify.codegen.usage import Packing, packings
 from sparsify.codegen.writer import Writer
@@ -92,12 +92,12 @@ def call_members(
     symbols: Symbols,
     scratch: Sequence[Scratch] = (),
     numbers: Sequence[str] = (),
-    kept: Callable[[Packing], Sequence[Array]] = lambda _: (),
+    kept: Sequence[Kept] = (),
 ) -> list[Member]:
     """The members of ``struct Call`` behind ``steps`` and ``batch``.
 
-    ``scratch`` and ``numbers`` are a strategy's own, in its order; ``kept`` says what is packed of
-    a weight beside its whole rows.
+    ``scratch`` and ``numbers`` are a strategy's own, in its order; ``kept`` is what is packed of
+    weights beside their whole rows.
     """
     members: list[Member] = []
     for operand in kernel.operands:
@@ -107,7 +107,7 @@ def call_members(
     for packing in packings(kernel, schedule):
         members += _weight_members(kernel, schedule, symbols, packing)
         rows, of = packed_name(packing, symbols), packing.weight.name
-        for array in kept(packing):
+        for array in arrays_of(kept, packing):
             kind, name = f"const {array.kind}", f"{rows}{array.suffix}"
             members.append(Member("kept", of, kind, name, (), array.note))
     for output in kernel.outputs:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES
 from sparsify.codegen.cuda.frame_text import Member, call_members, write_call, write_head
 from sparsify.codegen.cuda.kernel_text import CudaText
-from sparsify.codegen.cuda.layouts import arrays_of
 from sparsify.codegen.cuda.meetings import Meetings
 from sparsify.codegen.cuda.shared_text import events_field, values_field, words_field
 from sparsify.codegen.cuda.struct_text import Array, struct_layout, write_struct
@@ -45,8 +43,8 @@ class RowText(CudaText):
 
     def members(self) -> list[Member]:
         """Those of ``struct Call``."""
-        kept = partial(arrays_of, self.kept)
-        return call_members(self.kernel, self.schedule, self.symbols, self.scratch(), kept=kept)
+        given = self.kernel, self.schedule, self.symbols
+        return call_members(*given, self.scratch(), kept=self.kept)
 
     # -- where things lie --------------------------------------------------------------------
 

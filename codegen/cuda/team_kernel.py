@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
 from sparsify.codegen.cuda.bundle import Bundle, find_bundles
 from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members, packed_name
-from sparsify.codegen.cuda.layouts import Kept, arrays_of
+from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.cuda.neuron_text import find_neurons, old_value, operand_element
 from sparsify.codegen.cuda.struct_text import Array, struct_layout
 from sparsify.codegen.cuda.team_masks import kept_of_teams
@@ -85,8 +84,8 @@ class TeamKernel:
 
     def members(self, shape: Shape) -> list[Member]:
         scratch, numbers = self.together.scratch, self.together.numbers
-        kept = partial(arrays_of, self.kept(shape))
-        return call_members(self.kernel, self.schedule, self.symbols, scratch, numbers, kept)
+        given = self.kernel, self.schedule, self.symbols
+        return call_members(*given, scratch, numbers, self.kept(shape))
 
     def kept(self, shape: Shape) -> list[Kept]:
         """What is packed of weights beside their whole rows."""
