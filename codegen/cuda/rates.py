@@ -83,23 +83,20 @@ def rates_of(limits: Limits, environment: Mapping[str, str] = os.environ) -> Rat
     return measured_rates(content, limits.name) or H100_RATES
 
 
-def measured_rates(content: Any, device: str, stated: Rates = H100_RATES) -> Rates | None:
-    """``stated`` with what the results have measured; None if they are of another device.
+def measured_rates(content: Any, device: str) -> Rates | None:
+    """The stated ones with what the results have measured; None if they are of another device.
 
     What is not in them, or not positive because it was too short to be measured, stays as stated.
     Raises ValueError if the results have another form.
     """
+    units = {name: (field, unit) for field, name, unit in MEASURED}
     try:
         measured_on = content["environment"]["device"]
         rows = content["sections"].get("machine", [])
-        found = {name: float(row[name]) for row in rows for name in row if name in _NAMES}
+        found = {name: float(row[name]) for row in rows for name in row if name in units}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"not the results of gpu.py: {error!r}") from error
     if measured_on != device:
         return None
-    units = {name: (field, unit) for field, name, unit in MEASURED}
     values = {units[name][0]: value * units[name][1] for name, value in found.items() if value > 0}
-    return replace(stated, **values)
-
-
-_NAMES = frozenset(name for _, name, _ in MEASURED)
+    return replace(H100_RATES, **values)
