@@ -13,14 +13,12 @@ from sparsify import ir
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.device import Grid, Memory, Word
-from sparsify.codegen.cuda.headers import read_header
 
 JOBS, SIDE, THREADS = 8, 32, 256  # as in packing.cuh
 MOST_BLOCKS = 512  # of a weight; `progress` counts up to 65535
-HEADER = "packing.cuh"
 TEXT = """\
-// Packs weights of {dtype}, see {header}.
-#include "{header}"
+// Packs weights of {dtype}, see packing.cuh.
+#include "packing.cuh"
 
 using Call = sparsify::PackingCall<{type}>;
 
@@ -34,9 +32,8 @@ extern "C" __global__ void __launch_bounds__(sparsify::PACKING_THREADS)
 @lru_cache
 def render_packing(dtype: ir.DType) -> Source:
     """The kernel for weights of ``dtype``; it is given ``packing_words``."""
-    read_header(HEADER)
     entry = f"run_pack_{dtype}"
-    text = TEXT.format(dtype=dtype, type=MEMORY_TYPES[dtype], entry=entry, header=HEADER)
+    text = TEXT.format(dtype=dtype, type=MEMORY_TYPES[dtype], entry=entry)
     return Source(text, f"{entry}.cu", entry, f"packing of weights of {dtype}")
 
 
