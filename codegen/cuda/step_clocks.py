@@ -7,7 +7,6 @@ those that published measurements have for Hopper.
 ISSUED = 3.2  # instructions of a multiprocessor in a clock, of 4 that it can issue
 L2_CLOCKS, SHARED_CLOCKS = 263, 30  # until what is asked for arrives
 SYNC_CLOCKS = 30
-AT_ONCE = 4  # events, see exchange.cuh
 LIST_ISSUED, LIST_CLOCKS = 110, 250  # of 256 senders: compared, counted, put in place
 EVENT_ISSUED = 2  # its place in the list, and its row of weights
 FOUR_EVENTS_ISSUED, FOUR_EVENTS_CLOCKS = 3, 60  # read of the list; weights, then four additions

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from sparsify import ir
 from sparsify.codegen.cuda.step_clocks import (
-    AT_ONCE,
     CELL_CLOCKS,
     CELL_ISSUED,
     DENSE_CLOCKS,
@@ -25,6 +24,7 @@ from sparsify.codegen.cuda.step_clocks import (
     SYNC_CLOCKS,
 )
 from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_memory import AT_ONCE
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source
 
