@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
@@ -28,8 +28,8 @@ class TeamMemory:
     neurons: dict[str, Neuron]
     shape: Shape
     widths: dict[str, str]  # population -> the constant that is its slice
-    bundles: Sequence[Bundle] = ()
-    kept: Mapping[str, Kept] = field(default_factory=dict)  # of packed weights, by name
+    bundles: Sequence[Bundle]
+    kept: Mapping[str, Kept]  # of packed weights, by name
 
     def told(self) -> list[Array]:
         """What blocks tell each other, by parity of the step."""
