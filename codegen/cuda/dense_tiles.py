@@ -94,7 +94,9 @@ class DenseTiles(NeuronsPerGrid):
         activity: Mapping[str, float],
         patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
-        cost = super().predict(kernel, schedule, steps=steps, batch=batch, activity=activity)
+        cost = super().predict(
+            kernel, schedule, steps=steps, batch=batch, activity=activity, patterns=patterns
+        )
         team = self.team(kernel, schedule)
         factor = BINARY_COST if parts_of(team) == 1 else REAL_COST
         whole = round_up(batch, TILE_ROWS) / max(1, batch)
