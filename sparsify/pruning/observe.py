@@ -25,9 +25,8 @@ class _Counter:
         self.rows = 0
 
     def add(self, values: Any) -> None:
-        if not isinstance(values, Tensor):  # a packed sequence
-            values = values.data
-        rows = values.detach().reshape(-1, values.shape[-1])
+        found = _plain(values)
+        rows = found.detach().reshape(-1, found.shape[-1])
         active = rows.count_nonzero(0)
         self.active = active if self.active is None else self.active + active
         self.rows += len(rows)
@@ -77,6 +76,7 @@ def _first_hidden(out: Any) -> Tensor:
 
 
 def _plain(values: Any) -> Tensor:
+    """The values themselves, of a packed sequence too."""
     found: Tensor = values if isinstance(values, Tensor) else values.data
     return found
 

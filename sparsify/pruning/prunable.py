@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -62,13 +62,11 @@ class Prunable:
 def find_prunable(model: nn.Module, pruning: Pruning) -> list[Prunable]:
     """The weights that ``pruning`` names. Raises PruningError where one cannot be pruned."""
     found: list[Prunable] = []
-    for module_name, module in model.named_modules():
-        for name in _weights_of(module):
-            path = f"{module_name}.{name}" if module_name else name
-            pool = _pool(module, path, pruning)
-            if pool is not None:
-                fraction = pruning.fractions[pool]
-                found.append(Prunable(layer_name(path), module, name, pool, fraction))
+    for path, module, name in _matrices(model):
+        pool = _pool(module, path, pruning)
+        if pool is not None:
+            fraction = pruning.fractions[pool]
+            found.append(Prunable(layer_name(path), module, name, pool, fraction))
     if not found:
         raise PruningError(
             f"{_asked(pruning)} fits no weight of {type(model).__name__}; {_known(model)}"
@@ -78,6 +76,13 @@ def find_prunable(model: nn.Module, pruning: Pruning) -> list[Prunable]:
     for weight in found:
         _check(weight)
     return found
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The path, the module and the name there of every matrix."""
+    for module_name, module in model.named_modules():
+        for name in _weights_of(module):
+            yield f"{module_name}.{name}".lstrip("."), module, name
 
 
 def _weights_of(module: nn.Module) -> list[str]:
@@ -125,7 +130,7 @@ def _check_globs(model: nn.Module, pruning: Pruning, found: Sequence[Prunable]) 
 
     Those of ``except_`` and ``only`` may fit what is not pruned for another reason.
     """
-    paths = _paths(model)
+    paths = [path for path, _, _ in _matrices(model)]
     for what in ("only", "except_"):
         for glob in _globs(getattr(pruning, what)):
             if not any(_fits(_names(path), (glob,)) for path in paths):
@@ -156,22 +161,13 @@ def _asked(pruning: Pruning) -> str:
 
 
 def _known(model: nn.Module) -> str:
-    names = _paths(model)
+    names = [path for path, _, _ in _matrices(model)]
     if not names:
         return "it has no matrices (kernels of convolutions are not pruned)"
     known = f"its matrices are {', '.join(names)}"
     if not any(isinstance(module, LAYERS) for module in model.modules()):
         known += f"; those of your own modules have to be named: only={names[0]!r}"
     return known
-
-
-def _paths(model: nn.Module) -> list[str]:
-    """The paths of all matrices."""
-    return [
-        f"{module_name}.{name}".lstrip(".")
-        for module_name, module in model.named_modules()
-        for name in _weights_of(module)
-    ]
 
 
 def _check_shared(weights: Sequence[Prunable]) -> None:
@@ -208,8 +204,8 @@ def _check(weight: Prunable) -> None:
     mask = weight.mask
     if mask.shape != value.shape:
         raise PruningError(
-            f"{layer} has a mask of {list(mask.shape)} for weights of {list(value.shape)}; remove "
-            f"it (del module._buffers) or give it their shape"
+            f"{layer} has a mask of {list(mask.shape)} for weights of {list(value.shape)}; give "
+            f"it their shape"
         )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise PruningError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -86,9 +86,3 @@ def exchange(kept: Tensor, scores: Tensor, gradients: Tensor, count: int) -> tup
     after[largest] = True
     grown[largest] = True
     return after.view_as(kept), grown.view_as(kept)
-
-
-def share_kept(masks: Sequence[Tensor]) -> float:
-    """The share of weights that is kept, of all together."""
-    total = sum(mask.numel() for mask in masks)
-    return sum(int(mask.sum()) for mask in masks) / max(total, 1)
