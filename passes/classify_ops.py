@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -57,6 +58,15 @@ def draws_random(node: fx.Node) -> bool:
 def is_pointwise(node: fx.Node) -> bool:
     """True for ops that work element by element with broadcasting."""
     return node.target in POINTWISE_TOO or _has_tag(node, torch.Tag.pointwise)
+
+
+def may_be_view(node: fx.Node) -> bool:
+    """Whether the result may have the memory of an operand."""
+    if node.target is operator.getitem:
+        return may_be_view(node.all_input_nodes[0])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def order_of(transpose: fx.Node) -> list[int]:

@@ -6,11 +6,12 @@ the model's own gradient had kept a tensor of each step.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
+
+from sparsify.passes.classify_ops import may_be_view
 
 
 def find_private(loop: fx.Node) -> frozenset[int]:
@@ -30,22 +31,15 @@ def _may_return(value: fx.Node) -> bool:
         for user in node.users:
             if user.op == "output" or _may_pass_on(user, node):
                 return True
-            if _may_be_view(user) and user not in seen:
+            if may_be_view(user) and user not in seen:
                 seen.add(user)
                 waiting.append(user)
     return False
 
 
-def _may_be_view(node: fx.Node) -> bool:
-    """Whether the result may have the memory of an operand."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is operator.getitem
-    return any(result.alias_info is not None for result in node.target._schema.returns)
-
-
 def _may_pass_on(node: fx.Node, value: fx.Node) -> bool:
     """A loop without steps returns the carries that it is given; of other modules nobody knows."""
     if node.op != "call_module":
-        return not isinstance(node.target, torch._ops.OpOverload) and not _may_be_view(node)
+        return not isinstance(node.target, torch._ops.OpOverload) and not may_be_view(node)
     args: Any = node.args
     return not isinstance(args[1], tuple) or value in args[1]

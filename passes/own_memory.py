@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.passes.classify_ops import may_be_view
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
@@ -35,7 +36,8 @@ Group = list[int]  # results that share memory in the model
 def own_memory(gm: fx.GraphModule, recorded: fx.Graph) -> PassResult:
     """``gm`` with as few elements copied as needed; ``recorded`` says who shares memory."""
     chains = _chains(gm.graph)
-    inputs = dict(zip(_placeholders(gm.graph), _placeholders(recorded), strict=True))
+    places = [graph.find_nodes(op="placeholder") for graph in (gm.graph, recorded)]
+    inputs = dict(zip(*places, strict=True))
     by_owner: dict[fx.Node, list[Group]] = {}
     copied: list[Group] = []
     for first, group in _groups(_chains(recorded)).items():
@@ -72,23 +74,9 @@ def _chains(graph: fx.Graph) -> list[Chain]:
 
 def _chain(node: fx.Node) -> Chain:
     chain = [node]
-    while _is_view(chain[0]):
+    while may_be_view(chain[0]):
         chain.insert(0, chain[0].all_input_nodes[0])
     return chain
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether the result may have the memory of the first operand."""
-    if node.target is operator.getitem:
-        return _is_view(node.all_input_nodes[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
-        return False
-    returned = node.target._schema.returns
-    return bool(returned) and all(result.alias_info is not None for result in returned)
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _groups(chains: Sequence[Chain]) -> dict[fx.Node, Group]:

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from sparsify.kept_weights import KeptWeights
 from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import draws_random
+from sparsify.passes.classify_ops import draws_random, may_be_view
 from sparsify.passes.copy_graph import copy_graph, copy_into
 from sparsify.region import Region
 
@@ -73,10 +73,7 @@ def is_view(node: fx.Node) -> bool:
     """True for operations whose result is part of their operand's memory, in any order."""
     if node.target is operator.getitem:
         return is_view(node.all_input_nodes[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target in MAY_COPY:
-        return False
-    returned = node.target._schema.returns
-    return bool(returned) and all(result.alias_info is not None for result in returned)
+    return node.target not in MAY_COPY and may_be_view(node)
 
 
 def compute_weights(gm: fx.GraphModule) -> fx.GraphModule:

@@ -57,7 +57,7 @@ class _Values:
 
     def __init__(self, graph: fx.Graph, operands: Sequence[Tensor]) -> None:
         self.activations = find_activations(graph)
-        self.placeholders = dict(zip(_placeholders(graph), operands, strict=True))
+        self.placeholders = dict(zip(graph.find_nodes(op="placeholder"), operands, strict=True))
         self.numbers: dict[fx.Node, int] = {}
         self.known: dict[Hashable, int] = {}
         self.values: dict[int, Any] = {}
@@ -127,7 +127,3 @@ def _structure(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
 def _is_matrix(node: fx.Node) -> bool:
     info = node.meta.get("val")
     return isinstance(info, TensorInfo) and len(info.shape) == 2 and info.dtype.is_floating_point
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
