@@ -28,19 +28,12 @@ from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.classify_ops import MOST_DENSITY
 from sparsify.passes.result import PassResult
-from sparsify.passes.rnn_cells import CELLS, Cell, Layer, Step
+from sparsify.passes.rnn_cells import CELLS, PACKED, Cell, Layer, Step
 from sparsify.passes.tensor_info import call, permuted, with_shape, without_dim
 from sparsify.scan import Scan
 from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
-
-PACKED: dict[object, object] = {
-    aten.rnn_relu.data: aten.rnn_relu.input,
-    aten.rnn_tanh.data: aten.rnn_tanh.input,
-    aten.gru.data: aten.gru.input,
-    aten.lstm.data: aten.lstm.input,
-}
 
 
 def expand_rnn(gm: fx.GraphModule) -> PassResult:

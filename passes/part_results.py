@@ -20,11 +20,11 @@ from torch import fx
 
 from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES
 from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.emit_scans import JOINS
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
 
 aten = torch.ops.aten
-SEQUENCES = (aten.stack.default, aten.cat.default)
 RESULT = "result"  # in the meta of the aliases
 
 
@@ -60,12 +60,12 @@ def _is_sequence(node: fx.Node) -> bool:
     info = node.meta.get("val")
     if not getattr(getattr(info, "dtype", None), "is_floating_point", False):
         return False
-    if node.target in SEQUENCES:
+    if node.target in JOINS:
         return True
     base = node
     while base.target in (*RESHAPES, *TRANSPOSES):
         base = base.all_input_nodes[0]
-    return base.target in SEQUENCES and len(node.users) > 1
+    return base.target in JOINS and len(node.users) > 1
 
 
 def _with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -150,3 +150,11 @@ CELLS: dict[object, Cell] = {
     aten.gru.input: Cell("nn.GRU", 3, 1, _gru),
     aten.lstm.input: Cell("nn.LSTM", 4, 2, _lstm),
 }
+
+# The same for packed sequences.
+PACKED: dict[object, object] = {
+    aten.rnn_relu.data: aten.rnn_relu.input,
+    aten.rnn_tanh.data: aten.rnn_tanh.input,
+    aten.gru.data: aten.gru.input,
+    aten.lstm.data: aten.lstm.input,
+}

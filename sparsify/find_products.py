@@ -12,6 +12,7 @@ from torch import fx
 from sparsify.errors import Location
 from sparsify.graph_meta import Source
 from sparsify.passes.classify_ops import TRANSPOSES
+from sparsify.passes.rnn_cells import CELLS, PACKED
 from sparsify.weight_pattern import Pattern
 
 aten = torch.ops.aten
@@ -26,16 +27,7 @@ WEIGHT_ARGUMENT: dict[object, int] = {
     aten.bmm.default: 1,
     aten.baddbmm.default: 2,
 }
-RECURRENT = (
-    aten.rnn_relu.input,
-    aten.rnn_relu.data,
-    aten.rnn_tanh.input,
-    aten.rnn_tanh.data,
-    aten.gru.input,
-    aten.gru.data,
-    aten.lstm.input,
-    aten.lstm.data,
-)
+RECURRENT = (*CELLS, *PACKED)
 MOST_WEIGHT_NODES = 64  # of the computation from stored tensors to a weight
 
 
@@ -75,7 +67,7 @@ def find_products(graph: fx.Graph) -> tuple[Product, ...]:
 def weights_of(node: fx.Node) -> list[fx.Node]:
     """What a linear operation multiplies by, matrices and kernels of convolutions; else nothing."""
     if node.target in RECURRENT:
-        tensors: Any = node.args[3] if node.target in DATA_FORMS else node.args[2]
+        tensors: Any = node.args[3] if node.target in PACKED else node.args[2]
         return [w for w in tensors if len(w.meta["val"].shape) == 2]
     if node.target not in WEIGHT_ARGUMENT:
         return []
@@ -93,9 +85,6 @@ def name_weights(graph: fx.Graph) -> None:
                 weight = weight.all_input_nodes[0]
             if path and weight.op == "call_function":
                 weight.meta["source"] = Source("parameter", path)
-
-
-DATA_FORMS = (aten.rnn_relu.data, aten.rnn_tanh.data, aten.gru.data, aten.lstm.data)
 
 
 def _weight_path(weight: fx.Node, known: dict[fx.Node, str]) -> str:
