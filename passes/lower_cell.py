@@ -56,9 +56,7 @@ class NodeCell:
         return self.let("cast", value, dtype=dtype)
 
     def rounded(self, argument: Any) -> ir.Arg:
-        if (
-            self.half is None or self.eager == "cuda"
-        ):  # CUDA's operations take all numbers as they are
+        if self.half is None or self.eager == "cuda":  # which takes all numbers as they are
             return self.value(argument, self.dtype)
         return self.value(argument, self.half)
 
