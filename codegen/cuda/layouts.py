@@ -76,21 +76,22 @@ class Kept:
         weight = self.packing.weight
         kind, dtype = C_TYPES[weight.dtype], TORCH_DTYPES[weight.dtype]
         rows = -(-self.rows // WARP) * WARP if self.how == "senders" else self.rows
-        runs = rows * self.bands * self.room
-        kept = Array(self.suffix("kept"), kind, dtype, runs * self.width, "what is not zero")
-        over = Array(self.suffix("overflow"), "uint32_t", torch.int32, 1, "1 if there is more")
+        bands = rows * self.bands
         if self.how == "masks":
-            words = rows * self.bands * self.words
-            masks = Array(self.suffix("masks"), "uint32_t", torch.int32, words, self.note)
-            kept = Array(kept.suffix, kind, dtype, words * self.room, kept.note)
-            return [masks, kept, over]
-        counts = rows * self.bands
-        place, place_dtype = self.place
+            words = bands * self.words
+            kept = words * self.room
+            found = [Array(self.suffix("masks"), "uint32_t", torch.int32, words, self.note)]
+        else:
+            runs = bands * self.room
+            kept = runs * self.width
+            found = [
+                Array(self.suffix("counts"), "uint16_t", torch.int16, bands, self.note),
+                Array(self.suffix("places"), *self.place, runs, "where they belong"),
+            ]
         return [
-            Array(self.suffix("counts"), "uint16_t", torch.int16, counts, self.note),
-            Array(self.suffix("places"), place, place_dtype, runs, "where they belong"),
-            kept,
-            over,
+            *found,
+            Array(self.suffix("kept"), kind, dtype, kept, "what is not zero"),
+            Array(self.suffix("overflow"), "uint32_t", torch.int32, 1, "1 if there is more"),
         ]
 
     @property
@@ -130,26 +131,24 @@ def find_kept(kernel: ir.Kernel, schedule: ir.Schedule, bands_of: BandsOf) -> li
 
 def masked(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, band: int = 0) -> Kept:
     """Masks of rows in bands of so many receivers, or in one."""
-    weight, size = packing.weight, kernel.population_size
-    senders, receivers = size(weight.senders), size(weight.receivers)
+    receivers, senders = _sizes(kernel, packing)
     band = min(band or receivers, receivers)
     bands = -(-receivers // band)
-    room = min(WARP, band)
+    room = most = min(WARP, band)
     if layout.along == "receivers":
-        room = _room_of_word(layout, room, bands == 1 or band % layout.width == 0)
+        room = _room_of_word(layout, most, bands == 1 or band % layout.width == 0)
     if bands == 1:
-        room = _aligned(room, min(WARP, band))
+        room = _aligned(room, most)
     return Kept(packing, "masks", senders, receivers, room, bands, band)
 
 
 def masked_senders(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
     """Masks of rows of receivers."""
-    weight, size = packing.weight, kernel.population_size
-    senders = size(weight.senders)
-    room = min(WARP, senders)
+    receivers, senders = _sizes(kernel, packing)
+    room = most = min(WARP, senders)
     if layout.along == "senders":
-        room = _aligned(_room_of_word(layout, room, True), room)
-    return Kept(packing, "masks", size(weight.receivers), senders, room, band_places=senders)
+        room = _aligned(_room_of_word(layout, most, True), most)
+    return Kept(packing, "masks", receivers, senders, room, band_places=senders)
 
 
 def _room_of_word(layout: ir.Layout, places: int, begins_group: bool) -> int:
@@ -162,19 +161,17 @@ def _room_of_word(layout: ir.Layout, places: int, begins_group: bool) -> int:
 
 def _of_wanted(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
     """Rows of receivers, for restricted sums."""
-    weight, size = packing.weight, kernel.population_size
-    receivers, senders = size(weight.receivers), size(weight.senders)
     if layout.kind == "masked-rows":
         return masked_senders(kernel, packing, layout)
+    receivers, senders = _sizes(kernel, packing)
     runs, width = _runs(senders, layout.width), layout.width
     room = _aligned(_room(layout, runs), runs, width)
     return Kept(packing, "runs", receivers, senders, room, band_places=senders, width=width)
 
 
 def _of_events(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, bands_of: BandsOf) -> Kept:
-    weight, size = packing.weight, kernel.population_size
-    senders, receivers = size(weight.senders), size(weight.receivers)
-    warps, words = bands_of(weight.receivers)
+    receivers, senders = _sizes(kernel, packing)
+    warps, words = bands_of(packing.weight.receivers)
     bands = warps * -(-receivers // (warps * words * WARP))
     runs = _runs(words * WARP, layout.width)
     room = _aligned(_room(layout, runs), runs, layout.width)
@@ -182,10 +179,15 @@ def _of_events(kernel: ir.Kernel, packing: Packing, layout: ir.Layout, bands_of:
 
 
 def _of_senders(kernel: ir.Kernel, packing: Packing, layout: ir.Layout) -> Kept:
-    weight, size = packing.weight, kernel.population_size
-    receivers, senders = size(weight.receivers), size(weight.senders)
+    receivers, senders = _sizes(kernel, packing)
     room = _room(layout, senders)
     return Kept(packing, "senders", receivers, senders, room, band_places=senders)
+
+
+def _sizes(kernel: ir.Kernel, packing: Packing) -> tuple[int, int]:
+    """How many receivers a weight has, and senders."""
+    size = kernel.population_size
+    return size(packing.weight.receivers), size(packing.weight.senders)
 
 
 def _runs(places: int, width: int) -> int:
