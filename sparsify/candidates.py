@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -57,6 +57,11 @@ class Predictor:
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     pinned: Layouts = ()
     is_gradient: bool = False
+    # What was asked before: for another workload or pattern, a kernel is taken as it was.
+    _taken: dict[ir.Schedule, bool] = field(default_factory=dict, repr=False, compare=False)
+    _predicted: dict[ir.Schedule, float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def candidates(
         self, gathers: Gathers, layouts: Layouts | None = None, *, without_zeros: bool = False
@@ -75,7 +80,7 @@ class Predictor:
             schedule = ir.Schedule(strategy.name, tuple(gathers.items()), tile, given)
             if layouts is None:
                 schedule = self._with_best_layouts(strategy, schedule, without_zeros)
-            if self.backend.why_not(self.kernel, schedule) is None:
+            if self._takes(schedule):
                 seconds = self._seconds(strategy, schedule)
                 found.append(Candidate(label_of(schedule), schedule, seconds))
         return sorted(found, key=lambda c: c.predicted_seconds)
@@ -86,20 +91,15 @@ class Predictor:
         """One weight after the other gets the layout under which the call is the fastest."""
         for weight in self.kernel.weights:
             pattern = self.patterns.get(weight.name)
-            if weight.name in dict(self.pinned):
+            if pattern is None or weight.name in dict(self.pinned):
                 continue
-            tried = [schedule]
             along = self._reads_along(weight, schedule)
-            layouts: list[ir.Layout] = []
-            if pattern is not None:
-                layouts = layouts_of(pattern, along=along, is_gradient=self.is_gradient)
-            for layout in layouts:
-                pairs = (*schedule.layouts, (weight.name, layout))
-                other = replace(schedule, layouts=pairs)
-                if self.backend.why_not(self.kernel, other) is None:
-                    tried.append(other)
-            some = tried[1:] if without_zeros and len(tried) > 1 else tried
-            schedule = min(some, key=lambda s: self._seconds(strategy, s))
+            layouts = layouts_of(pattern, along=along, is_gradient=self.is_gradient)
+            pairs = [(*schedule.layouts, (weight.name, layout)) for layout in layouts]
+            others = [replace(schedule, layouts=each) for each in pairs]
+            others = [other for other in others if self._takes(other)]
+            tried = others if without_zeros and others else [schedule, *others]
+            schedule = min(tried, key=lambda s: self._seconds(strategy, s))
         return schedule
 
     def _reads_along(self, weight: ir.Weight, schedule: ir.Schedule) -> bool:
@@ -126,7 +126,7 @@ class Predictor:
     def better_strategy(self, known: ir.Schedule, steps: int, batch: int) -> ir.Schedule | None:
         """``known`` under the strategy that is clearly faster for a call of these sizes, if any."""
         workload = Workload(steps, batch, self.workload.activity)
-        predictor = Predictor(self.kernel, workload, self.backend, None, self.patterns)
+        predictor = replace(self, workload=workload, region_plan=None, pinned=())
         found = predictor.candidates(dict(known.gathers), known.layouts)
         candidates = {c.schedule.strategy: c for c in found}
         best = min(candidates.values(), key=lambda c: c.predicted_seconds, default=None)
@@ -147,15 +147,14 @@ class Predictor:
     def break_even(self, gathers: Gathers, gather: str) -> float:
         """The activity of ``gather`` below which it is predicted to be faster as an event."""
         dense = self.seconds({**gathers, gather: "dense"})
-        low, high = 0.0, 1.0
-        for _ in range(10):
-            middle = (low + high) / 2
-            activity = {**self.workload.activity, gather: middle}
-            moved = Workload(self.workload.steps, self.workload.batch, activity)
-            other = replace(self, workload=moved)
-            wins = other.seconds({**gathers, gather: "event"}) < dense
-            low, high = (middle, high) if wins else (low, middle)
-        return (low + high) / 2
+        as_event: Gathers = {**gathers, gather: "event"}
+
+        def wins(share: float) -> bool:
+            activity = {**self.workload.activity, gather: share}
+            moved = replace(self.workload, activity=activity)
+            return replace(self, workload=moved).seconds(as_event) < dense
+
+        return _bisect(wins)
 
     def break_even_density(self, gathers: Gathers, weight: str) -> float:
         """The density of ``weight`` below which leaving out its zeros is predicted to be faster.
@@ -163,30 +162,44 @@ class Predictor:
         Its zeros are taken to lie anywhere.
         """
         plain = replace(self, pinned=((weight, ir.DENSE_ROWS),)).seconds(gathers)
-        low, high = 0.0, 1.0
-        for _ in range(10):
-            middle = (low + high) / 2
-            patterns = {**self.patterns, weight: scattered(middle)}
-            wins = replace(self, patterns=patterns, pinned=()).seconds(gathers) < plain
-            low, high = (middle, high) if wins else (low, middle)
-        return (low + high) / 2
+
+        def wins(density: float) -> bool:
+            patterns = {**self.patterns, weight: scattered(density)}
+            return replace(self, patterns=patterns, pinned=()).seconds(gathers) < plain
+
+        return _bisect(wins)
 
     def _strategies(self) -> list[Strategy]:
         wanted = self.region_plan.strategy if self.region_plan else None
         known = list(self.backend.strategies)
         return [s for s in known if wanted is None or s.name == wanted] or known
 
+    def _takes(self, schedule: ir.Schedule) -> bool:
+        if schedule not in self._taken:
+            self._taken[schedule] = self.backend.why_not(self.kernel, schedule) is None
+        return self._taken[schedule]
+
     def _seconds(self, strategy: Strategy, schedule: ir.Schedule) -> float:
-        workload = self.workload
-        cost = strategy.predict(
-            self.kernel,
-            schedule,
-            steps=workload.steps,
-            batch=workload.batch,
-            activity=workload.activity,
-            patterns=self.patterns,
-        )
-        return self.backend.seconds(cost)
+        if schedule not in self._predicted:
+            cost = strategy.predict(
+                self.kernel,
+                schedule,
+                steps=self.workload.steps,
+                batch=self.workload.batch,
+                activity=self.workload.activity,
+                patterns=self.patterns,
+            )
+            self._predicted[schedule] = self.backend.seconds(cost)
+        return self._predicted[schedule]
+
+
+def _bisect(wins: Callable[[float], bool]) -> float:
+    """The share below which something wins, to a part in a thousand."""
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if wins(middle) else (low, middle)
+    return (low + high) / 2
 
 
 def label_of(schedule: ir.Schedule) -> Label:

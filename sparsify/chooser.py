@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 from sparsify import ir
@@ -92,8 +91,7 @@ class Chooser:
         """Let calls with other batch sizes be shared out among the threads in their own way, and
         weights that are pruned later on get other layouts.
         """
-        predictor = replace(self._predictor(task), region_plan=None)
-        rechooser = Rechooser(predictor, region.launchable, self.binaries.load)
+        rechooser = Rechooser(self._predictor(task), region.launchable, self.binaries.load)
         region.launchable = SizedLaunchable(rechooser, task.batch if was_timed else None)
 
     def _why_off(self, task: Task) -> Refusal | None:
