@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,14 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import errors, ir
-from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cuda import kernel_text
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.emulator.device import Schedule
 from sparsify.reference import Array
 from tests import test_restricted
-from tests.emulated_kernels import EditedDevice, compare, emulator, exact, needs_emulator, run
+from tests.edited_kernels import objection
+from tests.emulated_kernels import (
+    TWO_BLOCKS,
+    EditedDevice,
+    compare,
+    emulator,
+    exact,
+    needs_emulator,
+    run,
+)
 from tests.example_kernels import (
     How,
     gradient_data,
@@ -42,7 +48,6 @@ MASKED = ir.Layout("masked-rows", room=0.7)
 BLOCKS = ir.Layout("block-rows", 8)
 LAYOUTS = (COMPRESSED, MASKED, BLOCKS)
 WAYS: tuple[How, ...] = ("event", "dense")
-ORDERS_OF_RUNS: tuple[Schedule, ...] = get_args(Schedule)
 
 pytestmark = needs_emulator
 
@@ -222,45 +227,16 @@ def test_random_kernels(
         compare(launch, kernel, prune(tensors, kernel, seed), steps, batch)
 
 
-class EditedHeaders(EditedDevice):
-    """Compiles kernels with other headers."""
-
-    def __init__(self, order: Schedule, headers: Mapping[str, str]) -> None:
-        super().__init__(emulator(order), "", "")
-        self.headers = headers
-
-    def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
-        return super().compile(source, {n: self.headers.get(n, h) for n, h in headers.items()})
-
-
 def test_every_barrier_of_a_warp_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three words of receivers half are kept: two turns of a warp. Two blocks of senders."""
     monkeypatch.setattr(kernel_text, "MOST_THREADS", 32)
     kernel, rng = product(300, 90), np.random.default_rng(0)
     plan = plan_of(kernel, "event", COMPRESSED)
     data = {"x": exact(rng, (1, 1, 300)), "w": thinned(exact(rng, (90, 300)), 0.5)}
+    case = kernel, data, 1, 1
     headers = headers_of("kept_runs.cuh")
     texts = {"kept_runs.cuh": headers["kept_runs.cuh"]}
     mutants = list(without_each_barrier(texts, ["__syncwarp"]))
     assert len(mutants) == 3
-    for mutant in mutants:
-        assert any(objects(kernel, plan, data, mutant.texts, order) for order in ORDERS_OF_RUNS), (
-            str(mutant)
-        )
-
-
-def objects(
-    kernel: ir.Kernel,
-    plan: ir.Schedule,
-    data: dict[str, Array],
-    headers: Mapping[str, str],
-    order: Schedule,
-) -> bool:
-    """Whether the emulator, or the reference, objects to a kernel with these headers."""
-    backend = CudaBackend(EditedHeaders(order, headers))
-    launch = backend.load(backend.compile(kernel, plan))
-    try:
-        compare(launch, kernel, data, 1, 1)
-    except (errors.KernelFault, AssertionError):
-        return True
-    return False
+    assert not objection(case, plan, {}, TWO_BLOCKS)
+    assert not [str(m) for m in mutants if not objection(case, plan, m.texts, TWO_BLOCKS)]

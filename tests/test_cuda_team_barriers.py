@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from sparsify import errors, ir
-from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, KIB, Limits
 from sparsify.codegen.cuda.headers import headers_for
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.cuda.strategy import CudaStrategy
-from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
+from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.reference import Array
-from tests.emulated_kernels import compare, exact, four_warps, needs_emulator, run
+from tests.edited_kernels import Case, edited, objection
+from tests.emulated_kernels import exact, four_warps, needs_emulator, run
 from tests.example_kernels import (
     gradient_data,
     lif,
@@ -32,11 +32,9 @@ from tests.example_kernels import (
 )
 from tests.without_barriers import ORDERING, Mutant, without_each_barrier
 
-SCHEDULES: tuple[Schedule, ...] = ("random", "forward", "reverse")
 GRID, CLUSTER = "neurons-per-grid", "neurons-per-cluster"
 HEADER = {GRID: "barrier.cuh", CLUSTER: "cluster.cuh"}
 PATIENCE = 2000
-Case = tuple[ir.Kernel, dict[str, Array], int, int]
 
 pytestmark = needs_emulator
 
@@ -45,17 +43,6 @@ pytestmark = needs_emulator
 def _four_warps() -> Iterator[None]:
     with four_warps():
         yield
-
-
-class EditedDevice(EmulatedDevice):
-    """Compiles other texts in the place of those that it is given."""
-
-    texts: Mapping[str, str]
-
-    def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
-        text = self.texts.get(source.filename, source.text)
-        given = {name: self.texts.get(name, header) for name, header in headers.items()}
-        return super().compile(replace(source, text=text), given)
 
 
 class Impatient(CudaBackend):
@@ -75,12 +62,6 @@ def small(kib: int) -> Limits:
         shared_per_block=kib * KIB,
         shared_per_multiprocessor=(kib + 1) * KIB,
     )
-
-
-def edited(order: Schedule, texts: Mapping[str, str], limits: Limits) -> EditedDevice:
-    device = EditedDevice(order, seed=1, checks=True, played=limits)
-    object.__setattr__(device, "texts", texts)
-    return device
 
 
 def recurrent() -> Case:
@@ -103,19 +84,6 @@ def two_exchanges() -> Case:
         "w_forward": rng.standard_normal((270, 300)).astype("float32"),
     }
     return kernel, data, 3, 5
-
-
-def objection(strategy: str, case: Case, texts: Mapping[str, str], limits: Limits) -> str:
-    """What the emulator, or the reference, says of a mutant; nothing if all is well."""
-    kernel, data, steps, batch = case
-    for order in SCHEDULES:
-        backend = CudaBackend(edited(order, texts, limits))
-        launch = backend.load(backend.compile(kernel, schedule(kernel, strategy)))
-        try:
-            compare(launch, kernel, data, steps, batch)
-        except (errors.KernelFault, AssertionError) as error:
-            return str(error)
-    return ""
 
 
 def mutants(strategy: str, kernel: ir.Kernel, limits: Limits, with_headers: bool) -> list[Mutant]:
@@ -142,11 +110,11 @@ def mutants(strategy: str, kernel: ir.Kernel, limits: Limits, with_headers: bool
 )
 def test_every_barrier_is_needed(strategy: str, case: Case, kib: int, count: int) -> None:
     """Of the headers, each is needed by the recurrent kernel of its strategy."""
-    limits = small(kib)
-    assert not objection(strategy, case, {}, limits)
+    limits, plan = small(kib), schedule(case[0], strategy)
+    assert not objection(case, plan, {}, limits)
     found = mutants(strategy, case[0], limits, case[0].name == "recurrent_lif")
     assert len(found) == count
-    needless = [str(m) for m in found if not objection(strategy, case, m.texts, limits)]
+    needless = [str(m) for m in found if not objection(case, plan, m.texts, limits)]
     assert not needless
 
 

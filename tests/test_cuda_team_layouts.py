@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,26 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify import errors, ir
+from sparsify import ir
 from sparsify.codegen.cuda.backend import CudaBackend
-from sparsify.codegen.cuda.device import H100, Limits
+from sparsify.codegen.cuda.device import H100
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.codegen.usage import find_usage
 from sparsify.reference import Array
+from tests.edited_kernels import objection
 from tests.emulated_kernels import compare, four_warps, needs_emulator, run
 from tests.example_kernels import gradient_data, lif, lif_data, lif_gradient, schedule
 from tests.random_kernels import Drawn, draw_data, kernels
 from tests.random_layouts import prune
 from tests.test_cuda_layouts import thinned
-from tests.test_cuda_team_barriers import edited, small
+from tests.test_cuda_team_barriers import small
 from tests.test_cuda_teams import ORDERS, RANDOM, SMALL, TEAMS, load, tile
 from tests.test_kernels import assert_same_bits
 from tests.without_barriers import ORDERING, without_each_barrier
 
 GRID, CLUSTER = TEAMS
-ORDERED: tuple[Schedule, ...] = ("random", "forward", "reverse")
 BARRIERS = [*ORDERING, "arrive", "wait", "meet"]
 MASKED = ir.Layout("masked-rows", room=0.5)
 TWO_OF_FOUR = ir.Layout("masked-rows", 4, 0.5)
@@ -150,32 +150,11 @@ def test_every_barrier_is_needed() -> None:
     kernel, limits = lif(270, 264), small(96)
     plan = replace(plan_of(kernel, CLUSTER, TWO_OF_FOUR), tile=0)
     source = CudaBackend(EmulatedDevice(played=limits)).render(kernel, plan)
-    data = pruned(lif_data(kernel, 3, 5))
+    case = kernel, pruned(lif_data(kernel, 3, 5)), 3, 5
     assert "shared.w_rec_masks" in source.text
     mutants = list(without_each_barrier({source.filename: source.text}, BARRIERS))
     assert len(mutants) == 5
-    for mutant in mutants:
-        assert any(objects(kernel, plan, data, mutant.texts, order, limits) for order in ORDERED), (
-            str(mutant)
-        )
-
-
-def objects(
-    kernel: ir.Kernel,
-    plan: ir.Schedule,
-    data: dict[str, Array],
-    texts: Mapping[str, str],
-    order: Schedule,
-    limits: Limits,
-) -> bool:
-    """Whether the emulator, or the reference, objects to a mutant."""
-    backend = CudaBackend(edited(order, texts, limits))
-    launch = backend.load(backend.compile(kernel, plan))
-    try:
-        compare(launch, kernel, data, 3, 5)
-    except (errors.KernelFault, AssertionError):
-        return True
-    return False
+    assert not [str(m) for m in mutants if not objection(case, plan, m.texts, limits)]
 
 
 def test_twice_as_many_weights_are_resident() -> None:
