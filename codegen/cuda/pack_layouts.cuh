@@ -2,12 +2,11 @@
 // there is more than room for, `overflow` is set, and kernels read whole rows instead.
 #pragma once
 
-#include "device.cuh"
+#include "last_block.cuh"
 
 namespace sparsify {
 
 constexpr int KEEPING_WARPS = 8, KEEPING_THREADS = KEEPING_WARPS * WARP;
-constexpr unsigned OVERFLOWED = 1u << 16;  // what a block of threads adds to `progress`
 
 // Weight (row, place) is at [row * down + place * across]. `overflow` becomes 0 or 1; `progress` is 0
 // between launches.
@@ -24,12 +23,7 @@ struct WholeRows {
 
   // By all threads of all blocks, with what they have seen: the last one says whether there was room.
   SPARSIFY_INLINE void finish(bool overflows) const {
-    const unsigned seen = __syncthreads_or(overflows) ? 1u + OVERFLOWED : 1u;
-    if (threadIdx.x) return;
-    const unsigned now = atomicAdd(progress, seen) + seen;
-    if (now % OVERFLOWED != gridDim.x) return;
-    *overflow = now > OVERFLOWED;
-    atomicExch(progress, 0u);
+    if (is_last_block(progress, gridDim.x, overflows)) *overflow = overflows;
   }
 };
 

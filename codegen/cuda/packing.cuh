@@ -2,14 +2,13 @@
 // launch packs all weights of a call that have the same type.
 #pragma once
 
-#include "device.cuh"
+#include "last_block.cuh"
 
 namespace sparsify {
 
 constexpr int JOBS = 8;   // weights of a launch
 constexpr int SIDE = 32;  // of the squares that a block of threads moves, one after the other
 constexpr int PACKING_WARPS = 8, PACKING_THREADS = PACKING_WARPS * WARP;
-constexpr unsigned WILD = 1u << 16;  // what a block adds to `progress` if it has seen such a weight
 
 // Element (r, c) of `columns` is at weight[r * down + c * across], and at packed[r * row + c]; up to the
 // end of the row there are zeros. Without `packed`, weights are only looked at. `total` becomes 0, or
@@ -61,18 +60,12 @@ template <class T>
 SPARSIFY_INLINE void pack_weight(const Job<T>& job, int64_t block) {
   __shared__ T square[SIDE][SIDE + 1];
   const int64_t wide = (job.row + SIDE - 1) / SIDE, high = (job.rows + SIDE - 1) / SIDE;
-  bool finite = true;
+  bool wild = false;
   for (int64_t at = block; at < high * wide; at += job.blocks)
-    finite = pack_square(job, at / wide * SIDE, at % wide * SIDE, square) && finite;
-  if (!job.total) return;
-  const bool all = __syncthreads_and(finite);
-  if (threadIdx.x) return;
-  const unsigned seen = all ? 1u : 1u + WILD;
-  const unsigned now = atomicAdd(job.progress, seen) + seen;
-  if (now % WILD != unsigned(job.blocks)) return;
+    wild |= !pack_square(job, at / wide * SIDE, at % wide * SIDE, square);
   typedef decltype(+T()) F;
-  *job.total = now < WILD ? F(0) : infinity<F>();
-  atomicExch(job.progress, 0u);
+  if (job.total && is_last_block(job.progress, unsigned(job.blocks), wild))
+    *job.total = wild ? infinity<F>() : F(0);
 }
 
 template <class T>
