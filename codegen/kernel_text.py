@@ -206,7 +206,7 @@ class KernelText(ABC):
     def _write_kept(self, gather: ir.Gather, begin: str, end: str) -> None:
         """All sums of a thread through weights that are kept one by one or in runs."""
         source = self.usage.sources[gather.source]
-        weight = next(w for w in self.kernel.weights if w.name == gather.weight)
+        weight = self.kernel.weight(gather.weight)
         sums = f"{self._sums(gather)}, {self.symbols.sizes[weight.receivers]}"
         if gather.result not in self.usage.dense:
             given = f"{sums}, {self._weight(gather, 'receivers')}"
@@ -246,7 +246,7 @@ class KernelText(ABC):
         """Sums of gathers: one tile of receivers, or all where they are kept."""
         fields = []
         for gather in self.kernel.gathers:
-            weight = next(w for w in self.kernel.weights if w.name == gather.weight)
+            weight = self.kernel.weight(gather.weight)
             kind, count, note = C_TYPES[self.usage.dtypes[gather.result]], "TILE", "[rows, TILE]"
             if is_kept(self.schedule, gather):
                 count = self.symbols.sizes[weight.receivers]
@@ -261,7 +261,7 @@ class KernelText(ABC):
     def _wanted(self, gather: ir.Gather, first: str = "first") -> str:
         """The object that says which sums of a tile are wanted."""
         assert gather.only is not None
-        weight = next(w for w in self.kernel.weights if w.name == gather.weight)
+        weight = self.kernel.weight(gather.weight)
         size, name = self.symbols.sizes[weight.receivers], self.symbols.values[gather.only]
         if any(o.name == gather.only for o in self.kernel.operands):
             operand = self._operand(gather.only)

@@ -98,7 +98,7 @@ def _reading(
     rows: float,
     read: ReadLayout,
 ) -> Reading:
-    weight = next(w for w in kernel.weights if w.name == gather.weight)
+    weight = kernel.weight(gather.weight)
     is_product = gather.only is not None or dict(schedule.gathers)[gather.result] == "dense"
     pattern, layout = patterns.get(weight.name), schedule.layout_of(weight.name)
     return read(

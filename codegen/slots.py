@@ -93,7 +93,7 @@ def lead(axes: tuple[ir.Axis, ...]) -> tuple[ir.Axis, ...]:
 
 def counted(kernel: ir.Kernel, gather: ir.Gather) -> int:
     """How many senders a Gather has, or how many sums, if it is restricted."""
-    weight = next(w for w in kernel.weights if w.name == gather.weight)
+    weight = kernel.weight(gather.weight)
     return kernel.population_size(weight.senders if gather.only is None else weight.receivers)
 
 

@@ -178,6 +178,9 @@ class Kernel:
     def population_size(self, name: str) -> int:
         return next(p.size for p in self.populations if p.name == name)
 
+    def weight(self, name: str) -> Weight:
+        return next(w for w in self.weights if w.name == name)
+
     @property
     def gathers(self) -> tuple[Gather, ...]:
         return tuple(s for phase in self.phases for s in phase.body if isinstance(s, Gather))

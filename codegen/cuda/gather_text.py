@@ -114,7 +114,7 @@ class GatherText(ABC):
 
     def own_sums(self, gather: ir.Gather) -> str:
         """The member of Shared in which the warps of a block add up runs."""
-        weight = next(w for w in self.kernel.weights if w.name == gather.weight)
+        weight = self.kernel.weight(gather.weight)
         key = weight.receivers, weight.dtype
         if key not in self.sums:
             self.sums[key] = self.symbols.names.new(f"sums of {weight.receivers}")

@@ -89,10 +89,10 @@ class RowText(CudaText):
 
     def _sums_of_runs(self) -> list[Array]:
         """Where warps add up runs: one after the other, for gathers of the same receivers."""
-        weights = {w.name: w for w in self.kernel.weights}
         found = {}
         for gather in filter(self.adds_runs, self.kernel.gathers):
-            population, dtype = weights[gather.weight].receivers, weights[gather.weight].dtype
+            weight = self.kernel.weight(gather.weight)
+            population, dtype = weight.receivers, weight.dtype
             name, size = self.own_sums(gather), f"{self.per_name[population]} * THREADS"
             count = self.per[population] * self.threads
             note = f"what each warp adds up for {population}"

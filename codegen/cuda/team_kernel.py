@@ -126,7 +126,7 @@ class TeamKernel:
         return self.symbols.sizes[population]
 
     def weight(self, gather: ir.Gather) -> ir.Weight:
-        return next(w for w in self.kernel.weights if w.name == gather.weight)
+        return self.kernel.weight(gather.weight)
 
     def packing(self, gather: ir.Gather) -> Packing:
         by = "senders" if gather.result in self.usage.selective else "receivers"

@@ -108,7 +108,7 @@ class TeamMemory:
         ]
 
     def _weight(self, gather: ir.Gather) -> ir.Weight:
-        return next(w for w in self.usage.kernel.weights if w.name == gather.weight)
+        return self.usage.kernel.weight(gather.weight)
 
     def _bundle_of(self, weight: ir.Weight) -> Bundle | None:
         return next((bundle for bundle in self.bundles if bundle.has(weight.name)), None)
