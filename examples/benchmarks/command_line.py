@@ -36,9 +36,7 @@ def run(
         sizes = [replace(size, steps=args.steps) for size in sizes]
     with torch.no_grad():
         figures = list(_measure_all(build, sizes, args))
-    if args.json:
-        content = {"machine": machine(), "figures": figures}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save(args.json, figures=figures)
 
 
 def _measure_all(
@@ -77,6 +75,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--no-memory", action="store_true", help="do not measure memory")
     add("--json", type=Path, help="write all figures to this file")
     return parser
+
+
+def save(path: Path | None, **content: Any) -> None:
+    """Write ``content``, and what it was measured on, to the file if one was asked for."""
+    if path:
+        content = {"machine": machine(), **content}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

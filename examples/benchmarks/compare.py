@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify.bench import Timings, measure_pairs
+from sparsify.ir import Layout
 
 DENSE, EVENT = "sparsify dense", "sparsify event"
 # These keep the order of every operation but the sums, which are exact: their spikes are equal.
@@ -50,8 +51,7 @@ def measure(
     torch.manual_seed(0)
     model = build(INPUTS, size.hidden).eval()
     model.calibrate(spike_trains(*CALIBRATION, INPUTS, INPUT_RATE), size.activity)
-    shape = (size.steps, size.batch, INPUTS, INPUT_RATE)
-    inputs = [spike_trains(*shape) for _ in range(EXAMPLES)]
+    inputs = draw_inputs(size.steps, size.batch)
     activity = float(model(inputs[0]).mean())
     print(
         f"\n{type(model).__name__}, {size.hidden} neurons a layer, batch {size.batch}, "
@@ -60,7 +60,7 @@ def measure(
     peers = dense_peers(model, inputs[0], compiled=compiled)
     ours = our_variants(model, inputs[0])
     timings = measure_pairs({**peers, **ours}, rounds, inputs=inputs, check=check_outputs)
-    best = min(peers.keys() - {"eager"}, key=timings.median_ms)
+    best = best_peer(peers, timings)
     least = least_ms(model, inputs, ours[EVENT])
     _print(timings, best, least)
     taken = measure_memory(model, {**asdict(size), "rate": INPUT_RATE}, INPUTS) if memory else None
@@ -80,17 +80,32 @@ def measure(
     }
 
 
+def draw_inputs(steps: int, batch: int) -> list[Tensor]:
+    """Examples ``[steps, batch, INPUTS]`` that take turns."""
+    return [spike_trains(steps, batch, INPUTS, INPUT_RATE) for _ in range(EXAMPLES)]
+
+
+def best_peer(peers: Iterable[str], timings: Timings) -> str:
+    """The fastest of ``peers``, eager left out."""
+    return min(set(peers) - {"eager"}, key=timings.median_ms)
+
+
 def our_variants(model: Network, x: Tensor) -> dict[str, Any]:
     """The sparsified model with every site that has a kernel dense, and with events."""
-    fast: Any = sparsify.sparsify(model, x)
-    sites = [site.name for site in fast.report.sites if site.decision != "kept"]
-    variants: dict[str, Any] = {}
-    for name, decision in ((DENSE, "dense"), (EVENT, "event")):
-        plan = fast.plan
-        for site in sites:
-            plan = plan.pin(site, decision)
-        variants[name] = sparsify.sparsify(model, x, plan=plan)
-    return variants
+    fast = sparsify.sparsify(model, x)
+    decisions = ((DENSE, "dense"), (EVENT, "event"))
+    return {name: pinned(fast, model, x, decision) for name, decision in decisions}
+
+
+def pinned(
+    fast: Any, model: Network, x: Tensor, decision: Any, layout: Layout | None = None
+) -> Any:
+    """``model`` with every site that has a kernel in ``fast`` decided, and its weights' layout."""
+    plan = fast.plan
+    for site in fast.report.sites:
+        if site.decision != "kept":
+            plan = plan.pin(site.name, decision, layout)
+    return sparsify.sparsify(model, x, plan=plan)
 
 
 def check_outputs(outputs: Mapping[str, Any]) -> None:

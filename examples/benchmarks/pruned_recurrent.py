@@ -10,14 +10,14 @@ looking at the weights in every call costs is told beside that.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import machine
+from command_line import save
+from compare import INPUT_RATE, INPUTS, best_peer, draw_inputs, pinned
 from networks import Recurrent, spike_trains
 from peers import dense_peers
 from torch import Tensor
@@ -25,9 +25,8 @@ from torch import Tensor
 import sparsify
 from sparsify.bench import measure_pairs
 from sparsify.ir import DENSE_ROWS
+from sparsify.pruning.shape_masks import keep_best, keep_n_of_m
 
-INPUTS, INPUT_RATE = 700, 0.02
-EXAMPLES = 4  # inputs that take turns
 DENSE, EVENTS, BOTH = "dense", "events", "both"
 LOOKING = "both, looking at weights"
 CALIBRATION = (20, 4)  # steps and samples on which the threshold is chosen
@@ -73,18 +72,11 @@ class PrunedNet(Recurrent):
 
 def keep(weight: Tensor, case: Case) -> Tensor:
     """Which weights ``[receivers, senders]`` are left: the largest, alone or in groups."""
-    size = weight.abs()
+    score = weight.abs() + torch.rand_like(weight) * 1e-6  # weights on a grid are often equal
     if case.pattern == "2:4":
-        groups = size.view(-1, 4, size.shape[1])
-        return torch.zeros_like(groups).scatter_(1, groups.topk(2, 1).indices, 1.0).flatten(0, 1)
-    if case.pattern == "blocks":
-        blocks = size.view(-1, 16, size.shape[1])
-        score = blocks.sum(1, keepdim=True).expand_as(blocks).reshape(size.shape)
-    else:
-        score = size + torch.rand_like(size) * 1e-6  # weights on a grid are often equal
-    least = score.flatten().kthvalue(max(1, round((1 - case.density) * score.numel()))).values
-    kept: Tensor = score > least
-    return kept.to(weight.dtype)
+        return keep_n_of_m(score, 2, 4)
+    block = (16, 1) if case.pattern == "blocks" else (1, 1)
+    return keep_best({"": score}, 1 - case.density, block)[""]
 
 
 def build(case: Case) -> tuple[PrunedNet, list[Tensor]]:
@@ -95,27 +87,18 @@ def build(case: Case) -> tuple[PrunedNet, list[Tensor]]:
         weight.mul_(keep(weight, case) / case.density**0.5)
         weight.copy_(torch.round(weight * 1024) / 1024)  # sums stay exact in any order
     model.calibrate(spike_trains(*CALIBRATION, INPUTS, INPUT_RATE), case.activity)
-    shape = (case.steps, case.batch, INPUTS, INPUT_RATE)
-    return model, [spike_trains(*shape) for _ in range(EXAMPLES)]
+    return model, draw_inputs(case.steps, case.batch)
 
 
 def variants(model: PrunedNet, x: Tensor) -> dict[str, Any]:
     """Our kernels without and with events, with and without the weights that are zero."""
-    chosen: Any = sparsify.sparsify(model, x)
-    found: dict[str, Any] = {}
-    for name, decision in ((DENSE, "dense"), (EVENTS, "event")):
-        plan = chosen.plan
-        for site in chosen.report.sites:
-            plan = plan.pin(site.name, decision, DENSE_ROWS)
-        fast: Any = sparsify.sparsify(model, x, plan=plan)
-        found[name] = fast.freeze()
-    plan = chosen.plan
-    for site in chosen.report.sites:
-        plan = plan.pin(site.name, "event")
-    found[LOOKING] = sparsify.sparsify(model, x, plan=plan)
-    frozen: Any = sparsify.sparsify(model, x, plan=plan)
-    found[BOTH] = frozen.freeze()
-    return found
+    fast = sparsify.sparsify(model, x)
+    return {
+        DENSE: pinned(fast, model, x, "dense", DENSE_ROWS).freeze(),
+        EVENTS: pinned(fast, model, x, "event", DENSE_ROWS).freeze(),
+        LOOKING: pinned(fast, model, x, "event"),
+        BOTH: pinned(fast, model, x, "event").freeze(),
+    }
 
 
 def check(outputs: Mapping[str, Any]) -> None:
@@ -138,7 +121,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     peers = dense_peers(model, inputs[0], compiled=False)
     ours = variants(model, inputs[0])
     timings = measure_pairs({**peers, **ours}, rounds, inputs=inputs, check=check)
-    best = min(peers.keys() - {"eager"}, key=timings.median_ms)
+    best = best_peer(peers, timings)
     print(timings)
     gains = {
         "activity": timings.ratio(DENSE, EVENTS),
@@ -213,9 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         points = measure_grid(hidden, args.rounds, GRID) if hidden else []
         if points:
             print_break_evens(hidden, points)
-    if args.json:
-        content = {"machine": machine(), "figures": figures, "grid": points}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save(args.json, figures=figures, grid=points)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ weights, "pruned" the one that leaves out zeros, "chosen" what sparsify decides 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import machine
+from command_line import save
 from torch import Tensor, nn
 
 import sparsify
@@ -144,9 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = 3 if args.quick else args.rounds
     with torch.no_grad():
         figures = [measure(size, rounds) for size in _sizes(args)]
-    if args.json:
-        content = {"machine": machine(), "figures": figures}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save(args.json, figures=figures)
 
 
 if __name__ == "__main__":

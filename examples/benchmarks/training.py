@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command_line import machine
+from command_line import save
 from training_cases import Case, Size, make_case, train_step
 from training_memory import measure_step_memory
 from training_peers import DENSE, OURS, our_steps, peer_steps
@@ -162,9 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for size in sizes
     ]
-    if args.json:
-        content = {"machine": machine(), "figures": figures}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save(args.json, figures=figures)
 
 
 def _is_wanted(size: Size, args: argparse.Namespace) -> bool:
