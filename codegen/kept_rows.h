@@ -155,13 +155,14 @@ __attribute__((noinline)) void add_to_all(F* sums, const Kept<W, RUN>& from, uin
   for (int64_t i = 0; i < width; ++i) sums[i] += line[i] * payload;
 }
 
-// Sums the events from `k` to `end` of one batch row. `then` is the sender that is read afterwards.
+// Sums the events of a block.
 template <bool PAYLOAD, int RUN, class Index, class F, class W>
 SPARSIFY_INLINE void add_kept(F* sums, const Kept<W, RUN>& from, const uint32_t* starts,
-                              const Index* index, const F* payload, int32_t k, int32_t end,
-                              int64_t width, int64_t then) {
+                              const BlockEvents<Index, F>& events, int64_t width) {
+  const auto [index, payload, begin, end, last] = events;
+  const int64_t then = index[end <= last ? end : last];  // the sender that is read afterwards
   Listed<RUN, PAYLOAD, F, W> listed;
-  for (; k < end; ++k) {
+  for (int32_t k = begin; k < end; ++k) {
     const int64_t sender = index[k];
     const F value = PAYLOAD ? payload[k] : F(1);
     if (PAYLOAD && !(absolute(value) < infinity<F>())) {
@@ -191,17 +192,12 @@ void gather_kept_events(F* sums, int64_t receivers, const Kept<W, RUN>& weight,
       for (int64_t i = 0; i < width; ++i) sums[row * receivers + first + i] = F(0);
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t row = 0; row < rows; ++row) {
-        const Index* const index = events.index + row * events.senders;
-        const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
-        const int32_t* const ends = events.ends + row * blocks;
-        const int32_t k = block ? ends[block - 1] : 0;
-        const int32_t end = ends[block];
-        if (k == end) continue;
-        const int64_t then = index[end < events.count[row] ? end : end - 1];
-        if (payload)
-          add_kept<true>(block_sums, weight, starts, index, payload, k, end, width, then);
+        const BlockEvents<Index, F> some = events.at(row, block);
+        if (some.begin == some.end) continue;
+        if (some.payload)
+          add_kept<true>(block_sums, weight, starts, some, width);
         else
-          add_kept<false>(block_sums, weight, starts, index, payload, k, end, width, then);
+          add_kept<false>(block_sums, weight, starts, some, width);
         F* const to = sums + row * receivers + first;
         SPARSIFY_LANES
         for (int64_t i = 0; i < width; ++i) {

@@ -1,4 +1,4 @@
-// Fixed device code of the C++ backend: scratch memory, event lists, gathers.
+// Fixed device code of the C++ backend: vectors, scratch memory, gathers.
 // Generated kernels include this file; everything that depends on the model is in them.
 #pragma once
 
@@ -105,152 +105,27 @@ SPARSIFY_INLINE Share share(int64_t neurons, const Team& team) {
   return {tiles * team.thread / team.threads * TILE, end < neurons ? end : neurons};
 }
 
-// ---- events ----
+}  // namespace sparsify
 
-constexpr int64_t blocks_of(int64_t senders) { return (senders + BLOCK - 1) / BLOCK; }
+#include "events.h"
 
-// The active senders of several batch rows, ascending. Block k of a row ends before place ends[k].
-template <class Index, class F>
-struct Events {
-  int64_t senders;
-  Index* index;    // [rows][senders]
-  F* payload;      // [rows][senders], or null: every payload is 1
-  int32_t* ends;   // [rows][blocks]
-  int32_t* count;  // [rows]
+namespace sparsify {
 
-  Events(Arena& arena, int64_t rows, int64_t population, bool has_payload)
-      : senders(population),
-        index(arena.take<Index>(rows * population)),
-        payload(has_payload ? arena.take<F>(rows * population) : nullptr),
-        ends(arena.take<int32_t>(rows * blocks_of(population))),
-        count(arena.take<int32_t>(rows)) {}
-};
-
-template <class Index, class F>
-SPARSIFY_INLINE void clear(const Events<Index, F>& events, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) events.count[row] = 0;
-}
-
-template <class Index, class F>
-SPARSIFY_INLINE int64_t count_events(const Events<Index, F>& events, int64_t rows) {
-  int64_t n = 0;
-  for (int64_t row = 0; row < rows; ++row) n += events.count[row];
-  return n;
-}
-
-// Bit i is set where values[i] is not zero; NaN is not zero.
-template <class F>
-SPARSIFY_INLINE uint32_t active_bits(const F* values, int count) {
-  uint32_t bits = 0;
-  for (int i = 0; i < count; ++i) bits |= uint32_t(values[i] != F(0)) << i;
-  return bits;
-}
-
-// The same for eight values.
-template <class F>
-SPARSIFY_INLINE uint32_t eight_active_bits(const F* values) {
-  return active_bits(values, 8);
-}
-#if defined(__AVX2__)
-typedef float Float8 __attribute__((vector_size(32)));
-typedef float Float8Anywhere __attribute__((vector_size(32), may_alias, aligned(4)));
-typedef double Double4 __attribute__((vector_size(32)));
-typedef double Double4Anywhere __attribute__((vector_size(32), may_alias, aligned(8)));
-SPARSIFY_INLINE uint32_t eight_active_bits(const float* values) {
-  const Float8 eight = *reinterpret_cast<const Float8Anywhere*>(values);
-  return uint32_t(__builtin_ia32_movmskps256(Float8(eight != Float8{})));
-}
-SPARSIFY_INLINE uint32_t eight_active_bits(const double* values) {
-  const Double4 low = *reinterpret_cast<const Double4Anywhere*>(values);
-  const Double4 high = *reinterpret_cast<const Double4Anywhere*>(values + 4);
-  return uint32_t(__builtin_ia32_movmskpd256(Double4(low != Double4{})) |
-                  __builtin_ia32_movmskpd256(Double4(high != Double4{})) << 4);
-}
-#endif
-
-// Appends the active ones of `count` values to the list of `row`; values[0] belongs to sender
-// `first`, a multiple of 8. Every block that has been seen to its end is closed.
-template <class Index, class F, class Source>
-SPARSIFY_INLINE void append(const Events<Index, F>& to, int64_t row, const Source* values,
-                            int64_t first, int64_t count) {
-  Index* const index = to.index + row * to.senders;
-  F* const payload = to.payload ? to.payload + row * to.senders : nullptr;
-  int32_t* const ends = to.ends + row * blocks_of(to.senders);
-  int32_t n = to.count[row];
-  for (int64_t i = 0; i < count; i += 8) {
-    uint32_t bits = count - i < 8 ? active_bits(values + i, int(count - i))
-                                  : eight_active_bits(values + i);
-    for (; bits; bits &= bits - 1) {
-      const int64_t at = i + __builtin_ctz(bits);
-      index[n] = Index(first + at);
-      if (payload) payload[n] = F(values[at]);
-      ++n;
-    }
-    ends[(first + i) / BLOCK] = n;
-  }
-  to.count[row] = n;
-}
-
-// Replaces the list of `row` by the events of a whole population.
-template <class Index, class F, class Source>
-SPARSIFY_INLINE void scan(const Events<Index, F>& to, int64_t row, const Source* values) {
-  to.count[row] = 0;
-  append(to, row, values, 0, to.senders);
-}
-
-// A population's activity as bits, which threads can write side by side: 8 neurons a byte.
-constexpr int64_t mask_bytes(int64_t population) { return (population + 63) / 64 * 8; }
-
-template <class Source>
-SPARSIFY_INLINE void mark(uint8_t* mask, const Source* values, int64_t first, int64_t count) {
-  for (int64_t i = 0; i < count; i += 8)
-    mask[(first + i) / 8] = uint8_t(count - i < 8 ? active_bits(values + i, int(count - i))
-                                                  : eight_active_bits(values + i));
-}
-
-// Replaces the list of `row` by the events of a mask. `values` are read for payloads only.
-template <class Index, class F>
-SPARSIFY_INLINE void unpack(const Events<Index, F>& to, int64_t row, const uint8_t* mask,
-                            const F* values = nullptr) {
-  Index* const index = to.index + row * to.senders;
-  F* const payload = to.payload ? to.payload + row * to.senders : nullptr;
-  int32_t* const ends = to.ends + row * blocks_of(to.senders);
-  int32_t n = 0;
-  for (int64_t first = 0; first < to.senders; first += 64) {
-    uint64_t bits = load_bits(mask + first / 8, to.senders - first);
-    for (; bits; bits &= bits - 1) {
-      const int64_t at = first + __builtin_ctzll(bits);
-      index[n] = Index(at);
-      if (payload) payload[n] = values[at];
-      ++n;
-    }
-    ends[first / BLOCK] = n;
-  }
-  to.count[row] = n;
-}
-
-template <class Source>
-SPARSIFY_INLINE int64_t count_active(const Source* values, int64_t count) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < count; ++i) n += values[i] != Source(0);
-  return n;
-}
+// ---- gathers ----
 
 template <class F, class Source>
 SPARSIFY_INLINE void convert(F* to, const Source* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = cast<F>(from[i]);
 }
 
-// ---- gathers ----
-
-// Sums the events from `k` to `end`, then adds that to `sums`. `last` is the row's last event.
-// A weight W is a float F as it lies in memory.
+// Sums the events of a block, then adds that to `sums`. A weight W is a float F as it lies in memory.
 template <int TILE, class Index, class F, class W>
-SPARSIFY_INLINE void add_block(F* sums, const W* weight, const Index* index, const F* payload,
-                               int32_t k, int32_t end, int32_t last, bool starts) {
+SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index, F>& events,
+                               bool starts) {
+  const auto [index, payload, begin, end, last] = events;
   constexpr int VECTORS = TILE / WIDTH<F>, LINE = 64 / sizeof(W);
   Vector<F> sum[VECTORS] = {};
-  for (; k < end; ++k) {
+  for (int32_t k = begin; k < end; ++k) {
     const W* const from = weight + int64_t(index[k]) * TILE;
     const W* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
     SPARSIFY_UNROLL
@@ -274,15 +149,9 @@ SPARSIFY_INLINE void add_block(F* sums, const W* weight, const Index* index, con
 template <int TILE, class Index, class F, class W>
 void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int64_t rows) {
   const int64_t blocks = blocks_of(events.senders);
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Index* const index = events.index + row * events.senders;
-      const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
-      const int32_t* const ends = events.ends + row * blocks;
-      add_block<TILE>(sums + row * TILE, weight, index, payload, block ? ends[block - 1] : 0,
-                      ends[block], events.count[row] - 1, block == 0);
-    }
-  }
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t row = 0; row < rows; ++row)
+      add_block<TILE>(sums + row * TILE, weight, events.at(row, block), block == 0);
 }
 
 // weight * payload + sum, with one rounding where the processor can.

@@ -83,11 +83,11 @@ SPARSIFY_INLINE void expand_line(F* to, const Masked<W, PLACES>& weight, int64_t
 // As add_block.
 template <int TILE, class Index, class F, class W>
 SPARSIFY_INLINE void add_masked_block(F* sums, const Masked<W, TILE>& weight, int64_t first,
-                                      const Index* index, const F* payload, int32_t k, int32_t end,
-                                      int32_t last, bool starts) {
+                                      const BlockEvents<Index, F>& events, bool starts) {
+  const auto [index, payload, begin, end, last] = events;
   constexpr int VECTORS = TILE / WIDTH<F>;
   Vector<F> sum[VECTORS] = {};
-  for (; k < end; ++k) {
+  for (int32_t k = begin; k < end; ++k) {
     const int64_t at = weight.at(first, index[k]);
     const int64_t soon = weight.at(first, index[k + AHEAD < last ? k + AHEAD : last]);
     const int64_t later = weight.at(first, index[k + 2 * AHEAD < last ? k + 2 * AHEAD : last]);
@@ -114,16 +114,9 @@ template <int TILE, class Index, class F, class W>
 void gather_masked_events(F* sums, const Masked<W, TILE>& weight, int64_t first,
                           const Events<Index, F>& events, int64_t rows) {
   const int64_t blocks = blocks_of(events.senders);
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Index* const index = events.index + row * events.senders;
-      const F* const payload = events.payload ? events.payload + row * events.senders : nullptr;
-      const int32_t* const ends = events.ends + row * blocks;
-      add_masked_block<TILE>(sums + row * TILE, weight, first, index, payload,
-                             block ? ends[block - 1] : 0, ends[block], events.count[row] - 1,
-                             block == 0);
-    }
-  }
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t row = 0; row < rows; ++row)
+      add_masked_block<TILE>(sums + row * TILE, weight, first, events.at(row, block), block == 0);
 }
 
 constexpr int PANEL = 32;  // senders whose weights are put in dense rows at once
