@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Literal
 
 from sparsify import ir
-from sparsify.weight_pattern import RUNS, Pattern, with_room
+from sparsify.weight_pattern import MOST_DENSITY, RUNS, Pattern, with_room
 
 Layouts = tuple[tuple[str, ir.Layout], ...]
 """Of weights by name; the others have dense rows."""
 
-MOST_DENSITY = 0.75  # more weights than this are read in dense rows
 SCATTERED = 3.0  # runs that keep this many times the weights that are not zero gain nothing
 MOVED = 1.5  # a density that has changed by this factor asks for another choice
 

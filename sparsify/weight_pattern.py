@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsify import ir
 
+MOST_DENSITY = 0.75  # more weights than this are read in dense rows
 WORD = 32  # receivers that a warp of a GPU reads at once
 GRAIN = 4  # what the first of them is a multiple of
 SLACK = 1.125  # of the room for weights that are pruned anew, beside one place in 32
@@ -27,7 +29,8 @@ class Pattern:
     ``n_of_m`` is the smallest ``(n, m)`` for which no aligned group of ``m`` consecutive receivers
     of a sender has more than ``n``, with ``n <= m / 2``; None where there is none.
     ``fullest_word`` is the largest share of 32 receivers of a sender that is kept, from any
-    multiple of 4 on, ``fullest_row`` that of all senders of a receiver.
+    multiple of 4 on, ``fullest_row`` that of all senders of a receiver. Of weights that no layout
+    gains by, only the density is looked at: for the others, all of them are read a dozen times.
     """
 
     density: float
@@ -44,8 +47,10 @@ def find_pattern(weight: Tensor) -> Pattern:
     """The pattern of ``weight`` ``[receivers, senders]`` as it is now."""
     if weight.numel() == 0:
         return DENSE
+    density = int(torch.count_nonzero(weight.detach())) / weight.numel()
+    if density > MOST_DENSITY:
+        return Pattern(density, DENSE.run_density)
     kept = weight.detach().ne(0)
-    density = int(kept.sum()) / kept.numel()
     runs = {run: float(_grouped(kept, run).any(1).float().mean()) for run in RUNS}
     row = int(kept.sum(1).max()) / kept.shape[1]
     return Pattern(density, runs, _find_n_of_m(kept), _fullest_word(kept), row)

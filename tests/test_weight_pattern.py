@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsify import ir
-from sparsify.weight_pattern import DENSE, find_pattern, with_room
+from sparsify.weight_pattern import DENSE, Pattern, find_pattern, with_room
 
 MASKED, COMPRESSED = ir.Layout("masked-rows"), ir.Layout("compressed-rows")
 
@@ -31,6 +31,12 @@ def test_two_of_four_receivers() -> None:
 
 def test_an_empty_weight_is_dense() -> None:
     assert find_pattern(torch.empty(0, 4)) == DENSE
+
+
+def test_of_a_weight_with_few_zeros_only_the_density_is_looked_at() -> None:
+    weight = torch.ones(64, 8)
+    weight[:8, :] = 0
+    assert find_pattern(weight) == Pattern(7 / 8, DENSE.run_density)
 
 
 def test_the_fullest_words_and_rows_are_what_room_is_made_for() -> None:
