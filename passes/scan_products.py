@@ -36,7 +36,7 @@ from sparsify.passes.fuse_product import find_chain, fused_scan, lone_scan, move
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.result import PassResult
-from sparsify.passes.split_time import DENSE_ACTIVITY
+from sparsify.passes.split_time import is_mostly_zeros
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.why_not_lower import product_weights
 from sparsify.scan import Scan
@@ -99,9 +99,8 @@ def reads_events(product: fx.Node) -> bool:
     operand = product_operand(product)
     if operand is not None:
         facts = [operand.meta.get("fact")]
-    activity = product.meta.get("activity")
     is_event = any(fact is not None and fact.event for fact in facts)
-    return is_event or (activity is not None and activity <= DENSE_ACTIVITY)
+    return is_event or is_mostly_zeros(product.meta.get("activity"))
 
 
 def has_sparse_weight(product: fx.Node) -> bool:

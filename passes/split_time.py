@@ -37,14 +37,18 @@ Values = dict[fx.Node, fx.Node]  # of the body -> of the new graph
 DENSE_ACTIVITY = 0.2  # above this share of non-zeros a batched dense product is taken to win
 
 
+def is_mostly_zeros(activity: float | None) -> bool:
+    """True if so few values were measured not to be zero that events are taken to win."""
+    return activity is not None and activity <= DENSE_ACTIVITY
+
+
 def reads_dense(product: fx.Node) -> bool:
     """True if the product's operand is no event and was not measured to be mostly zeros."""
     operand = product_operand(product)
     fact = operand.meta.get("fact") if operand is not None else None
     if fact is not None and fact.event:
         return False
-    activity = product.meta.get("activity")
-    return activity is None or activity > DENSE_ACTIVITY
+    return not is_mostly_zeros(product.meta.get("activity"))
 
 
 def split_time(gm: fx.GraphModule, hoist_products: HoistProducts = reads_dense) -> PassResult:

@@ -11,9 +11,8 @@ from sparsify.candidates import Candidate, How, Predictor, Workload, find_candid
 from sparsify.choose import Choice, Task, choose_region
 from sparsify.errors import CompileError, Refusal
 from sparsify.layouts import layouts_of
-from sparsify.lowered import LoweredSite
 from sparsify.options import Options
-from sparsify.passes.split_time import DENSE_ACTIVITY
+from sparsify.passes.split_time import is_mostly_zeros
 from sparsify.place_sites import Placement
 from sparsify.plan import Plan
 from sparsify.rechoose import Rechooser
@@ -116,7 +115,8 @@ class Chooser:
         backend = self.binaries.backend
         # An emulator is there to run the kernels of events, not to gain by them.
         if not backend.is_timed and not isinstance(backend, Rendered):
-            reads_events = {site.gather for site in task.lowered.sites if _reads_events(site)}
+            sites = task.lowered.sites
+            reads_events = {s.gather for s in sites if s.event or is_mostly_zeros(s.activity)}
             for each in task.lowered.kernel.gathers:
                 if each.result in reads_events or each.only is not None:
                     pinned.setdefault(each.result, "event")
@@ -141,13 +141,9 @@ class Chooser:
         measured = {site.gather: site.activity for site in task.lowered.sites}
         measured |= {p.gather: p.product.activity for p in self._of(task)}
         # Without a threshold nothing is zero.
-        dense = {site.gather for site in task.lowered.sites if not site.event}
-        activity = {
-            gather.result: (1.0 if gather.result in dense else UNMEASURED_ACTIVITY)
-            if (a := measured.get(gather.result)) is None
-            else a
-            for gather in task.lowered.kernel.gathers
-        }
+        activity = {g.result: UNMEASURED_ACTIVITY for g in task.lowered.kernel.gathers}
+        activity |= {site.gather: 1.0 for site in task.lowered.sites if not site.event}
+        activity |= {gather: share for gather, share in measured.items() if share is not None}
         workload = Workload(int(task.operands[0]), task.batch, activity)
         return Predictor(
             task.lowered.kernel,
@@ -177,8 +173,3 @@ class Chooser:
 
     def _of(self, task: Task) -> list[Placement]:
         return [p for p in self.placements if p.region == task.name]
-
-
-def _reads_events(site: LoweredSite) -> bool:
-    """As ``scan_products.reads_events`` says of the product."""
-    return site.event or (site.activity is not None and site.activity <= DENSE_ACTIVITY)
