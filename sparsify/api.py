@@ -45,8 +45,7 @@ def sparsify(
     outcome = None
     if prune is not None:
         model, outcome = prune_model(model, prune, *example_args, **example_kwargs)
-    engine = Engine(model, options, plan)
-    engine.pruned = outcome
+    engine = Engine(model, options, plan, pruned=outcome)
     fast = install(engine)
     if example_args or example_kwargs:
         engine.compile_example(example_args, example_kwargs)

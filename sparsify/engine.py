@@ -12,11 +12,7 @@ from torch import Tensor, fx, nn
 
 from sparsify import ir
 from sparsify.backends import Compilers, tensors_of
-from sparsify.call_conditions import (
-    is_intercepted,
-    needs_grad,
-    why_observed,
-)
+from sparsify.call_conditions import is_intercepted, needs_grad, why_observed
 from sparsify.call_key import call_key
 from sparsify.check_recording import repeat
 from sparsify.check_speed import keep_all, why_not_faster
@@ -56,7 +52,8 @@ class Engine:
     """Runs the calls of a sparsified module: compiled where it can, as the original otherwise.
 
     A model that is moved to another device is recorded again there, for the backend of that device.
-    ``backends`` by type of device are those of ``make_backends`` if None.
+    ``backends`` by type of device are those of ``make_backends`` if None. ``pruned`` says what was
+    made zero before.
     """
 
     def __init__(
@@ -65,9 +62,9 @@ class Engine:
         options: Options,
         plan: Plan | None = None,
         backends: Mapping[str, Backend] | None = None,
+        pruned: PruningOutcome | None = None,
     ) -> None:
-        self.original = model
-        self.options = options
+        self.original, self.options = model, options
         self._given_plan = plan or Plan()
         self._plans: dict[Backend, Plan] = {}
         self._compilers = Compilers(options, backends)
@@ -81,7 +78,7 @@ class Engine:
         self._unsettled: set[object] = set()  # keys of calls that changed state, to be tried again
         self._originals: set[object] = set()  # keys of calls that are known to run the original
         self.failure: CompileError | None = None  # the last bug of ours that was met
-        self.pruned: PruningOutcome | None = None  # what was made zero before
+        self.pruned = pruned
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         if is_intercepted() or is_disabled():
@@ -143,11 +140,9 @@ class Engine:
     @property
     def report(self) -> Report:
         """What was decided, and what happened since."""
-        live: dict[str, float] = {}
-        densities: dict[str, float] = {}
-        for entry in self.entries:
-            live.update(entry.compiled.live_activity())
-            densities.update(entry.compiled.live_density())
+        compiled = [entry.compiled for entry in self.entries]
+        live = {site: now for c in compiled for site, now in c.live_activity().items()}
+        densities = {site: now for c in compiled for site, now in c.live_density().items()}
         trained = bool(self.entries and self.entries[-1].required)
         pruned = self.pruned.notes if self.pruned is not None else ()
         notes = self._notices.of(self.recordings, self.entries, pruned)
@@ -222,14 +217,12 @@ class Engine:
             self._notices.say(refusal)
             return self.original.forward(*args, **kwargs)
         with COMPILING:
-            entry = self._find(args, kwargs)  # another thread may have compiled it meanwhile
+            # Another thread may have compiled it meanwhile.
+            entry = next((e for e in self.entries if not e.why_miss(args, kwargs)), None)
             if entry is None:
                 return self._record(args, kwargs)
         operands = entry.calling.operands(args, kwargs)
         return self._run(entry, operands, args, kwargs)
-
-    def _find(self, args: Args, kwargs: Kwargs) -> Entry | None:
-        return next((entry for entry in self.entries if not entry.why_miss(args, kwargs)), None)
 
     def _record(self, args: Args, kwargs: Kwargs) -> Any:
         """Run the original under the recorder and compile what it did; returns its result."""
@@ -316,10 +309,8 @@ class Engine:
         self.entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
         for reason in apart:
             self._notices.note(f"sizes are compiled one by one: {reason}")
-        if self.options.strict:
-            refusal = first_refusal(compiled.sites)
-            if refusal is not None:
-                raise RefusedError(refusal)
+        if self.options.strict and (refusal := first_refusal(compiled.sites)) is not None:
+            raise RefusedError(refusal)
         self.freeze(self._frozen)
 
     def _why_not_compile(self, args: Args, kwargs: Kwargs) -> Refusal | None:

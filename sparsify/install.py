@@ -67,9 +67,7 @@ def rebuild(model: nn.Module, options: Any, plan: Any, pruned: Any = None) -> nn
         Engine,  # the engine's own imports are what a pickle must not pay for
     )
 
-    engine = Engine(model, options, plan)
-    engine.pruned = pruned
-    return install(engine)
+    return install(Engine(model, options, plan, pruned=pruned))
 
 
 def _shortcut(name: str) -> property:
