@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsify.find_products import Product
+from sparsify.find_products import Product, layer_name
 from sparsify.lowered import Lowered
 from sparsify.place_sites import LoweredScans, Placement
 from sparsify.plan import GRADIENT
@@ -20,7 +20,7 @@ def place_gradients(placements: Sequence[Placement], lowered: LoweredScans) -> l
             continue
         for site in result.sites:
             owner = next((p.product for p in placements if p.product.weight == site.weight), None)
-            base = f"{owner.name if owner else site.weight.removesuffix('.weight')}{GRADIENT}"
+            base = f"{owner.name if owner else layer_name(site.weight)}{GRADIENT}"
             numbered = (f"{base}#{i}" for i in range(2, len(taken) + 3))
             name = next(n for n in (base, *numbered) if n not in taken)
             taken.add(name)

@@ -118,13 +118,9 @@ class Plan:
 
     def __str__(self) -> str:
         width = max(map(len, self.sites), default=0)
+        kept = {site: f", {at}" for site, at in self.layouts.items() if at != ir.DENSE_ROWS}
         lines = [
-            f"{site:<{width}}  {decision}"
-            + (
-                f", {self.layouts[site]}"
-                if self.layouts.get(site, ir.DENSE_ROWS) != ir.DENSE_ROWS
-                else ""
-            )
+            f"{site:<{width}}  {decision}{kept.get(site, '')}"
             for site, decision in self.sites.items()
         ]
         lines += [
