@@ -40,3 +40,17 @@ def gpu_behind_emulator(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         put_gpu_behind_emulator(monkeypatch)
         yield
+
+
+@pytest.fixture(scope="module")
+def all_threads_for_small_work() -> Iterator[None]:
+    """C++ kernels run on as many threads as tests set, however little there is to do."""
+    import torch  # not before it is needed
+
+    from sparsify.codegen import launch
+
+    threads, alone = torch.get_num_threads(), launch.ALONE
+    launch.ALONE = 0
+    yield
+    launch.ALONE = alone
+    torch.set_num_threads(threads)

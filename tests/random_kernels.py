@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
@@ -29,6 +30,13 @@ AXES: tuple[tuple[ir.Axis, ...], ...] = (
     (),
 )
 SUBNORMAL = {"float32": 1e-42, "float64": 1e-42, "bfloat16": 1e-39, "float16": 1e-7}
+# Of tests that compile what is drawn.
+COMPILED = settings(
+    deadline=None,
+    derandomize=True,  # a fresh machine compiles every kernel, so the same ones each time
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=(Phase.explicit, Phase.generate),  # to shrink takes minutes of compiling
+)
 # Integers only count: a product that overflows has no meaning to compare.
 INTEGER_OPS = ("maximum", "minimum", "where", "gt", "le", "eq", "ne", "neg")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
-from sparsify.codegen import launch as launching
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
@@ -21,14 +19,7 @@ from tests.test_kernels import assert_same_bits, compare, load
 
 needs_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 
-
-@pytest.fixture(autouse=True)
-def _all_threads_for_small_work() -> Iterator[None]:
-    threads, alone = torch.get_num_threads(), launching.ALONE
-    launching.ALONE = 0
-    yield
-    launching.ALONE = alone
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("all_threads_for_small_work")
 
 
 def gate_data(kernel: ir.Kernel, steps: int, batch: int, seed: int = 0) -> dict[str, Array]:

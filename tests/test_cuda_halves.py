@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
@@ -18,7 +17,7 @@ from tests.emulated_kernels import compare, load, needs_emulator
 from tests.example_kernels import schedule
 from tests.half_kernels import half_lif, half_lif_data
 from tests.random_kernels import Drawn, kernels
-from tests.test_cuda_kernels import compare_with_random_data
+from tests.test_cuda_kernels import ORDERS, RANDOM, compare_with_random_data
 
 ROW = "row-per-block"
 
@@ -34,18 +33,12 @@ def test_recurrent_lif(dtype: ir.DType) -> None:
 
 
 @needs_emulator
-@settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),  # to shrink takes minutes of compiling
-)
+@settings(RANDOM, max_examples=3)
 @given(
     drawn=kernels(halves=True),
     seed=st.integers(0, 2**16),
     special=st.booleans(),
-    order=st.sampled_from(get_args(Schedule)),
+    order=ORDERS,
 )
 def test_random_kernels(drawn: Drawn, seed: int, special: bool, order: Schedule) -> None:
     compare_with_random_data(drawn, seed, special, order)

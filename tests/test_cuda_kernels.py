@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
@@ -30,7 +30,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
-from tests.random_kernels import Drawn, draw_data, kernels
+from tests.random_kernels import COMPILED, Drawn, draw_data, kernels
 from tests.test_bits import gate_data
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -47,13 +47,7 @@ def most_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return int(request.param)
 
 
-RANDOM = settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,  # a fresh machine compiles every kernel, so the same ones each time
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.explicit, Phase.generate),  # to shrink takes minutes of compiling
-)
+RANDOM = settings(COMPILED, max_examples=8, suppress_health_check=list(HealthCheck))
 ORDERS = st.sampled_from(SCHEDULES)
 
 

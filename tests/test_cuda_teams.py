@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
@@ -31,7 +31,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
-from tests.random_kernels import Drawn, draw_data, kernels
+from tests.random_kernels import COMPILED, Drawn, draw_data, kernels
 from tests.test_cuda_team_shapes import egru
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -45,13 +45,7 @@ SMALL = replace(
     shared_per_block=32 * KIB,
     shared_per_multiprocessor=33 * KIB,
 )
-RANDOM = settings(
-    max_examples=6,
-    deadline=None,
-    derandomize=True,  # a fresh machine compiles every kernel, so the same ones each time
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.generate,),  # each smaller example would be compiled, too
-)
+RANDOM = settings(COMPILED, max_examples=6, suppress_health_check=list(HealthCheck))
 ORDERS = st.sampled_from(SCHEDULES)
 
 pytestmark = needs_emulator

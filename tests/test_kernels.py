@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
-from sparsify.codegen import launch as launching
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from tests.carried_state import check_one_call_equals_several
 from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule, two_layers
-from tests.random_kernels import Drawn, array_of, draw_data, kernels, tensors_of
+from tests.random_kernels import COMPILED, Drawn, array_of, draw_data, kernels, tensors_of
 
 BACKEND = CppBackend()
 
-pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _all_threads_for_small_work() -> Iterator[None]:
-    threads, alone = torch.get_num_threads(), launching.ALONE
-    launching.ALONE = 0
-    yield
-    launching.ALONE = alone
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("all_threads_for_small_work"),
+]
 
 
 def load(kernel: ir.Kernel, schedule: ir.Schedule) -> Launchable:
@@ -60,35 +52,20 @@ def compare(
         assert_same_bits(got[name], value, f"{name}, {steps} steps of {batch}")
 
 
-@settings(
-    max_examples=24,
-    deadline=None,
-    derandomize=True,  # a fresh machine compiles every kernel, so the same ones each time
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(COMPILED, max_examples=24)
 @given(drawn=kernels(), seed=st.integers(0, 2**16), special=st.booleans())
 def test_random_kernels(drawn: Drawn, seed: int, special: bool) -> None:
     compare_with_random_data(drawn, seed, special)
 
 
-@settings(
-    max_examples=16,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(COMPILED, max_examples=16)
 @given(drawn=kernels(restricted=True), seed=st.integers(0, 2**16), special=st.booleans())
 def test_random_restricted_kernels(drawn: Drawn, seed: int, special: bool) -> None:
     assume(any(gather.only is not None for gather in drawn.kernel.gathers))
     compare_with_random_data(drawn, seed, special)
 
 
-@settings(
-    max_examples=16,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(COMPILED, max_examples=16)
 @given(drawn=kernels(halves=True), seed=st.integers(0, 2**16), special=st.booleans())
 def test_random_kernels_of_halves(drawn: Drawn, seed: int, special: bool) -> None:
     compare_with_random_data(drawn, seed, special)

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
-from sparsify.codegen import launch as launching
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule
-from tests.random_kernels import Drawn, draw_data, kernels
+from tests.random_kernels import COMPILED, Drawn, draw_data, kernels
 from tests.random_layouts import LAYOUTS, prune, with_layouts
 from tests.test_kernels import assert_same_bits, compare, load
 
-pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _all_threads_for_small_work() -> Iterator[None]:
-    threads, alone = torch.get_num_threads(), launching.ALONE
-    launching.ALONE = 0
-    yield
-    launching.ALONE = alone
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("all_threads_for_small_work"),
+]
 
 
 @st.composite
@@ -38,25 +30,13 @@ def drawn_layouts(draw: st.DrawFn, restricted: bool = False) -> Drawn:
     return with_layouts(draw, draw(kernels(restricted=restricted)))
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.explicit, Phase.generate),  # shrinking would compile hundreds of kernels
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(COMPILED, max_examples=12)
 @given(drawn=drawn_layouts(), seed=st.integers(0, 2**16), special=st.booleans())
 def test_random_kernels(drawn: Drawn, seed: int, special: bool) -> None:
     compare_with_pruned_data(drawn, seed, special)
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.explicit, Phase.generate),  # shrinking would compile hundreds of kernels
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(COMPILED, max_examples=12)
 @given(drawn=drawn_layouts(restricted=True), seed=st.integers(0, 2**16), special=st.booleans())
 def test_random_restricted_kernels(drawn: Drawn, seed: int, special: bool) -> None:
     compare_with_pruned_data(drawn, seed, special)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 
 from sparsify import ir
 from sparsify.check_ir import why_malformed_kernel
-from sparsify.codegen import launch as launching
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.predict_cost import WANTED_MACS
@@ -27,14 +25,7 @@ BACKEND = CppBackend()
 WAYS: tuple[How, ...] = ("event", "dense")
 needs_compiler = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _all_threads_for_small_work() -> Iterator[None]:
-    threads, alone = torch.get_num_threads(), launching.ALONE
-    launching.ALONE = 0
-    yield
-    launching.ALONE = alone
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("all_threads_for_small_work")
 
 
 def product(
