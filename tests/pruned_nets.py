@@ -9,21 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from tests.spiking_net import ROUNDING, distance
+
 DENSITY = 0.25
 
 
 class Recurrent(nn.Module):
-    """Leaky units that send what exceeds a half; ``x`` is ``[T, B, inputs]``."""
+    """Leaky units that send what exceeds a half; ``x`` is ``[T, B, inputs]``, float64."""
 
     kept: Tensor
 
     def __init__(self, inputs: int = 8, hidden: int = 32) -> None:
         super().__init__()
-        self.encode = nn.Linear(inputs, hidden)
-        self.recur = nn.Linear(hidden, hidden, bias=False)
+        self.encode = nn.Linear(inputs, hidden, dtype=torch.float64)
+        self.recur = nn.Linear(hidden, hidden, bias=False, dtype=torch.float64)
         generator = torch.Generator().manual_seed(1)
         kept = torch.rand(hidden, hidden, generator=generator)
-        self.register_buffer("kept", (kept < DENSITY).float())
+        self.register_buffer("kept", (kept < DENSITY).double())
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -0.5, 0.5, generator=generator)
 
@@ -92,7 +94,13 @@ def mask_of(model: Recurrent) -> Tensor:
 
 
 def example(steps: int = 6, batch: int = 3) -> Tensor:
-    return 2 * torch.randn(steps, batch, 8, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    return 2 * torch.randn(steps, batch, 8, generator=generator, dtype=torch.float64)
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """But for the order in which float64 products were added: see ``ROUNDING``."""
+    assert distance([got], [expected]) <= ROUNDING
 
 
 class Mixed(nn.Module):

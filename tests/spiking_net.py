@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 INPUTS, HIDDEN = 12, 20
-# Relative 2-norm of float64 gradients that were added in another order: eps is 1.1e-16, and no
-# element sums up more than some 1e5 terms.
+# Relative 2-norm of float64 values or gradients that were added in another order: eps is 1.1e-16,
+# and no element sums up more than some 1e5 terms.
 ROUNDING = 1e-10
 
 
@@ -56,9 +56,11 @@ def gradients(net: nn.Module, x: Tensor) -> list[Tensor | None]:
 def distance(got: list[Tensor | None], expected: list[Tensor | None]) -> float:
     """The largest 2-norm of a difference, relative where there is something to be relative to.
 
-    The same gradients must be None, and not all of the others zero.
+    The same gradients must be None, shapes and dtypes equal, and not all of ``expected`` zero.
     """
-    assert [g is None for g in got] == [g is None for g in expected]
+    kinds = [[g if g is None else (g.shape, g.dtype) for g in each] for each in (got, expected)]
+    assert kinds[0] == kinds[1]
     pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None and b is not None]
     assert any(bool(b.any()) for _, b in pairs)
-    return max(float((a - b).norm() / (b.norm() if b.any() else 1)) for a, b in pairs)
+    distances = [(a - b).norm() / (b.norm() if b.any() else 1) for a, b in pairs]
+    return float(torch.stack(distances).detach().max())  # NaN where one is NaN

@@ -42,7 +42,9 @@ def test_what_was_measured_takes_the_place_of_what_is_stated() -> None:
         l2_bytes=6e12,
         l2_bytes_of_multiprocessor=5e10,
     )
-    assert rates is not None and asdict(rates) == pytest.approx(asdict(wanted))
+    assert rates is not None
+    # Units are products with powers of ten: one rounding, of 1.1e-16.
+    assert asdict(rates) == pytest.approx(asdict(wanted), rel=1e-15)
     assert measured_rates({**results(), "sections": {}}, "H100") == H100_RATES
     assert measured_rates({**results(), "sections": {"machine": [{"error": "x"}]}}, "H100")
 
@@ -78,5 +80,7 @@ def test_the_environment_names_the_results(tmp_path: Path, monkeypatch: pytest.M
             kernel, plan, steps=1000, batch=1, activity={"drive": 0.1, "recurrent": 0.1}
         )
         seconds.append(backend.seconds(cost))
-    # 0.4 us longer at each barrier; a launch that is half a microsecond shorter.
-    assert seconds[1] - seconds[0] == pytest.approx(1000 * 0.4e-6 - 0.5e-6, rel=0.05)
+    # 0.4 us longer at each barrier; a launch that is half a microsecond shorter. Both take some
+    # 2 ms, which a dozen operations round by 2e-19 each.
+    difference = 1000 * 0.4e-6 - 0.5e-6
+    assert seconds[1] - seconds[0] == pytest.approx(difference, rel=0, abs=1e-17)

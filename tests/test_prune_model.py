@@ -19,7 +19,7 @@ from sparsify.cli import main
 from sparsify.pruning.outcome import PruningOutcome
 from sparsify.pruning.prune_model import prune_model
 from sparsify.pruning.request import Context
-from tests.pruned_nets import Mixed, Recurrent, example
+from tests.pruned_nets import Mixed, Recurrent, assert_same, example
 
 GRU = [f"rnn.weight_{kind}_l{layer}" for layer in (0, 1) for kind in ("ih", "hh")]
 LAYERS = [*GRU, "block.fc", "block.cell.weight_ih", "block.cell.weight_hh"]
@@ -63,7 +63,7 @@ def test_the_smallest_weights_of_the_whole_model_go() -> None:
         kept = torch.cat([before[path][after[path] != 0].abs() for path in paths])
         gone = torch.cat([before[path][after[path] == 0].abs() for path in paths])
     assert kept.min() > gone.max()
-    assert len(kept) / (len(kept) + len(gone)) == pytest.approx(0.2, abs=1 / len(gone))
+    assert len(gone) == round(0.8 * (len(kept) + len(gone)))
     assert outcome.density == len(kept) / (len(kept) + len(gone))
     assert outcome["block.fc"].density == float((after["block.fc.weight"] != 0).float().mean())
 
@@ -86,7 +86,7 @@ def test_copies_and_pickles_know_what_was_pruned() -> None:
     said = "pruned: 25.0% of "
     for again in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert said in str(again.report)
-        assert again.compiled.pruned.density == pytest.approx(0.25, abs=1e-3)
+        assert again.compiled.pruned.density == 0.25
 
 
 def test_what_is_pruned_stays_pruned_where_nothing_is_compiled(
@@ -94,7 +94,7 @@ def test_what_is_pruned_stays_pruned_where_nothing_is_compiled(
 ) -> None:
     monkeypatch.setenv("SPARSIFY", "0")
     fast: Any = sparsify.sparsify(Recurrent(hidden=32).eval(), example(4), prune=0.75)
-    assert fast.compiled.pruned.density == pytest.approx(0.25, abs=1e-3)
+    assert fast.compiled.pruned.density == 0.25
     assert "SPARSIFY=0 is set: everything runs as the original" in str(fast.report)
     assert torch.equal(fast(example(4)), fast.original(example(4)))
 
@@ -216,7 +216,7 @@ def test_a_layer_pruned_to_nothing_works_and_is_told() -> None:
     x = example()
     with torch.no_grad():
         fast: Any = sparsify.sparsify(model, x, prune=pruning, timing=False)
-        torch.testing.assert_close(fast(x), fast.original(x))
+        assert_same(fast(x), fast.original(x))
         assert torch.equal(model.recur.weight != 0, torch.ones(32, 32, dtype=torch.bool))
     assert "pruned to nothing: recur" in str(fast.report)
     assert fast.report["recur"].weight_density == 0

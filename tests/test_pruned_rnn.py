@@ -67,7 +67,7 @@ def test_a_pruned_layer_runs_without_its_zeros() -> None:
     fast = compressed(net)
     site = fast.report[SITE]
     assert (site.decision, site.layout) == ("dense", "compressed-rows")
-    assert site.weight_density == pytest.approx(0.2, abs=0.02)
+    assert site.weight_density == int(net.recurrent.count_nonzero()) / net.recurrent.numel() < 0.3
     assert len(fast.kernels) == 1
     verify(net, fast, example())  # no site runs as events, and that is no mistake
     assert fast.report["rnn.weight_ih_l0"].code == "no-event"

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import sparsify
 from sparsify import Pruner, Pruning
-from tests.pruned_nets import Recurrent, example
+from tests.pruned_nets import Recurrent, assert_same, example
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -56,7 +56,8 @@ def test_the_fraction_grows_by_a_cubic_schedule() -> None:
         densities.append(pruner.outcome.density)
     assert [step for step, did in enumerate(changed) if did] == [2, 7, 12]
     expected = [1.0] * 2 + [1.0] * 5 + [1 - 0.8 * (1 - 0.5**3)] * 5 + [0.2] * 3
-    assert densities == pytest.approx(expected, abs=1 / 2000)
+    # Each is the share of a whole number of 2000 weights.
+    assert densities == pytest.approx(expected, rel=0, abs=0.5 / 2000)
 
 
 def test_groups_lose_their_weights_one_by_one() -> None:
@@ -83,14 +84,12 @@ def test_a_compiled_module_follows_masks_without_another_recording() -> None:
         x = example()
         evaluated = fast(x)
         pruner.prune()
-        torch.testing.assert_close(evaluated, model(x))
+        assert_same(evaluated, model(x))
     assert fast.compiled.recordings == 2
-    assert pruner.outcome.density == pytest.approx(0.1, abs=1e-3)
+    assert pruner.outcome.density == 0.1
     found, expected = fast.state_dict(), twin.state_dict()
     for name in ("recur.weight", "encode.weight"):
-        # Rounding of gradients decides the rank of single weights: some may differ.
-        same = (found[name] != 0) == (expected[name] != 0)
-        assert float(same.float().mean()) > 0.97
+        assert torch.equal(found[name] != 0, expected[name] != 0)
 
 
 def test_movement_keeps_what_moves_away_from_zero() -> None:
