@@ -31,7 +31,7 @@ from sparsify.passes.leave_loop import Leaving
 from sparsify.passes.lower_names import Names
 from sparsify.passes.save_values import is_binary
 from sparsify.passes.scan_products import reads_events
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.tensor_info import call, copy_meta, with_shape
 from sparsify.scan import Scan
 
 aten = torch.ops.aten
@@ -275,9 +275,8 @@ class _Writer:
         measured = None if reader is None else reader.meta.get("activity")
         self.modules[name] = OuterProduct(event, activity=measured)
         result = self.graph.create_node("call_module", name, (d_values, values), name=name)
-        keep = ("location", "module", "activity")
         if reader is not None:
-            result.meta.update({key: reader.meta[key] for key in keep if key in reader.meta})
+            copy_meta(result, reader, "location", "module", "activity")
         info, sizes = node.meta["val"], [f.meta["val"].shape[-1] for f in (d, activation)]
         result.meta["loops"] = ()
         result.meta["val"] = with_shape(info, sizes)

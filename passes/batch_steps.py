@@ -19,7 +19,7 @@ from sparsify.passes.classify_ops import (
     order_of,
     product_operand,
 )
-from sparsify.passes.tensor_info import call, is_dense, permuted, with_shape
+from sparsify.passes.tensor_info import call, copy_meta, is_dense, permuted, with_shape
 
 aten = torch.ops.aten
 
@@ -196,8 +196,7 @@ class _Batcher:
         result = call(self.graph, self.node.target, tuple(args), info, self.node)
         result.kwargs = fx.map_arg(self.node.kwargs, self.constant)
         keep_measured(result, self.node)
-        if "fact" in self.node.meta:
-            result.meta["fact"] = self.node.meta["fact"]
+        copy_meta(result, self.node, "fact")
         outer = (self.shape[0], self.steps) if swapped else (self.steps, self.shape[0])
         unfolded = self._view(result, (*outer, *self.shape[1:]))
         return self._swap(unfolded) if swapped else unfolded

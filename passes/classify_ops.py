@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.passes.tensor_info import copy_meta
+
 aten = torch.ops.aten
 
 # Work element by element although their schemas do not say so.
@@ -91,7 +93,7 @@ def product_operand(node: fx.Node) -> fx.Node | None:
 
 def keep_measured(made: fx.Node, product: fx.Node) -> fx.Node:
     """Note on ``made``, which takes the place of ``product``, what was measured of that."""
-    made.meta.update({key: product.meta[key] for key in MEASURED if key in product.meta})
+    copy_meta(made, product, *MEASURED)
     return made
 
 

@@ -29,7 +29,7 @@ from sparsify.passes.call_scan import call_scan
 from sparsify.passes.classify_ops import MOST_DENSITY
 from sparsify.passes.result import PassResult
 from sparsify.passes.rnn_cells import CELLS, PACKED, Cell, Layer, Step
-from sparsify.passes.tensor_info import call, permuted, with_shape, without_dim
+from sparsify.passes.tensor_info import call, copy_meta, permuted, with_shape, without_dim
 from sparsify.scan import Scan
 from sparsify.unwritten_graph import UnwrittenGraph
 
@@ -158,8 +158,7 @@ class _Expander:
         info = with_shape(given.meta["val"], given.meta["val"].shape, dtype=dtype)
         cast = call(self.graph, aten._to_copy.default, (given,), info, given)
         cast.kwargs = {"dtype": dtype}
-        kept = ("source", "pattern", "fact")
-        cast.meta.update({key: given.meta[key] for key in kept if key in given.meta})
+        copy_meta(cast, given, "source", "pattern", "fact")
         return cast
 
     def run(self) -> list[fx.Node]:
@@ -189,8 +188,7 @@ class _Expander:
         inputs = [tensor for tensor in (layer.w_ih, layer.b_ih) if tensor is not None]
         receivers = layer.w_ih.meta["val"].shape[0]
         product = self._call(aten.linear.default, (x, *inputs), (steps, batch, receivers))
-        if "pattern" in layer.w_ih.meta:
-            product.meta["pattern"] = layer.w_ih.meta["pattern"]
+        copy_meta(product, layer.w_ih, "pattern")
         starts = [self._start(start, index) for start in self.starts]
         currents = self._gates(product, 2)
         weights = self._gates(layer.w_hh, 0)
@@ -236,8 +234,7 @@ class _Expander:
             args = (tensor, dim, gate * size, (gate + 1) * size)
             shape = [size if d == dim else full for d, full in enumerate(info.shape)]
             part = self._call(aten.slice.Tensor, args, shape, info.stride)
-            kept = ("source", "pattern")
-            part.meta.update({key: tensor.meta[key] for key in kept if key in tensor.meta})
+            copy_meta(part, tensor, "source", "pattern")
             parts.append(part)
         return parts
 

@@ -17,7 +17,14 @@ from sparsify.passes.classify_ops import (
     order_of,
     product_operand,
 )
-from sparsify.passes.tensor_info import call, contiguous_stride, permuted, with_shape, without_dim
+from sparsify.passes.tensor_info import (
+    call,
+    contiguous_stride,
+    copy_meta,
+    permuted,
+    with_shape,
+    without_dim,
+)
 from sparsify.passes.why_not_lower import product_weights
 from sparsify.scan import Scan
 
@@ -198,13 +205,12 @@ def _write_product(
     info = with_shape(product.meta["val"], shape, contiguous_stride(shape))
     result = call(graph, product.target, tuple(args), info, product)
     result.kwargs = dict(product.kwargs)
-    if "fact" in product.meta:
-        result.meta["fact"] = product.meta["fact"]
+    copy_meta(result, product, "fact")
     return keep_measured(result, product)
 
 
 def _placeholder(graph: fx.Graph, outer: fx.Node, name: str, info: Any) -> fx.Node:
     node = graph.placeholder(name)
-    kept = ("location", "module", "source", "fact")
-    node.meta.update({key: outer.meta[key] for key in kept if key in outer.meta}, val=info)
+    copy_meta(node, outer, "location", "module", "source", "fact")
+    node.meta["val"] = info
     return node

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.tensor_info import call, copy_meta, with_shape
 
 aten = torch.ops.aten
 States = tuple[fx.Node, ...]
@@ -61,8 +61,7 @@ class Step:
 
     def _place(self, name: str, outer: fx.Node, info: Any = None) -> fx.Node:
         node = self.graph.placeholder(name)
-        kept = ("location", "module", "source", "pattern")
-        node.meta.update({key: outer.meta[key] for key in kept if key in outer.meta})
+        copy_meta(node, outer, "location", "module", "source", "pattern")
         node.meta["val"] = info or outer.meta["val"]
         return node
 
@@ -84,8 +83,7 @@ class Step:
         info = with_shape(value.meta["val"], (rows, receivers))
         args = (value, weight) if bias is None else (value, weight, bias)
         node = call(self.graph, aten.linear.default, args, info, self.like)
-        if "pattern" in weight.meta:
-            node.meta["pattern"] = weight.meta["pattern"]
+        copy_meta(node, weight, "pattern")
         return node
 
     def body(self, states: States) -> fx.GraphModule:

@@ -35,7 +35,7 @@ from sparsify.passes.find_parts import (
     part_of,
 )
 from sparsify.passes.result import PassResult
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.tensor_info import call, copy_meta, with_shape
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # the index of the activation
@@ -225,8 +225,7 @@ class _Splitter:
         args = (base, dim, part.first, part.end, *((part.step,) if part.step != 1 else ()))
         if not is_stored:
             part_of_base = call(self.graph, aten.slice.Tensor, args, info, reader)
-            if "source" in base.meta:
-                part_of_base.meta["source"] = base.meta["source"]
+            copy_meta(part_of_base, base, "source")
             return part_of_base
         with self.graph.inserting_after(self.last_input if base.op == "placeholder" else base):
             made = call(self.graph, aten.slice.Tensor, args, info, None)

@@ -21,7 +21,7 @@ from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import TRANSPOSES
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.tensor_info import call, copy_meta, with_shape
 
 aten = torch.ops.aten
 OPERANDS = {aten.mm.default: 0, aten.addmm.default: 1}
@@ -73,8 +73,7 @@ class _Splitter:
         for part in joined:
             end = start + part.meta["val"].shape[1]
             made = self._product(product, part, start, end, with_bias=total is None)
-            if "pattern" in product.meta:  # that of the whole weight
-                made.meta["pattern"] = product.meta["pattern"]
+            copy_meta(made, product, "pattern")  # that of the whole weight
             if total is not None:
                 args = (total, made)
                 made = self._before(product, aten.add.Tensor, args, product.meta["val"])

@@ -67,7 +67,11 @@ def call(
     """Append a call of ``target`` with a result like ``info``, at the place of ``like``."""
     node = graph.call_function(target, args)
     if like is not None:
-        keep = ("location", "module", "loops", "function", "grad", "autocast")
-        node.meta.update({key: like.meta[key] for key in keep if key in like.meta})
+        copy_meta(node, like, "location", "module", "loops", "function", "grad", "autocast")
     node.meta["val"] = info
     return node
+
+
+def copy_meta(made: fx.Node, like: fx.Node, *keys: str) -> None:
+    """Note on ``made`` what ``like`` has under ``keys``, as far as it has something."""
+    made.meta.update({key: like.meta[key] for key in keys if key in like.meta})
