@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
-from typing import Protocol
 
 from sparsify import ir
 from sparsify.codegen.compressed import CHUNK
@@ -15,38 +13,29 @@ from sparsify.weight_pattern import Pattern
 NO_PATTERNS: Mapping[str, Pattern] = MappingProxyType({})
 INDEX_BYTES = 2.0
 
+# Operations in those of dense rows, which are vectors in registers. Measured on AVX-512 cores: a
+# kept weight is added in 0.45 ns and multiplied in 0.3 ns, where dense rows add 41 and multiply 73
+# weights in a nanosecond; 16 places of a mask take 5 cycles.
+KEPT = 18.0  # a weight with a place of its own
+SHARED = 2.0  # a product with one of them that several batch rows take part in
+RUN = 40.0  # on top of a run's own
+PLACE = 5.0  # a bit of a mask
+LINE = 10.0  # kept weights that take as long as a line, what a sender sends, before it begins
+SHARED_ROWS = 8  # from so many on, batch rows are lanes of one product
+
 
 @dataclass(frozen=True)
-class LayoutCosts:
-    """Operations in those of dense rows, which are vectors in registers.
+class Access:
+    """How a Gather reads a weight.
 
-    ``kept_add`` and ``kept_mac`` are of weights with a place each, ``shared_mac`` of a product
-    that one of them takes part in for several batch rows. ``run_add`` and ``run_mac`` come on top
-    of a run's own, ``place`` is what a bit of a mask costs. A line, which is what a sender sends,
-    takes as long as ``line`` kept weights before it begins.
+    Lines have so many ``places``; a weight takes ``element`` bytes. ``is_product`` tells dense and
+    restricted Gathers from additions of events; so many batch ``rows`` read a line at once.
     """
 
-    kept_add: float
-    kept_mac: float
-    shared_mac: float
-    run_add: float
-    run_mac: float
-    place: float
-    line: float
-
-
-# Measured on AVX-512 cores: a kept weight is added in 0.45 ns and multiplied in 0.3 ns, where dense
-# rows add 41 and multiply 73 weights in a nanosecond; 16 places of a mask take 5 cycles.
-CPP_COSTS = LayoutCosts(
-    kept_add=18.0,
-    kept_mac=18.0,
-    shared_mac=2.0,
-    run_add=40.0,
-    run_mac=40.0,
-    place=5.0,
-    line=10.0,
-)
-SHARED_ROWS = 8  # from so many on, batch rows are lanes of one product
+    places: int
+    element: int
+    is_product: bool
+    rows: float
 
 
 @dataclass(frozen=True)
@@ -57,50 +46,22 @@ class Reading:
     bytes: float = 0.0
 
 
-class ReadLayout(Protocol):
-    """``read_layout`` of a backend, whose costs it knows."""
-
-    def __call__(
-        self,
-        layout: ir.Layout,
-        pattern: Pattern,
-        *,
-        places: int,
-        element: int,
-        is_product: bool,
-        rows: float,
-    ) -> Reading: ...
+ReadLayout = Callable[[ir.Layout, Pattern, Access], Reading]  # ``read_layout`` of a backend
 
 
-def read_layout(
-    layout: ir.Layout,
-    pattern: Pattern,
-    *,
-    places: int,
-    element: int,
-    is_product: bool,
-    rows: float,
-    costs: LayoutCosts,
-) -> Reading:
-    """Lines have so many ``places``; a weight takes ``element`` bytes. ``is_product`` tells dense
-    and restricted Gathers from additions of events; so many batch ``rows`` read a line at once.
-    """
+def read_layout(layout: ir.Layout, pattern: Pattern, access: Access) -> Reading:
+    """What C++ kernels do for a weight of a layout."""
+    element, places = access.element, max(1, access.places)
     if layout.kind == "dense-rows":
         return Reading(1.0, float(element))
     if layout.kind == "masked-rows":
-        expanding = costs.place / max(1.0, rows) + 1.0 if is_product else costs.place
+        expanding = PLACE / max(1.0, access.rows) + 1.0 if access.is_product else PLACE
         return Reading(expanding, pattern.density * element + 1 / 8)
     if layout.kind == "block-rows":
         runs = pattern.run_density.get(layout.width, 1.0)
-        beside = costs.run_mac if is_product else costs.run_add
-        operations = runs * (1 + beside / layout.width) + costs.line / max(1, places)
+        operations = runs * (1 + RUN / layout.width) + LINE / places
         return Reading(operations, runs * (element + INDEX_BYTES / layout.width))
-    filled = pattern.density + (CHUNK - 1) / 2 / max(1, places)  # the last chunk of a line
-    each = costs.kept_add
-    if is_product:
-        each = costs.shared_mac if rows >= SHARED_ROWS else costs.kept_mac
-    operations = (filled + costs.line / max(1, places)) * each
+    filled = pattern.density + (CHUNK - 1) / 2 / places  # the last chunk of a line
+    each = SHARED if access.is_product and access.rows >= SHARED_ROWS else KEPT
+    operations = (filled + LINE / places) * each
     return Reading(operations, filled * (element + INDEX_BYTES))
-
-
-read_layout_cpp: ReadLayout = partial(read_layout, costs=CPP_COSTS)

@@ -7,6 +7,7 @@ bits, 8 neurons a byte, and every thread makes its own event lists of them after
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
@@ -23,7 +24,7 @@ from sparsify.codegen.memory_text import (
     state_fields,
     write_struct,
 )
-from sparsify.codegen.predict_cost import predict_cost
+from sparsify.codegen.predict_cost import count_work
 from sparsify.codegen.usage import Source, default_tile, emitted, find_usage, why_not_gather
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
@@ -62,17 +63,21 @@ class NeuronsPerThread:
         usage = find_usage(kernel, schedule)
         meetings = bool(usage.of_kind("state")) + len(meeting_phases(usage.kernel, schedule))
         tile = self.tile(kernel, schedule)
-        return predict_cost(
+        groups = -(-batch // GROUP)
+        work = count_work(
             kernel,
             schedule,
             steps=steps,
             batch=batch,
             activity=activity,
+            groups=groups,
             patterns=patterns,
-            is_divided=True,
-            group=GROUP,
-            barriers=float(steps * -(-batch // GROUP) * meetings),
+        )
+        return replace(
+            work,
+            barriers=float(steps * groups * meetings),
             parts=max(-(-p.size // tile) for p in kernel.populations),
+            is_divided=True,
         )
 
 

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.given_weights import is_kept
-from sparsify.codegen.layout_costs import NO_PATTERNS, Reading, ReadLayout, read_layout_cpp
+from sparsify.codegen.layout_costs import NO_PATTERNS, Access, ReadLayout, read_layout
 from sparsify.weight_pattern import DENSE, Pattern
 
 WANTED_MACS = 1.6  # what a product of a restricted gather costs, in those of a dense one
 BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-
-
-def predict_cost(
-    kernel: ir.Kernel,
-    schedule: ir.Schedule,
-    *,
-    steps: int,
-    batch: int,
-    activity: Mapping[str, float],
-    group: int,
-    barriers: float,
-    parts: int,
-    is_divided: bool,
-    patterns: Mapping[str, Pattern] = NO_PATTERNS,
-) -> Cost:
-    """The cost of a call in which ``group`` batch rows share a tile of weights while it is cached.
-
-    A weight row that several rows of a group touch is then read from memory once. ``activity`` is
-    the share of active senders, or of wanted sums where a gather is restricted. ``is_divided``:
-    threads have receivers of their own.
-    """
-    groups = -(-batch // group) if batch else 0
-    work = count_work(
-        kernel,
-        schedule,
-        steps=steps,
-        batch=batch,
-        activity=activity,
-        groups=groups,
-        patterns=patterns,
-    )
-    return replace(work, barriers=barriers, parts=parts, is_divided=is_divided)
 
 
 def count_work(
@@ -56,16 +23,18 @@ def count_work(
     activity: Mapping[str, float],
     groups: int,
     patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    read: ReadLayout = read_layout_cpp,
+    read: ReadLayout = read_layout,
 ) -> Cost:
     """What a call does on any backend, without barriers and undivided.
 
-    The rows are in so many ``groups``, each of which reads a weight row that it touches once.
-    ``patterns`` are those of weights with layouts: none that is missing gains by one. ``read`` says
-    what a weight takes in its layout.
+    The rows are in so many ``groups``, each of which reads a weight row that it touches once while
+    it is cached. ``activity`` is the share of active senders, or of wanted sums where a Gather is
+    restricted. ``patterns`` are those of weights with layouts: none that is missing gains by one.
+    ``read`` says what a weight takes in its layout.
     """
     how = dict(schedule.gathers)
     weights = {w.name: w for w in kernel.weights}
+    rows = batch / max(1, groups)
     weight_bytes = event_adds = dense_macs = resident = 0.0
     neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
     for gather in kernel.gathers:
@@ -73,7 +42,10 @@ def count_work(
         pairs = count_pairs(kernel, weight)
         is_dense = how[gather.result] == "dense"
         share = 1.0 if is_dense else min(1.0, max(0.0, activity[gather.result]))
-        reading = _reading(kernel, schedule, gather, patterns, batch / max(1, groups), read)
+        access = _access(kernel, weight, is_dense or gather.only is not None, rows)
+        known = weight.name in patterns
+        layout = schedule.layout_of(weight.name) if known else ir.DENSE_ROWS
+        reading = read(layout, patterns.get(weight.name, DENSE), access)
         products = steps * batch * share * pairs * reading.operations
         if is_dense:
             dense_macs += products
@@ -82,33 +54,18 @@ def count_work(
         else:
             dense_macs += products * (1.0 if is_kept(schedule, gather) else WANTED_MACS)
             neurons += kernel.population_size(weight.receivers)
-        touched = 1.0 - (1.0 - share) ** (batch / max(1, groups))
+        touched = 1.0 - (1.0 - share) ** rows
         weight_bytes += steps * groups * touched * pairs * reading.bytes
         resident += pairs * reading.bytes
     pointwise = float(steps * batch * neurons)
-    work = Cost(weight_bytes, event_adds, dense_macs, pointwise, barriers=0.0)
-    return replace(work, resident_bytes=resident)
-
-
-def _reading(
-    kernel: ir.Kernel,
-    schedule: ir.Schedule,
-    gather: ir.Gather,
-    patterns: Mapping[str, Pattern],
-    rows: float,
-    read: ReadLayout,
-) -> Reading:
-    weight = kernel.weight(gather.weight)
-    is_product = gather.only is not None or dict(schedule.gathers)[gather.result] == "dense"
-    pattern, layout = patterns.get(weight.name), schedule.layout_of(weight.name)
-    return read(
-        layout if pattern is not None else ir.DENSE_ROWS,
-        pattern or DENSE,
-        places=kernel.population_size(weight.senders if is_product else weight.receivers),
-        element=BYTES[weight.dtype],
-        is_product=is_product,
-        rows=rows,
+    return Cost(
+        weight_bytes, event_adds, dense_macs, pointwise, barriers=0.0, resident_bytes=resident
     )
+
+
+def _access(kernel: ir.Kernel, weight: ir.Weight, is_product: bool, rows: float) -> Access:
+    places = kernel.population_size(weight.senders if is_product else weight.receivers)
+    return Access(places, BYTES[weight.dtype], is_product, rows)
 
 
 def count_pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:

@@ -7,6 +7,7 @@ while the event lists of these rows are walked.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
@@ -22,7 +23,7 @@ from sparsify.codegen.memory_text import (
     state_fields,
     write_struct,
 )
-from sparsify.codegen.predict_cost import predict_cost
+from sparsify.codegen.predict_cost import count_work
 from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
@@ -63,18 +64,16 @@ class RowsPerThread:
         activity: Mapping[str, float],
         patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
-        return predict_cost(
+        work = count_work(
             kernel,
             schedule,
             steps=steps,
             batch=batch,
             activity=activity,
+            groups=-(-batch // GROUP),
             patterns=patterns,
-            group=GROUP,
-            barriers=0.0,
-            is_divided=False,
-            parts=max(1, batch),
         )
+        return replace(work, parts=max(1, batch))
 
 
 class _RowsText(KernelText):

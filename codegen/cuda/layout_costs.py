@@ -11,7 +11,7 @@ import math
 
 from sparsify import ir
 from sparsify.codegen.cuda.step_clocks import L2_CLOCKS, SHARED_CLOCKS
-from sparsify.codegen.layout_costs import Reading
+from sparsify.codegen.layout_costs import Access, Reading
 from sparsify.weight_pattern import Pattern
 
 WARP, MOST_WARPS = 32, 16  # of a block, each of which has a band of receivers
@@ -29,35 +29,26 @@ SENDER_CLOCKS = 15  # of an addition, and until the warp sees it
 PLACE_BYTES = {"event": 1.0, "product": 2.0}
 
 
-def read_layout(
-    layout: ir.Layout,
-    pattern: Pattern,
-    *,
-    places: int,
-    element: int,
-    is_product: bool,
-    rows: float,
-) -> Reading:
-    """Lines have so many ``places``; a weight takes ``element`` bytes. ``is_product`` tells dense
-    and restricted Gathers from additions of events. Each batch row reads for itself.
-    """
-    unit = PRODUCTS if is_product else ADDS
+def read_layout(layout: ir.Layout, pattern: Pattern, access: Access) -> Reading:
+    """Each batch row reads for itself."""
+    element, places = access.element, max(1, access.places)
+    unit = PRODUCTS if access.is_product else ADDS
     if layout.kind == "dense-rows":
         return Reading(1.0, float(element))
     if layout.kind == "masked-rows":
         return Reading(MASKED * unit / WARP, _of_sectors(pattern.density, element) + 1 / 8)
-    if is_product:
+    if access.is_product:
         filled = pattern.density
-        beside = WANTED / max(1, places)
+        beside = WANTED / places
         each = element + PLACE_BYTES["product"]
         return Reading((filled * PLACED / WARP + beside) * unit, filled * each)
     width = layout.width if layout.kind == "block-rows" else 1
     filled = pattern.density if width == 1 else pattern.run_density.get(width, 1.0)
     bands = min(MOST_WARPS, -(-places // WARP))
-    further = max(0.0, filled - WARP * bands / max(1, places))
-    instructions = BAND * bands / max(1, places) + further * TURN / WARP
+    further = max(0.0, filled - WARP * bands / places)
+    instructions = BAND * bands / places + further * TURN / WARP
     read = filled * (element + PLACE_BYTES["event"] / width)
-    begun = 1.5 * SECTOR * bands / max(1, places)  # what is read of sectors beside, in each band
+    begun = 1.5 * SECTOR * bands / places  # what is read of sectors beside, in each band
     return Reading(instructions * unit, read + begun)
 
 

@@ -16,10 +16,7 @@ from sparsify.codegen.predict_cost import BYTES, count_pairs, count_work
 from sparsify.weight_pattern import Pattern
 
 OPERAND_BYTES: dict[ir.DType, float] = {
-    "float32": 4,
-    "float64": 8,
-    "float16": 2,
-    "bfloat16": 2,
+    **BYTES,
     "int32": 4,
     "int64": 8,
     "bool": 1,
