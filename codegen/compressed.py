@@ -59,10 +59,10 @@ class Compressor:
         self._fill_masked.argtypes = [POINTER, INT, POINTER, LONG, *[POINTER] * 3, INT]
         self._fill_masked.restype = None
 
-    def pack(self, weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, bool, int]:
+    def pack(self, weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, bool]:
         """Pack a matrix ``[places, lines]`` of floats of any strides, which lies in memory.
 
-        Bytes, whether all weights are finite, and how many are kept, zeros in runs as well.
+        Bytes, and whether all weights are finite.
         """
         places, lines = weight.shape
         size, threads = weight.element_size(), torch.get_num_threads()
@@ -92,7 +92,7 @@ class Compressor:
             self._fill_kept(
                 *given, form.band, run, form.apart, starts.data_ptr(), at, weights, threads
             )
-        return packed, bool(all_finite), kept
+        return packed, bool(all_finite)
 
 
 def _lay_out(

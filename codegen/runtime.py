@@ -31,13 +31,12 @@ PACKERS = {
 class Packed:
     """A weight ``[R, S]`` as kernels read it: ``tiles[ceil(R / tile), S, tile]``, zero padded.
 
-    Without its zeros it is bytes, and ``kept`` says how many weights there are.
+    Without its zeros it is bytes.
     """
 
     tiles: torch.Tensor
     tile: int
     all_finite: bool
-    kept: int | None = None
 
 
 class Runtime:
@@ -119,8 +118,8 @@ class Runtime:
 
         Raises TypeError for another dtype or device.
         """
-        packed, all_finite, kept = self._compressor.pack(_check_packable(weight), form)
-        return Packed(packed, form.band, all_finite, kept)
+        packed, all_finite = self._compressor.pack(_check_packable(weight), form)
+        return Packed(packed, form.band, all_finite)
 
 
 def _check_packable(weight: torch.Tensor) -> torch.Tensor:
@@ -198,11 +197,6 @@ class PackedWeight:
         # The tensor is kept so that its memory is not given to another that looks the same.
         self._current = (layout, content, weight.detach(), packed)
         return packed
-
-    @property
-    def kept(self) -> int | None:
-        """How many weights of the last one were kept; None if all are, or none was packed."""
-        return self._current[3].kept if self._current else None
 
     def _pack(self, weight: torch.Tensor, band: int) -> Packed:
         if isinstance(self._form, int):
