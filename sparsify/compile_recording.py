@@ -138,8 +138,8 @@ class Compiler:
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
         if not is_trained:
-            settles = self.binaries.backend.name == "cpp"
-            installed = keep_weights(installed, recording.calling.changing, settles)
+            changing, backend = recording.calling.changing, self.binaries.backend.name
+            installed = keep_weights(installed, changing, backend)
             regions = find_regions(installed)
         return Compiled(
             replace(recording, result=summarize(recording.result)),

@@ -137,7 +137,7 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
         return str(found)
     graph = with_modules(found.graph, general.replacing(found.graph))
     if not first.required:
-        graph = keep_weights(graph, first.calling.changing, first.backend.name == "cpp")
+        graph = keep_weights(graph, first.calling.changing, first.backend.name)
     compiled = replace(
         ours,
         stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),

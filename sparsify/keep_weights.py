@@ -28,17 +28,18 @@ from sparsify.region import Region
 
 aten = torch.ops.aten
 LEAST_ELEMENTS = 2**16  # below, to look for changes takes as long as to compute
+TELLING_ADDRESSES = ("cpp",)  # backends that pack weights anew where those lie elsewhere
 STORED = ("parameter", "buffer", "attribute", "constant")
 MAY_COPY = (aten.contiguous.default, aten.reshape.default, aten.to.dtype, aten.flatten.using_ints)
 
 
 def keep_weights(
-    gm: fx.GraphModule, changing: Collection[int], settles: bool = False
+    gm: fx.GraphModule, changing: Collection[int], backend: str = ""
 ) -> fx.GraphModule:
     """``gm`` keeping what it computes of stored tensors alone, where that is large.
 
-    ``changing`` are the operands that forward itself writes. With ``settles``, Regions all of whose
-    weights are kept stop looking for changes themselves: kernels must tell weights by address.
+    ``changing`` are the operands that forward itself writes. Regions all of whose weights are kept
+    stop looking for changes themselves, where the kernels of ``backend`` tell weights by address.
     """
     stored = _find_stored(gm.graph, changing)
     roots = [root for root in stored if _is_root(root, stored)]
@@ -65,7 +66,8 @@ def keep_weights(
             copies[root].replace_all_uses_with(value, readers.__contains__)
             kept |= set() if leaves else {value}
     erase_unused(graph, modules)
-    modules.update(_settled_regions(graph, modules, kept) if settles else {})
+    if backend in TELLING_ADDRESSES:
+        modules.update(_settled_regions(graph, modules, kept))
     return fx.GraphModule(modules, graph, class_name=type(gm).__name__)
 
 
@@ -114,29 +116,27 @@ def _is_root(node: fx.Node, stored: Collection[fx.Node]) -> bool:
     """True for the last computation on the way to a reader of anything else."""
     if node.op == "placeholder" or is_view(node) or not hasattr(node.meta.get("val"), "shape"):
         return False
-    behind = list(_behind_views(node))
-    return any(reader not in stored for reader in behind) and all(map(_is_one_way, node.users))
+    readers = [reader for user in node.users for reader in _readers(user)]
+    return any(reader not in stored for reader in readers) and all(map(_is_one_way, node.users))
 
 
-def _behind_views(node: fx.Node) -> Iterator[fx.Node]:
-    """Whatever reads ``node`` or a view of it, views not counted."""
-    for user in node.users:
-        if is_view(user):
-            yield from _behind_views(user)
-        else:
-            yield user
+def _readers(user: fx.Node) -> Iterator[fx.Node]:
+    """``user`` itself, or what reads through it where it is a view."""
+    if not is_view(user):
+        yield user
+        return
+    for behind in user.users:
+        yield from _readers(behind)
 
 
 def _is_one_way(user: fx.Node) -> bool:
     """True if what reads through ``user`` is the graph's output alone, or never that."""
-    readers = list(_behind_views(user)) if is_view(user) else [user]
-    return len({reader.op == "output" for reader in readers}) < 2
+    return len({reader.op == "output" for reader in _readers(user)}) < 2
 
 
 def _leaves(user: fx.Node) -> bool:
     """True if the model returns what ``user`` reads, or a view of it."""
-    readers = list(_behind_views(user)) if is_view(user) else [user]
-    return any(reader.op == "output" for reader in readers)
+    return any(reader.op == "output" for reader in _readers(user))
 
 
 def _ways(root: fx.Node) -> list[bool]:
