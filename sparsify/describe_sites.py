@@ -72,7 +72,7 @@ class Rows:
             kernel = choice.region.lowered.kernel
             weight = kernel.weight_of(placement.gather)
             layout = schedule.layout_of(weight)
-            dtype = next(w.dtype for w in kernel.weights if w.name == weight)
+            dtype = kernel.weight(weight).dtype
         density = _density(product)
         operations = product.operations or None
         event = None if activity is None else activity * product.operations or None

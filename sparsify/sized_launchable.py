@@ -64,11 +64,6 @@ class SizedLaunchable:
         return self._rechooser.densities
 
     @property
-    def now(self) -> Launchable:
-        """What runs at the batch size that the kernel was chosen for."""
-        return self._rechooser.base
-
-    @property
     def events(self) -> dict[str, tuple[int, int]]:
         total: dict[str, tuple[int, int]] = {}
         for launchable in self._used:

@@ -86,7 +86,7 @@ def test_another_choice_replaces_the_first_and_events_are_counted_on() -> None:
     sized({}, steps=1, batch=4, frozen=True)  # the promise that weights stay
     sized({}, steps=1, batch=4)
     assert (first.calls, other.calls) == (2, 1)
-    assert sized.now.schedule.strategy == "other"
+    assert chosen.base.schedule.strategy == "other"
     assert sized.events == {"sum": (3, 30)}
 
 
