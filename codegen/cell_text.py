@@ -148,7 +148,7 @@ class Cell:
         for source, value in emitted(phase, self.usage):
             self._stage(source, value)
         self._inside += self._updates  # a state has its old value to the end of the phase
-        sums = [s.result for s in phase.body if isinstance(s, ir.Gather)]
+        sums = [gather.result for gather in phase.gathers]
         parameters = [f"const {self._type(r)}* {self._sum(r)}" for r in sums]
         head = ", ".join([self.places.parameters, *parameters])
         self.writer.line()

@@ -153,7 +153,7 @@ class KernelText(ABC):
         One gather at a time for all rows, so that only one tile of weights has to stay cached.
         Those whose weights are kept compute all of the sums before.
         """
-        gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
+        gathers = phase.gathers
         kept = [g for g in gathers if is_kept(self.schedule, g)]
         for gather in kept:
             self._write_kept(gather, begin, end)

@@ -51,8 +51,8 @@ class Usage:
     kept_lets: frozenset[str]  # read per neuron in a later phase
 
     def sources_of(self, phase: ir.Phase) -> list[Source]:
-        names = [s.source for s in phase.body if isinstance(s, ir.Gather)]
-        return [self.sources[name] for name in dict.fromkeys(names)]
+        names = dict.fromkeys(gather.source for gather in phase.gathers)
+        return [self.sources[name] for name in names]
 
     def of_kind(self, kind: str) -> list[Source]:
         return [s for s in self.sources.values() if s.kind == kind]

@@ -35,8 +35,7 @@ def value_dtypes(kernel: ir.Kernel) -> dict[str, ir.DType]:
     weights = {w.name: w.dtype for w in kernel.weights}
     for phase in kernel.phases:
         dtypes |= {s.result: s.dtype for s in phase.body if isinstance(s, ir.Let)}
-        gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
-        dtypes |= {s.result: computed(weights[s.weight]) for s in gathers}
+        dtypes |= {g.result: computed(weights[g.weight]) for g in phase.gathers}
     return dtypes
 
 

@@ -156,6 +156,10 @@ class Phase:
     population: str
     body: tuple[Statement, ...]
 
+    @property
+    def gathers(self) -> tuple[Gather, ...]:
+        return tuple(s for s in self.body if isinstance(s, Gather))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -183,7 +187,7 @@ class Kernel:
 
     @property
     def gathers(self) -> tuple[Gather, ...]:
-        return tuple(s for phase in self.phases for s in phase.body if isinstance(s, Gather))
+        return tuple(gather for phase in self.phases for gather in phase.gathers)
 
     def weight_of(self, result: str) -> str:
         """The name of the weight that the Gather of ``result`` reads."""

@@ -48,8 +48,7 @@ def find_bundles(
     found = []
     for phase in kernel.phases:
         of_source: dict[str, list[ir.Gather]] = {}
-        gathers = [statement for statement in phase.body if isinstance(statement, ir.Gather)]
-        for gather in gathers:
+        for gather in phase.gathers:
             if gather.result not in usage.dense | usage.selective:
                 of_source.setdefault(gather.source, []).append(gather)
         for source, gathers in of_source.items():

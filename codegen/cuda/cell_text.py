@@ -39,7 +39,7 @@ class Cell:
     def write(self, phase: ir.Phase, function: str) -> None:
         w, neuron = self.writer, self.neuron
         own = [f"{neuron.struct}& own"] if neuron.members else []
-        gathers = [s.result for s in phase.body if isinstance(s, ir.Gather)]
+        gathers = [gather.result for gather in phase.gathers]
         sums = [f"const {self._type(name)} {self.symbols.values[name]}" for name in gathers]
         if self.inputs is not None:
             own.append(f"const {self.inputs.struct}& inputs")

@@ -89,7 +89,7 @@ class CudaText(GatherText):
         """How many neurons of a population a thread computes at once."""
         every = -(-self.kernel.population_size(population) // self.threads)
         phases = [p for p in self.kernel.phases if p.population == population]
-        gathers = max(sum(isinstance(s, ir.Gather) for s in p.body) for p in phases)
+        gathers = max(len(phase.gathers) for phase in phases)
         width = 2 if any(w.dtype == "float64" for w in self.kernel.weights) else 1
         words = self.neurons[population].words() + gathers * width * SUM_WORDS
         inputs = self.inputs.get(population)
@@ -200,7 +200,7 @@ class CudaText(GatherText):
 
     def _write_tile(self, phase: ir.Phase, function: str, first: str, end: str) -> None:
         neuron, w = self.neurons[phase.population], self.w
-        gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
+        gathers = phase.gathers
         facts = phase, neuron, self.usage, self.symbols
         if gathers:
             per = self.per_name[phase.population]

@@ -102,7 +102,7 @@ def _step_clocks(kernel: ir.Kernel, schedule: ir.Schedule, activity: Mapping[str
     """Lists, weights of events that arrive some at a time, and neurons, one after the other."""
     total, how = 0.0, dict(schedule.gathers)
     for phase in kernel.phases:
-        gathers = [s for s in phase.body if isinstance(s, ir.Gather) and s.only is None]
+        gathers = [gather for gather in phase.gathers if gather.only is None]
         for gather in gathers:
             if how[gather.result] == "event":
                 active = activity.get(gather.result, 1.0) * counted(kernel, gather)

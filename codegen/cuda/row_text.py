@@ -235,9 +235,7 @@ class RowText(CudaText):
 
         A thread looks at values that it has written itself.
         """
-        for gather in phase.body:
-            if not isinstance(gather, ir.Gather):
-                continue
+        for gather in phase.gathers:
             if gather.only is None and not self.needs_finite_values(gather):
                 continue
             source = self.usage.sources[gather.source]
@@ -252,9 +250,8 @@ class RowText(CudaText):
 
     def _write_phase(self, phase: ir.Phase, function: str, meetings: Meetings) -> None:
         reads, writes = [], []
-        for gather in phase.body:
-            if isinstance(gather, ir.Gather):
-                reads += self._read(gather)
+        for gather in phase.gathers:
+            reads += self._read(gather)
         for source, _ in emitted(phase, self.usage):
             name = self.name(source)
             writes += [f"{name}_mask"] * source.events

@@ -61,7 +61,7 @@ def _clocks_of_sums(
     items = rows * blocks_of(senders)
     turns = -(-items // shape.warps)
     issued = clocks = 0.0
-    gathers = [s for s in phase.body if isinstance(s, ir.Gather) and s.source == source.name]
+    gathers = [gather for gather in phase.gathers if gather.source == source.name]
     events = [g for g in gathers if g.result not in team.usage.dense | team.usage.selective]
     if events:
         active = activity.get(events[0].result, 1.0) * min(SENDER_BLOCK, senders)

@@ -35,7 +35,7 @@ class TeamSums:
         self.w, self.team, self.phase, self.usage = w, team, phase, team.usage
         self.shape = shape
         self.seen = set() if seen is None else seen
-        self.gathers = [s for s in phase.body if isinstance(s, ir.Gather)]
+        self.gathers = phase.gathers
 
     def early(self) -> list[Source]:
         """What can be heard before the others have told: operands.
