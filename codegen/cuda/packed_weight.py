@@ -32,7 +32,7 @@ class PackedWeight:
     by_sender: bool
     row: int
     is_summed: bool  # whether kernels ask if it is finite
-    kept: tuple[Kept, ...] = ()  # what they are given beside
+    kept: tuple[Kept, ...]  # what they are given beside
 
     @staticmethod
     def of(
@@ -69,7 +69,7 @@ class PackedWeights:
         kernel: ir.Kernel,
         schedule: ir.Schedule,
         packing_on: PackingOn,
-        kept: Sequence[Kept] = (),
+        kept: Sequence[Kept],
     ) -> None:
         given = packings(kernel, schedule)
         self.slots = [PackedWeight.of(kernel, schedule, packing, kept) for packing in given]
@@ -85,7 +85,7 @@ class PackedWeights:
         stream: int | None,
         frozen: bool,
     ) -> Sequence[Memory]:
-        """The words of the weights, in their order: rows and, where it is asked for, the total.
+        """The words of the weights: of each the rows, the total if it is asked for, what is kept.
 
         It is the same sequence as in the last call if the same memory is read. ``frozen`` promises
         that the weights are those of the last call, unchanged. Without a stream, memory is new: it
