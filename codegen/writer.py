@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 _KEYWORDS = """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
@@ -44,13 +45,14 @@ _SUFFIXES = (
     *(f"{rows}_{of}" for rows in ("", "_rows") for of in ("masks", "counts", "places", "fits")),
     *("_overflow", "_rows_overflow", "_rows_kept"),
 )
+_RESERVED = frozenset((*_KEYWORDS.split(), *_SKELETON.split()))
 
 
 class Names:
     """Maps names of the model to C++ identifiers, each given out once."""
 
     def __init__(self) -> None:
-        self._taken: set[str] = {*_KEYWORDS.split(), *_SKELETON.split()}
+        self._taken = set(_RESERVED)
 
     def new(self, wish: str) -> str:
         """An unused identifier that resembles ``wish``."""
@@ -58,10 +60,16 @@ class Names:
         base = f"n{base}" if base[0].isdigit() else base
         base = base.lower() if base.isupper() and len(base) > 2 else base  # macros are upper case
         name, number = base, 2
-        while any(name + suffix in self._taken for suffix in _SUFFIXES):
+        while not self._taken.isdisjoint(_spellings(name)):
             name, number = f"{base}_{number}", number + 1
-        self._taken.update(name + suffix for suffix in _SUFFIXES)
+        self._taken |= _spellings(name)
         return name
+
+
+@lru_cache(maxsize=4096)
+def _spellings(name: str) -> frozenset[str]:
+    """``name`` with all suffixes: kernels are named anew for every prediction."""
+    return frozenset(name + suffix for suffix in _SUFFIXES)
 
 
 def comment_text(text: str, limit: int = 90) -> str:

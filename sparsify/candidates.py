@@ -98,8 +98,9 @@ class Predictor:
             pairs = [(*schedule.layouts, (weight.name, layout)) for layout in layouts]
             others = [replace(schedule, layouts=each) for each in pairs]
             others = [other for other in others if self._takes(other)]
-            tried = others if without_zeros and others else [schedule, *others]
-            schedule = min(tried, key=lambda s: self._seconds(strategy, s))
+            if others:
+                tried = others if without_zeros else [schedule, *others]
+                schedule = min(tried, key=lambda s: self._seconds(strategy, s))
         return schedule
 
     def _reads_along(self, weight: ir.Weight, schedule: ir.Schedule) -> bool:
