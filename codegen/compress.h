@@ -10,18 +10,6 @@
 namespace sparsify {
 namespace {
 
-// A matrix in memory, with strides in elements. Words stand for floats of the same size.
-template <class Word>
-struct Matrix {
-  const Word* words;
-  int64_t lines, places, line_stride, place_stride;
-  Word exponent;  // its bits are all set in infinities and NaN
-
-  Word at(int64_t line, int64_t place) const {
-    return words[line * line_stride + place * place_stride];
-  }
-};
-
 constexpr int kGroup = 64;            // of runs that are looked at together
 constexpr int64_t kLinesAtOnce = 256;  // by one thread
 

@@ -45,6 +45,15 @@ def band_width(receivers: int, threads: int, tile: int) -> int:
     return min(WIDEST_BAND, -(-receivers // (bands * tile)) * tile)
 
 
+def matrix_of(weight: torch.Tensor) -> tuple[int, int, ctypes.Array[ctypes.c_int64]]:
+    """``weight`` ``[places, lines]`` as runtime.cpp takes it: where it lies, bytes of an element,
+    and lines, places and their strides.
+    """
+    places, lines = weight.shape
+    shape = (LONG * 4)(lines, places, weight.stride(1), weight.stride(0))
+    return weight.data_ptr(), weight.element_size(), shape
+
+
 class Compressor:
     """Packs weights by the support library."""
 
@@ -66,12 +75,11 @@ class Compressor:
         """
         places, lines = weight.shape
         size, threads = weight.element_size(), torch.get_num_threads()
-        shape = (LONG * 4)(lines, places, weight.stride(1), weight.stride(0))
         run = 1 if form.is_masked else form.layout.width
         together = CHUNK if form.layout.kind == "compressed-rows" else 1
         bands = -(-places // form.band)
         starts = torch.zeros(max(1, bands * (lines + 1)), dtype=torch.int32, device="cpu")
-        given = (weight.data_ptr(), size, shape)
+        given = matrix_of(weight)
         all_finite = self._count(
             *given, EXPONENTS[weight.dtype], form.band, run, together, starts.data_ptr(), threads
         )

@@ -13,6 +13,9 @@ const Runtime table = {
     [](Body body, void* context, int threads) { pool->parallel(body, context, threads); },
 };
 
+template <class Reference>
+using FloatOf = typename std::remove_reference_t<Reference>::Float;
+
 // Calls work(matrix) with words of the size of a weight: `shape` is lines, places and their strides.
 template <class Work>
 void with_matrix(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
@@ -47,30 +50,13 @@ uint64_t sparsify_hash(const unsigned char* rows, int64_t count, int64_t row_byt
   return hash_rows(rows, count, row_bytes, stride_bytes, threads);
 }
 
-int sparsify_pack_float16(const uint16_t* weight, int64_t receivers, int64_t senders,
-                          int64_t stride_r, int64_t stride_s, int64_t tile, uint16_t* tiles,
-                          int threads) {
-  return pack<uint16_t, 0x7C00u>(weight, receivers, senders, stride_r, stride_s, tile, tiles,
-                                 threads);
-}
-
-int sparsify_pack_bfloat16(const uint16_t* weight, int64_t receivers, int64_t senders,
-                           int64_t stride_r, int64_t stride_s, int64_t tile, uint16_t* tiles,
-                           int threads) {
-  return pack<uint16_t, 0x7F80u>(weight, receivers, senders, stride_r, stride_s, tile, tiles,
-                                 threads);
-}
-
-int sparsify_pack32(const uint32_t* weight, int64_t receivers, int64_t senders, int64_t stride_r,
-                    int64_t stride_s, int64_t tile, uint32_t* tiles, int threads) {
-  return pack<uint32_t, 0x7F800000u>(weight, receivers, senders, stride_r, stride_s, tile, tiles,
-                                     threads);
-}
-
-int sparsify_pack64(const uint64_t* weight, int64_t receivers, int64_t senders, int64_t stride_r,
-                    int64_t stride_s, int64_t tile, uint64_t* tiles, int threads) {
-  return pack<uint64_t, 0x7FF0000000000000u>(weight, receivers, senders, stride_r, stride_s, tile,
-                                             tiles, threads);
+int sparsify_pack(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
+                  int64_t tile, void* tiles, int threads) {
+  bool all_finite = true;
+  with_matrix(words, word_bytes, shape, exponent, [&](const auto& from) {
+    all_finite = pack(from, tile, static_cast<FloatOf<decltype(from)>*>(tiles), threads);
+  });
+  return all_finite;
 }
 
 int sparsify_count_kept(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
@@ -87,16 +73,16 @@ void sparsify_fill_kept(const void* words, int word_bytes, const int64_t* shape,
                         int64_t run, int apart, const uint32_t* starts, uint16_t* places,
                         void* weights, int threads) {
   with_matrix(words, word_bytes, shape, 0, [&](const auto& from) {
-    using Word = std::remove_const_t<std::remove_reference_t<decltype(*from.words)>>;
-    fill_kept(from, band, run, apart != 0, starts, places, static_cast<Word*>(weights), threads);
+    auto* const to = static_cast<FloatOf<decltype(from)>*>(weights);
+    fill_kept(from, band, run, apart != 0, starts, places, to, threads);
   });
 }
 
 void sparsify_fill_masked(const void* words, int word_bytes, const int64_t* shape, int64_t tile,
                           const uint32_t* starts, uint8_t* masks, void* weights, int threads) {
   with_matrix(words, word_bytes, shape, 0, [&](const auto& from) {
-    using Word = std::remove_const_t<std::remove_reference_t<decltype(*from.words)>>;
-    fill_masked(from, tile, starts, masks, static_cast<Word*>(weights), threads);
+    auto* const to = static_cast<FloatOf<decltype(from)>*>(weights);
+    fill_masked(from, tile, starts, masks, to, threads);
   });
 }
 

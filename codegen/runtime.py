@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from sparsify.codegen.compressed import Compressor, Form
+from sparsify.codegen.compressed import EXPONENTS, Compressor, Form, matrix_of
 from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
@@ -19,12 +19,6 @@ HEADERS = ("compress.h", "square.h", "thread_pool.h", "weights.h", "workers.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 IMPORTED_BY = os.getpid()
-PACKERS = {
-    torch.float16: "sparsify_pack_float16",
-    torch.bfloat16: "sparsify_pack_bfloat16",
-    torch.float32: "sparsify_pack32",
-    torch.float64: "sparsify_pack64",
-}
 
 
 @dataclass(frozen=True)
@@ -46,10 +40,9 @@ class Runtime:
         self._hash = library["sparsify_hash"]
         self._hash.argtypes = [POINTER, LONG, LONG, LONG, INT]
         self._hash.restype = ctypes.c_uint64
-        self._pack = {dtype: library[name] for dtype, name in PACKERS.items()}
-        for pack in self._pack.values():
-            pack.argtypes = [POINTER, *[LONG] * 5, POINTER, INT]
-            pack.restype = INT
+        self._pack = library["sparsify_pack"]
+        self._pack.argtypes = [POINTER, INT, POINTER, ctypes.c_uint64, LONG, POINTER, INT]
+        self._pack.restype = INT
         self._count = {size: library[f"sparsify_count{8 * size}"] for size in WORDS}
         for size, count in self._count.items():
             count.argtypes = [POINTER, LONG, WORDS[size], INT]
@@ -102,11 +95,9 @@ class Runtime:
         receivers, senders = weight.shape
         shape = (-(-receivers // tile), senders, tile)
         tiles = torch.empty(shape, dtype=weight.dtype, device="cpu")
-        all_finite = self._pack[weight.dtype](
-            weight.data_ptr(),
-            receivers,
-            senders,
-            *weight.stride(),
+        all_finite = self._pack(
+            *matrix_of(weight),
+            EXPONENTS[weight.dtype],
             tile,
             tiles.data_ptr(),
             torch.get_num_threads(),
@@ -123,7 +114,7 @@ class Runtime:
 
 
 def _check_packable(weight: torch.Tensor) -> torch.Tensor:
-    if check_readable(weight).dtype not in PACKERS:
+    if check_readable(weight).dtype not in EXPONENTS:
         raise TypeError(f"a weight must be of floats, not {weight.dtype}")
     return weight
 

@@ -117,11 +117,28 @@ inline uint64_t hash_rows(const unsigned char* rows, int64_t count, int64_t row_
 
 // --- packing ---
 
-// Receivers [0, rows) of a weight, with strides in elements -> to[senders][tile], zero padded.
-// Words stand for floats of the same size; returns whether one of them is infinite or NaN.
-template <class Word, Word kExponent>
-bool pack_tile(const Word* from, int64_t rows, int64_t senders, int64_t stride_r, int64_t stride_s,
-               int64_t tile, Word* to) {
+// A matrix in memory, with strides in elements. Words stand for floats of the same size. Its lines
+// are senders whose places are receivers, or the other way round.
+template <class Word>
+struct Matrix {
+  using Float = Word;
+  const Word* words;
+  int64_t lines, places, line_stride, place_stride;
+  Word exponent;  // its bits are all set in infinities and NaN
+
+  Word at(int64_t line, int64_t place) const {
+    return words[line * line_stride + place * place_stride];
+  }
+};
+
+// Places [first, first + rows) -> to[lines][tile], zero padded. Returns whether one of the floats is
+// infinite or NaN.
+template <class Word>
+bool pack_tile(const Matrix<Word>& matrix, int64_t first, int64_t rows, int64_t tile, Word* to) {
+  const int64_t senders = matrix.lines, stride_r = matrix.place_stride;
+  const int64_t stride_s = matrix.line_stride;
+  const Word* const from = matrix.words + first * stride_r;
+  const Word exponent = matrix.exponent;
   using Block = Square<Word>;
   constexpr int n = Block::n;
   constexpr int64_t kAhead = 4 * n;  // too many streams for the processor to foresee
@@ -135,7 +152,7 @@ bool pack_tile(const Word* from, int64_t rows, int64_t senders, int64_t stride_r
         const Word* row = from + (r + i) * stride_r + s;
         __builtin_prefetch(row + kAhead);
         block.rows[i] = *reinterpret_cast<const typename RowOf<Word>::anywhere*>(row);
-        infinite |= (typename Block::Row)((block.rows[i] & kExponent) == kExponent);
+        infinite |= (typename Block::Row)((block.rows[i] & exponent) == exponent);
       }
       block.transpose();
       for (int i = 0; i < n; ++i) {
@@ -148,7 +165,7 @@ bool pack_tile(const Word* from, int64_t rows, int64_t senders, int64_t stride_r
     const Word* column = from + s * stride_s;
     for (int64_t r = s < square_senders ? square_rows : 0; r < rows; ++r) {
       const Word word = column[r * stride_r];
-      rest |= (word & kExponent) == kExponent;
+      rest |= (word & exponent) == exponent;
       to[s * tile + r] = word;
     }
     std::memset(to + s * tile + rows, 0, (tile - rows) * sizeof(Word));
@@ -157,19 +174,16 @@ bool pack_tile(const Word* from, int64_t rows, int64_t senders, int64_t stride_r
   return rest != 0;
 }
 
-// weight[R, S] with strides in elements -> tiles[ceil(R / tile)][S][tile]; returns whether all
-// weights are finite.
-template <class Word, Word kExponent>
-bool pack(const Word* weight, int64_t receivers, int64_t senders, int64_t stride_r,
-          int64_t stride_s, int64_t tile, Word* tiles, int threads) {
+// A matrix -> tiles[ceil(places / tile)][lines][tile]; returns whether all weights are finite.
+template <class Word>
+bool pack(const Matrix<Word>& from, int64_t tile, Word* tiles, int threads) {
   std::atomic<bool> all_finite{true};
-  const int64_t bytes = receivers * senders * static_cast<int64_t>(sizeof(Word));
+  const int64_t bytes = from.places * from.lines * static_cast<int64_t>(sizeof(Word));
   const int team = worthwhile(4 * bytes, threads);  // slower than reading alone
-  divide((receivers + tile - 1) / tile, team, [&](int64_t first, int64_t last) {
+  divide((from.places + tile - 1) / tile, team, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
-      const int64_t rows = receivers - t * tile < tile ? receivers - t * tile : tile;
-      if (pack_tile<Word, kExponent>(weight + t * tile * stride_r, rows, senders, stride_r,
-                                     stride_s, tile, tiles + t * tile * senders)) {
+      const int64_t left = from.places - t * tile, rows = left < tile ? left : tile;
+      if (pack_tile(from, t * tile, rows, tile, tiles + t * tile * from.lines)) {
         all_finite.store(false, std::memory_order_relaxed);
       }
     }
