@@ -105,8 +105,7 @@ __attribute__((noinline)) F dot_with_zeros(const Kept<W, RUN>& weight, int64_t r
   each_band(weight, receiver, [&](const Line<W, RUN>& line) {
     line.each([&](const uint16_t* places, const W* weights) {
       for (int i = 0; i < Kept<W, RUN>::WEIGHTS; ++i) {
-        const int64_t place = places[RUN == 1 ? i : 0];
-        const int64_t s = line.base + place * RUN + (RUN == 1 ? 0 : i);
+        const int64_t s = line.base + weight.place(places, i);
         if (F(weights[i]) == F(0)) continue;
         infinite -= !(absolute(source[s]) < infinity<F>());
         sum += F(weights[i]) * source[s];
@@ -124,8 +123,8 @@ SPARSIFY_INLINE Vector<F> dots(const Kept<W, RUN>& weight, int64_t receiver, con
     line.each([&](const uint16_t* places, const W* weights) {
       SPARSIFY_UNROLL
       for (int i = 0; i < Kept<W, RUN>::WEIGHTS; ++i) {
-        const int64_t s = RUN == 1 ? places[i] : int64_t(*places) * RUN + i;
-        const Vector<F> values = load(lanes + (line.base + s) * LANES<F>);
+        const int64_t s = line.base + weight.place(places, i);
+        const Vector<F> values = load(lanes + s * LANES<F>);
         sum[i % 4] = fused(values, F(weights[i]), sum[i % 4]);
       }
     });

@@ -32,6 +32,10 @@ struct Kept {
     places = bytes + head[4];
     weights = bytes + head[5];
   }
+  // Where weight i of a unit belongs, from the band's first place on.
+  static int64_t place(const uint16_t* places, int i) {
+    return RUN == 1 ? places[i] : int64_t(*places) * RUN + i;
+  }
   const uint16_t* places_of(int64_t unit) const {
     return reinterpret_cast<const uint16_t*>(places + unit * (RUN == 1 ? BYTES : 2));
   }
@@ -148,10 +152,8 @@ __attribute__((noinline)) void add_to_all(F* sums, const Kept<W, RUN>& from, uin
   F line[WIDEST_BAND + CHUNK];
   for (int64_t i = 0; i < width; ++i) line[i] = F(0);
   for (int64_t unit = first; unit < end; ++unit)
-    for (int i = 0; i < Kept<W, RUN>::WEIGHTS; ++i) {
-      const int64_t place = from.places_of(unit)[RUN == 1 ? i : 0];
-      line[place * RUN + (RUN == 1 ? 0 : i)] = F(from.weights_of(unit)[i]);
-    }
+    for (int i = 0; i < Kept<W, RUN>::WEIGHTS; ++i)
+      line[from.place(from.places_of(unit), i)] = F(from.weights_of(unit)[i]);
   for (int64_t i = 0; i < width; ++i) sums[i] += line[i] * payload;
 }
 
