@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,14 @@ ORDERS: tuple[Schedule, ...] = ("random", "forward", "reverse")
 Case = tuple[ir.Kernel, dict[str, Array], int, int]  # with data, steps and rows
 
 
+@dataclass(frozen=True)
 class EditedTexts(EmulatedDevice):
-    """Compiles other texts in the place of those that it is given.
+    """Compiles ``texts``, by the names of files, in the place of those that it is given.
 
     What packs weights is the same for all of them, has tests of its own, and is not checked here.
     """
 
-    texts: Mapping[str, str]
+    texts: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
         if _packs(source.entry):
@@ -53,9 +54,7 @@ def _unchecked(device: EmulatedDevice) -> EmulatedDevice:
 
 def edited(order: Schedule, texts: Mapping[str, str], limits: Limits) -> EditedTexts:
     """``texts`` are those of kernels and headers, by the names of their files."""
-    device = EditedTexts(order, seed=1, checks=True, played=limits)
-    object.__setattr__(device, "texts", texts)
-    return device
+    return EditedTexts(order, seed=1, checks=True, played=limits, texts=texts)
 
 
 def objection(

@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from sparsify import ir
-from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cuda import neurons_per_block, team_shape
 from sparsify.codegen.cuda.backend import CudaBackend
-from sparsify.codegen.cuda.device import H100, Function, Limits
+from sparsify.codegen.cuda.device import H100
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.reference import Array, run_reference
 from tests.random_kernels import tensors_of
@@ -28,35 +27,6 @@ TWO_BLOCKS = replace(H100, name="two blocks", multiprocessors=2, blocks_per_mult
 needs_emulator = pytest.mark.skipif(
     EmulatedDevice().why_unavailable() is not None, reason="no gcc for the emulator"
 )
-
-
-class EditedDevice:
-    """An emulated device that changes the text of kernels before it compiles them."""
-
-    name = "cuda-emulated"
-    type = "cpu"
-
-    def __init__(self, emulator: EmulatedDevice, before: str, after: str) -> None:
-        self.emulator, self.before, self.after = emulator, before, after
-
-    def why_unavailable(self) -> None:
-        return None
-
-    def limits(self, device: torch.device) -> Limits:
-        return self.emulator.limits(device)
-
-    def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
-        if source.entry.startswith("run_pack"):
-            return self.emulator.compile(source, headers)
-        assert self.before in source.text
-        text = source.text.replace(self.before, self.after, 1)
-        return self.emulator.compile(replace(source, text=text), headers)
-
-    def load(self, path: Path, entry: str, device: torch.device, title: str = "") -> Function:
-        return self.emulator.load(path, entry, device, title)
-
-    def stream(self, device: torch.device) -> int | None:
-        return self.emulator.stream(device)
 
 
 def emulator(schedule: Schedule = "random", seed: int = 1, checks: bool = True) -> EmulatedDevice:

@@ -13,7 +13,8 @@ from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.emulator.device import SCHEDULES
 from sparsify.errors import KernelFault
 from sparsify.reference import Array
-from tests.emulated_kernels import EditedDevice, emulator, exact, load, needs_emulator, run
+from tests.edited_kernels import EditedTexts, edited
+from tests.emulated_kernels import TWO_BLOCKS, emulator, exact, load, needs_emulator, run
 from tests.example_kernels import (
     gate_of_bits,
     gradient_data,
@@ -66,16 +67,16 @@ def test_no_barrier_can_be_left_out(case: str) -> None:
     name, number = BARRIERS[case]
     kernel, _ = EXCHANGING[name]
     plan = schedule(kernel, ROW)
-    text = CudaBackend(emulator()).render(kernel, plan).text
-    lines = list(BARRIER.finditer(text))
+    source = CudaBackend(emulator()).render(kernel, plan)
+    lines = list(BARRIER.finditer(source.text))
     start, end = lines[number].span()
-    without = text[:start] + "\n" + text[end:]
-    devices = (EditedDevice(emulator(order), text, without) for order in SCHEDULES)
+    texts = {source.filename: source.text[:start] + "\n" + source.text[end:]}
+    devices = (edited(order, texts, TWO_BLOCKS) for order in SCHEDULES)
     objections = (why_wrong(device, name) for device in devices)
     assert any(objections), f"nobody misses {lines[number].group()!r} of {name}"
 
 
-def why_wrong(device: EditedDevice, name: str) -> str | None:
+def why_wrong(device: EditedTexts, name: str) -> str | None:
     """What the emulator objects to in a call of an edited kernel."""
     kernel, data = EXCHANGING[name]
     backend = CudaBackend(device)
@@ -93,18 +94,16 @@ def test_all_threads_must_agree_on_what_is_wild(name: str) -> None:
     kernel, data = EXCHANGING[name]
     plan = schedule(kernel, ROW)
     data = {key: value.copy() for key, value in data.items()}
-    source = {"gradient": "d0", "gates": "g"}[name]
-    data[source][..., 299] = np.float32(2.0**63)
+    operand = {"gradient": "d0", "gates": "g"}[name]
+    data[operand][..., 299] = np.float32(2.0**63)
     if name == "gates":
         data["near"][..., 37] |= 8
-    before = re.search(
-        r"__syncthreads_or\((is_wild.*)\);", CudaBackend(emulator()).render(kernel, plan).text
-    )
-    assert before is not None
-    edited = EditedDevice(
-        emulator("forward", checks=False), before.group(), f"{before.group(1)}; __syncthreads();"
-    )
-    backend = CudaBackend(edited)
+    source = CudaBackend(emulator()).render(kernel, plan)
+    pattern = re.compile(r"__syncthreads_or\((is_wild.*)\);")
+    assert pattern.search(source.text)
+    text = pattern.sub(r"\1; __syncthreads();", source.text, count=1)
+    texts = {source.filename: text}
+    backend = CudaBackend(EditedTexts("forward", seed=1, played=TWO_BLOCKS, texts=texts))
     wrong = run(backend.load(backend.compile(kernel, plan)), data, 5, 5)
     wanted = run(load(kernel, plan), data, 5, 5)
     assert any(not torch.equal(wrong[key], wanted[key]) for key in wanted)

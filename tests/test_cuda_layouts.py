@@ -18,10 +18,9 @@ from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.emulator.device import Schedule
 from sparsify.reference import Array
 from tests import test_restricted
-from tests.edited_kernels import objection
+from tests.edited_kernels import edited, objection
 from tests.emulated_kernels import (
     TWO_BLOCKS,
-    EditedDevice,
     compare,
     emulator,
     exact,
@@ -99,14 +98,15 @@ def test_events_have_the_bits_of_dense_rows(
 
 def only_kept(kernel: ir.Kernel, plan: ir.Schedule) -> Launchable:
     """A kernel that reads beyond its memory where it would take whole rows."""
-    source = CudaBackend(emulator()).render(kernel, plan).text
-    name = "w_rows" if any(g.only for g in kernel.gathers) and "_rows" in source else "w"
+    source = CudaBackend(emulator()).render(kernel, plan)
+    name = "w_rows" if any(g.only for g in kernel.gathers) and "_rows" in source.text else "w"
     row = f"<ROW_{name.upper()}>"
-    lines = [line for line in source.splitlines() if row in line]
-    assert len(lines) == 1, source
+    lines = [line for line in source.text.splitlines() if row in line]
+    assert len(lines) == 1, source.text
     beyond = lines[0].replace(f"call.{name},", f"call.{name} + (int64_t(1) << 40),")
     assert beyond != lines[0]
-    backend = CudaBackend(EditedDevice(emulator("forward"), lines[0], beyond))
+    texts = {source.filename: source.text.replace(lines[0], beyond)}
+    backend = CudaBackend(edited("forward", texts, TWO_BLOCKS))
     return backend.load(backend.compile(kernel, plan))
 
 

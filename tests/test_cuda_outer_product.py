@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsify.api import sparsify
-from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda import outer_product as cuda
-from sparsify.codegen.cuda.device import A100, H100, Function, Limits
+from sparsify.codegen.cuda.device import A100, H100, Limits
 from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.cuda.outer_product import (
     CudaOuterProducts,
@@ -33,6 +29,7 @@ from sparsify.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits
 from sparsify.verify_model import verify
 from tests import zoo_recurrent
+from tests.edited_kernels import EditedTexts, edited
 from tests.outer_operands import KINDS, LAYOUTS, laid_out, reference, spikes
 from tests.training_harness import weighted_sum
 from tests.training_nets import net
@@ -178,33 +175,11 @@ def test_nan_and_infinite_activations_are_events() -> None:
 # --- barriers ---
 
 
-@dataclass(frozen=True)
-class Edited:
-    """An emulator that is given another text of outer_product.cuh."""
-
-    before: str
-    after: str
-    emulator: EmulatedDevice
-    name = "cuda-emulated"
-    type = "cpu"
-
-    def why_unavailable(self) -> None:
-        return None
-
-    def limits(self, device: torch.device) -> Limits:
-        return H100
-
-    def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
-        text = headers["outer_product.cuh"]
-        assert text.count(self.before) == 1
-        edited = text.replace(self.before, self.after)
-        return self.emulator.compile(source, {**headers, "outer_product.cuh": edited})
-
-    def load(self, path: Path, entry: str, device: torch.device, title: str = "") -> Function:
-        return self.emulator.load(path, entry, device, title)
-
-    def stream(self, device: torch.device) -> int | None:
-        return self.emulator.stream(device)
+def edited_header(before: str, after: str) -> dict[str, str]:
+    """Another text of outer_product.cuh."""
+    text = headers_of("outer_product.cuh")["outer_product.cuh"]
+    assert text.count(before) == 1
+    return {"outer_product.cuh": text.replace(before, after)}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -220,7 +195,7 @@ class Edited:
 def test_no_barrier_can_be_left_out(before: str, after: str, schedule: Schedule) -> None:
     torch.manual_seed(0)
     d, y = torch.randn(1030, 33), spikes((1030, 9))
-    device = Edited(before, after, EmulatedDevice(schedule, seed=1, checks=True))
+    device = edited(schedule, edited_header(before, after), H100)
     with pytest.raises(KernelFault, match=r"outer_product\.cuh"):
         run(CudaOuterProducts(device), d, y, shape=shape_for(33, 9, 4, 1, 2))
 
@@ -229,7 +204,7 @@ def test_all_threads_must_agree_on_what_is_not_finite() -> None:
     """The one reduction that changes no memory: without it some warps skip 0 * inf."""
     d, y = torch.randn(40, 40), spikes((40, 30), 0.1)
     d[3, 3] = float("inf")
-    device = Edited("finite = __syncthreads_and(finite);", "", EmulatedDevice())
+    device = EditedTexts(texts=edited_header("finite = __syncthreads_and(finite);", ""))
     shape = shape_for(40, 30, 4, 1, 1)
     got, _ = run(CudaOuterProducts(device), d, y, shape=shape)
     wanted, _ = run(emulated(), d, y, shape=shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -112,10 +113,11 @@ def test_few_blocks_share_many_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     check(jobs)
 
 
+@dataclass(frozen=True)
 class Edited(EmulatedDevice):
     """Compiles packing.cuh with another text in a place."""
 
-    change: tuple[str, str]
+    change: tuple[str, str] = ("", "")
 
     def compile(self, source: Source, headers: Mapping[str, str]) -> Path:
         before, after = self.change
@@ -136,9 +138,8 @@ def test_no_barrier_can_be_left_out(
     monkeypatch.setattr("sparsify.codegen.cuda.packing.MOST_BLOCKS", 1)
     faults = []
     for schedule in SCHEDULES:
-        device = Edited(schedule, seed=1, checks=True)
         change = "  __syncthreads();\n".join(beside), "".join(beside)
-        object.__setattr__(device, "change", change)
+        device = Edited(schedule, seed=1, checks=True, change=change)
         try:
             run(weights("float32")[:2], device, render_packing("float32"))
         except KernelFault as fault:

@@ -29,8 +29,9 @@ from sparsify.plan import Plan
 from sparsify.reference import Array
 from sparsify.verify_model import verify
 from tests import zoo_recurrent
+from tests.edited_kernels import edited
 from tests.emulated import OnlyStrategies
-from tests.emulated_kernels import EditedDevice, compare, exact, needs_emulator
+from tests.emulated_kernels import compare, exact, needs_emulator
 from tests.example_kernels import (
     gradient_data,
     lif,
@@ -247,9 +248,12 @@ AFTER = "__syncthreads();  // the values are there"
 @pytest.mark.parametrize("barrier", [BEFORE, AFTER])
 def test_no_barrier_can_be_left_out(barrier: str, order: Schedule) -> None:
     kernel = lif(270, 20)
-    device = EditedDevice(EmulatedDevice(order, 1, checks=True, played=SMALL), barrier, "")
-    backend = CudaBackend(device)
-    launchable = backend.load(backend.compile(kernel, dense(kernel, 16)))
+    plan = dense(kernel, 16)
+    source = CudaBackend(EmulatedDevice(played=SMALL)).render(kernel, plan)
+    assert barrier in source.text
+    texts = {source.filename: source.text.replace(barrier, "", 1)}
+    backend = CudaBackend(edited(order, texts, SMALL))
+    launchable = backend.load(backend.compile(kernel, plan))
     data = exact_lif(kernel, 2, 3)
     tensors = {name: torch.from_numpy(value) for name, value in data.items()}
     with pytest.raises(KernelFault, match=r"race:|uninitialised:"):
