@@ -36,6 +36,7 @@ class SizedLaunchable:
         first = rechooser.base
         self.kernel, self.schedule = first.kernel, first.schedule
         self._rechooser, self._used = rechooser, [first]
+        self._counted: dict[str, tuple[int, int]] = {}  # by what was let go
         self.is_settled = False
         self._by_batch: dict[int, Launchable] = {} if timed_at is None else {timed_at: first}
 
@@ -49,7 +50,7 @@ class SizedLaunchable:
         frozen: bool = False,
     ) -> dict[str, Tensor]:
         if not frozen and not self.is_settled and self._rechooser.look(tensors):
-            self._by_batch = {}
+            self._let_go()
         launchable = self._by_batch.get(batch)
         if launchable is None:
             launchable = self._rechooser.suited(steps, batch) or self._rechooser.base
@@ -65,7 +66,7 @@ class SizedLaunchable:
 
     @property
     def events(self) -> dict[str, tuple[int, int]]:
-        total: dict[str, tuple[int, int]] = {}
+        total = dict(self._counted)
         for launchable in self._used:
             for gather, (active, senders) in launchable.events.items():
                 known = total.get(gather, (0, 0))
@@ -73,5 +74,10 @@ class SizedLaunchable:
         return total
 
     def reset_events(self) -> None:
+        self._counted = {}
         for launchable in self._used:
             launchable.reset_events()
+
+    def _let_go(self) -> None:
+        """Drop what was replaced, with the weights that it packed; what it counted stays."""
+        self._counted, self._used, self._by_batch = self.events, [], {}

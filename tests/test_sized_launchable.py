@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,19 @@ def test_another_choice_replaces_the_first_and_events_are_counted_on() -> None:
     assert (first.calls, other.calls) == (2, 1)
     assert chosen.base.schedule.strategy == "other"
     assert sized.events == {"sum": (3, 30)}
+
+
+def test_what_is_replaced_is_let_go_and_its_events_stay() -> None:
+    chosen = Chosen(Counted("first"))
+    replaced = weakref.ref(chosen.base)
+    sized = SizedLaunchable(chosen, timed_at=4)
+    sized({}, steps=1, batch=4)
+    chosen.next = Counted("other")
+    sized({}, steps=1, batch=4)
+    assert replaced() is None
+    assert sized.events == {"sum": (2, 20)}
+    sized.reset_events()
+    assert sized.events == {"sum": (0, 0)}
 
 
 def test_every_strategy_serves_the_regions_of_a_model_with_equal_bits() -> None:
