@@ -83,6 +83,15 @@ def order_of(transpose: fx.Node) -> list[int]:
     return order
 
 
+def untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
+    """The matrix behind any number of transposes, and whether they swap its dims."""
+    swapped = False
+    while weight.target in TRANSPOSES:
+        swapped ^= order_of(weight) == [1, 0]
+        weight = weight.all_input_nodes[0]
+    return weight, swapped
+
+
 def product_operand(node: fx.Node) -> fx.Node | None:
     """The activation that a linear product reads, or None for every other op."""
     if node.op != "call_function" or node.target not in PRODUCTS:

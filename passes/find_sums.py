@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.passes.classify_ops import TRANSPOSES, product_operand
+from sparsify.passes.classify_ops import product_operand, untransposed
 from sparsify.passes.lower_layout import shape_of
 from sparsify.scan import Scan
 
@@ -66,10 +66,4 @@ def _can_move(product: fx.Node, scan: Scan) -> bool:
         return False
     consts = scan.placeholders[scan.carries + scan.xs :]
     weights = [node for node in product.all_input_nodes if node is not operand]
-    return bool(weights) and all(_base(weight) in consts for weight in weights)
-
-
-def _base(weight: fx.Node) -> fx.Node:
-    while weight.target in TRANSPOSES:
-        weight = weight.all_input_nodes[0]
-    return weight
+    return bool(weights) and all(untransposed(weight)[0] in consts for weight in weights)

@@ -12,10 +12,10 @@ from torch import fx, nn
 
 from sparsify.passes.classify_ops import (
     PRODUCTS,
-    TRANSPOSES,
     keep_measured,
     order_of,
     product_operand,
+    untransposed,
 )
 from sparsify.passes.tensor_info import (
     call,
@@ -173,17 +173,11 @@ def _add_weights(
     """Placeholders for what the product reads besides its operand; returns the new ones' nodes."""
     added = []
     for node in product_weights(product):
-        base = _behind_transposes(node) if node is not None else None
+        base = untransposed(node)[0] if node is not None else None
         if base is not None and base not in weights:
             weights[base] = _placeholder(graph, base, base.name, base.meta["val"])
             added.append(base)
     return added
-
-
-def _behind_transposes(node: fx.Node) -> fx.Node:
-    while node.target in TRANSPOSES:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _write_product(

@@ -13,8 +13,8 @@ from sparsify.passes.classify_ops import (
     PRODUCTS,
     TRANSPOSES,
     draws_random,
-    order_of,
     product_operand,
+    untransposed,
 )
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, FILLS, POWERS, ROWS
 from sparsify.passes.lower_refusals import refuse
@@ -190,12 +190,3 @@ def product_weights(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         weight if isinstance(weight, fx.Node) else None,
         bias if isinstance(bias, fx.Node) else None,
     )
-
-
-def untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
-    """The matrix behind any number of transposes, and whether they swap its dims."""
-    swapped = False
-    while weight.target in TRANSPOSES:
-        swapped ^= order_of(weight) == [1, 0]
-        weight = weight.all_input_nodes[0]
-    return weight, swapped

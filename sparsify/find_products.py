@@ -11,7 +11,7 @@ from torch import fx
 
 from sparsify.errors import Location
 from sparsify.graph_meta import Source
-from sparsify.passes.classify_ops import TRANSPOSES
+from sparsify.passes.classify_ops import untransposed
 from sparsify.passes.rnn_cells import CELLS, PACKED
 from sparsify.weight_pattern import Pattern
 
@@ -81,10 +81,9 @@ def name_weights(graph: fx.Graph) -> None:
     for node in graph.nodes:
         for weight in weights_of(node):
             path = _weight_path(weight, paths)
-            while weight.target in TRANSPOSES:
-                weight = weight.all_input_nodes[0]
-            if path and weight.op == "call_function":
-                weight.meta["source"] = Source("parameter", path)
+            matrix, _ = untransposed(weight)
+            if path and matrix.op == "call_function":
+                matrix.meta["source"] = Source("parameter", path)
 
 
 def _weight_path(weight: fx.Node, known: dict[fx.Node, str]) -> str:
@@ -95,9 +94,7 @@ def _weight_path(weight: fx.Node, known: dict[fx.Node, str]) -> str:
 
 
 def _find_path(weight: fx.Node) -> str:
-    node = weight
-    while node.target in TRANSPOSES:
-        node = node.all_input_nodes[0]
+    node, _ = untransposed(weight)
     if node.op == "placeholder":
         return _source(node).name
     pending, seen, stored = [weight], {weight}, []

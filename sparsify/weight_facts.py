@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from sparsify.find_products import RECURRENT, weights_of
 from sparsify.graph_meta import TensorInfo
-from sparsify.passes.classify_ops import TRANSPOSES, draws_random
+from sparsify.passes.classify_ops import draws_random, untransposed
 from sparsify.passes.scan_products import find_activations
 from sparsify.weight_pattern import Pattern, find_pattern
 
@@ -37,19 +37,10 @@ def note_patterns(graph: fx.Graph, operands: Sequence[Tensor]) -> None:
             for weight in weights:
                 values.note(weight)
             if len(weights) == 1 and node.target not in RECURRENT:
-                matrix, swapped = behind_transposes(weights[0])
+                matrix, swapped = untransposed(weights[0])
                 swapped ^= len(matrix.meta["val"].shape) == 2 and node.target not in BY_RECEIVERS
                 if matrix in values.numbers and matrix.meta["val"].dtype.is_floating_point:
                     node.meta["pattern"] = values.pattern(matrix, swapped)
-
-
-def behind_transposes(weight: fx.Node) -> tuple[fx.Node, bool]:
-    """What a matrix is a view of, and whether rows and columns are exchanged."""
-    swapped = False
-    while weight.target in TRANSPOSES and len(weight.meta["val"].shape) == 2:
-        swapped = not swapped
-        weight = weight.all_input_nodes[0]
-    return weight, swapped
 
 
 class _Values:
