@@ -57,8 +57,8 @@ class Cost:
     and written once: operands, outputs, and weights that then stay where they are. ``waits`` counts
     how often the first weight of a sum has to arrive before anything goes on. ``clocks`` are those
     that the busiest part takes whatever it reads: instructions, and latencies one after the other;
-    0 where nobody has counted them. ``resident_bytes``
-    are those of all weights that a step may touch; ``is_divided`` if each part has its own of them.
+    0 where nobody has counted them. ``resident_bytes`` are those of all weights that a step may
+    touch; ``is_divided`` if each part has its own of them.
     """
 
     weight_bytes: float

@@ -94,7 +94,7 @@ class CppLaunchable:
         self._runtime, self._function_of = runtime, function_of
         self._slots = Slots(kernel)
         self._tile, self._divides = tile, schedule.strategy == NeuronsPerThread.name
-        variant = self._variant(schedule, function)
+        variant = _Variant(_declare(function), self._weights_of(schedule))
         self._counted = {g.result: counted(kernel, g) for g in kernel.gathers}
         self._active = (ctypes.c_int64 * max(1, len(kernel.gathers)))()
         self._row_steps = 0  # time steps times batch rows of all calls
@@ -201,29 +201,28 @@ class CppLaunchable:
         Restricted ones skip no sender, and what they skip is zero whatever the weights are. Through
         rows that are not dense, too: what is left out is multiplied by zero or not at all.
         """
-        read = [g for g in self.kernel.gathers if g.only is None]
-        dense = {g.result for g in read if g.weight in infinite}
+        reading = [g for g in self.kernel.gathers if g.only is None and g.weight in infinite]
+        dense, whole = {g.result for g in reading}, {g.weight for g in reading}
         gathers: tuple[tuple[str, Any], ...] = tuple(
             (result, "dense" if result in dense else how) for result, how in self.schedule.gathers
         )
-        whole = {g.weight for g in read if g.weight in infinite}
         layouts = tuple(pair for pair in self.schedule.layouts if pair[0] not in whole)
         schedule = replace(self.schedule, gathers=gathers, layouts=layouts)
         known = self._variants[frozenset()]
         if schedule == self.schedule:
             variant = known
         else:
-            function = self._function_of(self.kernel, schedule)
-            variant = self._variant(schedule, function)
-            if layouts == self.schedule.layouts:
-                variant = _Variant(variant.function, known.weights)
+            function = _declare(self._function_of(self.kernel, schedule))
+            packed_alike = layouts == self.schedule.layouts
+            variant = _Variant(
+                function, known.weights if packed_alike else self._weights_of(schedule)
+            )
         self._variants[infinite] = variant
         return variant
 
-    def _variant(self, schedule: ir.Schedule, function: Any) -> _Variant:
+    def _weights_of(self, schedule: ir.Schedule) -> list[_PackedSlot]:
         given = given_weights(self.kernel, schedule)
-        slots = [_PackedSlot.of(self.kernel, one, self._runtime, self._tile) for one in given]
-        return _Variant(_declare(function), slots)
+        return [_PackedSlot.of(self.kernel, one, self._runtime, self._tile) for one in given]
 
 
 def _declare(function: Any) -> Any:
