@@ -95,7 +95,7 @@ def test_weights_that_are_pruned_later_get_another_layout_and_back() -> None:
     weight *= torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0)) < 0.1
     assert sum(rechooser.look({"w": weight}) for _ in range(3 * EVERY)) == 1
     assert rechooser.base.schedule.layout_of("w").kind == "compressed-rows"
-    assert 0.09 < rechooser.densities["w"] < 0.11
+    assert rechooser.densities["w"] == int(weight.count_nonzero()) / weight.numel() < 0.11
     assert sum(rechooser.look({"w": torch.ones(2048, 2048)}) for _ in range(EVERY)) == 1
     assert rechooser.base.schedule == first.schedule
 

@@ -16,7 +16,7 @@ from sparsify.codegen.cuda.device import Function, Grid, Memory
 from sparsify.codegen.cuda.headers import headers_of
 from sparsify.codegen.cuda.layout_packing import keeping_of, source_of
 from sparsify.codegen.cuda.layouts import WARP, Kept, masked, masked_senders
-from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
+from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from sparsify.codegen.usage import Packing
 from sparsify.reference import Array
 from tests.emulated_kernels import emulator, needs_emulator
@@ -24,7 +24,6 @@ from tests.example_kernels import product
 from tests.without_barriers import without_each_barrier
 
 HEADER = "pack_layouts.cuh"
-ORDERS: tuple[Schedule, ...] = ("forward", "reverse", "random")
 WEIGHT = Packing(ir.Weight("w", "r", "s", "float32"), "receivers")
 # Two words a warp; three bands, the last of which has 150 - 2 * 64 receivers.
 RUNS = Kept(WEIGHT, "runs", 37, 150, 20, bands=4, band_places=64, warps=2)
@@ -93,7 +92,7 @@ def unpack_masks(kept: Kept, arrays: Mapping[str, torch.Tensor]) -> Array:
     return whole[:, : kept.places]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", SCHEDULES)
 @pytest.mark.parametrize(
     "kept",
     [RUNS, replace(RUNS, width=8, room=8), SENDERS, MASKS],
