@@ -7,7 +7,7 @@ from step to step, a row is one step of one batch row: all steps run side by sid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
@@ -77,11 +77,10 @@ class RowPerBlock:
         activity: Mapping[str, float],
         patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
-        text = RowText(kernel, schedule)
+        threads, shared, barriers = _measured(kernel, schedule)
         rows = batch if kernel.states else batch * steps
-        together = self.limits.threads_per_multiprocessor // text.threads
-        shared = text.shared_bytes() or 1
-        together = min(together, self.limits.shared_per_multiprocessor // shared)
+        together = self.limits.threads_per_multiprocessor // threads
+        together = min(together, self.limits.shared_per_multiprocessor // (shared or 1))
         return predict_cost(
             kernel,
             schedule,
@@ -94,8 +93,15 @@ class RowPerBlock:
             blocks=min(max(1, rows), self.limits.multiprocessors * max(1, together)),
             meets="block",
             step_clocks=_step_clocks(kernel, schedule, activity),
-            barriers_per_step=text.barriers() / (1 if kernel.states else max(1, steps)),
+            barriers_per_step=barriers / (1 if kernel.states else max(1, steps)),
         )
+
+
+@lru_cache(maxsize=256)
+def _measured(kernel: ir.Kernel, schedule: ir.Schedule) -> tuple[int, int, int]:
+    """Threads of a block, bytes that they share, and how often they meet in a step of any call."""
+    text = RowText(kernel, schedule)
+    return text.threads, text.shared_bytes(), text.barriers()
 
 
 def _step_clocks(kernel: ir.Kernel, schedule: ir.Schedule, activity: Mapping[str, float]) -> float:
