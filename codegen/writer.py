@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
+MOST_COMMENT = 90  # characters
+
 _KEYWORDS = """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
     char32_t char8_t class co_await co_return co_yield compl concept const const_cast consteval
@@ -72,7 +74,7 @@ def _spellings(name: str) -> frozenset[str]:
     return frozenset(name + suffix for suffix in _SUFFIXES)
 
 
-def comment_text(text: str, limit: int = 90) -> str:
+def comment_text(text: str, limit: int = MOST_COMMENT) -> str:
     """``text`` as it may stand in a ``//`` comment: one line of printable ASCII.
 
     A backslash could continue the comment, ``*/`` end one that surrounds it, ``??/`` is a
@@ -94,8 +96,8 @@ class Writer:
         comment = f"  // {comment_text(note)}" if note else ""
         self._lines.append(("  " * self._depth + text + comment).rstrip())
 
-    def comment(self, text: str) -> None:
-        self.line(f"// {comment_text(text)}")
+    def comment(self, text: str, limit: int = MOST_COMMENT) -> None:
+        self.line(f"// {comment_text(text, limit)}")
 
     @contextmanager
     def block(self, head: str, end: str = "}") -> Iterator[None]:

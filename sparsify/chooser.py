@@ -107,6 +107,19 @@ class Chooser:
 
     def _candidates(self, task: Task) -> list[Candidate]:
         predictor = self._predictor(task)
+        candidates = find_candidates(predictor, self._pinned(task))
+        for each in task.lowered.kernel.gathers if candidates else ():
+            gathers: dict[str, How] = dict(candidates[0].schedule.gathers)
+            at = predictor.break_even(gathers, each.result)
+            self.break_even[task.name, each.result] = at
+            pattern = predictor.patterns.get(each.weight)
+            if pattern is not None and layouts_of(pattern, along=False):
+                at = predictor.break_even_density(gathers, each.weight)
+                self.break_even_density[task.name, each.result] = at
+        return candidates
+
+    def _pinned(self, task: Task) -> dict[str, How]:
+        """The Gathers that are decided before any is predicted."""
         pinned: dict[str, How] = {}
         for site, gather in self._sites(task).items():
             decision = self.plan.sites.get(site)
@@ -120,20 +133,12 @@ class Chooser:
             for each in task.lowered.kernel.gathers:
                 if each.result in reads_events or each.only is not None:
                     pinned.setdefault(each.result, "event")
-        candidates = find_candidates(predictor, pinned)
-        for each in task.lowered.kernel.gathers if candidates else ():
-            gathers: dict[str, How] = dict(candidates[0].schedule.gathers)
-            at = predictor.break_even(gathers, each.result)
-            self.break_even[task.name, each.result] = at
-            pattern = predictor.patterns.get(each.weight)
-            if pattern is not None and layouts_of(pattern, along=False):
-                at = predictor.break_even_density(gathers, each.weight)
-                self.break_even_density[task.name, each.result] = at
-        return candidates
+        return pinned
 
     def _why_no_candidate(self, task: Task) -> Refusal:
-        kernel = task.lowered.kernel
-        refusal = self._predictor(task).why_not({g.result: "dense" for g in kernel.gathers})
+        pinned = self._pinned(task)
+        gathers = {g.result: pinned.get(g.result, "dense") for g in task.lowered.kernel.gathers}
+        refusal = self._predictor(task).why_not(gathers)
         reason = "No strategy takes this kernel."
         return refusal or Refusal("unsupported-layout", reason, "", task.scan.location)
 

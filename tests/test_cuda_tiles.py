@@ -333,7 +333,7 @@ def test_a_network_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo_recurrent, "HIDDEN", 40)
     each = net("recurrent")
     model, x = each.model(torch.float32), each.inputs(2, 3, torch.float32)
-    plan = Plan({"rec": "dense"}, training=Plan({"rec": "dense", "rec.backward": "dense"}))
+    plan = Plan().pin("inp", "dense").pin("rec", "dense").pin("rec.backward", "dense")
     backends = {"cpu": OnlyStrategies("random", ["dense-tiles"])}
     fast: Any = install(Engine(model, Options(timing=False), plan, backends))
     fast(x.requires_grad_())
