@@ -4,15 +4,21 @@ python examples/training/language_model.py --plot egru.png --json egru.json
 
 The text is Python's own reference manual (``pydoc_data.topics``, in every CPython), the units are
 EGRUs (Subramoney et al. 2023) in the form of EvNN. All are trained on the same characters, by
-truncated back-propagation through time; what is compared is the time to equal held-out loss.
+truncated back-propagation through time; what is compared is the time to equal held-out loss:
+updates until it is reached, which no other load changes, at a pace that is measured at the end, by
+turns. With ``--kept FOLDER`` a run that was finished is not trained again: train whenever the
+machine has time for it, and call the same command on a quiet one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import product
+from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import mean
 from typing import Any
@@ -20,16 +26,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from example_options import arguments
+from kept_runs import KeptRuns
+from pace import Update, at_pace, compare_times, measure_paces, show_paces
 from torch import Tensor, nn
 from training_loop import (
     EAGER,
     SPARSIFIED,
     Run,
+    compiled_again,
     largest_gap,
     save,
     show_decisions,
     summarise,
     train,
+    update,
 )
 
 import sparsify
@@ -39,6 +49,8 @@ TARGET, PRICE = 0.1, 30.0  # share of units that may be active for free, and wha
 EGRU_RATE, GATED_RATE = 1e-2, 3e-3  # each learns best with its own
 SHARE_OF_TRAINING = 0.9
 UPDATES = 24  # between two evaluations, about a quarter of the text
+RECORDED = 2  # first updates: one without and one with a state, a recording each
+ROUNDS = 12  # in which the pace is measured
 State = Any  # what the model's layers carry from chunk to chunk; None at first
 
 
@@ -216,61 +228,119 @@ def equal_lstm(characters: int, layers: int, parameters: int) -> nn.Module:
     return build(best)
 
 
-def seconds_to(run: Run, loss: float) -> float:
-    """Training time until the held-out loss was reached, on the line between two evaluations."""
-    for before, after in pairwise(run.points):
-        if before.loss <= loss:
-            return before.seconds
-        if after.loss <= loss:
-            share = (before.loss - loss) / (before.loss - after.loss)
-            return before.seconds + share * (after.seconds - before.seconds)
-    return run.last.seconds if run.last.loss <= loss else math.inf
+@dataclass(frozen=True)
+class Contender:
+    """One of the trainings that are compared: a network and what it learns best with."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    rate: float
+    priced: bool
+
+    def network(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = self.build()
+        return sparsify.sparsify(model) if self.name == SPARSIFIED else model
 
 
-def compare_times(runs: list[Run]) -> str:
-    """Time to the best loss that every run reaches, the mean over seeds for each name."""
-    loss = max(min(point.loss for point in run.points) for run in runs)
-    rows = [f"seconds of training to a held-out loss of {loss:.3f} ({loss / math.log(2):.3f} bits)"]
-    for name in dict.fromkeys(run.name for run in runs):
-        times = [seconds_to(run, loss) for run in runs if run.name == name]
-        rows.append(f"{name:<10} {mean(times):8.1f} [{min(times):.1f}, {max(times):.1f}]")
-    return "\n".join(rows)
+@dataclass(frozen=True)
+class Task:
+    """What all of them read, ``updates`` chunks of it in a pass."""
+
+    training: Tensor
+    held_out: Tensor
+    batch: int
+    steps: int
+    passes: int
+    updates: int
+
+    def reader(self) -> Reader:
+        return Reader(self.training, self.batch, self.steps)
+
+    def train(self, contender: Contender, seed: int) -> tuple[Run, nn.Module]:
+        """A run from this seed, and the network that it ended with."""
+        module = contender.network(seed)
+        run = train(
+            contender.name,
+            seed,
+            module,
+            self.reader().passes(self.passes, self.updates),
+            Trainer(contender.priced).step,
+            partial(evaluate, text=self.held_out, batch=self.batch, steps=self.steps),
+            rate=contender.rate,
+            settles=True,
+        )
+        return run, module
+
+    def start(self, contender: Contender, kept: KeptRuns) -> tuple[Update, int]:
+        """An update as that of a run, compiled from its first and from its last weights."""
+        module, reader = contender.network(seed=0), self.reader()
+
+        def begin(module: nn.Module) -> Update:
+            optimizer = torch.optim.Adam(module.parameters(), lr=contender.rate)
+            change = partial(update, module, optimizer, Trainer(contender.priced).step)
+            for _ in range(RECORDED):
+                change(next(reader))
+            return lambda: change(next(reader))
+
+        begin(module)
+        kept.load_weights(contender.name, 0, module)
+        module = compiled_again(module)
+        one_more = begin(module)
+        show_decisions(module, 0)
+        return one_more, 2 * RECORDED
+
+
+def contenders(characters: int, hidden: int, layers: int) -> tuple[Contender, ...]:
+    egru = partial(EGRULanguageModel, characters, hidden, layers)
+    gru = partial(GatedLanguageModel, nn.GRU, characters, hidden, layers)
+    lstm = partial(equal_lstm, characters, layers, size_of(egru()))
+    return (
+        Contender(EAGER, egru, EGRU_RATE, priced=True),
+        Contender(SPARSIFIED, egru, EGRU_RATE, priced=True),
+        Contender("nn.GRU", gru, GATED_RATE, priced=False),
+        Contender("nn.LSTM", lstm, GATED_RATE, priced=False),
+    )
+
+
+def compare(
+    task: Task, among: Sequence[Contender], kept: KeptRuns, seeds: int, rounds: int
+) -> list[Run]:
+    """Train whatever is not kept, measure the pace of each, print what came out."""
+    runs = []
+    for seed, contender in product(range(seeds), among):
+        run = kept.find(contender.name, seed)
+        if run is None:
+            run, module = task.train(contender, seed)
+            kept.keep(run, module)
+        runs.append(run)
+    paces = measure_paces({each.name: partial(task.start, each, kept) for each in among}, rounds)
+    runs = [at_pace(run, paces[run.name], task.updates) for run in runs]
+    print(show_paces(paces))
+    print(summarise(runs, "bits per character"))
+    print(compare_times(runs, paces, task.updates))
+    print(f"held-out losses of the EGRUs differ by at most {largest_gap(runs):.1e}")
+    return runs
 
 
 def main() -> None:
     args = arguments(
-        __doc__, hidden=256, steps=70, passes=40, batch=64, quick=(32, 10, 2), layers=2
+        __doc__, hidden=256, steps=70, passes=24, batch=64, quick=(32, 10, 2), layers=2, kept=True
     )
     training, held_out, characters = load_text()
-    updates = UPDATES
+    updates, rounds = UPDATES, ROUNDS
     if args.quick:
-        training, held_out, updates = training[:20_000], held_out[:3_000], 2
+        training, held_out, updates, rounds = training[:20_000], held_out[:3_000], 2, 2
         args.layers = 1
-    egru = partial(EGRULanguageModel, characters, args.hidden, args.layers)
-    builds: dict[str, Callable[[], nn.Module]] = {
-        EAGER: egru,
-        SPARSIFIED: egru,
-        "nn.GRU": partial(GatedLanguageModel, nn.GRU, characters, args.hidden, args.layers),
-        "nn.LSTM": partial(equal_lstm, characters, args.layers, size_of(egru())),
-    }
-    sizes = ", ".join(f"{name} {size_of(build()):,}" for name, build in builds.items())
+    task = Task(training, held_out, args.batch, args.steps, args.passes, updates)
+    among = contenders(characters, args.hidden, args.layers)
+    sizes = ", ".join(f"{each.name} {size_of(each.build()):,}" for each in among)
     print(f"{len(training):,} characters to train on; parameters: {sizes}")
-    runs = []
-    for seed in range(args.seeds):
-        for name, build in builds.items():
-            torch.manual_seed(seed)
-            module = build()
-            if name == SPARSIFIED:
-                module = sparsify.sparsify(module)
-            passes = Reader(training, args.batch, args.steps).passes(args.passes, updates)
-            check = partial(evaluate, text=held_out, batch=args.batch, steps=args.steps)
-            step = Trainer(priced=build is egru).step
-            rate = EGRU_RATE if build is egru else GATED_RATE
-            runs.append(train(name, seed, module, passes, step, check, rate=rate))
-            show_decisions(module, seed)
-    print(summarise(runs, "bits per character"))
-    print(compare_times(runs))
-    print(f"held-out losses of the EGRUs differ by at most {largest_gap(runs):.1e}")
+    settings = ("hidden", "layers", "steps", "passes", "batch")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.kept or Path(temporary)
+        kept = KeptRuns(folder, {name: getattr(args, name) for name in settings})
+        runs = compare(task, among, kept, args.seeds, rounds)
     save(runs, args.json, args.plot, "bits per character")
 
 

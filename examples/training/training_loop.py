@@ -19,6 +19,7 @@ from sparsify.install import Sparsified
 Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Evaluate = Callable[[nn.Module], tuple[float, float]]
 EAGER, SPARSIFIED = "eager", "sparsify"
+CLIP = 1.0  # norm of all gradients together
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,28 @@ class Run:
         return self.points[-1]
 
 
+def update(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    batch: Any,
+    before_update: Callable[[], object] = lambda: None,
+) -> tuple[float, float]:
+    """Change the weights once; loss and activity of the batch."""
+    optimizer.zero_grad()
+    loss, activity = step(module, batch)
+    loss.backward()
+    before_update()
+    nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+    optimizer.step()
+    return float(loss.detach()), float(activity)
+
+
+def compiled_again(module: nn.Module) -> nn.Module:
+    """The same weights, with decisions for how active units are now; eager as it is."""
+    return sparsify.sparsify(module.original) if isinstance(module, Sparsified) else module
+
+
 def train(
     name: str,
     seed: int,
@@ -58,28 +81,26 @@ def train(
     evaluate: Evaluate,
     *,
     rate: float,
-    clip: float = 1.0,
     before_update: Callable[[], object] = lambda: None,
+    settles: bool = False,
 ) -> Run:
     """Minimise with Adam; ``step`` gives the loss and the activity of a batch.
 
     ``evaluate`` returns loss and score on held-out data, outside of what is timed. With gradients
-    at hand, ``before_update`` is called before the optimizer.
+    at hand, ``before_update`` is called before the optimizer. What ``settles`` is compiled again
+    after a pass.
     """
     optimizer = torch.optim.Adam(module.parameters(), lr=rate)
     seconds, points = 0.0, []
-    for batches in passes:
+    for number, batches in enumerate(passes):
         losses, shares = [], []
         start = time.perf_counter()
+        if settles and number == 1:
+            module = compiled_again(module)
         for batch in batches:
-            optimizer.zero_grad()
-            loss, activity = step(module, batch)
-            loss.backward()
-            before_update()
-            nn.utils.clip_grad_norm_(module.parameters(), clip)
-            optimizer.step()
-            losses.append(float(loss))
-            shares.append(float(activity))
+            loss, activity = update(module, optimizer, step, batch, before_update)
+            losses.append(loss)
+            shares.append(activity)
         seconds += time.perf_counter() - start
         with torch.no_grad():
             held_out, score = evaluate(module)
