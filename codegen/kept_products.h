@@ -47,10 +47,29 @@ struct Line {
 // Calls visit(line) for the part of a receiver's weights in each band of senders.
 template <class W, int RUN, class Visit>
 SPARSIFY_INLINE void each_band(const Kept<W, RUN>& weight, int64_t receiver, Visit visit) {
-  for (int64_t base = 0; base < weight.size; base += weight.band) {
-    const uint32_t* const starts = weight.starts_of(base) + receiver;
+  const uint32_t* starts = weight.starts + receiver;
+  for (int64_t base = 0; base < weight.size; base += weight.band, starts += weight.lines + 1)
     visit(Line<W, RUN>{weight, starts[0], starts[1], base});
-  }
+}
+
+// sum += weights * values, with one rounding where the processor can.
+#if __has_builtin(__builtin_elementwise_fma)
+#define SPARSIFY_FUSED_FLOATS(w, v, s) __builtin_elementwise_fma(w, v, s)
+#define SPARSIFY_FUSED_DOUBLES(w, v, s) __builtin_elementwise_fma(w, v, s)
+#elif defined(__FMA__)
+#define SPARSIFY_FUSED_FLOATS(w, v, s) __builtin_ia32_vfmaddps(w, v, s)
+#define SPARSIFY_FUSED_DOUBLES(w, v, s) __builtin_ia32_vfmaddpd256(w, v, s)
+#else
+#define SPARSIFY_FUSED_FLOATS(w, v, s) (w * v + s)
+#define SPARSIFY_FUSED_DOUBLES(w, v, s) (w * v + s)
+#endif
+SPARSIFY_INLINE void add_product(Few<float>& sum, const Few<float>& weights,
+                                 const Few<float>& values) {
+  sum = SPARSIFY_FUSED_FLOATS(weights, values, sum);
+}
+SPARSIFY_INLINE void add_product(Few<double>& sum, const Few<double>& weights,
+                                 const Few<double>& values) {
+  sum = SPARSIFY_FUSED_DOUBLES(weights, values, sum);
 }
 
 // The sum of one batch row and receiver.
@@ -74,22 +93,17 @@ SPARSIFY_INLINE F dot(const Kept<W, RUN>& weight, int64_t receiver, const F* sou
       });
       for (int i = 0; i < RUN; ++i) result += sum[i];
     } else {
-      Vector<F> sum[CHUNK / WIDTH<F>] = {};
-      line.each([&](const uint16_t* place, const W* weights) {
-        SPARSIFY_UNROLL
-        for (int i = 0; i < CHUNK; i += WIDTH<F>) {
-#if defined(__AVX512F__)
-          const Vector<F> values = take(from, places_of(from, place + i));
-#else
-          Vector<F> values;
+      Few<F> sum[CHUNK / FEW] = {};
+      line.each([&](const uint16_t* places, const W* weights) {
+        each_few<F>(places, weights, [&](int i, auto some, const uint64_t* at) {
+          Few<F> values;
           SPARSIFY_UNROLL
-          for (int k = 0; k < WIDTH<F>; ++k) values[k] = from[place[i + k]];
-#endif
-          sum[i / WIDTH<F>] = fused(load(weights + i), values, sum[i / WIDTH<F>]);
-        }
+          for (int k = 0; k < FEW; ++k) values[k] = from[at[k]];
+          add_product(sum[i], some, values);
+        });
       });
-      for (int i = 1; i < CHUNK / WIDTH<F>; ++i) sum[0] += sum[i];
-      result += total(sum[0]);
+      const auto all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      result += (all[0] + all[1]) + (all[2] + all[3]);
     }
   });
   return result;

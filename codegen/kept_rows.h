@@ -7,8 +7,7 @@ namespace sparsify {
 
 constexpr int CHUNK = 16;           // weights of a unit that are kept one by one
 constexpr int WIDEST_BAND = 4096;   // receivers whose sums stay in the first cache
-constexpr int LISTED = 1024;        // units that are listed before they are added
-constexpr int UNITS_AHEAD = 8;      // units between asking for one and adding it
+constexpr int ROWS_AHEAD = 2;       // events between asking for a line and adding it
 
 // A weight as compress.h packs it. A line holds what a sender sends, or what a receiver gets. Its
 // units are those of a band of places first: chunks of CHUNK weights with a place each if RUN is 1,
@@ -54,30 +53,46 @@ SPARSIFY_INLINE Share share_bands(int64_t neurons, int64_t band, const Team& tea
 
 // ---- units ----
 
-#if defined(__AVX512F__)
-typedef int32_t Places16 __attribute__((vector_size(64)));
-typedef int32_t Places8 __attribute__((vector_size(32)));
-typedef uint16_t Short16 __attribute__((vector_size(32), may_alias, aligned(2)));
-typedef uint16_t Short8 __attribute__((vector_size(16), may_alias, aligned(2)));
-SPARSIFY_INLINE Places16 places_of(const float*, const uint16_t* places) {
-  return __builtin_convertvector(*reinterpret_cast<const Short16*>(places), Places16);
-}
-SPARSIFY_INLINE Places8 places_of(const double*, const uint16_t* places) {
-  return __builtin_convertvector(*reinterpret_cast<const Short8*>(places), Places8);
-}
-SPARSIFY_INLINE Vector<float> take(const float* from, Places16 places) {
-  return __builtin_ia32_gathersiv16sf(Vector<float>{}, from, places, uint16_t(-1), 4);
-}
-SPARSIFY_INLINE Vector<double> take(const double* from, Places8 places) {
-  return __builtin_ia32_gathersiv8df(Vector<double>{}, from, places, uint8_t(-1), 8);
-}
-SPARSIFY_INLINE void put(float* to, Places16 places, Vector<float> values) {
-  __builtin_ia32_scattersiv16sf(to, uint16_t(-1), places, values, 4);
-}
-SPARSIFY_INLINE void put(double* to, Places8 places, Vector<double> values) {
-  __builtin_ia32_scattersiv8df(to, uint8_t(-1), places, values, 8);
-}
+// Weights of a chunk are read as vectors and their places as words: what bounds a chunk is how many
+// loads and stores it takes. Gathers and scatters of the processor take twice as long on Zen 4.
+constexpr int FEW = 4;
+template <class F>
+struct FewOf;
+template <>
+struct FewOf<float> {
+  typedef float type __attribute__((vector_size(FEW * 4)));
+  typedef float anywhere __attribute__((vector_size(FEW * 4), may_alias, aligned(4)));
+};
+template <>
+struct FewOf<double> {
+  typedef double type __attribute__((vector_size(FEW * 8)));
+  typedef double anywhere __attribute__((vector_size(FEW * 8), may_alias, aligned(8)));
+};
+template <class F>
+using Few = typename FewOf<F>::type;
+
+// Calls visit(i, weights, at) for the i-th FEW weights of a chunk, which belong to places at[k].
+template <class F, class W, class Visit>
+SPARSIFY_INLINE void each_few(const uint16_t* places, const W* weights, Visit visit) {
+  if constexpr (sizeof(W) != sizeof(F)) {
+    F wide[CHUNK];
+    SPARSIFY_UNROLL
+    for (int i = 0; i < CHUNK; i += WIDTH<F>) store(wide + i, load(weights + i));
+    each_few<F>(places, wide, visit);
+  } else {
+    SPARSIFY_UNROLL
+    for (int i = 0; i < CHUNK / FEW; ++i) {
+      uint64_t word;
+      std::memcpy(&word, places + i * FEW, sizeof word);
+      Few<F> some = *reinterpret_cast<const typename FewOf<F>::anywhere*>(weights + i * FEW);
+      const uint64_t at[FEW] = {word & 0xFFFF, word >> 16 & 0xFFFF, word >> 32 & 0xFFFF, word >> 48};
+#if defined(__AVX__)
+      asm("" : "+x"(some));  // else compilers load them one by one
 #endif
+      visit(i, some, at);
+    }
+  }
+}
 
 // Adds what a unit's weights contribute; no place is there twice.
 template <int RUN, bool PAYLOAD, class F, class W>
@@ -87,61 +102,23 @@ SPARSIFY_INLINE void add_unit(F* sums, const uint16_t* places, const W* weights,
     SPARSIFY_LANES
     for (int i = 0; i < RUN; ++i) to[i] += PAYLOAD ? F(weights[i]) * payload : F(weights[i]);
   } else {
-#if defined(__AVX512F__)
-    SPARSIFY_UNROLL
-    for (int i = 0; i < CHUNK; i += WIDTH<F>) {
-      const auto at = places_of(sums, places + i);
-      const Vector<F> weight = load(weights + i);
-      put(sums, at, take(sums, at) + (PAYLOAD ? weight * payload : weight));
-    }
-#else
-    SPARSIFY_UNROLL
-    for (int i = 0; i < CHUNK; ++i)
-      sums[places[i]] += PAYLOAD ? F(weights[i]) * payload : F(weights[i]);
-#endif
+    each_few<F>(places, weights, [&](int, auto values, const uint64_t* at) {
+      if (PAYLOAD) values *= payload;
+      SPARSIFY_UNROLL
+      for (int k = 0; k < FEW; ++k) sums[at[k]] += values[k];
+    });
   }
 }
 
-// Units to be added one after the other, whoever sends them: a loop that the processor foresees,
-// however short the rows of senders are.
-template <int RUN, bool PAYLOAD, class F, class W>
-struct Listed {
-  typedef uint32_t Numbers __attribute__((vector_size(64), may_alias, aligned(4)));
-  static constexpr Numbers NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  uint32_t unit[LISTED + 16 + UNITS_AHEAD];
-  F payload[PAYLOAD ? LISTED + 16 : 1];
-  int64_t count = 0;
-
-  // At most WIDEST_BAND / 8 units, from `first` to `end`.
-  SPARSIFY_INLINE void append(F* sums, const Kept<W, RUN>& from, uint32_t first, uint32_t end,
-                              F value) {
-    if (count + (end - first) > LISTED) add(sums, from, first);
-    for (uint32_t at = first; at < end; at += 16) {
-      const int64_t to = count + (at - first);
-      *reinterpret_cast<Numbers*>(unit + to) = NUMBERS + at;
-      if (PAYLOAD)
-        for (int i = 0; i < 16; ++i) payload[to + i] = value;
-    }
-    count += end - first;
-  }
-
-  // `then` is the unit that is read afterwards.
-  SPARSIFY_INLINE void add(F* sums, const Kept<W, RUN>& from, uint32_t then) {
-    if (!count) return;
-    for (int i = 0; i < UNITS_AHEAD; ++i) unit[count + i] = then + i;
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t at = unit[k], later = unit[k + UNITS_AHEAD];
-      const char* const soon = reinterpret_cast<const char*>(from.places_of(later));
-      if (RUN > 1) __builtin_prefetch(soon);
-      const char* const lines = RUN == 1 ? soon : reinterpret_cast<const char*>(from.weights_of(later));
-      SPARSIFY_UNROLL
-      for (int64_t i = 0; i < Kept<W, RUN>::BYTES; i += 64) __builtin_prefetch(lines + i);
-      add_unit<RUN, PAYLOAD>(sums, from.places_of(at), from.weights_of(at),
-                             PAYLOAD ? payload[k] : F(1));
-    }
-    count = 0;
-  }
-};
+// Asks for the units from `first` to `end`.
+template <class W, int RUN>
+SPARSIFY_INLINE void fetch_units(const Kept<W, RUN>& from, uint32_t first, uint32_t end) {
+  const char* const last = reinterpret_cast<const char*>(from.weights_of(end));
+  if (RUN > 1) __builtin_prefetch(from.places_of(first));
+  const char* line = RUN == 1 ? reinterpret_cast<const char*>(from.places_of(first))
+                              : reinterpret_cast<const char*>(from.weights_of(first));
+  for (; line < last; line += 64) __builtin_prefetch(line);
+}
 
 // ---- gathers ----
 
@@ -162,19 +139,33 @@ template <bool PAYLOAD, int RUN, class Index, class F, class W>
 SPARSIFY_INLINE void add_kept(F* sums, const Kept<W, RUN>& from, const uint32_t* starts,
                               const BlockEvents<Index, F>& events, int64_t width) {
   const auto [index, payload, begin, end, last] = events;
-  const int64_t then = index[end <= last ? end : last];  // the sender that is read afterwards
-  Listed<RUN, PAYLOAD, F, W> listed;
   for (int32_t k = begin; k < end; ++k) {
     const int64_t sender = index[k];
+    const int64_t later = index[k + ROWS_AHEAD < last ? k + ROWS_AHEAD : last];
+    fetch_units(from, starts[later], starts[later + 1]);
     const F value = PAYLOAD ? payload[k] : F(1);
     if (PAYLOAD && !(absolute(value) < infinity<F>())) {
-      listed.add(sums, from, starts[sender]);
       add_to_all(sums, from, starts[sender], starts[sender + 1], value, width);
-    } else {
-      listed.append(sums, from, starts[sender], starts[sender + 1], value);
+      continue;
     }
+    for (int64_t unit = starts[sender]; unit < int64_t(starts[sender + 1]); ++unit)
+      add_unit<RUN, PAYLOAD>(sums, from.places_of(unit), from.weights_of(unit), value);
   }
-  listed.add(sums, from, starts[then]);
+}
+
+template <class F>
+SPARSIFY_INLINE void clear_sums(F* sums, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) sums[i] = F(0);
+}
+
+// Adds the sums of a block, which are cleared, to those of a row, or begins a row with them.
+template <bool BEGINS, class F>
+SPARSIFY_INLINE void take_sums(F* to, F* block_sums, int64_t width) {
+  SPARSIFY_LANES
+  for (int64_t i = 0; i < width; ++i) {
+    to[i] = BEGINS ? block_sums[i] : to[i] + block_sums[i];
+    block_sums[i] = F(0);
+  }
 }
 
 // sums[row][r] = sum over the events of `row` of payload * weight[r][event], for receivers
@@ -186,12 +177,12 @@ void gather_kept_events(F* sums, int64_t receivers, const Kept<W, RUN>& weight,
                         int64_t last) {
   const int64_t blocks = blocks_of(events.senders);
   alignas(64) F block_sums[WIDEST_BAND + CHUNK];
-  for (int64_t i = 0; i < weight.band + CHUNK; ++i) block_sums[i] = F(0);
+  clear_sums(block_sums, weight.band + CHUNK);
   for (; first < last; first += weight.band) {
     const int64_t width = last - first < weight.band ? last - first : weight.band;
     const uint32_t* const starts = weight.starts_of(first);
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = 0; i < width; ++i) sums[row * receivers + first + i] = F(0);
+      if (!events.count[row]) clear_sums(sums + row * receivers + first, width);
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t row = 0; row < rows; ++row) {
         const BlockEvents<Index, F> some = events.at(row, block);
@@ -201,11 +192,10 @@ void gather_kept_events(F* sums, int64_t receivers, const Kept<W, RUN>& weight,
         else
           add_kept<false>(block_sums, weight, starts, some, width);
         F* const to = sums + row * receivers + first;
-        SPARSIFY_LANES
-        for (int64_t i = 0; i < width; ++i) {
-          to[i] += block_sums[i];
-          block_sums[i] = F(0);
-        }
+        if (some.begin)
+          take_sums<false>(to, block_sums, width);
+        else
+          take_sums<true>(to, block_sums, width);
       }
     }
   }
