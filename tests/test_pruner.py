@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import sparsify
-from sparsify import Pruner, Pruning
+from sparsify import Pruner, Pruning, PruningError
 from tests.pruned_nets import Recurrent, assert_same, example
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
@@ -137,17 +138,48 @@ def test_pruned_weights_with_large_gradients_grow_again() -> None:
     assert pruner.outcome.density == 0.5
 
 
-def test_accuracy_that_falls_too_far_ends_pruning() -> None:
-    model = nn.Sequential(nn.Linear(16, 16))
-    accuracies = iter([0.9, 0.88, 0.7, 0.9, 0.9])
-    pruning = Pruning(0.8, end=12, every=3, evaluate=lambda _: next(accuracies), most_loss=0.1)
-    pruner = Pruner(model, pruning)
-    changed = [pruner.step() for _ in range(13)]
-    assert [step for step, did in enumerate(changed) if did] == [0, 3]
+def limited(accuracies: list[float], **asked: Any) -> tuple[nn.Module, Pruner]:
+    """A pruner that evaluates to ``accuracies``, one after another."""
+    values = iter(accuracies)
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+    pruning = Pruning(0.8, evaluate=lambda _: next(values), most_loss=0.1, **asked)
+    return model, Pruner(model, pruning)
+
+
+def test_pruning_goes_back_to_the_last_state_within_the_limit() -> None:
+    model, pruner = limited([0.9, 0.88, 0.7], end=12, every=3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    changed, states = [], []
+    for _ in range(13):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        changed.append(pruner.step())
+        if pruner.outcome.stopped:
+            break
+        optimizer.step()
+    assert [step for step, did in enumerate(changed) if did] == [0, 3, 6]
+    # What was evaluated at step 3, before it was pruned further: weights, masks, statistics.
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in states[3].items())
+    assert not torch.equal(after["0.weight"], states[6]["0.weight"])
+    layer: Any = model.get_submodule("0")
+    assert torch.equal(layer.weight, after["0.weight"])
     outcome = pruner.outcome
-    assert outcome.density > 0.2
-    assert "accuracy fell from 0.9 to 0.7" in outcome.stopped
-    assert "most_loss=0.1" in str(outcome)
+    assert (outcome.density, outcome.accuracy_before, outcome.accuracy) == (1.0, 0.9, 0.88)
+    assert "stopped at 100.0% of the weights with an accuracy of 0.88: at" in outcome.stopped
+    assert "it was 0.7, more than most_loss=0.1 below the 0.9" in str(outcome)
+    assert [pruner.step() for _ in range(9)] == [False] * 9
+
+
+@pytest.mark.parametrize(("last", "density"), [(0.85, 0.2), (0.5, 1.0)])
+def test_what_came_of_the_last_update_is_looked_at_on_request(last: float, density: float) -> None:
+    _, pruner = limited([0.9, last])
+    assert pruner.step()
+    assert pruner.outcome.density == pytest.approx(0.2, rel=0, abs=0.5 / 256)
+    assert pruner.check() == (density == 1.0)
+    assert pruner.outcome.density == pytest.approx(density, rel=0, abs=0.5 / 256)
+    assert pruner.outcome.accuracy == (last if density < 1 else 0.9)
 
 
 def test_zeros_can_be_made_permanent() -> None:
@@ -172,6 +204,95 @@ def test_masks_go_on_where_torch_goes_on_pruning() -> None:
     gradient = model.recur.weight_orig.grad
     assert int(gradient.count_nonzero()) <= 256
     assert Pruner(model, Pruning(0.0, only="recur")).outcome.density == 0.25
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "magnitude": {},
+    "movement": {"criterion": "movement"},
+    "regrown": {"regrow": 0.5},
+}
+
+
+@pytest.mark.parametrize("asked", RESUMED.values(), ids=RESUMED)
+def test_a_checkpoint_goes_on_as_if_nothing_had_happened(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    def make() -> tuple[Recurrent, Pruner, torch.optim.Optimizer]:
+        model = Recurrent()
+
+        def loss() -> Tensor:
+            found: Tensor = model(example(4)).square().mean()
+            return found
+
+        pruning = Pruning(0.9, end=12, every=2, begin=2, loss=loss, **asked)
+        pruner = Pruner(model, pruning)
+        return model, pruner, torch.optim.SGD(model.parameters(), 1e-4)
+
+    straight, pruner, optimizer = make()
+    train(straight, optimizer, 7, pruner)
+    parts = {"model": straight.state_dict(), "pruner": pruner.state_dict()}
+    torch.save(parts, tmp_path / "checkpoint.pt")
+    train(straight, optimizer, 7, pruner)
+
+    resumed, again, optimizer = make()
+    loaded = torch.load(tmp_path / "checkpoint.pt")  # no code runs: tensors and numbers
+    resumed.load_state_dict(loaded["model"])
+    again.load_state_dict(loaded["pruner"])
+    assert again.steps == 7
+    assert torch.equal(again.masks()["recur"], loaded["pruner"]["masks"]["recur"])
+    train(resumed, optimizer, 7, again)
+    assert again.outcome == pruner.outcome
+    assert again.outcome.density == 0.1
+    states = straight.state_dict(), resumed.state_dict()
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+def test_a_checkpoint_has_what_to_go_back_to() -> None:
+    model, pruner = limited([0.9, 0.88], end=12, every=3)
+    for _ in range(5):
+        pruner.step()
+    states = model.state_dict(), pruner.state_dict()
+    other, again = limited([0.5], end=12, every=3)
+    layer: Any = model.get_submodule("0")
+    other.load_state_dict(states[0])
+    again.load_state_dict(states[1])
+    assert [again.step() for _ in range(2)] == [False, True]
+    assert (again.outcome.density, again.outcome.accuracy) == (1.0, 0.88)
+    assert torch.equal(other.state_dict()["0.weight"], layer.weight_orig)
+    third = Pruner(model, 0.5)
+    third.load_state_dict(again.state_dict())
+    assert third.outcome.stopped == again.outcome.stopped != ""
+
+
+def test_a_checkpoint_of_other_layers_is_refused() -> None:
+    state = Pruner(nn.Sequential(nn.Linear(8, 4)), 0.5).state_dict()
+    pruner = Pruner(nn.Sequential(nn.Linear(8, 6)), 0.5)
+    with pytest.raises(PruningError, match=r"of 0 \[4, 8\], this one prunes 0 \[6, 8\]; make it"):
+        pruner.load_state_dict(state)
+
+
+def test_gradients_of_a_loss_are_computed_once_for_what_is_pruned_and_once_for_what_grows() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    calls: list[int] = []
+
+    def loss() -> Tensor:
+        calls.append(1)
+        found: Tensor = model(torch.ones(1, 8)).square().sum()
+        return found
+
+    for criterion, expected in (("magnitude", 1), ("gradient", 2)):
+        calls.clear()
+        Pruner(model, Pruning(0.5, criterion=criterion, end=10, regrow=0.5, loss=loss)).step()
+        assert len(calls) == expected
+
+
+def test_weights_that_were_masked_by_hand_keep_the_names_of_torch() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    names = set(model.state_dict())
+    Pruner(model, 0.75).prune()
+    assert set(model.state_dict()) == names == set(sparsify.sparsify(model).state_dict())
+    assert {"0.weight_orig", "0.weight_mask", "1.weight"} < names
 
 
 def test_a_pruner_of_a_sparsified_module_prunes_its_model() -> None:

@@ -94,6 +94,9 @@ def nothing(layer: str, weight: Tensor, context: Context) -> Any:
         (lambda: nn.Conv2d(1, 4, 3), 0.5, "kernels of convolutions are not pruned"),
         (lambda: nn.Embedding(4, 3), 0.5, "of your own modules have to be named: only='weight'"),
         (Mixed, Pruning(0.5, evaluate=lambda model: None), "evaluate returned None"),  # type: ignore[arg-type, return-value]
+        (Mixed, Pruning(0.5, end=9, every=3), r"^end, every: of gradual .*sparsify\.Pruner"),
+        (Mixed, Pruning(0.5, begin=2), "^begin: of gradual pruning.*leave out"),
+        (Mixed, Pruning(0.5, regrow=0.1, loss=lambda: torch.ones(1)), "^regrow: of gradual"),
         (
             Mixed,
             Pruning(0.5, criterion="gradient", loss=lambda: None),  # type: ignore[arg-type, return-value]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsify.errors import PruningError
 from sparsify.pruning.masks import copy_model
 from sparsify.pruning.outcome import PruningOutcome
 from sparsify.pruning.prunable import find_prunable
@@ -30,33 +31,42 @@ def prune_model(
     Raises PruningError for what cannot be pruned as it was asked for.
     """
     pruning = Pruning.of(pruning)
+    _check_is_at_once(pruning)
     find_prunable(model, pruning)  # before a large model is copied for nothing
     pruned = model if pruning.in_place else copy_model(model)
     pruner = Pruner(pruned, pruning, *example_args, **example_kwargs)
-    pruner.evaluate()
-    if pruning.most_loss is None:
+    if pruning.most_loss is not None:
+        _prune_by_levels(pruner)
+    else:
+        pruner.evaluate()
         pruner.prune()
         pruner.evaluate()
-    else:
-        _prune_by_levels(pruner, pruning.most_loss)
     return pruned, pruner.outcome
 
 
-def _prune_by_levels(pruner: Pruner, most_loss: float) -> None:
+def _prune_by_levels(pruner: Pruner) -> None:
+    """Until accuracy falls too far, and then back to the level before."""
+    pruner.check()
     for level in _progress_bar(range(1, LEVELS + 1)):
-        good, masks = pruner.outcome, pruner.masks()
         pruner.prune(1 - (1 - level / LEVELS) ** 3)  # small steps where few weights are left
-        accuracy = pruner.evaluate()
-        if pruner.lost > most_loss:
-            why = (
-                f"pruning stopped at {good.density:.1%} of the weights with an accuracy of "
-                f"{good.accuracy:.4g}: at {pruner.outcome.density:.1%} it was {accuracy:.4g}, more "
-                f"than most_loss={most_loss} below the {good.accuracy_before:.4g} of before; train "
-                "in between (sparsify.Pruner), prune less, or allow more"
-            )
-            pruner.stop_at(masks, good.accuracy, why)
-            warnings.warn(why, stacklevel=4)
+        if pruner.check():
+            warnings.warn(pruner.outcome.stopped, stacklevel=4)
             return
+
+
+def _check_is_at_once(pruning: Pruning) -> None:
+    """Raises PruningError for what only training can be asked for."""
+    asked = [
+        name
+        for name in ("begin", "end", "every", "regrow")
+        if getattr(pruning, name) != Pruning.__dataclass_fields__[name].default
+    ]
+    if asked:
+        raise PruningError(
+            f"{', '.join(asked)}: of gradual pruning, which takes training, while prune= prunes at "
+            "once; make a sparsify.Pruner(model, pruning) and call its step() in every step of "
+            "training, or leave out what is for that"
+        )
 
 
 def _progress_bar(levels: range) -> Iterable[int]:

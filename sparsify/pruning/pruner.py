@@ -15,6 +15,7 @@ from sparsify.pruning.masks import remove_mask, set_mask
 from sparsify.pruning.observe import dense_gradients, measure_activity
 from sparsify.pruning.outcome import PrunedLayer, PruningOutcome
 from sparsify.pruning.prunable import Prunable, find_prunable
+from sparsify.pruning.reached import Reached
 from sparsify.pruning.request import Pruning
 from sparsify.pruning.scores import Movements, score
 from sparsify.pruning.shape_masks import exchange, keep_best, keep_n_of_m
@@ -38,7 +39,14 @@ class Pruner:
     pruned has no part in the model whatever momentum or weight decay does to it. ``state_dict()``
     has the keys of the dense model and loads into it, and into a pruned one: a checkpoint with as
     few weights or fewer brings its own mask, another one is cut by the mask that is there.
+    Weights that you masked by hand before keep the names of torch (``weight_orig``,
+    ``weight_mask``), as checkpoints of such a model have them.
     Masks change in place, so that a sparsified module sees it without being recorded again.
+
+    With ``most_loss`` every update begins with ``evaluate``. Where accuracy has fallen too far, all
+    parameters and buffers become what they were when it was last within the limit, before the
+    pruning that training could not make up for, and pruning ends; the optimizer goes on from there.
+    ``check`` looks at the last update, too.
 
     The example is what the model is called with to measure activity ("event-weighted").
     """
@@ -60,6 +68,7 @@ class Pruner:
         self._before: float | None = None
         self._accuracy: float | None = None
         self._stopped = ""
+        self._reached: Reached | None = None  # what to go back to
         for weight in self.weights:
             set_mask(weight, weight.kept)
 
@@ -72,8 +81,10 @@ class Pruner:
             self._movements.add(self.weights)
         step = self.steps
         self.steps += 1
-        if not self.pruning.is_update(step) or not self._may_go_on():
+        if not self.pruning.is_update(step) or self._stopped:
             return False
+        if self.check():
+            return True
         self.prune(self.pruning.progress(step))
         if self.pruning.regrow and step < self.pruning.end:
             self._regrow(step)
@@ -89,11 +100,70 @@ class Pruner:
         """Which weights are kept, by layer: copies."""
         return {weight.layer: weight.kept.clone() for weight in self.weights}
 
-    def stop_at(self, masks: Masks, accuracy: float | None, why: str) -> None:
-        """Make masks what they were, with the values of weights, and prune no further."""
+    def check(self) -> bool:
+        """Evaluate where there is a limit, and go back if accuracy has fallen too far.
+
+        Returns whether it did; nothing is pruned from then on. ``step`` calls it before every
+        update; call it once more when training is over, for what came of the last one.
+        """
+        most = self.pruning.most_loss
+        if most is None or self._stopped:
+            return False
+        accuracy, density = self.evaluate(), self.outcome.density
+        assert accuracy is not None  # a limit comes with ``evaluate``
+        if self.lost <= most or self._reached is None:
+            self._reached = Reached.now(self.model, accuracy, density)
+            return False
+        good = self._reached
+        self._stopped = (
+            f"pruning stopped at {good.density:.1%} of the weights with an accuracy of "
+            f"{good.accuracy:.4g}: at {density:.1%} it was {accuracy:.4g}, more than most_loss="
+            f"{most} below the {self._before:.4g} of before; train longer in between "
+            "(sparsify.Pruner with a larger every or end), prune less, or allow more"
+        )
+        good.put_back(self.model)
+        for weight in self.weights:
+            set_mask(weight, weight.kept)  # what modules computed of the masks before
+        self._accuracy, self._reached = good.accuracy, None
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on pruning from here, beside the model's own state.
+
+        Masks are part of it: weights that have only just grown again are zero in that of the model.
+        """
+        return {
+            "steps": self.steps,
+            "masks": self.masks(),
+            "movements": {layer: moved.clone() for layer, moved in self._movements.sums.items()},
+            "accuracy_before": self._before,
+            "accuracy": self._accuracy,
+            "stopped": self._stopped,
+            "reached": None if self._reached is None else self._reached.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where ``state_dict`` was called; load the model's own state before.
+
+        Raises PruningError where it is of other layers.
+        """
+        masks: Masks = state["masks"]
+        shapes = {weight.layer: tuple(weight.parameter.shape) for weight in self.weights}
+        loaded = {layer: tuple(mask.shape) for layer, mask in masks.items()}
+        if loaded != shapes:
+            raise PruningError(
+                f"the state is that of a Pruner of {_listed(loaded)}, this one prunes "
+                f"{_listed(shapes)}; make it with the same model and Pruning"
+            )
+        self.steps = state["steps"]
         for weight in self.weights:
             set_mask(weight, masks[weight.layer])
-        self._accuracy, self._stopped = accuracy, why
+        device = {weight.layer: weight.parameter.device for weight in self.weights}
+        moved = state["movements"].items()
+        self._movements.sums = {layer: sums.clone().to(device[layer]) for layer, sums in moved}
+        self._before, self._accuracy = state["accuracy_before"], state["accuracy"]
+        self._stopped, reached = state["stopped"], state["reached"]
+        self._reached = None if reached is None else Reached(**reached)
 
     def evaluate(self) -> float | None:
         """The accuracy now, remembered for the outcome; None without ``evaluate``."""
@@ -127,22 +197,9 @@ class Pruner:
         )
         return PruningOutcome(layers, self._before, self._accuracy, self._stopped)
 
-    def _may_go_on(self) -> bool:
-        """False once accuracy has fallen too far: training may win it back, pruning cannot."""
-        if self.pruning.evaluate is None or self.pruning.most_loss is None:
-            return True
-        self.evaluate()
-        if self.lost > self.pruning.most_loss and not self._stopped:
-            self._stopped = (
-                f"pruning stopped at {self.outcome.density:.1%} of the weights: accuracy fell from "
-                f"{self._before:.4g} to {self._accuracy:.4g}, by more than most_loss="
-                f"{self.pruning.most_loss}; prune more slowly (every, end), less, or allow more"
-            )
-        return not self._stopped
-
     def _masks(self, progress: float) -> Masks:
         pruning = self.pruning
-        scores = self._scores()
+        scores = self._scores(self._gradients())
         kept = {weight.layer: weight.kept for weight in self.weights}
         if pruning.n_of_m is not None:
             n, m = pruning.n_of_m
@@ -159,29 +216,31 @@ class Pruner:
             masks |= keep_best(ranked, fraction * progress, pruning.block)
         return masks
 
-    def _scores(self) -> Masks:
-        pruning = self.pruning
-        gradients: Mapping[str, Tensor] = {
-            weight.layer: weight.parameter.grad
-            for weight in self.weights
-            if weight.parameter.grad is not None
-        }
-        reads_gradients = pruning.criterion == "gradient" or callable(pruning.criterion)
-        if pruning.loss is not None and reads_gradients:
-            gradients = dense_gradients(self.weights, pruning.loss)
+    def _gradients(self) -> Mapping[str, Tensor]:
+        """Those that the criterion reads: of ``loss`` if it is given, else of the training step."""
+        if self.pruning.loss is not None and self._reads("gradient"):
+            return dense_gradients(self.weights, self.pruning.loss)
+        parameters = {weight.layer: weight.parameter for weight in self.weights}
+        return {layer: p.grad for layer, p in parameters.items() if p.grad is not None}
+
+    def _scores(self, gradients: Mapping[str, Tensor]) -> Masks:
         activity: Mapping[str, Tensor] = {}
-        reads_activity = pruning.criterion == "event-weighted" or callable(pruning.criterion)
-        if any(self.example) and reads_activity:
+        if any(self.example) and self._reads("event-weighted"):
             activity = measure_activity(self.model, self.weights, *self.example)
-        return score(self.weights, pruning, gradients, activity, self._movements)
+        return score(self.weights, self.pruning, gradients, activity, self._movements)
+
+    def _reads(self, criterion: str) -> bool:
+        """Whether what ``criterion`` looks at may be looked at: a function is given everything."""
+        return self.pruning.criterion == criterion or callable(self.pruning.criterion)
 
     def _regrow(self, step: int) -> None:
+        """Exchange weights of the model as it was just pruned, of which one loss is computed."""
         pruning = self.pruning
         assert pruning.loss is not None
         done = (step - pruning.begin) / (pruning.end - pruning.begin)
         share = pruning.regrow / 2 * (1 + math.cos(math.pi * done))
         gradients = dense_gradients(self.weights, pruning.loss)
-        scores = self._scores()
+        scores = self._scores(gradients)
         for weight in self.weights:
             kept, layer = weight.kept, weight.layer
             count = int(share * int(kept.sum()))
@@ -189,6 +248,10 @@ class Pruner:
             with torch.no_grad():
                 weight.parameter.masked_fill_(grown, 0.0)
             set_mask(weight, after)
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{layer} {list(shape)}" for layer, shape in shapes.items())
 
 
 def _check_widths(weights: list[Prunable], pruning: Pruning) -> None:

@@ -56,6 +56,7 @@ class Pruning:
         path, and its rows are taken as receivers, as in ``F.linear``.
     begin, end, every: of gradual pruning: the steps of training from which and to which the
         fraction grows, by a cubic schedule (Zhu and Gupta 2017), and how many lie between updates.
+        These and ``regrow`` are for a ``Pruner``: ``prune=`` refuses what takes training.
     regrow: share of the kept weights that every update exchanges for pruned ones with large
         gradients, falling to zero by a cosine until ``end`` (RigL, Evci et al. 2020).
     loss: a function without arguments that returns the loss on a typical batch; what needs
@@ -63,7 +64,8 @@ class Pruning:
         is pruned: the one given to a ``Pruner``, or with ``in_place``.
     evaluate: a function of the model that returns its accuracy, or another number that is better
         when it is larger.
-    most_loss: pruning stops with what was reached when accuracy has fallen by more than this.
+    most_loss: when accuracy has fallen by more than this, pruning goes back to what it was before
+        and stops there.
     in_place: prune the model itself in place of a copy.
     """
 
