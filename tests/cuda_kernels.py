@@ -56,6 +56,10 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         kept(schedule(lif_gradient(1300), "row-per-block"), w_rec=COMPRESSED),
     ),
     "lif_grid": (lif(70, 300), schedule(lif(70, 300), "neurons-per-grid")),
+    "half_lif_grid": (
+        half_lif(70, 300, "bfloat16"),
+        kept(schedule(half_lif(70, 300, "bfloat16"), "neurons-per-grid"), w_in=TWO_OF_FOUR),
+    ),
     "lif_masked_grid": (
         lif(70, 300),
         kept(schedule(lif(70, 300), "neurons-per-grid"), w_in=TWO_OF_FOUR, w_rec=TWO_OF_FOUR),

@@ -21,8 +21,10 @@ from sparsify.codegen.cuda.device import H100, KIB, STATED, Grid, Limits, Memory
 from sparsify.codegen.cuda.headers import headers_for, headers_of
 from sparsify.codegen.cuda.occupancy import resident_blocks, why_not_resident
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
+from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.engine import Engine
 from sparsify.errors import KernelFault
+from sparsify.halves import HALVES
 from sparsify.install import install
 from sparsify.options import Options
 from sparsify.plan import Plan
@@ -41,6 +43,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
+from tests.half_kernels import half_lif, half_lif_data
 from tests.training_nets import net
 
 TILES = (Path(__file__).parent / "cuda" / "tiles.cu").read_text(encoding="utf-8")
@@ -157,6 +160,37 @@ def test_sums_within_their_bound(is_binary: bool, width: int, rows: int, order: 
     assert np.abs(got - wanted).max() < 40 * HALF_ULP * sizes.max()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_of_halves(dtype: ir.DType) -> None:
+    """Products of halves are exact in float32: 256 are added in each block, then 3 blocks."""
+    rng, kind = np.random.default_rng(0), TORCH_DTYPES[dtype]
+    weights = torch.from_numpy(rng.standard_normal((SENDERS, SLICE))).to(kind)
+    values = torch.from_numpy(rng.standard_normal((23, SENDERS))).to(kind)
+    sums = torch.full((23, SLICE), float("nan"))
+    given = Memory(values, "values"), Memory(weights, "weights")
+    words = *given, Memory(sums, "sums", written=True), 23, SLICE
+    launch(f"run_{dtype}", words, Grid(1, 64), "random")
+    values, weights = values.double(), weights.double()
+    additions = 256 + 3
+    bound = additions * HALF_ULP / (1 - additions * HALF_ULP) * (values.abs() @ weights.abs())
+    assert ((sums - values @ weights).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_recurrent_lif_of_halves(dtype: ir.DType) -> None:
+    """Inputs are few multiples of 1/8 and weights of 1/16: sums of them are exact."""
+    kernel, steps, batch = half_lif(270, 40, dtype), 3, 19
+    rng = np.random.default_rng(0)
+    data = half_lif_data(kernel, steps, batch)
+    data["x"] = rng.integers(-2, 3, data["x"].shape).astype("float32") / 8
+    data["w_in"] = rng.integers(-4, 5, data["w_in"].shape).astype("float32") / 16
+    data["w_rec"] = rng.integers(-8, 9, data["w_rec"].shape).astype("float32") / 16
+    launchable = load(kernel, 16)
+    compare(launchable, kernel, data, steps, batch)
+    active, senders = launchable.events["recurrent"]
+    assert 0.02 < active / senders < 0.6, "the data do not exercise the kernel"
+
+
 def test_exact_sums_are_exact() -> None:
     """All 24 bits of weights and of values count, each where the other is a power of two."""
     rng = np.random.default_rng(0)
@@ -264,7 +298,11 @@ def test_no_barrier_can_be_left_out(barrier: str, order: Schedule) -> None:
 
 
 @pytest.mark.parametrize("limits", STATED, ids=lambda limits: limits.architecture)
-@pytest.mark.parametrize("kernel", [lif(700, 1024), lif_gradient(512)], ids=lambda k: str(k.name))
+@pytest.mark.parametrize(
+    "kernel",
+    [lif(700, 1024), lif_gradient(512), half_lif(700, 1024, "float16")],
+    ids=lambda k: str(k.name),
+)
 def test_cubins(kernel: ir.Kernel, limits: Limits) -> None:
     """Spills are errors; all blocks of a team are resident at once."""
     strategy = DenseTiles(limits)
@@ -291,13 +329,35 @@ def test_more_rows_are_under_way_where_all_weights_are_kept() -> None:
     assert H100.multiprocessors // shape.blocks * shape.rows >= 128
 
 
+def mixed(name: str, dtype: ir.DType) -> ir.Kernel:
+    """A kernel of bfloat16 with a weight or an operand of another dtype."""
+    kernel = half_lif(70, 130, "bfloat16")
+    weights = (replace(w, dtype=dtype) if w.name == name else w for w in kernel.weights)
+    operands = (replace(o, dtype=dtype) if o.name == name else o for o in kernel.operands)
+    return replace(kernel, weights=tuple(weights), operands=tuple(operands))
+
+
 REFUSED: Mapping[str, tuple[ir.Kernel, ir.Schedule, Limits]] = {
     "'recurrent' is to read events": (
         lif(70, 130),
         ir.Schedule("dense-tiles", (("drive", "dense"), ("recurrent", "event"))),
         H100,
     ),
-    "'w_in' is another dtype": (lif(70, 130, "float64"), dense(lif(70, 130)), H100),
+    "multiply float32 and halves, and 'w_rec' is float64": (
+        lif(70, 130, "float64"),
+        dense(lif(70, 130)),
+        H100,
+    ),
+    "'w_in' is bfloat16, and 'w_rec' float16.": (
+        mixed("w_rec", "float16"),
+        dense(lif(70, 130)),
+        H100,
+    ),
+    "'x' is float32, and is multiplied with bfloat16.": (
+        mixed("x", "float32"),
+        dense(lif(70, 130)),
+        H100,
+    ),
     "compute capability 8.0; old has 7.5": (
         lif(70, 130),
         dense(lif(70, 130)),

@@ -59,7 +59,7 @@ struct GridTeam {
   // Of what the team exchanges: past the first cache, which does not see what other blocks write.
   template <class T>
   static SPARSIFY_INLINE void publish(T* to, T value) {
-    __stcg(to, value);
+    store(plain(to), value);
   }
   // By a whole warp that agrees about `word`.
   static SPARSIFY_INLINE void publish_word(uint32_t* to, uint32_t word) {
@@ -67,10 +67,14 @@ struct GridTeam {
   }
   template <class T>
   static SPARSIFY_INLINE T fetch(const T* from) {
-    return __ldcg(from);
+    return same_bits<T>(__ldcg(plain(from)));
   }
 
  private:
+  template <class P, class T>
+  static SPARSIFY_INLINE void store(P* to, T value) {
+    __stcg(to, same_bits<P>(value));
+  }
   SPARSIFY_INLINE bool poll() {
     const volatile unsigned* const now = arrivals;
     for (int64_t polls = 0; int(*now - goal) < 0; ++polls) {  // right also when it has wrapped

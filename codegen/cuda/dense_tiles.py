@@ -1,7 +1,8 @@
 """Strategy: dense loops on tensor cores, for batches of training and as what events compete with.
 
 Blocks share neurons as in ``neurons-per-grid``. Sums are computed for 16 batch rows, 8 receivers
-and 16 senders at a time, with float32 weights split into three bfloat16 (see ``tile_sums.cuh``).
+and 16 senders at a time, with float32 weights split into three bfloat16 (see ``tile_sums.cuh``);
+halves are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
+from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid, with_resident
 from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, L2_CLOCKS, SYNC_CLOCKS
@@ -22,19 +24,20 @@ from sparsify.codegen.cuda.team_shape import widths as find_widths
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.layout_costs import NO_PATTERNS
-from sparsify.codegen.usage import Source
+from sparsify.codegen.usage import Source, Usage, find_usage
 from sparsify.errors import Refusal
+from sparsify.halves import HALVES
 from sparsify.weight_pattern import Pattern
 
 TENSOR_CORES_SINCE = (8, 0)  # compute capability, with bfloat16
 TILE_ROWS, TILE_COLUMNS = 16, 8
 ROWS = (128, 64, 32, 16)  # how many batch rows a team may carry at once
 WARPS = 16  # of a block
-PARTS = 3  # bfloat16 of a float32
+PARTS = 3  # bfloat16 of a float32; a half is one part
 ROW_WORDS = SENDER_BLOCK // 2 + 4  # of the values of a block of senders, see TileValues
 # Instructions, counted, that a warp issues for the products of a tile: splitting weights, loading
 # and multiplying; and the multiplications of a float32 lane that they take the time of.
-BINARY_COST, REAL_COST = 0.6, 1.0
+BINARY_COST, REAL_COST, HALF_COST = 0.6, 1.0, 0.22
 
 
 class DenseTiles(NeuronsPerGrid):
@@ -57,11 +60,8 @@ class DenseTiles(NeuronsPerGrid):
             name, layout = schedule.layouts[0]
             reason = f"Tensor cores multiply whole tiles, and {name!r} is to be read in {layout}."
             return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for layouts.")
-        wide = [w.name for w in kernel.weights if w.dtype != "float32"]
-        if wide:
-            reason = f"Tensor cores multiply parts of float32, and {wide[0]!r} is another dtype."
-            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
-        return super().why_not(kernel, schedule)
+        refusal = why_not_dtypes(find_usage(kernel, schedule))
+        return refusal or super().why_not(kernel, schedule)
 
     def team(self, kernel: ir.Kernel, schedule: ir.Schedule) -> TeamKernel:
         return TileKernel(kernel, schedule, self.together)
@@ -99,6 +99,7 @@ class DenseTiles(NeuronsPerGrid):
         )
         team = self.team(kernel, schedule)
         factor = BINARY_COST if parts_of(team) == 1 else REAL_COST
+        factor = HALF_COST if weight_dtype(kernel) in HALVES else factor
         whole = round_up(batch, TILE_ROWS) / max(1, batch)
         return replace(cost, dense_macs=cost.dense_macs * factor * whole)
 
@@ -123,9 +124,36 @@ def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:
 
 
 def parts_of(team: TeamKernel) -> int:
-    """How many parts the values of all sources have: one where they are binary."""
-    sources = team.usage.sources.values()
-    return 1 if all(is_binary(source, team.usage) for source in sources) else PARTS
+    """How many parts the values of all sources have at most."""
+    return max(parts_of_source(source, team.usage) for source in team.usage.sources.values())
+
+
+def parts_of_source(source: Source, usage: Usage) -> int:
+    """One where values are binary, or halves as the weights are."""
+    is_half = weight_dtype(usage.kernel) in HALVES
+    return 1 if is_half or is_binary(source, usage) else PARTS
+
+
+def weight_dtype(kernel: ir.Kernel) -> ir.DType:
+    """That of all weights."""
+    return kernel.weights[0].dtype
+
+
+def why_not_dtypes(usage: Usage) -> Refusal | None:
+    """Refuse what tensor cores do not multiply."""
+    kernel, reason = usage.kernel, None
+    dtype = weight_dtype(kernel) if kernel.weights else "float32"
+    for weight in kernel.weights:
+        if weight.dtype == "float64":
+            reason = f"Tensor cores multiply float32 and halves, and {weight.name!r} is float64."
+        elif weight.dtype != dtype:
+            reason = f"{kernel.weights[0].name!r} is {dtype}, and {weight.name!r} {weight.dtype}."
+    for source in usage.sources.values():
+        if dtype in HALVES and source.value_dtype != dtype and not is_binary(source, usage):
+            reason = f"{source.name!r} is {source.value_dtype}, and is multiplied with {dtype}."
+    if reason is None:
+        return None
+    return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
 
 
 class TileKernel(TeamKernel):
@@ -153,7 +181,8 @@ class TileSums(TeamSums):
     def write(self, source: Source) -> None:
         """All products of a source, block of senders by block of senders, which all warps share."""
         w, team = self.w, self.team
-        size, parts = team.size(source.population), 1 if is_binary(source, self.usage) else PARTS
+        size, parts = team.size(source.population), parts_of_source(source, team.usage)
+        weights = MEMORY_TYPES[weight_dtype(team.kernel)]
         readers = [gather for gather in self.gathers if gather.source == source.name]
         w.comment(f"What {self.phase.population} receives from {source.name}.")
         with w.block(f"for (int block = 0; block < blocks_of({size}); ++block)"):
@@ -161,7 +190,7 @@ class TileSums(TeamSums):
             with w.block("for (int row = warp_of(); row < whole_tiles(rows); row += WARPS)"):
                 w.line(f"const {self.heard(source)} source{{{self.row(source)}}};")
                 given = f"row, source, block, {size}, row < rows"
-                w.line(f"const Kept kept = shared.tile.keep<{parts}>({given});")
+                w.line(f"const Kept kept = shared.tile.keep<{weights}, {parts}>({given});")
                 for gather in readers:
                     if gather.only is None:
                         w.line(f"if (team.rank == 0) {team.counter(gather)} += kept.count;")
@@ -178,5 +207,6 @@ class TileSums(TeamSums):
         mine = team.mine[team.weight(gather).receivers]
         weights = f"{packed_name(team.packing(gather), team.symbols)}_slice"
         given = f"shared.{team.name(gather.result)}_sum, {weights}, shared.tile"
-        call = f"add_tiles<{parts}>({given}, block, {senders}, rows, {mine}.size);"
+        types = f"{MEMORY_TYPES[weight_dtype(team.kernel)]}, {parts}"
+        call = f"add_tiles<{types}>({given}, block, {senders}, rows, {mine}.size);"
         self.w.line(call, gather.note)

@@ -38,6 +38,22 @@ SPARSIFY_INLINE bool is_finite(F a) {
   return absolute(a) < infinity<F>();
 }
 
+// Halves are loaded and stored as the numbers that their bits are.
+template <class T>
+SPARSIFY_INLINE T* plain(T* at) {
+  return at;
+}
+SPARSIFY_INLINE const uint16_t* plain(const float16* at) { return &at->bits; }
+SPARSIFY_INLINE const uint16_t* plain(const bfloat16* at) { return &at->bits; }
+SPARSIFY_INLINE uint16_t* plain(float16* at) { return &at->bits; }
+SPARSIFY_INLINE uint16_t* plain(bfloat16* at) { return &at->bits; }
+
+// What nobody writes while the kernel runs.
+template <class T>
+SPARSIFY_INLINE T read_only(const T* from) {
+  return same_bits<T>(__ldg(plain(from)));
+}
+
 // The sum of what the lanes of a warp have; every lane gets it, added in the same order.
 template <class F>
 SPARSIFY_INLINE F warp_sum(F part) {

@@ -47,7 +47,7 @@ struct Given {
   const T* values;
   typedef T Value;
 
-  SPARSIFY_INLINE T operator()(int s) const { return __ldg(values + s); }
+  SPARSIFY_INLINE T operator()(int s) const { return read_only(values + s); }
 };
 
 // A row of an operand that lies in memory as bits.
@@ -89,6 +89,8 @@ template <class T>
 SPARSIFY_INLINE void touch(const T* value) {
   (void)*static_cast<const volatile T*>(value);
 }
+SPARSIFY_INLINE void touch(const float16* value) { touch(plain(value)); }
+SPARSIFY_INLINE void touch(const bfloat16* value) { touch(plain(value)); }
 
 // ---- events ----
 

@@ -72,6 +72,12 @@ def packed_name(packing: Packing, symbols: Symbols) -> str:
     return name if packing.by == "receivers" else f"{name}_rows"
 
 
+def weight_types(dtype: ir.DType) -> str:
+    """The template arguments for what a weight is, and for what it is in memory if that differs."""
+    kind, in_memory = C_TYPES[dtype], MEMORY_TYPES[dtype]
+    return kind if kind == in_memory else f"{kind}, {in_memory}"
+
+
 def row_length(kernel: ir.Kernel, packing: Packing) -> int:
     """The distance of rows of a packed weight."""
     weight = packing.weight

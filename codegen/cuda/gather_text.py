@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
-from sparsify.codegen.cuda.frame_text import packed_name
+from sparsify.codegen.cuda.frame_text import packed_name, weight_types
 from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.usage import Packing, Source, find_usage, packings
 from sparsify.codegen.writer import Writer
@@ -130,7 +130,7 @@ class GatherText(ABC):
         """The C++ object that reads it."""
         weight, names = kept.packing.weight, [a.suffix for a in kept.arrays()[:-1]]
         given = ", ".join(f"call.{self._prefix(kept)}{name}" for name in names)
-        kind = C_TYPES[weight.dtype]
+        kind = weight_types(weight.dtype)
         if kept.how == "masks":
             along = weight.receivers if kept.packing.by == "receivers" else weight.senders
             return f"MaskedRows<{self.symbols.sizes[along]}, {kept.room}, {kind}>({given})"

@@ -13,13 +13,14 @@ namespace sparsify {
 
 // In memory, as counts[sender][band], places[sender][band][ROOM] and kept[sender][band][ROOM][WIDTH]:
 // the runs of a sender in each band of the receivers. A band are those of a warp, see Columns.
-template <int WIDTH, int BANDS, int ROOM, class Place, class F>
+// A weight W is a float F in memory.
+template <int WIDTH, int BANDS, int ROOM, class Place, class F, class W = F>
 struct KeptRuns {
   const uint16_t* counts;
   const Place* places;
-  const F* kept;
+  const W* kept;
 
-  SPARSIFY_INLINE KeptRuns(const uint16_t* counts, const Place* places, const F* kept)
+  SPARSIFY_INLINE KeptRuns(const uint16_t* counts, const Place* places, const W* kept)
       : counts(counts), places(places), kept(kept) {}
 
   // Weights of a sender in a band.
@@ -41,9 +42,10 @@ struct KeptRuns {
 // A sender's receivers are different ones: lanes add to them side by side. The next sender's are added
 // afterwards, so that every sum has the order of ir.Gather. Weights of AHEAD senders are asked for
 // before the first of them is added.
-template <int WIDTH, int BANDS, int ROOM, class Place, class F, int PER, int SENDERS, class Payloads>
+template <int WIDTH, int BANDS, int ROOM, class Place, class F, class W, int PER, int SENDERS,
+          class Payloads>
 SPARSIFY_INLINE void gather_runs(F (&sums)[PER],
-                                 const KeptRuns<WIDTH, BANDS, ROOM, Place, F>& runs, int band, F* own,
+                                 const KeptRuns<WIDTH, BANDS, ROOM, Place, F, W>& runs, int band, F* own,
                                  const Events<SENDERS>& events, const Payloads& payload) {
   constexpr int AHEAD = sizeof(F) == 4 ? 6 : 4;
 #pragma unroll
@@ -102,8 +104,8 @@ SPARSIFY_INLINE bool has_finite_payloads(const Events<SENDERS>& events, const Pa
 // ---- restricted sums: a warp adds the row of a receiver; it is one band ----
 
 // The last run may end behind the last sender.
-template <int WIDTH, int ROOM, class Place, class F>
-SPARSIFY_INLINE F part_of_row(const KeptRuns<WIDTH, 1, ROOM, Place, F>& runs, const F* values,
+template <int WIDTH, int ROOM, class Place, class F, class W>
+SPARSIFY_INLINE F part_of_row(const KeptRuns<WIDTH, 1, ROOM, Place, F, W>& runs, const F* values,
                               int senders, int receiver) {
   F part = F(0);
   const int count = runs.count(receiver, 0);
@@ -120,19 +122,19 @@ SPARSIFY_INLINE F part_of_row(const KeptRuns<WIDTH, 1, ROOM, Place, F>& runs, co
 
 // In memory, as counts[receiver], and places and kept [receiver / 32][ROOM][receiver % 32]: the lanes of
 // a warp read side by side. A place is a sender.
-template <int ROOM, class Place, class F>
+template <int ROOM, class Place, class F, class W = F>
 struct KeptSenders {
   const uint16_t* counts;
   const Place* places;
-  const F* kept;
+  const W* kept;
 
-  SPARSIFY_INLINE KeptSenders(const uint16_t* counts, const Place* places, const F* kept)
+  SPARSIFY_INLINE KeptSenders(const uint16_t* counts, const Place* places, const W* kept)
       : counts(counts), places(places), kept(kept) {}
 };
 
 // The sums of gather_dense, of values that are finite.
-template <int ROOM, class Place, int PER, int THREADS, class F>
-SPARSIFY_INLINE void gather_kept(F (&sums)[PER], const KeptSenders<ROOM, Place, F>& senders,
+template <int ROOM, class Place, class W, int PER, int THREADS, class F>
+SPARSIFY_INLINE void gather_kept(F (&sums)[PER], const KeptSenders<ROOM, Place, F, W>& senders,
                                  const F* values, const Columns<PER, THREADS>& columns) {
   constexpr int PARTS = 4;
 #pragma unroll
@@ -140,7 +142,7 @@ SPARSIFY_INLINE void gather_kept(F (&sums)[PER], const KeptSenders<ROOM, Place, 
     const int n = columns.at[k], count = senders.counts[n];
     const int64_t first = int64_t(n / WARP) * (ROOM * WARP) + n % WARP;
     const Place* const places = senders.places + first;
-    const F* const kept = senders.kept + first;
+    const W* const kept = senders.kept + first;
     F parts[PARTS] = {};
     int i = 0;
     for (; i + PARTS <= count; i += PARTS)

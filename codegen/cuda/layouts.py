@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES
+from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.codegen.usage import Packing, packings, selective_gathers
 
@@ -74,7 +74,7 @@ class Kept:
     def arrays(self) -> list[Array]:
         """The members, in their order."""
         weight = self.packing.weight
-        kind, dtype = C_TYPES[weight.dtype], TORCH_DTYPES[weight.dtype]
+        kind, dtype = MEMORY_TYPES[weight.dtype], TORCH_DTYPES[weight.dtype]
         rows = -(-self.rows // WARP) * WARP if self.how == "senders" else self.rows
         bands = rows * self.bands
         if self.how == "masks":

@@ -8,11 +8,11 @@ namespace sparsify {
 
 // From a sender and a receiver of the slice to the weight. All weights are read where there was not
 // room for those that are not zero.
-template <int SLICE, int ROOM, int ROW, class F>
+template <int SLICE, int ROOM, int ROW, class F, class W = F>
 struct MaskedSlice {
   bool fits;
-  MaskedRows<SLICE, ROOM, F> kept;
-  Streamed<F, ROW> whole;
+  MaskedRows<SLICE, ROOM, F, W> kept;
+  Streamed<ROW, F, W> whole;
 
   SPARSIFY_INLINE F operator()(int s, int i) const { return fits ? kept(s, i) : whole(s, i); }
 };

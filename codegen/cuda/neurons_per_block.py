@@ -16,7 +16,7 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name
 from sparsify.codegen.cuda.predict_cost import predict_cost
-from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_halves, why_not_shared
+from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
 from sparsify.codegen.cuda.team_clocks import step_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_masks import why_not_layouts
@@ -65,7 +65,6 @@ class _NeuronsPerBlock:
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         refusal = why_not_gather(kernel, schedule) or why_not_layouts(kernel, schedule)
-        refusal = refusal or why_not_halves(kernel, schedule, in_rows=False)
         if refusal is not None:
             return refusal
         if not find_usage(kernel, schedule).exchanges:

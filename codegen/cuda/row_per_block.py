@@ -16,13 +16,7 @@ from sparsify.codegen.cuda.layout_costs import event_clocks
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
 from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, LIST_CLOCKS
-from sparsify.codegen.cuda.strategy import (
-    Plan,
-    Resident,
-    why_not_halves,
-    why_not_shared,
-    why_not_words,
-)
+from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared, why_not_words
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.slots import counted
 from sparsify.codegen.usage import why_not_gather
@@ -39,7 +33,7 @@ class RowPerBlock:
         self.limits = limits
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
-        refusal = why_not_gather(kernel, schedule) or why_not_halves(kernel, schedule, in_rows=True)
+        refusal = why_not_gather(kernel, schedule)
         if refusal is not None:
             return refusal
         text = RowText(kernel, schedule)

@@ -9,35 +9,42 @@ namespace sparsify {
 
 // ---- weights: from a sender and a receiver of the slice to the weight ----
 
-// In shared memory, as [sender][SLICE].
-template <class F, int SLICE>
-struct Resident {
-  const F* weights;
+// A weight W is a float F in memory.
 
-  SPARSIFY_INLINE F operator()(int s, int i) const { return weights[s * SLICE + i]; }
+// In shared memory, as [sender][SLICE].
+template <int SLICE, class F, class W = F>
+struct Resident {
+  const W* weights;
+
+  SPARSIFY_INLINE W stored(int s, int i) const { return weights[s * SLICE + i]; }
+  SPARSIFY_INLINE F operator()(int s, int i) const { return stored(s, i); }
 };
 
 // In global memory, as [sender][ROW]; `weights` points to the first receiver of the slice.
-template <class F, int ROW>
+template <int ROW, class F, class W = F>
 struct Streamed {
-  const F* weights;
+  const W* weights;
 
-  SPARSIFY_INLINE F operator()(int s, int i) const { return __ldg(weights + int64_t(s) * ROW + i); }
+  SPARSIFY_INLINE W stored(int s, int i) const {
+    return read_only(weights + int64_t(s) * ROW + i);
+  }
+  SPARSIFY_INLINE F operator()(int s, int i) const { return stored(s, i); }
 };
 
 // Copies the `width` columns of a slice to shared memory, where rows are APART.
-template <int SLICE, int ROW, int APART = SLICE, class F>
-SPARSIFY_INLINE void keep_columns(F* to, const F* weights, int senders, int width) {
+template <int SLICE, int ROW, int APART = SLICE, class W>
+SPARSIFY_INLINE void keep_columns(W* to, const W* weights, int senders, int width) {
   for (int at = int(threadIdx.x); at < senders * SLICE; at += int(blockDim.x)) {
     const int s = at / SLICE, i = at % SLICE;
-    to[s * APART + i] = i < width ? __ldg(weights + int64_t(s) * ROW + i) : F(0);
+    to[s * APART + i] = i < width ? read_only(weights + int64_t(s) * ROW + i) : W(0);
   }
 }
 
 // Copies `count` weights of whole rows to shared memory.
-template <class F>
-SPARSIFY_INLINE void keep_rows(F* to, const F* weights, int count) {
-  for (int at = int(threadIdx.x); at < count; at += int(blockDim.x)) to[at] = __ldg(weights + at);
+template <class W>
+SPARSIFY_INLINE void keep_rows(W* to, const W* weights, int count) {
+  for (int at = int(threadIdx.x); at < count; at += int(blockDim.x))
+    to[at] = read_only(weights + at);
 }
 
 // ---- sums over a block of senders ----
@@ -190,16 +197,6 @@ SPARSIFY_INLINE void keep_values(F* to, const Heard<Source>& heard, int block, i
     const int s = block * BLOCK + chunk * WARP + lane_of();
     if (s < senders) to[s] = cast<F>(heard.value[chunk]);
   }
-}
-
-// The sum of one receiver, whose weights lie in a row, over all senders: by a whole warp, whose
-// lanes are told. The order of additions is the same whoever else is wanted.
-template <class F>
-SPARSIFY_INLINE F add_row(const F* weights, const F* values, int senders) {
-  F sum = F(0);
-#pragma unroll 4
-  for (int s = lane_of(); s < senders; s += WARP) sum = fused(weights[s], values[s], sum);
-  return warp_sum(sum);
 }
 
 }  // namespace sparsify

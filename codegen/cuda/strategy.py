@@ -12,7 +12,6 @@ from sparsify.codegen.cuda.device import Grid, Limits
 from sparsify.codegen.cuda.frame_text import Member, Scratch
 from sparsify.codegen.cuda.layouts import Kept
 from sparsify.errors import Refusal
-from sparsify.halves import HALVES
 
 MOST_WORDS = 32764 // 8  # of a kernel's parameter, since CUDA 12.1
 Resident = Callable[[int, int], int]  # threads and shared bytes -> blocks of a multiprocessor
@@ -43,28 +42,6 @@ class CudaStrategy(backend.Strategy, Protocol):
     """A strategy of the CUDA backend."""
 
     def plan(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Plan: ...
-
-
-def why_not_halves(kernel: ir.Kernel, schedule: ir.Schedule, in_rows: bool) -> Refusal | None:
-    """Refuse float16 and bfloat16 where text of a strategy does not convert them.
-
-    ``in_rows`` says that it reads whole rows of weights out of memory, which are converted.
-    """
-    weights = [w.name for w in kernel.weights if w.dtype in HALVES]
-    if in_rows:
-        weights = [name for name in weights if schedule.layout_of(name) != ir.DENSE_ROWS]
-    halves = weights
-    if not in_rows:
-        halves += [o.name for o in kernel.operands if o.dtype in HALVES]
-        halves += [s.name for s in kernel.states if s.dtype in HALVES]
-        halves += [o.name for o in kernel.outputs if o.dtype in HALVES]
-    if not halves:
-        return None
-    return Refusal(
-        "unsupported-layout",
-        f"{halves[0]!r} is half precision, which only row-per-block reads, in dense rows.",
-        "Choose row-per-block, and no layout of weights.",
-    )
 
 
 def why_not_words(kernel: ir.Kernel, members: Sequence[Member]) -> Refusal | None:

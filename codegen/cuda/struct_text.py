@@ -9,7 +9,7 @@ from sparsify.codegen.writer import Writer
 
 SIZES = {
     **{"float": 4, "double": 8, "int32_t": 4, "int64_t": 8, "uint32_t": 4},
-    **{"bool": 1, "uint8_t": 1},
+    **{"bool": 1, "uint8_t": 1, "sparsify::float16": 2, "sparsify::bfloat16": 2},
 }
 Dim = tuple[str, int]  # a C++ expression and what it is
 

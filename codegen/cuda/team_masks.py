@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
-from sparsify.codegen.cuda.frame_text import packed_name, row_length
+from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
+from sparsify.codegen.cuda.frame_text import packed_name, row_length, weight_types
 from sparsify.codegen.cuda.layouts import Kept, masked, masked_senders
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.usage import Packing
@@ -66,7 +66,7 @@ def write_masked_slice(
 ) -> None:
     """Copy the masked rows of a slice if they stay in shared memory, and give sums the slice."""
     packing, weight = kept.packing, kept.packing.weight
-    name, kind = packed_name(packing, symbols), C_TYPES[weight.dtype]
+    name, kind = packed_name(packing, symbols), weight_types(weight.dtype)
     width, my = widths[weight.receivers], mine[weight.receivers]
     words = f"{symbols.sizes[weight.senders]} * words_of({width})"
     arrays = []
@@ -87,8 +87,16 @@ def masked_sum(kept: Kept, symbols: Symbols, values: str, receiver: str, row: in
     """The sum of one receiver over all senders, by a whole warp."""
     weight = kept.packing.weight
     name, senders = packed_name(kept.packing, symbols), symbols.sizes[weight.senders]
-    types = f"{senders}, {kept.room}, {C_TYPES[weight.dtype]}"
+    kind = weight_types(weight.dtype)
+    types = f"{senders}, {kept.room}, {kind}"
     rows = f"MaskedRows<{types}>(call.{name}_masks, call.{name}_kept)"
-    added = f"warp_sum(part_of_row({rows}, {values}, {senders}, {receiver}))"
-    whole = f"add_row(call.{name} + int64_t({receiver}) * {row}, {values}, {senders})"
-    return f"(*call.{name}_overflow == 0 ? {added} : {whole})"
+    added = f"part_of_row({rows}, {values}, {senders}, {receiver})"
+    whole = (
+        f"part_of_row({whole_rows(weight, row, f'call.{name}')}, {values}, {senders}, {receiver})"
+    )
+    return f"warp_sum(*call.{name}_overflow == 0 ? {added} : {whole})"
+
+
+def whole_rows(weight: ir.Weight, row: int, at: str) -> str:
+    """The C++ object that reads rows of receivers."""
+    return f"Rows<{row}, {C_TYPES[weight.dtype]}, {MEMORY_TYPES[weight.dtype]}>({at})"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
+from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.layouts import Kept
@@ -14,6 +14,7 @@ from sparsify.codegen.cuda.neuron_text import Neuron
 from sparsify.codegen.cuda.struct_text import SIZES, Array, Dim, struct_layout
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source, Usage, packings
+from sparsify.halves import HALVES
 
 AT_ONCE, ALIGNED = 4, 16  # of lists of events, see exchange.cuh
 
@@ -46,8 +47,7 @@ class TeamMemory:
                 arrays.append(Array.of("uint32_t", f"{name}_active", [*both, dim], note))
             else:
                 dim = self._size(source.population)
-                kind = C_TYPES[source.dtype]
-                arrays.append(Array.of(kind, f"{name}_values", [*both, dim], note))
+                arrays.append(Array.of(told_type(source), f"{name}_values", [*both, dim], note))
         return arrays
 
     def shared(self) -> list[Array]:
@@ -85,13 +85,13 @@ class TeamMemory:
             if name in self.kept:
                 arrays += self._masked(self.kept[name], name, note)
                 continue
-            arrays.append(Array.of(C_TYPES[weight.dtype], name, [dim], f"its slice of {note}"))
+            arrays.append(Array.of(MEMORY_TYPES[weight.dtype], name, [dim], f"its slice of {note}"))
         for bundle in self.bundles:
             weights = [self._weight(gather) for gather in bundle.gathers]
             heard, size = self._size(weights[0].senders)
             dim = f"{heard} * {bundle.columns}", size * self._columns(bundle)[1]
             note = "its slices of " + ", ".join(weight.note or weight.name for weight in weights)
-            kind = C_TYPES[weights[0].dtype]
+            kind = MEMORY_TYPES[weights[0].dtype]
             arrays.append(Array.of(kind, f"{bundle.name}_weights", [dim], note))
         return arrays
 
@@ -101,7 +101,7 @@ class TeamMemory:
         along, senders = self._size(weight.senders)
         words = f"{along} * words_of({self._slice(weight.receivers)[0]})", senders * kept.words
         room = f"{words[0]} * {kept.room}", words[1] * kept.room
-        kind = C_TYPES[weight.dtype]
+        kind = MEMORY_TYPES[weight.dtype]
         return [
             Array.of(kind, f"{name}_kept", [room], f"what its slice of {note} keeps"),
             Array.of("uint32_t", f"{name}_masks", [words], "a bit for each that is not zero"),
@@ -175,6 +175,11 @@ class TeamMemory:
 def event_list(kind: str, payloads: bool) -> str:
     """The lists of a block's warps."""
     return f"{kind}_payloads" if payloads else f"{kind}_events"
+
+
+def told_type(source: Source) -> str:
+    """What is told of a value that is no flag: a half as it is, others in the weights' dtype."""
+    return MEMORY_TYPES[source.value_dtype if source.value_dtype in HALVES else source.dtype]
 
 
 def is_binary(source: Source, usage: Usage) -> bool:

@@ -11,8 +11,8 @@ from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.team_kernel import TeamKernel, items
-from sparsify.codegen.cuda.team_masks import masked_sum
-from sparsify.codegen.cuda.team_memory import event_list, has_payloads, is_binary
+from sparsify.codegen.cuda.team_masks import masked_sum, whole_rows
+from sparsify.codegen.cuda.team_memory import event_list, has_payloads, is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.usage import Source
 from sparsify.codegen.writer import Writer
@@ -181,9 +181,9 @@ class TeamSums:
             w.line("const int64_t b = start + row;")
             w.line(f"const int n = {mine}.first + i;")
             w.line(f"const bool wanted = {team.wanted(gather, self.phase)};")
-            weights = f"{packed_name(packing, team.symbols)}_slice + int64_t(i) * {row}"
+            rows = whole_rows(weight, row, f"{packed_name(packing, team.symbols)}_slice")
             values = f"shared.{team.name(gather.source)}_values[row]"
-            added = f"add_row({weights}, {values}, {senders})"
+            added = f"warp_sum(part_of_row({rows}, {values}, {senders}, i))"
             kept = team.kept_of(packing, self.shape)
             if kept is not None:
                 added = masked_sum(kept, team.symbols, values, "n", row)
@@ -212,7 +212,7 @@ class TeamSums:
             return "GivenBits" if is_packed else f"Given<{MEMORY_TYPES[operand.dtype]}>"
         if is_binary(source, self.usage):
             return f"ToldBits<Team, {self.team.widths[source.population]}>"
-        return f"ToldValues<Team, {C_TYPES[source.dtype]}>"
+        return f"ToldValues<Team, {told_type(source)}>"
 
     def row(self, source: Source) -> str:
         """Where it finds the values of a batch row."""

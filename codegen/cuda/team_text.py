@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, start_phases
+from sparsify.codegen.cell_text import MEMORY_TYPES, start_phases
 from sparsify.codegen.cuda.cell_text import write_cells
 from sparsify.codegen.cuda.frame_text import (
     needs_total,
     packed_name,
     row_length,
+    weight_types,
     write_call,
     write_head,
 )
@@ -23,7 +24,7 @@ from sparsify.codegen.cuda.neuron_text import bits_of, published, write_neuron
 from sparsify.codegen.cuda.struct_text import write_struct
 from sparsify.codegen.cuda.team_kernel import TeamKernel, items
 from sparsify.codegen.cuda.team_masks import write_masked_slice
-from sparsify.codegen.cuda.team_memory import is_binary
+from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.usage import Packing, Source, neuron_reads
@@ -106,7 +107,7 @@ class TeamText:
     def _write_weight(self, packing: Packing) -> None:
         """Copy a weight that stays in shared memory, and give products its slice."""
         w, team, weight = self.w, self.team, packing.weight
-        name, kind = packed_name(packing, team.symbols), C_TYPES[weight.dtype]
+        name, types = packed_name(packing, team.symbols), weight_types(weight.dtype)
         mine, width = team.mine[weight.receivers], team.widths[weight.receivers]
         row, is_resident = row_length(self.kernel, packing), name in self.shape.resident
         kept = team.kept_of(packing, self.shape)
@@ -117,7 +118,7 @@ class TeamText:
             if is_resident:
                 w.line(f"keep_rows(shared.{name}, {first}, {mine}.size * {row});")
                 first = f"shared.{name}"
-            w.line(f"const {kind}* const {name}_slice = {first};")
+            w.line(f"const {MEMORY_TYPES[weight.dtype]}* const {name}_slice = {first};")
             return
         first = f"call.{name} + {mine}.first"
         if needs_total(packing, self.kernel, team.schedule):
@@ -127,7 +128,7 @@ class TeamText:
             write_masked_slice(w, *names, is_resident)
             return
         if not is_resident:
-            w.line(f"const Streamed<{kind}, {row}> {name}_slice{{{first}}};")
+            w.line(f"const Streamed<{row}, {types}> {name}_slice{{{first}}};")
             return
         given = f"{first}, {team.size(weight.senders)}, {mine}.size"
         bundle = team.bundle_of(weight, self.shape)
@@ -135,12 +136,12 @@ class TeamText:
             place = f"{bundle.column(weight.name)}shared.{bundle.name}_weights"
             w.line(f"keep_columns<{width}, {row}, {bundle.columns}>({place}, {given});")
             if weight.name == bundle.gathers[-1].weight:
-                together = f"Resident<{kind}, {bundle.columns}> {bundle.name}_slice"
+                together = f"Resident<{bundle.columns}, {types}> {bundle.name}_slice"
                 w.line(f"const {together}{{shared.{bundle.name}_weights}};")
             return
         given = f"shared.{name}, {given}"
         w.line(f"keep_columns<{width}, {row}>({given});")
-        w.line(f"const Resident<{kind}, {width}> {name}_slice{{shared.{name}}};")
+        w.line(f"const Resident<{width}, {types}> {name}_slice{{shared.{name}}};")
 
     # -- loops -------------------------------------------------------------------------------
 
@@ -276,5 +277,5 @@ class TeamText:
             bits = f"__ballot_sync(ALL, here && {value} != 0)"
             self.w.line(f"team.publish_word({place}, {bits});")
             return
-        told = f"cast<{C_TYPES[source.dtype]}>({value})"
+        told = f"cast<{told_type(source)}>({value})"
         self.w.line(f"if (here) team.publish(told.{name}_values[{slot}][row] + n, {told});")

@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
   const Slice<N_HIDDEN, SLICE_HIDDEN> my_hidden(team.rank);
   const bool w_finite = is_finite(*call.w_total);
   keep_columns<SLICE_HIDDEN, 96>(shared.w, call.w + my_hidden.first, N_HIDDEN, my_hidden.size);
-  const Resident<float, SLICE_HIDDEN> w_slice{shared.w};
+  const Resident<SLICE_HIDDEN, float> w_slice{shared.w};
   keep_rows(shared.w_rows, call.w_rows + int64_t(my_hidden.first) * 96, my_hidden.size * 96);
   const float* const w_rows_slice = shared.w_rows;
   unsigned long long active[3] = {};
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
         const int64_t b = start + row;
         const int n = my_hidden.first + i;
         const bool wanted = any_of(shared.chosen_wild[row]) || (call.near[t * call.near_t + b * call.near_b + n / 8] >> (n % 8) & 1) != 0;
-        const float sum = wanted ? add_row(w_rows_slice + int64_t(i) * 96, shared.chosen_values[row], N_HIDDEN) : float(0);
+        const float sum = wanted ? warp_sum(part_of_row(Rows<96, float, float>(w_rows_slice), shared.chosen_values[row], N_HIDDEN, i)) : float(0);
         if (lane_of() == 0) {
           shared.returned_sum[row][0][i] = sum;
           active[1] += wanted;
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
         const int64_t b = start + row;
         const int n = my_hidden.first + i;
         const bool wanted = any_of(shared.fired_wild[row]) || (call.fired[t * call.fired_t + b * call.fired_b + n / 8] >> (n % 8) & 1) != 0;
-        const float sum = wanted ? add_row(w_rows_slice + int64_t(i) * 96, shared.fired_values[row], N_HIDDEN) : float(0);
+        const float sum = wanted ? warp_sum(part_of_row(Rows<96, float, float>(w_rows_slice), shared.fired_values[row], N_HIDDEN, i)) : float(0);
         if (lane_of() == 0) {
           shared.copied_sum[row][0][i] = sum;
           active[2] += wanted;

@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
         const int64_t b = start + row;
         const int n = my_hidden.first + i;
         const bool wanted = any_of(shared.d_wild[row]) || shared.own_hidden[row][i].near != 0;
-        const float sum = wanted ? add_row(w_rec_rows_slice + int64_t(i) * 1312, shared.d_values[row], N_HIDDEN) : float(0);  // self.rec(s)
+        const float sum = wanted ? warp_sum(part_of_row(Rows<1312, float, float>(w_rec_rows_slice), shared.d_values[row], N_HIDDEN, i)) : float(0);  // self.rec(s)
         if (lane_of() == 0) {
           shared.returned_sum[row][0][i] = sum;
           active[0] += wanted;

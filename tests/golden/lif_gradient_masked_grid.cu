@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
         const int64_t b = start + row;
         const int n = my_hidden.first + i;
         const bool wanted = any_of(shared.d_wild[row]) || shared.own_hidden[row][i].near != 0;
-        const float sum = wanted ? (*call.w_rec_rows_overflow == 0 ? warp_sum(part_of_row(MaskedRows<N_HIDDEN, 16, float>(call.w_rec_rows_masks, call.w_rec_rows_kept), shared.d_values[row], N_HIDDEN, n)) : add_row(call.w_rec_rows + int64_t(n) * 3008, shared.d_values[row], N_HIDDEN)) : float(0);  // self.rec(s)
+        const float sum = wanted ? warp_sum(*call.w_rec_rows_overflow == 0 ? part_of_row(MaskedRows<N_HIDDEN, 16, float>(call.w_rec_rows_masks, call.w_rec_rows_kept), shared.d_values[row], N_HIDDEN, n) : part_of_row(Rows<3008, float, float>(call.w_rec_rows), shared.d_values[row], N_HIDDEN, n)) : float(0);  // self.rec(s)
         if (lane_of() == 0) {
           shared.returned_sum[row][0][i] = sum;
           active[0] += wanted;

@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
   Told& told = reinterpret_cast<Told*>(call.told)[team.team];
   const Slice<N_HIDDEN, SLICE_HIDDEN> my_hidden(team.rank);
   keep_columns<SLICE_HIDDEN, 320>(shared.w_rec, call.w_rec + my_hidden.first, N_HIDDEN, my_hidden.size);
-  const Resident<float, SLICE_HIDDEN> w_rec_slice{shared.w_rec};
+  const Resident<SLICE_HIDDEN, float> w_rec_slice{shared.w_rec};
   unsigned long long active[1] = {};
   const bool counts = team.rank == 0 && lane_of() == 0;
   // Batch rows start .. start + rows, through all time steps.
@@ -147,12 +147,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
         __syncthreads();  // the tiles before are added
         for (int row = warp_of(); row < whole_tiles(rows); row += WARPS) {
           const ToldValues<Team, float> source{told.d_values[now][row]};
-          const Kept kept = shared.tile.keep<3>(row, source, block, N_HIDDEN, row < rows);
+          const Kept kept = shared.tile.keep<float, 3>(row, source, block, N_HIDDEN, row < rows);
           const bool wild = __any_sync(ALL, kept.wild);
           if (lane_of() == 0) shared.d_wild[row][block] = wild;
         }
         __syncthreads();  // the values are there
-        add_tiles<3>(shared.returned_sum, w_rec_slice, shared.tile, block, N_HIDDEN, rows, my_hidden.size);  // self.rec(s)
+        add_tiles<float, 3>(shared.returned_sum, w_rec_slice, shared.tile, block, N_HIDDEN, rows, my_hidden.size);  // self.rec(s)
       }
       __syncthreads();  // the sums are there
       // Its neurons of hidden.

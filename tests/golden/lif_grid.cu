@@ -95,10 +95,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
   const Slice<N_HIDDEN, SLICE_HIDDEN> my_hidden(team.rank);
   const bool w_in_finite = is_finite(*call.w_in_total);
   keep_columns<SLICE_HIDDEN, 320>(shared.w_in, call.w_in + my_hidden.first, N_INPUTS, my_hidden.size);
-  const Resident<float, SLICE_HIDDEN> w_in_slice{shared.w_in};
+  const Resident<SLICE_HIDDEN, float> w_in_slice{shared.w_in};
   const bool w_rec_finite = is_finite(*call.w_rec_total);
   keep_columns<SLICE_HIDDEN, 320>(shared.w_rec, call.w_rec + my_hidden.first, N_HIDDEN, my_hidden.size);
-  const Resident<float, SLICE_HIDDEN> w_rec_slice{shared.w_rec};
+  const Resident<SLICE_HIDDEN, float> w_rec_slice{shared.w_rec};
   unsigned long long active[2] = {};
   const bool counts = team.rank == 0 && lane_of() == 0;
   // Batch rows start .. start + rows, through all time steps.

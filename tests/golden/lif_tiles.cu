@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
   Told& told = reinterpret_cast<Told*>(call.told)[team.team];
   const Slice<N_HIDDEN, SLICE_HIDDEN> my_hidden(team.rank);
   keep_columns<SLICE_HIDDEN, 320>(shared.w_in, call.w_in + my_hidden.first, N_INPUTS, my_hidden.size);
-  const Resident<float, SLICE_HIDDEN> w_in_slice{shared.w_in};
+  const Resident<SLICE_HIDDEN, float> w_in_slice{shared.w_in};
   keep_columns<SLICE_HIDDEN, 320>(shared.w_rec, call.w_rec + my_hidden.first, N_HIDDEN, my_hidden.size);
-  const Resident<float, SLICE_HIDDEN> w_rec_slice{shared.w_rec};
+  const Resident<SLICE_HIDDEN, float> w_rec_slice{shared.w_rec};
   unsigned long long active[2] = {};
   const bool counts = team.rank == 0 && lane_of() == 0;
   // Batch rows start .. start + rows, through all time steps.
@@ -126,11 +126,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
         __syncthreads();  // the tiles before are added
         for (int row = warp_of(); row < whole_tiles(rows); row += WARPS) {
           const Given<float> source{call.x + t * call.x_t + (start + row) * call.x_b};
-          const Kept kept = shared.tile.keep<1>(row, source, block, N_INPUTS, row < rows);
+          const Kept kept = shared.tile.keep<float, 1>(row, source, block, N_INPUTS, row < rows);
           if (team.rank == 0) active[0] += kept.count;
         }
         __syncthreads();  // the values are there
-        add_tiles<1>(shared.drive_sum, w_in_slice, shared.tile, block, N_INPUTS, rows, my_hidden.size);  // self.fc(x)
+        add_tiles<float, 1>(shared.drive_sum, w_in_slice, shared.tile, block, N_INPUTS, rows, my_hidden.size);  // self.fc(x)
       }
       if (!team.wait()) return;  // all have told it
       // What hidden receives from s.
@@ -138,11 +138,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
         __syncthreads();  // the tiles before are added
         for (int row = warp_of(); row < whole_tiles(rows); row += WARPS) {
           const ToldBits<Team, SLICE_HIDDEN> source{told.s_active[now][row]};
-          const Kept kept = shared.tile.keep<1>(row, source, block, N_HIDDEN, row < rows);
+          const Kept kept = shared.tile.keep<float, 1>(row, source, block, N_HIDDEN, row < rows);
           if (team.rank == 0) active[1] += kept.count;
         }
         __syncthreads();  // the values are there
-        add_tiles<1>(shared.recurrent_sum, w_rec_slice, shared.tile, block, N_HIDDEN, rows, my_hidden.size);  // self.rec(s)
+        add_tiles<float, 1>(shared.recurrent_sum, w_rec_slice, shared.tile, block, N_HIDDEN, rows, my_hidden.size);  // self.rec(s)
       }
       __syncthreads();  // the sums are there
       // Its neurons of hidden.

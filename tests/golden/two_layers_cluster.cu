@@ -97,9 +97,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
   const Slice<N_TWO, SLICE_TWO> my_two(team.rank);
   const bool w_back_finite = is_finite(*call.w_back_total);
   keep_columns<SLICE_ONE, 160>(shared.w_back, call.w_back + my_one.first, N_TWO, my_one.size);
-  const Resident<float, SLICE_ONE> w_back_slice{shared.w_back};
+  const Resident<SLICE_ONE, float> w_back_slice{shared.w_back};
   keep_columns<SLICE_TWO, 64>(shared.w_forward, call.w_forward + my_two.first, N_ONE, my_two.size);
-  const Resident<float, SLICE_TWO> w_forward_slice{shared.w_forward};
+  const Resident<SLICE_TWO, float> w_forward_slice{shared.w_forward};
   unsigned long long active[2] = {};
   const bool counts = team.rank == 0 && lane_of() == 0;
   // Batch rows start .. start + rows, through all time steps.
