@@ -16,7 +16,8 @@ from sparsify.codegen.backend import Source
 from sparsify.codegen.compressed import band_width
 from sparsify.codegen.given_weights import GivenWeight, given_weights
 from sparsify.codegen.neurons_per_thread import NeuronsPerThread
-from sparsify.codegen.runtime import Packed, PackedWeight, Runtime
+from sparsify.codegen.packed_weight import PackedWeight
+from sparsify.codegen.runtime import Packed, Runtime
 from sparsify.codegen.slots import (
     CPU,
     TORCH_DTYPES,

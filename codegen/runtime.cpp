@@ -4,6 +4,7 @@
 #include "compress.h"
 #include "thread_pool.h"
 #include "weights.h"
+#include "write_watch.h"
 
 using namespace sparsify;
 
@@ -100,6 +101,24 @@ int64_t sparsify_count32(const uint32_t* words, int64_t count, uint32_t mask, in
 
 int64_t sparsify_count64(const uint64_t* words, int64_t count, uint64_t mask, int threads) {
   return count_nonzero(words, count, mask, threads);
+}
+
+// Null where the memory cannot be watched.
+Watched* sparsify_watch(const unsigned char* data, int64_t bytes) {
+  return take_watched(data, bytes);
+}
+
+void sparsify_unwatch(Watched* watched) {
+  watch->release(watched->pages);
+  delete watched;
+}
+
+uint64_t sparsify_watch_mark(const Watched* watched) { return watch->mark(*watched->pages); }
+
+uint64_t sparsify_watch_edges(const Watched* watched) { return watched->hash_edges(); }
+
+int sparsify_is_unwritten(const Watched* watched, uint64_t mark, uint64_t edges) {
+  return watch->is_unwritten(*watched->pages, mark) && watched->hash_edges() == edges;
 }
 
 }  // extern "C"

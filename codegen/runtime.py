@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -12,10 +12,18 @@ import torch
 from sparsify.codegen.compressed import EXPONENTS, Compressor, Form, matrix_of
 from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
+from sparsify.codegen.write_watch import Watcher, WriteWatch
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-HEADERS = ("compress.h", "square.h", "thread_pool.h", "weights.h", "workers.h")
+HEADERS = (
+    "compress.h",
+    "square.h",
+    "thread_pool.h",
+    "weights.h",
+    "workers.h",
+    "write_watch.h",
+)
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 IMPORTED_BY = os.getpid()
@@ -48,6 +56,7 @@ class Runtime:
             count.argtypes = [POINTER, LONG, WORDS[size], INT]
             count.restype = LONG
         self._compressor = Compressor(library)
+        self._watcher = Watcher(library)
         table = library["sparsify_table"]
         table.restype = POINTER
         self.table = POINTER(table())
@@ -72,6 +81,10 @@ class Runtime:
         count, row_bytes, stride_bytes, readable = as_rows(check_readable(tensor))
         address, threads = readable.data_ptr(), torch.get_num_threads()
         return int(self._hash(address, count, row_bytes, stride_bytes, threads))
+
+    def watch(self, tensor: torch.Tensor) -> WriteWatch | None:
+        """Begin to watch for writes to the memory of a CPU tensor, where that can be done."""
+        return self._watcher.watch(tensor)
 
     def count_nonzero(self, tensor: torch.Tensor) -> int:
         """How many elements of a CPU tensor are not zero; NaN counts, -0.0 does not."""
@@ -152,47 +165,6 @@ def as_rows(tensor: torch.Tensor) -> tuple[int, int, int, torch.Tensor]:
         step, extent = axes[0]
         return extent, run * size, step * size, tensor
     return as_rows(tensor.detach().contiguous())
-
-
-class PackedWeight:
-    """One weight of a kernel, packed; notices every change of the tensor it was packed from.
-
-    Version counters miss what fused optimisers, ``.data`` and NumPy write, and do not exist in
-    inference mode, so the content itself is compared at each call.
-    """
-
-    def __init__(self, runtime: Runtime, form: int | Form) -> None:
-        """``form`` is the width of tiles, or says how zeros are left out."""
-        self._runtime, self._form = runtime, form
-        # Replaced as a whole: several threads may call at once.
-        self._current: tuple[tuple[object, ...], int, torch.Tensor, Packed] | None = None
-
-    def get(self, weight: torch.Tensor, *, frozen: bool = False, band: int = 0) -> Packed:
-        """``weight`` ``[R, S]`` packed. Unless ``frozen``, its content is hashed and compared.
-
-        ``band`` replaces that of the form, if it is not 0.
-        Raises what ``Runtime.pack`` and ``Runtime.compress`` raise.
-        """
-        layout = (weight.dtype, weight.shape, weight.stride(), band, weight.data_ptr())
-        current = self._current
-        if frozen and current and current[0] == layout:
-            return current[3]
-        # Before packing: a write in between is then found at the next call.
-        content = self._runtime.content_hash(weight)
-        if current and current[0][:-1] == layout[:-1] and current[1] == content:
-            packed = current[3]
-            if current[0] == layout:
-                return packed
-        else:
-            packed = self._pack(weight, band)
-        # The tensor is kept so that its memory is not given to another that looks the same.
-        self._current = (layout, content, weight.detach(), packed)
-        return packed
-
-    def _pack(self, weight: torch.Tensor, band: int) -> Packed:
-        if isinstance(self._form, int):
-            return self._runtime.pack(weight, self._form)
-        return self._runtime.compress(weight, replace(self._form, band=band or self._form.band))
 
 
 @cache

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsify.codegen.runtime import PackedWeight, Runtime, load_runtime
+from sparsify.codegen.packed_weight import PackedWeight
+from sparsify.codegen.runtime import Runtime, load_runtime
 from tests.packing import pack_slowly, random_tensor
 from tests.threads import run_at_once, torch_threads
 

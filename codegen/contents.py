@@ -1,0 +1,110 @@
+"""What a tensor holds, as 64 bits: read anew, or known because nobody has written to it since."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsify.codegen.runtime import Runtime
+from sparsify.codegen.write_watch import Mark, WriteWatch, is_reached_by_devices
+
+LEAST_BYTES = 128 * 1024  # below, to read takes hardly longer than to ask
+# The first write to a watched page costs about as much as to read six pages: memory is watched
+# after some looks that found the same bits, and later each time that it was not worth it.
+UNCHANGED = 4
+MOST_UNCHANGED = 2**16
+WORTH_IT = 16  # looks that were spared
+# A read past the page cache that was under way when a watch began ends without being noted, so the
+# content is still read for a while; disks answer in milliseconds.
+SETTLING_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A content, and where. The tensor is kept so that its memory is not given to another one.
+
+    ``looks`` is how many in a row have found it. ``mark`` is from before it was read;
+    ``began`` is when the watch did. ``is_settled``: the watch's answer alone is enough.
+    """
+
+    layout: tuple[object, ...]
+    content: int
+    tensor: torch.Tensor
+    looks: int = 0
+    watch: WriteWatch | None = None
+    mark: Mark | None = None
+    began: float = 0.0
+    is_settled: bool = False
+    can_be_watched: bool = True
+
+
+class Contents:
+    """Looks at one tensor again and again; notices every change, however it was made.
+
+    Version counters miss what fused optimisers, ``.data`` and NumPy write, and do not exist in
+    inference mode. So the content itself is read, unless the operating system tells that no page of
+    it was written to. Any number of threads may look at once.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._seen: _Seen | None = None  # replaced as a whole
+        self._patience, self._spared = UNCHANGED, 0
+
+    def look(self, tensor: torch.Tensor) -> int:
+        """``Runtime.content_hash`` of a CPU tensor. Raises TypeError as it does."""
+        seen = self._seen
+        layout = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if seen is None or seen.layout != layout or tensor.is_neg() or tensor.is_conj():
+            content = self._runtime.content_hash(tensor)
+            self._seen = _Seen(layout, content, tensor.detach())
+            return content
+        if seen.is_settled and seen.watch and seen.mark and seen.watch.is_unwritten(seen.mark):
+            self._spared += 1
+            return seen.content
+        return self._look_again(seen)
+
+    def _look_again(self, seen: _Seen) -> int:
+        """Read the content; first begin to watch, so that a write in between is found later."""
+        watched = self._watched(seen)
+        content = self._runtime.content_hash(watched.tensor)
+        if content != seen.content:
+            self._seen = _Seen(seen.layout, content, seen.tensor)
+            if watched.watch is not None:
+                self._judge()
+            return content
+        if watched.watch is None or watched.is_settled:
+            self._seen = replace(watched, looks=seen.looks + 1)
+        elif time.monotonic() - watched.began < SETTLING_S:
+            self._seen = watched
+        elif is_reached_by_devices(watched.tensor):
+            self._seen = _Seen(seen.layout, content, seen.tensor, can_be_watched=False)
+        else:
+            self._seen = replace(watched, is_settled=True)
+        return content
+
+    def _watched(self, seen: _Seen) -> _Seen:
+        """``seen`` with a mark of now, if it is watched or is to be from now on."""
+        watch, began = seen.watch, seen.began
+        if watch is None:
+            is_small = seen.tensor.numel() * seen.tensor.element_size() < LEAST_BYTES
+            if is_small or seen.looks < self._patience or not seen.can_be_watched:
+                return seen
+            watch, began = self._runtime.watch(seen.tensor), time.monotonic()
+            if watch is None:
+                return replace(seen, can_be_watched=False)
+        mark = watch.mark()
+        if mark is None:
+            self._judge()
+            return _Seen(seen.layout, seen.content, seen.tensor)
+        return replace(seen, watch=watch, mark=mark, began=began)
+
+    def _judge(self) -> None:
+        """A watch has ended with a write: how soon to begin the next one."""
+        if self._spared >= WORTH_IT:
+            self._patience = max(UNCHANGED, self._patience // 2)
+        else:
+            self._patience = min(MOST_UNCHANGED, 2 * self._patience)
+        self._spared = 0

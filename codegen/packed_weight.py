@@ -1,0 +1,74 @@
+"""A weight as one kernel reads it, packed anew when its content changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsify.codegen.compressed import Form
+from sparsify.codegen.contents import Contents
+from sparsify.codegen.runtime import Packed, Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """What was packed last: from which tensor, which is kept, and what that held.
+
+    ``layout`` ends with the address.
+    """
+
+    layout: tuple[object, ...]
+    content: int
+    weight: torch.Tensor
+    packed: Packed
+
+
+class PackedWeight:
+    """One weight of a kernel, packed; notices every change of the tensor it was packed from.
+
+    ``contents`` looks at the weight at each call; those who pack it in other ways may share it.
+    """
+
+    def __init__(
+        self, runtime: Runtime, form: int | Form, contents: Contents | None = None
+    ) -> None:
+        """``form`` is the width of tiles, or says how zeros are left out."""
+        self._runtime, self._form = runtime, form
+        self.contents = contents or Contents(runtime)
+        self.current: Current | None = None  # replaced as a whole: several threads may call at once
+
+    def get(
+        self,
+        weight: torch.Tensor,
+        *,
+        frozen: bool = False,
+        band: int = 0,
+        content: int | None = None,
+    ) -> Packed:
+        """``weight`` ``[R, S]`` packed. Unless ``frozen``, its content is compared.
+
+        ``band`` replaces that of the form, if it is not 0. ``content`` is what ``contents`` says
+        of the weight, if it was asked in this call.
+        Raises what ``Runtime.pack`` and ``Runtime.compress`` raise.
+        """
+        layout = (weight.dtype, weight.shape, weight.stride(), band, weight.data_ptr())
+        current = self.current
+        if frozen and current and current.layout == layout:
+            return current.packed
+        # Before packing: a write in between is then found at the next call.
+        content = self.contents.look(weight) if content is None else content
+        if current and current.layout[:-1] == layout[:-1] and current.content == content:
+            packed = current.packed
+            if current.layout == layout:
+                return packed
+        else:
+            packed = self._pack(weight, band)
+        # The tensor is kept so that its memory is not given to another that looks the same.
+        self.current = Current(layout, content, weight.detach(), packed)
+        return packed
+
+    def _pack(self, weight: torch.Tensor, band: int) -> Packed:
+        if isinstance(self._form, int):
+            return self._runtime.pack(weight, self._form)
+        return self._runtime.compress(weight, replace(self._form, band=band or self._form.band))
