@@ -8,8 +8,9 @@ from sparsify.errors import Refusal, RefusalCode
 
 
 def refuse(code: RefusalCode, reason: str, remedy: str, node: fx.Node) -> Refusal:
-    """The refusal of ``node``, with the user's line."""
-    facts = {"operation": str(node.target), "node": node.name}
+    """The refusal of ``node``, with the user's line and the module that runs there."""
+    module = str(node.meta.get("module", ""))
+    facts = {"operation": str(node.target), "node": node.name, "module": module}
     return Refusal(code, reason, remedy, node.meta.get("location"), facts)
 
 

@@ -52,9 +52,11 @@ def why_kept(
     scan = _scan_of(product, graph)
     if scan is not None and isinstance(refusal := lowered.get(scan), Refusal):
         return refusal
-    for refusal in refusals:
-        if refusal.location is not None and refusal.location == product.location:
-            return refusal
+    at_line = [r for r in refusals if r.location is not None and r.location == product.location]
+    # All layers of an nn.Sequential are called from one line: the layer's own refusal goes first.
+    at_line.sort(key=lambda r: r.facts.get("module", product.module) != product.module)
+    if at_line:
+        return at_line[0]
     loops = {step.location for node in product.nodes for step in node.meta.get("loops", ())}
     is_unrolled = scan is None and len(product.nodes) > 1
     for refusal in refusals if is_unrolled else ():
