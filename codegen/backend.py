@@ -46,6 +46,15 @@ class Binary:
 
 
 @dataclass(frozen=True)
+class GatherWork:
+    """What one Gather takes of a ``Cost``."""
+
+    weight_bytes: float
+    event_adds: float = 0.0
+    dense_macs: float = 0.0
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one call is predicted to do, summed over steps and batch rows.
 
@@ -58,7 +67,8 @@ class Cost:
     how often the first weight of a sum has to arrive before anything goes on. ``clocks`` are those
     that the busiest part takes whatever it reads: instructions, and latencies one after the other;
     0 where nobody has counted them. ``resident_bytes`` are those of all weights that a step may
-    touch; ``is_divided`` if each part has its own of them.
+    touch; ``is_divided`` if each part has its own of them. ``gathers`` are what Gathers take that
+    run one after the other, if that is known: memory is waited for where it is read.
     """
 
     weight_bytes: float
@@ -75,6 +85,7 @@ class Cost:
     clocks: float = 0.0
     resident_bytes: float = 0.0
     is_divided: bool = False
+    gathers: tuple[GatherWork, ...] = ()
 
 
 def describe_kernel(kernel: ir.Kernel) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, GatherWork
 from sparsify.codegen.given_weights import is_kept
 from sparsify.codegen.layout_costs import NO_PATTERNS, Access, ReadLayout, read_layout
 from sparsify.weight_pattern import DENSE, Pattern
@@ -35,7 +35,8 @@ def count_work(
     how = dict(schedule.gathers)
     weights = {w.name: w for w in kernel.weights}
     rows = batch / max(1, groups)
-    weight_bytes = event_adds = dense_macs = resident = 0.0
+    found: list[GatherWork] = []
+    resident = 0.0
     neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
     for gather in kernel.gathers:
         weight = weights[gather.weight]
@@ -47,19 +48,24 @@ def count_work(
         layout = schedule.layout_of(weight.name) if known else ir.DENSE_ROWS
         reading = read(layout, patterns.get(weight.name, DENSE), access)
         products = steps * batch * share * pairs * reading.operations
-        if is_dense:
-            dense_macs += products
-        elif gather.only is None:
-            event_adds += products
-        else:
-            dense_macs += products * (1.0 if is_kept(schedule, gather) else WANTED_MACS)
-            neurons += kernel.population_size(weight.receivers)
         touched = 1.0 - (1.0 - share) ** rows
-        weight_bytes += steps * groups * touched * pairs * reading.bytes
+        read_bytes = steps * groups * touched * pairs * reading.bytes
         resident += pairs * reading.bytes
-    pointwise = float(steps * batch * neurons)
+        if not is_dense and gather.only is None:
+            found.append(GatherWork(read_bytes, event_adds=products))
+            continue
+        if not is_dense:
+            products *= 1.0 if is_kept(schedule, gather) else WANTED_MACS
+            neurons += kernel.population_size(weight.receivers)
+        found.append(GatherWork(read_bytes, dense_macs=products))
     return Cost(
-        weight_bytes, event_adds, dense_macs, pointwise, barriers=0.0, resident_bytes=resident
+        weight_bytes=sum(work.weight_bytes for work in found),
+        event_adds=sum(work.event_adds for work in found),
+        dense_macs=sum(work.dense_macs for work in found),
+        pointwise=float(steps * batch * neurons),
+        barriers=0.0,
+        resident_bytes=resident,
+        gathers=tuple(found),
     )
 
 

@@ -25,6 +25,7 @@ SLOW_SECONDS = 0.1  # an original that takes this long is timed once
 TIMED_STEPS = 100  # of a longer loop: every one takes the same time
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
+FIRST_CALLS = 3
 BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one is timed no further
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
@@ -129,10 +130,10 @@ def _choose_timed(
 
 
 def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, list[float]]:
-    """Interleaved rounds; the medians of the regions and, last, of the original Scan.
+    """Interleaved rounds; the shortest times of the regions and, last, of the original Scan.
 
-    The original and regions take part only where they are close. On a contended machine the
-    shortest times are given: other work only ever adds to them. Of many steps some are timed.
+    Other work only ever adds to a time: of few rounds, the shortest one has the least of it. The
+    original and regions take part only where they are close. Of many steps some are timed.
     """
     task, share = in_the_middle(task, regions[0])
     operands = task.operands
@@ -152,9 +153,8 @@ def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, lis
     round_seconds = kernels * len(functions) + original * is_close
     rounds = max(3, min(15, int(budget / max(round_seconds, 1e-3))))
     timings = measure_pairs(functions, rounds, least_ms=0.2)
-    pick = min if timings.why_contended else _median
-    once |= {name: float(pick(timings.seconds[name])) for name in functions}
     once.setdefault("original", original)
+    once |= {name: min(once[name], *timings.seconds[name]) for name in functions}
     return timings, [seconds / share for seconds in once.values()]
 
 
@@ -186,9 +186,9 @@ def in_the_middle(task: Task, run: Callable[..., Any]) -> tuple[Task, float]:
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """The shorter time of two calls; the first may have to warm up. Slow ones are called once."""
+    """The shortest time of some calls; the first may have to warm up. Slow ones are called once."""
     took = float("inf")
-    for _ in range(2):
+    for _ in range(FIRST_CALLS):
         wait_for_devices()
         start = time.perf_counter()
         function()
@@ -206,11 +206,6 @@ def is_slower(ours: float, original: float) -> bool:
 
 def _call(module: torch.nn.Module, operands: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: module.forward(*operands)
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
 
 
 def _exact_events(task: Task, regions: Sequence[Region]) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, GatherWork
 
 # Rates of the kernels relative to what is calibrated, as measured on AVX-512 cores: event adds ran
 # at 41 G/s and fused dense products at 73 G/s where torch's product of large matrices ran at 100.
@@ -37,12 +37,17 @@ class Rates:
     far_bytes: float | None = None
 
     def predict_seconds(self, cost: Cost, threads: int) -> float:
-        """Memory traffic overlaps with arithmetic; what remains of neurons does not."""
-        arithmetic = cost.event_adds / self.event_adds + cost.dense_macs / self.dense_macs
-        work = max(cost.weight_bytes / self._bandwidth(cost, threads), arithmetic)
+        """Memory traffic of a Gather overlaps with its arithmetic; neurons come after it."""
+        whole = GatherWork(cost.weight_bytes, cost.event_adds, cost.dense_macs)
+        bandwidth = self._bandwidth(cost, threads)
+        work = sum(self._gather(part, bandwidth) for part in cost.gathers or (whole,))
         work += cost.pointwise / self.pointwise
         shared = work / max(1, min(threads, cost.parts))
         return CALL_SECONDS + shared + cost.barriers * BARRIER_SECONDS
+
+    def _gather(self, work: GatherWork, bandwidth: float) -> float:
+        arithmetic = work.event_adds / self.event_adds + work.dense_macs / self.dense_macs
+        return max(work.weight_bytes / bandwidth, arithmetic)
 
     def _bandwidth(self, cost: Cost, threads: int) -> float:
         parts = max(1, min(threads, cost.parts)) if cost.is_divided else 1

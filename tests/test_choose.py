@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,13 +14,15 @@ from sparsify.bench import Timings
 from sparsify.binaries import Binaries
 from sparsify.candidates import Predictor, Workload, find_candidates
 from sparsify.choose import Task, choose_region, is_slower
+from sparsify.codegen.backend import Cost, GatherWork
 from sparsify.codegen.cpp import CppBackend
 from sparsify.compile_recording import Compiler, find_tasks, lower_scans, run_pipeline
 from sparsify.compiled import Compiled
-from sparsify.cost_model import Rates, calibrate_rates
+from sparsify.cost_model import CALL_SECONDS, Rates, calibrate_rates
 from sparsify.options import Options
 from sparsify.plan import Plan, RegionPlan
 from sparsify.recording.recording import Args, Kwargs, Recording
+from sparsify.region import Region
 from sparsify.scans import capture, find_scans
 from tests.looped_models import WEIGHTS, H, layer_order, recurrent
 from tests.unrolled import dyadic, record_unrolled
@@ -122,6 +124,16 @@ def test_rates_are_calibrated_once_and_plausible() -> None:
     assert 1e7 < rates.pointwise < rates.weight_bytes < 1e13
 
 
+def test_arithmetic_of_one_gather_does_not_hide_the_memory_of_another() -> None:
+    reads, adds = GatherWork(2e9), GatherWork(1e6, event_adds=3e8)
+    cost = Cost(2.001e9, 3e8, 0.0, pointwise=0.0, barriers=0.0)
+    together = replace(cost, gathers=(reads, adds))
+    # In both, the call's own microseconds are added to tens of milliseconds: a few roundings.
+    apart = CALL_SECONDS + 2e9 / RATES.weight_bytes + 3e8 / RATES.event_adds
+    assert RATES.predict_seconds(together, 1) == pytest.approx(apart, rel=1e-12)
+    assert RATES.predict_seconds(cost, 1) < apart
+
+
 def timings(contended: bool) -> Timings:
     canary = (1.0, 2.0, 2.0, 1.0) if contended else (1.0,) * 4
     return Timings({"0": (1.0,) * 4}, canary, 1)
@@ -167,6 +179,22 @@ def test_on_a_contended_machine_predictions_decide(monkeypatch: pytest.MonkeyPat
     assert choice.note.startswith("decided by prediction, because 50% of the rounds were disturbed")
     slower = choose_with(monkeypatch, [2e-3, 1e-3, 1.5e-3], contended=True)
     assert slower.region is None
+
+
+def test_one_round_without_other_work_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, found = task_of(recurrent), find_candidates(predictor(0.1), {})
+    binaries = Binaries(BACKEND)
+    kernel = task.lowered.kernel
+    regions = [Region(task.scan, task.lowered, binaries.load(kernel, c.schedule)) for c in found]
+
+    def disturbed(functions: Any, *_: Any, **__: Any) -> Timings:
+        rounds = {name: (5.0, 7.0, 1e-9 * (1 + i)) for i, name in enumerate(functions)}
+        return Timings(rounds, (1.0, 1.0, 1.0), threads=1)
+
+    monkeypatch.setattr(choose, "measure_pairs", disturbed)
+    monkeypatch.setattr(choose, "seconds_of", lambda _: 1.0)
+    _, seconds = choose.time_candidates(task, regions)
+    assert seconds == [1e-9 * (1 + i) for i in range(len(regions))] + [1.0]
 
 
 def test_a_call_may_cost_5_percent_or_20_microseconds_more() -> None:
