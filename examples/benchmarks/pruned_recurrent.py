@@ -91,12 +91,19 @@ def build(case: Case) -> tuple[PrunedNet, list[Tensor]]:
 
 
 def variants(model: PrunedNet, x: Tensor) -> dict[str, Any]:
-    """Our kernels without and with events, with and without the weights that are zero."""
+    """Our kernels with all weights, for all values and for events, and as chosen for events."""
     fast = sparsify.sparsify(model, x)
     return {
         DENSE: pinned(fast, model, x, "dense", DENSE_ROWS).freeze(),
-        EVENTS: pinned(fast, model, x, "event", DENSE_ROWS).freeze(),
         LOOKING: pinned(fast, model, x, "event"),
+        **with_events(fast, model, x),
+    }
+
+
+def with_events(fast: Any, model: PrunedNet, x: Tensor) -> dict[str, Any]:
+    """Kernels of events with and without the weights that are zero."""
+    return {
+        EVENTS: pinned(fast, model, x, "event", DENSE_ROWS).freeze(),
         BOTH: pinned(fast, model, x, "event").freeze(),
     }
 
@@ -150,19 +157,34 @@ def measure_grid(hidden: int, rounds: int, grid: list[tuple[float, float]]) -> l
     found = []
     for activity, density in grid:
         model, inputs = build(Case(hidden, density=density, activity=activity))
-        ours = variants(model, inputs[0])
-        some = {name: ours[name] for name in (EVENTS, BOTH)}
-        timings = measure_pairs(some, rounds, inputs=inputs, check=check)
-        step = {name: timings.median_ms(name) * 1e3 / inputs[0].shape[0] for name in some}
+        ours = with_events(sparsify.sparsify(model, inputs[0]), model, inputs[0])
+        timings = measure_pairs(ours, rounds, inputs=inputs, check=check)
+        step = {name: timings.median_ms(name) * 1e3 / inputs[0].shape[0] for name in ours}
         fired = float(ours[BOTH](inputs[0]).mean())
         adds = hidden * fired * hidden * density + INPUTS * INPUT_RATE * hidden * density
         layout = ours[BOTH].report["rec"].layout or "dense rows"
         print(
             f"activity {fired:5.1%}, density {density:4.0%}: {step[EVENTS]:7.1f} / "
             f"{step[BOTH]:7.1f}   {adds / 1e3:7.1f} k weights added, {layout}"
+            f"{', NOT VALID: ' * bool(timings.why_contended)}{timings.why_contended}"
         )
-        found.append({"activity": fired, "density": density, "adds": adds, **step})
+        point = {"activity": fired, "density": density, "adds": adds, "layout": layout, **step}
+        found.append({**point, "contended": timings.why_contended})
     return found
+
+
+def print_proportion(grid: list[dict[str, Any]]) -> None:
+    """How far the time of a step is one of its own and one for every weight that is added."""
+    adds = torch.tensor([point["adds"] for point in grid], dtype=torch.float64)
+    taken = torch.tensor([point[BOTH] for point in grid], dtype=torch.float64)
+    # Relative distances are least: a grid spans two orders of magnitude.
+    terms = torch.stack([torch.ones_like(adds), adds], 1) / taken[:, None]
+    own, each = torch.linalg.lstsq(terms, torch.ones_like(taken)[:, None]).solution[:, 0].tolist()
+    distance = ((own + each * adds) / taken - 1).abs()
+    print(
+        f"both: {own:.1f} us a step and {each * 1e3:.2f} ns a weight added, on all cores together; "
+        f"points lie within {distance.median():.0%} of that (median), {distance.max():.0%} (all)"
+    )
 
 
 def print_break_evens(hidden: int, grid: list[dict[str, Any]]) -> None:
@@ -183,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of the cases to run")
     parser.add_argument("--grid", type=int, default=2048, help="neurons of the grid, 0 for none")
+    parser.add_argument("--activity", type=float, nargs="+", help="of the grid, else all of it")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args(argv)
@@ -193,8 +216,10 @@ def main(argv: list[str] | None = None) -> None:
         cases = [cases[number] for number in args.sizes]
     with torch.inference_mode():
         figures = [measure(case, args.rounds) for case in cases]
-        points = measure_grid(hidden, args.rounds, GRID) if hidden else []
+        grid = [point for point in GRID if not args.activity or point[0] in args.activity]
+        points = measure_grid(hidden, args.rounds, grid) if hidden else []
         if points:
+            print_proportion(points)
             print_break_evens(hidden, points)
     save(args.json, figures=figures, grid=points)
 
