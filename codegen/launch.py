@@ -14,10 +14,12 @@ import torch
 from sparsify import ir
 from sparsify.codegen.backend import Source
 from sparsify.codegen.compressed import band_width
-from sparsify.codegen.given_weights import GivenWeight, given_weights
+from sparsify.codegen.contents import Contents
+from sparsify.codegen.given_weights import given_weights
 from sparsify.codegen.neurons_per_thread import NeuronsPerThread
-from sparsify.codegen.packed_weight import PackedWeight
-from sparsify.codegen.runtime import Packed, Runtime
+from sparsify.codegen.packed_weight import Current, PackedWeight
+from sparsify.codegen.prepared_call import Given, GivenWeight, Prepared, empty_like, like
+from sparsify.codegen.runtime import Runtime
 from sparsify.codegen.slots import (
     CPU,
     TORCH_DTYPES,
@@ -32,6 +34,7 @@ from sparsify.codegen.slots import (
 
 PAIRS_PER_NEURON = 64  # weights that cost as much as the update of a neuron, at some 20 % activity
 ALONE = 8192  # neuron updates that take one thread no longer than it takes to wake another
+PREPARED = 64  # calls with other numbers of steps and rows that are remembered
 FunctionOf = Callable[[ir.Kernel, ir.Schedule], Any]
 
 
@@ -43,27 +46,14 @@ class _PackedSlot:
     shape: tuple[int, int]
     dtype: torch.dtype
     packed: PackedWeight
-    by_senders: bool
     places: int
 
-    @staticmethod
-    def of(kernel: ir.Kernel, given: GivenWeight, runtime: Runtime, tile: int) -> _PackedSlot:
-        weight, by_senders = given.weight, given.by == "senders"
-        shape = kernel.population_size(weight.receivers), kernel.population_size(weight.senders)
-        return _PackedSlot(
-            weight.name,
-            shape,
-            TORCH_DTYPES[weight.dtype],
-            PackedWeight(runtime, given.form(tile)),
-            by_senders,
-            shape[0] if given.is_kept and not by_senders else 0,
-        )
-
-    def pack(self, weight: torch.Tensor, frozen: bool, threads: int, tile: int) -> Packed:
+    def pack(
+        self, weight: torch.Tensor, frozen: bool, content: int | None, threads: int, tile: int
+    ) -> Current:
         """``threads`` share the bands of receivers."""
         band = band_width(self.places, threads, tile) if self.places else 0
-        matrix = weight.t() if self.by_senders else weight
-        return self.packed.get(matrix, frozen=frozen, band=band)
+        return self.packed.get(weight, frozen=frozen, band=band, content=content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +85,7 @@ class CppLaunchable:
         self._runtime, self._function_of = runtime, function_of
         self._slots = Slots(kernel)
         self._tile, self._divides = tile, schedule.strategy == NeuronsPerThread.name
+        self._contents = {weight.name: Contents(runtime) for weight in kernel.weights}
         variant = _Variant(_declare(function), self._weights_of(schedule))
         self._counted = {g.result: counted(kernel, g) for g in kernel.gathers}
         self._active = (ctypes.c_int64 * max(1, len(kernel.gathers)))()
@@ -103,6 +94,7 @@ class CppLaunchable:
         self._work = sum(kernel.population_size(phase.population) for phase in kernel.phases)
         self._work += sum(math.prod(w.shape) for w in variant.weights) // PAIRS_PER_NEURON
         self._variants = {frozenset[str](): variant}
+        self._prepared: dict[tuple[int, int], Prepared] = {}  # by steps and batch
         strided = (*self._slots.operands, *self._slots.outputs)
         self._strides = ctypes.c_int64 * max(1, sum(len(lead(s.axes)) for s in strided))
 
@@ -120,34 +112,107 @@ class CppLaunchable:
         Raises ValueError and TypeError for tensors that do not fit, naming them, and ValueError
         for zero steps where an output is the last step's value.
         """
+        looked = None if frozen else dict[str, int]()
+        prepared = self._prepared.get((steps, batch))
+        if prepared is not None and not outputs:
+            results = self._run_again(prepared, tensors, looked)
+            if results is not None:
+                return results
+        return self._run(tensors, steps, batch, outputs, looked)
+
+    def _run_again(
+        self,
+        prepared: Prepared,
+        tensors: Mapping[str, torch.Tensor],
+        looked: dict[str, int] | None,
+    ) -> dict[str, torch.Tensor] | None:
+        """The call, or None where a tensor is not as it was. This takes its few microseconds."""
+        if torch.get_num_threads() != prepared.threads:
+            return None
+        pointers: list[int] = []
+        try:
+            if not prepared.add_operands(tensors, pointers):
+                return None
+            kept = prepared.add_weights(tensors, pointers, looked)
+        except (KeyError, AttributeError, RuntimeError):
+            return None  # the long way says what is wrong
+        if kept is None:
+            return None
+        results = {}
+        for name, example in prepared.outputs:
+            results[name] = output = empty_like(example)
+            pointers.append(output.data_ptr())
+        self._call(prepared, pointers)
+        return results
+
+    def _run(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        steps: int,
+        batch: int,
+        outputs: Mapping[str, torch.Tensor] | None,
+        looked: dict[str, int] | None,
+    ) -> dict[str, torch.Tensor]:
+        """The call, and what makes it again if it can be.
+
+        ``looked`` is what weights were found to hold in this call; None promises no change.
+        """
         _, operand_shapes, output_shapes = self._slots.shapes(steps, batch)
         pointers: list[int] = []
         strides: list[int] = []
-        alive: list[torch.Tensor] = []  # what was made for this call only
+        operands: list[torch.Tensor] = []  # some may be made for this call only
         for slot, shape in zip(self._slots.operands, operand_shapes, strict=True):
             operand = take_operand(tensors, slot, shape, CPU, strides)
             pointers.append(operand.data_ptr())
-            alive.append(operand)
-        function = self._add_weights(tensors, frozen, pointers, alive)
+            operands.append(operand)
+        threads = torch.get_num_threads()
+        variant, kept = self._pack_weights(tensors, threads, looked)
+        pointers += [current.packed.tiles.data_ptr() for current in kept]
         results = {}
         for slot, shape in zip(self._slots.outputs, output_shapes, strict=True):
             output = results[slot.name] = take_output(outputs, slot, shape, CPU, strides)
             pointers.append(output.data_ptr())
-        if steps and batch:
-            failed = function(
-                self._runtime.table,
-                (ctypes.c_void_p * max(1, len(pointers)))(*pointers),
-                self._strides(*strides),
-                steps,
-                batch,
-                torch.get_num_threads() if steps * batch * self._work > ALONE else 1,
-                self._active,
-            )
-            if failed:
-                raise MemoryError(f"kernel {self.kernel.name!r}: no memory for {batch} batch rows")
-            with self._lock:
-                self._row_steps += steps * batch
+        if not steps or not batch:
+            return results
+        known = self._prepared.get((steps, batch))
+        pairs = list(zip(self._slots.operands, operands, strict=True))
+        prepared = Prepared(
+            threads,
+            threads if steps * batch * self._work > ALONE else 1,
+            (steps, batch),
+            [Given(slot.name, o.dtype, o.shape, o.stride()) for slot, o in pairs],
+            [
+                GivenWeight.of(slot.name, tensors[slot.name], slot.packed, current)
+                for slot, current in zip(variant.weights, kept, strict=True)
+            ],
+            known.outputs if known else [(name, like(output)) for name, output in results.items()],
+            ctypes.c_void_p * max(1, len(pointers)),
+            self._strides(*strides),
+            variant.function,
+        )
+        self._call(prepared, pointers)
+        is_copied = any(operand is not tensors[slot.name] for slot, operand in pairs)
+        if not outputs and not is_copied:
+            if len(self._prepared) >= PREPARED:
+                self._prepared = {}
+            self._prepared[steps, batch] = prepared
         return results
+
+    def _call(self, prepared: Prepared, pointers: list[int]) -> None:
+        steps, batch = prepared.numbers
+        failed = prepared.function(
+            self._runtime.table,
+            prepared.pointers(*pointers),
+            prepared.strides,
+            steps,
+            batch,
+            prepared.team,
+            self._active,
+        )
+        if failed:
+            raise MemoryError(f"kernel {self.kernel.name!r}: no memory for {batch} batch rows")
+        with self._lock:
+            self._row_steps += steps * batch
 
     @property
     def events(self) -> dict[str, tuple[int, int]]:
@@ -165,36 +230,37 @@ class CppLaunchable:
             self._row_steps = 0
             ctypes.memset(self._active, 0, ctypes.sizeof(self._active))
 
-    def _add_weights(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        frozen: bool,
-        pointers: list[int],
-        alive: list[torch.Tensor],
-    ) -> Any:
-        """Pack the weights; the function that takes them."""
-        threads = torch.get_num_threads() if self._divides else 1
+    def _pack_weights(
+        self, tensors: Mapping[str, torch.Tensor], threads: int, looked: dict[str, int] | None
+    ) -> tuple[_Variant, list[Current]]:
+        """The kernel for what the weights hold, and what it reads of them."""
+        threads = threads if self._divides else 1
         variant = self._variants[frozenset()]
         while True:
-            packed = [self._pack(slot, tensors, frozen, threads) for slot in variant.weights]
-            pairs = zip(variant.weights, packed, strict=True)
-            infinite = frozenset(slot.name for slot, one in pairs if not one.all_finite)
+            kept = [self._pack(slot, tensors, looked, threads) for slot in variant.weights]
+            pairs = zip(variant.weights, kept, strict=True)
+            infinite = frozenset(slot.name for slot, one in pairs if not one.packed.all_finite)
             wanted = self._variants.get(infinite) or self._dense_variant(infinite)
             if wanted.weights is variant.weights:
-                break
+                return wanted, kept
             variant = wanted
-        pointers += [one.tiles.data_ptr() for one in packed]
-        alive += [one.tiles for one in packed]
-        return wanted.function
 
     def _pack(
-        self, slot: _PackedSlot, tensors: Mapping[str, torch.Tensor], frozen: bool, threads: int
-    ) -> Packed:
+        self,
+        slot: _PackedSlot,
+        tensors: Mapping[str, torch.Tensor],
+        looked: dict[str, int] | None,
+        threads: int,
+    ) -> Current:
         weight = tensors.get(slot.name)
         if not fits(weight, slot.dtype, slot.shape, CPU):
             wanted = f"{list(slot.shape)} of {slot.dtype}"
             raise misfit(weight, slot.name, wanted, slot.dtype, CPU)
-        return slot.pack(weight, frozen, threads, self._tile)
+        if looked is not None and slot.name not in looked:
+            # Before packing: a write in between is then found at the next call.
+            looked[slot.name] = slot.packed.contents.look(weight)
+        content = None if looked is None else looked[slot.name]
+        return slot.pack(weight, looked is None, content, threads, self._tile)
 
     def _dense_variant(self, infinite: frozenset[str]) -> _Variant:
         """The kernel whose gathers through ``infinite`` weights are dense, compiled at need.
@@ -222,8 +288,21 @@ class CppLaunchable:
         return variant
 
     def _weights_of(self, schedule: ir.Schedule) -> list[_PackedSlot]:
-        given = given_weights(self.kernel, schedule)
-        return [_PackedSlot.of(self.kernel, one, self._runtime, self._tile) for one in given]
+        slots = []
+        for given in given_weights(self.kernel, schedule):
+            weight, by_senders = given.weight, given.by == "senders"
+            receivers = self.kernel.population_size(weight.receivers)
+            form, contents = given.form(self._tile), self._contents[weight.name]
+            slots.append(
+                _PackedSlot(
+                    weight.name,
+                    (receivers, self.kernel.population_size(weight.senders)),
+                    TORCH_DTYPES[weight.dtype],
+                    PackedWeight(self._runtime, form, contents, by_senders),
+                    receivers if given.is_kept and not by_senders else 0,
+                )
+            )
+        return slots
 
 
 def _declare(function: Any) -> Any:

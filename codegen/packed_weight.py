@@ -15,7 +15,8 @@ from sparsify.codegen.runtime import Packed, Runtime
 class Current:
     """What was packed last: from which tensor, which is kept, and what that held.
 
-    ``layout`` ends with the address.
+    ``layout`` ends with the address. It is an object of its own, by which this is told from others
+    without being kept.
     """
 
     layout: tuple[object, ...]
@@ -31,10 +32,17 @@ class PackedWeight:
     """
 
     def __init__(
-        self, runtime: Runtime, form: int | Form, contents: Contents | None = None
+        self,
+        runtime: Runtime,
+        form: int | Form,
+        contents: Contents | None = None,
+        by_senders: bool = False,
     ) -> None:
-        """``form`` is the width of tiles, or says how zeros are left out."""
-        self._runtime, self._form = runtime, form
+        """``form`` is the width of tiles, or says how zeros are left out.
+
+        ``by_senders``: what is packed is the weight's transpose.
+        """
+        self._runtime, self._form, self._by_senders = runtime, form, by_senders
         self.contents = contents or Contents(runtime)
         self.current: Current | None = None  # replaced as a whole: several threads may call at once
 
@@ -45,7 +53,7 @@ class PackedWeight:
         frozen: bool = False,
         band: int = 0,
         content: int | None = None,
-    ) -> Packed:
+    ) -> Current:
         """``weight`` ``[R, S]`` packed. Unless ``frozen``, its content is compared.
 
         ``band`` replaces that of the form, if it is not 0. ``content`` is what ``contents`` says
@@ -55,20 +63,21 @@ class PackedWeight:
         layout = (weight.dtype, weight.shape, weight.stride(), band, weight.data_ptr())
         current = self.current
         if frozen and current and current.layout == layout:
-            return current.packed
+            return current
         # Before packing: a write in between is then found at the next call.
         content = self.contents.look(weight) if content is None else content
         if current and current.layout[:-1] == layout[:-1] and current.content == content:
-            packed = current.packed
             if current.layout == layout:
-                return packed
+                return current
+            packed = current.packed
         else:
             packed = self._pack(weight, band)
         # The tensor is kept so that its memory is not given to another that looks the same.
-        self.current = Current(layout, content, weight.detach(), packed)
-        return packed
+        current = self.current = Current(layout, content, weight.detach(), packed)
+        return current
 
     def _pack(self, weight: torch.Tensor, band: int) -> Packed:
+        weight = weight.t() if self._by_senders else weight
         if isinstance(self._form, int):
             return self._runtime.pack(weight, self._form)
         return self._runtime.compress(weight, replace(self._form, band=band or self._form.band))

@@ -97,10 +97,10 @@ def test_every_way_of_changing_a_weight_is_noticed(
     layer.weight.data[1, 1] = 0.0
     cached = PackedWeight(runtime, 8)
     with torch.inference_mode(inference):
-        before = cached.get(layer.weight)
+        before = cached.get(layer.weight).packed
     change(layer)
     with torch.inference_mode(inference):
-        after = cached.get(layer.weight)
+        after = cached.get(layer.weight).packed
     assert not bits_equal(before.tiles, after.tiles)
     assert bits_equal(after.tiles, pack_slowly(layer.weight.detach(), 8).contiguous())
 
@@ -121,38 +121,38 @@ def test_version_counters_would_not_have_sufficed(runtime: Runtime) -> None:
 def test_unchanged_weight_is_packed_once(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_tensor((5, 5))
     cached = PackedWeight(runtime, 8)
-    packed = cached.get(weight)
+    packed = cached.get(weight).packed
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("packed again")
 
     monkeypatch.setattr(Runtime, "pack", refuse)
-    assert cached.get(weight) is packed
-    assert cached.get(weight.clone()) is packed  # a new address with the same content
-    assert cached.get(weight.clone().detach()) is packed
+    assert cached.get(weight).packed is packed
+    assert cached.get(weight.clone()).packed is packed  # a new address with the same content
+    assert cached.get(weight.clone().detach()).packed is packed
 
 
 def test_frozen_weight_is_not_read(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_tensor((5, 5))
     cached = PackedWeight(runtime, 8)
-    packed = cached.get(weight, frozen=True)
+    packed = cached.get(weight, frozen=True).packed
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("the weight was read")
 
     with monkeypatch.context() as patch:
         patch.setattr(Runtime, "content_hash", refuse)
-        assert cached.get(weight, frozen=True) is packed
+        assert cached.get(weight, frozen=True).packed is packed
     weight += 1  # the promise is broken
-    assert cached.get(weight, frozen=True) is packed
-    assert not torch.equal(cached.get(weight).tiles, packed.tiles)
+    assert cached.get(weight, frozen=True).packed is packed
+    assert not torch.equal(cached.get(weight).packed.tiles, packed.tiles)
 
 
 def test_replaced_weight_is_noticed_even_if_frozen(runtime: Runtime) -> None:
     cached = PackedWeight(runtime, 8)
     for _ in range(20):
         weight = random_tensor((6, 6))
-        assert torch.equal(cached.get(weight, frozen=True).tiles, pack_slowly(weight, 8))
+        assert torch.equal(cached.get(weight, frozen=True).packed.tiles, pack_slowly(weight, 8))
 
 
 def test_memory_of_a_weight_is_held_until_there_is_another(runtime: Runtime) -> None:
@@ -170,9 +170,9 @@ def test_memory_of_a_weight_is_held_until_there_is_another(runtime: Runtime) -> 
 def test_weight_that_became_infinite_is_noticed(runtime: Runtime) -> None:
     weight = random_tensor((5, 5))
     cached = PackedWeight(runtime, 8)
-    assert cached.get(weight).all_finite
+    assert cached.get(weight).packed.all_finite
     weight.numpy()[4, 4] = np.inf
-    assert not cached.get(weight).all_finite
+    assert not cached.get(weight).packed.all_finite
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -184,7 +184,7 @@ def test_threads_that_share_a_packed_weight_each_get_their_own(runtime: Runtime)
 
     def work(me: int) -> None:
         for _ in range(30):
-            if not torch.equal(cached.get(weights[me]).tiles, expected[me]):
+            if not torch.equal(cached.get(weights[me]).packed.tiles, expected[me]):
                 wrong.append(me)
 
     run_at_once([lambda: work(0), lambda: work(1)])

@@ -87,11 +87,11 @@ def test_every_way_of_changing_a_watched_weight_is_noticed(
     layer.weight.data[1, 1] = 0.0
     cached = PackedWeight(load_runtime(), 8)
     with torch.inference_mode(inference):
-        settle(lambda: cached.get(layer.weight), reads)
-        before = cached.get(layer.weight)
+        settle(lambda: cached.get(layer.weight).packed, reads)
+        before = cached.get(layer.weight).packed
     change(layer)
     with torch.inference_mode(inference):
-        after = cached.get(layer.weight)
+        after = cached.get(layer.weight).packed
     assert not bits_equal(before.tiles, after.tiles)
     assert bits_equal(after.tiles, pack_slowly(layer.weight.detach(), 8).contiguous())
 
