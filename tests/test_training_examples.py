@@ -46,7 +46,7 @@ def test_a_run_takes_its_updates_at_the_measured_pace() -> None:
 
 def test_a_finished_run_is_kept_with_its_weights(tmp_path: Path) -> None:
     kept_runs: Any = importlib.import_module("kept_runs")
-    kept = kept_runs.KeptRuns(tmp_path / "runs", SETTINGS)
+    kept = kept_runs.KeptRuns(tmp_path / "runs", SETTINGS, 2)
     run, layer = run_with(4.0, 3.0), nn.Linear(2, 2)
     assert kept.find("net", 0) is None
     kept.keep(run, layer)
@@ -57,8 +57,15 @@ def test_a_finished_run_is_kept_with_its_weights(tmp_path: Path) -> None:
     assert torch.equal(again.weight, layer.weight)
 
 
+def test_a_longer_run_is_cut_and_a_shorter_one_trained_again(tmp_path: Path) -> None:
+    kept_runs: Any = importlib.import_module("kept_runs")
+    kept_runs.KeptRuns(tmp_path, SETTINGS, 2).keep(run_with(4.0, 3.0), nn.Linear(2, 2))
+    assert kept_runs.KeptRuns(tmp_path, SETTINGS, 1).find("net", 0) == run_with(4.0)
+    assert kept_runs.KeptRuns(tmp_path, SETTINGS, 3).find("net", 0) is None
+
+
 def test_runs_of_other_settings_are_not_taken(tmp_path: Path) -> None:
     kept_runs: Any = importlib.import_module("kept_runs")
-    kept_runs.KeptRuns(tmp_path, SETTINGS).keep(run_with(1.0), nn.Linear(2, 2))
+    kept_runs.KeptRuns(tmp_path, SETTINGS, 1).keep(run_with(1.0), nn.Linear(2, 2))
     with pytest.raises(SystemExit, match=r"'hidden': 4}, not {'hidden': 8}: give the same options"):
-        kept_runs.KeptRuns(tmp_path, {"hidden": 8}).find("net", 0)
+        kept_runs.KeptRuns(tmp_path, {"hidden": 8}, 1).find("net", 0)

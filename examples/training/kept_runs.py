@@ -14,13 +14,17 @@ from training_loop import Point, Run
 
 @dataclass(frozen=True)
 class KeptRuns:
-    """Curves and last weights of every run; ``settings`` is what they were trained with."""
+    """Curves and last weights of every run; ``settings`` is what they were trained with.
+
+    ``passes`` are asked for: of a run that was longer, the first ones are taken.
+    """
 
     folder: Path
     settings: Mapping[str, int]
+    passes: int
 
     def find(self, name: str, seed: int) -> Run | None:
-        """The run that was kept, if there is one; of other settings it is an error."""
+        """The run that was kept, if it is long enough; of other settings it is an error."""
         path = self._path(name, seed)
         if not path.exists():
             return None
@@ -30,7 +34,8 @@ class KeptRuns:
                 f"{path} was trained with {kept['settings']}, not {dict(self.settings)}: "
                 "give the same options or another folder"
             )
-        return Run(name, seed, tuple(Point(**point) for point in kept["points"]))
+        points = tuple(Point(**point) for point in kept["points"])
+        return Run(name, seed, points[: self.passes]) if len(points) >= self.passes else None
 
     def keep(self, run: Run, module: nn.Module) -> None:
         """Write the weights, then the curves: a run with curves is complete."""

@@ -336,10 +336,10 @@ def main() -> None:
     among = contenders(characters, args.hidden, args.layers)
     sizes = ", ".join(f"{each.name} {size_of(each.build()):,}" for each in among)
     print(f"{len(training):,} characters to train on; parameters: {sizes}")
-    settings = ("hidden", "layers", "steps", "passes", "batch")
+    settings = ("hidden", "layers", "steps", "batch")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.kept or Path(temporary)
-        kept = KeptRuns(folder, {name: getattr(args, name) for name in settings})
+        kept = KeptRuns(folder, {name: getattr(args, name) for name in settings}, args.passes)
         runs = compare(task, among, kept, args.seeds, rounds)
     save(runs, args.json, args.plot, "bits per character")
 
