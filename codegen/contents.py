@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from sparsify.codegen.runtime import Runtime
-from sparsify.codegen.write_watch import Mark, WriteWatch, is_reached_by_devices
+from sparsify.codegen.write_watch import WriteWatch, is_reached_by_devices
 
 LEAST_BYTES = 128 * 1024  # below, to read takes hardly longer than to ask
 # The first write to a watched page costs about as much as to read six pages: memory is watched
@@ -25,8 +26,9 @@ SETTLING_S = 0.5
 class _Seen:
     """A content, and where. The tensor is kept so that its memory is not given to another one.
 
-    ``looks`` is how many in a row have found it. ``mark`` is from before it was read;
-    ``began`` is when the watch did. ``is_settled``: the watch's answer alone is enough.
+    ``looks`` is how many in a row have found it. ``is_unwritten`` asks the watch about the time
+    since before it was read; ``began`` is when the watch did. ``is_settled``: its answer alone is
+    enough.
     """
 
     layout: tuple[object, ...]
@@ -34,7 +36,7 @@ class _Seen:
     tensor: torch.Tensor
     looks: int = 0
     watch: WriteWatch | None = None
-    mark: Mark | None = None
+    is_unwritten: Callable[[], int] | None = None
     began: float = 0.0
     is_settled: bool = False
     can_be_watched: bool = True
@@ -61,7 +63,7 @@ class Contents:
             content = self._runtime.content_hash(tensor)
             self._seen = _Seen(layout, content, tensor.detach())
             return content
-        if seen.is_settled and seen.watch and seen.mark and seen.watch.is_unwritten(seen.mark):
+        if seen.is_settled and seen.is_unwritten is not None and seen.is_unwritten():
             self._spared += 1
             return seen.content
         return self._look_again(seen)
@@ -99,7 +101,7 @@ class Contents:
         if mark is None:
             self._judge()
             return _Seen(seen.layout, seen.content, seen.tensor)
-        return replace(seen, watch=watch, mark=mark, began=began)
+        return replace(seen, watch=watch, is_unwritten=watch.since(mark), began=began)
 
     def _judge(self) -> None:
         """A watch has ended with a write: how soon to begin the next one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +28,15 @@ class WriteWatch:
         self._watcher.release(self._handle)
 
     def mark(self) -> Mark | None:
-        """What to ask ``is_unwritten`` with, from before the content is read; None if it cannot."""
+        """What to ask ``since`` for, from before the content is read; None if it
+        cannot be asked.
+        """
         notes = self._watcher.mark(self._handle)
         return (notes, self._watcher.edges(self._handle)) if notes else None
 
-    def is_unwritten(self, mark: Mark) -> bool:
-        """False if the memory may have been written to since ``mark``."""
-        return bool(self._watcher.is_unwritten(self._handle, *mark))
+    def since(self, mark: Mark) -> Callable[[], int]:
+        """Asks whether nothing was written since ``mark``: 0 if something may have been."""
+        return partial(self._watcher.is_unwritten, self._handle, *map(WORD, mark))
 
 
 class Watcher:

@@ -47,6 +47,10 @@ class Layout:
             )
             for index, operand in enumerate(operands)
         )
+        self._looks = [
+            (known.dtype, known.device, None if known.varies else torch.Size(known.shape), known)
+            for known in self.layouts
+        ]
         self._fixed = [
             (index, dim, size)
             for index in sorted(varying)
@@ -56,13 +60,13 @@ class Layout:
 
     def serves(self, operands: Sequence[Tensor]) -> bool:
         """True if the graph gives the right values for these operands; takes microseconds."""
-        for operand, known in zip(operands, self.layouts, strict=True):
-            if operand.dtype is not known.dtype or operand.device != known.device:
+        for operand, (dtype, device, shape, known) in zip(operands, self._looks, strict=True):
+            if operand.dtype is not dtype or operand.device != device:
                 return False
-            if known.varies:
+            if shape is None:
                 if operand.dim() != len(known.shape):
                     return False
-            elif operand.shape != known.shape:
+            elif operand.shape != shape:
                 return False
             if known.strides == "contiguous":
                 if not operand.is_contiguous():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+# What ``os.environ`` reads, without encoding the name at each call.
+VARIABLES = vars(os.environ)["_data"]
+NAME, OFF = os.fsencode("SPARSIFY"), os.fsencode("0")
 BACKENDS = ("cpp", "cuda", "cuda-emulated")
 
 
@@ -38,4 +41,4 @@ class Options:
 
 def is_disabled() -> bool:
     """True when the environment says that everything must run as the original (SPARSIFY=0)."""
-    return os.environ.get("SPARSIFY") == "0"
+    return bool(VARIABLES.get(NAME) == OFF)

@@ -109,8 +109,9 @@ class Region(nn.Module):
     """Runs ``launchable`` where ``scan`` ran: same operands, same results.
 
     Zero steps, empty batches, operands whose sizes do not fit and calls that need gradients run the
-    Scan itself. Weights are the caller's own tensors, so that a change is seen. ``settled`` says
-    that nobody writes to them: other weights come as other tensors.
+    Scan itself. Nothing is written to operands, and results share no memory with ``carries`` but
+    those that ``lowered`` says are returned. Weights are the caller's own tensors, so that a change
+    is seen. ``settled`` says that nobody writes to them: other weights come as other tensors.
     """
 
     def __init__(
@@ -125,6 +126,13 @@ class Region(nn.Module):
         self._returned = tuple(
             (returned, timed.get(returned.output, False), _is_plain(lowered, returned))
             for returned in lowered.returned
+        )
+        are_plain = all(is_plain for *_, is_plain in self._returned)
+        self._plain_returned = [r.output for r in lowered.returned] if are_plain else None
+        batch = lowered.batch
+        has_one_dim = batch is not None and batch.lead == 1
+        self._batch_at = (
+            (batch.role, batch.index, int(batch.role == "x")) if batch and has_one_dim else None
         )
 
     def forward(
@@ -163,12 +171,15 @@ class Region(nn.Module):
         frozen: bool,
     ) -> tuple[Tensor, ...]:
         operands = {"carry": carries, "x": xs, "const": consts}
-        batch = batch_of(self.lowered, operands)
+        batch = self._batch_of(operands)
         tensors = self._tensors(steps, batch, operands)
         if tensors is None:
-            result: tuple[Tensor, ...] = self.scan(steps, carries, xs, consts)
+            # The Scan may return what it is given, which others may hold: see direct_graph.py.
+            result: tuple[Tensor, ...] = self.scan(steps, [c.clone() for c in carries], xs, consts)
             return result
         outputs = self.launchable(tensors, steps=steps, batch=batch, frozen=frozen)
+        if self._plain_returned is not None:
+            return tuple([outputs[name] for name in self._plain_returned])
         results = []
         for returned, has_time, is_plain in self._returned:
             if is_plain:
@@ -178,6 +189,12 @@ class Region(nn.Module):
             else:
                 results.append(released(returned, outputs[returned.output], has_time, batch))
         return tuple(results)
+
+    def _batch_of(self, operands: Operands) -> int:
+        if self._batch_at is None:
+            return batch_of(self.lowered, operands)
+        role, place, dim = self._batch_at
+        return operands[role][place].shape[dim]
 
     def _tensors(self, steps: int, batch: int, operands: Operands) -> dict[str, Tensor] | None:
         """The kernel's tensors, or None where the Scan itself has to run."""

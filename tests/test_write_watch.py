@@ -323,7 +323,7 @@ def test_what_is_not_used_any_more_is_not_watched(reads: list[torch.Tensor]) -> 
     mark = watch.mark()
     assert mark is not None
     del contents
-    assert watch.is_unwritten(mark)
+    assert watch.since(mark)()
     again = load_runtime().watch(tensor)
     assert again is not None
     del watch

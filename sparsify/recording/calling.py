@@ -85,6 +85,8 @@ class ModelCalling:
         places += [place for place, _ in self._bound]
         self._modules = _modules_on_the_way(self._model, places)
         self._names = [name_of(origin) for origin in self._origins]
+        is_left_alone = not self._written and not self._bound
+        self._returned = _outputs_only(self._result) if is_left_alone else None
 
     def operands(self, args: Args, kwargs: Kwargs) -> list[Tensor]:
         """The tensors for the graph's placeholders. Raises ``AttributeError`` for missing ones."""
@@ -116,6 +118,11 @@ class ModelCalling:
 
     def deliver(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Write back the states that forward writes and return what forward returns."""
+        returned = self._returned
+        if isinstance(returned, int):
+            return values[returned]
+        if returned is not None:
+            return tuple([values[index] for index in returned])
         given: list[Tensor] = []
         if self._written or self._bound or _needs_operands(self._result):
             given = self.operands(args, kwargs)
@@ -148,6 +155,17 @@ class ModelCalling:
         return "a tensor"
 
 
+def _outputs_only(structure: Structure) -> int | list[int] | None:
+    """The graph's outputs that are the result, or a tuple of them; None for anything else."""
+    found = [leaf.index for leaf in structure.leaves if isinstance(leaf, FromGraph)]
+    if len(found) < len(structure.leaves):
+        return None
+    if structure.spec.is_leaf():
+        return found[0]
+    is_flat = all(child.is_leaf() for child in structure.spec.children())
+    return found if structure.spec.type is tuple and is_flat else None
+
+
 def _build(structure: Structure, values: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
     leaves = []
     for leaf in structure.leaves:
@@ -157,8 +175,6 @@ def _build(structure: Structure, values: Sequence[Tensor], given: Sequence[Tenso
             leaves.append(given[leaf.index] if isinstance(leaf, FromCall) else leaf.value)
     if structure.spec.is_leaf():
         return leaves[0]
-    if structure.spec.type is tuple and all(c.is_leaf() for c in structure.spec.children()):
-        return tuple(leaves)
     return pytree.tree_unflatten(leaves, structure.spec)
 
 
