@@ -123,9 +123,17 @@ def _layers(node: fx.Node) -> list[Layer]:
     return found
 
 
+def recurrent_weights(node: fx.Node) -> list[fx.Node]:
+    """What a recurrent op multiplies states by, in all of its layers."""
+    return [weight for layer in _layers(node) for weight in _recurrent(layer)]
+
+
+def _recurrent(layer: Layer) -> list[fx.Node]:
+    return [weight for weight in (layer.w_hh, layer.w_hr) if weight is not None]
+
+
 def _is_worth_it(layer: Layer, cell: Cell) -> bool:
-    recurrent = [weight for weight in (layer.w_hh, layer.w_hr) if weight is not None]
-    patterns = [w.meta["pattern"] for w in recurrent if "pattern" in w.meta]
+    patterns = [w.meta["pattern"] for w in _recurrent(layer) if "pattern" in w.meta]
     return cell.has_threshold or any(p.density <= MOST_DENSITY for p in patterns)
 
 

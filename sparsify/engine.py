@@ -20,7 +20,7 @@ from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
-from sparsify.entry import Entry, with_entry
+from sparsify.entry import Entry, find_thinned, with_entry
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
 from sparsify.failures import (
     OUT_OF_MEMORY,
@@ -83,6 +83,8 @@ class Engine:
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         if is_intercepted() or is_disabled():
             return self.original.forward(*args, **kwargs)
+        if not self._frozen:
+            self._reopen_thinned()
         if self._originals and call_key(self.original, args, kwargs) in self._originals:
             return self.original.forward(*args, **kwargs)
         for entry in self.entries:
@@ -142,7 +144,7 @@ class Engine:
         """What was decided, and what happened since."""
         compiled = [entry.compiled for entry in self.entries]
         live = {site: now for c in compiled for site, now in c.live_activity().items()}
-        densities = {site: now for c in compiled for site, now in c.live_density().items()}
+        densities = self.entries[-1].density(self.original) if self.entries else {}
         trained = bool(self.entries and self.entries[-1].required)
         pruned = self.pruned.notes if self.pruned is not None else ()
         notes = self._notices.of(self.recordings, self.entries, pruned)
@@ -195,6 +197,18 @@ class Engine:
         self._frozen = frozen
         for entry in self.entries:
             entry.compiled.freeze(frozen)
+
+    def _reopen_thinned(self) -> None:
+        """Forget what was decided for weights of which many became zero since."""
+        entry, thinned = find_thinned(self.entries, self.original, self._given_plan)
+        if entry is None:
+            return
+        self.entries = tuple(other for other in self.entries if other is not entry)
+        self._originals.clear()
+        plans = self._plans.get(entry.backend, self._given_plan)
+        self._plans[entry.backend] = plans.reopen(thinned, self._given_plan)
+        for site, density in thinned.items():
+            self._notices.note(f"decided again: {density:.1%} of {site} is left")
 
     def _run(self, entry: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Any:
         self._refused = None

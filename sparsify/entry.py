@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +12,19 @@ from torch import Tensor, fx, nn
 from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.backend import Backend
 from sparsify.compiled import Compiled, Stage
+from sparsify.direct_graph import direct
 from sparsify.errors import Refusal
 from sparsify.keep_weights import compute_weights, keep_weights
 from sparsify.layout import Layout
 from sparsify.outer_product import OuterProduct
 from sparsify.passes.backward_graph import has_time
 from sparsify.passes.generalize import generalize
+from sparsify.plan import GRADIENT, Plan
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
 from sparsify.region import Region
 from sparsify.scan import Scan
 from sparsify.scans import find_regions, with_modules, without_kernels
+from sparsify.stored_weights import StoredWeights
 from sparsify.trained_region import TrainedRegion
 from sparsify.training_step import requirement
 
@@ -46,8 +49,9 @@ class Entry:
         self.takes_all = compiled.runs_original and not any(
             site.code == "no-gain" for site in compiled.sites
         )
-        self.forward: Callable[..., tuple[Tensor, ...]] = compiled.graph.forward
+        self.forward = direct(compiled.graph)
         kinds = _source_kinds(compiled)
+        self.weights = StoredWeights(compiled.stages[0].graph)
         self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
 
     @property
@@ -63,6 +67,12 @@ class Entry:
         """The device of its tensors; numbers and indices beside them may be on the CPU."""
         devices = [layout.device for layout in self.layout.layouts]
         return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+    def density(self, model: nn.Module) -> dict[str, float]:
+        """The share of weights of each site that are not zero: now, or when last looked at."""
+        now = self.weights.densities(model)
+        now |= {f"{site}{GRADIENT}": density for site, density in now.items()}
+        return {**self.compiled.live_density(), **now}
 
     def serves(self, operands: Sequence[Tensor]) -> bool:
         return self.required == requirement(operands) and self.layout.serves(operands)
@@ -96,6 +106,24 @@ def stand_ins(entry: Entry) -> list[str]:
         for name, region in entry.compiled.regions.items()
     }
     return [f"{name}: {what} on the emulator" for name, what in found.items() if what]
+
+
+def find_thinned(
+    entries: Sequence[Entry], model: nn.Module, given: Plan
+) -> tuple[Entry | None, dict[str, float]]:
+    """Now and then, an entry of which kept weights may gain by what became zero since it was made.
+
+    With the sites to be decided anew, and which share of their weights is left. What the plan
+    ``given`` decides stays.
+    """
+    for entry in entries:
+        if entry.weights.is_due():
+            pinned = ((given.training or Plan()) if entry.required else given).sites
+            open_sites = [site for site in entry.compiled.sites if site.name not in pinned]
+            thinned = entry.weights.thinned(model, open_sites)
+            if thinned:
+                return entry, thinned
+    return None, {}
 
 
 def with_entry(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -63,6 +63,15 @@ class Plan:
     def _with(self, site: str, decision: PlanDecision, layout: ir.Layout | None) -> Plan:
         layouts = self.layouts if layout is None else {**self.layouts, site: layout}
         return replace(self, sites={**self.sites, site: decision}, layouts=layouts)
+
+    def reopen(self, sites: Collection[str], given: Plan) -> Plan:
+        """A copy in which ``sites`` are to be decided again, unless the plan ``given`` has them."""
+        trained = None
+        if self.training is not None:
+            trained = self.training.reopen(sites, given.training or Plan())
+        named = {s: d for s, d in self.sites.items() if s not in sites or s in given.sites}
+        layouts = {s: at for s, at in self.layouts.items() if s in named or s in given.layouts}
+        return replace(self, sites=named, layouts=layouts, training=trained)
 
     def check_sites(self, known: Iterable[str]) -> None:
         """Raise PlanError if a site is named that the model does not have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sparsify.errors import Location, RefusalCode
@@ -110,14 +110,22 @@ class Report:
             now, was = self.live_density.get(site.name), site.weight_density
             if now is None or was is None or not has_moved(was, now):
                 continue
-            layout = site.layout or "dense rows"
+            layout = f"{site.layout or 'dense rows'} was chosen"
+            then = "Calls choose its layout anew."
+            if site.decision == "kept":
+                layout, then = "it was left as it is", "Calls decide anew where that may gain."
             yield (
                 f"{site.name}: {now:.1%} of its weights are not zero now, {was:.1%} were when "
-                f"{layout} was chosen. Calls choose its layout anew."
+                f"{layout}. {then}"
             )
 
+    def _density(self, site: Site) -> float | None:
+        """As it is now, where somebody looked since it was decided."""
+        return self.live_density.get(site.name, site.weight_density)
+
     def __str__(self) -> str:
-        lines = _table([HEADINGS, *map(_row, self.sites)]) if self.sites else []
+        now = [replace(s, weight_density=self._density(s)) for s in self.sites]
+        lines = _table([HEADINGS, *map(_row, now)]) if now else []
         sites_of: dict[str, list[str]] = {}
         for site in self.sites:
             if site.reason:
