@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.codegen.contents import Contents
 from sparsify.codegen.runtime import load_runtime
 
 
@@ -36,6 +37,7 @@ class KeptWeights(nn.Module):
         self.frozen = False
         self.computed = 0  # how many times
         self._kept: _Kept | None = None  # replaced as a whole: several threads may call at once
+        self._looks: list[Contents] = []  # one for each input
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         kept = self._kept
@@ -55,7 +57,8 @@ class KeptWeights(nn.Module):
     def _contents(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
         if not all(tensor.is_cpu for tensor in inputs):
             return ()
-        return tuple(map(load_runtime().content_hash, inputs))
+        looks = self._looks = self._looks or [Contents(load_runtime()) for _ in inputs]
+        return tuple([look.look(tensor) for look, tensor in zip(looks, inputs, strict=True)])
 
     def _is_intact(self, kept: _Kept) -> bool:
         return all(

@@ -29,12 +29,18 @@ class Rechooser:
         self.base = first
         self._predictor, self._load = predictor, load
         self._calls = 0
+        self._suited: dict[ir.Schedule, Launchable] = {}  # one serves several sizes of calls
         self.densities = {name: p.density for name, p in predictor.patterns.items()}
 
     def suited(self, steps: int, batch: int) -> Launchable | None:
         """What is clearly faster than ``base`` for calls of these sizes, if anything is."""
         better = self._predictor.better_strategy(self.base.schedule, steps, batch)
-        return self._load(self.base.kernel, better) if better is not None else None
+        if better is None:
+            return None
+        known = self._suited.get(better)
+        if known is None:
+            known = self._suited[better] = self._load(self.base.kernel, better)
+        return known
 
     def look(self, tensors: Mapping[str, Tensor]) -> bool:
         """Look at the weights of some calls; whether ``base`` is another one since.
@@ -60,5 +66,5 @@ class Rechooser:
         self._predictor = replace(self._predictor, patterns=patterns, pinned=())
         better = self._predictor.better_layouts(self.base.schedule)
         if better is not None:
-            self.base = self._load(self.base.kernel, better)
+            self.base, self._suited = self._load(self.base.kernel, better), {}
         return better is not None

@@ -100,6 +100,23 @@ def test_weights_that_are_pruned_later_get_another_layout_and_back() -> None:
     assert rechooser.base.schedule == first.schedule
 
 
+def test_one_kernel_serves_all_sizes_that_it_suits(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = predictor(DENSE)
+    first = Launched(found.kernel, ir.Schedule("neurons-per-thread", (("y", "event"),)))
+    other = replace(first.schedule, strategy="rows-per-thread")
+
+    def better(self: Predictor, known: ir.Schedule, steps: int, batch: int) -> ir.Schedule | None:
+        return other if batch > 8 else None
+
+    monkeypatch.setattr(Predictor, "better_strategy", better)
+    rechooser = Rechooser(found, first, Launched)
+    assert rechooser.suited(10, 8) is None
+    suited = rechooser.suited(10, 9)
+    assert suited is not None
+    assert suited.schedule == other
+    assert rechooser.suited(20, 64) is suited
+
+
 @pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 def test_a_pinned_layout_runs_is_reported_and_drifts() -> None:
     model, x = RecurrentNet().eval(), spikes()
