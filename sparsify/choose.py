@@ -30,6 +30,7 @@ BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one 
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
 REMEDY = "Larger batches, more neurons or fewer events move the balance; a plan can pin the site."
+QUIETER = "Call sparsify again when the machine is quiet. "
 KINDS = {
     "dense": "dense",
     "event": "event",
@@ -123,10 +124,14 @@ def _choose_timed(
         by_label[candidate.label] = min(took, by_label.get(candidate.label, took))
     took_ms = {label: took * 1e3 for label, took in by_label.items()}
     contended = timings.why_contended
-    best = 0 if contended else min(range(len(regions)), key=lambda i: seconds[i])
+    best = min(range(len(regions)), key=lambda i: seconds[i])
     if seconds[best] >= seconds[-1]:
-        return _no_gain(task, candidates[best], seconds[best], seconds[-1], took_ms, events)
-    return _chosen(regions[best], took_ms, events, contended)
+        pair = seconds[best], seconds[-1]
+        return _no_gain(task, candidates[best], *pair, took_ms, events, contended)
+    note = f"decided by disturbed times: {contended}" if contended else ""
+    if contended and seconds[0] < seconds[-1]:  # what is predicted was not seen to lose
+        best, note = 0, f"decided by prediction, because {contended}"
+    return _chosen(regions[best], took_ms, events, note)
 
 
 def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, list[float]]:
@@ -230,9 +235,8 @@ def _chosen(
     region: Region,
     took_ms: Mapping[str, float],
     events: Mapping[str, tuple[int, int]],
-    contended: str = "",
+    note: str = "",
 ) -> Choice:
-    note = f"decided by prediction, because {contended}" if contended else ""
     return Choice(region, None, took_ms, events, note)
 
 
@@ -243,12 +247,16 @@ def _no_gain(
     original: float,
     took_ms: Mapping[str, float],
     events: Mapping[str, tuple[int, int]],
+    contended: str,
 ) -> Choice:
     kind = KINDS[candidate.label]
     reason = (
         f"The {kind} kernel took {ours * 1e3:.3g} ms, the original operations took "
         f"{original * 1e3:.3g} ms."
     )
+    if contended:
+        reason += f" Other work disturbed that: {contended}."
     facts = {"kernel_ms": ours * 1e3, "original_ms": original * 1e3}
-    refusal = Refusal("no-gain", reason, REMEDY, task.scan.location, facts)
+    remedy = f"{QUIETER if contended else ''}{REMEDY}"
+    refusal = Refusal("no-gain", reason, remedy, task.scan.location, facts)
     return Choice(None, refusal, took_ms, events)

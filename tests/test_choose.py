@@ -177,8 +177,19 @@ def test_on_a_contended_machine_predictions_decide(monkeypatch: pytest.MonkeyPat
     assert choice.region is not None
     assert {how for _, how in choice.region.launchable.schedule.gathers} == {"event"}
     assert choice.note.startswith("decided by prediction, because 50% of the rounds were disturbed")
-    slower = choose_with(monkeypatch, [2e-3, 1e-3, 1.5e-3], contended=True)
-    assert slower.region is None
+
+
+def test_on_a_contended_machine_what_lost_to_eager_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choice = choose_with(monkeypatch, [2e-3, 1e-3, 1.5e-3], contended=True)
+    assert choice.region is not None
+    assert {how for _, how in choice.region.launchable.schedule.gathers} == {"dense"}
+    assert choice.note.startswith("decided by disturbed times: 50% of the rounds were disturbed")
+    refusal = choose_with(monkeypatch, [3e-3, 2e-3, 1e-3], contended=True).refusal
+    assert refusal is not None
+    assert "1 ms. Other work disturbed that: 50% of the rounds were disturbed" in refusal.reason
+    assert refusal.remedy.startswith("Call sparsify again when the machine is quiet.")
 
 
 def test_one_round_without_other_work_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
