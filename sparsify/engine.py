@@ -147,7 +147,7 @@ class Engine:
         densities = self.entries[-1].density(self.original) if self.entries else {}
         trained = bool(self.entries and self.entries[-1].required)
         pruned = self.pruned.notes if self.pruned is not None else ()
-        notes = self._notices.of(self.recordings, self.entries, pruned)
+        notes = self._notices.of(self.recordings, self.entries, pruned, bool(self._unsettled))
         return Report(self._sites(), notes, live, trained, densities)
 
     @property

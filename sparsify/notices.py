@@ -11,6 +11,7 @@ from sparsify.options import is_disabled
 from sparsify.report import NO_SITE
 
 WAITS = "nothing is recorded yet: the first call will be"
+WAITS_AGAIN = "nothing is recorded yet: the first call set something up, the next one will be"
 OFF = "SPARSIFY=0 is set: everything runs as the original"
 MOST_MISSES = 8  # recordings for one and the same reason, after which the original runs
 
@@ -35,12 +36,19 @@ class Notices:
             warnings.warn(f"{self._name} runs its original operations: {refusal}", stacklevel=6)
 
     def of(
-        self, recordings: int, entries: Sequence[Entry], before: Sequence[str] = ()
+        self,
+        recordings: int,
+        entries: Sequence[Entry],
+        before: Sequence[str] = (),
+        was_called: bool = False,
     ) -> tuple[str, ...]:
-        """All of them, behind those of ``before`` and what the newest of ``entries`` has to say."""
+        """All of them, behind those of ``before`` and what the newest of ``entries`` has to say.
+
+        ``was_called`` says that a call was left to the original, for what only a first one does.
+        """
         if not recordings and not self._told:
-            waits = OFF if is_disabled() else WAITS
-            return (*before, waits)
+            waits = WAITS_AGAIN if was_called else WAITS
+            return (*before, OFF if is_disabled() else waits)
         plural = "recording" if recordings == 1 else "recordings"
         notes = [f"{recordings} {plural}, {len(entries)} compiled"] if recordings else []
         notes += before

@@ -74,8 +74,12 @@ def test_a_cache_that_the_first_call_fills_is_recorded_at_the_second(x: Tensor) 
     fast: Any = sparsify.sparsify(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first, second = fast(x), fast(x)
+        assert "the first call will be" in str(fast.report)
+        first = fast(x)
+        assert "the first call set something up, the next one will be" in str(fast.report)
+        second = fast(x)
     assert fast.compiled.recordings == 1
+    assert "nothing is recorded yet" not in str(fast.report)
     assert torch.equal(first, model(x))
     # the readout adds in another order: 6 steps of 30 products below 1, float32
     torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
