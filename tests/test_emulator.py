@@ -255,6 +255,64 @@ def test_a_fault_leaves_the_process_as_it_was() -> None:
     assert exit_status(child) == -signal.SIGSEGV
 
 
+TURNING = """
+struct Call { float* to; long long rounds; };
+extern "C" __global__ void run_turning(const Call call) {
+  for (long long round = 0; round < call.rounds; ++round) __syncthreads();
+  call.to[threadIdx.x] = 1;
+}
+"""
+
+
+def test_ctrl_c_ends_a_launch() -> None:
+    """Of hours of rounds. The handler of the process runs; memory is as before."""
+    function = load(TURNING, "run_turning", EmulatedDevice())
+    results = torch.zeros(32)
+
+    def words(rounds: int) -> list[Word]:
+        return [Memory(results, "results", written=True), rounds]
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    press = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        press.start()
+        with pytest.raises(KeyboardInterrupt):
+            function.launch(Grid(1, 32), words(10**12))
+        assert not results.any()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        function.launch(Grid(1, 32), words(10))
+        assert results.all()
+    finally:
+        press.cancel()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_another_thread_launches() -> None:
+    """Handlers run in the main thread; the one that launches is told why it has ended."""
+    function, faults = load(TURNING, "run_turning", EmulatedDevice()), []
+
+    def launch() -> None:
+        words: list[Word] = [Memory(torch.zeros(32), "results", written=True), 10**12]
+        try:
+            function.launch(Grid(1, 32), words)
+        except KernelFault as fault:
+            faults.append(fault)
+
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    thread = threading.Thread(target=launch)
+    try:
+        thread.start()
+        for _ in range(100):
+            os.kill(os.getpid(), signal.SIGINT)
+            thread.join(0.3)
+            if not thread.is_alive():
+                break
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (fault,) = faults
+    assert "interrupted: the launch was ended" in str(fault)
+
+
 def _crash() -> bool:
     os.kill(os.getpid(), signal.SIGSEGV)
     return False

@@ -82,6 +82,8 @@ class EmulatedFunction:
     def launch(self, grid: Grid, words: Sequence[Word]) -> None:
         """Run the kernel to its end. Raises KernelFault; memory is as before then.
 
+        Ctrl-C ends it. What the process does then, such as KeyboardInterrupt, is not changed.
+
         Raises ValueError for a grid that the device would not launch.
         """
         self._check_grid(grid)
@@ -108,8 +110,10 @@ class EmulatedFunction:
         runtime = load_runtime()
         reports = runtime.emulator_launch(ctypes.byref(request))
         if reports:
-            text = ctypes.string_at(reports).decode(errors="replace")
-            runtime.emulator_free_reports(reports)
+            try:  # Ctrl-C arrives here, if it has ended the launch
+                text = ctypes.string_at(reports).decode(errors="replace")
+            finally:
+                runtime.emulator_free_reports(reports)
             raise KernelFault(self.title, name_lines(text, self.path))
 
     def prepare(

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "reports.h"
+#include "traps.h"
 
 namespace emulator {
 
@@ -74,6 +75,7 @@ Thread* take_ready() {
 }
 
 void run_next(Fibre& from) {
+  if (running && was_interrupted()) fail("interrupt", "interrupted: the launch was ended");
   Thread* next = take_ready();
   if (!next && live) fail("deadlock", "deadlock: " + describe_waiting());
   ++steps;

@@ -20,6 +20,8 @@ constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 struct sigaction old_actions[std::size(SIGNALS)];
 alignas(16) char signal_stack[64 * 1024];  // a fibre's own may have overflowed
 long launching_thread;
+struct sigaction old_interrupt;
+volatile sig_atomic_t interrupted;
 
 std::string meaning_of(int signal, const void* address) {
   if (signal == SIGFPE) return "crash: division by zero";
@@ -60,9 +62,24 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   registers[REG_RIP] = reinterpret_cast<greg_t>(&end_launch);
 }
 
+bool is_handled(const struct sigaction& action) {
+  return action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN;
+}
+
+void on_interrupt(int signal, siginfo_t* info, void* context) {
+  interrupted = 1;
+  if (old_interrupt.sa_flags & SA_SIGINFO)
+    old_interrupt.sa_sigaction(signal, info, context);
+  else
+    old_interrupt.sa_handler(signal);
+}
+
 }  // namespace
 
+bool was_interrupted() { return interrupted; }
+
 Traps::Traps() {
+  interrupted = 0;
   launching_thread = syscall(SYS_gettid);
   stack_t stack{};
   stack.ss_sp = signal_stack;
@@ -72,10 +89,15 @@ Traps::Traps() {
   action.sa_sigaction = on_signal;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   for (size_t i = 0; i < std::size(SIGNALS); ++i) sigaction(SIGNALS[i], &action, &old_actions[i]);
+  sigaction(SIGINT, nullptr, &old_interrupt);
+  action.sa_sigaction = on_interrupt;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
+  if (is_handled(old_interrupt)) sigaction(SIGINT, &action, nullptr);
 }
 
 Traps::~Traps() {
   give_back();
+  if (is_handled(old_interrupt)) sigaction(SIGINT, &old_interrupt, nullptr);
   sigaltstack(&old_stack_, nullptr);
 }
 

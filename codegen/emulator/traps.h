@@ -1,4 +1,5 @@
-// Signals that a wrong kernel raises become reports, for as long as this object lives.
+// Signals that a wrong kernel raises become reports, for as long as this object lives. Ctrl-C ends the
+// launch: the process's own handler runs, and what it wants follows when the launch has returned.
 #pragma once
 
 #include <signal.h>
@@ -14,5 +15,8 @@ class Traps {
  private:
   stack_t old_stack_;
 };
+
+// Whether Ctrl-C was pressed since the last Traps were set.
+bool was_interrupted();
 
 }  // namespace emulator
