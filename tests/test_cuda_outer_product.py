@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,15 +16,9 @@ from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda import outer_product as cuda
 from sparsify.codegen.cuda.device import A100, H100, Limits
 from sparsify.codegen.cuda.headers import headers_of
-from sparsify.codegen.cuda.outer_product import (
-    CudaOuterProducts,
-    Shape,
-    add_outer_products,
-    break_even,
-    render_outer_product,
-    render_sums,
-    shape_of,
-)
+from sparsify.codegen.cuda.outer_product import CudaOuterProducts, add_outer_products, break_even
+from sparsify.codegen.cuda.outer_shape import Shape, shape_of
+from sparsify.codegen.cuda.outer_text import render_outer_product, render_sums
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from sparsify.errors import KernelFault
 from sparsify.outer_product import OuterProduct
@@ -127,6 +123,55 @@ def test_any_layout_gives_the_same_bits(layout: str, of_d: bool) -> None:
     d, y = laid_out(layout, of_d, torch.randn(20, 7, 40), spikes((20, 7, 30), 0.3).float())
     assert torch.equal(run(emulated(), d, y)[0], reference(d, y))
     assert torch.equal(run(emulated(), d, y.bool())[0], reference(d, y))
+
+
+@pytest.mark.parametrize("senders", [30, 3000])  # of which each block of threads has 64
+def test_products_of_the_same_sizes_are_prepared_once(senders: int) -> None:
+    """Of tensors that lie elsewhere, with and without a total; others take the long way."""
+    kernel = emulated("forward", checks=False).load(None)
+    rows = 1100 if senders == 30 else 40
+    for turn in range(3):
+        d, y = torch.randn(rows, 40), spikes((rows, senders), 0.3).float()
+        total = torch.randn(40, senders)
+        wanted = reference(d, y)
+        added = kernel(d, y, senders, packed=False, total=total.clone()).result
+        assert added is not None and torch.equal(added, total + wanted)
+        result = kernel(d, y, senders, packed=False, total=None).result
+        assert result is not None and torch.equal(result, wanted) and result.is_contiguous()
+        assert len(kernel._prepared) == 2, turn
+    apart = torch.randn(rows, 80)[:, ::2]
+    result = kernel(apart, y, senders, packed=False, total=None).result
+    assert result is not None and torch.equal(result, reference(apart, y))
+    assert len(kernel._prepared) == 2, "what was copied lies elsewhere each time"
+    negative = torch.complex(d, d).conj().imag
+    assert negative.is_neg() and negative.stride() != d.stride()
+    result = kernel(negative, y, senders, packed=False, total=None).result
+    assert result is not None and torch.equal(result, reference(-d, y))
+
+
+def test_a_prepared_product_is_short() -> None:
+    """Counted, because times are not steady: the functions that a call enters, Python's or C's."""
+    kernel = emulated("forward", checks=False).load(None)
+    d, y = torch.randn(1100, 40), spikes((1100, 30), 0.3)
+    for _ in range(2):
+        kernel(d, y, 30, packed=False, total=None)
+    kernel._prepared = {
+        key: each._replace(add=lambda _: None, add_sums=lambda _: None)
+        for key, each in kernel._prepared.items()
+    }
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, function: Any) -> None:
+        if event in ("call", "c_call"):
+            calls.append(getattr(function, "__name__", frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        kernel(d, y, 30, packed=False, total=None)
+    finally:
+        sys.setprofile(None)
+    assert calls.count("empty_like") == 2  # the result, and sums of blocks
+    assert len(calls) <= 24, calls
 
 
 def test_rows_may_be_more_than_a_grid_has_in_a_dimension() -> None:

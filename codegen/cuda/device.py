@@ -148,3 +148,10 @@ def prepare_words(
         function.launch(grid, given)
 
     return launch
+
+
+def like_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of one element that has the shape of another: ``empty_like`` makes it contiguous."""
+    with torch.inference_mode(False):
+        one = torch.empty(1, dtype=tensor.dtype, device=tensor.device)
+        return one.expand(tensor.shape)

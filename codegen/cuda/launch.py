@@ -15,7 +15,7 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cuda.device import Device, Function, Grid, Launch, Memory, Word
+from sparsify.codegen.cuda.device import Device, Function, Grid, Launch, Memory, Word, like_of
 from sparsify.codegen.cuda.frame_text import Scratch
 from sparsify.codegen.cuda.packed_weight import PackedWeights, PackingOn
 from sparsify.codegen.cuda.strategy import Plan
@@ -215,7 +215,7 @@ class CudaLaunchable:
                 return results
             places = [*of_operands, *(first_end + i for i in of_outputs)]
             places += of_loose
-            like = [(slot.name, _like(results[slot.name])) for slot in self._slots.outputs]
+            like = [(slot.name, like_of(results[slot.name])) for slot in self._slots.outputs]
             launch = self._functions[device].prepare(sized.grid, words, places, stream)
             if len(self._prepared) >= GRIDS:
                 self._prepared = {}
@@ -339,10 +339,3 @@ def _make_scratch(scratch: Scratch, size: int, device: torch.device) -> Memory:
     make = torch.zeros if scratch.zeroed else torch.empty
     tensor = make(size, dtype=dtype, device=device)
     return Memory(tensor, scratch.name, written=True, fresh=not scratch.zeroed)
-
-
-def _like(output: torch.Tensor) -> torch.Tensor:
-    """A tensor of one element that has the output's shape: ``empty_like`` makes it contiguous."""
-    with torch.inference_mode(False):
-        one = torch.empty(1, dtype=output.dtype, device=output.device)
-        return one.expand(output.shape)

@@ -6,104 +6,35 @@ activity of the example.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cuda.device import Device, Function, Grid, Limits, Memory
-from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.device import (
+    Device,
+    Function,
+    Grid,
+    Launch,
+    Memory,
+    Word,
+    like_of,
+)
+from sparsify.codegen.cuda.headers import headers_for
+from sparsify.codegen.cuda.outer_shape import WARP, Shape, shape_of
+from sparsify.codegen.cuda.outer_text import SUM_THREADS, render_outer_product, render_sums
 from sparsify.codegen.outer_product import ROWS_PER_SUM, VALUES, Product, rows_of, source_of
 
-OWN = 8  # senders of a warp
-WARP = 32
 VALUE_BYTES = {"float": 4, "double": 8}
 MOST_ROWS = 2**31 - ROWS_PER_SUM
-SUMS_BYTES = 64 * 2**20  # of the sums of blocks, where rows are shared out
-SUM_THREADS = 256
 REMEMBERED = 256  # sizes; numbers of rows differ between calls
 # What a GPU multiplies, at 20 T/s, while Python launches a kernel.
 SMALL_PRODUCT = 1 << 27
-TEXT = """\
-// The gradient of a weight of {value}, from an activity of {source}: {warps} warps, whose lanes add
-// {width} receivers at once.
-#include "outer_product.cuh"
-
-using Call = sparsify::OuterCall;
-
-extern "C" __global__ void __launch_bounds__({threads}, {resident})
-{entry}(const Call call) {{
-  sparsify::add_outer_products<{value}, {type}, {warps}, {width}>(call);
-}}
-"""
-SUMS_TEXT = """\
-// The gradient of a weight of {value}, from the sums of blocks of rows.
-#include "outer_product.cuh"
-
-using Call = sparsify::SumsCall;
-
-extern "C" __global__ void __launch_bounds__({threads})
-{entry}(const Call call) {{
-  sparsify::add_sums<{value}>(call);
-}}
-"""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a product is shared out: the tile of a block of threads, and the chunks of rows."""
-
-    warps: int
-    width: int
-    tiles: int
-    chunks: int
-
-    @property
-    def threads(self) -> int:
-        return self.warps * WARP
-
-    def shared_bytes(self, value_bytes: int) -> int:
-        """For the totals over blocks of rows, where a block of threads adds all of them."""
-        return OWN * self.width * self.threads * value_bytes if self.chunks == 1 else 0
-
-
-def shape_of(rows: int, receivers: int, senders: int, value_bytes: int, limits: Limits) -> Shape:
-    """Large tiles read less, so rows are shared out where there are few; no bit depends on it."""
-    most = 16 if value_bytes == 4 else 8  # shared memory without asking for more
-    warps = next((warps for warps in (4, 8) if senders <= OWN * warps), most)
-    width = 1 if receivers <= WARP else 2
-    tiles = -(-senders // (OWN * warps)) * -(-receivers // (WARP * width))
-    blocks = -(-rows // ROWS_PER_SUM)
-    chunks = 1
-    if tiles < limits.multiprocessors and blocks * receivers * senders * value_bytes <= SUMS_BYTES:
-        chunks = min(blocks, -(-2 * limits.multiprocessors // tiles))
-    return Shape(warps, width, tiles, chunks)
-
-
-def render_outer_product(value: str, source: str, warps: int, width: int) -> Source:
-    """The kernel that adds events; ``value`` and ``source`` are types in C++."""
-    entry = f"run_outer_product_{value}_{source.lower()}_{OWN * warps}x{WARP * width}"
-    type_name = f"sparsify::{source}" if source == "Bits" else source
-    text = TEXT.format(
-        value=value,
-        source=source,
-        type=type_name,
-        warps=warps,
-        width=width,
-        threads=warps * WARP,
-        resident=2 if (value, source, warps) == ("float", "Bits", 8) else 1,
-        entry=entry,
-    )
-    return Source(text, f"{entry}.cu", entry)
-
-
-def render_sums(value: str) -> Source:
-    """The kernel that adds the sums of blocks."""
-    entry = f"run_sums_of_blocks_{value}"
-    return Source(
-        SUMS_TEXT.format(value=value, threads=SUM_THREADS, entry=entry), f"{entry}.cu", entry
-    )
+# A third of the time that torch.empty takes to read its arguments.
+_empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 
 
 @dataclass(frozen=True)
@@ -176,8 +107,29 @@ class CudaOuterProducts:
         return shape_of(sizes.rows, sizes.receivers, sizes.senders, value_bytes, limits)
 
     def _function(self, source: Source, device: torch.device) -> Function:
-        path = self.device.compile(source, headers_of("outer_product.cuh"))
+        path = self.device.compile(source, headers_for(source))
         return self.device.load(path, source.entry, device)
+
+
+class Prepared(NamedTuple):
+    """A product that can be computed again of other tensors of the same sizes and strides.
+
+    The first launch takes d, the activity, the result and, if ``sums`` is what they are like, the
+    sums of blocks; the second one, which adds these up, the sums and the result.
+    """
+
+    add: Launch
+    sums: Tensor | None
+    add_sums: Launch | None
+    made: Tensor  # what a result is like
+
+    def run(self, d: Tensor, activity: Tensor, result: Tensor) -> None:
+        if self.sums is None or self.add_sums is None:
+            self.add((d, activity, result))
+            return
+        sums = _empty_like(self.sums)
+        self.add((d, activity, result, sums))
+        self.add_sums((sums, result))
 
 
 class CudaOuterKernel:
@@ -186,6 +138,7 @@ class CudaOuterKernel:
     def __init__(self, products: CudaOuterProducts, activity: float | None) -> None:
         self._products, self._activity = products, activity
         self._active: dict[torch.device, Tensor] = {}  # int64 [1], counted by the kernels
+        self._prepared: dict[Hashable, Prepared] = {}
         self._seen = 0
 
     @property
@@ -218,23 +171,80 @@ class CudaOuterKernel:
     def __call__(
         self, d: Tensor, activity: Tensor, senders: int, *, packed: bool, total: Tensor | None
     ) -> Product:
-        result = d.new_empty(d.shape[-1], senders) if total is None else total
-        self._seen += d.shape[:-1].numel() * senders
-        add_outer_products(
+        device, shape = d.device, d.shape
+        stream = self._products.device.stream(device)
+        # All that launches depend on.
+        of_d = d.dtype, shape, d.stride(), device, d.is_neg()
+        of_activity = activity.dtype, activity.shape, activity.stride(), activity.is_neg()
+        key = stream, senders, packed, total is None, of_d, of_activity
+        prepared = self._prepared.get(key)
+        self._seen += shape[:-1].numel() * senders
+        if prepared is not None:
+            result = _empty_like(prepared.made) if total is None else total
+            prepared.run(d, activity, result)
+            return Product(result)
+        result = d.new_empty(shape[-1], senders) if total is None else total
+        launches = _launches_of(
             self._products,
             d,
             activity,
             result,
-            self._count_on(d.device),
+            self._count_on(device),
             packed=packed,
             adds_to_result=total is not None,
         )
+        launches.launch()
+        if stream is not None:
+            self._prepare(key, launches, d, activity, stream)
         return Product(result)
+
+    def _prepare(
+        self, key: Hashable, launches: _Launches, d: Tensor, activity: Tensor, stream: int
+    ) -> None:
+        """Keep what computes the product again, if the tensors are read where they lie."""
+        if not launches.reads(d, activity):
+            return
+        if len(self._prepared) >= REMEMBERED:
+            self._prepared = {}
+        self._prepared[key] = launches.prepare(stream)
 
     def _count_on(self, device: torch.device) -> Tensor:
         if device not in self._active:
-            self._active[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):
+                self._active[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._active[device]
+
+
+@dataclass(frozen=True)
+class _Launches:
+    """The launches of one product, with their words."""
+
+    launches: Launches
+    add: Sequence[Word]
+    add_sums: Sequence[Word]
+
+    def launch(self) -> None:
+        self.launches.add.launch(self.launches.grid, self.add)
+        if self.launches.add_sums is not None:
+            self.launches.add_sums.launch(self.launches.sums_grid, self.add_sums)
+
+    def prepare(self, stream: int) -> Prepared:
+        launches, result, sums = self.launches, self.add[2], self.add[3]
+        assert isinstance(result, Memory)
+        made = like_of(result.tensor)
+        if launches.add_sums is None or not isinstance(sums, Memory):
+            add = launches.add.prepare(launches.grid, self.add, (0, 1, 2), stream)
+            return Prepared(add, None, None, made)
+        add = launches.add.prepare(launches.grid, self.add, (0, 1, 2, 3), stream)
+        then = launches.add_sums.prepare(launches.sums_grid, self.add_sums, (0, 1), stream)
+        return Prepared(add, like_of(sums.tensor), then, made)
+
+    def reads(self, d: Tensor, activity: Tensor) -> bool:
+        """Whether the kernel reads these tensors, and no copies."""
+        return all(
+            isinstance(word, Memory) and word.tensor.data_ptr() == tensor.data_ptr()
+            for word, tensor in zip(self.add, (d, activity), strict=False)
+        )
 
 
 def add_outer_products(
@@ -254,40 +264,50 @@ def add_outer_products(
     is multiplied. ``active`` ``[1]`` of int64 grows by the number of active values. The bits do not
     depend on ``shape``.
     """
+    given = products, d, activity, result, active
+    _launches_of(*given, packed=packed, adds_to_result=adds_to_result, shape=shape).launch()
+
+
+def _launches_of(
+    products: CudaOuterProducts,
+    d: Tensor,
+    activity: Tensor,
+    result: Tensor,
+    active: Tensor,
+    *,
+    packed: bool,
+    adds_to_result: bool,
+    shape: Shape | None = None,
+) -> _Launches:
+    """What ``add_outer_products`` launches."""
+    d, activity = d.resolve_neg(), activity.resolve_neg()  # they may be negated lazily
     source, readable = source_of(activity, d.dtype, packed)
     left, right = rows_of(d), rows_of(readable)
     rows, (receivers, senders) = d.shape[:-1].numel(), result.shape
     sizes = Sizes(VALUES[d.dtype], source, rows, receivers, senders, d.device)
     launches = products.launches(sizes) if shape is None else products.shared_out(sizes, shape)
-    sums = None
+    sums: Word = 0
     if launches.add_sums is not None:
-        sums = torch.empty((sizes.blocks, senders, receivers), dtype=d.dtype, device=d.device)
+        made = torch.empty((sizes.blocks, senders, receivers), dtype=d.dtype, device=d.device)
+        sums = Memory(made, "sums of blocks", written=True, fresh=True)
     gradient = Memory(result, "gradient", written=True, fresh=not adds_to_result)
-    launches.add.launch(
-        launches.grid,
-        (
-            Memory(left.tensor, "d"),
-            Memory(right.tensor, "activity"),
-            gradient,
-            0 if sums is None else Memory(sums, "sums of blocks", written=True, fresh=True),
-            Memory(active, "active values", written=True),
-            *(rows, receivers, senders),
-            *(left.run, left.outer, left.inner),
-            *(right.run, right.outer, right.inner),
-            int(adds_to_result),
-            launches.chunks,
-        ),
+    add = (
+        Memory(left.tensor, "d"),
+        Memory(right.tensor, "activity"),
+        gradient,
+        sums,
+        Memory(active, "active values", written=True),
+        *(rows, receivers, senders),
+        *(left.run, left.outer, left.inner),
+        *(right.run, right.outer, right.inner),
+        int(adds_to_result),
+        launches.chunks,
     )
-    if sums is not None and launches.add_sums is not None:
-        launches.add_sums.launch(
-            launches.sums_grid,
-            (
-                Memory(sums, "sums of blocks"),
-                gradient,
-                *(sizes.blocks, receivers, senders),
-                int(adds_to_result),
-            ),
-        )
+    if not isinstance(sums, Memory):
+        return _Launches(launches, add, ())
+    summed = Memory(sums.tensor, "sums of blocks")
+    numbers = sizes.blocks, receivers, senders, int(adds_to_result)
+    return _Launches(launches, add, (summed, gradient, *numbers))
 
 
 def break_even(dtype: torch.dtype) -> float:
