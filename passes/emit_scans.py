@@ -11,6 +11,7 @@ from torch import fx, nn
 from sparsify.passes.build_body import BodyBuilder, ScanParts
 from sparsify.passes.call_scan import call_scan, common_module, erase_unused
 from sparsify.passes.classify_ops import draws_random
+from sparsify.passes.copy_graph import copy_node
 from sparsify.passes.encode_nodes import shape_of
 from sparsify.passes.find_series import Series, Stacked, StepSource, Table, Yielded, wrapped_dim
 from sparsify.passes.match_iterations import Fill
@@ -86,7 +87,7 @@ class _Emitter:
     def _copy(self, node: fx.Node) -> fx.Node:
         for operand in node.all_input_nodes:
             self._emit(operand)
-        copy = self.graph.node_copy(node, self._emit)
+        copy = copy_node(self.graph, node, self._emit)
         if node in self.depths:
             copy.meta["loops"] = tuple(copy.meta.get("loops", ()))[: self.depths[node]]
         return copy

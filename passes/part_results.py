@@ -23,6 +23,7 @@ from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.emit_scans import JOINS
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
+from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 RESULT = "result"  # in the meta of the aliases
@@ -30,20 +31,25 @@ RESULT = "result"  # in the meta of the aliases
 
 def part_results(gm: fx.GraphModule) -> PassResult:
     """Give the results that are sequences a node of their own, which all their readers read."""
+    if not _sequences(gm.graph):
+        return PassResult(gm)
     graph = copy_graph(gm.graph)
-    [output] = [node for node in graph.nodes if node.op == "output"]
     done = []
-    for node in [n for n in output.all_input_nodes if _is_sequence(n)]:
+    for node in _sequences(graph):
+        readers = list(node.users)
         with graph.inserting_after(node):
             own = call(graph, aten.alias.default, (node,), node.meta["val"], node)
         own.meta[RESULT] = True
-        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+        for reader in readers:
+            reader.replace_input_with(node, own)
         done.append(f"{node.name} is a tensor of its own")
-    return PassResult(_with_graph(gm, graph), done) if done else PassResult(gm)
+    return PassResult(_with_graph(gm, graph), done)
 
 
 def join_results(gm: fx.GraphModule) -> PassResult:
     """Return values themselves that nothing else reads."""
+    if not any(RESULT in node.meta for node in gm.graph.nodes):
+        return PassResult(gm)
     graph = copy_graph(gm.graph)
     done = []
     for node in [n for n in graph.nodes if RESULT in n.meta]:
@@ -53,6 +59,12 @@ def join_results(gm: fx.GraphModule) -> PassResult:
             graph.erase_node(node)
             done.append(f"{value.name} is the result")
     return PassResult(_with_graph(gm, graph), done) if done else PassResult(gm)
+
+
+def _sequences(graph: fx.Graph) -> list[fx.Node]:
+    """The sequences among the results."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return [node for node in output.all_input_nodes if _is_sequence(node)]
 
 
 def _is_sequence(node: fx.Node) -> bool:
@@ -70,4 +82,4 @@ def _is_sequence(node: fx.Node) -> bool:
 
 def _with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     modules = dict(gm.named_children())
-    return fx.GraphModule(modules, graph, class_name=type(gm).__name__)
+    return UnwrittenGraph(modules, graph, class_name=type(gm).__name__)

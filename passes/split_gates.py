@@ -36,6 +36,7 @@ from sparsify.passes.find_parts import (
 )
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
+from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # the index of the activation
@@ -56,7 +57,7 @@ def split_gates(gm: fx.GraphModule) -> PassResult:
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
     done = list(reversed(splitter.done))
-    return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+    return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
 
 
 def _find_parts(node: fx.Node) -> list[Reader] | None:

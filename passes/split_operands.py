@@ -22,6 +22,7 @@ from sparsify.passes.classify_ops import TRANSPOSES
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
+from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 OPERANDS = {aten.mm.default: 0, aten.addmm.default: 1}
@@ -40,7 +41,7 @@ def split_operands(gm: fx.GraphModule) -> PassResult:
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
     done = splitter.done
-    return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+    return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
 
 
 def _find_joined(product: fx.Node) -> Sequence[fx.Node]:

@@ -176,11 +176,11 @@ class Histories:
             sources = node.args[1:]
         elif not _has_gradient(node):
             return
-        if any(source in self._own for source in sources):
+        if self._own and not self._own.isdisjoint(sources):
             self._own.add(node)
-        if any(source in self._present for source in sources):
+        if not self._present.isdisjoint(sources):
             self._present.add(node)
-        elif any(source in self._ended for source in sources):
+        elif not self._ended.isdisjoint(sources):
             others = (source for source in sources if source not in self._ended)
             if not any(other.op == "placeholder" or other.all_input_nodes for other in others):
                 self._ended.add(node)

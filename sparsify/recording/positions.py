@@ -125,11 +125,10 @@ class Positions:
             if facts.is_users:
                 if location is None:
                     location = self._locate(frame)
-                if facts.loops:
-                    state = self._frames.get(id(frame))
-                    if state is not None:
-                        steps = state.steps_at(frame.f_lasti)
-                        loops = steps + loops if loops else steps
+                state = self._frames.get(id(frame)) if facts.loops else None
+                if state is not None:
+                    loops = self._loops_at(frame, state)
+                    break
             elif facts.is_forward and fallback is None:
                 fallback = frame
             frame = frame.f_back
@@ -137,6 +136,24 @@ class Positions:
             location = self._locate(fallback)
         module, function = self._owners[-1]
         return Here(location, module, loops, function)
+
+    def _loops_at(self, frame: FrameType, state: _FrameLoops) -> tuple[LoopStep, ...]:
+        """The iterations that ``frame`` and its callers are in."""
+        steps = state.steps_at(frame.f_lasti)
+        around = state.around
+        if around is None:
+            around = self._loops_around(frame.f_back)
+            if state.frame is None:  # its callers stand still for as long as it runs
+                state.around = around
+        return around + steps if around else steps
+
+    def _loops_around(self, frame: FrameType | None) -> tuple[LoopStep, ...]:
+        while frame is not self._stop and frame is not None:
+            state = self._frames.get(id(frame))
+            if state is not None and state.facts.loops:
+                return self._loops_at(frame, state)
+            frame = frame.f_back
+        return ()
 
     def _on_call(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
@@ -210,7 +227,7 @@ class _FrameLoops:
 
     __slots__ = (
         *("positions", "facts", "frame", "number", "is_owner"),
-        *("offset", "inside", "iterations", "steps", "jumped_to"),
+        *("offset", "inside", "iterations", "steps", "jumped_to", "around"),
     )
 
     def __init__(
@@ -227,6 +244,7 @@ class _FrameLoops:
         self.iterations = [0] * len(facts.loops)
         self.steps: tuple[LoopStep, ...] | None = ()
         self.jumped_to = -1
+        self.around: tuple[LoopStep, ...] | None = None  # of the callers, once it was asked for
 
     def on_event(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
