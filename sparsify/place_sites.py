@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -53,16 +54,24 @@ def why_kept(
     if scan is not None and isinstance(refusal := lowered.get(scan), Refusal):
         return refusal
     at_line = [r for r in refusals if r.location is not None and r.location == product.location]
-    # All layers of an nn.Sequential are called from one line: the layer's own refusal goes first.
-    at_line.sort(key=lambda r: r.facts.get("module", product.module) != product.module)
     if at_line:
-        return at_line[0]
+        return min(at_line, key=lambda refusal: _distance(refusal, product))
     loops = {step.location for node in product.nodes for step in node.meta.get("loops", ())}
     is_unrolled = scan is None and len(product.nodes) > 1
     for refusal in refusals if is_unrolled else ():
         if refusal.code == "not-rolled" and refusal.location in (None, *loops):
             return refusal
     return _why_operand(product, graph)
+
+
+def _distance(refusal: Refusal, product: Product) -> tuple[bool, bool]:
+    """How far a refusal of the product's line is from being its own.
+
+    All layers of an nn.Sequential are called from one line, and a line may multiply by two weights.
+    """
+    reads: Any = refusal.facts.get("reads", ())
+    is_other = bool(reads) and product.weight not in reads
+    return is_other, refusal.facts.get("module", product.module) != product.module
 
 
 def _find_product(site: LoweredSite, products: Iterable[Product]) -> Product | None:

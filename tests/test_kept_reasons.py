@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsify
@@ -47,3 +48,25 @@ def test_layers_of_one_line_have_reasons_of_their_own() -> None:
         "unsupported-layout",
         "Convolutions have no event kernel.",
     )
+
+
+class OneLine(nn.Module):
+    """Two products on one line of one module: one reads what passes no threshold, one events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(2, 1, 3, 3))
+        self.second = nn.Parameter(torch.randn(2, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = (2 * x > 1).to(x.dtype)
+        return F.conv2d(x, self.first, padding=1) + F.conv2d(z, self.second, padding=1)
+
+
+def test_products_of_one_line_and_module_have_reasons_of_their_own() -> None:
+    torch.manual_seed(0)
+    fast: Any = sparsify.sparsify(OneLine().eval(), torch.rand(4, 1, 4, 4))
+    report = fast.report
+    assert report["first"].location == report["second"].location
+    assert (report["first"].code, report["second"].code) == ("no-event", "unsupported-layout")
+    assert report["second"].reason == "Convolutions have no event kernel."
