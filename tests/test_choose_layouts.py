@@ -73,6 +73,31 @@ def test_the_break_even_density_divides_the_layouts() -> None:
     assert kinds(predictor(scattered(0.8 * even)))[0] != "dense-rows"
 
 
+def three_products(size: int) -> ir.Kernel:
+    """Three products of one input, as the gates of a GRU have them."""
+    kernel = product(size, size)
+    names = ("0", "1", "2")
+    weights = tuple(replace(kernel.weights[0], name=f"w{n}") for n in names)
+    gathers = tuple(ir.Gather(f"y{n}", f"w{n}", "x", "real") for n in names)
+    added = (
+        ir.Let("y", "add", ("y0", "y1"), "float32"),
+        ir.Let("z", "add", ("y", "y2"), "float32"),
+    )
+    phase = ir.Phase("receivers", (*gathers, *added, ir.Store("out", "z")))
+    return replace(kernel, weights=weights, phases=(phase,))
+
+
+def test_weights_that_are_alike_are_laid_out_alike() -> None:
+    # Of a core that adds as many kept weights of these as dense ones, and reads them faster.
+    rates = Rates(1.2e11, event_adds=2.1e10, dense_macs=3.8e10, pointwise=2e9, far_bytes=5.8e10)
+    kernel = three_products(1024)
+    workload = Workload(100, 1, {g.result: 1.0 for g in kernel.gathers})
+    patterns = {w.name: scattered(0.1) for w in kernel.weights}
+    found = Predictor(kernel, workload, CppBackend(rates), patterns=patterns)
+    best = found.candidates({g.result: "dense" for g in kernel.gathers})[0]
+    assert {best.schedule.layout_of(w.name).kind for w in kernel.weights} == {"compressed-rows"}
+
+
 class Launched:
     """A launchable that runs nothing."""
 

@@ -203,7 +203,7 @@ def print_break_evens(hidden: int, grid: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pruned recurrent spiking layers.")
     parser.add_argument("--quick", action="store_true", help="one small size")
-    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of the cases to run")
+    parser.add_argument("--sizes", type=int, nargs="*", help="numbers of the cases to run")
     parser.add_argument("--grid", type=int, default=2048, help="neurons of the grid, 0 for none")
     parser.add_argument("--activity", type=float, nargs="+", help="of the grid, else all of it")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
