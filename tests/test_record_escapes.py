@@ -187,6 +187,23 @@ def test_the_first_reason_is_told_and_the_run_goes_through() -> None:
     assert "x.sum().item()" in found.error.location.code
 
 
+class ReadsPacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(3, 5, nonlinearity="relu")
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        last: Tensor = self.rnn(packed)[1]
+        return last
+
+
+def test_packed_sequences_are_refused_with_a_way_out() -> None:
+    error = refused(ReadsPacked(), torch.randn(6, 2, 3), torch.tensor([4, 6]))
+    assert "self.rnn(packed)" in str(error.location)
+    assert "the lengths of a packed sequence reach Python; give padded tensors" in str(error)
+
+
 @pytest.mark.parametrize("kind", ["relu", "tanh", "gru", "lstm"])
 def test_recurrent_layers_are_kept_whole(kind: str) -> None:
     torch.manual_seed(0)

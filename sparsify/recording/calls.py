@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from sparsify.recording.operations import Op, Operation, operation_of
 
 aten = torch.ops.aten
+RNN_FILE = torch.nn.modules.rnn.__file__
 PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -50,6 +53,11 @@ def check_plain(tensor: Tensor) -> None:
 def why_not_reveal(op: Op) -> str:
     """Why the result of ``op`` must not reach Python."""
     what = "item(), bool(), int(), float() or an index"
+    if op is aten._local_scalar_dense.default and _is_asked_by(RNN_FILE):
+        return (
+            "the lengths of a packed sequence reach Python; give padded tensors, and take each "
+            "sequence's last step with torch.gather"
+        )
     if op is aten._local_scalar_dense.default:
         return (
             f"a tensor's value reaches Python ({what}), so that another input could take another "
@@ -62,3 +70,11 @@ def why_not_reveal(op: Op) -> str:
             "(torch.where) instead"
         )
     return f"{name} gives a tensor's value to Python; compute with tensors instead"
+
+
+def _is_asked_by(file: str) -> bool:
+    """Whether code of ``file`` is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != file:
+        frame = frame.f_back
+    return frame is not None
