@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 from sparsify import ir
 from sparsify.codegen.backend import Backend, Binary, Launchable
@@ -20,23 +19,9 @@ class Binaries:
 
     def compile_all(self, wanted: Sequence[tuple[ir.Kernel, ir.Schedule]]) -> None:
         """Compile what is missing, on all cores. Raises CompileError."""
-        with self.compiling(wanted):
-            pass
-
-    @contextmanager
-    def compiling(self, wanted: Sequence[tuple[ir.Kernel, ir.Schedule]]) -> Iterator[None]:
-        """Compile what is missing beside the block, which ends when all is there.
-
-        Raises CompileError. If the block raises, what has not begun is left out.
-        """
         missing = [key for key in dict.fromkeys(wanted) if key not in self.made]
-        pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
-        try:
-            begun = [pool.submit(self.backend.compile, *key) for key in missing]
-            yield
-            made = [each.result() for each in begun]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            made = list(pool.map(lambda key: self.backend.compile(*key), missing))
         self.made.update(zip(missing, made, strict=True))
 
     def load(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Launchable:

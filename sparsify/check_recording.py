@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 from sparsify.bench import wait_for_devices
 from sparsify.call_conditions import needs_grad
 from sparsify.check_gradients import differentiate_model, why_gradients_differ
-from sparsify.errors import TraceError
 from sparsify.fingerprint import Fingerprint
 from sparsify.free_memory import free_memory
 from sparsify.keep_state import keep_state
@@ -36,31 +35,10 @@ Differentiate = Callable[[Any, list[Tensor]], list[Tensor | None]]
 
 @dataclass(frozen=True)
 class Repetition:
-    """How a recording differs from its model, "" if it repeats it; what the model took.
-
-    ``seconds`` leaves out what its thread waited while others had the processor, as compilers do.
-    """
+    """How a recording differs from its model, "" if it repeats it; what the model took."""
 
     differs: str
     seconds: float
-
-
-@dataclass
-class Check:
-    """A check of the ``recording`` that ``model`` gave for these arguments; see ``repeat``."""
-
-    model: nn.Module
-    recording: Recording
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    seconds: float = 0.0  # that the model took, once the check has run
-
-    def run(self) -> None:
-        """Raise TraceError if the recording does not repeat the model."""
-        repetition = repeat(self.model, self.recording, self.args, self.kwargs)
-        if repetition.differs:
-            raise TraceError(f"the recording does not repeat the model: {repetition.differs}")
-        self.seconds = repetition.seconds
 
 
 def why_not_repeated(
@@ -187,11 +165,11 @@ def _run(
         versions = [_version(tensor) for tensor in tensors]
         operands = recording.calling.operands(*call)  # before forward puts others in their places
         wait_for_devices()
-        start = _now()
+        start = time.perf_counter()
         result = forward(*call[0], **call[1])
         gradients = differentiate(result, operands) if needs_grad(operands) else []
         wait_for_devices()
-        seconds = min(now - then for now, then in zip(_now(), start, strict=True))
+        seconds = time.perf_counter() - start
         written = [
             tensor if version is None or tensor._version != version else None
             for tensor, version in zip(tensors, versions, strict=True)
@@ -199,10 +177,6 @@ def _run(
         outcome = result, dict(model.named_buffers()), written
         values = pytree.tree_map_only(Tensor, Fingerprint.of, outcome)
         return _Outcome(values, gradients, seconds)
-
-
-def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.thread_time()
 
 
 def _tensors(call: Call) -> list[Tensor]:

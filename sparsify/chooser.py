@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from sparsify import ir
@@ -48,11 +48,8 @@ class Chooser:
         self.choices: dict[str, Choice] = {}
         self._found: dict[str, list[Candidate]] = {}
 
-    def prepare(self, tasks: Sequence[Task], meanwhile: Callable[[], None]) -> None:
-        """Compile the candidates of all; of their operands only the layouts are looked at.
-
-        ``meanwhile`` is called while the compilers run, and what it raises is raised.
-        """
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Compile the candidates of all; of their operands only the layouts are looked at."""
         for task in tasks:
             refusal = self._why_off(task)
             candidates = [] if refusal else self._candidates(task)
@@ -64,8 +61,7 @@ class Chooser:
         kernels = {task.name: task.lowered.kernel for task in tasks}
         wanted = [(kernels[name], c.schedule) for name, cs in self._found.items() for c in cs]
         try:
-            with self.binaries.compiling(wanted):
-                meanwhile()
+            self.binaries.compile_all(wanted)
         except CompileError as error:
             refusal = Refusal("backend-unavailable", f"{error}", COMPILER)
             self.choices |= {name: Choice(None, refusal) for name in self._found}

@@ -66,23 +66,21 @@ class Compiler:
         operands: Sequence[Tensor],
         plan: Plan,
         earlier: Mapping[str, Site] | None = None,
-        meanwhile: Callable[[], None] | None = None,
     ) -> Compiled:
         """Decide every site on ``operands``; with gradients where they are enabled and needed.
 
-        ``earlier`` are sites that the plan has from another recording of the model. ``meanwhile``
-        is called once, while compilers run, before anything is run on kernels; what it raises is
-        raised. Recurrent operations of torch of which a loop got no kernel are put back whole.
+        ``earlier`` are sites that the plan has from another recording of the model. Recurrent
+        operations of torch of which a loop got no kernel are put back whole.
         """
         name_weights(recording.graph.graph)
         note_patterns(recording.graph.graph, operands)
-        compiled = self._compile(recording, operands, plan, earlier or {}, meanwhile or _nothing)
+        compiled = self._compile(recording, operands, plan, earlier or {})
         stepwise = find_stepwise(compiled)
         if not stepwise:
             return compiled
         for node, refusal in stepwise.items():
             node.meta["whole"] = refusal
-        return self._compile(recording, operands, plan, earlier or {}, _nothing)
+        return self._compile(recording, operands, plan, earlier or {})
 
     def _compile(
         self,
@@ -90,7 +88,6 @@ class Compiler:
         operands: Sequence[Tensor],
         plan: Plan,
         earlier: Mapping[str, Site],
-        meanwhile: Callable[[], None],
     ) -> Compiled:
         products = find_products(recording.graph.graph)
         plan = measured_plan(plan, products)
@@ -120,7 +117,7 @@ class Compiler:
         placements += place_gradients(placements, lowered)
         chooser = Chooser(self.options, self.binaries, plan, placements, earlier)
         tasks = find_tasks(scans, calls, lowered)
-        chooser.prepare(tasks, meanwhile)
+        chooser.prepare(tasks)
         if captured is not None:
             for task in tasks:
                 chooser.choose(replace(task, original_seconds=captured.seconds.get(task.name)))
@@ -306,10 +303,6 @@ def measured_plan(plan: Plan, products: Sequence[Product]) -> Plan:
 def summarize(result: Any) -> Any:
     """``result`` with infos for tensors: what a second recording is compared with."""
     return pytree.tree_map_only(Tensor, TensorInfo.of, result)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _kernel_name(name: str) -> str:

@@ -14,7 +14,7 @@ from sparsify import ir
 from sparsify.backends import Compilers, tensors_of
 from sparsify.call_conditions import is_intercepted, needs_grad, why_observed
 from sparsify.call_key import call_key
-from sparsify.check_recording import Check
+from sparsify.check_recording import repeat
 from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
@@ -291,8 +291,13 @@ class Engine:
     @seldom_collected()
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
+        repetition = repeat(self.original, recording, args, kwargs)
+        if repetition.differs:
+            raise TraceError(f"the recording does not repeat the model: {repetition.differs}")
         operands = recording.calling.operands(args, kwargs)
         is_trained = needs_grad(operands)
+        self.recordings += 1
+        self._refused = None
         compiler = self._compilers.serving((str(i), t) for i, t in enumerate(operands))
         if isinstance(compiler, Refusal):
             raise TraceError(f"{compiler.reason} {compiler.remedy}")
@@ -301,16 +306,13 @@ class Engine:
         plan = (plans.training or Plan()) if is_trained else plans
         like = [e for e in self.entries if bool(e.required) == is_trained and e.backend is backend]
         earlier = {site.name: site for e in like for site in e.compiled.sites}
-        check = Check(self.original, recording, args, kwargs)
-        compiled = compiler.compile(recording, operands, plan, earlier, check.run)
-        self.recordings += 1
-        self._refused = None
+        compiled = compiler.compile(recording, operands, plan, earlier)
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
         is_timed = self.options.timing and backend.is_timed
         if is_timed and not compiled.placements.keys() <= plan.sites.keys():
-            refusal = why_not_faster(self.original, entry, args, kwargs, check.seconds)
+            refusal = why_not_faster(self.original, entry, args, kwargs, repetition.seconds)
             if refusal is not None:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))
