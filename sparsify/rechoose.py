@@ -11,6 +11,8 @@ from torch import Tensor
 from sparsify import ir
 from sparsify.candidates import Predictor
 from sparsify.codegen.backend import Launchable
+from sparsify.codegen.contents import Contents
+from sparsify.codegen.runtime import load_runtime
 from sparsify.layouts import has_moved
 from sparsify.weight_pattern import find_pattern
 
@@ -30,6 +32,8 @@ class Rechooser:
         self._predictor, self._load = predictor, load
         self._calls = 0
         self._suited: dict[ir.Schedule, Launchable] = {}  # one serves several sizes of calls
+        self._contents: dict[str, Contents] = {}
+        self._counted: dict[str, int] = {}  # contents of weights
         self.densities = {name: p.density for name, p in predictor.patterns.items()}
 
     def suited(self, steps: int, batch: int) -> Launchable | None:
@@ -53,7 +57,7 @@ class Rechooser:
         moved = {}
         for name in self.densities:
             weight = tensors[name].detach()
-            if weight.is_cpu and weight.numel():
+            if weight.is_cpu and weight.numel() and not self._is_counted(name, weight):
                 density = int(torch.count_nonzero(weight)) / weight.numel()
                 self.densities[name] = density
                 if has_moved(self._predictor.patterns[name].density, density):
@@ -68,3 +72,13 @@ class Rechooser:
         if better is not None:
             self.base, self._suited = self._load(self.base.kernel, better), {}
         return better is not None
+
+    def _is_counted(self, name: str, weight: Tensor) -> bool:
+        """Whether the weight holds what it held when it was counted last."""
+        if self._predictor.backend.name != "cpp":
+            return False  # others may have no support library
+        contents = self._contents.setdefault(name, Contents(load_runtime()))
+        content = contents.look(weight)
+        is_known = self._counted.get(name) == content
+        self._counted[name] = content
+        return is_known

@@ -111,6 +111,7 @@ class Launched:
     def reset_events(self) -> None: ...
 
 
+@pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 def test_weights_that_are_pruned_later_get_another_layout_and_back() -> None:
     found = predictor(DENSE)
     first = Launched(found.kernel, ir.Schedule("neurons-per-thread", (("y", "event"),)))
@@ -123,6 +124,30 @@ def test_weights_that_are_pruned_later_get_another_layout_and_back() -> None:
     assert rechooser.densities["w"] == int(weight.count_nonzero()) / weight.numel() < 0.11
     assert sum(rechooser.look({"w": torch.ones(2048, 2048)}) for _ in range(EVERY)) == 1
     assert rechooser.base.schedule == first.schedule
+
+
+@pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
+def test_weights_that_have_not_changed_are_not_counted_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = predictor(DENSE)
+    first = Launched(found.kernel, ir.Schedule("neurons-per-thread", (("y", "event"),)))
+    rechooser = Rechooser(found, first, Launched)
+    counted: list[torch.Tensor] = []
+    count = torch.count_nonzero
+
+    def count_nonzero(weight: torch.Tensor) -> torch.Tensor:
+        counted.append(weight)
+        return count(weight)
+
+    monkeypatch.setattr(torch, "count_nonzero", count_nonzero)
+    weight = torch.ones(2048, 2048)
+    for changes, calls in ((1, 3), (2, 2)):
+        assert not any(rechooser.look({"w": weight}) for _ in range(calls * EVERY))
+        assert len(counted) == changes
+        weight[:, 0] = 0.0
+    assert not any(rechooser.look({"w": weight}) for _ in range(EVERY))
+    assert rechooser.densities["w"] == 2047 / 2048
 
 
 def test_one_kernel_serves_all_sizes_that_it_suits(monkeypatch: pytest.MonkeyPatch) -> None:
