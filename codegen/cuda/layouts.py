@@ -26,7 +26,7 @@ How = Literal["masks", "runs", "senders"]
 
 
 @dataclass(frozen=True)
-class Array:
+class KeptArray:
     """A member of ``struct Call`` behind the whole rows, and the memory that it points to."""
 
     suffix: str
@@ -71,7 +71,7 @@ class Kept:
         """What a member is called behind the name of the whole rows."""
         return f"_by_receiver_{array}" if self.how == "senders" else f"_{array}"
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[KeptArray]:
         """The members, in their order."""
         weight = self.packing.weight
         kind, dtype = MEMORY_TYPES[weight.dtype], TORCH_DTYPES[weight.dtype]
@@ -80,18 +80,18 @@ class Kept:
         if self.how == "masks":
             words = bands * self.words
             kept = words * self.room
-            found = [Array(self.suffix("masks"), "uint32_t", torch.int32, words, self.note)]
+            found = [KeptArray(self.suffix("masks"), "uint32_t", torch.int32, words, self.note)]
         else:
             runs = bands * self.room
             kept = runs * self.width
             found = [
-                Array(self.suffix("counts"), "uint16_t", torch.int16, bands, self.note),
-                Array(self.suffix("places"), *self.place, runs, "where they belong"),
+                KeptArray(self.suffix("counts"), "uint16_t", torch.int16, bands, self.note),
+                KeptArray(self.suffix("places"), *self.place, runs, "where they belong"),
             ]
         return [
             *found,
-            Array(self.suffix("kept"), kind, dtype, kept, "what is not zero"),
-            Array(self.suffix("overflow"), "uint32_t", torch.int32, 1, "1 if there is more"),
+            KeptArray(self.suffix("kept"), kind, dtype, kept, "what is not zero"),
+            KeptArray(self.suffix("overflow"), "uint32_t", torch.int32, 1, "1 if there is more"),
         ]
 
     @property
@@ -205,6 +205,6 @@ def _aligned(room: int, most: int, width: int = 1) -> int:
     return min(most, -(-room // runs) * runs)
 
 
-def arrays_of(kept: Sequence[Kept], packing: Packing) -> list[Array]:
+def arrays_of(kept: Sequence[Kept], packing: Packing) -> list[KeptArray]:
     """The members behind the whole rows of ``packing``."""
     return [array for one in kept if one.packing == packing for array in one.arrays()]
