@@ -66,9 +66,10 @@ class Cost:
     and written once: operands, outputs, and weights that then stay where they are. ``waits`` counts
     how often the first weight of a sum has to arrive before anything goes on. ``clocks`` are those
     that the busiest part takes whatever it reads: instructions, and latencies one after the other;
-    0 where nobody has counted them. ``resident_bytes`` are those of all weights that a step may
-    touch; ``is_divided`` if each part has its own of them. ``gathers`` are what Gathers take that
-    run one after the other, if that is known: memory is waited for where it is read.
+    0 where nobody has counted them; in ``hidden_clocks`` of them other rows wait for a barrier.
+    ``resident_bytes`` are those of all weights that a step may touch; ``is_divided`` if each part
+    has its own of them. ``gathers`` are what Gathers take that run one after the other, if that is
+    known: memory is waited for where it is read.
     """
 
     weight_bytes: float
@@ -83,6 +84,7 @@ class Cost:
     waits: float = 0.0
     launches: int = 1
     clocks: float = 0.0
+    hidden_clocks: float = 0.0
     resident_bytes: float = 0.0
     is_divided: bool = False
     gathers: tuple[GatherWork, ...] = ()

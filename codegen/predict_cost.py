@@ -36,7 +36,7 @@ def count_work(
     weights = {w.name: w for w in kernel.weights}
     rows = batch / max(1, groups)
     found: list[GatherWork] = []
-    resident = 0.0
+    resident: dict[tuple[str, bool], float] = {}  # by weight, and whether rows are of receivers
     neurons = sum(kernel.population_size(phase.population) for phase in kernel.phases)
     for gather in kernel.gathers:
         weight = weights[gather.weight]
@@ -50,7 +50,8 @@ def count_work(
         products = steps * batch * share * pairs * reading.operations
         touched = 1.0 - (1.0 - share) ** rows
         read_bytes = steps * groups * touched * pairs * reading.bytes
-        resident += pairs * reading.bytes
+        is_selective = gather.only is not None and not is_dense
+        resident[weight.name, is_selective] = pairs * reading.bytes
         if not is_dense and gather.only is None:
             found.append(GatherWork(read_bytes, event_adds=products))
             continue
@@ -64,7 +65,7 @@ def count_work(
         dense_macs=sum(work.dense_macs for work in found),
         pointwise=float(steps * batch * neurons),
         barriers=0.0,
-        resident_bytes=resident,
+        resident_bytes=sum(resident.values()),
         gathers=tuple(found),
     )
 

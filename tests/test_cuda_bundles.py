@@ -45,9 +45,7 @@ def test_sums_have_the_bits_of_the_reference(strategy: str) -> None:
     kernel, played = egru(HIDDEN), replace(H100, multiprocessors=9, blocks_per_multiprocessor=1)
     backend = CudaBackend(EmulatedDevice("random", seed=1, checks=True, played=played))
     plan = schedule(kernel, strategy)
-    assert (
-        "product_of<3 * SLICE_HIDDEN>(shared.y_to_hidden_sum" in backend.render(kernel, plan).text
-    )
+    assert "add_groups<N_HIDDEN>(shared.y_to_hidden_sum" in backend.render(kernel, plan).text
     launch = backend.load(backend.compile(kernel, plan))
     given = data()
     compare(launch, kernel, given, STEPS, BATCH)
@@ -79,15 +77,20 @@ def test_what_is_not_added_up_as_one() -> None:
     assert "y_to_hidden" not in text and "Resident" in text and "Streamed" in text
 
 
-def test_one_of_two_gates_may_be_dense() -> None:
-    """The two others are still one, and the third is added up beside them."""
+def test_one_of_three_gates_may_be_dense() -> None:
+    """The two others are added up beside it, of the same events."""
     kernel = egru(300)
     plan = replace(
         schedule(kernel, GRID), gathers=(("q_z", "event"), ("q_r", "event"), ("q_g", "dense"))
     )
     text = render(kernel, plan)
-    assert "product_of<2 * SLICE_HIDDEN>(shared.y_to_hidden_sum" in text
-    assert "add_all<SLICE_HIDDEN>(shared.q_g_sum" in text
+    assert "y_to_hidden" not in text and "add_groups" not in text
+    for line in (
+        "product_of<SLICE_HIDDEN>(shared.q_z_sum[row][block], r_z_slice),",
+        "product_of<SLICE_HIDDEN>(shared.q_r_sum[row][block], r_r_slice));",
+        "add_all<SLICE_HIDDEN>(shared.q_g_sum[row][block], r_g_slice,",
+    ):
+        assert line in text
 
 
 @needs_nvrtc

@@ -11,6 +11,7 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, MIB
 from sparsify.codegen.cuda.predict_cost import predict_cost, predict_seconds
 from sparsify.codegen.cuda.rates import H100_RATES
+from sparsify.codegen.predict_cost import count_work
 from tests.example_kernels import lif, product, schedule
 
 STEPS, B, H = 100, 4, 1024
@@ -38,6 +39,26 @@ def test_events_cost_their_share_of_additions_and_bytes() -> None:
     assert (cost.dense_macs, cost.weights_from) == (0.0, "l2")
     assert cost.barriers == 2 * STEPS  # rows side by side
     assert cost_of("dense").dense_macs == STEPS * B * PAIRS
+
+
+def test_a_weight_that_is_read_twice_is_there_once() -> None:
+    kernel = lif(H, H)
+    (phase,) = kernel.phases
+    again = ir.Gather("again", "w_rec", "s", "binary")
+    twice = replace(kernel, phases=(replace(phase, body=(again, *phase.body)),))
+    found = [
+        count_work(
+            each,
+            schedule(each, "row-per-block"),
+            steps=STEPS,
+            batch=B,
+            activity={gather.result: 0.1 for gather in each.gathers},
+            groups=B,
+        )
+        for each in (kernel, twice)
+    ]
+    assert found[0].resident_bytes == found[1].resident_bytes == 4 * PAIRS
+    assert found[1].weight_bytes == pytest.approx(1.5 * found[0].weight_bytes)
 
 
 def test_rows_that_share_a_step_read_an_active_row_once() -> None:
@@ -69,6 +90,18 @@ def test_a_resident_step_takes_no_less_than_its_barrier() -> None:
     assert H100_RATES.grid_barrier < a_step < 3e-6
     inside = replace(cost, barriers=float(STEPS), meets="cluster", parts=8)
     assert predict_seconds(inside, H100) / STEPS > H100_RATES.cluster_barrier
+
+
+def test_what_runs_while_others_wait_is_not_waited_for() -> None:
+    """A barrier takes 1.1 us: of 0.5 us that run meanwhile 0.6 are left, of 2 us nothing."""
+    resident = cost_of(rows_per_block=B, blocks=132, meets="grid", weights_from="shared")
+    cost = replace(resident, barriers=1.0, clocks=1e6)
+    whole = predict_seconds(cost, H100)
+    hz = H100_RATES.clock_hz
+    some = predict_seconds(replace(cost, hidden_clocks=0.5e-6 * hz), H100)
+    assert whole - some == pytest.approx(0.5e-6)
+    all_of_it = predict_seconds(replace(cost, hidden_clocks=2e-6 * hz), H100)
+    assert whole - all_of_it == pytest.approx(H100_RATES.grid_barrier)
 
 
 def test_more_blocks_than_multiprocessors_are_no_faster() -> None:

@@ -30,6 +30,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
+from tests.test_cuda_team_shapes import egru
 from tests.without_barriers import ORDERING, Mutant, without_each_barrier
 
 GRID, CLUSTER = "neurons-per-grid", "neurons-per-cluster"
@@ -54,7 +55,7 @@ class Impatient(CudaBackend):
 
 
 def small(kib: int) -> Limits:
-    """Room for one team, which carries two to four rows."""
+    """Room for one team, which carries two to six rows."""
     return replace(
         H100,
         multiprocessors=12,
@@ -64,9 +65,9 @@ def small(kib: int) -> Limits:
     )
 
 
-def recurrent() -> Case:
+def recurrent(batch: int = 5) -> Case:
     kernel = lif(270, 270)
-    return kernel, lif_data(kernel, 3, 5), 3, 5
+    return kernel, lif_data(kernel, 3, batch), 3, batch
 
 
 def backwards() -> Case:
@@ -101,7 +102,7 @@ def mutants(strategy: str, kernel: ir.Kernel, limits: Limits, with_headers: bool
 @pytest.mark.parametrize(
     "strategy, case, kib, count",
     [
-        (GRID, recurrent(), 5, 9),
+        (GRID, recurrent(9), 6, 10),  # six rows in two halves, and then three
         (GRID, backwards(), 5, 3),
         (CLUSTER, recurrent(), 5, 12),
         (CLUSTER, two_exchanges(), 18, 8),
@@ -114,6 +115,32 @@ def test_every_barrier_is_needed(strategy: str, case: Case, kib: int, count: int
     assert not objection(case, plan, {}, limits)
     found = mutants(strategy, case[0], limits, case[0].name == "recurrent_lif")
     assert len(found) == count
+    needless = [str(m) for m in found if not objection(case, plan, m.texts, limits)]
+    assert not needless
+
+
+def gates() -> Case:
+    """Nine lanes for each row: three at a time, two halves of a block of senders."""
+    kernel, rng = egru(270), np.random.default_rng(0)
+    data = {f"p_{gate}": rng.standard_normal((2, 5, 270)).astype("float32") for gate in "zrg"}
+    data |= {f"r_{gate}": rng.standard_normal((270, 270)).astype("float32") / 8 for gate in "zrg"}
+    data["theta"] = np.full(270, 0.5, "float32")
+    data["h0"] = rng.standard_normal((5, 270)).astype("float32")
+    data["y0"] = data["h0"] * (data["h0"] > 1)
+    return kernel, data, 2, 5
+
+
+def test_groups_of_lanes_meet() -> None:
+    """Before they write lists, and before they read them; in two halves of the rows."""
+    case, limits = gates(), replace(small(56), multiprocessors=24)
+    plan = schedule(case[0], GRID)
+    source = CudaBackend(EmulatedDevice(played=limits)).render(case[0], plan)
+    assert "GroupEvents<float, true, 3>" in source.text and "low, high" in source.text
+    assert not objection(case, plan, {}, limits)
+    header = headers_for(source)["group_sums.cuh"]
+    found = list(without_each_barrier({"group_sums.cuh": header}, ["__syncwarp"]))
+    found += without_each_barrier({source.filename: source.text}, [*ORDERING, "arrive", "wait"])
+    assert len(found) == 5
     needless = [str(m) for m in found if not objection(case, plan, m.texts, limits)]
     assert not needless
 

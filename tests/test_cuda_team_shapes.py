@@ -10,7 +10,9 @@ from sparsify import ir
 from sparsify.codegen.cuda.device import A100, H100, RTX5090, Limits
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerCluster, NeuronsPerGrid
 from sparsify.codegen.cuda.predict_cost import predict_seconds
-from sparsify.codegen.cuda.team_clocks import step_clocks
+from sparsify.codegen.cuda.rates import H100_RATES
+from sparsify.codegen.cuda.team_clocks import step_clocks, told_clocks
+from sparsify.codegen.cuda.team_groups import Division
 from tests.example_kernels import EVERY, gate_of_bits, lif, product, schedule, two_layers
 
 ACTIVE = {"q_z": 0.12, "q_r": 0.12, "q_g": 0.12}
@@ -92,20 +94,83 @@ def test_small_batches_of_what_fits_shared_memory_take_two_microseconds() -> Non
 def test_weights_of_a_gated_layer_fill_the_shared_memory_of_the_device() -> None:
     """Slices of 12 neurons: 113 blocks with 190 KiB of weights each, and sixteen rows.
 
-    A block lists 96 blocks of senders and adds 2592 events to 36 sums, which are two words of a
-    warp: it issues 37000 instructions, and reads 2 * 128 bytes of shared memory for an event. Even
-    with 144 bytes of each that would be 1.7 us beside the barrier: 2.6 us are out of reach for
-    weights of float32 that are read from there.
+    For eight of them a block lists 48 blocks of senders, 5300 instructions, and adds 1296 events to
+    36 sums, three at a time, which are 7700 more: 2.4 us. The barrier is over before the other
+    eight have taken as long. Both halves are 5 us.
+
+    2.6 us are out of reach for weights of float32. Each of 2592 events reads 144 bytes of shared
+    memory, which takes 1.7 us; what 1350 neurons tell of 16 rows takes 2.1 us to come to each
+    multiprocessor; products and sums are 5800 instructions, 1.1 us, and lists 1.9 us.
     """
-    plan = schedule(egru(1350), "neurons-per-grid")
-    shape = GRID.shape(egru(1350), plan)
+    kernel, plan = egru(1350), schedule(egru(1350), "neurons-per-grid")
+    team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
     assert (shape.blocks, shape.slices, shape.rows) == (113, {"hidden": 12}, 16)
-    assert shape.resident == {"r_z", "r_r", "r_g"}
-    assert 6 < microseconds_per_step(GRID, egru(1350), 16, 0.12) < 8.5
-    wide = step_clocks(
-        GRID.team(egru(1350), plan), replace(shape, resident=frozenset()), 16, ACTIVE
-    )
-    assert step_clocks(GRID.team(egru(1350), plan), shape, 16, ACTIVE) < 0.85 * wide  # one by one
+    assert shape.resident == {"r_z", "r_r", "r_g"} and shape.warps == 8  # lists need room, too
+    assert team.paired_from(shape) == 4
+    assert 5 < microseconds_per_step(GRID, kernel, 16, 0.12) < 6
+    wide = step_clocks(team, replace(shape, resident=frozenset()), 16, ACTIVE)
+    assert step_clocks(team, shape, 16, ACTIVE) < 0.6 * wide  # one by one
+    told = told_clocks(team, team.usage.sources["y"], 16) / H100_RATES.clock_hz
+    assert told == pytest.approx(16 * 1350 * 4 / 42e9)
+
+
+def test_weights_of_halves_are_read_eight_at_a_time() -> None:
+    """Slices are twice as wide, and half of the rows are carried by each of two teams."""
+    kernel = egru(1350)
+    kernel = replace(kernel, weights=tuple(replace(w, dtype="bfloat16") for w in kernel.weights))
+    plan = schedule(kernel, "neurons-per-grid")
+    team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
+    assert (shape.blocks, shape.slices) == (57, {"hidden": 24})
+    phase = kernel.phases[0]
+    grouped = team.grouped(phase, team.usage.sources["y"], shape)
+    assert grouped is not None
+    division = grouped.division
+    assert (division.columns, division.per, division.lanes, division.many) == (72, 8, 9, 3)
+    took = microseconds_per_step(GRID, kernel, 16, 0.12)
+    assert took < microseconds_per_step(GRID, egru(1350), 16, 0.12)
+
+
+@pytest.mark.parametrize(
+    ("columns", "bytes", "per", "many", "passes"),
+    [
+        (4, 4, 4, 4, 1),
+        (32, 4, 4, 4, 1),
+        (36, 4, 4, 3, 1),
+        (64, 4, 4, 2, 1),
+        (68, 4, 4, 1, 1),
+        (128, 4, 4, 1, 1),
+        (228, 4, 4, 1, 2),
+        (32, 8, 2, 2, 1),
+        (64, 2, 4, 2, 1),
+        (72, 2, 8, 3, 1),
+        (76, 2, 4, 1, 1),
+    ],
+)
+def test_lanes_are_divided(columns: int, bytes: int, per: int, many: int, passes: int) -> None:
+    division = Division(columns, bytes)
+    assert (division.per, division.many, division.passes) == (per, many, passes)
+    assert division.many * division.lanes <= 32 or division.many == 1
+
+
+def test_one_half_of_the_rows_waits_while_the_other_is_computed() -> None:
+    """Where either half keeps all warps busy, and blocks meet once in a step."""
+    kernel = lif(4, 1024)
+    plan = schedule(kernel, "neurons-per-grid")
+    team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
+    assert (shape.warps, team.paired_from(shape)) == (16, 8)  # four blocks of senders a row
+    cost = GRID.predict(kernel, plan, steps=10, batch=64, activity={"drive": 0.1, "recurrent": 0.1})
+    assert cost.hidden_clocks == cost.clocks / 2 > 0
+    alone = GRID.predict(kernel, plan, steps=10, batch=1, activity={"drive": 0.1, "recurrent": 0.1})
+    assert alone.hidden_clocks == 0
+    assert team.paired_from(replace(shape, rows=6)) is None
+    in_cluster = schedule(lif(4, 512), "neurons-per-cluster")
+    team = CLUSTER.team(lif(4, 512), in_cluster)
+    assert team.paired_from(CLUSTER.shape(lif(4, 512), in_cluster)) is None
+    twice = two_layers(1024, 1024)
+    plan = ir.Schedule("neurons-per-grid", (("back", "event"), ("forward", "event")))
+    team = GRID.team(twice, plan)
+    assert len(team.all_meetings()) == 2
+    assert team.paired_from(GRID.shape(twice, plan)) is None
 
 
 def test_what_does_not_fit_is_read_from_memory() -> None:

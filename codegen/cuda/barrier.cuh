@@ -7,40 +7,44 @@
 
 namespace sparsify {
 
-constexpr int COUNTER_LINE = 32;  // words: two teams do not share a line of a cache
+constexpr int COUNTER_LINE = 32;  // words: two counters do not share a line of a cache
+
+// Meetings are of all rows that a team carries, or of either half of them: one half is computed while
+// blocks wait for the other. Each half has a counter.
 
 template <int BLOCKS>
 struct GridTeam {
   int rank;             // of this block in its team
   int64_t team, teams;  // which team it is in, of how many
   unsigned* arrivals;   // of the team's blocks at all barriers so far; zero between calls
-  unsigned goal = 0;    // what `arrivals` is when all have come
+  unsigned goals[2] = {};  // what `arrivals` are when all have come
   int64_t patience;     // polls before a block gives up
   int64_t* stuck;       // set by those who do
 
-  // `counters` has a line for each team.
+  // `counters` has two lines for each team.
   SPARSIFY_INLINE GridTeam(unsigned* counters, int64_t patience, int64_t* stuck)
       : rank(int(blockIdx.x) % BLOCKS),
         team(blockIdx.x / BLOCKS),
         teams(gridDim.x / BLOCKS),
-        arrivals(counters + team * COUNTER_LINE),
+        arrivals(counters + team * 2 * COUNTER_LINE),
         patience(patience),
         stuck(stuck) {}
 
   // All threads of the block come; what they have written is seen by those who wait.
-  SPARSIFY_INLINE void arrive() {
+  SPARSIFY_INLINE void arrive(int half = 0) {
     __syncthreads();
-    goal += BLOCKS;
+    goals[0] += half ? 0 : BLOCKS;
+    goals[1] += half ? BLOCKS : 0;
     if (threadIdx.x) return;
     __threadfence();
-    atomicAdd(arrivals, 1u);
+    atomicAdd(arrivals + half * COUNTER_LINE, 1u);
   }
 
   // Returns when all blocks of the team have arrived, or false after `patience`: the kernel ends.
-  SPARSIFY_INLINE bool wait() {
+  SPARSIFY_INLINE bool wait(int half = 0) {
     bool met = true;
     if (threadIdx.x == 0) {
-      met = poll();
+      met = poll(arrivals + half * COUNTER_LINE, half ? goals[1] : goals[0]);
       __threadfence();
     }
     return __syncthreads_and(met);
@@ -51,9 +55,14 @@ struct GridTeam {
     return wait();
   }
 
-  // The block needs the others no more. The last one clears the counter for the next call.
+  // The block needs the others no more. The last one clears the counters for the next call.
   SPARSIFY_INLINE void leave() {
-    if (threadIdx.x == 0 && atomicAdd(arrivals, 1u) + 1 == goal + BLOCKS) atomicExch(arrivals, 0u);
+    if (threadIdx.x) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned* const own = arrivals + half * COUNTER_LINE;
+      if (atomicAdd(own, 1u) + 1 == goals[half] + BLOCKS) atomicExch(own, 0u);
+    }
   }
 
   // Of what the team exchanges: past the first cache, which does not see what other blocks write.
@@ -75,8 +84,7 @@ struct GridTeam {
   static SPARSIFY_INLINE void store(P* to, T value) {
     __stcg(to, same_bits<P>(value));
   }
-  SPARSIFY_INLINE bool poll() {
-    const volatile unsigned* const now = arrivals;
+  SPARSIFY_INLINE bool poll(const volatile unsigned* now, unsigned goal) {
     for (int64_t polls = 0; int(*now - goal) < 0; ++polls) {  // right also when it has wrapped
       if (polls >= patience) {
         *static_cast<volatile int64_t*>(stuck) = 1;

@@ -38,7 +38,7 @@ class Bundle:
 def find_bundles(
     usage: Usage, schedule: ir.Schedule, symbols: Symbols, widths: Mapping[str, str]
 ) -> list[Bundle]:
-    """All event gathers of a phase that read one source, if no other reads their weights.
+    """All gathers of a phase that read one source, if all are of events and nobody shares weights.
 
     ``widths`` are the constants that are slices, by population.
     """
@@ -49,13 +49,13 @@ def find_bundles(
     for phase in kernel.phases:
         of_source: dict[str, list[ir.Gather]] = {}
         for gather in phase.gathers:
-            if gather.result not in usage.dense | usage.selective:
-                of_source.setdefault(gather.source, []).append(gather)
+            of_source.setdefault(gather.source, []).append(gather)
         for source, gathers in of_source.items():
+            events = not any(g.result in usage.dense | usage.selective for g in gathers)
             alike = len({dtypes[g.weight] for g in gathers}) == 1
             alone = all(readers.count(g.weight) == 1 for g in gathers)
             whole = all(schedule.layout_of(g.weight) == ir.DENSE_ROWS for g in gathers)
-            if len(gathers) > 1 and alike and alone and whole:
+            if len(gathers) > 1 and events and alike and alone and whole:
                 name = symbols.names.new(f"{symbols.values[source]}_to_{phase.population}")
                 found.append(Bundle(name, tuple(gathers), widths[phase.population]))
     return found

@@ -15,11 +15,25 @@ from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid, with_resident
-from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, L2_CLOCKS, SYNC_CLOCKS
+from sparsify.codegen.cuda.step_clocks import (
+    ISSUED,
+    KEPT_ISSUED,
+    L2_CLOCKS,
+    PRODUCT_CLOCKS,
+    SYNC_CLOCKS,
+)
 from sparsify.codegen.cuda.struct_text import Array
+from sparsify.codegen.cuda.team_clocks import cell_clocks, told_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_memory import is_binary
-from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, granule, owned_sizes, round_up
+from sparsify.codegen.cuda.team_shape import (
+    SENDER_BLOCK,
+    WARP,
+    Shape,
+    granule,
+    owned_sizes,
+    round_up,
+)
 from sparsify.codegen.cuda.team_shape import widths as find_widths
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.cuda.team_text import TeamText
@@ -30,7 +44,7 @@ from sparsify.halves import HALVES
 from sparsify.weight_pattern import Pattern
 
 TENSOR_CORES_SINCE = (8, 0)  # compute capability, with bfloat16
-TILE_ROWS, TILE_COLUMNS = 16, 8
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 16, 8, 16
 ROWS = (128, 64, 32, 16)  # how many batch rows a team may carry at once
 WARPS = 16  # of a block
 PARTS = 3  # bfloat16 of a float32; a half is one part
@@ -106,8 +120,15 @@ class DenseTiles(NeuronsPerGrid):
     def step_clocks(
         self, team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]
     ) -> float:
-        """What is told arrives, and the neurons; products are counted as such."""
-        return len(team.kernel.phases) * (L2_CLOCKS + SYNC_CLOCKS + CELL_CLOCKS)
+        """What is told arrives and is kept in parts; tiles, one after the other; the neurons."""
+        total = 0.0
+        for phase in team.kernel.phases:
+            for source in team.usage.sources_of(phase):
+                total += L2_CLOCKS + max(
+                    told_clocks(team, source, rows), _clocks_of_tiles(team, shape, rows, source)
+                )
+            total += SYNC_CLOCKS + cell_clocks(shape, rows, phase)
+        return total
 
 
 def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:
@@ -121,6 +142,24 @@ def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:
     for rows in ROWS:
         tiles = rows // TILE_ROWS * -(-max(owned.values()) // TILE_COLUMNS)
         yield Shape(blocks, owned, rows, max(4, min(WARPS, tiles)))
+
+
+def _clocks_of_tiles(team: TeamKernel, shape: Shape, rows: int, source: Source) -> float:
+    """Of all sums over a source: values that are kept, and latencies of the warp with most tiles.
+
+    Tiles of a warp are added up one after the other, those of the smallest order in turn.
+    """
+    parts = parts_of_source(source, team.usage)
+    senders = team.kernel.population_size(source.population)
+    whole, blocks = round_up(rows, TILE_ROWS), -(-senders // SENDER_BLOCK)
+    words = whole * blocks * SENDER_BLOCK / 2 / WARP  # of a pair of senders each
+    total = words * KEPT_ISSUED * parts / ISSUED + 2 * blocks * SYNC_CLOCKS
+    for gather in team.kernel.gathers:
+        if gather.source == source.name:
+            across = -(-shape.slices[team.weight(gather).receivers] // TILE_COLUMNS)
+            turns = -(-across * (whole // TILE_ROWS) // shape.warps)
+            total += turns * -(-senders // TILE_DEPTH) * parts * PRODUCT_CLOCKS
+    return total
 
 
 def parts_of(team: TeamKernel) -> int:
@@ -158,6 +197,9 @@ def why_not_dtypes(usage: Usage) -> Refusal | None:
 
 class TileKernel(TeamKernel):
     """With the values of a block of senders in shared memory."""
+
+    def paired_from(self, shape: Shape) -> None:
+        """Never: tiles are of whole rows."""
 
     def shared(self, shape: Shape) -> list[Array]:
         parts = parts_of(self)

@@ -58,17 +58,21 @@ struct GivenBits {
   SPARSIFY_INLINE bool operator()(int s) const { return __ldg(bytes + s / 8) >> (s % 8) & 1; }
 };
 
-// The values of a block of senders, of which a lane has every 32nd. All are asked for at once,
-// because they come from afar.
-template <class Source>
+// The values of a block of so many words of senders, of which a lane has every 32nd. All are asked
+// for at once, because they come from afar.
+template <class Source, int WORDS = CHUNKS>
 struct Heard {
   typedef typename Source::Value Value;
-  Value value[CHUNKS];
+  Value value[WORDS];
 
+  Heard() = default;
   SPARSIFY_INLINE Heard(const Source& source, int block, int senders) {
+    hear(source, block, senders);
+  }
+  SPARSIFY_INLINE void hear(const Source& source, int block, int senders) {
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      const int s = block * BLOCK + chunk * WARP + lane_of();
+    for (int chunk = 0; chunk < WORDS; ++chunk) {
+      const int s = (block * WORDS + chunk) * WARP + lane_of();
       value[chunk] = s < senders ? source(s) : Value(0);
     }
   }
@@ -79,7 +83,7 @@ struct Heard {
   SPARSIFY_INLINE int count() const {
     int count = 0;
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) count += __popc(__ballot_sync(ALL, is_active(chunk)));
+    for (int chunk = 0; chunk < WORDS; ++chunk) count += __popc(__ballot_sync(ALL, is_active(chunk)));
     return count;
   }
 };
@@ -104,10 +108,10 @@ struct alignas(16) Payloads {
   F of[AT_ONCE];
 };
 
-template <class F, bool HAS_PAYLOADS>
+template <class F, bool HAS_PAYLOADS, int SENDERS = BLOCK>
 struct BlockEvents {
-  uint32_t index[BLOCK / AT_ONCE];  // a byte each
-  Payloads<F> payload[HAS_PAYLOADS ? BLOCK / AT_ONCE : 1];
+  uint32_t index[SENDERS / AT_ONCE];  // a byte each
+  Payloads<F> payload[HAS_PAYLOADS ? SENDERS / AT_ONCE : 1];
 
   SPARSIFY_INLINE void set(int at, int sender, F value) {
     reinterpret_cast<uint8_t*>(index)[at] = uint8_t(sender);
@@ -115,13 +119,14 @@ struct BlockEvents {
   }
 };
 
-// Lists the events of a block and returns how many there are.
-template <class F, bool HAS_PAYLOADS, class Source>
-SPARSIFY_INLINE int list_events(BlockEvents<F, HAS_PAYLOADS>& to, const Heard<Source>& heard) {
+// Lists the events of a block and returns how many there are; the lanes of a warp meet before and
+// afterwards.
+template <class F, bool HAS_PAYLOADS, int SENDERS, class Source>
+SPARSIFY_INLINE int write_list(BlockEvents<F, HAS_PAYLOADS, SENDERS>& to,
+                               const Heard<Source, SENDERS / WARP>& heard) {
   int count = 0;
-  __syncwarp();  // all have read the list before
 #pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+  for (int chunk = 0; chunk < SENDERS / WARP; ++chunk) {
     const bool active = heard.is_active(chunk);
     const uint32_t bits = __ballot_sync(ALL, active);
     const int at = count + __popc(bits & ((1u << lane_of()) - 1));
@@ -129,8 +134,14 @@ SPARSIFY_INLINE int list_events(BlockEvents<F, HAS_PAYLOADS>& to, const Heard<So
     count += __popc(bits);
   }
   const int behind = count + lane_of();
-  if (lane_of() < AT_ONCE - 1 && behind < BLOCK) to.set(behind, 0, F(0));
-  __syncwarp();
+  if (lane_of() < AT_ONCE - 1 && behind < SENDERS) to.set(behind, 0, F(0));
+  return count;
+}
+template <class F, bool HAS_PAYLOADS, class Source>
+SPARSIFY_INLINE int list_events(BlockEvents<F, HAS_PAYLOADS>& to, const Heard<Source>& heard) {
+  __syncwarp();  // all have read the list before
+  const int count = write_list(to, heard);
+  __syncwarp();  // the list is there
   return count;
 }
 

@@ -29,14 +29,14 @@ from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
 CLUSTERS_SINCE = (9, 0)  # compute capability
-COUNTER_WORDS = 32  # of the counter of a team: a line of the second cache, see barrier.cuh
+COUNTER_WORDS = 64  # of the counters of a team: two lines of the second cache, see barrier.cuh
 TOGETHER_IN_GRID = Together(
     type="GridTeam",
     arguments="(call.arrivals, call.patience, call.stuck)",
     header="barrier.cuh",
     scratch=(
         Scratch("told", "word", "what the blocks of each team tell each other"),
-        Scratch("arrivals", "word", "of blocks at barriers, a line for each team", zeroed=True),
+        Scratch("arrivals", "word", "of blocks at barriers, two lines for each team", zeroed=True),
         Scratch("stuck", "int64", "a block did not come to a barrier", lasting=True),
     ),
     numbers=("patience",),
@@ -138,6 +138,9 @@ class _NeuronsPerBlock:
         shape = self.shape(kernel, schedule)
         teams = max(1, min(batch, self.limits.multiprocessors // shape.blocks))
         rows = max(1, min(shape.rows, -(-batch // teams)))
+        paired_from = team.paired_from(shape)
+        halves = paired_from is not None and rows >= paired_from
+        clocks = self.step_clocks(team, shape, -(-rows // 2) if halves else rows, activity)
         is_resident = shape.resident >= {packed_name(p, team.symbols) for p in team.packings}
         return predict_cost(
             kernel,
@@ -153,7 +156,8 @@ class _NeuronsPerBlock:
             meets="cluster" if self.together is TOGETHER_IN_CLUSTER else "grid",
             barriers_per_step=team.barriers_per_step(),
             side_by_side=teams,
-            step_clocks=self.step_clocks(team, shape, rows, activity),
+            step_clocks=clocks * (2 if halves else 1),
+            hidden_clocks=clocks if halves else 0.0,
         )
 
     def step_clocks(

@@ -39,6 +39,7 @@ def predict_cost(
     weights_from: Literal["l2", "shared"] | None = None,
     side_by_side: int | None = None,
     step_clocks: float = 0.0,
+    hidden_clocks: float = 0.0,
     patterns: Mapping[str, Pattern] = NO_PATTERNS,
 ) -> Cost:
     """The cost of a call, given the share of active senders, or of wanted sums, of each Gather.
@@ -48,7 +49,7 @@ def predict_cost(
     in shared memory are loaded once by the call. ``barriers_per_step`` are those that a row waits
     for. So many groups of rows run ``side_by_side``, by default those of all blocks where blocks
     meet no others, else one; further ones wait after them. ``step_clocks`` are those that the
-    busiest block takes for a step at least, see ``Cost.clocks``.
+    busiest block takes for a step at least, and ``hidden_clocks`` a part of them, see ``Cost``.
     """
     groups = -(-batch // max(1, rows_per_block)) if batch else 0
     work = count_work(
@@ -77,6 +78,7 @@ def predict_cost(
         other_bytes=_operand_bytes(kernel, steps, batch) + 2 * resident,  # packed, then read
         waits=float(len(kernel.gathers) * rounds),
         clocks=step_clocks * rounds,
+        hidden_clocks=hidden_clocks * rounds,
     )
 
 
@@ -92,7 +94,8 @@ def predict_seconds(cost: Cost, limits: Limits, rates: Rates = H100_RATES) -> fl
     pointwise = cost.pointwise / rates.pointwise_of_multiprocessor
     work = max(reading, arithmetic / parts) + pointwise / parts
     streamed = cost.other_bytes / rates.hbm_bytes
-    waiting = cost.barriers * _barrier(cost.meets, rates)
+    meeting = cost.barriers * _barrier(cost.meets, rates)
+    waiting = max(0.0, meeting - cost.hidden_clocks / rates.clock_hz)
     waiting += cost.waits * _latency(cost.weights_from, rates)
     busy = cost.clocks / rates.clock_hz
     return cost.launches * rates.launch + max(work, streamed, busy) + waiting

@@ -5,6 +5,7 @@ Of a block, whose warps take pairs of a batch row and 256 senders in turn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from sparsify import ir
@@ -22,11 +23,20 @@ from sparsify.codegen.cuda.step_clocks import (
     LIST_ISSUED,
     SHARED_CLOCKS,
     SYNC_CLOCKS,
+    TOLD_BYTES,
+    WAVE_BYTES,
 )
+from sparsify.codegen.cuda.struct_text import SIZES
+from sparsify.codegen.cuda.team_groups import AT_ONCE, Grouped
 from sparsify.codegen.cuda.team_kernel import TeamKernel
-from sparsify.codegen.cuda.team_memory import AT_ONCE
+from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
+from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import Source
+from sparsify.halves import HALVES
+
+# How many deviations the longest of so many lists is above their mean: order statistics.
+LONGEST = {1: 0.0, 2: 0.56, 3: 0.85, 4: 1.03}
 
 
 def step_clocks(team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]) -> float:
@@ -41,11 +51,25 @@ def step_clocks(team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str
         for source in sources:
             if source.kind != "operand" or index not in meetings:
                 total += _clocks_of_sums(team, shape, rows, phase, source, activity)
-        words = rows * words_of(shape.slices[phase.population])
-        turns = -(-words // shape.warps)
-        total += max(turns * CELL_CLOCKS, words * CELL_ISSUED / ISSUED)
+        total += cell_clocks(shape, rows, phase)
         total += SYNC_CLOCKS if sources else 0
     return total
+
+
+def cell_clocks(shape: Shape, rows: int, phase: ir.Phase) -> float:
+    """Of the neurons of a slice."""
+    words = rows * words_of(shape.slices[phase.population])
+    turns = -(-words // shape.warps)
+    return max(turns * CELL_CLOCKS, words * CELL_ISSUED / ISSUED)
+
+
+def told_clocks(team: TeamKernel, source: Source, rows: int) -> float:
+    """Until all that blocks of a team are told of a source has come to each of them."""
+    senders = team.kernel.population_size(source.population)
+    if source.kind == "operand":
+        return 0.0
+    size = 1 / 8 if is_binary(source, team.usage) else SIZES[told_type(source)]
+    return rows * senders * size / TOLD_BYTES
 
 
 def _clocks_of_sums(
@@ -59,15 +83,24 @@ def _clocks_of_sums(
     """Of all sums over a source: what the longest warp waits for, or what all of them issue."""
     senders = team.kernel.population_size(source.population)
     items = rows * blocks_of(senders)
-    turns = -(-items // shape.warps)
-    issued = clocks = 0.0
     gathers = [gather for gather in phase.gathers if gather.source == source.name]
     events = [g for g in gathers if g.result not in team.usage.dense | team.usage.selective]
+    told = SHARED_CLOCKS if team.together.is_cluster else L2_CLOCKS
+    arriving = told_clocks(team, source, rows)
+    grouped = team.grouped(phase, source, shape)
+    if grouped is not None:
+        share = activity.get(events[0].result, 1.0)
+        of_block = min(SENDER_BLOCK, senders)
+        return told + max(arriving, _clocks_of_groups(grouped, shape, items, of_block, share))
+    turns = -(-items // shape.warps)
+    issued = clocks = 0.0
     if events:
         active = activity.get(events[0].result, 1.0) * min(SENDER_BLOCK, senders)
-        words = _words(team, shape, phase, events)
+        words = len(events) * words_of(shape.slices[phase.population])
         fours = -(-active // AT_ONCE)
-        of_event = EVENT_ISSUED + words * (2 + (events[0].payload == "real"))
+        of_event = EVENT_ISSUED + words * (
+            2 + _is_half(team, events[0]) + (events[0].payload == "real")
+        )
         issued += LIST_ISSUED + fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
         clocks += LIST_CLOCKS + fours * FOUR_EVENTS_CLOCKS
     for gather in gathers:
@@ -76,14 +109,35 @@ def _clocks_of_sums(
             some = min(SENDER_BLOCK, senders)
             issued += some * (1 + own) * DENSE_ISSUED / 2
             clocks += some * DENSE_CLOCKS
-    told = SHARED_CLOCKS if team.together.is_cluster else L2_CLOCKS
-    return told + max(turns * clocks, items * issued / ISSUED)
+    return told + max(arriving, turns * clocks, items * issued / ISSUED)
 
 
-def _words(team: TeamKernel, shape: Shape, phase: ir.Phase, gathers: list[ir.Gather]) -> int:
-    """How many times 32 receivers a warp adds an event to."""
-    width = shape.slices[phase.population]
-    bundle = team.bundle_of(team.weight(gathers[0]), shape)
-    if bundle is not None:
-        return words_of(len(bundle.gathers) * width)
-    return len(gathers) * words_of(width)
+def _clocks_of_groups(
+    grouped: Grouped, shape: Shape, items: int, senders: int, share: float
+) -> float:
+    """Of sums by groups of lanes: of latencies, instructions, or the memory of weights."""
+    division, first = grouped.division, grouped.gathers[0]
+    together = min(division.many, -(-items // shape.warps))  # lists of a warp at once
+    turns = -(-items // (shape.warps * division.many))
+    warp_turns = -(-items // together)
+    parts = 2 if division.many > 1 and senders > SENDER_BLOCK // 2 else 1
+    active = share * senders / parts
+    longest = active + LONGEST[together] * math.sqrt(active * (1 - share))
+    fours = parts * division.passes * max(1.0, longest / AT_ONCE + 0.5)  # the last one is not full
+    size, is_real = BYTES[grouped.dtype], first.payload == "real"
+    of_weight = 1 + is_real + (grouped.dtype in HALVES)
+    of_event = EVENT_ISSUED + 1 + division.per * of_weight + (not is_real)
+    issued = float(items * LIST_ISSUED)
+    issued += warp_turns * fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
+    # Groups that do not begin where memory is read from meet in a bank now and then.
+    lanes = division.lanes if division.many > 1 else min(32, division.lanes)
+    waves = together * lanes * division.per * size / WAVE_BYTES
+    waves += 0.0 if lanes * division.per * size % WAVE_BYTES == 0 else 0.5 * (together - 1)
+    read = warp_turns * fours * AT_ONCE * max(1.0, waves)
+    clocks = turns * (together * LIST_CLOCKS + fours * FOUR_EVENTS_CLOCKS)
+    return max(clocks, issued / ISSUED, read)
+
+
+def _is_half(team: TeamKernel, gather: ir.Gather) -> bool:
+    """Whether an instruction makes a float of a weight."""
+    return team.weight(gather).dtype in HALVES

@@ -13,11 +13,13 @@ from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members, pack
 from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.cuda.neuron_text import find_neurons, old_value, operand_element
 from sparsify.codegen.cuda.struct_text import Array, struct_layout
+from sparsify.codegen.cuda.team_groups import Division, EventLists, Grouped
 from sparsify.codegen.cuda.team_masks import kept_of_teams
-from sparsify.codegen.cuda.team_memory import TeamMemory
-from sparsify.codegen.cuda.team_shape import Shape
+from sparsify.codegen.cuda.team_memory import TeamMemory, has_payloads
+from sparsify.codegen.cuda.team_shape import Shape, blocks_of
 from sparsify.codegen.neurons_per_thread import meeting_phases
-from sparsify.codegen.usage import Packing, find_usage, packings
+from sparsify.codegen.predict_cost import BYTES
+from sparsify.codegen.usage import Packing, Source, find_usage, packings
 from sparsify.codegen.writer import Writer
 
 
@@ -63,6 +65,19 @@ class TeamKernel:
         """The phases before which blocks meet."""
         return sorted({0, *self.meetings} if self.meets_first else self.meetings)
 
+    def paired_from(self, shape: Shape) -> int | None:
+        """With so many rows, a grid computes one half of them while it waits for the other.
+
+        Where each half keeps all warps busy: it would take no less time with fewer rows. None
+        where blocks meet more often than once in a step, or in a cluster, which has one barrier.
+        """
+        if self.together.is_cluster or self.all_meetings() != [0] or shape.rows < 2:
+            return None
+        population = self.kernel.population_size
+        blocks = max(blocks_of(population(s.population)) for s in self.usage.sources.values())
+        rows = max(2, 2 * -(-shape.warps // blocks))
+        return rows if rows <= shape.rows else None
+
     def barriers_per_step(self) -> int:
         return len(self.all_meetings())
 
@@ -79,6 +94,29 @@ class TeamKernel:
     def bundle_of(self, weight: ir.Weight, shape: Shape) -> Bundle | None:
         """The bundle that has the weight."""
         return next((b for b in self.bundles(shape) if b.has(weight.name)), None)
+
+    def grouped(self, phase: ir.Phase, source: Source, shape: Shape) -> Grouped | None:
+        """All that a phase gathers of a source, if the groups of a warp can add it up."""
+        gathers = tuple(gather for gather in phase.gathers if gather.source == source.name)
+        first = self.weight(gathers[0])
+        bundle = self.bundle_of(first, shape)
+        if gathers != (bundle.gathers if bundle is not None else gathers[:1]):
+            return None
+        packing = self.packing(gathers[0])
+        is_resident = packed_name(packing, self.symbols) in shape.resident
+        if not is_resident or self.kept_of(packing, shape) is not None:
+            return None
+        if gathers[0].result in self.usage.dense | self.usage.selective:
+            return None
+        columns = len(gathers) * shape.slices[phase.population]
+        division = Division(columns, BYTES[first.dtype])
+        return Grouped(gathers, bundle, division, first.dtype)
+
+    def lists(self, phase: ir.Phase, source: Source, shape: Shape) -> EventLists:
+        """The lists by which a phase adds up the events of a source."""
+        grouped = self.grouped(phase, source, shape)
+        kind, payloads = C_TYPES[source.dtype], has_payloads(source, self.usage)
+        return EventLists(kind, payloads, 0 if grouped is None else grouped.division.many)
 
     # -- memory ------------------------------------------------------------------------------
 
@@ -115,7 +153,18 @@ class TeamKernel:
     def _memory(self, shape: Shape) -> TeamMemory:
         given = self.usage, self.schedule, self.symbols, self.neurons
         kept = {packed_name(k.packing, self.symbols): k for k in self.kept(shape)}
-        return TeamMemory(*given, shape, self.widths, self.bundles(shape), kept)
+        lists = {
+            self.lists(phase, source, shape)
+            for phase in self.kernel.phases
+            for source in self.usage.sources_of(phase)
+            if any(self._is_event(g) for g in phase.gathers if g.source == source.name)
+        }
+        return TeamMemory(
+            *given, shape, self.widths, self.bundles(shape), kept, tuple(sorted(lists))
+        )
+
+    def _is_event(self, gather: ir.Gather) -> bool:
+        return gather.result not in self.usage.dense | self.usage.selective
 
     # -- names -------------------------------------------------------------------------------
 
@@ -159,9 +208,23 @@ class TeamKernel:
         return f"{wild} || {tested}"
 
 
+@dataclass(frozen=True)
+class Span:
+    """C++ expressions: rows ``low`` to ``high - 1`` of those that a team carries."""
+
+    low: str = "0"
+    high: str = "rows"
+
+
+ALL_ROWS = Span()
+
+
 @contextmanager
-def items(w: Writer, many: str, name: str, first: str = "warp_of()") -> Iterator[None]:
+def items(
+    w: Writer, many: str, name: str, span: Span = ALL_ROWS, first: str = "warp_of()"
+) -> Iterator[None]:
     """The pairs of a row and ``many`` others, which the warps of a block take in turn."""
-    with w.block(f"for (int item = {first}; item < rows * {many}; item += WARPS)"):
+    begin = first if span.low == "0" else f"{span.low} * {many} + {first}"
+    with w.block(f"for (int item = {begin}; item < {span.high} * {many}; item += WARPS)"):
         w.line(f"const int row = item / {many}, {name} = item % {many};")
         yield

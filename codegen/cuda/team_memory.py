@@ -12,11 +12,10 @@ from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.cuda.neuron_text import Neuron
 from sparsify.codegen.cuda.struct_text import SIZES, Array, Dim, struct_layout
-from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
+from sparsify.codegen.cuda.team_groups import ALIGNED, EventLists
+from sparsify.codegen.cuda.team_shape import Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source, Usage, packings
 from sparsify.halves import HALVES
-
-AT_ONCE, ALIGNED = 4, 16  # of lists of events, see exchange.cuh
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class TeamMemory:
     widths: dict[str, str]  # population -> the constant that is its slice
     bundles: Sequence[Bundle]
     kept: Mapping[str, Kept]  # of packed weights, by name
+    lists: Sequence[EventLists]
 
     def told(self) -> list[Array]:
         """What blocks tell each other, by parity of the step."""
@@ -53,7 +53,7 @@ class TeamMemory:
     def shared(self) -> list[Array]:
         """What a block keeps for itself."""
         kept = [*self._weights(), *self._neurons(), *self._sums(), *self._restricted()]
-        return [*kept, *self._lists()]
+        return [*kept, *(one.array(("WARPS", self.shape.warps)) for one in self.lists)]
 
     @property
     def rows(self) -> Dim:
@@ -85,14 +85,14 @@ class TeamMemory:
             if name in self.kept:
                 arrays += self._masked(self.kept[name], name, note)
                 continue
-            arrays.append(Array.of(MEMORY_TYPES[weight.dtype], name, [dim], f"its slice of {note}"))
+            arrays.append(_aligned(MEMORY_TYPES[weight.dtype], name, dim, f"its slice of {note}"))
         for bundle in self.bundles:
             weights = [self._weight(gather) for gather in bundle.gathers]
             heard, size = self._size(weights[0].senders)
             dim = f"{heard} * {bundle.columns}", size * self._columns(bundle)[1]
             note = "its slices of " + ", ".join(weight.note or weight.name for weight in weights)
             kind = MEMORY_TYPES[weights[0].dtype]
-            arrays.append(Array.of(kind, f"{bundle.name}_weights", [dim], note))
+            arrays.append(_aligned(kind, f"{bundle.name}_weights", dim, note))
         return arrays
 
     def _masked(self, kept: Kept, name: str, note: str) -> list[Array]:
@@ -160,21 +160,10 @@ class TeamMemory:
                 arrays.append(Array.of("bool", f"{name}_wild", dims, note))
         return arrays
 
-    def _lists(self) -> list[Array]:
-        arrays = []
-        sources = [s for s in self.usage.sources.values() if s.events]
-        kinds = {(C_TYPES[s.dtype], has_payloads(s, self.usage)) for s in sources}
-        for kind, payloads in sorted(kinds):
-            size = SENDER_BLOCK + SIZES[kind] * (SENDER_BLOCK if payloads else AT_ONCE)
-            text = f"BlockEvents<{kind}, {'true' if payloads else 'false'}>"
-            dims = (("WARPS", self.shape.warps),)
-            arrays.append(Array(text, event_list(kind, payloads), dims, size, ALIGNED))
-        return arrays
 
-
-def event_list(kind: str, payloads: bool) -> str:
-    """The lists of a block's warps."""
-    return f"{kind}_payloads" if payloads else f"{kind}_events"
+def _aligned(kind: str, name: str, dim: Dim, note: str) -> Array:
+    """Weights, of which lanes read several at once."""
+    return Array(f"alignas({ALIGNED}) {kind}", name, (dim,), SIZES[kind], ALIGNED, note)
 
 
 def told_type(source: Source) -> str:

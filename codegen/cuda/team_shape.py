@@ -9,7 +9,8 @@ from sparsify import ir
 from sparsify.codegen.usage import Usage
 
 WARP, SENDER_BLOCK = 32, 256
-MOST_WARPS = 16  # of a block: each has a list of events of its own
+MOST_WARPS = 16  # of a block: each has lists of events of its own
+FEWER_WARPS = 8  # where these are in the way of weights
 ROWS = (16, 12, 8, 6, 4, 3, 2, 1)  # how many batch rows a team may carry at once
 GRANULE, BYTE = 4, 8  # neurons: slices are multiples; whole bytes, if the kernel writes bits
 
@@ -62,6 +63,8 @@ def shapes(usage: Usage, width: int) -> Iterator[Shape]:
     for rows in ROWS:
         warps = min(MOST_WARPS, max(4, rows * max(heard, default=1)))
         yield Shape(blocks, owned, rows, warps)
+        if warps > FEWER_WARPS:
+            yield Shape(blocks, owned, rows, FEWER_WARPS)
 
 
 def granule(kernel: ir.Kernel) -> int:

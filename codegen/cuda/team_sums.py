@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
-from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
-from sparsify.codegen.cuda.team_kernel import TeamKernel, items
+from sparsify.codegen.cuda.team_groups import Grouped
+from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, items
 from sparsify.codegen.cuda.team_masks import masked_sum, whole_rows
-from sparsify.codegen.cuda.team_memory import event_list, has_payloads, is_binary, told_type
+from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.usage import Source
 from sparsify.codegen.writer import Writer
@@ -21,7 +21,8 @@ from sparsify.codegen.writer import Writer
 class TeamSums:
     """Writes the sums of one phase.
 
-    ``seen`` are the sources whose values this step has already looked at for restricted sums.
+    ``seen`` are the sources whose values this step has already looked at for restricted sums,
+    ``span`` the rows.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class TeamSums:
         phase: ir.Phase,
         shape: Shape,
         seen: set[str] | None = None,
+        span: Span = ALL_ROWS,
     ) -> None:
         self.w, self.team, self.phase, self.usage = w, team, phase, team.usage
-        self.shape = shape
+        self.shape, self.span = shape, span
         self.seen = set() if seen is None else seen
         self.gathers = phase.gathers
 
@@ -52,17 +54,62 @@ class TeamSums:
     def write(self, source: Source) -> None:
         """All products of a source, block of senders by block of senders."""
         w, readers = self.w, self._readers(source)
-        size, kind = self.team.size(source.population), C_TYPES[source.dtype]
         if source.name in self.seen and all(map(self._is_selective, readers)):
             return
         w.comment(f"What {self.phase.population} receives from {source.name}.")
-        with items(w, f"blocks_of({size})", "block"):
+        grouped = self.team.grouped(self.phase, source, self.shape)
+        if grouped is None:
+            self._write_items(source)
+            return
+        skipping = [f"{self._weight(gather)}_finite" for gather in grouped.gathers]
+        with w.block(""):
+            with w.block("const auto source_of = [&](int row)", "};"):
+                w.line(f"return {self.heard(source)}{{{self.row(source)}}};")
+            with w.block(f"if ({' && '.join(skipping)})"):
+                self._write_groups(source, grouped)
+            with w.block("else"):
+                w.comment("0 * inf is NaN.")
+                self._write_all(source, grouped)
+
+    def _write_groups(self, source: Source, grouped: Grouped) -> None:
+        """All products at once, for several rows and blocks of senders in each warp."""
+        w, size, first = self.w, self.team.size(source.population), grouped.gathers[0]
+        notes = [gather.note for gather in grouped.gathers if gather.note]
+        lists = self.team.lists(self.phase, source, self.shape)
+        name = self.team.name(first.result) if grouped.bundle is None else grouped.bundle.name
+        weights = self._weight(first) if grouped.bundle is None else name
+        given = f"shared.{name}_sum, {weights}_slice, shared.{lists.name}[warp_of()]"
+        w.line("const int count =", ", ".join(notes))
+        w.line(f"    add_groups<{size}>({given}, {self.span.low}, {self.span.high}, source_of);")
+        for gather in grouped.gathers:
+            w.line(f"if (counts) {self.team.counter(gather)} += count;")
+
+    def _write_all(self, source: Source, grouped: Grouped) -> None:
+        """The same products of all senders."""
+        w, size = self.w, self.team.size(source.population)
+        with items(w, f"blocks_of({size})", "block", self.span):
+            w.line(f"const Heard<{self.heard(source)}> heard(source_of(row), block, {size});")
+            w.line("const int count = heard.count();")
+            for gather in grouped.gathers:
+                w.line(f"if (counts) {self.team.counter(gather)} += count;")
+            if grouped.bundle is None:
+                w.line(self._every(grouped.gathers[0], size))
+                return
+            columns, name = grouped.bundle.columns, grouped.bundle.name
+            given = f"shared.{name}_sum[row][block], {name}_slice, heard, block, {size}, {columns}"
+            w.line(f"add_all<{columns}>({given});")
+
+    def _write_items(self, source: Source) -> None:
+        """Products for one row and block of senders in each warp."""
+        w, readers = self.w, self._readers(source)
+        size = self.team.size(source.population)
+        with items(w, f"blocks_of({size})", "block", self.span):
             heard = self.heard(source)
             w.line(f"const {heard} source{{{self.row(source)}}};")
             w.line(f"const Heard<{heard}> heard(source, block, {size});")
             if any(map(self._is_event, readers)):
-                lists = event_list(kind, has_payloads(source, self.usage))
-                w.line(f"auto& events = shared.{lists}[warp_of()];")
+                lists = self.team.lists(self.phase, source, self.shape)
+                w.line(f"auto& events = shared.{lists.name}[warp_of()];")
                 w.line("const int count = list_events(events, heard);")
             elif any(gather.only is None for gather in readers):
                 w.line("const int count = heard.count();")
@@ -100,7 +147,7 @@ class TeamSums:
         name = self.team.name(gather.result)
         if self._is_cleared(gather):
             return f"{name}_sum"
-        bundle = self._bundle_of(gather)
+        bundle = self.team.bundle_of(self.team.weight(gather), self.shape)
         if bundle is None:
             return f"add_blocks(shared.{name}_sum[row], i)"
         return f"add_blocks(shared.{bundle.name}_sum[row], {bundle.column(gather.weight)}i)"
@@ -119,10 +166,6 @@ class TeamSums:
         """All products of the same events; where a weight is not finite, of all senders."""
         if not gathers:
             return
-        bundle = self._bundle_of(gathers[0])
-        if bundle is not None:
-            self._write_bundle(bundle, senders)
-            return
         w, width, mine = self.w, *self._slice(gathers[0])
         skipping = [f"{self._weight(gather)}_finite" for gather in gathers]
         with w.block(f"if ({' && '.join(dict.fromkeys(skipping))})"):
@@ -136,22 +179,6 @@ class TeamSums:
             w.comment("0 * inf is NaN.")
             for gather in gathers:
                 w.line(self._every(gather, senders))
-
-    def _write_bundle(self, bundle: Bundle, senders: str) -> None:
-        """The products of a bundle, as one with more receivers."""
-        w, columns = self.w, bundle.columns
-        places = f"shared.{bundle.name}_sum[row][block], {bundle.name}_slice"
-        skipping = [f"{self._weight(gather)}_finite" for gather in bundle.gathers]
-        notes = ", ".join(gather.note for gather in bundle.gathers if gather.note)
-        with w.block(f"if ({' && '.join(skipping)})"):
-            product = f"product_of<{columns}>({places})"
-            w.line(f"add_events<{columns}>(events, count, block, {columns}, {product});", notes)
-        with w.block("else"):
-            w.comment("0 * inf is NaN.")
-            w.line(f"add_all<{columns}>({places}, heard, block, {senders}, {columns});")
-
-    def _bundle_of(self, gather: ir.Gather) -> Bundle | None:
-        return self.team.bundle_of(self.team.weight(gather), self.shape)
 
     def _every(self, gather: ir.Gather, senders: str) -> str:
         """The product of all senders."""
@@ -177,7 +204,7 @@ class TeamSums:
         kind, mine = C_TYPES[weight.dtype], team.mine[weight.receivers]
         row, senders = row_length(team.kernel, packing), team.size(weight.senders)
         w.comment(f"What {self.phase.population} wants from {gather.source}.")
-        with items(w, f"{mine}.size", "i"):
+        with items(w, f"{mine}.size", "i", self.span):
             w.line("const int64_t b = start + row;")
             w.line(f"const int n = {mine}.first + i;")
             w.line(f"const bool wanted = {team.wanted(gather, self.phase)};")

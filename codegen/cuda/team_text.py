@@ -22,7 +22,7 @@ from sparsify.codegen.cuda.frame_text import (
 )
 from sparsify.codegen.cuda.neuron_text import bits_of, published, write_neuron
 from sparsify.codegen.cuda.struct_text import write_struct
-from sparsify.codegen.cuda.team_kernel import TeamKernel, items
+from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, items
 from sparsify.codegen.cuda.team_masks import write_masked_slice
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
@@ -34,12 +34,13 @@ from sparsify.codegen.writer import Writer
 class TeamText:
     """One rendering of a kernel, for a team of a given shape."""
 
-    headers: tuple[str, ...] = ("slice_sums.cuh",)
+    headers: tuple[str, ...] = ("group_sums.cuh",)
 
     def __init__(self, team: TeamKernel, shape: Shape) -> None:
         self.w = Writer()
         self.team, self.shape = team, shape
         self.kernel, self.usage, self.together = team.kernel, team.usage, team.together
+        self.paired_from, self.span = team.paired_from(shape), ALL_ROWS
 
     def render(self, entry: str) -> str:
         w, team = self.w, self.team
@@ -71,7 +72,7 @@ class TeamText:
 
     def sums(self, phase: ir.Phase, seen: set[str] | None = None) -> TeamSums:
         """What writes the sums of a phase."""
-        return TeamSums(self.w, self.team, phase, self.shape, seen)
+        return TeamSums(self.w, self.team, phase, self.shape, seen, self.span)
 
     def _write_sizes(self) -> None:
         w, shape = self.w, self.shape
@@ -161,8 +162,33 @@ class TeamText:
                 w.line("if (start >= team.teams * group && !team.meet()) return;", note)
             if self.kernel.states:
                 self._write_starts()
+            if self.paired_from is not None:
+                self._write_halves()
+                return
             with self._steps():
                 self._write_step()
+
+    def _write_halves(self) -> None:
+        """The steps, where rows are many: of either half while the other is waited for."""
+        w = self.w
+        note = "of the rows: one is computed while the other is waited for"
+        w.line(f"const int halves = rows < {self.paired_from} ? 1 : 2;", note)
+        w.line("for (int half = 0; half < halves; ++half) team.arrive(half);")
+        self.span = Span("low", "high")
+        with self._steps(), w.block("for (int half = 0; half < halves; ++half)"):
+            w.line("const int low = half * rows / halves, high = (half + 1) * rows / halves;")
+            self._write_ahead()
+            seen: set[str] = set()
+            for index, phase in enumerate(self.kernel.phases):
+                sums = self.sums(phase, seen)
+                for source in sums.early():
+                    sums.write(source)
+                if index == 0:
+                    w.line("if (!team.wait(half)) return;", "all have told it")
+                self._write_phase(index, sums)
+            note = "it has told what the others read"
+            w.line(f"if ({self._is_left}) team.arrive(half);", note)
+        self.span = ALL_ROWS
 
     def _write_starts(self) -> None:
         self.w.comment("Every state gets its initial value.")
@@ -207,17 +233,25 @@ class TeamText:
                 self.w.line(wait, "all have told it")
             if index < min(meetings) and any(gather.only for gather in sums.gathers):
                 self.w.line("__syncthreads();", "all have seen what was wild in the step before")
-            for source in sums.late():
-                sums.write(source)
-            sums.write_wanted()
-            if sums.gathers:
-                self.w.line("__syncthreads();", "the sums are there")
-            self._write_neurons(phase, self.team.symbols.phases[index])
+            self._write_phase(index, sums)
+
+    def _write_phase(self, index: int, sums: TeamSums) -> None:
+        """What a phase hears from others, and its neurons."""
+        for source in sums.late():
+            sums.write(source)
+        sums.write_wanted()
+        if sums.gathers:
+            self.w.line("__syncthreads();", "the sums are there")
+        self._write_neurons(self.kernel.phases[index], self.team.symbols.phases[index])
+
+    @property
+    def _is_left(self) -> str:
+        """Whether this is not the last step that runs."""
+        return "t > 0" if self.kernel.reverse else "t + 1 < call.steps"
 
     def _write_ahead(self) -> None:
         """Ask for what its neurons read in the next step, while the others are waited for."""
         w, later = self.w, "t - 1" if self.kernel.reverse else "t + 1"
-        is_left = "t > 0" if self.kernel.reverse else "t + 1 < call.steps"
         for population, mine in self.team.mine.items():
             operands = self._streamed(population)
             if not operands:
@@ -226,7 +260,7 @@ class TeamText:
             words = f"words_of({self.team.widths[population]})"
             # The first warp polls the barrier, and has as little else to do as can be.
             first = "WARPS - 1 - warp_of()"
-            with w.block(f"if ({is_left})"), items(w, words, "word", first):
+            with w.block(f"if ({self._is_left})"), items(w, words, "word", self.span, first):
                 w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
                 w.line("const int64_t b = start + row;")
                 w.line(f"if (i >= {mine}.size) continue;")
@@ -251,7 +285,7 @@ class TeamText:
         mine, own = team.mine[population], team.neuron(population)
         sums = self.sums(phase)
         w.comment(f"Its neurons of {population}.")
-        with items(w, f"words_of({team.widths[population]})", "word"):
+        with items(w, f"words_of({team.widths[population]})", "word", self.span):
             w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
             w.line("const int64_t b = start + row;")
             w.line(f"const bool here = i < {mine}.size;")

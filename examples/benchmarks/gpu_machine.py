@@ -17,6 +17,7 @@ from sparsify.bench import measure_pairs, wait_for_devices
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda.device import Function, Grid, Memory, Word
 from sparsify.codegen.cuda.headers import headers_of
+from sparsify.codegen.cuda.neurons_per_block import COUNTER_WORDS
 
 HERE = Path(__file__).parent
 TAKEN = 5  # the best of so many
@@ -31,7 +32,7 @@ class Pieces:
         self.blocks = place.limits.multiprocessors if place.is_gpu else 4
         with place.device:
             self.values = torch.zeros(floats)
-            self.counters = torch.zeros(32, dtype=torch.int32)
+            self.counters = torch.zeros(COUNTER_WORDS, dtype=torch.int32)
             self.fault = torch.zeros(1, dtype=torch.int64)
         self._paths = {
             file: place.kernels.compile(

@@ -3,7 +3,7 @@
 // neurons-per-grid; gathers: excitation = event, returned = event, copied = event
 
 #include "barrier.cuh"
-#include "slice_sums.cuh"
+#include "group_sums.cuh"
 
 namespace {
 
@@ -31,7 +31,7 @@ struct Call {
   float* out; int64_t out_t, out_b;  // [T, B, 70]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
   uint32_t* told;  // what the blocks of each team tell each other
-  uint32_t* arrivals;  // of blocks at barriers, a line for each team
+  uint32_t* arrivals;  // of blocks at barriers, two lines for each team
   int64_t* stuck;  // a block did not come to a barrier
   int64_t patience;
 };
@@ -50,8 +50,8 @@ static_assert(sizeof(Told) == 8960, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
-  float w[N_HIDDEN * SLICE_HIDDEN];  // its slice of w
-  float w_rows[96 * SLICE_HIDDEN];  // its slice of w
+  alignas(16) float w[N_HIDDEN * SLICE_HIDDEN];  // its slice of w
+  alignas(16) float w_rows[96 * SLICE_HIDDEN];  // its slice of w
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
   float excitation_sum[ROWS][blocks_of(N_HIDDEN)][SLICE_HIDDEN];
   float returned_sum[ROWS][1][SLICE_HIDDEN];
@@ -60,9 +60,9 @@ struct Shared {
   bool fired_wild[ROWS][blocks_of(N_HIDDEN)];  // whether a value of a block of fired is wild
   float chosen_values[ROWS][N_HIDDEN];  // chosen, for restricted products
   bool chosen_wild[ROWS][blocks_of(N_HIDDEN)];  // whether a value of a block of chosen is wild
-  BlockEvents<float, false> float_events[WARPS];
+  GroupEvents<float, false, 4> float_events_of_4[WARPS];
 };
-static_assert(sizeof(Shared) == 36960, "as launched");
+static_assert(sizeof(Shared) == 41824, "as launched");
 
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n, const float excitation) {
@@ -110,21 +110,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1;
       // What hidden receives from fired.
-      for (int item = warp_of(); item < rows * blocks_of(N_HIDDEN); item += WARPS) {
-        const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
-        const GivenBits source{call.fired + t * call.fired_t + (start + row) * call.fired_b};
-        const Heard<GivenBits> heard(source, block, N_HIDDEN);
-        auto& events = shared.float_events[warp_of()];
-        const int count = list_events(events, heard);
-        if (counts) active[0] += count;
+      {
+        const auto source_of = [&](int row) {
+          return GivenBits{call.fired + t * call.fired_t + (start + row) * call.fired_b};
+        };
         if (w_finite) {
-          add_events<SLICE_HIDDEN>(
-              events, count, block, my_hidden.size,
-              product_of<SLICE_HIDDEN>(shared.excitation_sum[row][block], w_slice));
+          const int count =
+              add_groups<N_HIDDEN>(shared.excitation_sum, w_slice, shared.float_events_of_4[warp_of()], 0, rows, source_of);
+          if (counts) active[0] += count;
         }
         else {
           // 0 * inf is NaN.
-          add_all<SLICE_HIDDEN>(shared.excitation_sum[row][block], w_slice, heard, block, N_HIDDEN, my_hidden.size);
+          for (int item = warp_of(); item < rows * blocks_of(N_HIDDEN); item += WARPS) {
+            const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
+            const Heard<GivenBits> heard(source_of(row), block, N_HIDDEN);
+            const int count = heard.count();
+            if (counts) active[0] += count;
+            add_all<SLICE_HIDDEN>(shared.excitation_sum[row][block], w_slice, heard, block, N_HIDDEN, my_hidden.size);
+          }
         }
       }
       __syncthreads();  // the sums are there

@@ -4,7 +4,7 @@
 // weights: w_in = masked-rows
 
 #include "barrier.cuh"
-#include "slice_sums.cuh"
+#include "group_sums.cuh"
 #include "masked_slice.cuh"
 
 namespace {
@@ -36,7 +36,7 @@ struct Call {
   sparsify::bfloat16* last_v; int64_t last_v_b;  // [B, 300]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
   uint32_t* told;  // what the blocks of each team tell each other
-  uint32_t* arrivals;  // of blocks at barriers, a line for each team
+  uint32_t* arrivals;  // of blocks at barriers, two lines for each team
   int64_t* stuck;  // a block did not come to a barrier
   int64_t patience;
 };
@@ -57,14 +57,14 @@ static_assert(sizeof(Told) == 1280, "as launched");
 struct Shared {
   sparsify::bfloat16 w_in_kept[N_INPUTS * words_of(SLICE_HIDDEN) * 16];  // what its slice of fc.weight keeps
   uint32_t w_in_masks[N_INPUTS * words_of(SLICE_HIDDEN)];  // a bit for each that is not zero
-  sparsify::bfloat16 w_rec[N_HIDDEN * SLICE_HIDDEN];  // its slice of rec.weight
+  alignas(16) sparsify::bfloat16 w_rec[N_HIDDEN * SLICE_HIDDEN];  // its slice of rec.weight
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
   float drive_sum[ROWS][blocks_of(N_INPUTS)][SLICE_HIDDEN];
   float recurrent_sum[ROWS][blocks_of(N_HIDDEN)][SLICE_HIDDEN];
-  BlockEvents<float, false> float_events[WARPS];
+  GroupEvents<float, false, 4> float_events_of_4[WARPS];
   BlockEvents<float, true> float_payloads[WARPS];
 };
-static_assert(sizeof(Shared) == 56800, "as launched");
+static_assert(sizeof(Shared) == 61664, "as launched");
 
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
@@ -133,55 +133,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_half_lif(const Call
         team.publish_word(told.s_active[next][row] + team.rank * words_of(SLICE_HIDDEN) + word, __ballot_sync(ALL, here && shared.own_hidden[row][i].s != 0));
       }
     }
+    const int halves = rows < 16 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    for (int half = 0; half < halves; ++half) team.arrive(half);
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
-      team.arrive();  // it has told what the others read
-      // What hidden receives from x.
-      for (int item = warp_of(); item < rows * blocks_of(N_INPUTS); item += WARPS) {
-        const int row = item / blocks_of(N_INPUTS), block = item % blocks_of(N_INPUTS);
-        const Given<sparsify::bfloat16> source{call.x + t * call.x_t + (start + row) * call.x_b};
-        const Heard<Given<sparsify::bfloat16>> heard(source, block, N_INPUTS);
-        auto& events = shared.float_payloads[warp_of()];
-        const int count = list_events(events, heard);
-        if (counts) active[0] += count;
-        if (w_in_finite) {
-          add_events<SLICE_HIDDEN>(
-              events, count, block, my_hidden.size,
-              product_of<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice));  // self.fc(x)
+      for (int half = 0; half < halves; ++half) {
+        const int low = half * rows / halves, high = (half + 1) * rows / halves;
+        // What hidden receives from x.
+        for (int item = low * blocks_of(N_INPUTS) + warp_of(); item < high * blocks_of(N_INPUTS); item += WARPS) {
+          const int row = item / blocks_of(N_INPUTS), block = item % blocks_of(N_INPUTS);
+          const Given<sparsify::bfloat16> source{call.x + t * call.x_t + (start + row) * call.x_b};
+          const Heard<Given<sparsify::bfloat16>> heard(source, block, N_INPUTS);
+          auto& events = shared.float_payloads[warp_of()];
+          const int count = list_events(events, heard);
+          if (counts) active[0] += count;
+          if (w_in_finite) {
+            add_events<SLICE_HIDDEN>(
+                events, count, block, my_hidden.size,
+                product_of<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice));  // self.fc(x)
+          }
+          else {
+            // 0 * inf is NaN.
+            add_all<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice, heard, block, N_INPUTS, my_hidden.size);
+          }
         }
-        else {
-          // 0 * inf is NaN.
-          add_all<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice, heard, block, N_INPUTS, my_hidden.size);
+        if (!team.wait(half)) return;  // all have told it
+        // What hidden receives from s.
+        {
+          const auto source_of = [&](int row) {
+            return ToldBits<Team, SLICE_HIDDEN>{told.s_active[now][row]};
+          };
+          if (w_rec_finite) {
+            const int count =  // self.rec(s)
+                add_groups<N_HIDDEN>(shared.recurrent_sum, w_rec_slice, shared.float_events_of_4[warp_of()], low, high, source_of);
+            if (counts) active[1] += count;
+          }
+          else {
+            // 0 * inf is NaN.
+            for (int item = low * blocks_of(N_HIDDEN) + warp_of(); item < high * blocks_of(N_HIDDEN); item += WARPS) {
+              const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
+              const Heard<ToldBits<Team, SLICE_HIDDEN>> heard(source_of(row), block, N_HIDDEN);
+              const int count = heard.count();
+              if (counts) active[1] += count;
+              add_all<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice, heard, block, N_HIDDEN, my_hidden.size);
+            }
+          }
         }
-      }
-      if (!team.wait()) return;  // all have told it
-      // What hidden receives from s.
-      for (int item = warp_of(); item < rows * blocks_of(N_HIDDEN); item += WARPS) {
-        const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
-        const ToldBits<Team, SLICE_HIDDEN> source{told.s_active[now][row]};
-        const Heard<ToldBits<Team, SLICE_HIDDEN>> heard(source, block, N_HIDDEN);
-        auto& events = shared.float_events[warp_of()];
-        const int count = list_events(events, heard);
-        if (counts) active[1] += count;
-        if (w_rec_finite) {
-          add_events<SLICE_HIDDEN>(
-              events, count, block, my_hidden.size,
-              product_of<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice));  // self.rec(s)
+        __syncthreads();  // the sums are there
+        // Its neurons of hidden.
+        for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
+          const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
+          const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+          const int64_t b = start + row;
+          const bool here = i < my_hidden.size;
+          if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.drive_sum[row], i), add_blocks(shared.recurrent_sum[row], i));
+          team.publish_word(told.s_active[next][row] + team.rank * words_of(SLICE_HIDDEN) + word, __ballot_sync(ALL, here && shared.own_hidden[row][i].s != 0));
         }
-        else {
-          // 0 * inf is NaN.
-          add_all<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice, heard, block, N_HIDDEN, my_hidden.size);
-        }
-      }
-      __syncthreads();  // the sums are there
-      // Its neurons of hidden.
-      for (int item = warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
-        const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-        const int i = word * WARP + lane_of(), n = my_hidden.first + i;
-        const int64_t b = start + row;
-        const bool here = i < my_hidden.size;
-        if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.drive_sum[row], i), add_blocks(shared.recurrent_sum[row], i));
-        team.publish_word(told.s_active[next][row] + team.rank * words_of(SLICE_HIDDEN) + word, __ballot_sync(ALL, here && shared.own_hidden[row][i].s != 0));
+        if (t + 1 < call.steps) team.arrive(half);  // it has told what the others read
       }
     }
   }

@@ -3,7 +3,7 @@
 // neurons-per-grid; gathers: returned = event
 
 #include "barrier.cuh"
-#include "slice_sums.cuh"
+#include "group_sums.cuh"
 
 namespace {
 
@@ -28,7 +28,7 @@ struct Call {
   float* first_2; int64_t first_2_b;  // [B, 1300]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
   uint32_t* told;  // what the blocks of each team tell each other
-  uint32_t* arrivals;  // of blocks at barriers, a line for each team
+  uint32_t* arrivals;  // of blocks at barriers, two lines for each team
   int64_t* stuck;  // a block did not come to a barrier
   int64_t patience;
 };
@@ -47,7 +47,7 @@ static_assert(sizeof(Told) == 83200, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
-  float w_rec_rows[1312 * SLICE_HIDDEN];  // its slice of rec.weight, transposed
+  alignas(16) float w_rec_rows[1312 * SLICE_HIDDEN];  // its slice of rec.weight, transposed
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
   float returned_sum[ROWS][1][SLICE_HIDDEN];
   float d_values[ROWS][N_HIDDEN];  // d, for restricted products
@@ -117,61 +117,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
         if (here) team.publish(told.d_values[next][row] + n, cast<float>(shared.own_hidden[row][i].d));
       }
     }
+    const int halves = rows < 6 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    for (int half = 0; half < halves; ++half) team.arrive(half);
     for (int64_t step = 0; step < call.steps; ++step) {
       const int64_t t = call.steps - 1 - step;  // the last step runs first
       const int now = step & 1, next = now ^ 1;
-      team.arrive();  // it has told what the others read
-      // What its neurons of hidden read in the next step.
-      if (t > 0) {
-        for (int item = WARPS - 1 - warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
+      for (int half = 0; half < halves; ++half) {
+        const int low = half * rows / halves, high = (half + 1) * rows / halves;
+        // What its neurons of hidden read in the next step.
+        if (t > 0) {
+          for (int item = low * words_of(SLICE_HIDDEN) + WARPS - 1 - warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
+            const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
+            const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+            const int64_t b = start + row;
+            if (i >= my_hidden.size) continue;
+            touch(call.v + (t - 1) * call.v_t + b * call.v_b + n);
+            touch(call.g + (t - 1) * call.g_t + b * call.g_b + n);
+          }
+        }
+        if (!team.wait(half)) return;  // all have told it
+        // Its neurons of hidden.
+        for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
           const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
           const int i = word * WARP + lane_of(), n = my_hidden.first + i;
           const int64_t b = start + row;
-          if (i >= my_hidden.size) continue;
-          touch(call.v + (t - 1) * call.v_t + b * call.v_b + n);
-          touch(call.g + (t - 1) * call.g_t + b * call.g_b + n);
+          const bool here = i < my_hidden.size;
+          if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n);
         }
-      }
-      if (!team.wait()) return;  // all have told it
-      // Its neurons of hidden.
-      for (int item = warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
-        const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-        const int i = word * WARP + lane_of(), n = my_hidden.first + i;
-        const int64_t b = start + row;
-        const bool here = i < my_hidden.size;
-        if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n);
-      }
-      // What hidden receives from d.
-      for (int item = warp_of(); item < rows * blocks_of(N_HIDDEN); item += WARPS) {
-        const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
-        const ToldValues<Team, float> source{told.d_values[now][row]};
-        const Heard<ToldValues<Team, float>> heard(source, block, N_HIDDEN);
-        const bool wild = is_wild<float>(heard);
-        if (lane_of() == 0) shared.d_wild[row][block] = wild;
-        keep_values(shared.d_values[row], heard, block, N_HIDDEN);
-      }
-      __syncthreads();  // the values are there
-      // What hidden wants from d.
-      for (int item = warp_of(); item < rows * my_hidden.size; item += WARPS) {
-        const int row = item / my_hidden.size, i = item % my_hidden.size;
-        const int64_t b = start + row;
-        const int n = my_hidden.first + i;
-        const bool wanted = any_of(shared.d_wild[row]) || shared.own_hidden[row][i].near != 0;
-        const float sum = wanted ? warp_sum(part_of_row(Rows<1312, float, float>(w_rec_rows_slice), shared.d_values[row], N_HIDDEN, i)) : float(0);  // self.rec(s)
-        if (lane_of() == 0) {
-          shared.returned_sum[row][0][i] = sum;
-          active[0] += wanted;
+        // What hidden receives from d.
+        for (int item = low * blocks_of(N_HIDDEN) + warp_of(); item < high * blocks_of(N_HIDDEN); item += WARPS) {
+          const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
+          const ToldValues<Team, float> source{told.d_values[now][row]};
+          const Heard<ToldValues<Team, float>> heard(source, block, N_HIDDEN);
+          const bool wild = is_wild<float>(heard);
+          if (lane_of() == 0) shared.d_wild[row][block] = wild;
+          keep_values(shared.d_values[row], heard, block, N_HIDDEN);
         }
-      }
-      __syncthreads();  // the sums are there
-      // Its neurons of hidden.
-      for (int item = warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
-        const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-        const int i = word * WARP + lane_of(), n = my_hidden.first + i;
-        const int64_t b = start + row;
-        const bool here = i < my_hidden.size;
-        if (here) hidden_step_2(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.returned_sum[row], i));
-        if (here) team.publish(told.d_values[next][row] + n, cast<float>(shared.own_hidden[row][i].d));
+        __syncthreads();  // the values are there
+        // What hidden wants from d.
+        for (int item = low * my_hidden.size + warp_of(); item < high * my_hidden.size; item += WARPS) {
+          const int row = item / my_hidden.size, i = item % my_hidden.size;
+          const int64_t b = start + row;
+          const int n = my_hidden.first + i;
+          const bool wanted = any_of(shared.d_wild[row]) || shared.own_hidden[row][i].near != 0;
+          const float sum = wanted ? warp_sum(part_of_row(Rows<1312, float, float>(w_rec_rows_slice), shared.d_values[row], N_HIDDEN, i)) : float(0);  // self.rec(s)
+          if (lane_of() == 0) {
+            shared.returned_sum[row][0][i] = sum;
+            active[0] += wanted;
+          }
+        }
+        __syncthreads();  // the sums are there
+        // Its neurons of hidden.
+        for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
+          const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
+          const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+          const int64_t b = start + row;
+          const bool here = i < my_hidden.size;
+          if (here) hidden_step_2(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.returned_sum[row], i));
+          if (here) team.publish(told.d_values[next][row] + n, cast<float>(shared.own_hidden[row][i].d));
+        }
+        if (t > 0) team.arrive(half);  // it has told what the others read
       }
     }
   }

@@ -29,7 +29,7 @@ struct Call {
   float* first_2; int64_t first_2_b;  // [B, 300]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
   uint32_t* told;  // what the blocks of each team tell each other
-  uint32_t* arrivals;  // of blocks at barriers, a line for each team
+  uint32_t* arrivals;  // of blocks at barriers, two lines for each team
   int64_t* stuck;  // a block did not come to a barrier
   int64_t patience;
 };
@@ -48,7 +48,7 @@ static_assert(sizeof(Told) == 153600, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
-  float w_rec[N_HIDDEN * SLICE_HIDDEN];  // its slice of rec.weight, transposed
+  alignas(16) float w_rec[N_HIDDEN * SLICE_HIDDEN];  // its slice of rec.weight, transposed
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
   float returned_sum[ROWS][blocks_of(N_HIDDEN)][SLICE_HIDDEN];
   bool d_wild[ROWS][blocks_of(N_HIDDEN)];  // whether a value of a block of d is wild

@@ -4,7 +4,7 @@
 // weights: w_in = masked-rows, w_rec = masked-rows
 
 #include "barrier.cuh"
-#include "slice_sums.cuh"
+#include "group_sums.cuh"
 #include "masked_slice.cuh"
 
 namespace {
@@ -40,7 +40,7 @@ struct Call {
   float* last_s; int64_t last_s_b;  // [B, 300]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
   uint32_t* told;  // what the blocks of each team tell each other
-  uint32_t* arrivals;  // of blocks at barriers, a line for each team
+  uint32_t* arrivals;  // of blocks at barriers, two lines for each team
   int64_t* stuck;  // a block did not come to a barrier
   int64_t patience;
 };
@@ -133,55 +133,60 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
         team.publish_word(told.s_active[next][row] + team.rank * words_of(SLICE_HIDDEN) + word, __ballot_sync(ALL, here && shared.own_hidden[row][i].s != 0));
       }
     }
+    const int halves = rows < 16 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    for (int half = 0; half < halves; ++half) team.arrive(half);
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
-      team.arrive();  // it has told what the others read
-      // What hidden receives from x.
-      for (int item = warp_of(); item < rows * blocks_of(N_INPUTS); item += WARPS) {
-        const int row = item / blocks_of(N_INPUTS), block = item % blocks_of(N_INPUTS);
-        const Given<float> source{call.x + t * call.x_t + (start + row) * call.x_b};
-        const Heard<Given<float>> heard(source, block, N_INPUTS);
-        auto& events = shared.float_events[warp_of()];
-        const int count = list_events(events, heard);
-        if (counts) active[0] += count;
-        if (w_in_finite) {
-          add_events<SLICE_HIDDEN>(
-              events, count, block, my_hidden.size,
-              product_of<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice));  // self.fc(x)
+      for (int half = 0; half < halves; ++half) {
+        const int low = half * rows / halves, high = (half + 1) * rows / halves;
+        // What hidden receives from x.
+        for (int item = low * blocks_of(N_INPUTS) + warp_of(); item < high * blocks_of(N_INPUTS); item += WARPS) {
+          const int row = item / blocks_of(N_INPUTS), block = item % blocks_of(N_INPUTS);
+          const Given<float> source{call.x + t * call.x_t + (start + row) * call.x_b};
+          const Heard<Given<float>> heard(source, block, N_INPUTS);
+          auto& events = shared.float_events[warp_of()];
+          const int count = list_events(events, heard);
+          if (counts) active[0] += count;
+          if (w_in_finite) {
+            add_events<SLICE_HIDDEN>(
+                events, count, block, my_hidden.size,
+                product_of<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice));  // self.fc(x)
+          }
+          else {
+            // 0 * inf is NaN.
+            add_all<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice, heard, block, N_INPUTS, my_hidden.size);
+          }
         }
-        else {
-          // 0 * inf is NaN.
-          add_all<SLICE_HIDDEN>(shared.drive_sum[row][block], w_in_slice, heard, block, N_INPUTS, my_hidden.size);
+        if (!team.wait(half)) return;  // all have told it
+        // What hidden receives from s.
+        for (int item = low * blocks_of(N_HIDDEN) + warp_of(); item < high * blocks_of(N_HIDDEN); item += WARPS) {
+          const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
+          const ToldBits<Team, SLICE_HIDDEN> source{told.s_active[now][row]};
+          const Heard<ToldBits<Team, SLICE_HIDDEN>> heard(source, block, N_HIDDEN);
+          auto& events = shared.float_events[warp_of()];
+          const int count = list_events(events, heard);
+          if (counts) active[1] += count;
+          if (w_rec_finite) {
+            add_events<SLICE_HIDDEN>(
+                events, count, block, my_hidden.size,
+                product_of<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice));  // self.rec(s)
+          }
+          else {
+            // 0 * inf is NaN.
+            add_all<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice, heard, block, N_HIDDEN, my_hidden.size);
+          }
         }
-      }
-      if (!team.wait()) return;  // all have told it
-      // What hidden receives from s.
-      for (int item = warp_of(); item < rows * blocks_of(N_HIDDEN); item += WARPS) {
-        const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
-        const ToldBits<Team, SLICE_HIDDEN> source{told.s_active[now][row]};
-        const Heard<ToldBits<Team, SLICE_HIDDEN>> heard(source, block, N_HIDDEN);
-        auto& events = shared.float_events[warp_of()];
-        const int count = list_events(events, heard);
-        if (counts) active[1] += count;
-        if (w_rec_finite) {
-          add_events<SLICE_HIDDEN>(
-              events, count, block, my_hidden.size,
-              product_of<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice));  // self.rec(s)
+        __syncthreads();  // the sums are there
+        // Its neurons of hidden.
+        for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
+          const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
+          const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+          const int64_t b = start + row;
+          const bool here = i < my_hidden.size;
+          if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.drive_sum[row], i), add_blocks(shared.recurrent_sum[row], i));
+          team.publish_word(told.s_active[next][row] + team.rank * words_of(SLICE_HIDDEN) + word, __ballot_sync(ALL, here && shared.own_hidden[row][i].s != 0));
         }
-        else {
-          // 0 * inf is NaN.
-          add_all<SLICE_HIDDEN>(shared.recurrent_sum[row][block], w_rec_slice, heard, block, N_HIDDEN, my_hidden.size);
-        }
-      }
-      __syncthreads();  // the sums are there
-      // Its neurons of hidden.
-      for (int item = warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
-        const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-        const int i = word * WARP + lane_of(), n = my_hidden.first + i;
-        const int64_t b = start + row;
-        const bool here = i < my_hidden.size;
-        if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.drive_sum[row], i), add_blocks(shared.recurrent_sum[row], i));
-        team.publish_word(told.s_active[next][row] + team.rank * words_of(SLICE_HIDDEN) + word, __ballot_sync(ALL, here && shared.own_hidden[row][i].s != 0));
+        if (t + 1 < call.steps) team.arrive(half);  // it has told what the others read
       }
     }
   }

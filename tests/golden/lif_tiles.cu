@@ -31,7 +31,7 @@ struct Call {
   float* last_s; int64_t last_s_b;  // [B, 300]
   unsigned long long* active;  // of each gather the active senders, or sums wanted; then the rows and steps
   uint32_t* told;  // what the blocks of each team tell each other
-  uint32_t* arrivals;  // of blocks at barriers, a line for each team
+  uint32_t* arrivals;  // of blocks at barriers, two lines for each team
   int64_t* stuck;  // a block did not come to a barrier
   int64_t patience;
 };
@@ -50,8 +50,8 @@ static_assert(sizeof(Told) == 10240, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
-  float w_in[N_INPUTS * SLICE_HIDDEN];  // its slice of fc.weight
-  float w_rec[N_HIDDEN * SLICE_HIDDEN];  // its slice of rec.weight
+  alignas(16) float w_in[N_INPUTS * SLICE_HIDDEN];  // its slice of fc.weight
+  alignas(16) float w_rec[N_HIDDEN * SLICE_HIDDEN];  // its slice of rec.weight
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
   float drive_sum[ROWS][blocks_of(N_INPUTS)][SLICE_HIDDEN];
   float recurrent_sum[ROWS][blocks_of(N_HIDDEN)][SLICE_HIDDEN];

@@ -3,7 +3,7 @@
 // neurons-per-cluster; gathers: back = event, forward = dense
 
 #include "cluster.cuh"
-#include "slice_sums.cuh"
+#include "group_sums.cuh"
 
 namespace {
 
@@ -51,15 +51,15 @@ static_assert(sizeof(Told) == 22144, "as launched");
 // What a block keeps in shared memory.
 struct Shared {
   Told told;
-  float w_back[N_TWO * SLICE_ONE];  // its slice of w_back
-  float w_forward[N_ONE * SLICE_TWO];  // its slice of w_forward
+  alignas(16) float w_back[N_TWO * SLICE_ONE];  // its slice of w_back
+  alignas(16) float w_forward[N_ONE * SLICE_TWO];  // its slice of w_forward
   OneNeuron own_one[ROWS][SLICE_ONE];
   TwoNeuron own_two[ROWS][SLICE_TWO];
   float back_sum[ROWS][blocks_of(N_TWO)][SLICE_ONE];
   float forward_sum[ROWS][blocks_of(N_ONE)][SLICE_TWO];
-  BlockEvents<float, true> float_payloads[WARPS];
+  GroupEvents<float, true, 4> float_payloads_of_4[WARPS];
 };
-static_assert(sizeof(Shared) == 55408, "as launched");
+static_assert(sizeof(Shared) == 75888, "as launched");
 
 // Neuron n of two, batch row b.
 SPARSIFY_INLINE void two_start(const Call& call, TwoNeuron& own, int64_t t, int64_t b, int n) {
@@ -137,21 +137,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
       }
       team.wait();  // all have told it
       // What one receives from h.
-      for (int item = warp_of(); item < rows * blocks_of(N_TWO); item += WARPS) {
-        const int row = item / blocks_of(N_TWO), block = item % blocks_of(N_TWO);
-        const ToldValues<Team, float> source{told.h_values[now][row]};
-        const Heard<ToldValues<Team, float>> heard(source, block, N_TWO);
-        auto& events = shared.float_payloads[warp_of()];
-        const int count = list_events(events, heard);
-        if (counts) active[0] += count;
+      {
+        const auto source_of = [&](int row) {
+          return ToldValues<Team, float>{told.h_values[now][row]};
+        };
         if (w_back_finite) {
-          add_events<SLICE_ONE>(
-              events, count, block, my_one.size,
-              product_of<SLICE_ONE>(shared.back_sum[row][block], w_back_slice));
+          const int count =
+              add_groups<N_TWO>(shared.back_sum, w_back_slice, shared.float_payloads_of_4[warp_of()], 0, rows, source_of);
+          if (counts) active[0] += count;
         }
         else {
           // 0 * inf is NaN.
-          add_all<SLICE_ONE>(shared.back_sum[row][block], w_back_slice, heard, block, N_TWO, my_one.size);
+          for (int item = warp_of(); item < rows * blocks_of(N_TWO); item += WARPS) {
+            const int row = item / blocks_of(N_TWO), block = item % blocks_of(N_TWO);
+            const Heard<ToldValues<Team, float>> heard(source_of(row), block, N_TWO);
+            const int count = heard.count();
+            if (counts) active[0] += count;
+            add_all<SLICE_ONE>(shared.back_sum[row][block], w_back_slice, heard, block, N_TWO, my_one.size);
+          }
         }
       }
       __syncthreads();  // the sums are there
