@@ -220,11 +220,10 @@ class Cell:
     def _store(self, store: ir.Store, phase: ir.Phase) -> None:
         output = next(o for o in self.usage.kernel.outputs if o.name == store.output)
         name = self.symbols.outputs[output.name]
-        state = self._updated_with(store.value, phase)
+        kept = self._kept_at(store.value, output.dtype, phase)
         time = f"t * call.{name}_t + " if "T" in output.axes else ""
         place = f"call.{name} + {time}b * call.{name}_b + first"
-        if not time and state is not None:
-            kept = f"{self.symbols.values[state]}_to[i]"
+        if not time and kept is not None:
             self._after += [
                 "if (t == 0)" if self.usage.kernel.reverse else "if (t + 1 == call.steps)",
                 f"  for (int64_t i = 0; i < width; ++i) ({place})[i] = {kept};",
@@ -238,10 +237,15 @@ class Cell:
         else:
             self._pointer(f"{name}_to", output.dtype, place)
 
-    def _updated_with(self, value: ir.Arg, phase: ir.Phase) -> str | None:
-        """A kept state of this phase that gets the same value."""
+    def _kept_at(self, value: ir.Arg, dtype: ir.DType, phase: ir.Phase) -> str | None:
+        """Where a value of this phase lies after its loop: in a kept state, or a source's tile."""
         updates = (s for s in phase.body if isinstance(s, ir.Update) and s.value == value)
-        return next((u.state for u in updates if u.state in self.usage.kept_states), None)
+        state = next((u.state for u in updates if u.state in self.usage.kept_states), None)
+        if state is not None:
+            return f"{self.symbols.values[state]}_to[i]"
+        published = (s for s, v in emitted(phase, self.usage) if v == value)
+        source = next((s for s in published if s.value_dtype == dtype), None)
+        return f"{self.symbols.values[source.name]}_tile[i]" if source is not None else None
 
     def _read(self, name: str, size: str) -> None:
         """Declare the local variable of a value from outside this phase, once."""

@@ -125,6 +125,10 @@ def write_entry(
             w.line(f"call.{name} = {given}(*pointers++);")
             for axis in axes:
                 w.line(f"call.{name}_{axis} = *strides++;")
+        for output in kernel.outputs:
+            if {"T", "B"} <= set(output.axes):
+                name = f"call.{symbols.outputs[output.name]}"
+                w.line(f"prefer_large_pages({name}, steps, {name}_t, batch, {name}_b);")
         for line in set_up:
             w.line(line)
         w.line("call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));")

@@ -2,6 +2,8 @@
 // Generated kernels include this file; everything that depends on the model is in them.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -24,12 +26,13 @@
 namespace sparsify {
 
 // DENSE_ROWS x DENSE_VECTORS sums of a dense product, and the operands beside them, fill the registers.
+// Of sums of events there are EVENT_VECTORS at once, of a wider tile one part after the other.
 #if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, DENSE_ROWS = 6, DENSE_VECTORS = 4;
+constexpr int VECTOR_BYTES = 64, DENSE_ROWS = 6, DENSE_VECTORS = 4, EVENT_VECTORS = 16;
 #elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, DENSE_ROWS = 6, DENSE_VECTORS = 2;
+constexpr int VECTOR_BYTES = 32, DENSE_ROWS = 6, DENSE_VECTORS = 2, EVENT_VECTORS = 8;
 #else
-constexpr int VECTOR_BYTES = 16, DENSE_ROWS = 4, DENSE_VECTORS = 2;
+constexpr int VECTOR_BYTES = 16, DENSE_ROWS = 4, DENSE_VECTORS = 2, EVENT_VECTORS = 8;
 #endif
 
 constexpr int BLOCK = 256;        // senders that are summed on their own, see gather_events
@@ -91,6 +94,23 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// ---- outputs ----
+
+constexpr int64_t LARGE_PAGE = 2 << 20, LARGE_OUTPUT = 8 << 20;  // bytes
+
+// A large output lies in memory that nobody has touched: the system fills each page with zeros when
+// it is written first, which takes as long as the kernel itself if pages are small.
+template <class T>
+inline void prefer_large_pages(T* output, int64_t steps, int64_t t, int64_t batch, int64_t b) {
+#if defined(MADV_HUGEPAGE)
+  const int64_t bytes = ((steps - 1) * t + (batch - 1) * b) * int64_t(sizeof(T));
+  if (bytes < LARGE_OUTPUT) return;
+  const int64_t begin = reinterpret_cast<int64_t>(output), end = begin + bytes;
+  const int64_t first = (begin + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+  madvise(reinterpret_cast<void*>(first), end / LARGE_PAGE * LARGE_PAGE - first, MADV_HUGEPAGE);
+#endif
+}
+
 // ---- neurons of a thread ----
 
 struct Share {
@@ -118,27 +138,48 @@ SPARSIFY_INLINE void convert(F* to, const Source* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = cast<F>(from[i]);
 }
 
-// Sums the events of a block, then adds that to `sums`. A weight W is a float F as it lies in memory.
-template <int TILE, class Index, class F, class W>
-SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index, F>& events,
-                               bool starts) {
+// The sums of VECTORS vectors of receivers over the events of a block, each from +0.
+template <int TILE, int VECTORS, bool FRESH, bool PAYLOAD, class Index, class F, class W>
+SPARSIFY_INLINE void sum_events(Vector<F> (&sum)[VECTORS], const W* weight,
+                                const BlockEvents<Index, F>& events) {
   const auto [index, payload, begin, end, last] = events;
-  constexpr int VECTORS = TILE / WIDTH<F>, LINE = 64 / sizeof(W);
-  Vector<F> sum[VECTORS] = {};
+  constexpr int LINE = 64 / sizeof(W);
   for (int32_t k = begin; k < end; ++k) {
     const W* const from = weight + int64_t(index[k]) * TILE;
-    const W* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
-    SPARSIFY_UNROLL
-    for (int i = 0; i < TILE; i += LINE) __builtin_prefetch(later + i);
+    if constexpr (FRESH) {
+      const W* const later = weight + int64_t(index[k + AHEAD < last ? k + AHEAD : last]) * TILE;
+      SPARSIFY_UNROLL
+      for (int i = 0; i < VECTORS * WIDTH<F>; i += LINE) __builtin_prefetch(later + i);
+    }
     SPARSIFY_UNROLL
     for (int v = 0; v < VECTORS; ++v) {
       const Vector<F> weights = load(from + v * WIDTH<F>);
-      sum[v] += payload ? weights * payload[k] : weights;
+      if constexpr (PAYLOAD)
+        sum[v] += weights * payload[k];
+      else
+        sum[v] += weights;
     }
   }
-  SPARSIFY_UNROLL
-  for (int v = 0; v < VECTORS; ++v)
-    store(sums + v * WIDTH<F>, starts ? sum[v] : load(sums + v * WIDTH<F>) + sum[v]);
+}
+
+// Sums the events of a block, then adds that to `sums`. A weight W is a float F as it lies in memory.
+// FRESH: the weights may have to come from afar. Asking for those of later events hides that, but
+// takes as many loads as adding does, so it slows rows down that find them cached.
+template <int TILE, bool FRESH, class Index, class F, class W>
+SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index, F>& events,
+                               bool starts) {
+  constexpr int ALL = TILE / WIDTH<F>, VECTORS = ALL < EVENT_VECTORS ? ALL : EVENT_VECTORS;
+  constexpr int PART = VECTORS * WIDTH<F>;
+  for (int part = 0; part < TILE; part += PART, weight += PART, sums += PART) {
+    Vector<F> sum[VECTORS] = {};
+    if (events.payload)
+      sum_events<TILE, VECTORS, FRESH, true>(sum, weight, events);
+    else
+      sum_events<TILE, VECTORS, FRESH, false>(sum, weight, events);
+    SPARSIFY_UNROLL
+    for (int v = 0; v < VECTORS; ++v)
+      store(sums + v * WIDTH<F>, starts ? sum[v] : load(sums + v * WIDTH<F>) + sum[v]);
+  }
 }
 
 // sums[row][r] = sum over the events of `row` of payload * weight[event][r], for TILE receivers.
@@ -149,9 +190,11 @@ SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index
 template <int TILE, class Index, class F, class W>
 void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int64_t rows) {
   const int64_t blocks = blocks_of(events.senders);
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t row = 0; row < rows; ++row)
-      add_block<TILE>(sums + row * TILE, weight, events.at(row, block), block == 0);
+  for (int64_t block = 0; block < blocks; ++block) {
+    add_block<TILE, true>(sums, weight, events.at(0, block), block == 0);
+    for (int64_t row = 1; row < rows; ++row)
+      add_block<TILE, false>(sums + row * TILE, weight, events.at(row, block), block == 0);
+  }
 }
 
 // weight * payload + sum, with one rounding where the processor can.

@@ -30,6 +30,7 @@ from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
 GROUP = 64  # at most, because a set of rows is one word
+PARTS = 16  # tiles that a layer should have, for threads to share them
 
 _PARAMETERS = (
     "const Call& call, const Shared& shared, const Own& own, int64_t t, int64_t b,\n"
@@ -45,7 +46,7 @@ class NeuronsPerThread:
         return why_not_gather(kernel, schedule)
 
     def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
-        return schedule.tile or default_tile(kernel)
+        return schedule.tile or default_tile(kernel, PARTS)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return _SharedText(kernel, schedule, self.tile(kernel, schedule)).render(entry)

@@ -123,12 +123,19 @@ def packings(kernel: ir.Kernel, schedule: ir.Schedule) -> list[Packing]:
     return found
 
 
-def default_tile(kernel: ir.Kernel) -> int:
-    """Receivers a tile: 256 bytes of sums fill the vector registers, small layers take fewer."""
+def default_tile(kernel: ir.Kernel, parts: int = 1) -> int:
+    """Receivers a tile: 512 bytes of sums stay in registers, and walk a list of events once.
+
+    Small layers take fewer, and so do those that would have less than ``parts`` tiles, or more to
+    fill up in the last one.
+    """
     wide = any(w.dtype == "float64" for w in kernel.weights)
-    most = 32 if wide else 64
-    largest = max((kernel.population_size(w.receivers) for w in kernel.weights), default=most)
-    return next((tile for tile in TILES if largest <= tile <= most), most)
+    most, less = (64, 32) if wide else (128, 64)
+    largest = max((kernel.population_size(w.receivers) for w in kernel.weights), default=less)
+    if largest <= less:
+        return next(tile for tile in TILES if largest <= tile)
+    is_filled = 0 < largest % most <= less
+    return less if is_filled or largest < parts * most else most
 
 
 def why_not_gather(kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:

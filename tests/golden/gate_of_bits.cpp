@@ -191,6 +191,9 @@ int run_gate_of_bits(const Runtime* runtime, void* const* pointers, const int64_
   call.out = static_cast<float*>(*pointers++);
   call.out_t = *strides++;
   call.out_b = *strides++;
+  prefer_large_pages(call.passed, steps, call.passed_t, batch, call.passed_b);
+  prefer_large_pages(call.drive, steps, call.drive_t, batch, call.drive_b);
+  prefer_large_pages(call.out, steps, call.out_t, batch, call.out_b);
   if (threads > 2) threads = 2;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
   const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);

@@ -189,6 +189,7 @@ int run_half_lif(const Runtime* runtime, void* const* pointers, const int64_t* s
   call.spikes_b = *strides++;
   call.last_v = static_cast<sparsify::float16*>(*pointers++);
   call.last_v_b = *strides++;
+  prefer_large_pages(call.spikes, steps, call.spikes_t, batch, call.spikes_b);
   if (threads > 3) threads = 3;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
   const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);

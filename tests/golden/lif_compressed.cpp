@@ -89,7 +89,6 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
   const float* const v_from = shared.v + row * N_HIDDEN + first;
   float* const v_to = shared.v + row * N_HIDDEN + first;
   float* const spikes_to = call.spikes + t * call.spikes_t + b * call.spikes_b + first;
-  float* const last_s_to = call.last_s + b * call.last_s_b + first;
   alignas(64) float s_tile[TILE];
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
@@ -104,12 +103,13 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
     const float drop = spike * 1.0f;
     const float rest = charged - drop;
     spikes_to[i] = spike;
-    last_s_to[i] = spike;
     s_tile[i] = spike;
     v_to[i] = rest;  // for the next step
   }
   if (t + 1 == call.steps)
     for (int64_t i = 0; i < width; ++i) (call.last_v + b * call.last_v_b + first)[i] = v_to[i];
+  if (t + 1 == call.steps)
+    for (int64_t i = 0; i < width; ++i) (call.last_s + b * call.last_s_b + first)[i] = s_tile[i];
   mark(shared.s_active[next] + row * mask_bytes(N_HIDDEN), s_tile, first, width);
 }
 
@@ -194,6 +194,7 @@ int run_recurrent_lif(const Runtime* runtime, void* const* pointers, const int64
   call.last_v_b = *strides++;
   call.last_s = static_cast<float*>(*pointers++);
   call.last_s_b = *strides++;
+  prefer_large_pages(call.spikes, steps, call.spikes_t, batch, call.spikes_b);
   if (threads > 3) threads = 3;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
   const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);

@@ -71,7 +71,6 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
   const double* const v_from = own.v + row * N_HIDDEN + first;
   double* const v_to = own.v + row * N_HIDDEN + first;
   double* const spikes_to = call.spikes + t * call.spikes_t + b * call.spikes_b + first;
-  double* const last_s_to = call.last_s + b * call.last_s_b + first;
   alignas(64) double s_tile[TILE];
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
@@ -86,12 +85,13 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
     const double drop = spike * 1.0;
     const double rest = charged - drop;
     spikes_to[i] = spike;
-    last_s_to[i] = spike;
     s_tile[i] = spike;
     v_to[i] = rest;  // for the next step
   }
   if (t + 1 == call.steps)
     for (int64_t i = 0; i < width; ++i) (call.last_v + b * call.last_v_b + first)[i] = v_to[i];
+  if (t + 1 == call.steps)
+    for (int64_t i = 0; i < width; ++i) (call.last_s + b * call.last_s_b + first)[i] = s_tile[i];
   convert(own.s_values[next] + row * N_HIDDEN + first, s_tile, width);
 }
 
@@ -169,6 +169,7 @@ int run_recurrent_lif(const Runtime* runtime, void* const* pointers, const int64
   call.last_v_b = *strides++;
   call.last_s = static_cast<double*>(*pointers++);
   call.last_s_b = *strides++;
+  prefer_large_pages(call.spikes, steps, call.spikes_t, batch, call.spikes_b);
   if (batch < threads) threads = static_cast<int>(batch);
   call.group = batch < GROUP * threads ? (batch + threads - 1) / threads : GROUP;
   const int64_t bytes = threads * Rows::bytes(call.group);

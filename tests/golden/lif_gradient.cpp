@@ -187,6 +187,8 @@ int run_lif_gradient(const Runtime* runtime, void* const* pointers, const int64_
   call.products_b = *strides++;
   call.first_2 = static_cast<float*>(*pointers++);
   call.first_2_b = *strides++;
+  prefer_large_pages(call.currents, steps, call.currents_t, batch, call.currents_b);
+  prefer_large_pages(call.products, steps, call.products_t, batch, call.products_b);
   if (batch < threads) threads = static_cast<int>(batch);
   call.group = batch < GROUP * threads ? (batch + threads - 1) / threads : GROUP;
   const int64_t bytes = threads * Rows::bytes(call.group);

@@ -190,6 +190,7 @@ int run_two_layers(const Runtime* runtime, void* const* pointers, const int64_t*
   call.out = static_cast<float*>(*pointers++);
   call.out_t = *strides++;
   call.out_b = *strides++;
+  prefer_large_pages(call.out, steps, call.out_t, batch, call.out_b);
   if (threads > 3) threads = 3;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
   const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);
