@@ -31,6 +31,9 @@ def sparsify(
     With an example the model is recorded and compiled now, without one at its first call. The model
     itself is not changed; parameters, buffers and attributes are shared.
 
+    ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` of the result, or of what contains
+    it, see the original operations, and no kernel of ours.
+
     strict: raise RefusedError for the first candidate site that is refused, and CompileError where
         sparsify itself fails, in place of running the original with a warning.
     plan: decisions to follow, as from ``fast.plan`` or ``Plan.load``.
