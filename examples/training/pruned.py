@@ -1,6 +1,7 @@
 """Prune two networks of events step by step while they are trained on, and measure what it saves.
 
 python examples/training/pruned.py --plot pruned.png --json pruned.json   # needs scikit-learn
+python examples/training/pruned.py --kept FOLDER   # again: only measures what it has there
 
 A recurrent LIF classifier of handwritten digits and an EGRU language model of English text are
 trained, then pruned to 50, 80, 90 and 95 % zeros (global magnitude, a cubic schedule) while they
@@ -13,8 +14,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +27,10 @@ from language_model import evaluate as evaluate_text
 from pruned_results import Result, measure, save_results, show_results
 from spiking import SpikingClassifier, evaluate, step
 from torch import Tensor, nn
-from training_loop import Evaluate, Step, train
+from training_loop import Evaluate, Point, Step, train
 
 import sparsify
+from sparsify import Pruner, Pruning
 from sparsify.demo_model import encode_rates
 
 FRACTIONS = (0.0, 0.5, 0.8, 0.9, 0.95)
@@ -92,21 +95,61 @@ def perplexity(module: nn.Module, text: Tensor, batch: int, steps: int) -> tuple
     return loss, math.exp(loss)
 
 
-def train_and_prune(task: Task, passes: int, fractions: Iterable[float]) -> list[Result]:
-    """Train once, then prune copies to every fraction, training them on; measure each."""
+def train_and_prune(
+    task: Task, passes: int, fractions: Iterable[float], folder: Path | None
+) -> list[Result]:
+    """Train once, then prune copies to every fraction, training them on; measure each.
+
+    Networks that ``folder`` has from a run before are measured only.
+    """
+    dense = None
+    results = []
+    for fraction in fractions:
+        path = folder / f"{task.name}-{fraction}.pt" if folder else None
+        if path is not None and path.exists():
+            model, pruner, reached = _loaded(task, passes, fraction, path)
+        else:
+            dense = dense or _trained(task, passes)
+            model, pruner, reached = _pruned(task, dense, passes, fraction)
+            if path is not None:
+                state = {"model": model.state_dict(), "pruner": pruner.state_dict()}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save({**state, "reached": asdict(reached)}, path)
+        print(pruner.outcome)
+        found = measure(task.name, model.eval(), task.x, reached, fraction, pruner.outcome)
+        results.append(found)
+    return results
+
+
+def _trained(task: Task, passes: int) -> nn.Module:
     torch.manual_seed(0)
     dense = task.build()
     fast = sparsify.sparsify(dense)
     train(task.name, 0, fast, task.passes(passes), task.step(), task.evaluate, rate=task.rate)
-    return [_pruned(task, dense, passes, fraction) for fraction in fractions]
+    return dense
 
 
-def _pruned(task: Task, dense: nn.Module, passes: int, fraction: float) -> Result:
-    model = copy.deepcopy(dense)
+def _loaded(
+    task: Task, passes: int, fraction: float, path: Path
+) -> tuple[nn.Module, Pruner, Point]:
+    state: Any = torch.load(path)
+    model = task.build()
+    pruner = Pruner(model, _pruning(task, passes, fraction))
+    model.load_state_dict(state["model"])
+    pruner.load_state_dict(state["pruner"])
+    return model, pruner, Point(**state["reached"])
+
+
+def _pruning(task: Task, passes: int, fraction: float) -> Pruning:
     end = int(PRUNING_SHARE * passes * task.updates)
-    fractions = dict.fromkeys(WHERE[task.name], fraction)
-    pruning = sparsify.Pruning(fractions, end=end, every=max(1, end // 10))
-    pruner = sparsify.Pruner(model, pruning)
+    return Pruning(dict.fromkeys(WHERE[task.name], fraction), end=end, every=max(1, end // 10))
+
+
+def _pruned(
+    task: Task, dense: nn.Module, passes: int, fraction: float
+) -> tuple[nn.Module, Pruner, Point]:
+    model = copy.deepcopy(dense)
+    pruner = Pruner(model, _pruning(task, passes, fraction))
     run = train(
         f"{fraction:.0%}",
         0,
@@ -117,14 +160,13 @@ def _pruned(task: Task, dense: nn.Module, passes: int, fraction: float) -> Resul
         rate=task.rate / 2,
         before_update=pruner.step,
     )
-    print(pruner.outcome)
-    return measure(task.name, model.eval(), task.x, run.last, fraction, pruner.outcome)
+    return model, pruner, run.last
 
 
 def main() -> None:
     names = tuple(WHERE)
     args = arguments(
-        __doc__, hidden=512, steps=25, passes=10, batch=64, quick=(64, 8, 2), tasks=names
+        __doc__, hidden=512, steps=25, passes=10, batch=64, quick=(64, 8, 2), tasks=names, kept=True
     )
     updates, characters = (2, 20_000) if args.quick else (UPDATES, 10**9)
     fractions = (0.9,) if args.quick else FRACTIONS
@@ -137,7 +179,7 @@ def main() -> None:
     results, scores = [], {}
     for name in (args.only,) if args.only else names:
         task = makers[name]()
-        found = train_and_prune(task, args.passes, fractions)
+        found = train_and_prune(task, args.passes, fractions, args.kept)
         print(show_results(found, task.score))
         results += found
         scores[name] = task.score

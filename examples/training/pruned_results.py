@@ -152,7 +152,9 @@ def plot_speed(results: Sequence[Result], scores: Mapping[str, str], path: Path)
         for result in mine:
             where = (1e3 / result.ms["both"], result.score)
             axis.annotate(f" {result.fraction:.0%}", where, fontsize=8)
-        axis.set(xlabel="calls a second, batch 1", ylabel=score, title=task, xscale="log")
+        invalid = " (NOT VALID: disturbed)" if any(result.disturbed for result in mine) else ""
+        axis.set(xlabel="calls a second, batch 1", ylabel=score, xscale="log")
+        axis.set_title(task + invalid)
     axes[0].legend()
     figure.savefig(path, dpi=120)
     print(f"curves: {path}")
