@@ -204,6 +204,11 @@ def test_packed_sequences_are_refused_with_a_way_out() -> None:
     assert "the lengths of a packed sequence reach Python; give padded tensors" in str(error)
 
 
+def test_sparse_arguments_are_refused_with_a_way_out() -> None:
+    error = refused(of(lambda x: x.to_dense() * 2), X.to_sparse())
+    assert "torch.sparse_coo is used; make it dense (to_dense) before the call" in str(error)
+
+
 @pytest.mark.parametrize("kind", ["relu", "tanh", "gru", "lstm"])
 def test_recurrent_layers_are_kept_whole(kind: str) -> None:
     torch.manual_seed(0)

@@ -196,7 +196,8 @@ def plot(runs: Sequence[Run], path: Path, score: str) -> None:
         axes[0].plot(count, [p.loss for p in run.points], **style)
         axes[1].plot([p.seconds for p in run.points], [p.loss for p in run.points], **style)
         axes[2].plot(count, [p.score for p in run.points], **style)
-        axes[3].plot(count, [100 * p.activity for p in run.points], **style)
+        if run.last.activity < 1:  # units of nn.GRU have no choice
+            axes[3].plot(count, [100 * p.activity for p in run.points], **style)
     labels = (
         ("pass", "held-out loss"),
         ("seconds of training", "held-out loss"),

@@ -45,7 +45,8 @@ def check_plain(tensor: Tensor) -> None:
     if kind not in PLAIN_TYPES:
         raise CannotRecord(f"a tensor of the class {kind.__name__} is used")
     if tensor.layout is not torch.strided:
-        raise CannotRecord(f"a tensor with the layout {tensor.layout} is used")
+        remedy = "make it dense (to_dense) before the call"
+        raise CannotRecord(f"a tensor with the layout {tensor.layout} is used; {remedy}")
     if tensor.is_quantized:
         raise CannotRecord("a quantized tensor is used")
 
