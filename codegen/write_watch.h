@@ -102,6 +102,7 @@ class WriteWatch {
   void close() {
     if (faults_ >= 0) ::close(faults_);
     if (map_ >= 0) ::close(map_);
+    faults_ = map_ = -1;
   }
 
  private:
@@ -117,6 +118,7 @@ class WriteWatch {
     if (ioctl(faults_, uapi::kAskApi, &api) == 0) {
       map_ = ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     }
+    if (map_ < 0) close();
     return map_ >= 0;
   }
 
