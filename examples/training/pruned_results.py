@@ -18,6 +18,7 @@ import sparsify
 from sparsify.bench import measure_pairs
 from sparsify.ir import DENSE_ROWS, Layout
 from sparsify.pruning.outcome import PruningOutcome
+from sparsify.report import Site
 
 ROUNDS = 15
 KEPT = Layout("compressed-rows")
@@ -67,13 +68,8 @@ def measure(
         fast = {way: _compiled(model, x, names, *pinned) for way, pinned in WAYS.items()}
         functions: dict[str, Callable[[Tensor], Any]] = {EAGER: model, **fast}
         timings = measure_pairs(functions, ROUNDS, inputs=[x])
-    sites = [site for site in fast["both"].report.sites if site.region]
-    operations = {
-        "dense": math.fsum(site.dense_operations or 0 for site in sites),
-        "activity": math.fsum(site.event_operations or 0 for site in sites),
-        "parameters": math.fsum(site.parameter_operations or 0 for site in sites),
-        "both": math.fsum(site.both_operations or 0 for site in sites),
-    }
+    counts = [_operations(site) for site in fast["both"].report.sites]
+    operations = {way: math.fsum(count[way] for count in counts) for way in WAYS}
     weights = sum(layer.weights for layer in outcome.layers)
     dense, kept = weights * DENSE_BYTES / MIB, weights * outcome.density * KEPT_BYTES / MIB
     return Result(
@@ -87,6 +83,15 @@ def measure(
         {"dense": dense, "activity": dense, "parameters": kept, "both": kept},
         timings.why_contended,
     )
+
+
+def _operations(site: Site) -> dict[str, float]:
+    """Multiply-adds of a product in every way, also of one that torch computes."""
+    dense = site.dense_operations or 0.0
+    event = dense if site.event_operations is None else site.event_operations
+    density = 1.0 if site.weight_density is None else site.weight_density
+    counts = (dense, event, dense * density, event * density)
+    return dict(zip(WAYS, counts, strict=True))
 
 
 def _compiled(
