@@ -37,7 +37,10 @@ constexpr int VECTOR_BYTES = 16, DENSE_ROWS = 4, DENSE_VECTORS = 2, EVENT_VECTOR
 
 constexpr int BLOCK = 256;        // senders that are summed on their own, see gather_events
 constexpr int AHEAD = 8;          // events between asking for a weight row and adding it
-constexpr int DENSE_BLOCK = 128;  // senders of a dense product whose weights stay in the first cache
+// Senders of a dense product of which a patch's weights stay in the first cache. Those of a part of a
+// wide tile lie apart and so reach a part of that cache only.
+template <int TILE>
+constexpr int DENSE_BLOCK = TILE > 64 ? 64 : 128;
 
 template <class F>
 struct VectorOf;
@@ -252,22 +255,36 @@ SPARSIFY_INLINE void dense_patch(F* sums, const W* weight, const F* source, int6
     for (int c = 0; c < COLUMNS; ++c) store(sums + r * TILE + c * WIDTH<F>, sum[r][c]);
 }
 
-// Adds what some senders contribute to the sums of TILE receivers; source[0] is the first one's.
+// Adds what some senders contribute to the sums of ROWS rows and TILE receivers, by patches.
+template <int TILE, int ROWS, class F, class W>
+SPARSIFY_INLINE void dense_rows(F* sums, const W* weight, const F* source, int64_t source_row,
+                                int64_t senders, bool starts) {
+  constexpr int VECTORS = TILE / WIDTH<F>;
+  constexpr int MOST = ROWS == 1 ? 8 : DENSE_VECTORS;  // a single row needs more sums to be fast
+  constexpr int COLUMNS = VECTORS < MOST ? VECTORS : MOST;
+  for (int c = 0; c < VECTORS; c += COLUMNS)
+    dense_patch<TILE, ROWS, COLUMNS>(sums + c * WIDTH<F>, weight + c * WIDTH<F>, source, source_row,
+                                     senders, starts);
+}
+
+// The same for any number of rows; source[0] is the first sender's.
 template <int TILE, class F, class W>
 SPARSIFY_INLINE void dense_panel(F* sums, const W* weight, const F* source, int64_t source_row,
                                  int64_t rows, int64_t senders, bool starts) {
   constexpr int VECTORS = TILE / WIDTH<F>;
   constexpr int COLUMNS = VECTORS < DENSE_VECTORS ? VECTORS : DENSE_VECTORS;
-  constexpr int ALONE = VECTORS < 8 ? VECTORS : 8;  // a single row needs more sums to be fast
   const int64_t full = rows / DENSE_ROWS * DENSE_ROWS;
-  for (int c = 0; c < VECTORS; c += COLUMNS)
+  for (int c = 0; c < VECTORS; c += COLUMNS)  // all rows read some weights before the next ones
     for (int64_t r = 0; r < full; r += DENSE_ROWS)
       dense_patch<TILE, DENSE_ROWS, COLUMNS>(sums + r * TILE + c * WIDTH<F>, weight + c * WIDTH<F>,
                                              source + r * source_row, source_row, senders, starts);
-  for (int64_t r = full; r < rows; ++r)
-    for (int c = 0; c < VECTORS; c += ALONE)
-      dense_patch<TILE, 1, ALONE>(sums + r * TILE + c * WIDTH<F>, weight + c * WIDTH<F>,
-                                  source + r * source_row, source_row, senders, starts);
+  int64_t r = full;
+  for (; r + 3 < rows; r += 4)
+    dense_rows<TILE, 4>(sums + r * TILE, weight, source + r * source_row, source_row, senders, starts);
+  for (; r + 1 < rows; r += 2)
+    dense_rows<TILE, 2>(sums + r * TILE, weight, source + r * source_row, source_row, senders, starts);
+  if (r < rows)
+    dense_rows<TILE, 1>(sums + r * TILE, weight, source + r * source_row, source_row, senders, starts);
 }
 
 // sums[row][r] = sum over all senders of source[row][s] * weight[s][r], for TILE receivers.
@@ -275,8 +292,9 @@ SPARSIFY_INLINE void dense_panel(F* sums, const W* weight, const F* source, int6
 template <int TILE, class F, class W>
 inline void gather_dense(F* sums, const W* weight, const F* source, int64_t source_row,
                          int64_t rows, int64_t senders) {
-  for (int64_t s = 0; s < senders; s += DENSE_BLOCK) {
-    const int64_t some = senders - s < DENSE_BLOCK ? senders - s : DENSE_BLOCK;
+  constexpr int MOST = DENSE_BLOCK<TILE>;
+  for (int64_t s = 0; s < senders; s += MOST) {
+    const int64_t some = senders - s < MOST ? senders - s : MOST;
     dense_panel<TILE>(sums, weight + s * TILE, source + s, source_row, rows, some, s == 0);
   }
 }
