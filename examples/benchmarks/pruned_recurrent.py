@@ -174,7 +174,14 @@ def measure_grid(hidden: int, rounds: int, grid: list[tuple[float, float]]) -> l
 
 
 def print_proportion(grid: list[dict[str, Any]]) -> None:
-    """How far the time of a step is one of its own and one for every weight that is added."""
+    """How far the time of a step is one of its own and one for every weight that is added.
+
+    That is so of weights that are kept one by one: masks take time for those that are zero.
+    """
+    grid = [p for p in grid if p["layout"] == "compressed-rows" and not p["contended"]]
+    if len(grid) < 3:
+        print(f"{len(grid)} valid points with compressed rows: too few to see a proportion")
+        return
     adds = torch.tensor([point["adds"] for point in grid], dtype=torch.float64)
     taken = torch.tensor([point[BOTH] for point in grid], dtype=torch.float64)
     # Relative distances are least: a grid spans two orders of magnitude.
@@ -182,8 +189,9 @@ def print_proportion(grid: list[dict[str, Any]]) -> None:
     own, each = torch.linalg.lstsq(terms, torch.ones_like(taken)[:, None]).solution[:, 0].tolist()
     distance = ((own + each * adds) / taken - 1).abs()
     print(
-        f"both: {own:.1f} us a step and {each * 1e3:.2f} ns a weight added, on all cores together; "
-        f"points lie within {distance.median():.0%} of that (median), {distance.max():.0%} (all)"
+        f"{len(grid)} valid points with compressed rows: {own:.1f} us a step and "
+        f"{each * 1e3:.2f} ns a weight added by all cores; they lie within "
+        f"{distance.median():.0%} of that (median), {distance.max():.0%} (all)"
     )
 
 
@@ -196,7 +204,8 @@ def print_break_evens(hidden: int, grid: list[dict[str, Any]]) -> None:
         f"predicted break-even: {site.break_even_density or 0:.0%} of weights, "
         f"{site.break_even or 0:.0%} of senders"
     )
-    faster = [p["density"] for p in grid if p[BOTH] < 0.95 * p[EVENTS]]
+    valid = [p for p in grid if not p["contended"]]
+    faster = [p["density"] for p in valid if p[BOTH] < 0.95 * p[EVENTS]]
     print(f"measured: up to {max(faster, default=0.0):.0%} of weights, of the densities above")
 
 
