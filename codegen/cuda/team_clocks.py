@@ -12,6 +12,7 @@ from sparsify import ir
 from sparsify.codegen.cuda.step_clocks import (
     CELL_CLOCKS,
     CELL_ISSUED,
+    CONVERTED_ISSUED,
     DENSE_CLOCKS,
     DENSE_ISSUED,
     EVENT_ISSUED,
@@ -33,7 +34,6 @@ from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
 from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import Source
-from sparsify.halves import HALVES
 
 # How many deviations the longest of so many lists is above their mean: order statistics.
 LONGEST = {1: 0.0, 2: 0.56, 3: 0.85, 4: 1.03}
@@ -98,9 +98,8 @@ def _clocks_of_sums(
         active = activity.get(events[0].result, 1.0) * min(SENDER_BLOCK, senders)
         words = len(events) * words_of(shape.slices[phase.population])
         fours = -(-active // AT_ONCE)
-        of_event = EVENT_ISSUED + words * (
-            2 + _is_half(team, events[0]) + (events[0].payload == "real")
-        )
+        converted = CONVERTED_ISSUED.get(team.weight(events[0]).dtype, 0)
+        of_event = EVENT_ISSUED + words * (2 + converted + (events[0].payload == "real"))
         issued += LIST_ISSUED + fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
         clocks += LIST_CLOCKS + fours * FOUR_EVENTS_CLOCKS
     for gather in gathers:
@@ -125,7 +124,7 @@ def _clocks_of_groups(
     longest = active + LONGEST[together] * math.sqrt(active * (1 - share))
     fours = parts * division.passes * max(1.0, longest / AT_ONCE + 0.5)  # the last one is not full
     size, is_real = BYTES[grouped.dtype], first.payload == "real"
-    of_weight = 1 + is_real + (grouped.dtype in HALVES)
+    of_weight = 1 + is_real + CONVERTED_ISSUED.get(grouped.dtype, 0)
     of_event = EVENT_ISSUED + 1 + division.per * of_weight + (not is_real)
     issued = float(items * LIST_ISSUED)
     issued += warp_turns * fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
@@ -136,8 +135,3 @@ def _clocks_of_groups(
     read = warp_turns * fours * AT_ONCE * max(1.0, waves)
     clocks = turns * (together * LIST_CLOCKS + fours * FOUR_EVENTS_CLOCKS)
     return max(clocks, issued / ISSUED, read)
-
-
-def _is_half(team: TeamKernel, gather: ir.Gather) -> bool:
-    """Whether an instruction makes a float of a weight."""
-    return team.weight(gather).dtype in HALVES
