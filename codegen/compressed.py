@@ -55,17 +55,19 @@ def matrix_of(weight: torch.Tensor) -> tuple[int, int, ctypes.Array[ctypes.c_int
 
 
 class Compressor:
-    """Packs weights by the support library."""
+    """Packs weights by the library of compress.cpp, on the threads of the Runtime at ``table``."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, table: ctypes.c_void_p) -> None:
+        self._table = table
+        matrix = (POINTER, POINTER, INT, POINTER)
         self._count = library["sparsify_count_kept"]
-        self._count.argtypes = [POINTER, INT, POINTER, ctypes.c_uint64, *[LONG] * 3, POINTER, INT]
+        self._count.argtypes = [*matrix, ctypes.c_uint64, *[LONG] * 3, POINTER, INT]
         self._count.restype = INT
         self._fill_kept = library["sparsify_fill_kept"]
-        self._fill_kept.argtypes = [POINTER, INT, POINTER, LONG, LONG, INT, *[POINTER] * 3, INT]
+        self._fill_kept.argtypes = [*matrix, LONG, LONG, INT, *[POINTER] * 3, INT]
         self._fill_kept.restype = None
         self._fill_masked = library["sparsify_fill_masked"]
-        self._fill_masked.argtypes = [POINTER, INT, POINTER, LONG, *[POINTER] * 3, INT]
+        self._fill_masked.argtypes = [*matrix, LONG, *[POINTER] * 3, INT]
         self._fill_masked.restype = None
 
     def pack(self, weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, bool]:
@@ -79,7 +81,7 @@ class Compressor:
         together = CHUNK if form.layout.kind == "compressed-rows" else 1
         bands = -(-places // form.band)
         starts = torch.zeros(max(1, bands * (lines + 1)), dtype=torch.int32, device="cpu")
-        given = matrix_of(weight)
+        given = (self._table, *matrix_of(weight))
         all_finite = self._count(
             *given, EXPONENTS[weight.dtype], form.band, run, together, starts.data_ptr(), threads
         )

@@ -1,7 +1,6 @@
 // The support library that Python loads once per process; see runtime.py for its callers.
 #include "runtime.h"
 
-#include "compress.h"
 #include "thread_pool.h"
 #include "weights.h"
 #include "write_watch.h"
@@ -14,21 +13,7 @@ const Runtime table = {
     [](Body body, void* context, int threads) { pool->parallel(body, context, threads); },
 };
 
-template <class Reference>
-using FloatOf = typename std::remove_reference_t<Reference>::Float;
-
-// Calls work(matrix) with words of the size of a weight: `shape` is lines, places and their strides.
-template <class Work>
-void with_matrix(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
-                 Work work) {
-  const auto call = [&](auto* typed) {
-    using Word = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    work(Matrix<Word>{typed, shape[0], shape[1], shape[2], shape[3], Word(exponent)});
-  };
-  if (word_bytes == 2) call(static_cast<const uint16_t*>(words));
-  if (word_bytes == 4) call(static_cast<const uint32_t*>(words));
-  if (word_bytes == 8) call(static_cast<const uint64_t*>(words));
-}
+[[maybe_unused]] const bool has_teams = (teams = &table) != nullptr;
 
 }  // namespace
 
@@ -58,33 +43,6 @@ int sparsify_pack(const void* words, int word_bytes, const int64_t* shape, uint6
     all_finite = pack(from, tile, static_cast<FloatOf<decltype(from)>*>(tiles), threads);
   });
   return all_finite;
-}
-
-int sparsify_count_kept(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
-                        int64_t band, int64_t run, int64_t together, uint32_t* starts,
-                        int threads) {
-  bool all_finite = true;
-  with_matrix(words, word_bytes, shape, exponent, [&](const auto& from) {
-    all_finite = count_kept(from, band, run, together, starts, threads);
-  });
-  return all_finite;
-}
-
-void sparsify_fill_kept(const void* words, int word_bytes, const int64_t* shape, int64_t band,
-                        int64_t run, int apart, const uint32_t* starts, uint16_t* places,
-                        void* weights, int threads) {
-  with_matrix(words, word_bytes, shape, 0, [&](const auto& from) {
-    auto* const to = static_cast<FloatOf<decltype(from)>*>(weights);
-    fill_kept(from, band, run, apart != 0, starts, places, to, threads);
-  });
-}
-
-void sparsify_fill_masked(const void* words, int word_bytes, const int64_t* shape, int64_t tile,
-                          const uint32_t* starts, uint8_t* masks, void* weights, int threads) {
-  with_matrix(words, word_bytes, shape, 0, [&](const auto& from) {
-    auto* const to = static_cast<FloatOf<decltype(from)>*>(weights);
-    fill_masked(from, tile, starts, masks, to, threads);
-  });
 }
 
 int64_t sparsify_count8(const uint8_t* words, int64_t count, uint8_t mask, int threads) {

@@ -17,13 +17,13 @@ from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 HEADERS = (
-    "compress.h",
     "square.h",
     "thread_pool.h",
     "weights.h",
     "workers.h",
     "write_watch.h",
 )
+COMPRESS_HEADERS = ("compress.h", "square.h", "weights.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 IMPORTED_BY = os.getpid()
@@ -55,7 +55,6 @@ class Runtime:
         for size, count in self._count.items():
             count.argtypes = [POINTER, LONG, WORDS[size], INT]
             count.restype = LONG
-        self._compressor = Compressor(library)
         self._watcher = Watcher(library)
         table = library["sparsify_table"]
         table.restype = POINTER
@@ -120,9 +119,11 @@ class Runtime:
     def compress(self, weight: torch.Tensor, form: Form) -> Packed:
         """Pack a matrix ``[places, lines]`` as ``pack`` does, without the weights that are zero.
 
-        Raises TypeError for another dtype or device.
+        Raises TypeError for another dtype or device, and what compiling raises: the code for it
+        takes longer to compile than all the rest, and few models need it.
         """
-        packed, all_finite = self._compressor.pack(_check_packable(weight), form)
+        compressor = Compressor(load_compressing(), self.table)
+        packed, all_finite = compressor.pack(_check_packable(weight), form)
         return Packed(packed, form.band, all_finite)
 
 
@@ -176,6 +177,14 @@ def load_runtime() -> Runtime:
     headers = {file: read_source(file) for file in HEADERS}
     path = compile_shared_library(read_source("runtime.cpp"), "runtime", headers=headers)
     return Runtime(load_library(path))
+
+
+@cache
+def load_compressing() -> ctypes.CDLL:
+    """The library that packs weights without their zeros, compiled if need be."""
+    headers = {file: read_source(file) for file in COMPRESS_HEADERS}
+    text = read_source("compress.cpp")
+    return load_library(compile_shared_library(text, "compress", headers=headers))
 
 
 def openmp_of_torch() -> list[int] | None:

@@ -1,14 +1,19 @@
 // Reads whole weights: hashing, packing, counting. All at the speed of memory.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "runtime.h"
 #include "square.h"
-#include "thread_pool.h"
 
 namespace sparsify {
 namespace {
+
+// Whose teams work is shared out to: those of the one thread pool, which runtime.cpp has.
+const Runtime* teams = nullptr;
 
 // Calls work(first, last) for each part of [0, count), one part per thread of a team.
 template <class Work>
@@ -21,7 +26,7 @@ void divide(int64_t count, int threads, Work work) {
     auto& [count, work] = *static_cast<Context*>(pointer);
     work(count * team.thread / team.threads, count * (team.thread + 1) / team.threads);
   };
-  pool->parallel(body, &context, static_cast<int>(count < threads ? count : threads));
+  teams->parallel(body, &context, static_cast<int>(count < threads ? count : threads));
 }
 
 // Waking a thread takes as long as reading this much.
@@ -204,6 +209,22 @@ int64_t count_nonzero(const Word* words, int64_t count, Word mask, int threads) 
     total.fetch_add(found, std::memory_order_relaxed);
   });
   return total;
+}
+
+template <class Reference>
+using FloatOf = typename std::remove_reference_t<Reference>::Float;
+
+// Calls work(matrix) with words of the size of a weight: `shape` is lines, places and their strides.
+template <class Work>
+void with_matrix(const void* words, int word_bytes, const int64_t* shape, uint64_t exponent,
+                 Work work) {
+  const auto call = [&](auto* typed) {
+    using Word = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    work(Matrix<Word>{typed, shape[0], shape[1], shape[2], shape[3], Word(exponent)});
+  };
+  if (word_bytes == 2) call(static_cast<const uint16_t*>(words));
+  if (word_bytes == 4) call(static_cast<const uint32_t*>(words));
+  if (word_bytes == 8) call(static_cast<const uint64_t*>(words));
 }
 
 }  // namespace

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsify import ir
 from sparsify.codegen import runtime as runtime_module
+from sparsify.codegen.compressed import Form
 from sparsify.codegen.runtime import Runtime, load_runtime
 from tests.packing import pack_slowly, random_tensor
 from tests.threads import torch_threads
@@ -319,3 +321,20 @@ def test_packing_is_not_led_astray_by_the_default_device(runtime: Runtime) -> No
     with torch.device("meta"):
         packed = runtime.pack(weight, 4)
     assert torch.equal(packed.tiles, pack_slowly(weight, 4))
+
+
+def test_only_weights_without_their_zeros_need_the_library_for_those(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes four times as long to compile as all the rest."""
+
+    def load() -> None:
+        raise AssertionError("it was loaded")
+
+    weight = torch.eye(8)
+    form = Form(ir.Layout("compressed-rows"), 8, apart=False)
+    assert runtime.compress(weight, form).all_finite
+    monkeypatch.setattr(runtime_module, "load_compressing", load)
+    assert runtime.pack(weight, 8).all_finite
+    with pytest.raises(AssertionError, match="it was loaded"):
+        runtime.compress(weight, form)
