@@ -52,9 +52,12 @@ def race(monkeypatch: pytest.MonkeyPatch, original_seconds: float, *regions: Stu
 
 
 def test_what_is_far_behind_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds, raced = race(monkeypatch, 1.0, Stub(SLOW), Stub(FAST), Stub(FURTHER))
-    assert seconds == [SLOW, FAST, FURTHER, 1.0]
-    assert raced == ["1", "2"]
+    """Unless it is predicted to be the fastest: something may have run beside its first call."""
+    seconds, raced = race(monkeypatch, 1.0, Stub(FAST), Stub(SLOW), Stub(FURTHER))
+    assert seconds == [FAST, SLOW, FURTHER, 1.0]
+    assert raced == ["0", "2"]
+    _, raced = race(monkeypatch, 1.0, Stub(SLOW), Stub(FAST), Stub(FURTHER))
+    assert raced == ["0", "1", "2"]
 
 
 def test_an_original_that_is_close_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
