@@ -36,6 +36,7 @@ from sparsify.layout import Layout
 from sparsify.notices import Misses, Notices
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
+from sparsify.plans import Plans
 from sparsify.pruning.outcome import PruningOutcome
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.refused_sites import first_refusal
@@ -65,8 +66,7 @@ class Engine:
         pruned: PruningOutcome | None = None,
     ) -> None:
         self.original, self.options = model, options
-        self._given_plan = plan or Plan()
-        self._plans: dict[Backend, Plan] = {}
+        self._plans = Plans(plan or Plan())
         self._compilers = Compilers(options, backends)
         self.entries: tuple[Entry, ...] = ()
         self._frozen = False
@@ -136,8 +136,8 @@ class Engine:
     def plan(self) -> Plan:
         """What was decided for the device that was compiled for last."""
         if not self.entries:
-            return self._given_plan
-        return self._plans.get(self.entries[-1].compiled.backend, self._given_plan)
+            return self._plans.given
+        return self._plans.of(self.entries[-1].backend)
 
     @property
     def report(self) -> Report:
@@ -200,13 +200,12 @@ class Engine:
 
     def _reopen_thinned(self) -> None:
         """Forget what was decided for weights of which many became zero since."""
-        entry, thinned = find_thinned(self.entries, self.original, self._given_plan)
+        entry, thinned = find_thinned(self.entries, self.original, self._plans.given)
         if entry is None:
             return
         self.entries = tuple(other for other in self.entries if other is not entry)
         self._originals.clear()
-        plans = self._plans.get(entry.backend, self._given_plan)
-        self._plans[entry.backend] = plans.reopen(thinned, self._given_plan)
+        self._plans.reopen(entry.backend, thinned)
         for site, density in thinned.items():
             self._notices.note(f"decided again: {density:.1%} of {site} is left")
 
@@ -302,8 +301,7 @@ class Engine:
         if isinstance(compiler, Refusal):
             raise TraceError(f"{compiler.reason} {compiler.remedy}")
         backend = compiler.binaries.backend
-        plans = self._plans.get(backend, self._given_plan)
-        plan = (plans.training or Plan()) if is_trained else plans
+        plan = self._plans.for_call(backend, is_trained)
         like = [e for e in self.entries if bool(e.required) == is_trained and e.backend is backend]
         earlier = {site.name: site for e in like for site in e.compiled.sites}
         compiled = compiler.compile(recording, operands, plan, earlier)
@@ -316,10 +314,7 @@ class Engine:
             if refusal is not None:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))
-        if is_trained:
-            self._plans[backend] = replace(plans, training=compiled.plan)
-        else:
-            self._plans[backend] = replace(compiled.plan, training=plans.training)
+        self._plans.adopt(backend, compiled.plan, is_trained)
         self.entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
         for reason in apart:
             self._notices.note(f"sizes are compiled one by one: {reason}")

@@ -134,8 +134,8 @@ def test_every_backend_keeps_its_kernels_and_decisions(monkeypatch: pytest.Monke
     recordings = engine.recordings
     assert torch.equal(run(fast, X), expected)
     assert (engine.recordings, len(engine.entries)) == (recordings, 2)
-    assert engine._plans[first] == plan
-    assert engine.plan is engine._plans[second]
+    assert engine._plans.of(first) == plan
+    assert engine.plan is engine._plans.of(second)
 
 
 def test_an_original_that_runs_on_one_device_is_not_pinned_there(
