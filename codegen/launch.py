@@ -18,7 +18,13 @@ from sparsify.codegen.contents import Contents
 from sparsify.codegen.given_weights import given_weights
 from sparsify.codegen.neurons_per_thread import NeuronsPerThread
 from sparsify.codegen.packed_weight import Current, PackedWeight
-from sparsify.codegen.prepared_call import Given, GivenWeight, Prepared, empty_like, like
+from sparsify.codegen.prepared_call import (
+    Given,
+    Prepared,
+    PreparedWeight,
+    empty_like,
+    like,
+)
 from sparsify.codegen.runtime import Runtime
 from sparsify.codegen.slots import (
     CPU,
@@ -182,7 +188,7 @@ class CppLaunchable:
             (steps, batch),
             [Given(slot.name, o.dtype, o.shape, o.stride()) for slot, o in pairs],
             [
-                GivenWeight.of(slot.name, tensors[slot.name], slot.packed, current)
+                PreparedWeight.of(slot.name, tensors[slot.name], slot.packed, current)
                 for slot, current in zip(variant.weights, kept, strict=True)
             ],
             known.outputs if known else [(name, like(output)) for name, output in results.items()],

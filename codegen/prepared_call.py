@@ -22,7 +22,7 @@ class Given(NamedTuple):
     strides: tuple[int, ...]
 
 
-class GivenWeight(NamedTuple):
+class PreparedWeight(NamedTuple):
     """The tensor that a weight has to be, and where it lies packed.
 
     ``packing`` tells whether that is still what was packed last. It does not keep it.
@@ -39,8 +39,10 @@ class GivenWeight(NamedTuple):
     packed_address: int
 
     @staticmethod
-    def of(name: str, tensor: torch.Tensor, weight: PackedWeight, current: Current) -> GivenWeight:
-        return GivenWeight(
+    def of(
+        name: str, tensor: torch.Tensor, weight: PackedWeight, current: Current
+    ) -> PreparedWeight:
+        return PreparedWeight(
             name,
             tensor.dtype,
             tensor.shape,
@@ -64,7 +66,7 @@ class Prepared(NamedTuple):
     team: int
     numbers: tuple[int, int]
     operands: Sequence[Given]
-    weights: Sequence[GivenWeight]
+    weights: Sequence[PreparedWeight]
     outputs: Sequence[tuple[str, torch.Tensor]]
     pointers: Any
     strides: Any

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from sparsify import ir
@@ -14,7 +13,7 @@ from sparsify.codegen.backend import Launchable
 from sparsify.codegen.contents import Contents
 from sparsify.codegen.runtime import load_runtime
 from sparsify.layouts import has_moved
-from sparsify.weight_pattern import find_pattern
+from sparsify.weight_pattern import density_of, find_pattern
 
 EVERY = 32  # calls after which weights are looked at: counting reads all of them once
 
@@ -58,7 +57,7 @@ class Rechooser:
         for name in self.densities:
             weight = tensors[name].detach()
             if weight.is_cpu and weight.numel() and not self._is_counted(name, weight):
-                density = int(torch.count_nonzero(weight)) / weight.numel()
+                density = density_of(weight)
                 self.densities[name] = density
                 if has_moved(self._predictor.patterns[name].density, density):
                     moved[name] = find_pattern(

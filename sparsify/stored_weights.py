@@ -14,9 +14,10 @@ from sparsify.passes.classify_ops import MOST_DENSITY, draws_random, untranspose
 from sparsify.passes.copy_graph import copy_into
 from sparsify.passes.expand_rnn import recurrent_weights
 from sparsify.passes.find_origins import find_origins
+from sparsify.rechoose import EVERY
 from sparsify.report import Site
+from sparsify.weight_pattern import density_of
 
-EVERY = 32  # calls after which weights are looked at: counting reads all of them once
 FETCHED = ("parameter", "buffer")  # what the model has by name
 
 
@@ -47,7 +48,7 @@ class StoredWeights:
             if len(known) == len(sources):
                 with torch.no_grad():
                     weight: Tensor = graph(*known)
-                found[name] = int(weight.count_nonzero()) / max(weight.numel(), 1)
+                found[name] = density_of(weight)
         return found
 
     def thinned(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, float]:

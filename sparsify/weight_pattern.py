@@ -43,11 +43,16 @@ class Pattern:
 DENSE = Pattern(1.0, dict.fromkeys(RUNS, 1.0))
 
 
+def density_of(weight: Tensor) -> float:
+    """The share that is not zero, all of it counted; 0 of a weight without elements."""
+    return int(torch.count_nonzero(weight.detach())) / max(1, weight.numel())
+
+
 def find_pattern(weight: Tensor) -> Pattern:
     """The pattern of ``weight`` ``[receivers, senders]`` as it is now."""
     if weight.numel() == 0:
         return DENSE
-    density = int(torch.count_nonzero(weight.detach())) / weight.numel()
+    density = density_of(weight)
     if density > MOST_DENSITY:
         return Pattern(density, DENSE.run_density)
     kept = weight.detach().ne(0)
