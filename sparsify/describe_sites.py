@@ -75,7 +75,7 @@ class Rows:
             dtype = kernel.weight(weight).dtype
         density = _density(product)
         operations = product.operations or None
-        event = None if activity is None else activity * product.operations or None
+        event = _times(operations, activity)
         refusal = choice.refusal
         took = _by_steps(choice.took_ms) if is_fused else choice.took_ms
         believed = {} if choice.note else took  # ratios of disturbed times say nothing
@@ -130,8 +130,8 @@ def _by_steps(took_ms: Mapping[str, float]) -> Mapping[str, float]:
     return {"step by step" if name == "original" else name: took for name, took in took_ms.items()}
 
 
-def _times(operations: float | None, density: float | None) -> float | None:
-    return None if operations is None or density is None else operations * density
+def _times(operations: float | None, share: float | None) -> float | None:
+    return None if operations is None or share is None else operations * share
 
 
 def _ratio(took_ms: Mapping[str, float], slow: str, fast: str) -> float | None:

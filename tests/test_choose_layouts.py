@@ -168,6 +168,20 @@ def test_one_kernel_serves_all_sizes_that_it_suits(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
+def test_a_silent_layer_takes_no_operations() -> None:
+    """None would say that they are not known."""
+    model, x = RecurrentNet().eval(), spikes()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.zero_()
+        fast: Any = sparsify(model, x, timing=False)
+    silent = [site for site in fast.report.sites if site.activity == 0.0]
+    assert silent
+    assert {site.event_operations for site in silent} == {0.0}
+    assert str(fast.report)
+
+
 def test_a_pinned_layout_runs_is_reported_and_drifts() -> None:
     model, x = RecurrentNet().eval(), spikes()
     with torch.no_grad():
