@@ -46,6 +46,14 @@ class Sparsified:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(args, kwargs)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` asks first. Raises SparsifyError: scripts have no kernels."""
+        name = type(self._engine.original).__name__
+        raise SparsifyError(
+            f"torch.jit.script cannot compile a sparsified {name}: a script has no place for its "
+            "kernels; script its .original, which has the same parameters and no kernels"
+        )
+
     def _get_name(self) -> str:
         return f"Sparsified[{type(self._engine.original).__name__}]"
 

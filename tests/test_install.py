@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,6 +55,19 @@ def test_a_forward_on_the_instance_is_refused() -> None:
     model.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(SparsifyError, match=r"forward is replaced on the instance .*call sparsify"):
         sparsify(model)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("around", [lambda fast: fast, lambda fast: nn.Sequential(fast, nn.ReLU())])
+def test_a_script_of_it_is_refused_with_a_way_out(around: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    fast: Any = sparsify(model, X, timing=False)
+    before = dict(vars(model))
+    with pytest.raises(SparsifyError, match=r"a sparsified Sequential: .*script its \.original"):
+        torch.jit.script(around(fast))
+    assert vars(model) == before
+    assert torch.equal(torch.jit.script(fast.original)(X), model(X))
+    assert torch.equal(fast(X), model(X))
 
 
 class WithOwnNames(nn.Module):
