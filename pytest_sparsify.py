@@ -30,12 +30,14 @@ class SparsifyCheck(Protocol):
     ) -> Verification:
         """Sparsify ``model`` for a call with ``args`` and ``kwargs``, and verify that call.
 
-        Fails when fewer than ``events`` sites run as events, or a value is one that rounding cannot
-        explain. What is compiled is decided by the cost model, not by measuring, unless ``plan``
-        pins it: a busy machine must not change the result. With ``backend="cuda-emulated"`` the
-        CUDA kernels run on the processor, which needs no GPU; ``events`` are then all sites that
-        read events, unless it is given. ``options`` are those of ``sparsify.verify``: with
-        ``gradients=True`` a call of training is checked as well, forward and backward.
+        Fails when fewer than ``events`` sites run as events (if None, when none does, or leaves out
+        zeros of its weight), when nothing is replaced at all, or when a value is one that rounding
+        cannot explain. What is compiled is decided by the cost model, not by measuring, unless
+        ``plan`` pins it: a busy machine must not change the result. With
+        ``backend="cuda-emulated"`` the CUDA kernels run on the processor, which needs no GPU;
+        ``events`` are then all sites that read events, unless it is given. ``options`` are those of
+        ``sparsify.verify``: with ``gradients=True`` a call of training is checked as well, forward
+        and backward.
         """
 
 
@@ -61,6 +63,7 @@ def sparsify_check() -> SparsifyCheck:
             fast = sparsify(
                 model, *args, plan=plan, backend=backend, timing=False, **(kwargs or {})
             )
-        return verify(model, fast, *args, kwargs=kwargs, events=events, **options)
+        options = {"kwargs": kwargs, "events": events, "must_replace": True, **options}
+        return verify(model, fast, *args, **options)
 
     return check

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--events",
         type=_count,
         metavar="N",
-        help="sites that must run as events; 1, or on cuda-emulated all that can",
+        help="sites that must run as events; otherwise on cuda-emulated all that can",
     )
     verified.set_defaults(run=run_verify)
     timed = _add(commands, "bench", "time the model against its original")

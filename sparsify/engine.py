@@ -156,6 +156,11 @@ class Engine:
         return {key: made for each in self._compilers.binaries for key, made in each.made.items()}
 
     @property
+    def refused(self) -> Refusal | None:
+        """Why nothing can be compiled for now, as the last call was told."""
+        return self._refused
+
+    @property
     def is_compiled(self) -> bool:
         return bool(self.entries)
 

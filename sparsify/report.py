@@ -58,7 +58,7 @@ class Site:
     weight_dtype: str = ""  # in which a kernel reads them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """One row a site, and notes on the whole model. Printing it gives a table.
 
@@ -119,6 +119,10 @@ class Report:
                 f"{layout}. {then}"
             )
 
+    def __repr__(self) -> str:
+        """The table: what an interactive session shows."""
+        return str(self)
+
     def _density(self, site: Site) -> float | None:
         """As it is now, where somebody looked since it was decided."""
         return self.live_density.get(site.name, site.weight_density)
@@ -126,15 +130,23 @@ class Report:
     def __str__(self) -> str:
         now = [replace(s, weight_density=self._density(s)) for s in self.sites]
         lines = _table([HEADINGS, *map(_row, now)]) if now else []
-        sites_of: dict[str, list[str]] = {}
-        for site in self.sites:
-            if site.reason:
-                code = f"[{site.code}] " if site.code else ""
-                told = f"{code}{site.reason} {site.remedy}".rstrip()
-                sites_of.setdefault(told, []).append(site.name)
-        lines += [f"  {_some(names)}: {told}" for told, names in sites_of.items()]
-        lines += [f"  {note}" for note in (*self.notes, *self.drift())]
+        reasons = tell_reasons(self.sites)
+        # What was refused of the whole model is the reason of each of its sites, too.
+        told = {reason.partition(": ")[2] for reason in reasons}
+        notes = [note for note in self.notes if note not in told]
+        lines += [f"  {line}" for line in (*reasons, *notes, *self.drift())]
         return "\n".join(lines)
+
+
+def tell_reasons(sites: Sequence[Site]) -> list[str]:
+    """Why sites were decided as they are, ``rec, out: [no-gain] ...``: each reason once."""
+    sites_of: dict[str, list[str]] = {}
+    for site in sites:
+        if site.reason:
+            code = f"[{site.code}] " if site.code else ""
+            told = f"{code}{site.reason} {site.remedy}".rstrip()
+            sites_of.setdefault(told, []).append(site.name)
+    return [f"{_some(names)}: {told}" for told, names in sites_of.items()]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sparsify.errors import Location
@@ -89,9 +89,13 @@ class GradientFigures:
     eager_distance: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
-    """The figures of a verification that found nothing wrong; prints as a table."""
+    """The figures of a verification that found nothing wrong; prints as a table.
+
+    ``kept`` says why nothing is replaced, where that is so: the call runs the original operations,
+    and there are no kernels to check. ``gradients_kept`` says the same of a call with gradients.
+    """
 
     events: int
     sites: int
@@ -101,6 +105,13 @@ class Verification:
     metric: Mapping[str, float] = field(default_factory=dict)
     gradients: tuple[GradientFigures, ...] = ()
     backend: str = "cpp"
+    kept: tuple[str, ...] = ()
+    gradients_kept: tuple[str, ...] = ()
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether kernels run in a call without gradients."""
+        return not self.kept
 
     @property
     def thresholds(self) -> int:
@@ -114,20 +125,35 @@ class Verification:
     def excluded(self) -> float:
         return self.undecided / self.thresholds if self.thresholds else 0.0
 
+    def __repr__(self) -> str:
+        """The table: what an interactive session shows."""
+        return str(self)
+
     def __str__(self) -> str:
         head = f"verified: {self.events} of {self.sites} sites run as events"
-        lines = [f"{head}, kernels of the backend {self.backend}"]
+        if self.kept:
+            lines = [f"{head}: nothing is replaced", *_indented(self.kept)]
+        else:
+            lines = [f"{head}, kernels of the backend {self.backend}"]
         lines += ["", "stages on the same input", *map(_stage_line, self.stages)]
         for region in self.regions:
             lines += ["", *region_lines(region)]
-        lines += ["", "free-running, kernels against eager torch", *map(_result_line, self.results)]
+        ran = "the original's operations" if self.kept else "kernels"
+        lines += ["", f"free-running, {ran} against eager torch", *map(_result_line, self.results)]
         if self.gradients:
             lines += ["", "gradients, distance to float64 (2-norm)"]
             lines += map(_gradient_line, self.gradients)
+        if self.gradients_kept:
+            told = _indented(self.gradients_kept)
+            lines += ["", "nothing is replaced in calls with gradients", *told]
         if self.metric:
             kernels, eager = self.metric["sparsified"], self.metric["eager"]
             lines.append(f"  metric                        {kernels:.6g}, eager {eager:.6g}")
         return "\n".join(lines)
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def region_lines(region: RegionFigures) -> list[str]:

@@ -25,22 +25,23 @@ from torch.utils import _pytree as pytree
 from sparsify.call_conditions import needs_grad
 from sparsify.compiled import Compiled, Stage
 from sparsify.engine import Engine
-from sparsify.errors import MismatchError
+from sparsify.errors import BackendUnavailable, MismatchError, Refusal
 from sparsify.install import Sparsified
 from sparsify.keep_state import keep_state
 from sparsify.options import is_disabled
-from sparsify.passes.classify_ops import MOST_DENSITY
 from sparsify.recording.reachable import walk
-from sparsify.report import NO_SITE, Site
+from sparsify.report import Site
 from sparsify.verify_figures import RegionFigures, StageFigures, Verification
-from sparsify.verify_gradients import CheckedGradients, check_gradients
+from sparsify.verify_gradients import check_gradients
 from sparsify.verify_outcome import Outcome, check_outcome, compare_results
 from sparsify.verify_regions import MOST_UNDECIDED, Progress, check_regions
+from sparsify.verify_sites import check_asked, count_events, is_replaced, why_original
 from sparsify.verify_stages import check_stages
 
 Metric = Callable[[Any], float]
 RECORDED = "the recorded graph against the model"
 DELIVERED = "the module's call against its compiled graph"
+ORIGINAL = "the module's call against the model"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def verify(
     kwargs: Mapping[str, Any] | None = None,
     gradients: bool = False,
     events: int | None = None,
+    must_replace: bool = False,
     metric: Metric | None = None,
     most_undecided: float = MOST_UNDECIDED,
     progress: Progress | None = None,
@@ -63,16 +65,20 @@ def verify(
     """Check ``fast``, which ``model.sparsify()`` returned, on a call without gradients.
 
     gradients: also check a call with gradients, forward and backward.
-    events: how many sites must have run as events; fewer are a MismatchError, so that a model of
-        which nothing is compiled does not pass. If None it is one, or one that leaves out zeros of
-        its weight; of a backend that is there to check kernels, as the emulated one is, every site
-        that reads events.
+    events: how many sites must have run as events; fewer are a MismatchError. If None, none have
+        to; but of a backend that is there to check kernels, as the emulated one is, every site that
+        reads events.
+    must_replace: a call that runs the original is a MismatchError, and so is, if ``events`` is
+        None, one in which no site runs as events or leaves out zeros of its weight.
     metric: computes the task's figure from a result; reported for both.
     most_undecided: the share of comparisons that may be too close to their threshold to be judged.
     progress: called with a region's name, the steps checked, and the steps in all.
 
-    Raises MismatchError naming output, step, batch row, neuron, value, expected value and bound.
-    Both modules are left as they were.
+    A call of which nothing was replaced has no kernels to check: the figures say so, and why.
+
+    Raises MismatchError naming output, step, batch row, neuron, value, expected value and bound;
+    BackendUnavailable if the backend that was asked for by name does not serve this call. Both
+    modules are left as they were.
     """
     if not isinstance(fast, Sparsified):
         name = type(fast).__name__
@@ -80,38 +86,31 @@ def verify(
     if is_disabled():
         raise MismatchError("nothing was compiled: SPARSIFY=0 is set, so all runs as the original")
     original = model.original if isinstance(model, Sparsified) else model
-    check = _Check(original, fast, Call(args, kwargs or {}))
+    check = _Check(original, fast, Call(args, kwargs or {}), events, must_replace)
     with torch.no_grad():
-        found = check.run(events, metric, most_undecided, progress)
+        found = check.run(metric, most_undecided, progress)
     if not gradients:
         return found
     with torch.enable_grad():
-        checked = check.run_gradients(events, most_undecided, progress)
-    regions = (*found.regions, *checked.regions)
-    return replace(found, regions=regions, gradients=checked.gradients)
+        return check.run_gradients(found, most_undecided, progress)
 
 
 class _Check:
-    def __init__(self, model: nn.Module, fast: Sparsified, call: Call) -> None:
+    def __init__(
+        self, model: nn.Module, fast: Sparsified, call: Call, events: int | None, must_replace: bool
+    ) -> None:
         self.model, self.fast, self.call = model, fast, call
         self.engine = fast.compiled
+        self.asked = (events, must_replace)
 
     def run(
-        self,
-        events: int | None,
-        metric: Metric | None,
-        most_undecided: float,
-        progress: Progress | None,
+        self, metric: Metric | None, most_undecided: float, progress: Progress | None
     ) -> Verification:
         eager = self._run(self.model, self._call_model)
-        if self.engine.compiled_for(self.call.args, self.call.kwargs) is None:
-            # A call that is recorded returns what the original computed.
-            self._run(self.engine.original, self._call_fast)
+        compiled, sites = self._compile()
         kernels = self._run(self.engine.original, self._call_fast)
-        compiled = self.engine.compiled_for(self.call.args, self.call.kwargs)
-        count, sites = self._count_events(compiled, events)
         if compiled is None:
-            raise self._not_compiled()
+            return self._run_kept(kernels, eager, sites, metric)
         operands = self._operands(compiled)
         stages = self._stages(compiled, operands)
         figures = [self._check_recording(stages[0], eager, operands, compiled)]
@@ -125,28 +124,25 @@ class _Check:
         )
         _check_launched(compiled, regions)
         figures.append(self._check_call(compiled, kernels, operands))
-        results = compare_results(kernels.result, eager.result)
-        measured = _measure(metric, kernels.result, eager.result)
         return Verification(
-            count,
-            sites,
+            count_events(sites),
+            len(sites),
             tuple(figures),
             regions,
-            results,
-            measured,
+            compare_results(kernels.result, eager.result),
+            _measure(metric, kernels.result, eager.result),
             backend=compiled.backend.name,
         )
 
     def run_gradients(
-        self, events: int | None, most_undecided: float, progress: Progress | None
-    ) -> CheckedGradients:
+        self, found: Verification, most_undecided: float, progress: Progress | None
+    ) -> Verification:
+        """``found`` with what a call with gradients has beside it."""
         args, kwargs = self.call.args, self.call.kwargs
-        if self.engine.compiled_for(args, kwargs) is None:
-            self._run(self.engine.original, self._call_fast)
-        compiled = self.engine.compiled_for(args, kwargs)
-        self._count_events(compiled, events)
+        compiled, sites = self._compile()
         if compiled is None:
-            raise self._not_compiled()
+            self._check_any_gradient()
+            return replace(found, gradients_kept=why_original(sites, self.engine.report))
         operands = compiled.recording.calling.operands(args, kwargs)
         if not needs_grad(operands):
             raise MismatchError("gradients are to be checked, and nothing requires grad")
@@ -161,21 +157,60 @@ class _Check:
             raise MismatchError(
                 "gradients are to be checked, and kernels compute none: the report says why"
             )
-        return checked
+        regions = (*found.regions, *checked.regions)
+        return replace(found, regions=regions, gradients=checked.gradients)
 
-    def _count_events(self, compiled: Compiled | None, least: int | None) -> tuple[int, int]:
-        """How many sites run as events, of how many; MismatchError if these are too few."""
-        sites = compiled.sites if compiled else self.engine.report.sites
-        if least is None:
-            least = int(not any(map(_leaves_out_zeros, sites)))
-            if compiled is not None and not compiled.backend.is_timed:
-                # Nothing is chosen for its speed there: dense rows of a pruned weight will do.
-                least = sum(map(_may_run_events, sites)) or int(not any(map(_is_pruned, sites)))
-        return _count_events(sites, least), len(sites)
+    def _compile(self) -> tuple[Compiled | None, Sequence[Site]]:
+        """What serves the call, None if the original does, and its sites; is it what was asked?"""
+        compiled = self._served()
+        if compiled is None:
+            # A call that is recorded returns what the original computed.
+            self._run(self.engine.original, self._call_fast)
+            compiled = self._served()
+        kept = compiled is None or compiled.runs_original
+        if kept and self.engine.options.backend is not None:
+            _check_available(self.engine.refused)
+        sites: Sequence[Site] = compiled.sites if compiled is not None else self._sites()
+        check_asked(sites, self.engine.report, *self.asked, self._checks_kernels(compiled))
+        return None if kept else compiled, sites
 
-    def _not_compiled(self) -> MismatchError:
-        """For a call that runs the original while others of the module do not."""
-        return MismatchError(f"nothing was compiled for this call:\n{self.engine.report}")
+    def _checks_kernels(self, compiled: Compiled | None) -> bool:
+        """Whether the backend is there for that, and chooses nothing for its speed."""
+        if compiled is None:
+            return self.engine.options.backend == "cuda-emulated"
+        return not compiled.backend.is_timed
+
+    def _served(self) -> Compiled | None:
+        """The recording that serves the call, also one of which nothing was replaced."""
+        for entry in self.engine.entries:
+            if not entry.why_miss(self.call.args, self.call.kwargs):
+                return entry.compiled
+        return None
+
+    def _sites(self) -> Sequence[Site]:
+        """Of a call that no recording serves."""
+        sites = self.engine.report.sites
+        return () if is_replaced(sites) else sites  # those of other calls
+
+    def _run_kept(
+        self, got: Outcome, eager: Outcome, sites: Sequence[Site], metric: Metric | None
+    ) -> Verification:
+        count = check_outcome(ORIGINAL, got, eager)
+        return Verification(
+            0,
+            len(sites),
+            (StageFigures("a call", "the model", count),),
+            (),
+            compare_results(got.result, eager.result),
+            _measure(metric, got.result, eager.result),
+            kept=why_original(sites, self.engine.report),
+        )
+
+    def _check_any_gradient(self) -> None:
+        with keep_state(self.engine.original, (self.call.args, self.call.kwargs)):
+            results = pytree.tree_leaves(self._call_fast())
+        if not any(isinstance(result, Tensor) and result.requires_grad for result in results):
+            raise MismatchError("gradients are to be checked, and no result of the model has any")
 
     def _call_model(self) -> Any:
         return self.model(*self.call.args, **self.call.kwargs)
@@ -242,39 +277,9 @@ def _fits(stage: Stage, operands: Sequence[Tensor]) -> bool:
     return recorded == [tuple(operand.shape) for operand in operands]
 
 
-def _leaves_out_zeros(site: Site) -> bool:
-    """True if the kernel reads no weights that are zero, whatever senders send."""
-    return site.decision == "dense" and bool(site.layout)
-
-
-def _is_pruned(site: Site) -> bool:
-    """True if a kernel computes a product with a sparse weight, in whatever layout."""
-    density = site.weight_density
-    return site.decision == "dense" and density is not None and density <= MOST_DENSITY
-
-
-def _may_run_events(site: Site) -> bool:
-    refused = site.decision == "kept" and site.code not in ("no-event", "pinned")
-    return refused or site.decision == "event"
-
-
-def _count_events(sites: Sequence[Site], least: int) -> int:
-    count = sum(site.decision == "event" for site in sites)
-    compiled = [site for site in sites if site.decision != "kept"]
-    if count >= least and compiled:
-        return count
-    head = "nothing was compiled" if not compiled else "too little was compiled"
-    lines = [f"{head}: {count} of {len(sites)} sites run as events, {least} are asked for"]
-    if not sites:
-        lines.append(f"  {NO_SITE}")
-    for site in sites:
-        if site.decision != "event":
-            code = f" [{site.code}]" if site.code else ""
-            lines.append(f"  {site.name}: {site.decision}{code} {site.reason}".rstrip())
-    lines += dict.fromkeys(site.remedy for site in sites if site.remedy and _may_run_events(site))
-    if compiled and not count:
-        lines.append("Pin a site to 'event', or pass events=0 to check dense kernels alone.")
-    raise MismatchError("\n".join(lines), events=count, sites=len(sites))
+def _check_available(refused: Refusal | None) -> None:
+    if refused is not None and refused.code == "backend-unavailable":
+        raise BackendUnavailable(f"nothing was compiled: {refused}")
 
 
 def _check_launched(compiled: Compiled, regions: Sequence[RegionFigures]) -> None:

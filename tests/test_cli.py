@@ -165,10 +165,19 @@ def test_verify_fails_when_too_little_was_compiled(
     status, out, err = run(capsys, "verify", f"{file}:make", "--events", "3")
     assert (status, out) == (1, "")
     assert err.startswith("MismatchError: too little was compiled")
-    status, out, err = run(capsys, "verify", f"{file}:dense")
+    status, out, err = run(capsys, "verify", f"{file}:dense", "--events", "1")
     assert (status, out) == (1, "")
     assert err.startswith("MismatchError: nothing was compiled: 0 of 1 sites run as events")
     assert "[no-event]" in err
+
+
+def test_verify_says_that_nothing_is_replaced(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "verify", f"{file}:dense")
+    assert (status, err) == (0, "")
+    assert out.startswith("verified: 0 of 1 sites run as events: nothing is replaced\n  ")
+    assert "[no-event]" in out
 
 
 def test_strict_names_the_refused_site(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -397,7 +397,7 @@ def test_a_network_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     backends = {"cpu": OnlyStrategies("random", ["dense-tiles"])}
     fast: Any = install(Engine(model, Options(timing=False), plan, backends))
     fast(x.requires_grad_())
-    figures = verify(model, fast, x, gradients=True, events=0)
+    figures = verify(model, fast, x, gradients=True, events=0, must_replace=True)
     assert figures.gradients
     regions = [r for entry in fast.compiled.entries for r in entry.compiled.regions.values()]
     assert len(regions) >= 2

@@ -138,7 +138,7 @@ def test_verify_checks_gradients() -> None:
     model = Spiking(FastSigmoid.apply)
     fast = sparsify.sparsify(model, timing=False)
     x = spike_trains().float()
-    found = sparsify.verify(model, fast, x, gradients=True)
+    found = sparsify.verify(model, fast, x, gradients=True, must_replace=True)
     assert {figures.operand for figures in found.gradients} >= {"recur.weight", "decay"}
     assert any(".backward." in region.name and region.launched for region in found.regions)
     assert "gradients" in str(found)
@@ -149,7 +149,7 @@ def test_verify_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Spiking(FastSigmoid.apply)
     fast: Any = sparsify.sparsify(model, timing=False)
     x = spike_trains().float()
-    sparsify.verify(model, fast, x, gradients=True)
+    sparsify.verify(model, fast, x, gradients=True, must_replace=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gradients(fast, x)
@@ -159,4 +159,4 @@ def test_verify_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         trained.backward, "forward", lambda *given: tuple(g * 1.001 for g in backward(*given))
     )
     with pytest.raises(MismatchError, match="away from float64 in the 2-norm"):
-        sparsify.verify(model, fast, x, gradients=True)
+        sparsify.verify(model, fast, x, gradients=True, must_replace=True)

@@ -91,7 +91,7 @@ def test_networks_are_verified(name: str, way: str, dtype: torch.dtype) -> None:
             if site.decision == "dense" or site.code == "no-gain":
                 plan = plan.pin(site.name, "event")
         fast = sparsify(model, x, plan=plan, timing=False)
-        verify(model, fast, x, events=events)
+        verify(model, fast, x, events=events, must_replace=True)
     type_name = str(dtype).removeprefix("torch.")
     weights = [w.dtype for k in fast.kernels.values() for w in k.kernel.weights]
     assert weights and set(weights) == {type_name}
@@ -128,7 +128,7 @@ def test_calls_with_and_without_autocast_have_kernels_of_their_own() -> None:
                 fast(x)
                 got, wanted = fast(x), model(x)
                 assert got.dtype is wanted.dtype
-                verify(model, fast, x)
+                verify(model, fast, x, must_replace=True)
     entries = [entry.compiled.regions.values() for entry in fast.compiled.entries]
     dtypes = [{w.dtype for r in regions for w in r.lowered.kernel.weights} for regions in entries]
     assert dtypes == [{"float32"}, {"bfloat16"}]
@@ -145,7 +145,7 @@ def test_a_changed_weight_is_cast_again() -> None:
         model.out.weight.mul_(2.0)
         with autocast(torch.bfloat16):
             assert not torch.equal(fast(x), before)
-            verify(model, fast, x)
+            verify(model, fast, x, must_replace=True)
 
 
 def test_a_kernel_that_does_not_round_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_training_under_autocast(dtype: torch.dtype) -> None:
     with autocast(dtype):
         torch.autograd.backward(F.cross_entropy(fast(x).float(), torch.tensor([0, 1, 2])))
         sites = {site.name for site in fast.report.sites}
-        checked = verify(model, fast, x, gradients=True)
+        checked = verify(model, fast, x, gradients=True, must_replace=True)
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters())
     assert {"rec.backward", "out.backward"} <= sites
     assert {"rec.weight", "decay"} <= {figures.operand for figures in checked.gradients}

@@ -132,7 +132,7 @@ def test_one_graph_serves_all_sizes(make: Callable[[], Recurrent]) -> None:
         assert [m for m in fast.graph.children() if isinstance(m, KeptWeights)]
         mask_of(model).data.zero_()
         assert_same(fast(x), model(x))
-        sparsify.verify(model, fast, x)
+        sparsify.verify(model, fast, x, must_replace=True)
 
 
 def test_kernels_that_do_not_tell_weights_by_address_look_themselves() -> None:

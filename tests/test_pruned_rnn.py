@@ -69,7 +69,9 @@ def test_a_pruned_layer_runs_without_its_zeros() -> None:
     assert (site.decision, site.layout) == ("dense", "compressed-rows")
     assert site.weight_density == int(net.recurrent.count_nonzero()) / net.recurrent.numel() < 0.3
     assert len(fast.kernels) == 1
-    verify(net, fast, example())  # no site runs as events, and that is no mistake
+    verify(
+        net, fast, example(), must_replace=True
+    )  # no site runs as events, and that is no mistake
     assert fast.report["rnn.weight_ih_l0"].code == "no-event"
 
 
@@ -87,19 +89,19 @@ def test_dense_rows_alone_are_not_verified_unasked() -> None:
     plan = Plan().pin(SITE, "dense", ir.DENSE_ROWS)
     fast = sparsify(net, example(), plan=plan, timing=False)
     with pytest.raises(MismatchError, match="0 of 2 sites run as events, 1 are asked for"):
-        verify(net, fast, example())
-    verify(net, fast, example(), events=0)
+        verify(net, fast, example(), must_replace=True)
+    verify(net, fast, example(), events=0, must_replace=True)
 
 
 def test_other_sizes_and_weights_are_served() -> None:
     net = gru()
     fast = compressed(net)
-    verify(net, fast, example(9, 1))
-    verify(net, fast, example(2, 17))
+    verify(net, fast, example(9, 1), must_replace=True)
+    verify(net, fast, example(2, 17), must_replace=True)
     net.recurrent.copy_(torch.randn(3 * H, H) / H**0.5)  # no zero is left
-    verify(net, fast, example())
+    verify(net, fast, example(), must_replace=True)
     zero_weights(net.recurrent, 0.0)
-    verify(net, fast, example())
+    verify(net, fast, example(), must_replace=True)
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.7])
@@ -133,8 +135,8 @@ def test_a_lone_product_with_a_sparse_weight_is_a_kernel_over_all_rows() -> None
     plan = Plan().pin("2", "dense", COMPRESSED).pin("0", "off")
     fast: Any = sparsify(net, example(), plan=plan, timing=False)
     assert {site.name: site.decision for site in fast.report.sites} == {"0": "kept", "2": "dense"}
-    verify(net, fast, example())
-    verify(net, fast, example(11, 2))
+    verify(net, fast, example(), must_replace=True)
+    verify(net, fast, example(11, 2), must_replace=True)
 
 
 def test_what_is_not_finite_reaches_all_that_eager_says() -> None:

@@ -49,6 +49,23 @@ def test_sites_of_one_reason_share_a_line() -> None:
     assert "\n  last: [no-event] It is last. Encode x." in told
 
 
+def test_what_is_refused_of_the_whole_model_is_told_once() -> None:
+    notes = ("2 recordings", "[no-event] It reads x. Encode x.", "[random] Another reason.")
+    told = str(Report((KEPT, replace(KEPT, name="out")), notes))
+    assert told.splitlines()[-3:] == [
+        "  fc, out: [no-event] It reads x. Encode x.",
+        "  2 recordings",
+        "  [random] Another reason.",
+    ]
+    without_sites = Report((), notes)
+    assert str(without_sites).count("[no-event] It reads x. Encode x.") == 1
+
+
+def test_a_session_shows_the_table() -> None:
+    report = Report((EVENT, KEPT), ("2 recordings",))
+    assert repr(report) == str(report)
+
+
 def test_an_empty_report_prints_its_notes() -> None:
     assert str(Report((), ("nothing was recorded yet",))) == "  nothing was recorded yet"
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
-from sparsify.engine import Engine
-from sparsify.errors import MismatchError
+from sparsify.errors import BackendUnavailable, MismatchError
 from sparsify.install import Sparsified
-from sparsify.plan import Plan
+from sparsify.plan import Plan, PlanDecision
 from sparsify.verify_model import verify
 from tests.small_nets import RecurrentNet, StatefulNet, spikes
 
@@ -76,30 +75,94 @@ def test_exact_models_are_equal_everywhere() -> None:
     assert all(result.equal == 1 and result.distance == 0 for result in found.results)
 
 
-def test_nothing_compiled_is_a_mismatch() -> None:
+def test_of_a_model_that_is_kept_nothing_is_replaced() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), spikes()
     fast = sparsify(model, x)
-    with pytest.raises(MismatchError, match="nothing was compiled: 0 of 1 sites run as events, 1"):
-        verify(model, fast, x)
-    with pytest.raises(MismatchError, match="no-event"):
-        verify(model, fast, x)
+    found = verify(model, fast, x, metric=lambda y: float(y.mean()))
+    assert (found.events, found.sites, found.regions) == (0, 1, ())
+    assert not found.is_replaced
+    [reason] = found.kept
+    assert reason.startswith("0: [no-event] ")
+    [stage] = found.stages
+    assert (stage.stage, stage.reference, stage.values) == ("a call", "the model", x.numel())
+    [result] = found.results
+    assert (result.values, result.equal) == (x.numel(), 1)
+    assert found.metric["sparsified"] == found.metric["eager"]
+    text = str(found)
+    assert text.startswith("verified: 0 of 1 sites run as events: nothing is replaced\n  0: [no-ev")
+    assert "free-running, the original's operations against eager torch" in text
+    assert "backend" not in text
+    assert repr(found) == text
+
+
+def test_a_kept_model_is_still_told_from_another() -> None:
+    model, other, x = nn.Linear(8, 8), nn.Linear(8, 8), spikes()
+    with pytest.raises(MismatchError, match="the module's call against the model: result, batch"):
+        verify(other, sparsify(model, x), x)
+
+
+def test_nothing_compiled_is_a_mismatch_where_something_must_be() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), spikes()
+    fast = sparsify(model, x)
+    wanted = r"nothing was compiled: 0 of 1 sites run as events, 1 are .*\n  0: kept \[no-event\]"
+    with pytest.raises(MismatchError, match=wanted):
+        verify(model, fast, x, must_replace=True)
+    with pytest.raises(MismatchError, match=wanted):
+        verify(model, fast, x, events=1)
+    with pytest.raises(MismatchError, match="nothing was compiled: 0 of 1 sites run as events, 0"):
+        verify(model, fast, x, events=0, must_replace=True)
+    assert verify(model, fast, x, events=0).kept
 
 
 def test_a_model_without_any_site_is_told() -> None:
     model, x = nn.Tanh(), spikes()
     fast = sparsify(model, x)
-    with pytest.raises(MismatchError, match=r"0 of 0 sites .*\n  there is no site: the call"):
-        verify(model, fast, x)
+    assert any("there is no site" in reason for reason in verify(model, fast, x).kept)
+    with pytest.raises(MismatchError, match=r"0 of 0 sites .*\n.*\n  there is no site: the call"):
+        verify(model, fast, x, must_replace=True)
     assert isinstance(fast, Sparsified)
     assert "there is no site" in str(fast.report)
 
 
-def test_what_was_refused_is_told_with_what_to_do() -> None:
+class Looks(nn.Module):
+    """Python reads a value, which no recording can repeat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out if x.sum().item() > 0 else -out
+
+
+def test_of_a_model_that_cannot_be_recorded_nothing_is_replaced() -> None:
+    model, x = Looks(), spikes()
+    fast = sparsify(model)
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        found = verify(model, fast, x)
+    [reason] = found.kept
+    assert "net.inp, net.rec, net.out: [unsupported-op] The model cannot be recorded" in reason
+    with pytest.raises(MismatchError, match="nothing was compiled: 0 of 3 sites"):
+        verify(model, fast, x, must_replace=True)
+
+
+def test_of_a_backend_that_checks_kernels_all_sites_must_run() -> None:
+    model, x = Looks(), spikes()
+    fast = sparsify(model, backend="cuda-emulated")
+    with (
+        pytest.warns(UserWarning, match="cannot be recorded"),
+        pytest.raises(MismatchError, match=r"0 of 3 sites run as events, 3 are asked for"),
+    ):
+        verify(model, fast, x)
+
+
+def test_a_backend_that_was_asked_for_must_serve_the_call() -> None:
     """backend='cuda' with tensors on the CPU, whether or not there is a GPU."""
     model, x = random_net(), spikes()
     with pytest.warns(UserWarning, match="these are on cpu"):
         fast = sparsify(model, x, backend="cuda")
-    with pytest.raises(MismatchError, match="these are on cpu") as raised:
+    with pytest.raises(BackendUnavailable, match="these are on cpu") as raised:
         verify(model, fast, x)
     assert str(raised.value).count("backend='cuda-emulated' checks the same kernels") == 1
 
@@ -121,14 +184,17 @@ def test_dense_kernels_alone_are_verified_where_no_events_are_asked_for() -> Non
     sites = probe.compiled.report.sites
     dense = sparsify(model, x, plan=Plan(sites={site.name: "dense" for site in sites}))
     with pytest.raises(MismatchError, match="too little was compiled: 0 of 3") as raised:
-        verify(model, dense, x)
+        verify(model, dense, x, must_replace=True)
     assert "[None]" not in str(raised.value)
     assert "events=0" in str(raised.value)
-    assert str(verify(model, dense, x, events=0)).startswith("verified: 0 of 3 sites")
+    found = verify(model, dense, x, events=0, must_replace=True)
+    assert found.is_replaced and found.regions
+    assert str(found).startswith("verified: 0 of 3 sites run as events, kernels of the backend cpp")
+    assert str(verify(model, dense, x)) == str(found)
 
     kept = sparsify(model, x, plan=Plan(sites={site.name: "off" for site in sites}))
     with pytest.raises(MismatchError, match="nothing was compiled"):
-        verify(model, kept, x, events=0)
+        verify(model, kept, x, events=0, must_replace=True)
 
 
 def test_everything_off_by_the_environment_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,17 +319,45 @@ def test_progress_counts_the_steps() -> None:
     assert {state[1:] for state in told} >= {(step, 5) for step in range(1, 6)}
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_a_call_that_runs_the_original_beside_others_is_no_success(
-    gradients: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_with_gradients_may_be_all_that_is_kept() -> None:
     model, x = random_net(), spikes(6, 2)
+    off: dict[str, PlanDecision] = dict.fromkeys(("rec", "out", "rec.backward"), "off")
+    plan = Plan({"rec": "event", "out": "event"}, training=Plan(off))
+    fast = sparsify(model, plan=plan)
+    found = verify(model, fast, x, gradients=True)
+    assert found.events == 2 and found.is_replaced and not found.gradients
+    assert any("[pinned]" in reason for reason in found.gradients_kept)
+    assert "\nnothing is replaced in calls with gradients\n  " in str(found)
+    with pytest.raises(MismatchError, match="nothing was compiled: 0 of 4 sites"):
+        verify(model, fast, x, gradients=True, must_replace=True)
+
+
+def test_a_kept_call_without_a_gradient_has_none_to_check() -> None:
+    model, x = nn.Linear(8, 8).requires_grad_(False), spikes()
+    with pytest.raises(MismatchError, match="and no result of the model has any"):
+        verify(model, sparsify(model), x, gradients=True)
+
+
+def test_calls_that_run_the_original_beside_others_say_why() -> None:
+    model, x = Keyed(), spikes(6, 2)
     fast = as_events(model, x)
-    found = Engine.compiled_for
+    assert verify(model, fast, x).is_replaced
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        assert verify(model, fast, x, kwargs={"looks": True}).kept
+    fast(x)  # the report is that of the compiled call from now on
+    again = verify(model, fast, x, kwargs={"looks": True})
+    assert any("cannot be recorded" in reason for reason in again.kept)
+    with pytest.raises(MismatchError, match="nothing was compiled: 0 of 0 sites"):
+        verify(model, fast, x, kwargs={"looks": True}, must_replace=True)
 
-    def without(self: Engine, args: Any, kwargs: Any) -> Any:
-        return None if torch.is_grad_enabled() == gradients else found(self, args, kwargs)
 
-    monkeypatch.setattr(Engine, "compiled_for", without)
-    with pytest.raises(MismatchError, match="nothing was compiled for this call:\nsite"):
-        verify(model, fast, x, gradients=gradients)
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = random_net()
+
+    def forward(self, x: Tensor, looks: bool = False) -> Tensor:
+        if looks and x.sum().item() < 0:
+            return x
+        out: Tensor = self.net(x)
+        return out
