@@ -1,15 +1,36 @@
-"""What sparsify would do with a model, in words, without installing anything."""
+"""What sparsify would do with a model, without installing anything."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from sparsify.compiled import Stage
 from sparsify.engine import Engine
 from sparsify.install import Sparsified
 from sparsify.options import Options
 from sparsify.plan import Plan
+from sparsify.report import Report
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation(Report):
+    """The report of a model that was compiled and not installed, its plan and its stages.
+
+    Printing it gives all of them.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    stages: tuple[Stage, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [super().__str__()]
+        if self.stages:
+            parts += ["plan", _indented(str(self.plan)), "stages"]
+            parts += [_indented(str(stage)) for stage in self.stages]
+        return "\n".join(parts)
 
 
 def explain(
@@ -20,7 +41,7 @@ def explain(
     gradients: bool | None = None,
     backend: str | None = None,
     **example_kwargs: Any,
-) -> str:
+) -> Explanation:
     """Record and compile ``model`` on an example; return the report, the plan and the stages.
 
     gradients: explain a call with gradients, forward and backward; if None, do so if gradients are
@@ -32,11 +53,12 @@ def explain(
     original = model.original if isinstance(model, Sparsified) else model
     engine = Engine(original, Options(backend=backend, timing=timing), plan)
     engine.compile_example(example_args, example_kwargs, gradients)
-    parts = [str(engine.report)]
-    if engine.is_compiled:
-        parts += ["plan", _indented(str(engine.plan)), "stages"]
-        parts += [_indented(str(stage)) for stage in engine.stages]
-    return "\n".join(parts)
+    report = engine.report
+    return Explanation(
+        **{name: getattr(report, name) for name in Report.__dataclass_fields__},
+        plan=engine.plan,
+        stages=engine.stages if engine.is_compiled else (),
+    )
 
 
 def _indented(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 from sparsify.entry import Entry, stand_ins
 from sparsify.errors import Refusal
@@ -33,7 +35,8 @@ class Notices:
     def say(self, refusal: Refusal) -> None:
         """In the report, and as a warning."""
         if self.note(f"[{refusal.code}] {refusal.reason} {refusal.remedy}".rstrip()):
-            warnings.warn(f"{self._name} runs its original operations: {refusal}", stacklevel=6)
+            told = f"{self._name} runs its original operations: {refusal}"
+            warnings.warn(told, stacklevel=_frames_to_caller())
 
     def of(
         self,
@@ -60,6 +63,19 @@ class Notices:
             notes += ["calls with gradients: forward and backward"] if entry.required else []
             notes += entry.compiled.notes
         return (*notes, *self._told)
+
+
+def _frames_to_caller() -> int:
+    """The ``stacklevel`` of the line that called the module: past frames of ours and of torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_passed(frame):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_passed(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package in ("sparsify", "torch")
 
 
 class Misses:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sparsify.engine import Engine
 from sparsify.errors import Refusal, RefusedError, TraceError
 from sparsify.explain_model import explain
 from sparsify.plan import Plan
+from sparsify.report import Report
 from tests.small_nets import RecurrentNet, spikes
 
 X = spikes()
@@ -206,10 +208,35 @@ def test_without_a_compiler_the_original_runs(monkeypatch: pytest.MonkeyPatch) -
 def test_explain_installs_nothing() -> None:
     model = RecurrentNet().eval()
     before = dict(vars(model))
-    text = explain(model, X, timing=False)
+    found = explain(model, X, timing=False)
     assert vars(model) == before
+    text = str(found)
     for part in ("rec", "event", "no-event", "plan", "roll_loops: ", "rolled 5 iterations"):
         assert part in text
+    assert repr(found) == text
+    assert isinstance(found, Report)
+    fast: Any = sparsify(model, X, timing=False)
+    assert found.sites == fast.report.sites and found["rec"].decision == "event"
+    assert text.startswith(str(fast.report))
+    assert found.plan == fast.plan
+    assert [stage.name for stage in found.stages] == [stage.name for stage in fast.stages]
+
+
+def test_explain_says_why_nothing_would_be_done() -> None:
+    with pytest.warns(UserWarning, match="these are on cpu"):
+        found = explain(RecurrentNet().eval(), X, backend="cuda")
+    assert {site.code for site in found.sites} == {"backend-unavailable"}
+    assert str(found).count("these are on cpu") == 1
+    assert not found.stages
+
+
+def test_a_warning_names_the_line_of_the_call() -> None:
+    with pytest.warns(UserWarning, match="these are on cpu") as raised:
+        sparsify(RecurrentNet().eval(), X, backend="cuda")
+    fast = nn.Sequential(sparsify(RecurrentNet().eval(), backend="cuda"))
+    with pytest.warns(UserWarning, match="these are on cpu") as called:
+        fast(X)
+    assert {Path(w.filename).name for w in (*raised, *called)} == {Path(__file__).name}
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
