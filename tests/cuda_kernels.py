@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sparsify import ir
 from tests.example_kernels import gate_of_bits, lif, lif_gradient, product, schedule, two_layers
+from tests.gated_kernels import egru
 from tests.half_kernels import half_lif
 
 COMPRESSED = ir.Layout("compressed-rows", room=0.25)
@@ -56,6 +57,11 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         kept(schedule(lif_gradient(1300), "row-per-block"), w_rec=COMPRESSED),
     ),
     "lif_grid": (lif(70, 300), schedule(lif(70, 300), "neurons-per-grid")),
+    "gates_grid": (egru(590), schedule(egru(590), "neurons-per-grid")),
+    "half_gates_grid": (
+        egru(1350, "float16"),
+        schedule(egru(1350, "float16"), "neurons-per-grid"),
+    ),
     "half_lif_grid": (
         half_lif(70, 300, "bfloat16"),
         kept(schedule(half_lif(70, 300, "bfloat16"), "neurons-per-grid"), w_in=TWO_OF_FOUR),

@@ -18,7 +18,7 @@ from sparsify.reference import Array
 from tests.cuda_wheels import needs_nvrtc
 from tests.emulated_kernels import compare, exact, needs_emulator
 from tests.example_kernels import schedule
-from tests.test_cuda_team_shapes import egru
+from tests.gated_kernels import egru
 
 GRID, CLUSTER = "neurons-per-grid", "neurons-per-cluster"
 STEPS, BATCH, HIDDEN = 3, 3, 270  # two blocks of senders

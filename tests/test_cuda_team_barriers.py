@@ -30,7 +30,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
-from tests.test_cuda_team_shapes import egru
+from tests.gated_kernels import egru
 from tests.without_barriers import ORDERING, Mutant, without_each_barrier
 
 GRID, CLUSTER = "neurons-per-grid", "neurons-per-cluster"

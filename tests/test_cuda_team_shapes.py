@@ -13,52 +13,11 @@ from sparsify.codegen.cuda.predict_cost import predict_seconds
 from sparsify.codegen.cuda.rates import H100_RATES
 from sparsify.codegen.cuda.team_clocks import step_clocks, told_clocks
 from sparsify.codegen.cuda.team_groups import Division
-from tests.example_kernels import EVERY, gate_of_bits, lif, product, schedule, two_layers
+from tests.example_kernels import gate_of_bits, lif, product, schedule, two_layers
+from tests.gated_kernels import egru
 
 ACTIVE = {"q_z": 0.12, "q_r": 0.12, "q_g": 0.12}
 GRID, CLUSTER = NeuronsPerGrid(H100), NeuronsPerCluster(H100)
-
-
-def egru(hidden: int) -> ir.Kernel:
-    """Event-based gated units: three products of the same events, one exchange a step."""
-    f: ir.DType = "float32"
-    one, zero = ir.Const(1.0), ir.Const(0.0)
-    gates = "zrg"
-    body: tuple[ir.Statement, ...] = (
-        *(ir.Gather(f"q_{gate}", f"r_{gate}", "y", "real") for gate in gates),
-        ir.Let("a_z", "add", ("p_z", "q_z"), f),
-        ir.Let("z", "sigmoid", ("a_z",), f),
-        ir.Let("a_r", "add", ("p_r", "q_r"), f),
-        ir.Let("r", "sigmoid", ("a_r",), f),
-        ir.Let("reset", "mul", ("r", "q_g"), f),
-        ir.Let("a_g", "add", ("p_g", "reset"), f),
-        ir.Let("g", "tanh", ("a_g",), f),
-        ir.Let("kept", "mul", ("z", "h"), f),
-        ir.Let("rest", "sub", (one, "z"), f),
-        ir.Let("new", "mul", ("rest", "g"), f),
-        ir.Let("c", "add", ("kept", "new"), f),
-        ir.Let("fires", "gt", ("c", "theta"), "bool"),
-        ir.Let("y_new", "where", ("fires", "c", zero), f),
-        ir.Let("drop", "where", ("fires", "theta", zero), f),
-        ir.Let("h_new", "sub", ("c", "drop"), f),
-        ir.Update("h", "h_new"),
-        ir.Update("y", "y_new"),
-        ir.Store("out", "y_new"),
-    )
-    return ir.Kernel(
-        name="egru",
-        populations=(ir.Population("hidden", hidden),),
-        operands=(
-            *(ir.Operand(f"p_{gate}", EVERY, "hidden", f) for gate in gates),
-            ir.Operand("theta", ("N",), "hidden", f),
-            ir.Operand("h0", ("B", "N"), "hidden", f),
-            ir.Operand("y0", ("B", "N"), "hidden", f),
-        ),
-        weights=tuple(ir.Weight(f"r_{gate}", "hidden", "hidden", f) for gate in gates),
-        states=(ir.State("h", "hidden", f, "h0"), ir.State("y", "hidden", f, "y0")),
-        phases=(ir.Phase("hidden", body),),
-        outputs=(ir.Output("out", EVERY, "hidden", f),),
-    )
 
 
 def microseconds_per_step(
@@ -116,8 +75,7 @@ def test_weights_of_a_gated_layer_fill_the_shared_memory_of_the_device() -> None
 
 def test_weights_of_halves_are_read_eight_at_a_time() -> None:
     """Slices are twice as wide, and half of the rows are carried by each of two teams."""
-    kernel = egru(1350)
-    kernel = replace(kernel, weights=tuple(replace(w, dtype="bfloat16") for w in kernel.weights))
+    kernel = egru(1350, "bfloat16")
     plan = schedule(kernel, "neurons-per-grid")
     team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
     assert (shape.blocks, shape.slices) == (57, {"hidden": 24})

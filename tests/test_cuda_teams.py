@@ -31,8 +31,8 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
+from tests.gated_kernels import egru
 from tests.random_kernels import COMPILED, Drawn, draw_data, kernels
-from tests.test_cuda_team_shapes import egru
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 TEAMS = ("neurons-per-grid", "neurons-per-cluster")

@@ -16,8 +16,8 @@ SYNC_CLOCKS = 30
 LIST_ISSUED, LIST_CLOCKS = 110, 250  # of 256 senders: compared, counted, put in place
 EVENT_ISSUED = 2  # its place in the list, and its row of weights
 FOUR_EVENTS_ISSUED, FOUR_EVENTS_CLOCKS = 3, 60  # read of the list; weights, then four additions
-# Of a weight to a float, see halves.h.
-CONVERTED_ISSUED: dict[ir.DType, int] = {"bfloat16": 1, "float16": 7}
+# Of a weight to a float: a shift, or HADD2.F32, see halves.h.
+CONVERTED_ISSUED: dict[ir.DType, int] = {"bfloat16": 1, "float16": 1}
 DENSE_ISSUED, DENSE_CLOCKS = 2, 6  # of a sender: its value is passed round, and multiplied
 CELL_ISSUED, CELL_CLOCKS = 80, 300  # of 32 neurons: operands, some functions, what is told
 KEPT_ISSUED = 12  # of a word of values for tensor cores: two senders; thrice that in three parts
