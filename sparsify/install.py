@@ -14,9 +14,13 @@ from torch import nn
 
 from sparsify.engine import Engine
 from sparsify.errors import SparsifyError
+from sparsify.outside_graphs import call_outside, is_compiled_around
 
 # The shortcuts that a sparsified module offers; a model's own attribute of that name wins.
 SHORTCUTS = ("report", "plan", "graph", "code", "kernels", "stages")
+
+# What torch.compile(module) and module.compile() write to a module; not shared with the original.
+COMPILED = ("_is_torch_compile", "_compiled_call_impl")
 
 
 class Sparsified:
@@ -44,6 +48,8 @@ class Sparsified:
         return cast(nn.Module, self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiled_around():
+            return call_outside(self._engine, args, kwargs)
         return self._engine(args, kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -88,6 +94,11 @@ def install(engine: Engine) -> nn.Module:
     Raises SparsifyError where a second class cannot take over: a ``forward`` set on the instance.
     """
     model = engine.original
+    if "_orig_mod" in model._modules:
+        raise SparsifyError(
+            "this is what torch.compile returned; sparsify the model that it was given, and "
+            "torch.compile the result if more of it is to be compiled"
+        )
     if "forward" in vars(model):
         raise SparsifyError(
             f"{type(model).__name__}.forward is replaced on the instance (model.forward = ...); "
@@ -95,11 +106,12 @@ def install(engine: Engine) -> nn.Module:
         )
     taken = {name for name in SHORTCUTS if _has_own(model, name)}
     members: dict[str, Any] = {n: _shortcut(n) for n in SHORTCUTS if n not in taken}
-    members |= {"__slots__": ("_engine",), "__module__": type(model).__module__}
+    members |= {"__slots__": ("_engine", *COMPILED), "__module__": type(model).__module__}
     cls = type(type(model).__name__, (Sparsified, type(model)), members)
     fast = cast(nn.Module, cast(Any, cls).__new__(cls))
     object.__setattr__(fast, "__dict__", vars(model))
     object.__setattr__(fast, "_engine", engine)
+    object.__setattr__(fast, "_compiled_call_impl", None)
     return fast
 
 

@@ -388,26 +388,3 @@ def test_weights_that_are_not_finite_run_as_in_eager() -> None:
     assert isinstance(model, RecurrentNet)
     model.rec.weight.data[2, 3] = float("inf")
     assert torch.equal(run(fast).nan_to_num(7.0), run(model).nan_to_num(7.0))
-
-
-class CompiledGraphs:
-    """A backend of torch.compile that keeps the graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.GraphModule] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        self.graphs.append(graph)
-        return graph.forward
-
-
-def test_torch_compile_sees_the_original_operations() -> None:
-    model, fast = make()
-    assert runs_kernels(fast)
-    found = CompiledGraphs()
-    compiled: Any = torch.compile(fast, backend=found)
-    x = X[:3]
-    assert not runs_kernels_of(fast, lambda: run(compiled, x))
-    (graph,) = found.graphs
-    assert sum(node.op != "placeholder" for node in graph.graph.nodes) > 3 * len(x)
-    assert torch.equal(run(compiled, x), run(model, x))
