@@ -31,9 +31,9 @@ def sparsify(
     With an example the model is recorded and compiled now, without one at its first call. The model
     itself is not changed; parameters, buffers and attributes are shared.
 
-    ``torch.compile`` of what contains the result leaves its call to our kernels and compiles what is
-    around it. ``torch.export`` and ``torch.jit.trace`` see the original operations, and no kernel of
-    ours; ``torch.jit.script`` raises SparsifyError.
+    ``torch.compile`` of what contains the result leaves its call to our kernels and compiles what
+    is around it. ``torch.export`` and ``torch.jit.trace`` see the original operations, and no
+    kernel of ours; ``torch.jit.script`` raises SparsifyError.
 
     strict: raise RefusedError for the first candidate site that is refused, and CompileError where
         sparsify itself fails, in place of running the original with a warning.

@@ -28,14 +28,18 @@ def is_compiled_around() -> bool:
     return is_around and not is_exporting()
 
 
+def _breaks_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with what Dynamo asks before it traces one, and says under fullgraph=True."""
+    marked: Any = function
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = REASON
+    return function
+
+
 # torch.compiler.disable would import Dynamo, which takes a second, in programs that have no use of
 # it; this imports it at the first call.
+@_breaks_graphs
 @_disable_dynamo
 def call_outside(engine: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """``engine(args, kwargs)``, of which Dynamo sees nothing."""
     return engine(args, kwargs)
-
-
-# What Dynamo asks before it traces a function, and says in its error under fullgraph=True.
-call_outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-call_outside._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
