@@ -6,12 +6,20 @@ import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.codegen.outer_product import VALUES, Product, rows_of, source_of
+from sparsify.codegen.outer_product import (
+    VALUES,
+    Foreseen,
+    Product,
+    rows_of,
+    source_of,
+    source_type,
+)
 from sparsify.codegen.runtime import check_readable, load_runtime
 from sparsify.codegen.toolchain import (
     KERNEL_HEADERS,
@@ -24,7 +32,10 @@ from sparsify.cost_model import EVENT_ADDS_PER_MAC
 # Listing an event takes as long as adding it to so many receivers, as measured.
 RECEIVERS_PER_LISTING = 40
 SMALL_PRODUCT = 1 << 21  # multiplications that take no longer than calling the kernel
-HEADERS = (*KERNEL_HEADERS, "square.h", "outer_product.h")
+HEADERS = (
+    *KERNEL_HEADERS,
+    *("square.h", "outer_activity.h", "outer_lists.h", "outer_tiles.h", "outer_product.h"),
+)
 TEXT = """\
 // The gradient of a weight of {value}, from an activity of {source}.
 #include "outer_product.h"
@@ -120,6 +131,11 @@ class CppOuterKernel:
 class CppOuterProducts:
     """Gradients of weights on the processor."""
 
+    def compile(self, product: Foreseen) -> None:
+        if product.d in VALUES and product.multiplications >= SMALL_PRODUCT:
+            source = source_type(product.activity, product.d, product.packed)
+            compile_function(VALUES[product.d], source)
+
     def load(self, activity: float | None) -> CppOuterKernel:
         return CppOuterKernel()
 
@@ -172,10 +188,19 @@ def add_events(
 
 @cache
 def load_function(value: str, source: str) -> Any:
-    """The compiled kernel for ``d`` of ``value`` and an activity of ``source``."""
-    headers = {file: read_source(file) for file in HEADERS}
-    entry = f"outer_product_{value}_{source.lower()}"
-    text = TEXT.format(value=value, source=source, entry=entry)
-    function = load_library(compile_shared_library(text, entry, headers=headers))[entry]
+    """The kernel for ``d`` of ``value`` and an activity of ``source``, compiled if need be."""
+    function = load_library(compile_function(value, source))[_entry(value, source)]
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
     return function
+
+
+def compile_function(value: str, source: str) -> Path:
+    """The library with that kernel, from the cache if it was compiled before."""
+    headers = {file: read_source(file) for file in HEADERS}
+    entry = _entry(value, source)
+    text = TEXT.format(value=value, source=source, entry=entry)
+    return compile_shared_library(text, entry, headers=headers)
+
+
+def _entry(value: str, source: str) -> str:
+    return f"outer_product_{value}_{source.lower()}"
