@@ -159,11 +159,12 @@ def add_events(
     ``d`` is ``[..., R]`` of float32 or float64, ``activity`` ``[..., S]`` of any real dtype or, if
     ``packed``, what ``pack_bits`` makes of it; both have the same leading axes, and neither is
     empty. ``result`` is a contiguous ``[R, S]`` of the dtype of ``d``. Nothing is computed if more
-    than the share ``most`` of sampled values is active, and nothing is written if ``d`` has values
-    that are not finite.
+    than the share ``most`` of sampled values is active. If ``d`` has values that are not finite,
+    ``result`` is left alone where it would be added to, and otherwise of no use.
 
     The bits of the result do not depend on the number of threads: rows are added in ascending order
-    within blocks of 512 rows, and the sums of the blocks in ascending order.
+    within blocks of 512 rows, and the sums of the blocks in ascending order, from the first one or
+    from what ``result`` was.
 
     Raises TypeError for tensors whose memory cannot be read, MemoryError, and what
     ``compile_shared_library`` raises.

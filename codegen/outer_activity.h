@@ -28,9 +28,7 @@ struct Activity {
 
   SPARSIFY_INLINE static uint64_t word(const Source* row, int64_t sender, int64_t count) {
     uint64_t bits = 0;
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) bits |= uint64_t(eight_active_bits(row + sender + i)) << i;
-    if (i < count) bits |= uint64_t(active_bits(row + sender + i, int(count - i))) << i;
+    for (int64_t i = 0; i < count; i += AT_ONCE) bits |= uint64_t(next_active_bits(row + sender + i, count - i)) << i;
     return bits;
   }
   // Whether a value is neither 0 nor 1.

@@ -28,16 +28,19 @@ struct Run {
   bool has_payload;
 };
 
+constexpr int64_t LIST_SLACK = 64;  // places behind the lists of a thread, which are overwritten
+
+// Of several blocks of rows.
 template <class F>
 struct Lists {
-  uint16_t* row;  // within the block
+  uint16_t* row;  // within its block
   F* payload;
-  Run* run;  // [senders]
+  Run* run;  // [blocks][senders]
 
-  Lists(Arena& arena, int64_t senders, int64_t block, int64_t slack)
-      : row(arena.take<uint16_t>(senders * block + slack)),
-        payload(arena.take<F>(senders * block + slack)),
-        run(arena.take<Run>(senders)) {}
+  Lists(Arena& arena, int64_t senders, int64_t rows, int64_t threads)
+      : row(arena.take<uint16_t>(senders * rows + threads * LIST_SLACK)),
+        payload(arena.take<F>(senders * rows + threads * LIST_SLACK)),
+        run(arena.take<Run>((rows + ROW_BLOCK - 1) / ROW_BLOCK * senders)) {}
 };
 
 // Appends the set bits of `word`, as base + bit. Writes up to three places more than it fills.
@@ -53,11 +56,11 @@ SPARSIFY_INLINE uint16_t* append_bits(uint16_t* to, uint64_t word, int base) {
   return to + count;
 }
 
-// Lists the rows [first, first + rows) for the senders of one thread.
-// `words` is [groups of the thread][ROW_BLOCK].
+// Lists a block of rows for the senders of one thread, from place `start` on; returns where the lists
+// end. `words` is [groups of the thread][ROW_BLOCK].
 template <class F, class Source, class Element>
-void list_rows(const Lists<F>& to, const Matrix<Element>& y, int64_t first, int64_t rows,
-               const Share& own, int64_t start, uint64_t* words) {
+int64_t list_rows(const Lists<F>& to, Run* runs, const Matrix<Element>& y, int64_t first,
+                  int64_t rows, const Share& own, int64_t start, uint64_t* words) {
   const int64_t blocks = (rows + 63) / 64;
   bool has_payload = false;
   for (int64_t row = 0; row < rows; ++row) {
@@ -79,12 +82,13 @@ void list_rows(const Lists<F>& to, const Matrix<Element>& y, int64_t first, int6
       uint16_t* const begin = end;
       for (int64_t block = 0; block < blocks; ++block)
         end = append_bits(end, words[64 * block + i], int(64 * block));
-      to.run[s + i] = {begin - to.row, int32_t(end - begin), has_payload};
+      runs[s + i] = {begin - to.row, int32_t(end - begin), has_payload};
       if (!has_payload) continue;
       for (uint16_t* at = begin; at < end; ++at)
         to.payload[at - to.row] = Activity<Source>::template value<F>(y[first + *at], s + i);
     }
   }
+  return end - to.row;
 }
 
 }  // namespace sparsify

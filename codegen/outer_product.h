@@ -2,16 +2,17 @@
 // rows, reading d only where y is not zero.
 //
 // Rows are taken in blocks. Of each block, every sender gets the list of rows in which it is
-// active, and a tile of receivers is copied together so that it stays cached while all senders sum
-// their rows of it in registers.
+// active. Then a thread takes one tile of receivers after another: of each block the tile is copied
+// together, so that it stays cached while all senders sum their rows of it in registers.
 #pragma once
 
 #include "outer_tiles.h"
 
 namespace sparsify {
 
-constexpr int SAMPLED_ROWS = 64;  // rows whose activity decides
-constexpr double ALONE = 100000;  // cycles of work that are worth waking another thread
+constexpr int SAMPLED_ROWS = 64;    // rows whose activity decides
+constexpr double ALONE = 100000;    // cycles of work that are worth waking another thread
+constexpr int64_t MOST_BLOCKS = 8;  // of which there are lists at once
 
 enum Outcome { DONE = 0, NOT_FINITE = 1, TOO_ACTIVE = 2, NO_MEMORY = 3 };
 
@@ -21,7 +22,7 @@ struct OuterCall {
   void* out;  // [receivers][senders]
   int64_t rows, receivers, senders;
   int64_t d_run, d_outer, d_inner, y_run, y_outer, y_inner;
-  int64_t adds;  // whether to add to `out`, if all of d is finite
+  int64_t adds;  // whether to add to `out`, which is left alone if not all of d is finite
   double most;   // the share of active values above which nothing is done
   int64_t threads;
   int64_t active, seen;  // results: how many of `seen` values of y were active
@@ -31,14 +32,15 @@ struct OuterCall {
 template <class F, class Source>
 struct Outer {
   typedef typename Activity<Source>::Element Element;
+  static constexpr int64_t TILE = Tiles<F>::TILE;
 
   const OuterCall& call;
   Matrix<F> d;
   Matrix<Element> y;
   Tiles<F> tiles;
-  int64_t groups, block;
-  Lists<F> even, odd;  // threads may be one block of rows apart
-  F *sums, *tile;
+  int64_t groups, span;  // span: rows of which there are lists at once
+  Lists<F> lists;
+  F *sums, *tile;  // of a thread: [senders][TILE] and [ROW_BLOCK][TILE]
   uint64_t* words;
   int all_finite = 1;
   int64_t active = 0;
@@ -49,81 +51,87 @@ struct Outer {
         y{static_cast<const Element*>(c.y), c.y_run, c.y_outer, c.y_inner},
         tiles{c.receivers},
         groups((c.senders + GROUP - 1) / GROUP),
-        block(c.rows < ROW_BLOCK ? c.rows : ROW_BLOCK),
-        even(arena, c.senders, block, 64 * threads),
-        odd(arena, c.senders, block, 64 * threads),
-        sums(arena.take<F>(tiles.count() * c.senders * Tiles<F>::TILE)),
-        tile(arena.take<F>(threads * ROW_BLOCK * Tiles<F>::TILE)),
+        span(c.rows < MOST_BLOCKS * ROW_BLOCK ? c.rows : MOST_BLOCKS * ROW_BLOCK),
+        lists(arena, c.senders, span, threads),
+        sums(arena.take<F>(threads * groups * GROUP * TILE)),
+        tile(arena.take<F>(threads * ROW_BLOCK * TILE)),
         words(arena.take<uint64_t>(groups * ROW_BLOCK)) {}
 
   void run(const Team& team) {
-    const Share own = share<GROUP>(call.senders, team);
-    const int64_t list_start = own.begin * block + 64 * team.thread;
-    int64_t found = 0;
-    bool finite = true;
-    for (int64_t first = 0; first < call.rows; first += ROW_BLOCK) {
-      const int64_t rows = call.rows - first < ROW_BLOCK ? call.rows - first : ROW_BLOCK;
-      const Lists<F>& lists = first / ROW_BLOCK % 2 ? odd : even;
-      list_rows<F, Source>(lists, y, first, rows, own, list_start,
-                           words + own.begin / GROUP * ROW_BLOCK);
-      for (int64_t s = own.begin; s < own.end; ++s) found += lists.run[s].count;
+    if (call.adds && !is_all_finite(team)) return;
+    for (int64_t first = 0; first < call.rows; first += span) {
+      const int64_t rows = call.rows - first < span ? call.rows - first : span;
+      if (first) team.wait();  // until the lists are read
+      list_span(team, first, rows);
       team.wait();
-      finite &= add_block_of_rows(team, lists, first, rows);
+      add_span(team, first, rows);
     }
-    __atomic_fetch_add(&active, found, __ATOMIC_RELAXED);
-    if (!finite) __atomic_store_n(&all_finite, 0, __ATOMIC_RELAXED);
-    team.wait();
-    if (!__atomic_load_n(&all_finite, __ATOMIC_RELAXED)) return;
-    for_each_tile(team, [&](int64_t at, const Share& senders) {
-      F* const to = static_cast<F*>(call.out) + at * Tiles<F>::TILE * call.senders;
-      const auto write = call.adds ? write_transposed<true, F> : write_transposed<false, F>;
-      const int64_t width = tiles.vectors(at) * WIDTH<F>;
-      write(to, sums_of(at), width, tiles.columns(at), call.senders, senders);
-    });
   }
 
  private:
-  F* sums_of(int64_t at) const { return sums + at * call.senders * Tiles<F>::TILE; }
+  bool is_all_finite(const Team& team) {
+    const int64_t end = call.rows * (team.thread + 1) / team.threads;
+    bool finite = true;
+    for (int64_t row = call.rows * team.thread / team.threads; row < end; ++row)
+      finite &= is_finite(d[row], call.receivers);
+    note(finite);
+    team.wait();
+    return __atomic_load_n(&all_finite, __ATOMIC_RELAXED);
+  }
 
-  // Calls work(tile, senders) for the thread's part of all tiles times all groups of senders.
-  template <class Work>
-  SPARSIFY_INLINE void for_each_tile(const Team& team, Work work) const {
+  void note(bool finite) {
+    if (!finite) __atomic_store_n(&all_finite, 0, __ATOMIC_RELAXED);
+  }
+
+  void list_span(const Team& team, int64_t first, int64_t rows) {
+    const Share own = share<GROUP>(call.senders, team);
+    uint64_t* const own_words = words + own.begin / GROUP * ROW_BLOCK;
+    int64_t place = own.begin * span + team.thread * LIST_SLACK;
+    for (int64_t done = 0; done < rows; done += ROW_BLOCK) {
+      const int64_t some = rows - done < ROW_BLOCK ? rows - done : ROW_BLOCK;
+      Run* const runs = lists.run + done / ROW_BLOCK * call.senders;
+      const int64_t end = list_rows<F, Source>(lists, runs, y, first + done, some, own, place, own_words);
+      __atomic_fetch_add(&active, end - place, __ATOMIC_RELAXED);
+      place = end;
+    }
+  }
+
+  // The thread's part of all tiles times all groups of senders.
+  void add_span(const Team& team, int64_t first, int64_t rows) {
     const int64_t items = tiles.count() * groups;
     const int64_t end = items * (team.thread + 1) / team.threads;
     for (int64_t item = items * team.thread / team.threads; item < end;) {
       const int64_t at = item / groups, next = (at + 1) * groups < end ? (at + 1) * groups : end;
       const int64_t last = (next - at * groups) * GROUP;
-      work(at, Share{item % groups * GROUP, last < call.senders ? last : call.senders});
+      const Share senders{item % groups * GROUP, last < call.senders ? last : call.senders};
+      const int vectors = tiles.vectors(at);
+      if (vectors == 4)
+        add_tile<4>(team, first, rows, at, senders);
+      else if (vectors == 2)
+        add_tile<2>(team, first, rows, at, senders);
+      else
+        add_tile<1>(team, first, rows, at, senders);
       item = next;
     }
   }
 
-  // Adds a block of rows to the sums of some senders; returns whether its tile is finite.
   template <int VECTORS>
-  bool add_tile(F* own_tile, const Lists<F>& lists, int64_t first, int64_t rows, int64_t at,
-                const Share& senders) const {
-    const int64_t column = at * Tiles<F>::TILE;
-    const bool finite = copy_tile<VECTORS>(own_tile, d, first, rows, column, tiles.columns(at));
-    F* const to = sums_of(at);
-    for (int64_t s = senders.begin; s < senders.end; ++s)
-      add_rows<VECTORS>(to + s * VECTORS * WIDTH<F>, own_tile, lists, lists.run[s], first == 0);
-    return finite;
-  }
-
-  bool add_block_of_rows(const Team& team, const Lists<F>& lists, int64_t first, int64_t rows) {
-    F* const own_tile = tile + team.thread * ROW_BLOCK * Tiles<F>::TILE;
-    bool finite = true;
-    for_each_tile(team, [&](int64_t at, const Share& senders) {
-      const int vectors = tiles.vectors(at);
-      if (vectors == 4) {
-        finite &= add_tile<4>(own_tile, lists, first, rows, at, senders);
-      } else if (vectors == 2) {
-        finite &= add_tile<2>(own_tile, lists, first, rows, at, senders);
-      } else {
-        finite &= add_tile<1>(own_tile, lists, first, rows, at, senders);
-      }
-    });
-    return finite;
+  void add_tile(const Team& team, int64_t first, int64_t rows, int64_t at, const Share& senders) {
+    constexpr int64_t WIDE = VECTORS * WIDTH<F>;
+    F* const own_tile = tile + team.thread * ROW_BLOCK * TILE;
+    F* const own_sums = sums + team.thread * groups * GROUP * TILE;
+    F* const out = static_cast<F*>(call.out) + at * TILE * call.senders;
+    const bool starts = first == 0 && !call.adds;
+    if (!starts)
+      move_transposed<true>(out, own_sums, WIDE, tiles.columns(at), call.senders, senders);
+    for (int64_t done = 0; done < rows; done += ROW_BLOCK) {
+      const int64_t some = rows - done < ROW_BLOCK ? rows - done : ROW_BLOCK;
+      const Run* const runs = lists.run + done / ROW_BLOCK * call.senders;
+      note(copy_tile<VECTORS>(own_tile, d, first + done, some, at * TILE, tiles.columns(at)));
+      for (int64_t s = senders.begin; s < senders.end; ++s)
+        add_rows<VECTORS>(own_sums + s * WIDE, own_tile, lists, runs[s], starts && done == 0);
+    }
+    move_transposed<false>(out, own_sums, WIDE, tiles.columns(at), call.senders, senders);
   }
 };
 
@@ -146,10 +154,11 @@ void sample_activity(OuterCall& call) {
   }
 }
 
-// out[r][s] = sum over rows of d[row][r] * y[row][s], if at most `most` of y is active.
+// out[r][s] = or += sum over rows of d[row][r] * y[row][s], if at most `most` of y is active.
 //
-// Order of additions: ascending within a block of 512 rows, then the block sums, each from +0.
-// Products are rounded before they are added. Neither threads nor tiles change the bits.
+// Order of additions: ascending within a block of 512 rows, each from +0, then the block sums, from
+// the first one or from `out`. Products are rounded before they are added. Neither threads nor tiles
+// change the bits.
 template <class F, class Source>
 int outer_product(const Runtime* runtime, OuterCall* call) {
   sample_activity<Source>(*call);

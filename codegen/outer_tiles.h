@@ -6,9 +6,21 @@
 
 namespace sparsify {
 
-// A tile of a block is 64 KiB with vectors of 32 bytes. Larger ones were slower from 5 % activity
-// on: more of the lines that a sender needs are still in the first cache from the one before.
-constexpr int TILE_VECTORS = 4;  // sums of a sender that are kept in registers
+// Sums of a sender that are kept in registers: a tile of a block of rows is 64 KiB. In larger ones
+// fewer of the lines that a sender needs are still in the first cache from the one before.
+constexpr int TILE_VECTORS = VECTOR_BYTES == 64 ? 2 : 4;
+
+// Whether all of some values are finite.
+template <class F>
+SPARSIFY_INLINE bool is_finite(const F* values, int64_t count) {
+  F others = 0;  // the difference of a value that is not finite from itself is NaN
+  int64_t i = 0;
+  Vector<F> sums{};
+  for (; i + WIDTH<F> <= count; i += WIDTH<F>) sums += load(values + i) - load(values + i);
+  for (; i < count; ++i) others += values[i] - values[i];
+  for (int lane = 0; lane < WIDTH<F>; ++lane) others += sums[lane];
+  return others == F(0);
+}
 
 // Copies receivers [column, column + count) of some rows to [rows][VECTORS], zero padded. Returns
 // whether all of them are finite.
@@ -76,38 +88,36 @@ struct WordOf<8> {
   typedef uint64_t type;
 };
 
-// sums[senders][width] -> out[receivers][senders], or added to it.
-template <bool ADDS, class F>
-void write_transposed(F* out, const F* sums, int64_t width, int64_t receivers, int64_t senders,
-                      const Share& own) {
+// sums[senders][width] = out[receivers][senders], or the other way round.
+template <bool READS, class F>
+void move_transposed(F* out, F* sums, int64_t width, int64_t receivers, int64_t senders,
+                     const Share& own) {
   using Word = typename WordOf<sizeof(F)>::type;
   using Row = typename RowOf<Word>::anywhere;
-  typedef F Values __attribute__((vector_size(sizeof(Row))));
-  typedef F ValuesAnywhere __attribute__((vector_size(sizeof(Row)), may_alias, aligned(sizeof(F))));
   constexpr int64_t n = Square<Word>::n, LINE = 64 / sizeof(F);
   const int64_t square_receivers = receivers / n * n;
   const int64_t square_senders = own.begin + (own.end - own.begin) / n * n;
   for (int64_t line = own.begin; line < square_senders; line += LINE) {
     const int64_t end = line + LINE < square_senders ? line + LINE : square_senders;
     for (int64_t r = 0; r < square_receivers; r += n) {
-      for (int64_t s = line; s < end; s += n) {  // innermost: a line of `out` is written at once
+      for (int64_t s = line; s < end; s += n) {  // innermost: a line of `out` is moved at once
+        F* const by_receiver = out + r * senders + s;
+        F* const by_sender = sums + s * width + r;
+        const F* const from = READS ? by_receiver : by_sender;
+        F* const to = READS ? by_sender : by_receiver;
+        const int64_t from_row = READS ? senders : width, to_row = READS ? width : senders;
         Square<Word> square;
         for (int64_t i = 0; i < n; ++i)
-          square.rows[i] = *reinterpret_cast<const Row*>(sums + (s + i) * width + r);
+          square.rows[i] = *reinterpret_cast<const Row*>(from + i * from_row);
         square.transpose();
-        for (int64_t i = 0; i < n; ++i) {
-          F* const to = out + (r + i) * senders + s;
-          Values values = (Values)square.rows[i];
-          if (ADDS) values = *reinterpret_cast<const ValuesAnywhere*>(to) + values;
-          *reinterpret_cast<ValuesAnywhere*>(to) = values;
-        }
+        for (int64_t i = 0; i < n; ++i) *reinterpret_cast<Row*>(to + i * to_row) = square.rows[i];
       }
     }
   }
   for (int64_t s = own.begin; s < own.end; ++s) {
     for (int64_t r = s < square_senders ? square_receivers : 0; r < receivers; ++r) {
-      F* const to = out + r * senders + s;
-      *to = ADDS ? *to + sums[s * width + r] : sums[s * width + r];
+      F &by_receiver = out[r * senders + s], &by_sender = sums[s * width + r];
+      (READS ? by_sender : by_receiver) = READS ? by_receiver : by_sender;
     }
   }
 }

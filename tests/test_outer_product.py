@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparsify import outer_product as module
 from sparsify.codegen import cpp_outer_product as cpp
 from sparsify.codegen.cpp_outer_product import Outcome, add_events, break_even
+from sparsify.codegen.outer_product import ROWS_PER_SUM
 from sparsify.outer_product import (
     OuterProduct,
     dense_outer_product,
@@ -83,6 +84,29 @@ def test_sums_of_blocks_are_added_to_one_another() -> None:
     y = torch.ones(516, 1)
     assert run(d[:512], y[:512]).item() == 1.0
     assert run(d, y).item() == 1.0 + 4 * tiny
+
+
+@pytest.mark.parametrize("activity", [0.02, 0.3])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_of_more_rows_than_are_listed_at_once(activity: float, threads: int) -> None:
+    """Lists are there for 4096 rows; the sums so far are read back before the next ones."""
+    d, y = torch.randn(9000, 70), spikes((9000, 130), activity)
+    with torch_threads(threads):
+        assert torch.equal(run(d, y), reference(d, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [300, 1300])
+def test_sums_of_blocks_are_added_to_a_total_one_after_the_other(
+    dtype: torch.dtype, rows: int
+) -> None:
+    d, y = torch.randn(rows, 37, dtype=dtype), spikes((rows, 77), 0.2)
+    total = torch.randn(37, 77, dtype=dtype)
+    wanted = total.clone()
+    for start in range(0, rows, ROWS_PER_SUM):
+        wanted += reference(d[start : start + ROWS_PER_SUM], y[start : start + ROWS_PER_SUM])
+    ended = add_events(d, y, total, packed=False, most=ALL, adds_to_result=True)
+    assert ended.outcome is Outcome.DONE and torch.equal(total, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
