@@ -159,7 +159,7 @@ class Strategy(Protocol):
 
 
 class Backend(Protocol):
-    """Five questions, asked in this order, and how long a kernel is expected to take."""
+    """Six questions, asked in this order, and how long a kernel is expected to take."""
 
     @property
     def name(self) -> str: ...
@@ -180,7 +180,11 @@ class Backend(Protocol):
     def is_timed(self) -> bool:
         """False where times tell nothing: of an emulator."""
 
-    def why_unavailable(self) -> Refusal | None: ...
+    def why_unavailable(self) -> Refusal | None:
+        """Why nothing can run here, as far as is known without compiling."""
+
+    def why_not_ready(self) -> Refusal | None:
+        """Compile and load what all kernels need beside their own code; why that fails."""
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None: ...
 

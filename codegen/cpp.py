@@ -19,6 +19,7 @@ from sparsify.codegen.toolchain import (
     load_library,
     read_source,
 )
+from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.writer import Names
 from sparsify.cost_model import Rates, calibrate_rates
 from sparsify.errors import Refusal
@@ -37,6 +38,9 @@ class CppBackend:
         self._rates = rates
 
     def why_unavailable(self) -> Refusal | None:
+        return why_no_compiler()
+
+    def why_not_ready(self) -> Refusal | None:
         return runtime.why_unavailable()
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:

@@ -57,8 +57,33 @@ class OuterKernel(Protocol):
     def reset_events(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """A product that will be computed: of a ``d`` ``[rows, receivers]`` and an activity
+    ``[rows, senders]`` of these dtypes, which comes as bits if ``packed``.
+    """
+
+    rows: int
+    receivers: int
+    senders: int
+    d: torch.dtype
+    activity: torch.dtype
+    packed: bool = False
+
+    @property
+    def multiplications(self) -> int:
+        """Of the dense product."""
+        return self.rows * self.receivers * self.senders
+
+
 class OuterProducts(Protocol):
     """The part of a backend that computes gradients of weights."""
+
+    def compile(self, product: Foreseen) -> None:
+        """Compile ahead what computes ``product``; only where that is known without a device.
+
+        Raises BackendUnavailable and CompileError.
+        """
 
     def load(self, activity: float | None) -> OuterKernel:
         """For one weight; ``activity`` is the share of active values on the example, if known."""
@@ -66,13 +91,17 @@ class OuterProducts(Protocol):
 
 def source_of(activity: Tensor, dtype: torch.dtype, packed: bool) -> tuple[str, Tensor]:
     """The type in C++ of what a kernel reads, and that."""
+    source = source_type(activity.dtype, dtype, packed)
+    if activity.dtype is torch.bool and not packed:
+        return source, activity.view(torch.uint8)
+    return source, activity if source in (BITS, BYTES) else activity.to(dtype)
+
+
+def source_type(activity: torch.dtype, dtype: torch.dtype, packed: bool) -> str:
+    """The type in C++ of what a kernel for a ``d`` of ``dtype`` reads."""
     if packed:
-        return BITS, activity
-    if activity.dtype is torch.bool:
-        return BYTES, activity.view(torch.uint8)
-    if activity.dtype is torch.uint8:
-        return BYTES, activity
-    return VALUES[dtype], activity.to(dtype)
+        return BITS
+    return BYTES if activity in (torch.bool, torch.uint8) else VALUES[dtype]
 
 
 @dataclass(frozen=True)

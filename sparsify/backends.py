@@ -37,7 +37,7 @@ def make_backends(asked: str | None) -> dict[str, Backend]:
 def require_backend(asked: str) -> Backend:
     """The backend of that name. Raises BackendUnavailable where it cannot run."""
     (backend,) = make_backends(asked).values()
-    refusal = backend.why_unavailable()
+    refusal = backend.why_unavailable() or backend.why_not_ready()
     if refusal is not None:
         raise BackendUnavailable(f"{refusal.reason} {refusal.remedy}".rstrip())
     return backend

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sparsify import ir
 from sparsify.binaries import Binaries
 from sparsify.candidates import Candidate, How, Predictor, Workload, find_candidates
 from sparsify.choose import Choice, Task, choose_region
+from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import CompileError, Refusal
 from sparsify.layouts import layouts_of
 from sparsify.options import Options
@@ -48,8 +49,11 @@ class Chooser:
         self.choices: dict[str, Choice] = {}
         self._found: dict[str, list[Candidate]] = {}
 
-    def prepare(self, tasks: Sequence[Task]) -> None:
-        """Compile the candidates of all; of their operands only the layouts are looked at."""
+    def prepare(self, tasks: Sequence[Task], products: Iterable[Foreseen] = ()) -> None:
+        """Compile the candidates of all; of their operands only the layouts are looked at.
+
+        Kernels for ``products`` are compiled beside them.
+        """
         for task in tasks:
             refusal = self._why_off(task)
             candidates = [] if refusal else self._candidates(task)
@@ -60,10 +64,13 @@ class Chooser:
                 self.choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
         kernels = {task.name: task.lowered.kernel for task in tasks}
         wanted = [(kernels[name], c.schedule) for name, cs in self._found.items() for c in cs]
+        if not wanted:
+            return
         try:
-            self.binaries.compile_all(wanted)
+            refusal = self.binaries.compile_all(wanted, products)
         except CompileError as error:
             refusal = Refusal("backend-unavailable", f"{error}", COMPILER)
+        if refusal is not None:
             self.choices |= {name: Choice(None, refusal) for name in self._found}
 
     def choose(self, task: Task) -> None:

@@ -17,7 +17,8 @@ from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.describe_sites import Rows
 from sparsify.differentiate_scans import differentiate_scans, measure_gradients
 from sparsify.errors import Refusal
-from sparsify.find_products import RECURRENT, Product, find_products, name_weights
+from sparsify.find_products import Product, find_products, name_weights
+from sparsify.foresee_products import foresee_products
 from sparsify.graph_meta import TensorInfo
 from sparsify.keep_weights import keep_weights
 from sparsify.lowered import Lowered
@@ -117,7 +118,7 @@ class Compiler:
         placements += place_gradients(placements, lowered)
         chooser = Chooser(self.options, self.binaries, plan, placements, earlier)
         tasks = find_tasks(scans, calls, lowered)
-        chooser.prepare(tasks)
+        chooser.prepare(tasks, foresee_products(graph))
         if captured is not None:
             for task in tasks:
                 chooser.choose(replace(task, original_seconds=captured.seconds.get(task.name)))
@@ -137,7 +138,7 @@ class Compiler:
         rows = Rows(placements, choices, refused, even, densities)
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
-        if not is_trained:
+        if regions and not is_trained:
             changing, backend = recording.calling.changing, self.binaries.backend.name
             installed = keep_weights(installed, changing, backend)
             regions = find_regions(installed)

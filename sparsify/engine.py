@@ -313,7 +313,7 @@ class Engine:
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
-        is_timed = self.options.timing and backend.is_timed
+        is_timed = self.options.timing and backend.is_timed and not compiled.runs_original
         if is_timed and not compiled.placements.keys() <= plan.sites.keys():
             refusal = why_not_faster(self.original, entry, args, kwargs, repetition.seconds)
             if refusal is not None:

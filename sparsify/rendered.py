@@ -41,6 +41,9 @@ class Rendered:
     def why_unavailable(self) -> Refusal | None:
         return None
 
+    def why_not_ready(self) -> Refusal | None:
+        return None
+
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         return self.backend.why_not(kernel, schedule)
 

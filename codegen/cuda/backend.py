@@ -71,6 +71,9 @@ class CudaBackend:
     def why_unavailable(self) -> Refusal | None:
         return self.device.why_unavailable()
 
+    def why_not_ready(self) -> Refusal | None:
+        return None
+
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         check_kernel(kernel)
         return self._strategy(schedule).why_not(kernel, schedule)

@@ -26,7 +26,14 @@ from sparsify.codegen.cuda.device import (
 from sparsify.codegen.cuda.headers import headers_for
 from sparsify.codegen.cuda.outer_shape import WARP, Shape, shape_of
 from sparsify.codegen.cuda.outer_text import SUM_THREADS, render_outer_product, render_sums
-from sparsify.codegen.outer_product import ROWS_PER_SUM, VALUES, Product, rows_of, source_of
+from sparsify.codegen.outer_product import (
+    ROWS_PER_SUM,
+    VALUES,
+    Foreseen,
+    Product,
+    rows_of,
+    source_of,
+)
 
 VALUE_BYTES = {"float": 4, "double": 8}
 MOST_ROWS = 2**31 - ROWS_PER_SUM
@@ -75,6 +82,9 @@ class CudaOuterProducts:
     device: Device
     any_size: bool = False
     _launches: dict[Sizes, Launches] = field(default_factory=dict, repr=False, compare=False)
+
+    def compile(self, product: Foreseen) -> None:
+        """Does nothing: how a product is shared out depends on the device."""
 
     def load(self, activity: float | None) -> CudaOuterKernel:
         return CudaOuterKernel(self, activity)

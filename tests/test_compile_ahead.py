@@ -1,0 +1,137 @@
+"""All that a call needs is compiled before it: no time of a call is that of a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify import check_speed
+from sparsify.api import sparsify
+from sparsify.binaries import Binaries, unlike
+from sparsify.codegen import cpp_outer_product, toolchain
+from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.outer_product import Foreseen
+from sparsify.cost_model import Rates
+from sparsify.engine import Engine
+from sparsify.errors import CompileError, Refusal
+from sparsify.outer_product import OuterProduct
+from tests.surrogates import ATan
+
+STEPS, BATCH, NEURONS = 20, 8, 128  # more multiplications than SMALL_PRODUCT
+F32 = torch.float32
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.rec = nn.Linear(NEURONS, NEURONS), nn.Linear(NEURONS, NEURONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = z = x.new_zeros(x.shape[1], NEURONS)
+        total = x.new_zeros(x.shape[1], NEURONS)
+        for x_t in x:
+            v = 0.9 * v + self.inp(x_t) + self.rec(z)
+            z = ATan.apply(v - 1, 2.0)  # type: ignore[no-untyped-call]
+            v = v - z
+            total = total + z
+        return total
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the compiler is asked for, by the folder that it works in; with an empty cache."""
+    asked: list[str] = []
+    run = toolchain.run_limited
+
+    def counted(command: tuple[str, ...], limit_s: float, folder: Path | None = None) -> str:
+        if folder is not None:
+            text = (folder / toolchain.SOURCE).read_text()
+            asked.append("outer product" if "OuterCall" in text else "kernel")
+        return run(command, limit_s, folder)
+
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(toolchain, "run_limited", counted)
+    cpp_outer_product.load_function.cache_clear()
+    return asked
+
+
+def outer_products(graph: fx.GraphModule) -> Iterator[OuterProduct]:
+    return (module for module in graph.modules() if isinstance(module, OuterProduct))
+
+
+@pytest.mark.skipif(toolchain.why_unavailable() is not None, reason="no C++ compiler")
+def test_a_training_step_compiles_nothing(compiled: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Recurrent()
+    x = (torch.rand(STEPS, BATCH, NEURONS) < 0.1).float()
+    fast: Any = sparsify(model, x, timing=False)
+    assert isinstance(fast.compiled, Engine)
+    assert {"kernel", "outer product"} == set(compiled)
+    compiled.clear()
+    for _ in range(2):
+        fast(x).sum().backward()
+    assert compiled == []
+    assert [p.runs["event"] for p in outer_products(fast.graph)] == [2, 2]
+
+
+def test_one_kernel_computes_several_products() -> None:
+    small, large = Foreseen(10, 5, 5, F32, torch.bool), Foreseen(20, 5, 5, F32, torch.bool)
+    other = Foreseen(10, 5, 5, F32, F32)
+    assert unlike([large, small, other]) == [large, other]
+
+
+def test_small_products_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(cpp_outer_product, "compile_function", lambda *key: asked.append(key))
+    products = CppBackend().outer_products
+    products.compile(Foreseen(160, 128, 128, F32, torch.bool))
+    products.compile(Foreseen(160, 128, 128, torch.float64, F32, packed=True))
+    assert asked == [("float", "uint8_t"), ("double", "Bits")]
+    products.compile(Foreseen(160, 128, 12, F32, F32))
+    products.compile(Foreseen(160, 128, 128, torch.float16, F32))
+    assert len(asked) == 2
+
+
+class Failing(CppBackend):
+    """A backend whose support library or whose products cannot be made."""
+
+    def __init__(self, refusal: Refusal | None = None) -> None:
+        super().__init__(Rates(1.0, 1.0, 1.0, 1.0))
+        self.refusal = refusal
+
+    def why_not_ready(self) -> Refusal | None:
+        return self.refusal
+
+
+def test_without_the_support_library_nothing_runs() -> None:
+    refusal = Refusal("backend-unavailable", "no library")
+    assert Binaries(Failing(refusal)).compile_all([]) is refusal
+
+
+def test_products_that_cannot_be_compiled_are_left_to_their_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*key: str) -> None:
+        asked.append(key)
+        raise CompileError("broken", "log", "source")
+
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(cpp_outer_product, "compile_function", fail)
+    assert Binaries(Failing()).compile_all([], [Foreseen(160, 128, 128, F32, F32)]) is None
+    assert asked == [("float", "float")]
+
+
+def test_a_first_call_that_is_slow_is_no_reason_to_keep_the_original(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def seconds_of(function: Callable[[], float]) -> float:
+        return function()
+
+    took = iter([1.0, 0.2])
+    monkeypatch.setattr(check_speed, "seconds_of", seconds_of)
+    assert check_speed._time(lambda: next(took), lambda: 0.5, 0.4) == (0.2, 0.5)
