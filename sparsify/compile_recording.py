@@ -17,7 +17,7 @@ from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.describe_sites import Rows
 from sparsify.differentiate_scans import differentiate_scans, measure_gradients
 from sparsify.errors import Refusal
-from sparsify.find_products import Product, find_products, name_weights
+from sparsify.find_products import RECURRENT, Product, find_products, name_weights
 from sparsify.foresee_products import foresee_products
 from sparsify.graph_meta import TensorInfo
 from sparsify.keep_weights import keep_weights
