@@ -6,7 +6,7 @@ and is still in a cache when the product reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -53,22 +53,22 @@ class ChunkedScan(nn.Module):
         activations: Sequence[Activation],
     ) -> tuple[Tensor, ...]:
         """Activations are ``[T, ..., S]``, or what a loop carries, as OuterProducts take it."""
-        count, now = len(carries), tuple(carries)
+        now = tuple(carries)
         sums: list[Tensor | None] = [None for _ in self.products]
         is_first = True
         whole: dict[int, Tensor] = {}
         for start, stop in self._chunks(steps, carries, activations):
-            # The weights are those of the first chunk, so that they need be looked at only once.
-            run = self.run if is_first or isinstance(self.run, Scan) else self.run.again
+            into = {index: y[start:stop] for index, y in whole.items()}
+            given = stop - start, now, [x[start:stop] for x in xs], consts
+            values = self._run_chunk(*given, into=None if is_first else into)
             is_first = False
-            values = run(stop - start, now, [x[start:stop] for x in xs], consts)
-            now, ys = values[:count], values[count:]
-            self._keep(whole, ys, steps, start)
-            given = zip(self.products, self.reads, activations, sums, strict=True)
-            sums = [
-                product(ys[read], _part(activation, start, stop), total)
-                for product, read, activation, total in given
-            ]
+            now, ys = values[: len(now)], values[len(now) :]
+            del values
+            self._keep(whole, into, ys, steps, start)
+            for number, read in enumerate(self.reads):
+                part = _part(activations[number], start, stop)
+                sums[number] = self.products[number](ys[read], part, sums[number])
+            del ys  # before the next ones are made
         return (*now, *whole.values(), *(total for total in sums if total is not None))
 
     def with_run(self, run: Scan | Region) -> ChunkedScan:
@@ -116,9 +116,34 @@ class ChunkedScan(nn.Module):
             totals += info.shape[-1] * info.dtype.itemsize * (bits or values.shape[-1])
         return min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, 2 * totals))
 
-    def _keep(self, whole: dict[int, Tensor], ys: Sequence[Tensor], steps: int, start: int) -> None:
+    def _run_chunk(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        into: Mapping[int, Tensor] | None,
+    ) -> tuple[Tensor, ...]:
+        """The results of one chunk; ``into`` is None for the first, and may get ys of others."""
+        run = self.run
+        if into is None or isinstance(run, Scan):
+            results: tuple[Tensor, ...] = run(steps, carries, xs, consts)
+            return results
+        # The weights are those of the first chunk, so that they need be looked at only once.
+        places = {len(carries) + index: y for index, y in into.items()}
+        return run.again(steps, carries, xs, consts, places)
+
+    def _keep(
+        self,
+        whole: dict[int, Tensor],
+        into: Mapping[int, Tensor],
+        ys: Sequence[Tensor],
+        steps: int,
+        start: int,
+    ) -> None:
+        """Collect the ys that no product reads, but for those that lie in their place."""
         for index, y in enumerate(ys):
-            if index in self.reads:
+            if index in self.reads or y is into.get(index):
                 continue
             if len(y) == steps:
                 whole[index] = y

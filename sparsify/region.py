@@ -158,9 +158,19 @@ class Region(nn.Module):
         carries: Sequence[Tensor],
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
+        into: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """``forward``, where the weights are those of the last call, unchanged."""
-        return self._run(steps, carries, xs, consts, True)
+        """``forward``, where the weights are those of the last call, unchanged.
+
+        Results of which ``into`` has a tensor, by their index, are written to it where that can be:
+        the result is then that very tensor.
+        """
+        outputs = {
+            returned.output: into[index]
+            for index, (returned, _, is_plain) in enumerate(self._returned)
+            if into and index in into and is_plain
+        }
+        return self._run(steps, carries, xs, consts, True, outputs)
 
     def _run(
         self,
@@ -169,6 +179,7 @@ class Region(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
         frozen: bool,
+        given: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         operands = {"carry": carries, "x": xs, "const": consts}
         batch = self._batch_of(operands)
@@ -177,7 +188,7 @@ class Region(nn.Module):
             # The Scan may return what it is given, which others may hold: see direct_graph.py.
             result: tuple[Tensor, ...] = self.scan(steps, [c.clone() for c in carries], xs, consts)
             return result
-        outputs = self.launchable(tensors, steps=steps, batch=batch, frozen=frozen)
+        outputs = self.launchable(tensors, steps=steps, batch=batch, outputs=given, frozen=frozen)
         if self._plain_returned is not None:
             return tuple([outputs[name] for name in self._plain_returned])
         results = []

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify import chunked_scan
 from sparsify.chunked_scan import ChunkedScan
+from sparsify.codegen.cpp import CppBackend
+from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
+from sparsify.ir import Schedule
 from sparsify.outer_product import OuterProduct
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.chunk_products import chunk_products
+from sparsify.passes.lower_scan import lower_scan
+from sparsify.region import Region
 from sparsify.scan import Scan
 
 STEPS, BATCH, N, S = 12, 3, 5, 4
@@ -92,3 +101,62 @@ def test_chunks_are_as_large_as_what_they_add_to_asks_for(
     chunked = ChunkedScan(leaky(False), [OuterProduct(senders=senders)], [0])
     total = N * (senders or S) * 4  # the step is one of float32
     assert chunked._chunk_bytes([torch.zeros(STEPS, BATCH, S)]) == 2 * total
+
+
+class Watched:
+    """A launchable, and which outputs it was given."""
+
+    def __init__(self, launchable: Any) -> None:
+        self.launchable = launchable
+        self.given: list[Mapping[str, Tensor]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.given.append(dict(kwargs["outputs"] or {}))
+        return self.launchable(*args, **kwargs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_no_product_reads_is_written_where_it_stays(
+    reverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all chunks but the first one, which shows how large a step of it is."""
+    monkeypatch.setattr(chunked_scan, "CHUNK_BYTES", BATCH * N * 8 * 4)
+    backend = CppBackend()
+    if refusal := backend.why_unavailable():
+        pytest.skip(str(refusal))
+    scan = leaky(reverse).retyped(torch.float64)
+    lowered = lower_scan(scan, "leaky")
+    assert not isinstance(lowered, Refusal)
+    binary = backend.compile(lowered.kernel, Schedule("rows-per-thread", ()))
+    watched = Watched(backend.load(binary))
+    chunked = ChunkedScan(scan, [OuterProduct()], [0]).with_run(Region(scan, lowered, watched))
+    c, x, a = dyadic(BATCH, N), dyadic(STEPS, BATCH, N), dyadic(STEPS, BATCH, S)
+    last, double, product = chunked(STEPS, (c,), (x,), (), (a,))
+    wanted_last, new, wanted_double = scan(STEPS, (c,), (x,), ())
+    assert torch.equal(last, wanted_last) and torch.equal(double, wanted_double)
+    assert torch.equal(product, new.flatten(0, 1).t() @ a.flatten(0, 1))
+    assert [len(given) for given in watched.given] == [0, 1, 1]
+    begin = double.untyped_storage().data_ptr()
+    places = [y.data_ptr() - begin for given in watched.given for y in given.values()]
+    steps = [4, 0] if reverse else [4, 8]
+    assert places == [step * BATCH * N * 8 for step in steps]
+
+
+def test_a_chunk_is_let_go_before_the_next_one_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunked_scan, "CHUNK_BYTES", 1)
+    alive: list[weakref.ref[Tensor]] = []
+    scan = leaky(False)
+
+    def watched(*call: Any) -> tuple[Tensor, ...]:
+        assert not any(ref() is not None for ref in alive)
+        last, new, double = Scan.forward(scan, *call)
+        new = new.clone()
+        alive.append(weakref.ref(new))
+        return last, new, double
+
+    monkeypatch.setattr(scan, "forward", watched)
+    chunked = ChunkedScan(scan, [OuterProduct()], [0])
+    chunked(STEPS, (dyadic(BATCH, N),), (dyadic(STEPS, BATCH, N),), (), (dyadic(STEPS, BATCH, S),))
+    assert len(alive) == STEPS
