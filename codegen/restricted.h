@@ -235,16 +235,31 @@ inline int64_t gather_restricted(F* sums, const W* weight, const Blocks<F>& from
   return sum_wanted<TILE>(sums, line, from, only, rows);
 }
 
+// wanted[i] is 1 where values[i] is not zero, for neurons from `first` on; 0 elsewhere.
+template <class Mask>
+SPARSIFY_INLINE void spread_row(uint8_t* wanted, const Mask* values, int64_t first, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) wanted[i] = values[first + i] != Mask(0);
+}
+SPARSIFY_INLINE void spread_row(uint8_t* wanted, const EightBits* values, int64_t first,
+                                int64_t width) {
+  spread(wanted, &values[first / 8].eight, width);
+}
+
 // Clears those of all sums of a tile that nobody wants; returns how many were wanted.
 template <int TILE, class F, class Mask>
 inline int64_t keep_wanted(F* sums, const Only<Mask>& only, int64_t rows) {
-  uint64_t wanted[TILE];
-  find_wanted<TILE>(wanted, only, rows);
+  const int64_t left = only.receivers - only.first, width = left < TILE ? left : TILE;
   int64_t count = 0;
-  for (int i = 0; i < TILE; ++i) {
-    count += __builtin_popcountll(wanted[i]);
-    for (int64_t row = 0; row < rows; ++row)
-      if (!(wanted[i] >> row & 1)) sums[row * TILE + i] = F(0);
+  for (int64_t row = 0; row < rows; ++row, sums += TILE) {
+    alignas(64) uint8_t wanted[TILE] = {};
+    if (only.wild >> row & 1)
+      std::memset(wanted, 1, width);
+    else
+      spread_row(wanted, only.values + row * only.row, only.first, width);
+    int32_t found = 0;
+    for (int i = 0; i < TILE; ++i) found += wanted[i];
+    for (int i = 0; i < TILE; ++i) sums[i] = wanted[i] ? sums[i] : F(0);
+    count += found;
   }
   return count;
 }
