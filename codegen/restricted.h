@@ -245,39 +245,21 @@ SPARSIFY_INLINE void spread_row(uint8_t* wanted, const EightBits* values, int64_
   spread(wanted, &values[first / 8].eight, width);
 }
 
-// Clears the sums of a row where values[i] is zero; returns how many are left.
-template <class F, class Mask>
-SPARSIFY_INLINE int64_t keep_row(F* sums, const Mask* values, int64_t first, int64_t width) {
-  const Mask* const from = values + first;
-  int32_t count = 0;  // as wide as a float: the loop is one of vectors
-  for (int64_t i = 0; i < width; ++i) {
-    const bool is_wanted = from[i] != Mask(0);
-    sums[i] = is_wanted ? sums[i] : F(0);
-    count += is_wanted;
-  }
-  return count;
-}
-template <class F>
-SPARSIFY_INLINE int64_t keep_row(F* sums, const EightBits* values, int64_t first, int64_t width) {
-  int64_t count = 0;
-  for (int64_t at = 0; at < width; at += 64) {
-    const int64_t left = width - at, here = left < 64 ? left : 64;
-    const uint64_t bits = load_bits(&values[(first + at) / 8].eight, left);
-    for (int64_t i = 0; i < here; ++i) sums[at + i] = bits >> i & 1 ? sums[at + i] : F(0);
-    count += __builtin_popcountll(bits);
-  }
-  return count;
-}
-
 // Clears those of all sums of a tile that nobody wants; returns how many were wanted.
 template <int TILE, class F, class Mask>
 inline int64_t keep_wanted(F* sums, const Only<Mask>& only, int64_t rows) {
   const int64_t left = only.receivers - only.first, width = left < TILE ? left : TILE;
   int64_t count = 0;
   for (int64_t row = 0; row < rows; ++row, sums += TILE) {
-    const bool is_wild = only.wild >> row & 1;  // then all are wanted
-    count += is_wild ? width : keep_row(sums, only.values + row * only.row, only.first, width);
-    for (int64_t i = width; i < TILE; ++i) sums[i] = F(0);
+    alignas(64) uint8_t wanted[TILE] = {};
+    if (only.wild >> row & 1)
+      std::memset(wanted, 1, width);
+    else
+      spread_row(wanted, only.values + row * only.row, only.first, width);
+    int32_t found = 0;
+    for (int i = 0; i < TILE; ++i) found += wanted[i];
+    for (int i = 0; i < TILE; ++i) sums[i] = wanted[i] ? sums[i] : F(0);
+    count += found;
   }
   return count;
 }
