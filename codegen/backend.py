@@ -69,7 +69,8 @@ class Cost:
     0 where nobody has counted them; in ``hidden_clocks`` of them other rows wait for a barrier.
     ``resident_bytes`` are those of all weights that a step may touch; ``is_divided`` if each part
     has its own of them. ``gathers`` are what Gathers take that run one after the other, if that is
-    known: memory is waited for where it is read.
+    known: memory is waited for where it is read. ``gathers_beside`` are those that threads without
+    a part of the work run at the same time.
     """
 
     weight_bytes: float
@@ -88,6 +89,7 @@ class Cost:
     resident_bytes: float = 0.0
     is_divided: bool = False
     gathers: tuple[GatherWork, ...] = ()
+    gathers_beside: tuple[GatherWork, ...] = ()
 
 
 def describe_kernel(kernel: ir.Kernel) -> str:

@@ -9,7 +9,7 @@ constexpr int64_t blocks_of(int64_t senders) { return (senders + BLOCK - 1) / BL
 template <class Index, class F>
 struct BlockEvents {
   const Index* index;
-  const F* payload;
+  const F* payload;  // or null: every payload is 1
   int32_t begin, end, last;  // last: of the whole row
 };
 
@@ -23,13 +23,15 @@ struct Events {
   F* payload;      // [rows][senders + SPARE], or null: every payload is 1
   int32_t* ends;   // [rows][blocks]
   int32_t* count;  // [rows]
+  bool* is_plain;  // [rows], whether all payloads are 1: multiplying takes as long as adding does
 
   Events(Arena& arena, int64_t rows, int64_t population, bool has_payload)
       : senders(population),
         index(arena.take<Index>(rows * (population + SPARE))),
         payload(has_payload ? arena.take<F>(rows * (population + SPARE)) : nullptr),
         ends(arena.take<int32_t>(rows * blocks_of(population))),
-        count(arena.take<int32_t>(rows)) {}
+        count(arena.take<int32_t>(rows)),
+        is_plain(arena.take<bool>(rows)) {}
 
   Index* index_of(int64_t row) const { return index + row * (senders + SPARE); }
   F* payload_of(int64_t row) const {
@@ -39,14 +41,20 @@ struct Events {
 
   SPARSIFY_INLINE BlockEvents<Index, F> at(int64_t row, int64_t block) const {
     const int32_t* const row_ends = ends_of(row);
-    return {index_of(row), payload_of(row), block ? row_ends[block - 1] : 0, row_ends[block],
-            count[row] - 1};
+    return {index_of(row), is_plain[row] ? nullptr : payload_of(row),
+            block ? row_ends[block - 1] : 0, row_ends[block], count[row] - 1};
   }
 };
 
 template <class Index, class F>
+SPARSIFY_INLINE void clear_row(const Events<Index, F>& events, int64_t row) {
+  events.count[row] = 0;
+  events.is_plain[row] = true;
+}
+
+template <class Index, class F>
 SPARSIFY_INLINE void clear(const Events<Index, F>& events, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) events.count[row] = 0;
+  for (int64_t row = 0; row < rows; ++row) clear_row(events, row);
 }
 
 template <class Index, class F>
@@ -179,7 +187,12 @@ SPARSIFY_INLINE void put_payloads(const Events<Index, F>& to, int64_t row, const
   if (!to.payload) return;
   const Index* const index = to.index_of(row);
   F* const payload = to.payload_of(row);
-  for (int32_t k = begin; k < end; ++k) payload[k] = F(values[index[k] - first]);
+  bool is_plain = to.is_plain[row];
+  for (int32_t k = begin; k < end; ++k) {
+    payload[k] = F(values[index[k] - first]);
+    is_plain &= payload[k] == F(1);
+  }
+  to.is_plain[row] = is_plain;
 }
 
 // Appends the active ones of `count` values to the list of `row`; values[0] belongs to sender
@@ -204,7 +217,7 @@ SPARSIFY_INLINE void append(const Events<Index, F>& to, int64_t row, const Sourc
 // Replaces the list of `row` by the events of a whole population.
 template <class Index, class F, class Source>
 SPARSIFY_INLINE void scan(const Events<Index, F>& to, int64_t row, const Source* values) {
-  to.count[row] = 0;
+  clear_row(to, row);
   append(to, row, values, 0, to.senders);
 }
 
@@ -227,6 +240,7 @@ SPARSIFY_INLINE void unpack(const Events<Index, F>& to, int64_t row, const uint8
   Index* const index = to.index_of(row);
   int32_t* const ends = to.ends_of(row);
   int32_t n = 0;
+  clear_row(to, row);
   for (int64_t first = 0; first < to.senders; first += 64) {
     const uint64_t word = load_bits(mask + first / 8, to.senders - first);
     SPARSIFY_UNROLL

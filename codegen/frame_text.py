@@ -28,11 +28,16 @@ def write_origin(w: Writer, kernel: ir.Kernel, schedule: ir.Schedule) -> None:
 
 
 def write_head(
-    w: Writer, kernel: ir.Kernel, schedule: ir.Schedule, symbols: Symbols, tile: int
+    w: Writer,
+    kernel: ir.Kernel,
+    schedule: ir.Schedule,
+    symbols: Symbols,
+    tile: int,
+    headers: Sequence[str] = (),
 ) -> None:
     write_origin(w, kernel, schedule)
     w.line('#include "kernel.h"')
-    for header in _headers(kernel, schedule):
+    for header in (*_headers(kernel, schedule), *headers):
         w.line(f'#include "{header}"')
     w.line()
     w.line("namespace {")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from sparsify import ir
@@ -28,6 +28,7 @@ class KernelText(ABC):
         self.symbols = Symbols.of(kernel)
         self.usage = find_usage(kernel, whole_values(kernel, schedule))
         self.weights = given_weights(kernel, schedule)
+        self.ahead: frozenset[str] = frozenset()  # results that are computed before their step
 
     @abstractmethod
     def places(self) -> Places:
@@ -83,9 +84,9 @@ class KernelText(ABC):
             self.w.line("const int64_t now = step & 1, next = now ^ 1;")
             yield
 
-    def write_scans(self) -> None:
-        """Turn this step's operands into events, for the rows at hand."""
-        for source in self.usage.of_kind("operand"):
+    def write_scans(self, sources: Iterable[Source]) -> None:
+        """Turn this step's operands ``sources`` into events, for the rows at hand."""
+        for source in sources:
             row = operand_row(self._operand(source.name), self.symbols, "t", "(start + row)")
             loop = "for (int64_t row = 0; row < rows; ++row)"
             is_packed = source.value_dtype == "bits"
@@ -101,15 +102,15 @@ class KernelText(ABC):
                 blocks = self.blocks_of(source)
                 self.w.line(f"{loop} arrange({blocks}, row, {row}, 0, {self.size(source)});")
 
-    def write_counts(self, phase: ir.Phase) -> None:
-        """Add the active senders of each gather of this phase to its counter.
+    def write_counts(self, gathers: Collection[ir.Gather]) -> None:
+        """Add the active senders of each of some gathers to its counter.
 
         The wanted sums of restricted ones are counted where they are found; the rows with wild
         values are found here.
         """
         events = self.places().events
         for index, gather in enumerate(self.kernel.gathers):
-            if gather not in phase.body:
+            if gather not in gathers:
                 continue
             if gather.only is not None:
                 self._write_wild(gather)
@@ -159,18 +160,20 @@ class KernelText(ABC):
             self._write_kept(gather, begin, end)
         with self.w.block(f"for (int64_t first = {begin}; first < {end}; first += TILE)"):
             for gather in gathers:
-                if gather not in kept:
-                    self._write_gather(gather)
+                if gather not in kept and gather.result not in self.ahead:
+                    self.write_gather(gather)
             size = self.symbols.sizes[phase.population]
             at = {g.result: f"row * {size} + first" if g in kept else "row * TILE" for g in gathers}
-            sums = [f"{self._sums(gather)} + {at[gather.result]}" for gather in gathers]
+            sums = [f"{self.sums(gather)} + {at[gather.result]}" for gather in gathers]
             with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
                 self._write_cell_call(phase, function, sums)
 
-    def _sums(self, gather: ir.Gather) -> str:
+    def sums(self, gather: ir.Gather) -> str:
+        """Where the sums of a tile lie, ``[rows, TILE]``; of kept weights, all of a row."""
         return f"own.{self.symbols.values[gather.result]}_sum"
 
-    def _write_gather(self, gather: ir.Gather) -> None:
+    def write_gather(self, gather: ir.Gather) -> None:
+        """The product of one tile of receivers, and all rows at hand."""
         source = self.usage.sources[gather.source]
         senders = self.size(source)
         if gather.result in self.usage.selective:
@@ -182,19 +185,19 @@ class KernelText(ABC):
             weight, masked = f"call.{self.symbols.values[gather.weight]}, first", "masked_"
         if gather.result in self.usage.dense:
             values, row = self.dense_source(source)
-            given = f"{self._sums(gather)}, {weight}, {values}, {row}, rows, {senders}"
+            given = f"{self.sums(gather)}, {weight}, {values}, {row}, rows, {senders}"
             self.w.line(f"gather_{masked}dense<TILE>({given});", gather.note)
             if gather.only is not None:
-                given = f"{self._sums(gather)}, {self._wanted(gather)}"
+                given = f"{self.sums(gather)}, {self._wanted(gather)}"
                 self.w.line(f"{self._count(gather)} += keep_wanted<TILE>({given}, rows);")
             return
-        given = f"{self._sums(gather)}, {weight}, {self.places().events[gather.source]}, rows"
+        given = f"{self.sums(gather)}, {weight}, {self.places().events[gather.source]}, rows"
         self.w.line(f"gather_{masked}events<TILE>({given});", gather.note)
 
     def _write_selective(self, gather: ir.Gather) -> None:
         weight = self._weight(gather, "senders")
         blocks = self.blocks_of(self.usage.sources[gather.source])
-        given = f"{self._sums(gather)}, {weight}, {blocks}, {self._wanted(gather)}, rows"
+        given = f"{self.sums(gather)}, {weight}, {blocks}, {self._wanted(gather)}, rows"
         masked = self.schedule.layout_of(gather.weight).kind == "masked-rows"
         function = "gather_masked_restricted" if masked else "gather_restricted"
         self.w.line(f"{self._count(gather)} += {function}<TILE>({given});", gather.note)
@@ -207,7 +210,7 @@ class KernelText(ABC):
         """All sums of a thread through weights that are kept one by one or in runs."""
         source = self.usage.sources[gather.source]
         weight = self.kernel.weight(gather.weight)
-        sums = f"{self._sums(gather)}, {self.symbols.sizes[weight.receivers]}"
+        sums = f"{self.sums(gather)}, {self.symbols.sizes[weight.receivers]}"
         if gather.result not in self.usage.dense:
             given = f"{sums}, {self._weight(gather, 'receivers')}"
             events = self.places().events[gather.source]
@@ -246,6 +249,8 @@ class KernelText(ABC):
         """Sums of gathers: one tile of receivers, or all where they are kept."""
         fields = []
         for gather in self.kernel.gathers:
+            if gather.result in self.ahead:
+                continue
             weight = self.kernel.weight(gather.weight)
             kind, count, note = C_TYPES[self.usage.dtypes[gather.result]], "TILE", "[rows, TILE]"
             if is_kept(self.schedule, gather):

@@ -191,7 +191,7 @@ class _SharedText(KernelText):
                     for phase, function in self.starts():
                         self._write_phase(phase, function)
             with self.steps():
-                self.write_scans()
+                self.write_scans(self.usage.of_kind("operand"))
                 self._write_step()
 
     def _share(self, population: str, size: str) -> str:
@@ -212,7 +212,7 @@ class _SharedText(KernelText):
                 self.w.line("team.wait();", "all have finished the phase before")
                 self._write_unpack(computed)
                 computed = []
-            self.write_counts(phase)
+            self.write_counts(phase.gathers)
             self._write_phase(phase, function)
             computed += [s for s, _ in emitted(phase, self.usage) if s.kind == "let"]
 

@@ -25,6 +25,7 @@ from sparsify.codegen.memory_text import (
 )
 from sparsify.codegen.predict_cost import count_work
 from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
+from sparsify.codegen.writer import Writer
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
@@ -52,7 +53,7 @@ class RowsPerThread:
         return schedule.tile or default_tile(kernel)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
-        return _RowsText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
+        return RowsText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
 
     def predict(
         self,
@@ -76,17 +77,25 @@ class RowsPerThread:
         return replace(work, parts=max(1, batch))
 
 
-class _RowsText(KernelText):
+class RowsText(KernelText):
+    """What a thread does with rows of its own."""
+
+    @property
+    def parameters(self) -> str:
+        """Of the function that carries rows through time."""
+        return (
+            "const Call& call, const Rows& own, int64_t* active,\n"
+            "              int64_t start, int64_t rows"
+        )
+
     def render(self, entry: str) -> str:
         write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile)
-        self.w.line(
-            f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
-        )
+        write_group_size(self.w)
         write_call(self.w, self.kernel, self.schedule, self.symbols, ["int64_t group;"])
         note = "What a thread keeps of the rows that it carries through time."
-        write_struct(self.w, "Rows", note, self._fields())
+        write_struct(self.w, "Rows", note, self.fields())
         self.write_cells()
-        self._write_rows()
+        self.write_rows()
         self._write_run()
         write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, _SET_UP)
         return self.w.text()
@@ -115,7 +124,7 @@ class _RowsText(KernelText):
     def blocks_of(self, source: Source) -> str:
         return f"own.{self.name(source)}_blocks{'[now]' if source.kind == 'state' else ''}"
 
-    def _fields(self) -> list[Field]:
+    def fields(self) -> list[Field]:
         fields = state_fields(self.usage, self.symbols)
         for source in self.usage.sources.values():
             copies = 2 if source.kind == "state" else 1
@@ -132,28 +141,27 @@ class _RowsText(KernelText):
                 fields.append(array(kind, f"{self.name(source)}_values", count, copies, note))
         return fields + self.lanes_fields() + self.sum_fields()
 
-    def _write_rows(self) -> None:
+    def write_rows(self) -> None:
         w = self.w
         w.line()
         w.comment("Rows start .. start + rows of the batch, through all time steps.")
-        head = (
-            "void run_rows(const Call& call, const Rows& own, int64_t* active,\n"
-            "              int64_t start, int64_t rows)"
-        )
-        with w.block(head):
+        with w.block(f"void run_rows({self.parameters})"):
             if self.kernel.states:
                 w.comment("Every state gets its initial value.")
                 with w.block(""):
                     w.line("const int64_t t = 0, now = 1, next = 0;")
                     for phase, function in self.starts():
-                        self._write_phase(phase, function)
+                        self.write_phase(phase, function)
             with self.steps():
-                self.write_scans()
-                for phase, function in self.functions():
-                    self.write_counts(phase)
-                    self._write_phase(phase, function)
+                self.write_step()
 
-    def _write_phase(self, phase: ir.Phase, function: str) -> None:
+    def write_step(self) -> None:
+        self.write_scans(self.usage.of_kind("operand"))
+        for phase, function in self.functions():
+            self.write_counts(phase.gathers)
+            self.write_phase(phase, function)
+
+    def write_phase(self, phase: ir.Phase, function: str) -> None:
         for source, _ in emitted(phase, self.usage):
             if source.events:
                 slot = "[next]" if source.kind == "state" else ""
@@ -176,6 +184,15 @@ class _RowsText(KernelText):
                     "const int64_t here = last - start < call.group ? last - start : call.group;"
                 )
                 w.line("run_rows(call, own, active, start, here);")
-            if gathers:
-                with w.indented(f"for (int k = 0; k < {gathers}; ++k)"):
-                    w.line("__atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);")
+            self.write_total_counts()
+
+    def write_total_counts(self) -> None:
+        """Add what this thread has counted."""
+        gathers = len(self.kernel.gathers)
+        if gathers:
+            with self.w.indented(f"for (int k = 0; k < {gathers}; ++k)"):
+                self.w.line("__atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);")
+
+
+def write_group_size(w: Writer) -> None:
+    w.line(f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once")

@@ -17,6 +17,19 @@ inline void pause_thread() {
 #endif
 }
 
+// Returns when `is_done()`. After `spins` pauses the core is offered to others.
+template <class Done>
+inline void wait_until(const Done& is_done, int spins) {
+  for (int spun = 0; !is_done();) {
+    if (spun < spins) {
+      ++spun;
+      pause_thread();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
 // Where the threads of one team meet. Each field that is written has its own cache line.
 struct Barrier {
   alignas(64) int arrived;
@@ -40,15 +53,8 @@ struct Team {
       __atomic_store_n(&barrier->round, round + 1, __ATOMIC_RELEASE);
       return;
     }
-    int spun = 0;
-    while (__atomic_load_n(&barrier->round, __ATOMIC_ACQUIRE) == round) {
-      if (spun < barrier->spins) {
-        ++spun;
-        pause_thread();
-      } else {
-        sched_yield();
-      }
-    }
+    wait_until([&] { return __atomic_load_n(&barrier->round, __ATOMIC_ACQUIRE) != round; },
+               barrier->spins);
   }
 };
 

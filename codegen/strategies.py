@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from sparsify.codegen.backend import Strategy
+from sparsify.codegen.inputs_ahead import InputsAhead
 from sparsify.codegen.neurons_per_thread import NeuronsPerThread
 from sparsify.codegen.rows_per_thread import RowsPerThread
 
-STRATEGIES: tuple[Strategy, ...] = (RowsPerThread(), NeuronsPerThread())
+STRATEGIES: tuple[Strategy, ...] = (RowsPerThread(), NeuronsPerThread(), InputsAhead())
 
 
 def find_strategy(name: str) -> Strategy:

@@ -26,6 +26,7 @@ COMPILERS = ("c++", "g++", "clang++")
 SOURCE, BINARY = "kernel.cpp", "kernel.so"
 KERNEL_HEADERS = (
     "kernel.h",
+    "ahead.h",
     "events.h",
     "scalar.h",
     "halves.h",

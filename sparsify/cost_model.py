@@ -40,10 +40,14 @@ class Rates:
         """Memory traffic of a Gather overlaps with its arithmetic; neurons come after it."""
         whole = GatherWork(cost.weight_bytes, cost.event_adds, cost.dense_macs)
         bandwidth = self._bandwidth(cost, threads)
-        work = sum(self._gather(part, bandwidth) for part in cost.gathers or (whole,))
+        known = cost.gathers or cost.gathers_beside
+        work = sum(self._gather(part, bandwidth) for part in (cost.gathers if known else (whole,)))
         work += cost.pointwise / self.pointwise
-        shared = work / max(1, min(threads, cost.parts))
-        return CALL_SECONDS + shared + cost.barriers * BARRIER_SECONDS
+        beside = sum(self._gather(part, bandwidth) for part in cost.gathers_beside)
+        parts = max(1, min(threads // 2 if beside else threads, cost.parts))
+        others = threads - parts
+        both = max(work / parts, beside / others) if beside and others else (work + beside) / parts
+        return CALL_SECONDS + both + cost.barriers * BARRIER_SECONDS
 
     def _gather(self, work: GatherWork, bandwidth: float) -> float:
         arithmetic = work.event_adds / self.event_adds + work.dense_macs / self.dense_macs

@@ -11,6 +11,7 @@ from sparsify.reference import Array
 
 How = Literal["event", "dense"]
 STRATEGIES = ("rows-per-thread", "neurons-per-thread")
+OF_INPUTS = (*STRATEGIES, "inputs-ahead")  # for kernels with a product of inputs
 
 
 def schedule(kernel: ir.Kernel, strategy: str, how: How = "event", tile: int = 0) -> ir.Schedule:

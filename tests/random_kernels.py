@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sparsify import ir
 from sparsify.codegen.slots import TORCH_DTYPES
+from sparsify.codegen.strategies import STRATEGIES
 from sparsify.halves import HALVES, computed, to_dtype
 from sparsify.reference import Array
 from sparsify.scalar_op import ScalarOp
@@ -149,14 +150,14 @@ def kernels(draw: st.DrawFn, restricted: bool = False, halves: bool = False) -> 
 
 def draw_schedule(draw: st.DrawFn, kernel: ir.Kernel) -> ir.Schedule:
     """Gathers of binary payloads may be dense: their sums are exact, see ``draw_data``."""
-    return ir.Schedule(
-        draw(st.sampled_from(("rows-per-thread", "neurons-per-thread"))),
-        tuple(
-            (g.result, "dense" if g.payload == "binary" and draw(st.booleans()) else "event")
-            for g in kernel.gathers
-        ),
-        draw(st.sampled_from((0, 0, 16, 32, 64, 128))),
+    gathers = tuple(
+        (g.result, "dense" if g.payload == "binary" and draw(st.booleans()) else "event")
+        for g in kernel.gathers
     )
+    tile = draw(st.sampled_from((0, 0, 16, 32, 64, 128)))
+    schedules = [ir.Schedule(strategy.name, gathers, tile) for strategy in STRATEGIES]
+    pairs = zip(STRATEGIES, schedules, strict=True)
+    return draw(st.sampled_from([s for each, s in pairs if each.why_not(kernel, s) is None]))
 
 
 def _draw_operands(b: _Builder, population: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sparsify import ir
+from sparsify.codegen.strategies import STRATEGIES, find_strategy
 from sparsify.reference import Array
 from tests.random_kernels import Drawn
 
@@ -24,7 +25,10 @@ LAYOUTS = (
 def with_layouts(draw: st.DrawFn, drawn: Drawn) -> Drawn:
     """The same kernel with a layout for each of its weights."""
     layouts = tuple((w.name, draw(st.sampled_from(LAYOUTS))) for w in drawn.kernel.weights)
-    return replace(drawn, schedule=replace(drawn.schedule, layouts=layouts))
+    schedule = replace(drawn.schedule, layouts=layouts)
+    if find_strategy(schedule.strategy).why_not(drawn.kernel, schedule) is not None:
+        schedule = replace(schedule, strategy=STRATEGIES[0].name)  # which takes every layout
+    return replace(drawn, schedule=schedule)
 
 
 def prune(data: dict[str, Array], kernel: ir.Kernel, seed: int) -> dict[str, Array]:

@@ -134,6 +134,16 @@ def test_arithmetic_of_one_gather_does_not_hide_the_memory_of_another() -> None:
     assert RATES.predict_seconds(cost, 1) < apart
 
 
+def test_what_others_run_beside_is_not_waited_for() -> None:
+    """The longer of both counts where a thread is left over, and their sum where none is."""
+    fast, slow = GatherWork(0, event_adds=1e6), GatherWork(0, event_adds=3e6)
+    cost = Cost(0, 4e6, 0, 0, 0, gathers=(fast,), gathers_beside=(slow,))
+    whole, alone = (replace(cost, gathers=g, gathers_beside=()) for g in ((fast, slow), (slow,)))
+    assert RATES.predict_seconds(cost, 2) == RATES.predict_seconds(alone, 2)
+    assert RATES.predict_seconds(cost, 1) == RATES.predict_seconds(whole, 1)
+    assert RATES.predict_seconds(cost, 4) < RATES.predict_seconds(cost, 2)
+
+
 def timings(contended: bool) -> Timings:
     canary = (1.0, 2.0, 2.0, 1.0) if contended else (1.0,) * 4
     return Timings({"0": (1.0,) * 4}, canary, 1)

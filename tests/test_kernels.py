@@ -16,7 +16,16 @@ from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from tests.carried_state import check_one_call_equals_several
-from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule, two_layers
+from tests.example_kernels import (
+    OF_INPUTS,
+    STRATEGIES,
+    How,
+    lif,
+    lif_data,
+    product,
+    schedule,
+    two_layers,
+)
 from tests.random_kernels import COMPILED, Drawn, array_of, draw_data, kernels, tensors_of
 
 BACKEND = CppBackend()
@@ -85,9 +94,9 @@ def compare_with_random_data(drawn: Drawn, seed: int, special: bool) -> None:
         compare(launch, drawn.kernel, data, steps, batch)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("tile", [16, 64])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", OF_INPUTS)
 def test_recurrent_lif(strategy: str, tile: int, threads: int) -> None:
     """Many steps of neurons that all depend on each other: a missing barrier would show."""
     kernel = lif(70, 300)
@@ -99,7 +108,7 @@ def test_recurrent_lif(strategy: str, tile: int, threads: int) -> None:
     assert 0.02 < active / senders < 0.3, "the data do not exercise the kernel"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", OF_INPUTS)
 def test_time_runs_backwards(strategy: str) -> None:
     """Odd and even numbers of steps: the copies of a state alternate from the first that runs."""
     kernel = replace(lif(70, 130), reverse=True)

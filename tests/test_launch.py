@@ -11,9 +11,10 @@ import torch
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.inputs_ahead import gathers_ahead
 from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from tests.example_kernels import STRATEGIES, lif, lif_data, product, schedule
+from tests.example_kernels import STRATEGIES, gate_of_bits, lif, lif_data, product, schedule
 
 BACKEND = CppBackend()
 STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 20, 40
@@ -215,3 +216,19 @@ def test_predicted_costs() -> None:
         kernel, event, steps=10, batch=1, activity=activity
     )
     assert (cost.barriers, cost.parts) == (10, 4)
+    ahead = find_strategy("inputs-ahead").predict(
+        kernel, event, steps=10, batch=1, activity=activity
+    )
+    assert ahead.event_adds == cost.event_adds
+    assert [g.event_adds for g in ahead.gathers_beside] == [pytest.approx(10 * 0.1 * 100 * 200)]
+    assert [g.event_adds for g in ahead.gathers] == [pytest.approx(10 * 0.5 * 200 * 200)]
+    assert (ahead.barriers, ahead.parts) == (1, 1)
+
+
+def test_what_can_run_ahead() -> None:
+    """Products of inputs that nothing else of the loop reads; a kernel without one is refused."""
+    assert gathers_ahead(lif(70, 130), schedule(lif(70, 130), "inputs-ahead")) == {"drive"}
+    kernel = gate_of_bits(70)
+    refusal = BACKEND.why_not(kernel, schedule(kernel, "inputs-ahead"))
+    assert refusal is not None
+    assert str(refusal).startswith("[no-gain] No product of this kernel reads inputs alone.")

@@ -29,6 +29,7 @@ PRUNED = (("w_in", ir.Layout("masked-rows")), ("w_rec", ir.Layout("compressed-ro
 CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_rows": (lif(70, 130), schedule(lif(70, 130), "rows-per-thread")),
     "lif_neurons": (lif(70, 130), schedule(lif(70, 130), "neurons-per-thread")),
+    "lif_ahead": (lif(70, 130), schedule(lif(70, 130), "inputs-ahead")),
     "lif_dense": (
         lif(70, 130, "float64"),
         schedule(lif(70, 130), "rows-per-thread", "dense", tile=32),
