@@ -68,6 +68,21 @@ class Contents:
             return seen.content
         return self._look_again(seen)
 
+    def still_hold(self, content: int, layout: tuple[object, ...]) -> bool:
+        """Whether ``look`` would find ``content`` in a tensor of the ``layout``, if that is known
+        without looking.
+
+        ``layout`` is the address, the shape, the strides and the dtype; the tensor is no view that
+        negates or conjugates.
+        """
+        seen = self._seen
+        if seen is None or not seen.is_settled or seen.content != content:
+            return False
+        if seen.layout != layout or seen.is_unwritten is None or not seen.is_unwritten():
+            return False
+        self._spared += 1
+        return True
+
     def _look_again(self, seen: _Seen) -> int:
         """Read the content; first begin to watch, so that a write in between is found later."""
         watched = self._watched(seen)

@@ -33,6 +33,7 @@ class PreparedWeight(NamedTuple):
     shape: torch.Size
     strides: tuple[int, ...]
     address: int
+    layout: tuple[object, ...]
     content: int
     weight: PackedWeight
     packing: object
@@ -42,12 +43,15 @@ class PreparedWeight(NamedTuple):
     def of(
         name: str, tensor: torch.Tensor, weight: PackedWeight, current: Current
     ) -> PreparedWeight:
+        dtype, shape, strides = tensor.dtype, tensor.shape, tensor.stride()
+        address = tensor.data_ptr()
         return PreparedWeight(
             name,
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            tensor.data_ptr(),
+            dtype,
+            shape,
+            strides,
+            address,
+            (address, shape, strides, dtype),
             current.content,
             weight,
             current.layout,
@@ -102,7 +106,10 @@ class Prepared(NamedTuple):
         ``looked`` gets their contents; None promises that they are those of the last call.
         """
         kept = []
-        for name, dtype, shape, strides, address, content, weight, packing, packed in self.weights:
+        for prepared in self.weights:
+            name, dtype, shape, strides, address, layout, content, weight, packing, packed = (
+                prepared
+            )
             tensor = tensors[name]
             if (
                 tensor.data_ptr() != address
@@ -115,7 +122,8 @@ class Prepared(NamedTuple):
                 return None
             if looked is not None:
                 if name not in looked:
-                    looked[name] = weight.contents.look(tensor)
+                    holds = weight.contents.still_hold(content, layout)
+                    looked[name] = content if holds else weight.contents.look(tensor)
                 if looked[name] != content:
                     return None
             current = weight.current

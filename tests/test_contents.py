@@ -70,6 +70,24 @@ def test_what_was_not_worth_it_is_put_off(reads: list[torch.Tensor]) -> None:
     assert contents._patience == patience // 2  # that one was
 
 
+def test_what_still_holds_is_told_without_looking(reads: list[torch.Tensor]) -> None:
+    tensor = torch.randn(SIDE, SIDE)
+    layout = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    contents = Contents(load_runtime())
+    content = contents.look(tensor)
+    assert not contents.still_hold(content, layout), "nobody watches yet"
+    for _ in range(UNCHANGED + 2):
+        contents.look(tensor)
+    reads.clear()
+    assert contents.still_hold(content, layout)
+    assert not contents.still_hold(content + 1, layout)
+    assert not contents.still_hold(content, (*layout[:2], (1, SIDE), layout[3]))
+    assert not reads
+    tensor.numpy()[3, 5] += 1
+    assert not contents.still_hold(content, layout)
+    assert contents.look(tensor) != content
+
+
 def test_small_weights_are_read(reads: list[torch.Tensor]) -> None:
     tensor = torch.randn(LEAST_BYTES // 4 - 1)
     contents = Contents(load_runtime())
