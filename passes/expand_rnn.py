@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify.autocast import Autocast, bare
 from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.classify_ops import MOST_DENSITY
 from sparsify.passes.result import PassResult
-from sparsify.passes.rnn_cells import CELLS, PACKED, Cell, Layer, Step
+from sparsify.passes.rnn_cells import CELLS, PACKED, Cell, Layer, Step, recurrent_op
 from sparsify.passes.tensor_info import call, copy_meta, permuted, with_shape, without_dim
 from sparsify.scan import Scan
 from sparsify.unwritten_graph import UnwrittenGraph
@@ -39,7 +40,7 @@ aten = torch.ops.aten
 def expand_rnn(gm: fx.GraphModule) -> PassResult:
     """Expand every recurrent op that gains by it; refuse the others, naming the line."""
     refused = {node: why for node in gm.graph.nodes if (why := why_not_expand(node)) is not None}
-    targets = [node for node in gm.graph.nodes if node.target in CELLS]
+    targets = [node for node in gm.graph.nodes if bare(node.target) in CELLS]
     declined = list(refused.values())
     if all(node in refused for node in targets):
         return PassResult(gm, [], declined)
@@ -50,7 +51,7 @@ def expand_rnn(gm: fx.GraphModule) -> PassResult:
     done: list[str] = []
     for node in gm.graph.nodes:
         operand: object = node.args[0] if node.args else None
-        if node.target in CELLS and node not in refused:
+        if bare(node.target) in CELLS and node not in refused:
             expander = _Expander(graph, modules, node, copies)
             results[node] = expander.run()
             done.append(f"{node.meta.get('location')}: expanded {expander.cell.name} into loops")
@@ -68,7 +69,8 @@ def why_not_expand(node: fx.Node) -> Refusal | None:
     ``meta["whole"]`` is a Refusal from before: its loops were tried and are no better.
     """
     location = node.meta.get("location")
-    cell = CELLS.get(PACKED.get(node.target, node.target))
+    op = recurrent_op(node)
+    cell = CELLS.get(PACKED.get(op, op))
     if cell is None:
         return None
     if not any(_is_worth_it(layer, cell) for layer in _layers(node)):
@@ -78,10 +80,10 @@ def why_not_expand(node: fx.Node) -> Refusal | None:
             "use a spiking layer or nn.RNN(nonlinearity='relu') where events are wanted."
         )
         return Refusal("no-event", reason, remedy, location)
-    if node.target in PACKED:
+    if op in PACKED:
         reason = "A packed sequence has another batch size in every step."
         return Refusal("unsupported-op", reason, "Pass a padded tensor.", location)
-    if cell.gates > 1 and _is_autocast(node):
+    if cell.gates > 1 and isinstance(node.target, Autocast):
         reason = f"Under autocast {cell.name} mixes dtypes within a step."
         remedy = "Cast the model and its input to the half, without autocast."
         return Refusal("unsupported-op", reason, remedy, location)
@@ -93,13 +95,6 @@ def why_not_expand(node: fx.Node) -> Refusal | None:
     return whole if isinstance(whole, Refusal) else None
 
 
-def _is_autocast(node: fx.Node) -> bool:
-    """Whether autocast has cast what the op reads."""
-    dtype = _dtype_of(node)
-    is_cast = any(given.meta["val"].dtype != dtype for given in node.all_input_nodes)
-    return is_cast or (node.meta.get("autocast") is not None and dtype is torch.float32)
-
-
 def _dtype_of(node: fx.Node) -> torch.dtype:
     """Of the results; autocast may have cast what the op reads."""
     results = node.meta.get("val") or [node.all_input_nodes[0].meta["val"]]
@@ -109,7 +104,7 @@ def _dtype_of(node: fx.Node) -> torch.dtype:
 
 def _layers(node: fx.Node) -> list[Layer]:
     """The layers of a recurrent op, of two directions the forward one before the other."""
-    data = int(node.target in PACKED)
+    data = int(recurrent_op(node) in PACKED)
     weights: Any
     weights, has_biases, num_layers = node.args[2 + data : 5 + data]
     bidirectional: Any = node.args[7 + data]
@@ -148,7 +143,7 @@ class _Expander:
         copies: dict[fx.Node, fx.Node],
     ) -> None:
         self.graph, self.modules, self.node = graph, modules, node
-        self.cell = CELLS[node.target]
+        self.cell = CELLS[bare(node.target)]
         copies = {given: self._cast(copies[given]) for given in node.all_input_nodes}
         args: Any = fx.map_arg(node.args, copies.__getitem__)
         self.x: fx.Node = args[0]

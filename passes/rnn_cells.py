@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify.autocast import bare
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
 
 aten = torch.ops.aten
@@ -156,3 +157,9 @@ PACKED: dict[object, object] = {
     aten.gru.data: aten.gru.input,
     aten.lstm.data: aten.lstm.input,
 }
+
+
+def recurrent_op(node: fx.Node) -> object | None:
+    """The operation of a recurrent layer of torch, whatever it runs under; None for other nodes."""
+    target = bare(node.target)
+    return target if target in CELLS or target in PACKED else None

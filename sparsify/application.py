@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, FunctionType
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparsify.autocast import Settings, autocast_as
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,13 @@ class Application:
     Two are equal if they apply the same class to equal arguments, so that iterations of a loop can
     be compared: numbers by type and bits, functions by what they do, objects as they compare
     themselves. Each output of several has a call of ``apply`` of its own, so gradients that come
-    through two of them are added up.
+    through two of them are added up. ``apply`` runs under ``autocast``.
     """
 
     function: type[torch.autograd.Function]
     arguments: tuple[Any, ...]
     index: int | None = None
+    autocast: Settings = ()
 
     @property
     def __name__(self) -> str:
@@ -48,7 +52,8 @@ class Application:
         if not any(tensor.requires_grad for tensor in tensors):
             return value.detach() if value.requires_grad else value
         apply: Any = self.function.apply
-        result = apply(*self.given(tensors))
+        with autocast_as(self.autocast) if self.autocast else nullcontext():
+            result = apply(*self.given(tensors))
         output: Tensor = result if self.index is None else result[self.index]
         return output
 
@@ -64,6 +69,7 @@ class Application:
         if not isinstance(other, Application):
             return NotImplemented
         is_same = self.function is other.function and self.index == other.index
+        is_same = is_same and self.autocast == other.autocast
         return is_same and _agree(self.arguments, other.arguments)
 
     def __hash__(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.autocast import autocast_off
 from sparsify.bench import wait_for_devices
 from sparsify.call_conditions import needs_grad
 from sparsify.check_gradients import differentiate_model, why_gradients_differ
@@ -131,7 +132,8 @@ def _repeating(recording: Recording) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         operands = recording.calling.operands(args, kwargs)
-        values = run_graph(recording.graph, operands)
+        with autocast_off():
+            values = run_graph(recording.graph, operands)
         return recording.calling.deliver(values, args, kwargs)
 
     return forward
@@ -167,7 +169,8 @@ def _run(
         wait_for_devices()
         start = time.perf_counter()
         result = forward(*call[0], **call[1])
-        gradients = differentiate(result, operands) if needs_grad(operands) else []
+        with autocast_off():  # whose casts backward is not meant to run under
+            gradients = differentiate(result, operands) if needs_grad(operands) else []
         wait_for_devices()
         seconds = time.perf_counter() - start
         written = [

@@ -17,7 +17,7 @@ from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.describe_sites import Rows
 from sparsify.differentiate_scans import differentiate_scans, measure_gradients
 from sparsify.errors import Refusal
-from sparsify.find_products import RECURRENT, Product, find_products, name_weights
+from sparsify.find_products import Product, find_products, name_weights
 from sparsify.foresee_products import foresee_products
 from sparsify.graph_meta import TensorInfo
 from sparsify.keep_weights import keep_weights
@@ -33,6 +33,7 @@ from sparsify.passes.own_memory import own_memory
 from sparsify.passes.part_results import join_results, part_results
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.passes.result import Pass
+from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import skips_zeros
 from sparsify.place_gradients import place_gradients
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
@@ -296,7 +297,7 @@ def measured_plan(plan: Plan, products: Sequence[Product]) -> Plan:
     activity = {**measured, **plan.activity}
     for product in products:
         for node in product.nodes if product.name in activity else ():
-            if node.target not in RECURRENT:
+            if recurrent_op(node) is None:
                 node.meta["activity"] = activity[product.name]
     return replace(plan, activity=activity)
 

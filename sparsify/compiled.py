@@ -21,7 +21,10 @@ LIMITED = "limit_surrogates"  # the stage from which on gradients are approximat
 
 @dataclass(frozen=True)
 class Stage:
-    """The graph after a pass, executable on the recording's operands, and what the pass said."""
+    """The graph after a pass, executable on the recording's operands, and what the pass said.
+
+    It has the casts of an autocast that the model ran under, and is meant to run outside of any.
+    """
 
     name: str
     graph: fx.GraphModule

@@ -10,7 +10,8 @@ from torch import nn
 from sparsify import ir
 from sparsify.choose import Choice
 from sparsify.errors import Refusal
-from sparsify.find_products import RECURRENT, Product
+from sparsify.find_products import Product
+from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.place_sites import Placement
 from sparsify.report import Decision, Site
 
@@ -33,7 +34,7 @@ class Rows:
             placed[placement.product.name] = placement
         known = list(products)
         known += dict.fromkeys(p.product for p in self.placements if p.product not in known)
-        fused = {p.weight for p in known if any(node.target in RECURRENT for node in p.nodes)}
+        fused = {p.weight for p in known if any(map(recurrent_op, p.nodes))}
         return tuple(
             self._placed(product, placed[product.name], product.weight in fused)
             if product.name in placed

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify import ir
+from sparsify.autocast import autocast_off
 from sparsify.backends import Compilers, tensors_of
 from sparsify.call_conditions import is_intercepted, needs_grad, why_observed
 from sparsify.call_key import call_key
@@ -309,7 +310,8 @@ class Engine:
         plan = self._plans.for_call(backend, is_trained)
         like = [e for e in self.entries if bool(e.required) == is_trained and e.backend is backend]
         earlier = {site.name: site for e in like for site in e.compiled.sites}
-        compiled = compiler.compile(recording, operands, plan, earlier)
+        with autocast_off():
+            compiled = compiler.compile(recording, operands, plan, earlier)
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.autocast import autocast_off, is_any_on
 from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.backend import Backend
 from sparsify.compiled import Compiled, Stage
@@ -78,7 +79,11 @@ class Entry:
         return self.required == requirement(operands) and self.layout.serves(operands)
 
     def run(self, operands: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
-        return self.calling.deliver(self.forward(*operands), args, kwargs)
+        if not is_any_on():
+            return self.calling.deliver(self.forward(*operands), args, kwargs)
+        with autocast_off():  # the graph has its casts
+            values = self.forward(*operands)
+        return self.calling.deliver(values, args, kwargs)
 
     def why_miss(self, args: Args, kwargs: Kwargs) -> str:
         """What differs from the calls that this entry serves; "" if it serves this one."""

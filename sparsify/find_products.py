@@ -12,7 +12,7 @@ from torch import fx
 from sparsify.errors import Location
 from sparsify.graph_meta import Source
 from sparsify.passes.classify_ops import untransposed
-from sparsify.passes.rnn_cells import CELLS, PACKED
+from sparsify.passes.rnn_cells import PACKED, recurrent_op
 from sparsify.weight_pattern import Pattern
 
 aten = torch.ops.aten
@@ -27,7 +27,6 @@ WEIGHT_ARGUMENT: dict[object, int] = {
     aten.bmm.default: 1,
     aten.baddbmm.default: 2,
 }
-RECURRENT = (*CELLS, *PACKED)
 MOST_WEIGHT_NODES = 64  # of the computation from stored tensors to a weight
 
 
@@ -66,8 +65,9 @@ def find_products(graph: fx.Graph) -> tuple[Product, ...]:
 
 def weights_of(node: fx.Node) -> list[fx.Node]:
     """What a linear operation multiplies by, matrices and kernels of convolutions; else nothing."""
-    if node.target in RECURRENT:
-        tensors: Any = node.args[3] if node.target in PACKED else node.args[2]
+    recurrent = recurrent_op(node)
+    if recurrent is not None:
+        tensors: Any = node.args[3] if recurrent in PACKED else node.args[2]
         return [w for w in tensors if len(w.meta["val"].shape) == 2]
     if node.target not in WEIGHT_ARGUMENT:
         return []
@@ -150,7 +150,7 @@ def layer_name(path: str) -> str:
 def _operations(node: fx.Node, weight: fx.Node) -> float:
     """Multiply-adds: every element of the result sums over the weight's fan-in."""
     shape = weight.meta["val"].shape
-    if node.target in RECURRENT:
+    if recurrent_op(node) is not None:
         rows = math.prod(node.args[0].meta["val"].shape[:-1])  # type: ignore[union-attr]
         return float(rows * math.prod(shape))
     result = math.prod(node.meta["val"].shape)

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from sparsify.errors import Location, Refusal
-from sparsify.find_products import RECURRENT, Product, layer_name
+from sparsify.find_products import Product, layer_name
 from sparsify.lowered import Lowered, LoweredSite
 from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.scan import Scan
 
 BATCHED = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
@@ -126,7 +127,7 @@ def _why_operand(product: Product, graph: fx.GraphModule) -> Refusal:
         reason = f"{product.name} multiplies every group of neurons by a matrix of its own."
         remedy = "Use one matrix for all, such as torch.block_diag(*weight), in F.linear."
         return Refusal("unsupported-layout", reason, remedy, product.location)
-    if any(node.target in RECURRENT for node in product.nodes):
+    if any(map(recurrent_op, product.nodes)):
         reason = f"{product.name} belongs to a recurrent operation of torch that stays whole."
         return Refusal("no-event", reason, remedy, product.location)
     reason = f"{product.name} reads values that pass no threshold."

@@ -8,12 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.find_products import RECURRENT, Product, find_products, weights_of
+from sparsify.autocast import autocast_off
+from sparsify.find_products import Product, find_products, weights_of
 from sparsify.graph_meta import Source
 from sparsify.passes.classify_ops import MOST_DENSITY, draws_random, untransposed
 from sparsify.passes.copy_graph import copy_into
 from sparsify.passes.expand_rnn import recurrent_weights
 from sparsify.passes.find_origins import find_origins
+from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.rechoose import EVERY
 from sparsify.report import Site
 from sparsify.weight_pattern import density_of
@@ -46,7 +48,7 @@ class StoredWeights:
             tensors = [_fetch(model, source) for source in sources]
             known = [tensor for tensor in tensors if tensor is not None and tensor.is_cpu]
             if len(known) == len(sources):
-                with torch.no_grad():
+                with torch.no_grad(), autocast_off():
                     weight: Tensor = graph(*known)
                 found[name] = density_of(weight)
         return found
@@ -80,7 +82,7 @@ class StoredWeights:
         return {
             product.name
             for product in self._products
-            if (op := product.nodes[0]).target not in RECURRENT
+            if recurrent_op(op := product.nodes[0]) is None
             or _weight(product) in recurrent_weights(op)
         }
 

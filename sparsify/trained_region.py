@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C._functorch import is_legacy_batchedtensor
 
+from sparsify.autocast import autocast_off
 from sparsify.call_conditions import is_intercepted
 from sparsify.differentiated import Differentiated, Input, Operand
 from sparsify.errors import Refusal, RefusedError
@@ -173,7 +174,8 @@ class TrainedRegion(nn.Module):
         # Kernels cannot read what vmap passes, as is_grads_batched=True lets it.
         is_batched = is_intercepted() or any(map(is_legacy_batchedtensor, known.values()))
         backward = self.parts.backward if is_batched else self.backward
-        found = backward(*(known[place] for place in self.parts.inputs))
+        with autocast_off():  # backward() may be called under it
+            found = backward(*(known[place] for place in self.parts.inputs))
         by_place = dict(zip(self.parts.outputs, found, strict=True))
         wanted = {place for result, place in self.parts.reaches if result in live}
         by_place = {place: d for place, d in by_place.items() if place in wanted}

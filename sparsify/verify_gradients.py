@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.autocast import autocast_off
 from sparsify.check_recording import why_not_repeated
 from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.differentiated import Input
@@ -57,6 +58,17 @@ def check_gradients(
     differs = why_not_repeated(model, compiled.recording, *call)
     if differs:
         raise MismatchError(f"the recorded graph against the model: {differs}")
+    with autocast_off():
+        return _check_compiled(compiled, stages, operands, most_undecided, progress)
+
+
+def _check_compiled(
+    compiled: Compiled,
+    stages: Sequence[Stage],
+    operands: Sequence[Tensor],
+    most_undecided: float,
+    progress: Progress | None,
+) -> CheckedGradients:
     _check_stages(stages, operands)
     with torch.no_grad():
         before = stages[-1].graph

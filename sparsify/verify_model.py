@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.autocast import autocast_off
 from sparsify.call_conditions import needs_grad
 from sparsify.compiled import Compiled, Stage
 from sparsify.engine import Engine
@@ -114,14 +115,15 @@ class _Check:
         operands = self._operands(compiled)
         stages = self._stages(compiled, operands)
         figures = [self._check_recording(stages[0], eager, operands, compiled)]
-        figures += check_stages(stages, operands)
-        regions = check_regions(
-            compiled.stages[-2].graph,
-            compiled.graph,
-            operands,
-            most_undecided=most_undecided,
-            progress=progress,
-        )
+        with autocast_off():
+            figures += check_stages(stages, operands)
+            regions = check_regions(
+                compiled.stages[-2].graph,
+                compiled.graph,
+                operands,
+                most_undecided=most_undecided,
+                progress=progress,
+            )
         _check_launched(compiled, regions)
         figures.append(self._check_call(compiled, kernels, operands))
         return Verification(
@@ -257,7 +259,9 @@ class _Check:
         deliver = compiled.recording.calling.deliver
 
         def run() -> Any:
-            return deliver(stage.graph(*operands), args, kwargs)
+            with autocast_off():
+                values = stage.graph(*operands)
+            return deliver(values, args, kwargs)
 
         return self._run(self.engine.original, run)
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify.find_products import RECURRENT, weights_of
+from sparsify.find_products import weights_of
 from sparsify.graph_meta import TensorInfo
 from sparsify.passes.classify_ops import draws_random, untransposed
+from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import find_activations
 from sparsify.weight_pattern import Pattern, find_pattern
 
@@ -36,7 +37,7 @@ def note_patterns(graph: fx.Graph, operands: Sequence[Tensor]) -> None:
             weights = weights_of(node)
             for weight in weights:
                 values.note(weight)
-            if len(weights) == 1 and node.target not in RECURRENT:
+            if len(weights) == 1 and recurrent_op(node) is None:
                 matrix, swapped = untransposed(weights[0])
                 swapped ^= len(matrix.meta["val"].shape) == 2 and node.target not in BY_RECEIVERS
                 if matrix in values.numbers and matrix.meta["val"].dtype.is_floating_point:

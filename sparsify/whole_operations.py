@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from sparsify.compiled import Compiled
 from sparsify.errors import Refusal
-from sparsify.find_products import RECURRENT
+from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.region import Region
 from sparsify.scan import Scan
 from sparsify.trained_region import TrainedRegion
@@ -22,7 +22,7 @@ def find_stepwise(compiled: Compiled) -> dict[fx.Node, Refusal]:
     found: dict[fx.Node, Refusal] = {}
     for node in compiled.stages[0].graph.graph.nodes:
         place = node.meta.get("location"), node.meta.get("module")
-        if node.target in RECURRENT and "whole" not in node.meta and place in left:
+        if recurrent_op(node) and "whole" not in node.meta and place in left:
             found[node] = _why(compiled, node)
     return found
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.autograd import graph as autograd_graph
 
 from sparsify.application import Application, Operand, take_operands, tensors_held
+from sparsify.autocast import autocast
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.histories import Applied, Histories
 from sparsify.recording.recorder import Recorder
@@ -168,7 +169,7 @@ class Applications:
             name = use.function.__name__
             raise CannotRecord(f"{name}.forward returns a tensor that is none of its arguments")
         node = current(value, recorder.emit)
-        application = Application(use.function, use.arguments, index)
+        application = Application(use.function, use.arguments, index, autocast())
         made = recorder.emit(application, (node, *use.nodes), {}, value.info)
         made.meta["function"] = use.function.__name__
         if value.parent is not None:

@@ -14,6 +14,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from sparsify.autocast import autocast, is_any_on
+
 GLOBAL_HOOKS = {
     "global forward pre-hook": "_global_forward_pre_hooks",
     "global forward hook": "_global_forward_hooks",
@@ -23,15 +25,6 @@ GLOBAL_HOOKS = {
 
 
 saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-def autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    """The devices on which autocast is enabled, with its dtype."""
-    return tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    )
 
 
 def active_modes() -> tuple[str, ...]:
@@ -78,7 +71,7 @@ def vocabulary() -> dict[str, Any]:
         "is_grad_enabled": torch.is_grad_enabled,
         "is_inference_mode_enabled": torch.is_inference_mode_enabled,
         "autocast": autocast,
-        "any_autocast": torch._C._is_any_autocast_enabled,
+        "any_autocast": is_any_on,
         "get_default_dtype": torch.get_default_dtype,
         "deterministic": torch._C._get_deterministic_algorithms,
         "active_modes": active_modes,

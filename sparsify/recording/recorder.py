@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsify.autocast import Autocast, autocast
 from sparsify.errors import TraceError
 from sparsify.free_memory import free_memory
 from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
@@ -168,12 +169,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.add_results(call, op, args, kwargs, result)
 
     def record_whole(self, call: Call, run: Callable[[], Any]) -> Any:
-        """Record as one node what ``run`` computes unrecorded."""
+        """Record as one node what ``run`` computes unrecorded, with the autocast that it is under.
+
+        All other nodes are recorded below the casts.
+        """
+        settings = autocast()
+        target = Autocast(call.op, settings) if settings else call.op
         self.arrive()
         args, kwargs = self.lower_all(call)
         call.result = run()
         call.has_run = True
-        self.add_results(call, call.op, args, kwargs, call.result)
+        self.add_results(call, target, args, kwargs, call.result)
         return call.result
 
     def add_results(self, call: Call, op: Any, args: Any, kwargs: Any, result: Any) -> None:
