@@ -52,26 +52,6 @@ SPARSIFY_INLINE void each_band(const Kept<W, RUN>& weight, int64_t receiver, Vis
     visit(Line<W, RUN>{weight, starts[0], starts[1], base});
 }
 
-// sum += weights * values, with one rounding where the processor can.
-#if __has_builtin(__builtin_elementwise_fma)
-#define SPARSIFY_FUSED_FLOATS(w, v, s) __builtin_elementwise_fma(w, v, s)
-#define SPARSIFY_FUSED_DOUBLES(w, v, s) __builtin_elementwise_fma(w, v, s)
-#elif defined(__FMA__)
-#define SPARSIFY_FUSED_FLOATS(w, v, s) __builtin_ia32_vfmaddps(w, v, s)
-#define SPARSIFY_FUSED_DOUBLES(w, v, s) __builtin_ia32_vfmaddpd256(w, v, s)
-#else
-#define SPARSIFY_FUSED_FLOATS(w, v, s) (w * v + s)
-#define SPARSIFY_FUSED_DOUBLES(w, v, s) (w * v + s)
-#endif
-SPARSIFY_INLINE void add_product(Few<float>& sum, const Few<float>& weights,
-                                 const Few<float>& values) {
-  sum = SPARSIFY_FUSED_FLOATS(weights, values, sum);
-}
-SPARSIFY_INLINE void add_product(Few<double>& sum, const Few<double>& weights,
-                                 const Few<double>& values) {
-  sum = SPARSIFY_FUSED_DOUBLES(weights, values, sum);
-}
-
 // The sum of one batch row and receiver.
 template <int RUN, class F, class W>
 SPARSIFY_INLINE F dot(const Kept<W, RUN>& weight, int64_t receiver, const F* source) {
@@ -99,7 +79,7 @@ SPARSIFY_INLINE F dot(const Kept<W, RUN>& weight, int64_t receiver, const F* sou
           Few<F> values;
           SPARSIFY_UNROLL
           for (int k = 0; k < FEW; ++k) values[k] = from[at[k]];
-          add_product(sum[i], some, values);
+          sum[i] = fused(some, values, sum[i]);
         });
       });
       const auto all = (sum[0] + sum[1]) + (sum[2] + sum[3]);

@@ -200,27 +200,31 @@ void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int
   }
 }
 
-// weight * payload + sum, with one rounding where the processor can.
+// weight * payload + sum in vectors of any size, with one rounding where the processor can.
+template <class V>
+SPARSIFY_INLINE V fused(V weight, V payload, V sum) {
 #if __has_builtin(__builtin_elementwise_fma)
-#define SPARSIFY_FUSED_FLOAT(w, p, s) __builtin_elementwise_fma(w, p, s)
-#define SPARSIFY_FUSED_DOUBLE(w, p, s) __builtin_elementwise_fma(w, p, s)
-#elif defined(__AVX512F__)
-#define SPARSIFY_FUSED_FLOAT(w, p, s) __builtin_ia32_vfmaddps512_mask(w, p, s, -1, 4)
-#define SPARSIFY_FUSED_DOUBLE(w, p, s) __builtin_ia32_vfmaddpd512_mask(w, p, s, -1, 4)
-#elif defined(__FMA__)
-#define SPARSIFY_FUSED_FLOAT(w, p, s) __builtin_ia32_vfmaddps256(w, p, s)
-#define SPARSIFY_FUSED_DOUBLE(w, p, s) __builtin_ia32_vfmaddpd256(w, p, s)
+  return __builtin_elementwise_fma(weight, payload, sum);
 #else
-#define SPARSIFY_FUSED_FLOAT(w, p, s) (w * p + s)
-#define SPARSIFY_FUSED_DOUBLE(w, p, s) (w * p + s)
+  [[maybe_unused]] constexpr bool IS_FLOAT = sizeof(V{}[0]) == 4;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && IS_FLOAT)
+    return __builtin_ia32_vfmaddps512_mask(weight, payload, sum, -1, 4);
+  if constexpr (sizeof(V) == 64 && !IS_FLOAT)
+    return __builtin_ia32_vfmaddpd512_mask(weight, payload, sum, -1, 4);
 #endif
-SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, Vector<float> payload,
-                                    Vector<float> sum) {
-  return SPARSIFY_FUSED_FLOAT(weight, payload, sum);
-}
-SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, Vector<double> payload,
-                                     Vector<double> sum) {
-  return SPARSIFY_FUSED_DOUBLE(weight, payload, sum);
+#if defined(__FMA__)
+  if constexpr (sizeof(V) == 32 && IS_FLOAT)
+    return __builtin_ia32_vfmaddps256(weight, payload, sum);
+  if constexpr (sizeof(V) == 32 && !IS_FLOAT)
+    return __builtin_ia32_vfmaddpd256(weight, payload, sum);
+  if constexpr (sizeof(V) == 16 && IS_FLOAT)
+    return __builtin_ia32_vfmaddps(weight, payload, sum);
+  if constexpr (sizeof(V) == 16 && !IS_FLOAT)
+    return __builtin_ia32_vfmaddpd(weight, payload, sum);
+#endif
+  return weight * payload + sum;
+#endif
 }
 SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, float payload, Vector<float> sum) {
   return fused(weight, payload - Vector<float>{}, sum);
