@@ -6,6 +6,7 @@ from torch import fx
 
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
+from sparsify.passes.look_up_products import look_up_products
 from sparsify.passes.result import PassResult
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
@@ -37,4 +38,5 @@ PIPELINE = (
     set_apart,
     scan_products,
     find_events,
+    look_up_products,
 )

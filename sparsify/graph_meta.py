@@ -15,6 +15,7 @@ Every node of a recording, and every node that a pass creates, has in ``node.met
                 values that matter, where ``only`` is given
     pattern     weight_pattern.Pattern of a weight, or of what a product multiplies by; a part of a
                 weight has that of the whole
+    looked_up   of a product whose rows are looked up: how many are, see ``look_up_products``
     whole       of a recurrent operation: Refusal, why its loops are not worth it
     only        Mask, written by ``restrict_products``: where a product's values matter
     fact        Fact, written by ``find_events``

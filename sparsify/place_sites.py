@@ -54,6 +54,8 @@ def why_kept(
     scan = _scan_of(product, graph)
     if scan is not None and isinstance(refusal := lowered.get(scan), Refusal):
         return refusal
+    if (looked := _why_looked_up(product, graph)) is not None:
+        return looked
     at_line = [r for r in refusals if r.location is not None and r.location == product.location]
     if at_line:
         return min(at_line, key=lambda refusal: _distance(refusal, product))
@@ -109,6 +111,16 @@ def _scan_of(product: Product, graph: fx.GraphModule) -> str | None:
 
 def _where(product: Product) -> tuple[str, Location | None]:
     return product.module, product.location
+
+
+def _why_looked_up(product: Product, graph: fx.GraphModule) -> Refusal | None:
+    """What is said of a product of an embedding, see ``look_up_products``; None for others."""
+    for node in graph.graph.nodes:
+        if "looked_up" in node.meta and _place(node) == _where(product):
+            rows, tokens = node.meta["val"].shape[0], node.meta["looked_up"]
+            reason = f"It reads an embedding: {rows} rows are multiplied once, for {tokens} tokens."
+            return Refusal("no-event", reason, "Nothing is lost.", product.location)
+    return None
 
 
 def _why_operand(product: Product, graph: fx.GraphModule) -> Refusal:
