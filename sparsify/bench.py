@@ -84,17 +84,21 @@ def measure_pairs(
     inputs: Sequence[Any] = (),
     check: Callable[[Mapping[str, Any]], None] | None = None,
     least_ms: float = 2.0,
+    known: Mapping[str, float] | None = None,
 ) -> Timings:
     """Time every function once a round, in an order that rotates.
 
     With ``inputs`` the functions take one argument and round r uses ``inputs[r % len(inputs)]``.
     ``check`` is given the outputs of a round by name, outside of what is timed, and raises if they
     do not agree. A short function is called several times a round, until ``least_ms`` have passed.
+    Of those in ``known`` it is known what a call takes, in seconds: they are not called before.
     """
     if not functions or rounds < 1:
         raise ValueError(f"{len(functions)} functions and {rounds} rounds: nothing to measure")
     arguments: list[tuple[Any, ...]] = [(each,) for each in inputs] or [()]
-    counts = {name: _count_calls(f, arguments, least_ms) for name, f in functions.items()}
+    warm = dict(known or {})
+    warm |= {n: _warm_up(f, arguments) for n, f in functions.items() if n not in warm}
+    counts = {n: max(1, round(least_ms * 1e-3 / max(warm[n], 1e-7))) for n in functions}
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     canary, canary_seconds = _Canary(), []
@@ -134,14 +138,11 @@ def bootstrap(ratios: npt.NDArray[np.float64]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def _count_calls(
-    function: Callable[..., Any], arguments: list[tuple[Any, ...]], least_ms: float
-) -> int:
-    """Warm up on every input; then how many calls take ``least_ms``."""
+def _warm_up(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> float:
+    """Warm up on every input; then what a call takes."""
     warm = min(_time(function, given, 1)[0] for given in arguments)
     again = arguments[:1] if warm > SLOW_SECONDS else arguments[:3] * 2
-    took = min(_time(function, given, 1)[0] for given in again)
-    return max(1, round(least_ms * 1e-3 / max(took, 1e-7)))
+    return min(_time(function, given, 1)[0] for given in again)
 
 
 def _time(function: Callable[..., Any], given: tuple[Any, ...], calls: int) -> tuple[float, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -215,7 +215,8 @@ def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Can
 
     ``pinned`` holds the Gathers that a plan decides. The others are tried all dense, and with those
     as events that the cost model says gain by it, or all of them if none does; either with every
-    weight and, where that is predicted to be faster, without those that are zero.
+    weight and, where that is predicted to be faster, without those that are zero. Of those that are
+    not close to the best one a label is enough.
     """
     names = [gather.result for gather in predictor.kernel.gathers]
     dense: Gathers = {name: pinned.get(name, "dense") for name in names}
@@ -238,7 +239,17 @@ def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Can
             few = some[:1] if gathers is dense and events != dense else some
             found |= {c.schedule: c for c in few}
     ordered = sorted(found.values(), key=lambda c: c.predicted_seconds)
-    return [c for c in ordered if c.predicted_seconds <= HOPELESS * ordered[0].predicted_seconds]
+    near = [c for c in ordered if c.predicted_seconds <= HOPELESS * ordered[0].predicted_seconds]
+    firsts = first_of_each_label(near)
+    return [c for c in near if c in firsts or c in _close(near)]
+
+
+def first_of_each_label(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """What tells how much events and zeros gain; nothing else is worth compiling of small loops."""
+    firsts: dict[Label, Candidate] = {}
+    for each in candidates:
+        firsts.setdefault(each.label, each)
+    return list(firsts.values())
 
 
 def _close(candidates: list[Candidate]) -> list[Candidate]:

@@ -96,5 +96,6 @@ def _time(ours: Callable[[], Any], original: Callable[[], Any], once: float) -> 
     if once > FAR * took or once > SLOW_SECONDS:
         return took, once
     rounds = max(3, min(15, int(BUDGET_SECONDS / max(2 * once, 1e-4))))
-    found = measure_pairs({"ours": ours, "original": original}, rounds, least_ms=0.2)
+    known = {"ours": took, "original": once}
+    found = measure_pairs({"ours": ours, "original": original}, rounds, least_ms=0.2, known=known)
     return min(found.seconds["ours"]), min(found.seconds["original"])

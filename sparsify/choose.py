@@ -26,6 +26,7 @@ TIMED_STEPS = 100  # of a longer loop: every one takes the same time
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
 FIRST_CALLS = 3
+ENOUGH_SECONDS = 0.05  # that two first calls took: a third would tell no more
 BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one is timed no further
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
@@ -158,8 +159,8 @@ def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, lis
     budget = BUDGET_SECONDS if len(functions) > 1 else 0.0
     round_seconds = kernels * len(functions) + original * is_close
     rounds = max(3, min(15, int(budget / max(round_seconds, 1e-3))))
-    timings = measure_pairs(functions, rounds, least_ms=0.2)
-    once.setdefault("original", original)
+    once["original"] = original
+    timings = measure_pairs(functions, rounds, least_ms=0.2, known=once)
     once |= {name: min(once[name], *timings.seconds[name]) for name in functions}
     return timings, [seconds / share for seconds in once.values()]
 
@@ -193,16 +194,16 @@ def in_the_middle(task: Task, run: Callable[..., Any]) -> tuple[Task, float]:
 
 def seconds_of(function: Callable[[], Any]) -> float:
     """The shortest time of some calls; the first may have to warm up. Slow ones are called once."""
-    took = float("inf")
+    took: list[float] = []
     for _ in range(FIRST_CALLS):
         wait_for_devices()
         start = time.perf_counter()
         function()
         wait_for_devices()
-        took = min(took, time.perf_counter() - start)
-        if took > SLOW_SECONDS:
+        took.append(time.perf_counter() - start)
+        if min(took) > SLOW_SECONDS or (len(took) > 1 and sum(took) > ENOUGH_SECONDS):
             break
-    return took
+    return min(took)
 
 
 def is_slower(ours: float, original: float) -> bool:

@@ -7,7 +7,14 @@ from typing import TypeVar
 
 from sparsify import ir
 from sparsify.binaries import Binaries
-from sparsify.candidates import Candidate, How, Predictor, Workload, find_candidates
+from sparsify.candidates import (
+    Candidate,
+    How,
+    Predictor,
+    Workload,
+    find_candidates,
+    first_of_each_label,
+)
 from sparsify.choose import Choice, Task, choose_region
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import CompileError, Refusal
@@ -24,6 +31,7 @@ from sparsify.scans import BACKWARD
 from sparsify.sized_launchable import SizedLaunchable
 
 UNMEASURED_ACTIVITY = 0.1  # of events that the recorder did not measure
+SMALL_SHARE = 0.05  # of all loops' time: of a loop that takes less, one kernel a kind is compiled
 COMPILER = "Report the source and the log: generated code must compile. Until then, pin it off."
 
 T = TypeVar("T")
@@ -62,6 +70,10 @@ class Chooser:
                 self._found[task.name] = candidates if timed else candidates[:1]
             else:
                 self.choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
+        total = sum(found[0].predicted_seconds for found in self._found.values())
+        for name, found in self._found.items():
+            if found[0].predicted_seconds < SMALL_SHARE * total:
+                self._found[name] = first_of_each_label(found)
         kernels = {task.name: task.lowered.kernel for task in tasks}
         wanted = [(kernels[name], c.schedule) for name, cs in self._found.items() for c in cs]
         if not wanted:

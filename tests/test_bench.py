@@ -68,6 +68,12 @@ def test_slow_functions_are_not_called_in_vain() -> None:
     assert calls == [1, 2, 3, 1, 1, 2]  # to warm up, to count calls, and two rounds
 
 
+def test_what_is_known_of_a_function_is_not_measured() -> None:
+    calls: list[int] = []
+    measure_pairs({"a": lambda: calls.append(1)}, 3, least_ms=1, known={"a": 0.5e-3})
+    assert len(calls) == 3 * 2
+
+
 def test_the_interval_covers_the_truth_of_noisy_ratios() -> None:
     covered = 0
     for seed in range(100):

@@ -12,8 +12,15 @@ from torch import Tensor
 from sparsify import choose
 from sparsify.bench import Timings
 from sparsify.binaries import Binaries
-from sparsify.candidates import Predictor, Workload, find_candidates
+from sparsify.candidates import (
+    CLOSE,
+    Predictor,
+    Workload,
+    find_candidates,
+    first_of_each_label,
+)
 from sparsify.choose import Task, choose_region, is_slower
+from sparsify.chooser import Chooser
 from sparsify.codegen.backend import Cost, GatherWork
 from sparsify.codegen.cpp import CppBackend
 from sparsify.compile_recording import Compiler, find_tasks, lower_scans, run_pipeline
@@ -108,6 +115,35 @@ def test_a_pinned_gather_is_not_varied(how: Any) -> None:
     candidates = find_candidates(found, {gather.result: how})
     assert candidates
     assert all(c.schedule.gathers == ((gather.result, how),) for c in candidates)
+
+
+def test_of_what_is_not_close_to_the_best_one_kernel_is_compiled() -> None:
+    """Which strategy is the best way to do the worse thing matters to nobody."""
+    rates = replace(RATES, event_adds=1e6, dense_macs=3e6)
+    near = find_candidates(predictor(0.3), {})
+    far = find_candidates(replace(predictor(1.0), backend=CppBackend(rates)), {})
+    assert [c.label for c in near] == ["event", "dense", "event"]
+    assert [c.label for c in far] == ["dense", "event"]
+    assert far[1].predicted_seconds > CLOSE * far[0].predicted_seconds
+
+
+def test_of_loops_that_take_little_one_kernel_of_a_kind_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other strategies of theirs could gain no more than a part of that."""
+    binaries = Binaries(BACKEND)
+    chooser = Chooser(Options(timing=False), binaries, Plan(), [], {})
+    task = task_of(recurrent)
+    large = find_candidates(predictor(0.3), {})
+    small = [replace(c, predicted_seconds=1e-3 * c.predicted_seconds) for c in large]
+    found = iter([large, small])
+    monkeypatch.setattr(chooser, "_candidates", lambda task: next(found))
+    wanted: list[Any] = []
+    monkeypatch.setattr(binaries, "compile_all", lambda keys, products: wanted.extend(keys))
+    chooser.prepare([task, replace(task, name="small")])
+    few = first_of_each_label(small)
+    assert len(few) < len(large)
+    assert [schedule for _, schedule in wanted] == [c.schedule for c in (*large, *few)]
 
 
 def test_a_planned_strategy_and_tile_are_kept() -> None:

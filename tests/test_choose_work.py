@@ -39,7 +39,7 @@ def race(monkeypatch: pytest.MonkeyPatch, original_seconds: float, *regions: Stu
     """What ``time_candidates`` says of the regions, and which functions took part in its rounds."""
     raced: list[str] = []
 
-    def rounds(functions: dict[str, Callable[[], Any]], rounds: int, least_ms: float) -> Timings:
+    def rounds(functions: dict[str, Callable[[], Any]], rounds: int, **known: Any) -> Timings:
         raced.extend(functions)
         return Timings({name: (f(),) * 3 for name, f in functions.items()}, (1.0,) * 3, 1)
 
