@@ -7,7 +7,7 @@ import time
 import torch
 from roofline import measure_roofline
 from torch import nn
-from training_cases import Case
+from training_cases import TOKENS, Case
 from training_networks import EGRULanguageModel
 
 SIDE = 1024  # of the matrices whose product gives the rate of dense multiply-adds
@@ -16,8 +16,8 @@ SIDE = 1024  # of the matrices whose product gives the rate of dense multiply-ad
 def least_ms(case: Case) -> float:
     """Every product three times: forward, gradient of the weight, gradient of what it reads.
 
-    The first two need active senders only. The third needs the units that pass a gradient on, and
-    all of them where an embedding is read; the network's own input needs none.
+    The first two need active senders only. The third needs the units that pass a gradient on; the
+    network's own input needs none. Where an embedding is read, each of its rows is multiplied once.
     """
     size = case.size
     rows = size.steps * size.batch
@@ -26,7 +26,7 @@ def least_ms(case: Case) -> float:
     for linear, reads in products(case.model):
         whole = rows * float(linear.weight.numel())
         if reads == "embedding":
-            dense += 3 * whole
+            dense += 3 * min(rows, TOKENS) * float(linear.weight.numel())
         elif reads == "input":
             adds += 2 * whole * float((inputs != 0).float().mean())
         else:
