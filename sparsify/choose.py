@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,13 @@ from sparsify.verify_regions import RegionCheck
 BUDGET_SECONDS = 0.1  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
 TIMED_STEPS = 100  # of a longer loop: every one takes the same time
+TIMED_SECONDS = 0.01  # a call that is predicted to take longer is timed on fewer steps
+LEAST_STEPS = 10  # but on so many: a call looks at the weights once
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
 FIRST_CALLS = 3
 ENOUGH_SECONDS = 0.05  # that two first calls took: a third would tell no more
-BEHIND = 2.0  # a kernel that takes this many times longer than the fastest one is timed no further
+BEHIND = 1.5  # a kernel that takes this many times longer than the fastest one is timed no further
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
 SLACK_SHARE = 1.05
 REMEDY = "Larger batches, more neurons or fewer events move the balance; a plan can pin the site."
@@ -119,7 +122,7 @@ def _choose_timed(
     regions: Sequence[Region],
     events: Mapping[str, tuple[int, int]],
 ) -> Choice:
-    timings, seconds = time_candidates(task, regions)
+    timings, seconds = time_candidates(task, regions, candidates[0].predicted_seconds)
     by_label: dict[str, float] = {"original": seconds[-1]}
     for candidate, took in zip(candidates, seconds[:-1], strict=True):
         by_label[candidate.label] = min(took, by_label.get(candidate.label, took))
@@ -135,14 +138,17 @@ def _choose_timed(
     return _chosen(regions[best], took_ms, events, note)
 
 
-def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, list[float]]:
+def time_candidates(
+    task: Task, regions: Sequence[Region], predicted_seconds: float = 0.0
+) -> tuple[Timings, list[float]]:
     """Interleaved rounds; the shortest times of the regions and, last, of the original Scan.
 
     Other work only ever adds to a time: of few rounds, the shortest one has the least of it. The
     original and regions take part only where they are close, and the first region, which is
-    predicted to be the fastest. Of many steps some are timed.
+    predicted to be the fastest. Of many steps some are timed, of a call that is predicted to take
+    long fewer.
     """
-    task, share = in_the_middle(task, regions[0])
+    task, share = in_the_middle(task, regions[0], timed_steps(task, predicted_seconds))
     operands = task.operands
     functions = {str(i): _call(region, operands) for i, region in enumerate(regions)}
     once = {name: seconds_of(function) for name, function in functions.items()}
@@ -165,17 +171,24 @@ def time_candidates(task: Task, regions: Sequence[Region]) -> tuple[Timings, lis
     return timings, [seconds / share for seconds in once.values()]
 
 
-def in_the_middle(task: Task, run: Callable[..., Any]) -> tuple[Task, float]:
-    """The task with ``TIMED_STEPS`` of many steps, and their share of all.
+def timed_steps(task: Task, predicted_seconds: float) -> int:
+    """How many steps of the task are timed."""
+    steps = int(task.operands[0])
+    wanted = math.ceil(steps * TIMED_SECONDS / max(predicted_seconds, 1e-9))
+    return min(TIMED_STEPS, max(LEAST_STEPS, wanted))
+
+
+def in_the_middle(task: Task, run: Callable[..., Any], timed: int) -> tuple[Task, float]:
+    """The task with ``timed`` of many steps, and their share of all.
 
     They are in the middle of the loop, from the states that ``run`` comes there with: at the start
     nothing may fire yet.
     """
     steps, carries, xs, consts = task.operands
-    if steps < 2 * TIMED_STEPS:
+    if steps < 2 * timed:
         return task, 1.0
-    before = (steps - TIMED_STEPS) // 2
-    first, timed = range(before), range(before, before + TIMED_STEPS)
+    before = (steps - timed) // 2
+    first, middle = range(before), range(before, before + timed)
 
     def part(which: range) -> list[Tensor]:
         """Rows of the xs, in the order in which steps run."""
@@ -186,9 +199,9 @@ def in_the_middle(task: Task, run: Callable[..., Any]) -> tuple[Task, float]:
 
     if carries:
         carries = run(before, carries, part(first), consts)[: task.scan.carries]
-    share = TIMED_STEPS / steps
+    share = timed / steps
     took = None if task.original_seconds is None else task.original_seconds * share
-    operands = (TIMED_STEPS, carries, part(timed), consts)
+    operands = (timed, carries, part(middle), consts)
     return replace(task, operands=operands, original_seconds=took), share
 
 

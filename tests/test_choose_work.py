@@ -13,7 +13,14 @@ import torch
 from sparsify import choose
 from sparsify.bench import Timings
 from sparsify.binaries import Binaries
-from sparsify.choose import in_the_middle, time_candidates
+from sparsify.choose import (
+    LEAST_STEPS,
+    TIMED_SECONDS,
+    TIMED_STEPS,
+    in_the_middle,
+    time_candidates,
+    timed_steps,
+)
 from sparsify.compile_recording import Compiler
 from sparsify.options import Options
 from sparsify.plan import Plan
@@ -21,7 +28,7 @@ from sparsify.scan import Scan
 from tests.looped_models import layer_order, recurrent
 from tests.test_choose import BACKEND, record, task_of
 
-SLOW, FAST, FURTHER = 9e-3, 1e-3, 1.9e-3
+SLOW, FAST, FURTHER = 9e-3, 1e-3, 1.4e-3
 TIMED = 3  # of ten steps
 
 
@@ -87,12 +94,11 @@ def test_kernels_that_were_chosen_make_the_operands_of_later_ones(
 def test_of_many_steps_those_in_the_middle_are_timed(
     monkeypatch: pytest.MonkeyPatch, reverse: bool
 ) -> None:
-    monkeypatch.setattr(choose, "TIMED_STEPS", TIMED)
     task = replace(task_of(recurrent), original_seconds=1.0)
     task.scan.reverse = reverse
     steps = task.operands[0]
     before = (steps - TIMED) // 2
-    middle, share = in_the_middle(task, task.scan)
+    middle, share = in_the_middle(task, task.scan, TIMED)
     assert (share, middle.original_seconds) == (TIMED / steps, TIMED / steps)
     trace, part = task.scan.trace_states(*task.operands), task.scan.trace_states(*middle.operands)
     assert len(trace.outputs) > task.scan.carries
@@ -104,8 +110,7 @@ def test_of_many_steps_those_in_the_middle_are_timed(
 
 
 def test_times_of_some_steps_are_scaled_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "TIMED_STEPS", TIMED)
-    monkeypatch.setattr(choose, "in_the_middle", lambda task, run: (task, 0.25))
+    monkeypatch.setattr(choose, "in_the_middle", lambda task, run, steps: (task, 0.25))
     monkeypatch.setattr(choose, "seconds_of", lambda function: function())
     found = Timings({"0": (FAST,)}, (1.0,), 1)
     monkeypatch.setattr(choose, "measure_pairs", lambda *_, **__: found)
@@ -115,4 +120,11 @@ def test_times_of_some_steps_are_scaled_to_all(monkeypatch: pytest.MonkeyPatch) 
 
 def test_few_steps_are_all_timed() -> None:
     task = task_of(recurrent)
-    assert in_the_middle(task, task.scan) == (task, 1.0)
+    assert in_the_middle(task, task.scan, TIMED_STEPS) == (task, 1.0)
+
+
+def test_a_call_that_takes_long_is_timed_on_fewer_steps() -> None:
+    task = replace(task_of(recurrent), operands=(300,))
+    assert timed_steps(task, 0.0) == timed_steps(task, 0.5 * TIMED_SECONDS) == TIMED_STEPS
+    assert timed_steps(task, 6 * TIMED_SECONDS) == 50
+    assert timed_steps(task, 1e3) == LEAST_STEPS
