@@ -13,7 +13,7 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
-from sparsify.codegen.cuda import neurons_per_block, team_shape
+from sparsify.codegen.cuda import neurons_per_block, team_kernel, team_shape
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
@@ -65,9 +65,13 @@ def exact(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 @contextmanager
 def four_warps() -> Iterator[None]:
-    """Blocks of teams have so few: each takes several rows and blocks of senders in turn."""
+    """Blocks of teams have so few: each takes several rows and blocks of senders in turn.
+
+    Few lists are many, as they are for these.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(team_shape, "MOST_WARPS", 4)
+        patch.setattr(team_kernel, "MANY_LISTS", 4)
         neurons_per_block.find_shape.cache_clear()
         yield
     neurons_per_block.find_shape.cache_clear()

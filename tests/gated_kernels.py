@@ -6,8 +6,11 @@ from sparsify import ir
 from tests.example_kernels import EVERY
 
 
-def egru(hidden: int, weights: ir.DType = "float32") -> ir.Kernel:
-    """Event-based gated units: three products of the same events, one exchange a step."""
+def egru(hidden: int, weights: ir.DType = "float32", told: ir.DType = "float32") -> ir.Kernel:
+    """Event-based gated units: three products of the same events, one exchange a step.
+
+    ``told`` is the dtype of the events, as autocast converts them.
+    """
     f: ir.DType = "float32"
     one, zero = ir.Const(1.0), ir.Const(0.0)
     gates = "zrg"
@@ -26,10 +29,11 @@ def egru(hidden: int, weights: ir.DType = "float32") -> ir.Kernel:
         ir.Let("c", "add", ("kept", "new"), f),
         ir.Let("fires", "gt", ("c", "theta"), "bool"),
         ir.Let("y_new", "where", ("fires", "c", zero), f),
+        *([ir.Let("y_told", "cast", ("y_new",), told)] if told != f else []),
         ir.Let("drop", "where", ("fires", "theta", zero), f),
         ir.Let("h_new", "sub", ("c", "drop"), f),
         ir.Update("h", "h_new"),
-        ir.Update("y", "y_new"),
+        ir.Update("y", "y_new" if told == f else "y_told"),
         ir.Store("out", "y_new"),
     )
     return ir.Kernel(
@@ -39,10 +43,10 @@ def egru(hidden: int, weights: ir.DType = "float32") -> ir.Kernel:
             *(ir.Operand(f"p_{gate}", EVERY, "hidden", f) for gate in gates),
             ir.Operand("theta", ("N",), "hidden", f),
             ir.Operand("h0", ("B", "N"), "hidden", f),
-            ir.Operand("y0", ("B", "N"), "hidden", f),
+            ir.Operand("y0", ("B", "N"), "hidden", told),
         ),
         weights=tuple(ir.Weight(f"r_{gate}", "hidden", "hidden", weights) for gate in gates),
-        states=(ir.State("h", "hidden", f, "h0"), ir.State("y", "hidden", f, "y0")),
+        states=(ir.State("h", "hidden", f, "h0"), ir.State("y", "hidden", told, "y0")),
         phases=(ir.Phase("hidden", body),),
         outputs=(ir.Output("out", EVERY, "hidden", f),),
     )

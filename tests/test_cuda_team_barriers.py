@@ -119,29 +119,48 @@ def test_every_barrier_is_needed(strategy: str, case: Case, kib: int, count: int
     assert not needless
 
 
-def gates() -> Case:
-    """Nine lanes for each row: three at a time, two halves of a block of senders."""
+def gates(theta: float = 0.5) -> Case:
+    """Nine lanes for each row: three at a time."""
     kernel, rng = egru(270), np.random.default_rng(0)
     data = {f"p_{gate}": rng.standard_normal((2, 5, 270)).astype("float32") for gate in "zrg"}
     data |= {f"r_{gate}": rng.standard_normal((270, 270)).astype("float32") / 8 for gate in "zrg"}
-    data["theta"] = np.full(270, 0.5, "float32")
+    data["theta"] = np.full(270, theta, "float32")
     data["h0"] = rng.standard_normal((5, 270)).astype("float32")
     data["y0"] = data["h0"] * (data["h0"] > 1)
     return kernel, data, 2, 5
 
 
 def test_groups_of_lanes_meet() -> None:
-    """Before they write lists, and before they read them; in two halves of the rows."""
-    case, limits = gates(), replace(small(56), multiprocessors=24)
-    plan = schedule(case[0], GRID)
+    """Before they write lists, and before they read them."""
+    case, limits, plan = recurrent(9), small(100), schedule(lif(270, 270), GRID)
     source = CudaBackend(EmulatedDevice(played=limits)).render(case[0], plan)
-    assert "GroupEvents<float, true, 3>" in source.text and "low, high" in source.text
-    assert not objection(case, plan, {}, limits)
-    header = headers_for(source)["group_sums.cuh"]
-    found = list(without_each_barrier({"group_sums.cuh": header}, ["__syncwarp"]))
-    found += without_each_barrier({source.filename: source.text}, [*ORDERING, "arrive", "wait"])
-    assert len(found) == 5
+    assert "GroupEvents<float, false, 4>" in source.text and "low, high" in source.text
+    header = {"group_sums.cuh": headers_for(source)["group_sums.cuh"]}
+    found = list(without_each_barrier(header, ["__syncwarp"]))
+    assert len(found) == 2
     needless = [str(m) for m in found if not objection(case, plan, m.texts, limits)]
+    assert not needless
+
+
+MAIL = {0.5: ("room for all rows", 5), -9.0: ("room for one", 2)}
+
+
+@pytest.mark.parametrize("theta", MAIL, ids=lambda theta: MAIL[theta][0])
+def test_mail_is_complete(theta: float) -> None:
+    """In two halves of the rows. Where most neurons are active, rows are taken one by one."""
+    case, plan = gates(theta), schedule(egru(270), GRID)
+    limits = replace(small(56), multiprocessors=24)
+    source = CudaBackend(EmulatedDevice(played=limits)).render(case[0], plan)
+    assert "add_mail" in source.text and "low, high" in source.text
+    assert not objection(case, plan, {}, limits)
+    headers = headers_for(source)
+    texts = {source.filename: source.text, "mail.cuh": headers["mail.cuh"]}
+    found = list(without_each_barrier(texts, [*ORDERING, "wait"]))
+    begin = headers["mail.cuh"].split("for (int row = 0; row < rows; ++row) {")[0].count("\n")
+    one_by_one = [m for m in found if m.file == "mail.cuh" and m.line > begin]
+    needed = one_by_one if theta < 0 else [m for m in found if m not in one_by_one]
+    assert len(needed) == MAIL[theta][1], [str(mutant) for mutant in needed]
+    needless = [str(m) for m in needed if not objection(case, plan, m.texts, limits)]
     assert not needless
 
 

@@ -19,6 +19,7 @@ from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, KIB
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.codegen.usage import find_usage
+from sparsify.halves import to_dtype
 from sparsify.reference import Array
 from tests.carried_state import check_one_call_equals_several
 from tests.emulated_kernels import compare, exact, four_warps, needs_emulator, run
@@ -96,6 +97,42 @@ def test_gates_are_added_up_together(strategy: str) -> None:
     active, senders = launch.events["q_z"]
     assert 0.05 < active / senders < 0.5, "the data do not exercise the kernel"
     assert launch.events["q_r"] == launch.events["q_g"] == (active, senders)
+
+
+HALF_GATES: dict[str, tuple[ir.DType, ir.DType]] = {
+    "float32": ("float32", "float32"),
+    "float16": ("float16", "float32"),
+    "products of float16": ("float16", "float16"),
+    "products of bfloat16": ("bfloat16", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(
+    "active, dtypes",
+    [("none", "float32"), ("all", "float32"), *(("half", dtypes) for dtypes in HALF_GATES)],
+)
+def test_any_number_of_gates_may_be_active(active: str, dtypes: str) -> None:
+    """Those for which lists have no room are added up row by row: of 256 there is one byte more."""
+    dtype, told = HALF_GATES[dtypes]
+    kernel, steps, batch = egru(290, dtype, told), 2, 9
+    rng, shape = np.random.default_rng(0), (2, 9, 290)
+    theta = {"none": 1e9, "half": 0.0, "all": -1e9}[active]
+    data = {f"p_{gate}": rng.standard_normal(shape).astype("float32") for gate in "zrg"}
+    data |= {f"r_{g}": rng.standard_normal((290, 290)).astype("float32") / 16 for g in "zrg"}
+    data |= {f"r_{g}": to_dtype(data[f"r_{g}"], dtype) for g in "zrg"}
+    data["theta"] = np.full(290, theta, "float32")
+    data["h0"] = rng.standard_normal(shape[1:]).astype("float32")
+    y0 = data["h0"] if active == "all" else data["h0"] * (data["h0"] > 1)
+    data["y0"] = to_dtype(y0, told)
+    plan = schedule(kernel, "neurons-per-grid")
+    played = replace(H100, multiprocessors=24, blocks_per_multiprocessor=1)
+    backend = CudaBackend(EmulatedDevice("random", seed=1, checks=True, played=played))
+    assert "add_mail" in backend.render(kernel, plan).text
+    launch = backend.load(backend.compile(kernel, plan))
+    compare(launch, kernel, data, steps, batch)
+    found, senders = launch.events["q_z"]
+    share = {"none": 0.05, "half": 0.4, "all": 1.0}[active]
+    assert abs(found / senders - share) < 0.1, "the data do not exercise the kernel"
 
 
 @pytest.mark.parametrize("strategy", TEAMS)

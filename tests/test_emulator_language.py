@@ -112,7 +112,10 @@ def test_bits(checks: bool) -> None:
         numbers,
         np.rint(A * 8) + np.trunc(B * 8),
         [i + t for t, i in enumerate(numbers)],
-        [1] * 64,
+        [
+            (i >> 16 & 255) | (i & 0xFF00) | (t & 255) << 16 | (0xFF000000 if i & 128 else 0)
+            for t, i in enumerate(numbers)
+        ],
     ]
     for row, (found, wanted) in enumerate(zip(out.ints, expected, strict=True)):
         np.testing.assert_array_equal(

@@ -33,6 +33,11 @@ struct GridTeam {
   // All threads of the block come; what they have written is seen by those who wait.
   SPARSIFY_INLINE void arrive(int half = 0) {
     __syncthreads();
+    count_arrival(half);
+  }
+
+  // What the first warp of the block has written, or has seen to be written, is seen by those who wait.
+  SPARSIFY_INLINE void count_arrival(int half) {
     goals[0] += half ? 0 : BLOCKS;
     goals[1] += half ? BLOCKS : 0;
     if (threadIdx.x) return;

@@ -127,7 +127,7 @@ class DenseTiles(NeuronsPerGrid):
                 total += L2_CLOCKS + max(
                     told_clocks(team, source, rows), _clocks_of_tiles(team, shape, rows, source)
                 )
-            total += SYNC_CLOCKS + cell_clocks(shape, rows, phase)
+            total += SYNC_CLOCKS + cell_clocks(team, shape, rows, phase)
         return total
 
 

@@ -16,6 +16,12 @@ struct Groups {
   static constexpr int MANY = LANES > 16 ? 1 : LANES > 10 ? 2 : LANES > 8 ? 3 : 4;
   static constexpr int WIDTH = MANY > 1 ? LANES : WARP;  // lanes of a group
   static constexpr int PASSES = (LANES + WARP - 1) / WARP;
+
+  static SPARSIFY_INLINE int group() {
+    return lane_of() / WIDTH < MANY ? lane_of() / WIDTH : MANY - 1;
+  }
+  // Behind the last group there are lanes without receivers.
+  static SPARSIFY_INLINE int lane(int group) { return lane_of() - group * WIDTH; }
 };
 
 // The lists of a warp, one for each group. Where there are several, they are of half a block: they are
@@ -23,6 +29,7 @@ struct Groups {
 template <class F, bool HAS_PAYLOADS, int MANY>
 struct GroupEvents {
   static constexpr int SENDERS = MANY > 1 ? BLOCK / 2 : BLOCK, LISTS = MANY;
+  static constexpr bool HAS_VALUES = HAS_PAYLOADS;
   BlockEvents<F, HAS_PAYLOADS, SENDERS> of[MANY];
 };
 
@@ -31,37 +38,56 @@ struct alignas(sizeof(W) * PER) Several {
   W of[PER];
 };
 
+// The product of two has 22 bits, and is neither too large nor too small for a float32.
+template <class T>
+constexpr bool IS_HALF = false;
+template <>
+constexpr bool IS_HALF<float16> = true;
+
+// Byte j of a word.
+SPARSIFY_INLINE uint32_t byte_of(uint32_t word, int j) { return __byte_perm(word, 0, 0x4440u + j); }
+
+// Where a lane begins to read weights, in bytes. The compiler does not see that it is a multiple, which it
+// would divide by before it adds a row, and multiply with afterwards.
+SPARSIFY_INLINE uint32_t hidden_multiple(int bytes) {
+  return __byte_perm(uint32_t(bytes), 0, 0x3210u);
+}
+
 // Adds the events of a group's list to its sums, ascending. The longest list of the warp has `longest`.
-// `weights` are those of the list's first sender, and of the lane's first receiver.
+// The weight of the list's first sender and of the lane's first receiver is the one at `first`.
 //
 // Behind the end of a list are events with a payload of 0: what began at +0 never becomes -0, and adding
-// a zero changes nothing. The product with a payload of 1 is exact, and added with one rounding.
-template <int COLUMNS, int PER, class W, class F, bool HAS_PAYLOADS, int SENDERS>
-SPARSIFY_INLINE void add_list(F (&sum)[PER], const BlockEvents<F, HAS_PAYLOADS, SENDERS>& events,
-                              int count, int longest, const W* weights) {
-#pragma unroll 1
+// a zero changes nothing. Products that are EXACT, as those with 1 are, are added with one rounding.
+template <int COLUMNS, bool HAS_PAYLOADS, bool IS_EXACT, int PER, class W, class F>
+SPARSIFY_INLINE void add_list(F (&sum)[PER], const uint32_t* events, const Payloads<F>* payloads,
+                              int count, int longest, const W* weights, int first) {
+  const char* const from =
+      reinterpret_cast<const char*>(weights) + hidden_multiple(first * int(sizeof(W)));
+  uint32_t index = count > 0 ? *events : 0;
+  Payloads<F> payload = {};
+  if (HAS_PAYLOADS && count > 0) payload = *payloads;
+#pragma unroll 2
   for (int k = 0; k < longest; k += AT_ONCE) {
-    const bool any = k < count;
-    const uint32_t index = any ? events.index[k / AT_ONCE] : 0;
     Several<W, PER> weight[AT_ONCE];
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j)
-      weight[j] = *reinterpret_cast<const Several<W, PER>*>(weights +
-                                                            int(index >> 8 * j & 255) * COLUMNS);
-    Payloads<F> payload = {};
-    if constexpr (HAS_PAYLOADS) {
-      if (any) payload = events.payload[k / AT_ONCE];
-    } else {
+      weight[j] = *reinterpret_cast<const Several<W, PER>*>(
+          from + byte_of(index, j) * (COLUMNS * uint32_t(sizeof(W))));
+    if constexpr (!HAS_PAYLOADS)
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j) payload.of[j] = k + j < count ? F(1) : F(0);
-    }
+    Payloads<F> next = {};  // is asked for before these are added
+    const bool any = k + AT_ONCE < count;
+    index = any ? *++events : 0;
+    if (HAS_PAYLOADS && any) next = *++payloads;
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j)
 #pragma unroll
       for (int p = 0; p < PER; ++p) {
         const F own = weight[j].of[p];
-        sum[p] = HAS_PAYLOADS ? sum[p] + own * payload.of[j] : fused(own, payload.of[j], sum[p]);
+        sum[p] = IS_EXACT ? fused(own, payload.of[j], sum[p]) : sum[p] + own * payload.of[j];
       }
+    payload = next;
   }
 }
 
@@ -77,9 +103,9 @@ SPARSIFY_INLINE int add_groups(F (&sums)[ROWS][BLOCKS][COLUMNS],
   typedef Groups<COLUMNS, W> By;
   static_assert(Lists::LISTS == By::MANY, "as Division has it");
   constexpr int PARTS = BLOCK / Lists::SENDERS;  // one, or there is one pass
+  constexpr bool IS_EXACT = !Lists::HAS_VALUES || IS_HALF<W> && IS_HALF<decltype(source_of(0)(0))>;
   const int items = high * BLOCKS, apart = warps_of();
-  const int group = lane_of() / By::WIDTH < By::MANY ? lane_of() / By::WIDTH : By::MANY - 1;
-  const int lane = lane_of() - group * By::WIDTH;
+  const int group = By::group(), lane = By::lane(group);
   int found = 0;
 #pragma unroll 1
   for (int first = low * BLOCKS + warp_of(); first < items; first += By::MANY * apart) {
@@ -109,8 +135,8 @@ SPARSIFY_INLINE int add_groups(F (&sums)[ROWS][BLOCKS][COLUMNS],
       for (int pass = 0; pass < By::PASSES; ++pass) {
         const int i = (pass * WARP + lane) * By::PER;
         const bool here = i < COLUMNS;
-        const W* const from = weights.weights + begin * COLUMNS + (here ? i : 0);
-        add_list<COLUMNS>(sum, lists.of[group], count, longest, from);
+        add_list<COLUMNS, Lists::HAS_VALUES, IS_EXACT>(sum, lists.of[group].index, lists.of[group].payload, count,
+                                             longest, weights.weights, begin * COLUMNS + (here ? i : 0));
         if (part < PARTS - 1) continue;
 #pragma unroll
         for (int p = 0; p < By::PER; ++p) {

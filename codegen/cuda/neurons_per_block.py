@@ -20,7 +20,7 @@ from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
 from sparsify.codegen.cuda.team_clocks import step_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_masks import why_not_layouts
-from sparsify.codegen.cuda.team_shape import Shape, shapes, widths
+from sparsify.codegen.cuda.team_shape import ROWS, Shape, shapes, widths
 from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.predict_cost import BYTES
@@ -209,20 +209,22 @@ def find_shape(
     limits: Limits,
     most_blocks: int,
 ) -> Shape:
-    """The first shape of those that keep most weights in shared memory.
+    """The first shape that keeps the most weights in shared memory, and then carries the most rows.
 
-    Shapes that carry more rows come before those that carry fewer.
+    All teams together, but no more than one may: small slices are for what does not fit otherwise.
     """
     team = TeamKernel(kernel, schedule, together)
-    found, most = None, 0
+    found, most = None, (-1, 0)
     wished = [schedule.tile] if schedule.tile else widths(kernel, most_blocks)
     for width in wished:
         for shape in shapes(team.usage, width):
             if team.shared_bytes(shape) > limits.shared_per_block:
                 continue
-            shape, kept = with_resident(team, shape, limits)
-            if found is None or kept > most:
-                found, most = shape, kept
+            filled, kept = with_resident(team, shape, limits)
+            teams = max(1, limits.multiprocessors // shape.blocks)
+            gained = kept, min(ROWS[0], teams * shape.rows)
+            if gained > most:
+                found, most = filled, gained
     return found or list(shapes(team.usage, wished[0]))[-1]
 
 

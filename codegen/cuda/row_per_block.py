@@ -15,7 +15,7 @@ from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.layout_costs import event_clocks
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
-from sparsify.codegen.cuda.step_clocks import CELL_CLOCKS, LIST_CLOCKS
+from sparsify.codegen.cuda.step_clocks import LIST_CLOCKS, latency_of
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared, why_not_words
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.slots import counted
@@ -107,7 +107,7 @@ def _step_clocks(kernel: ir.Kernel, schedule: ir.Schedule, activity: Mapping[str
             if how[gather.result] == "event":
                 active = activity.get(gather.result, 1.0) * counted(kernel, gather)
                 total += active * event_clocks(schedule.layout_of(gather.weight), AHEAD)
-        total += LIST_CLOCKS * bool(gathers) + CELL_CLOCKS
+        total += LIST_CLOCKS * bool(gathers) + latency_of(phase)
     return total
 
 

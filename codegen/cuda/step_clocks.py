@@ -1,24 +1,51 @@
 """What parts of a time step take of a multiprocessor, in clocks and in instructions of a warp.
 
-Counted from the text of slice_sums.cuh, group_sums.cuh, exchange.cuh, gather.cuh and tile_sums.cuh,
-not measured. Latencies are those that published measurements have for Hopper.
+Counted, not measured: for lists, sums of groups, mail and neurons in what the assembler makes of
+them for sm_90, for others in the text of slice_sums.cuh, gather.cuh and tile_sums.cuh. Latencies
+are those that published measurements have for Hopper.
 """
 
 from __future__ import annotations
 
 from sparsify import ir
+from sparsify.elementary_ops import ELEMENTARY
 
+FUNCTIONS = {row.name for row in ELEMENTARY} | {"div"}
 ISSUED = 3.2  # instructions of a multiprocessor in a clock, of 4 that it can issue
 L2_CLOCKS, SHARED_CLOCKS = 263, 30  # until what is asked for arrives
 TOLD_BYTES = 42e9 / 1.7e9  # that arrive in a clock, while all multiprocessors ask for the same
+SECTOR_BYTES = 32  # of global memory, that are read at once
 WAVE_BYTES = 128  # of shared memory, that are read in a clock
 SYNC_CLOCKS = 30
-LIST_ISSUED, LIST_CLOCKS = 110, 250  # of 256 senders: compared, counted, put in place
-EVENT_ISSUED = 2  # its place in the list, and its row of weights
-FOUR_EVENTS_ISSUED, FOUR_EVENTS_CLOCKS = 3, 60  # read of the list; weights, then four additions
+LIST_CLOCKS = 250  # of 256 senders: compared, counted, put in place
+LIST_OF, BITS_LISTED, VALUES_LISTED = (
+    128,
+    110,
+    148,
+)  # senders, and instructions to hear and list them
+EVENT_ISSUED = 4  # its place in the list, its row of weights, where that is, what is read
+FOUR_EVENTS_ISSUED, FOUR_EVENTS_CLOCKS = 12, 70  # read of the list; weights, then four additions
+GROUPS_ISSUED, GROUPS_CLOCKS = 60, 80  # until the lists of a warp are found, and sums stored
 # Of a weight to a float: a shift, or HADD2.F32, see halves.h.
 CONVERTED_ISSUED: dict[ir.DType, int] = {"bfloat16": 1, "float16": 1}
 DENSE_ISSUED, DENSE_CLOCKS = 2, 6  # of a sender: its value is passed round, and multiplied
-CELL_ISSUED, CELL_CLOCKS = 80, 300  # of 32 neurons: operands, some functions, what is told
+# Of 32 neurons: operands, states, what is told; each operation; each that is no instruction.
+CELL_ISSUED, OPERATION_ISSUED, FUNCTION_ISSUED = 70, 2, 45
+CELL_CLOCKS, FUNCTION_CLOCKS = 120, 60
+# Of a block of 256 senders, and for each row; of events that a warp reads at once; of a row sent.
+NUMBERED_ISSUED, NUMBERED_ROW_ISSUED, NUMBERED_CLOCKS = 95, 15, 340
+SORTED_ISSUED, PADDED_ISSUED, SORTED_CLOCKS = 22, 40, 100
+SENT_CLOCKS = 45
 KEPT_ISSUED = 12  # of a word of values for tensor cores: two senders; thrice that in three parts
 PRODUCT_CLOCKS = 33  # of a tile, before the next one can be added to it
+
+
+def functions_of(phase: ir.Phase) -> int:
+    """How many operations of a phase are no instruction."""
+    operations = [s.op for s in phase.body if isinstance(s, ir.Let)]
+    return sum(operation in FUNCTIONS for operation in operations)
+
+
+def latency_of(phase: ir.Phase) -> int:
+    """Clocks from a neuron's sums to what it tells."""
+    return CELL_CLOCKS + FUNCTION_CLOCKS * functions_of(phase)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from sparsify import ir
 from sparsify.codegen.cuda.step_clocks import (
-    CELL_CLOCKS,
+    BITS_LISTED,
     CELL_ISSUED,
     CONVERTED_ISSUED,
     DENSE_CLOCKS,
@@ -18,20 +19,36 @@ from sparsify.codegen.cuda.step_clocks import (
     EVENT_ISSUED,
     FOUR_EVENTS_CLOCKS,
     FOUR_EVENTS_ISSUED,
+    FUNCTION_ISSUED,
+    GROUPS_CLOCKS,
+    GROUPS_ISSUED,
     ISSUED,
     L2_CLOCKS,
     LIST_CLOCKS,
-    LIST_ISSUED,
+    LIST_OF,
+    NUMBERED_CLOCKS,
+    NUMBERED_ISSUED,
+    NUMBERED_ROW_ISSUED,
+    OPERATION_ISSUED,
+    PADDED_ISSUED,
+    SECTOR_BYTES,
+    SENT_CLOCKS,
     SHARED_CLOCKS,
+    SORTED_CLOCKS,
+    SORTED_ISSUED,
     SYNC_CLOCKS,
     TOLD_BYTES,
+    VALUES_LISTED,
     WAVE_BYTES,
+    functions_of,
+    latency_of,
 )
 from sparsify.codegen.cuda.struct_text import SIZES
 from sparsify.codegen.cuda.team_groups import AT_ONCE, Grouped
-from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_kernel import TeamKernel, fills_words
+from sparsify.codegen.cuda.team_mail import EVENT_BYTES, LANES, Mail
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
-from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, words_of
+from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, round_up, words_of
 from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import Source
 
@@ -51,20 +68,29 @@ def step_clocks(team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str
         for source in sources:
             if source.kind != "operand" or index not in meetings:
                 total += _clocks_of_sums(team, shape, rows, phase, source, activity)
-        total += cell_clocks(shape, rows, phase)
+        total += cell_clocks(team, shape, rows, phase)
         total += SYNC_CLOCKS if sources else 0
     return total
 
 
-def cell_clocks(shape: Shape, rows: int, phase: ir.Phase) -> float:
-    """Of the neurons of a slice."""
-    words = rows * words_of(shape.slices[phase.population])
-    turns = -(-words // shape.warps)
-    return max(turns * CELL_CLOCKS, words * CELL_ISSUED / ISSUED)
+def cell_clocks(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> float:
+    """Of the neurons of a slice: what a warp waits for, or what all of them issue."""
+    slice_ = shape.slices[phase.population]
+    words = rows * words_of(slice_)
+    if fills_words(team, shape, phase):
+        words = words_of(rows * slice_)
+    operations = sum(isinstance(statement, ir.Let) for statement in phase.body)
+    issued = CELL_ISSUED + OPERATION_ISSUED * operations + FUNCTION_ISSUED * functions_of(phase)
+    for gather in phase.gathers:  # sums of blocks are added
+        issued += 2 * blocks_of(team.kernel.population_size(team.weight(gather).senders))
+    turns, latency = -(-words // shape.warps), float(latency_of(phase))
+    if team.streamed(phase.population) and phase.population not in team.fetched(shape):
+        latency += L2_CLOCKS
+    return max(turns * latency, words * issued / ISSUED)
 
 
 def told_clocks(team: TeamKernel, source: Source, rows: int) -> float:
-    """Until all that blocks of a team are told of a source has come to each of them."""
+    """Until all values that blocks of a team are told of a source have come to each of them."""
     senders = team.kernel.population_size(source.population)
     if source.kind == "operand":
         return 0.0
@@ -90,6 +116,9 @@ def _clocks_of_sums(
     grouped = team.grouped(phase, source, shape)
     if grouped is not None:
         share = activity.get(events[0].result, 1.0)
+        mail = team.mail_of(source, shape)
+        if mail is not None:
+            return _clocks_of_mail(mail, grouped, shape, rows, share)
         of_block = min(SENDER_BLOCK, senders)
         return told + max(arriving, _clocks_of_groups(grouped, shape, items, of_block, share))
     turns = -(-items // shape.warps)
@@ -100,7 +129,7 @@ def _clocks_of_sums(
         fours = -(-active // AT_ONCE)
         converted = CONVERTED_ISSUED.get(team.weight(events[0]).dtype, 0)
         of_event = EVENT_ISSUED + words * (2 + converted + (events[0].payload == "real"))
-        issued += LIST_ISSUED + fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
+        issued += _listed(events[0], senders) + fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
         clocks += LIST_CLOCKS + fours * FOUR_EVENTS_CLOCKS
     for gather in gathers:
         if gather.result in team.usage.dense:
@@ -111,27 +140,81 @@ def _clocks_of_sums(
     return told + max(arriving, turns * clocks, items * issued / ISSUED)
 
 
+def _listed(gather: ir.Gather, senders: int) -> float:
+    """Instructions that list a block of senders."""
+    of_list = VALUES_LISTED if gather.payload == "real" else BITS_LISTED
+    return of_list * min(SENDER_BLOCK, senders) / LIST_OF
+
+
 def _clocks_of_groups(
     grouped: Grouped, shape: Shape, items: int, senders: int, share: float
 ) -> float:
-    """Of sums by groups of lanes: of latencies, instructions, or the memory of weights."""
+    """Of lists of each warp, and sums by groups of lanes."""
     division, first = grouped.division, grouped.gathers[0]
     together = min(division.many, -(-items // shape.warps))  # lists of a warp at once
     turns = -(-items // (shape.warps * division.many))
-    warp_turns = -(-items // together)
     parts = 2 if division.many > 1 and senders > SENDER_BLOCK // 2 else 1
-    active = share * senders / parts
-    longest = active + LONGEST[together] * math.sqrt(active * (1 - share))
+    added = _added(grouped, items, together, turns, share * senders, share, parts)
+    issued = items * _listed(first, senders) + added.issued
+    clocks = turns * together * LIST_CLOCKS + added.clocks
+    return max(clocks, issued / ISSUED, added.read)
+
+
+@dataclass(frozen=True)
+class _Added:
+    """Of sums: instructions of all warps, clocks of the longest warp, and of shared memory."""
+
+    issued: float
+    clocks: float
+    read: float
+
+
+def _added(
+    grouped: Grouped,
+    items: int,
+    together: int,
+    turns: int,
+    active: float,
+    share: float,
+    parts: int = 1,
+) -> _Added:
+    """Sums of so many ``items``, lists of ``active`` events, of which a warp takes some at once."""
+    division, is_real = grouped.division, grouped.gathers[0].payload == "real"
+    warp_turns = -(-items // together)
+    of_part = active / parts
+    longest = of_part + LONGEST[together] * math.sqrt(of_part * (1 - share))
     fours = parts * division.passes * max(1.0, longest / AT_ONCE + 0.5)  # the last one is not full
-    size, is_real = BYTES[grouped.dtype], first.payload == "real"
-    of_weight = 1 + is_real + CONVERTED_ISSUED.get(grouped.dtype, 0)
-    of_event = EVENT_ISSUED + 1 + division.per * of_weight + (not is_real)
-    issued = float(items * LIST_ISSUED)
-    issued += warp_turns * fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
+    of_weight = 1 + (is_real and not grouped.is_exact) + CONVERTED_ISSUED.get(grouped.dtype, 0)
+    of_event = EVENT_ISSUED + division.per * of_weight + (not is_real)
+    issued = warp_turns * (GROUPS_ISSUED + fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event))
     # Groups that do not begin where memory is read from meet in a bank now and then.
+    size = BYTES[grouped.dtype]
     lanes = division.lanes if division.many > 1 else min(32, division.lanes)
     waves = together * lanes * division.per * size / WAVE_BYTES
     waves += 0.0 if lanes * division.per * size % WAVE_BYTES == 0 else 0.5 * (together - 1)
     read = warp_turns * fours * AT_ONCE * max(1.0, waves)
-    clocks = turns * (together * LIST_CLOCKS + fours * FOUR_EVENTS_CLOCKS)
-    return max(clocks, issued / ISSUED, read)
+    return _Added(issued, turns * (GROUPS_CLOCKS + fours * FOUR_EVENTS_CLOCKS), read)
+
+
+def _clocks_of_mail(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share: float) -> float:
+    """Of mail: its parts, between which the warps of a block meet."""
+    senders, slices = mail.neurons[1], -(-mail.neurons[1] // mail.slice)
+    blocks, several = blocks_of(senders), -(-slices // (2 * shape.warps))
+    events = rows * mail.slice * share  # of a slice
+    asked = round_up(mail.count_bytes, SECTOR_BYTES) + max(LANES, events) * EVENT_BYTES
+    numbered = 1.0 * blocks * (NUMBERED_ISSUED + NUMBERED_ROW_ISSUED * mail.rows)
+    numbered += shape.warps * several * SORTED_ISSUED / 2
+    turns = -(-blocks // shape.warps)
+    first = max(turns * NUMBERED_CLOCKS, slices * asked / TOLD_BYTES, numbered / ISSUED)
+    later = max(0.0, events / LANES - 1)  # events that are asked for once their number is known
+    sorted_ = shape.warps * (PADDED_ISSUED + several * (1 + later) * SORTED_ISSUED / 2) / ISSUED
+    second = max(sorted_, SORTED_CLOCKS) + (L2_CLOCKS if later else 0)
+    alone = rows * min(SENDER_BLOCK, senders) * share > mail.room
+    times = rows if alone else 1
+    items, active = rows * blocks // times, share * senders / blocks
+    together = min(grouped.division.many, items)
+    turns = -(-items // (shape.warps * grouped.division.many))
+    added = _added(grouped, items, together, turns, active, share)
+    third = max(added.clocks, added.issued / ISSUED, added.read)
+    sending = SENT_CLOCKS * rows / mail.halves  # the other half is computed meanwhile
+    return L2_CLOCKS + first + times * (second + third + 2 * SYNC_CLOCKS) + SYNC_CLOCKS + sending

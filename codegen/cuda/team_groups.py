@@ -75,3 +75,4 @@ class Grouped:
     bundle: Bundle | None
     division: Division
     dtype: ir.DType  # of the weights
+    is_exact: bool = False  # products have no more bits than a float32

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Symbols
 from sparsify.codegen.cuda.bundle import Bundle, find_bundles
 from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members, packed_name
 from sparsify.codegen.cuda.layouts import Kept
-from sparsify.codegen.cuda.neuron_text import find_neurons, old_value, operand_element
+from sparsify.codegen.cuda.neuron_text import (
+    Inputs,
+    bits_of,
+    find_inputs,
+    find_neurons,
+    old_value,
+    operand_element,
+    published,
+)
 from sparsify.codegen.cuda.struct_text import Array, struct_layout
 from sparsify.codegen.cuda.team_groups import Division, EventLists, Grouped
+from sparsify.codegen.cuda.team_mail import MANY_LISTS, MOST_ROWS, Mail, is_mailable
 from sparsify.codegen.cuda.team_masks import kept_of_teams
-from sparsify.codegen.cuda.team_memory import TeamMemory, has_payloads
-from sparsify.codegen.cuda.team_shape import Shape, blocks_of
+from sparsify.codegen.cuda.team_memory import TeamMemory, has_payloads, is_binary
+from sparsify.codegen.cuda.team_shape import WARP, Shape, blocks_of, words_of
 from sparsify.codegen.neurons_per_thread import meeting_phases
 from sparsify.codegen.predict_cost import BYTES
-from sparsify.codegen.usage import Packing, Source, find_usage, packings
+from sparsify.codegen.usage import Packing, Source, find_usage, neuron_reads, packings
 from sparsify.codegen.writer import Writer
+
+MOST_FETCHED = 8  # words of what a neuron is given, in registers
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,39 @@ class TeamKernel:
         rows = max(2, 2 * -(-shape.warps // blocks))
         return rows if rows <= shape.rows else None
 
+    def most_rows_at_once(self, shape: Shape) -> int:
+        """Batch rows of which a block computes the neurons before it waits again."""
+        paired_from = self.paired_from(shape)
+        return shape.rows if paired_from is None else max(-(-shape.rows // 2), paired_from - 1)
+
+    def streamed(self, population: str) -> list[ir.Operand]:
+        """The operands of which each neuron of a population reads an element in every step."""
+        phases = [phase for phase in self.kernel.phases if phase.population == population]
+        read = {name for ph in phases for s in ph.body for name in neuron_reads(s)}
+        operands = [o for o in self.kernel.operands if o.name in read]
+        return [o for o in operands if {"T", "N"} <= set(o.axes)]
+
+    def fetched(self, shape: Shape) -> dict[str, Inputs]:
+        """What neurons read of a step that is asked for before the others are waited for.
+
+        Where each thread has one neuron at most, so that it has room for what it is given.
+        """
+        rows, found = self.most_rows_at_once(shape), {}
+        for population, width in shape.slices.items():
+            inputs = find_inputs(self.usage, self.symbols, population)
+            if self.all_meetings() != [0] or inputs is None or not inputs.of_step:
+                continue
+            fills = all(
+                fills_words(self, shape, ph)
+                for ph in self.kernel.phases
+                if ph.population == population
+            )
+            words = words_of(rows * width) if fills else rows * words_of(width)
+            inputs = replace(inputs, of_row=())
+            if words <= shape.warps and inputs.words() <= MOST_FETCHED:
+                found[population] = inputs
+        return found
+
     def barriers_per_step(self) -> int:
         return len(self.all_meetings())
 
@@ -110,13 +154,46 @@ class TeamKernel:
             return None
         columns = len(gathers) * shape.slices[phase.population]
         division = Division(columns, BYTES[first.dtype])
-        return Grouped(gathers, bundle, division, first.dtype)
+        is_exact = first.dtype == source.value_dtype == "float16"
+        return Grouped(gathers, bundle, division, first.dtype, is_exact)
 
     def lists(self, phase: ir.Phase, source: Source, shape: Shape) -> EventLists:
         """The lists by which a phase adds up the events of a source."""
         grouped = self.grouped(phase, source, shape)
         kind, payloads = C_TYPES[source.dtype], has_payloads(source, self.usage)
         return EventLists(kind, payloads, 0 if grouped is None else grouped.division.many)
+
+    # -- mail --------------------------------------------------------------------------------
+
+    def mails(self, shape: Shape) -> list[Mail]:
+        """The sources of which blocks are told the events alone.
+
+        In a grid, where blocks meet once in a step; those of which all sums are made by groups, and
+        there are many lists.
+        """
+        if self.together.is_cluster or self.all_meetings() != [0] or shape.rows > MOST_ROWS:
+            return []
+        halves = 1 if self.paired_from(shape) is None else 2
+        rows, found = self.most_rows_at_once(shape), []
+        for source in self.usage.of_kind("state"):
+            neurons = self.kernel.population_size(source.population)
+            readers = [ph for ph in self.kernel.phases if source in self.usage.sources_of(ph)]
+            if C_TYPES[source.dtype] != "float" or not has_payloads(source, self.usage):
+                continue
+            if not is_mailable(neurons, shape.slices[source.population]) or len(readers) > 1:
+                continue
+            lists = -(-shape.rows // halves) * blocks_of(neurons)
+            if lists < MANY_LISTS:
+                continue
+            if self.grouped(readers[0], source, shape) is not None:
+                size = self.size(source.population), neurons
+                width = self.widths[source.population]
+                name = self.name(source.name)
+                found.append(Mail(source, name, shape, size, width, rows, halves))
+        return found
+
+    def mail_of(self, source: Source, shape: Shape) -> Mail | None:
+        return next((mail for mail in self.mails(shape) if mail.source == source), None)
 
     # -- memory ------------------------------------------------------------------------------
 
@@ -158,9 +235,16 @@ class TeamKernel:
             for phase in self.kernel.phases
             for source in self.usage.sources_of(phase)
             if any(self._is_event(g) for g in phase.gathers if g.source == source.name)
+            and self.mail_of(source, shape) is None
         }
         return TeamMemory(
-            *given, shape, self.widths, self.bundles(shape), kept, tuple(sorted(lists))
+            *given,
+            shape,
+            self.widths,
+            self.bundles(shape),
+            kept,
+            lists=tuple(sorted(lists)),
+            mails=self.mails(shape),
         )
 
     def _is_event(self, gather: ir.Gather) -> bool:
@@ -210,10 +294,11 @@ class TeamKernel:
 
 @dataclass(frozen=True)
 class Span:
-    """C++ expressions: rows ``low`` to ``high - 1`` of those that a team carries."""
+    """C++ expressions: rows ``low`` to ``high - 1`` of those that a team carries, which half."""
 
     low: str = "0"
     high: str = "rows"
+    half: str = "0"
 
 
 ALL_ROWS = Span()
@@ -228,3 +313,13 @@ def items(
     with w.block(f"for (int item = {begin}; item < {span.high} * {many}; item += WARPS)"):
         w.line(f"const int row = item / {many}, {name} = item % {many};")
         yield
+
+
+def fills_words(team: TeamKernel, shape: Shape, phase: ir.Phase) -> bool:
+    """Whether the 32 neurons that a warp computes at once may be of several rows.
+
+    Where nothing is told in bits, and a slice is no whole number of words.
+    """
+    told = [source for source, _ in published(phase, team.usage, team.symbols)]
+    in_bits = bits_of(phase, team.usage) or any(is_binary(source, team.usage) for source in told)
+    return not in_bits and shape.slices[phase.population] % WARP != 0

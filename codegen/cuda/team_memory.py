@@ -13,6 +13,7 @@ from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.cuda.neuron_text import Neuron
 from sparsify.codegen.cuda.struct_text import SIZES, Array, Dim, struct_layout
 from sparsify.codegen.cuda.team_groups import ALIGNED, EventLists
+from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_shape import Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source, Usage, packings
 from sparsify.halves import HALVES
@@ -31,6 +32,7 @@ class TeamMemory:
     bundles: Sequence[Bundle]
     kept: Mapping[str, Kept]  # of packed weights, by name
     lists: Sequence[EventLists]
+    mails: Sequence[Mail]
 
     def told(self) -> list[Array]:
         """What blocks tell each other, by parity of the step."""
@@ -48,12 +50,13 @@ class TeamMemory:
             else:
                 dim = self._size(source.population)
                 arrays.append(Array.of(told_type(source), f"{name}_values", [*both, dim], note))
-        return arrays
+        return [*(mail.told() for mail in self.mails), *arrays]
 
     def shared(self) -> list[Array]:
         """What a block keeps for itself."""
         kept = [*self._weights(), *self._neurons(), *self._sums(), *self._restricted()]
-        return [*kept, *(one.array(("WARPS", self.shape.warps)) for one in self.lists)]
+        kept += [one.array(("WARPS", self.shape.warps)) for one in self.lists]
+        return [*kept, *(mail.lists() for mail in self.mails)]
 
     @property
     def rows(self) -> Dim:

@@ -75,14 +75,21 @@ class TeamSums:
         """All products at once, for several rows and blocks of senders in each warp."""
         w, size, first = self.w, self.team.size(source.population), grouped.gathers[0]
         notes = [gather.note for gather in grouped.gathers if gather.note]
-        lists = self.team.lists(self.phase, source, self.shape)
+        mail = self.team.mail_of(source, self.shape)
         name = self.team.name(first.result) if grouped.bundle is None else grouped.bundle.name
         weights = self._weight(first) if grouped.bundle is None else name
-        given = f"shared.{name}_sum, {weights}_slice, shared.{lists.name}[warp_of()]"
+        sums, span = f"shared.{name}_sum, {weights}_slice", f"{self.span.low}, {self.span.high}"
         w.line("const int count =", ", ".join(notes))
-        w.line(f"    add_groups<{size}>({given}, {self.span.low}, {self.span.high}, source_of);")
+        if mail is None:
+            lists = f"shared.{self.team.lists(self.phase, source, self.shape).name}[warp_of()]"
+            w.line(f"    add_groups<{size}>({sums}, {lists}, {span}, source_of);")
+        else:
+            told = f"told.{mail.name}_mail[now][{self.span.half}]"
+            types = f"Team, WARPS, {told_type(source)}"
+            w.line(f"    add_mail<{types}>({sums}, shared.{mail.name}_lists, {told}, {span});")
+        counts = "counts" if mail is None else "team.rank == 0"  # a warp, or each lane
         for gather in grouped.gathers:
-            w.line(f"if (counts) {self.team.counter(gather)} += count;")
+            w.line(f"if ({counts}) {self.team.counter(gather)} += count;")
 
     def _write_all(self, source: Source, grouped: Grouped) -> None:
         """The same products of all senders."""

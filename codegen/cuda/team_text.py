@@ -10,24 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsify import ir
-from sparsify.codegen.cell_text import MEMORY_TYPES, start_phases
+from sparsify.codegen.cell_text import start_phases
 from sparsify.codegen.cuda.cell_text import write_cells
 from sparsify.codegen.cuda.frame_text import (
-    needs_total,
-    packed_name,
-    row_length,
-    weight_types,
     write_call,
     write_head,
 )
-from sparsify.codegen.cuda.neuron_text import bits_of, published, write_neuron
+from sparsify.codegen.cuda.neuron_text import bits_of, published, write_inputs, write_neuron
 from sparsify.codegen.cuda.struct_text import write_struct
-from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, items
-from sparsify.codegen.cuda.team_masks import write_masked_slice
+from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, fills_words, items
+from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_sums import TeamSums
-from sparsify.codegen.usage import Packing, Source, neuron_reads
+from sparsify.codegen.cuda.team_weights import write_weight
+from sparsify.codegen.usage import Source
 from sparsify.codegen.writer import Writer
 
 
@@ -41,11 +38,13 @@ class TeamText:
         self.team, self.shape = team, shape
         self.kernel, self.usage, self.together = team.kernel, team.usage, team.together
         self.paired_from, self.span = team.paired_from(shape), ALL_ROWS
+        self.inputs = team.fetched(shape)
 
     def render(self, entry: str) -> str:
         w, team = self.w, self.team
         masks = ("masked_slice.cuh",) if team.kept(self.shape) else ()
-        headers = (self.together.header, *self.headers, *masks)
+        mail = ("mail.cuh",) if team.mails(self.shape) else ()
+        headers = (self.together.header, *self.headers, *masks, *mail)
         write_head(w, self.kernel, team.schedule, team.symbols, headers)
         self._write_sizes()
         write_call(w, self.kernel, team.members(self.shape))
@@ -55,7 +54,9 @@ class TeamText:
         write_struct(w, "Told", note, team.told(self.shape))
         note = "What a block keeps in shared memory."
         write_struct(w, "Shared", note, team.shared(self.shape))
-        write_cells(w, self.usage, team.symbols, team.neurons)
+        for inputs in self.inputs.values():
+            write_inputs(w, inputs, self.usage, team.symbols)
+        write_cells(w, self.usage, team.symbols, team.neurons, self.inputs)
         w.line()
         w.line("}  // namespace")
         w.line()
@@ -97,52 +98,17 @@ class TeamText:
             size, width = team.size(population), team.widths[population]
             w.line(f"const Slice<{size}, {width}> {mine}(team.rank);")
         for packing in team.packings:
-            self._write_weight(packing)
+            write_weight(w, team, self.shape, packing)
         if self.kernel.gathers:
             w.line(f"unsigned long long active[{len(self.kernel.gathers)}] = {{}};")
             w.line("const bool counts = team.rank == 0 && lane_of() == 0;")
         meets_later = not team.meets_first and not self.together.is_cluster
+        for mail in team.mails(self.shape):
+            halves = range(mail.halves)
+            for place in (f"{mail.name}_mail[{p}][{half}]" for p in range(2) for half in halves):
+                w.line(f"clear<Team>(told.{place}[team.rank]);")
         if self.shape.resident and meets_later:
             w.line("__syncthreads();", "the weights are there")
-
-    def _write_weight(self, packing: Packing) -> None:
-        """Copy a weight that stays in shared memory, and give products its slice."""
-        w, team, weight = self.w, self.team, packing.weight
-        name, types = packed_name(packing, team.symbols), weight_types(weight.dtype)
-        mine, width = team.mine[weight.receivers], team.widths[weight.receivers]
-        row, is_resident = row_length(self.kernel, packing), name in self.shape.resident
-        kept = team.kept_of(packing, self.shape)
-        if packing.by == "senders" and kept is not None:
-            return  # its sums read masked rows from memory
-        if packing.by == "senders":
-            first = f"call.{name} + int64_t({mine}.first) * {row}"
-            if is_resident:
-                w.line(f"keep_rows(shared.{name}, {first}, {mine}.size * {row});")
-                first = f"shared.{name}"
-            w.line(f"const {MEMORY_TYPES[weight.dtype]}* const {name}_slice = {first};")
-            return
-        first = f"call.{name} + {mine}.first"
-        if needs_total(packing, self.kernel, team.schedule):
-            w.line(f"const bool {name}_finite = is_finite(*call.{name}_total);")
-        if kept is not None:
-            names = self.kernel, team.symbols, kept, team.mine, team.widths
-            write_masked_slice(w, *names, is_resident)
-            return
-        if not is_resident:
-            w.line(f"const Streamed<{row}, {types}> {name}_slice{{{first}}};")
-            return
-        given = f"{first}, {team.size(weight.senders)}, {mine}.size"
-        bundle = team.bundle_of(weight, self.shape)
-        if bundle is not None:
-            place = f"{bundle.column(weight.name)}shared.{bundle.name}_weights"
-            w.line(f"keep_columns<{width}, {row}, {bundle.columns}>({place}, {given});")
-            if weight.name == bundle.gathers[-1].weight:
-                together = f"Resident<{bundle.columns}, {types}> {bundle.name}_slice"
-                w.line(f"const {together}{{shared.{bundle.name}_weights}};")
-            return
-        given = f"shared.{name}, {given}"
-        w.line(f"keep_columns<{width}, {row}>({given});")
-        w.line(f"const Resident<{width}, {types}> {name}_slice{{shared.{name}}};")
 
     # -- loops -------------------------------------------------------------------------------
 
@@ -173,11 +139,16 @@ class TeamText:
         w = self.w
         note = "of the rows: one is computed while the other is waited for"
         w.line(f"const int halves = rows < {self.paired_from} ? 1 : 2;", note)
-        w.line("for (int half = 0; half < halves; ++half) team.arrive(half);")
-        self.span = Span("low", "high")
-        with self._steps(), w.block("for (int half = 0; half < halves; ++half)"):
-            w.line("const int low = half * rows / halves, high = (half + 1) * rows / halves;")
+        note = "it has told what the others read"
+        self.span = Span("low", "high", "half")
+        if self.team.mails(self.shape):
+            with self._each_half():
+                self._write_arrival(note, "0")
+        else:
+            w.line("for (int half = 0; half < halves; ++half) team.arrive(half);")
+        with self._steps(), self._each_half():
             self._write_ahead()
+            self._write_fetches()
             seen: set[str] = set()
             for index, phase in enumerate(self.kernel.phases):
                 sums = self.sums(phase, seen)
@@ -186,9 +157,18 @@ class TeamText:
                 if index == 0:
                     w.line("if (!team.wait(half)) return;", "all have told it")
                 self._write_phase(index, sums)
-            note = "it has told what the others read"
-            w.line(f"if ({self._is_left}) team.arrive(half);", note)
+            if self.team.mails(self.shape):
+                with w.block(f"if ({self._is_left})"):
+                    self._write_arrival(note, "next")
+            else:
+                w.line(f"if ({self._is_left}) team.arrive(half);", note)
         self.span = ALL_ROWS
+
+    @contextmanager
+    def _each_half(self) -> Iterator[None]:
+        with self.w.block("for (int half = 0; half < halves; ++half)"):
+            self.w.line("const int low = half * rows / halves, high = (half + 1) * rows / halves;")
+            yield
 
     def _write_starts(self) -> None:
         self.w.comment("Every state gets its initial value.")
@@ -220,9 +200,10 @@ class TeamText:
             sums = self.sums(phase, seen)
             meets = index in meetings
             if meets:
-                self.w.line("team.arrive();", "it has told what the others read")
+                self._write_arrival("it has told what the others read", "now")
                 if index == meetings[0]:
                     self._write_ahead()
+                    self._write_fetches()
                 if self.together.is_cluster and sums.early():
                     self.w.line("__syncthreads();", "sums may be overwritten")
             for source in sums.early():
@@ -234,6 +215,30 @@ class TeamText:
             if index < min(meetings) and any(gather.only for gather in sums.gathers):
                 self.w.line("__syncthreads();", "all have seen what was wild in the step before")
             self._write_phase(index, sums)
+
+    def _write_arrival(self, note: str, slot: str) -> None:
+        """Come to the barrier; send what has been told of events at last, by ``slot``."""
+        w, mails, half = self.w, self.team.mails(self.shape), self.span.half
+        if not mails:
+            w.line("team.arrive();", note)
+            return
+        w.comment(f"{note[0].upper()}{note[1:]}.")
+        with w.block(f"arrive_with(team, {half}, [&]()", "});"):
+            for mail in mails:
+                self._write_sending(mail, slot)
+
+    def _write_sending(self, mail: Mail, slot: str) -> None:
+        """Send what its neurons have become."""
+        population, own = mail.source.population, mail.source
+        phases = [phase for phase in self.kernel.phases if phase.population == population]
+        told = [
+            pair for phase in phases for pair in published(phase, self.usage, self.team.symbols)
+        ]
+        member = next(member for source, member in told if source == own)
+        place = f"told.{mail.name}_mail[{slot}][{self.span.half}][team.rank]"
+        span = f"{self.span.low}, {self.span.high}"
+        value = f"[&](int row, int i) {{ return {self.team.neuron(population)}.{member}; }}"
+        self.w.line(f"send<Team>({place}, {self.team.mine[population]}, {span}, {value});")
 
     def _write_phase(self, index: int, sums: TeamSums) -> None:
         """What a phase hears from others, and its neurons."""
@@ -253,7 +258,7 @@ class TeamText:
         """Ask for what its neurons read in the next step, while the others are waited for."""
         w, later = self.w, "t - 1" if self.kernel.reverse else "t + 1"
         for population, mine in self.team.mine.items():
-            operands = self._streamed(population)
+            operands = self.team.streamed(population)
             if not operands:
                 continue
             w.comment(f"What its neurons of {population} read in the next step.")
@@ -270,28 +275,20 @@ class TeamText:
                     n = "n / 8" if operand.dtype == "bits" else "n"
                     w.line(f"touch(call.{name} + ({later}) * call.{name}_t{row} + {n});")
 
-    def _streamed(self, population: str) -> list[ir.Operand]:
-        """The operands of which each neuron of a population reads an element in every step."""
-        phases = [phase for phase in self.kernel.phases if phase.population == population]
-        read = {name for ph in phases for s in ph.body for name in neuron_reads(s)}
-        operands = [o for o in self.kernel.operands if o.name in read]
-        return [o for o in operands if {"T", "N"} <= set(o.axes)]
-
     # -- neurons -----------------------------------------------------------------------------
 
     def _write_neurons(self, phase: ir.Phase, function: str) -> None:
-        """Compute the neurons of the slice, 32 in the lanes of a warp, and tell the others."""
+        """Compute the neurons of the slice, 32 at once in a warp, and tell the others."""
         w, team, population = self.w, self.team, phase.population
         mine, own = team.mine[population], team.neuron(population)
         sums = self.sums(phase)
         w.comment(f"Its neurons of {population}.")
-        with items(w, f"words_of({team.widths[population]})", "word", self.span):
-            w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
-            w.line("const int64_t b = start + row;")
-            w.line(f"const bool here = i < {mine}.size;")
+        with self._own_neurons(phase):
             sums.write_cleared()
             kept = [own] if team.neurons[population].members else []
             t = "t" if phase in self.kernel.phases else "0"
+            if phase in self.kernel.phases and population in self.inputs:
+                kept.append(self.inputs[population].array)
             given = ["call", *kept, t, "b", "n", *map(sums.total, sums.gathers)]
             w.line(f"if (here) {function}({', '.join(given)});")
             for source, member in published(phase, self.usage, team.symbols):
@@ -301,6 +298,39 @@ class TeamText:
                 place = f"call.{name} + t * call.{name}_t + b * call.{name}_b"
                 end = f"{mine}.first + {mine}.size"
                 w.line(f"store_bits({place}, n, {end}, here && {own}.{name});")
+
+    def _write_fetches(self) -> None:
+        """Ask for what neurons are given in this step, before the others are waited for."""
+        for population, inputs in self.inputs.items():
+            phase = next(ph for ph in self.kernel.phases if ph.population == population)
+            self.w.comment(f"What its neurons of {population} read in this step.")
+            self.w.line(f"{inputs.struct} {inputs.array} = {{}};")
+            with self._own_neurons(phase):
+                self.w.line(f"if (here) fetch_step({inputs.array}, call, t, b, n);")
+
+    @contextmanager
+    def _own_neurons(self, phase: ir.Phase) -> Iterator[None]:
+        """The loop over neurons ``i`` of the slice, which are ``n``: those of a row in words.
+
+        Of several rows in one word, where nothing is told in bits and the slice is no whole word.
+        """
+        w, mine = self.w, self.team.mine[phase.population]
+        width, span = self.team.widths[phase.population], self.span
+        if not fills_words(self.team, self.shape, phase):
+            with items(w, f"words_of({width})", "word", span):
+                w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
+                w.line("const int64_t b = start + row;")
+                w.line(f"const bool here = i < {mine}.size;")
+                yield
+            return
+        begin = "" if span.low == "0" else f"{span.low} * {width} + "
+        loop = f"int first = {begin}warp_of() * WARP; first < {span.high} * {width}"
+        with w.block(f"for ({loop}; first += THREADS)"):
+            w.line("const int neuron = first + lane_of();", f"{width} in a row")
+            w.line(f"const int row = neuron / {width}, i = neuron % {width}, n = {mine}.first + i;")
+            w.line("const int64_t b = start + row;")
+            w.line(f"const bool here = row < {span.high} && i < {mine}.size;")
+            yield
 
     def _write_told(self, source: Source, value: str) -> None:
         """Tell the others what a phase has computed of a source."""

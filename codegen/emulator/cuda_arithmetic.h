@@ -132,3 +132,14 @@ inline unsigned __float2uint_rz(float a) { return unsigned(a); }
 inline float __int2float_rn(int a) { return float(a); }
 inline float __uint2float_rn(unsigned a) { return float(a); }
 inline float __double2float_rn(double a) { return float(a); }
+// Bytes of low (0 to 3) and high (4 to 7), each chosen by 4 bits; with the fourth, its sign fills the byte.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
+  const unsigned long long bytes = (unsigned long long)high << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = unsigned(bytes >> (chosen >> 4 * i & 7) * 8) & 255;
+    const bool sign = chosen >> 4 * i & 8;
+    result |= (sign ? byte >> 7 ? 255u : 0u : byte) << 8 * i;
+  }
+  return result;
+}

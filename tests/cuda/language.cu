@@ -48,10 +48,11 @@ extern "C" __global__ void bits(const Call call) {
   out[9] = int(__funnelshift_l(unsigned(i), unsigned(t), 8));
   out[10] = int(__funnelshift_r(unsigned(i), unsigned(t), 8));
   out[11] = __float_as_int(call.a[t]);
-  out[12] = int(__float_as_uint(__int_as_float(i)));
+  const int same = int(__double_as_longlong(__longlong_as_double(i)));
+  out[12] = int(__float_as_uint(__int_as_float(same)));
   out[13] = __float2int_rn(call.a[t] * 8.0f) + __float2int_rz(call.b[t] * 8.0f);
   out[14] = min(i, t) + max(i, t);
-  out[15] = __double_as_longlong(__longlong_as_double(i)) == i;
+  out[15] = int(__byte_perm(unsigned(i), unsigned(t), 0x8412u));
 }
 
 extern "C" __global__ void shuffles(const Call call) {

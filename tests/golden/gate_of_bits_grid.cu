@@ -200,11 +200,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
       }
       __syncthreads();  // the sums are there
       // Its neurons of hidden.
-      for (int item = warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
-        const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-        const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+      for (int first = warp_of() * WARP; first < rows * SLICE_HIDDEN; first += THREADS) {
+        const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+        const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
         const int64_t b = start + row;
-        const bool here = i < my_hidden.size;
+        const bool here = row < rows && i < my_hidden.size;
         if (here) hidden_step_2(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.returned_sum[row], i), add_blocks(shared.copied_sum[row], i));
       }
     }

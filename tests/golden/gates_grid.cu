@@ -59,6 +59,19 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == 228192, "as launched");
 
+// What a neuron of hidden reads of a row, and of a step.
+struct HiddenInputs {
+  float p_z;
+  float p_r;
+  float p_g;
+};
+
+SPARSIFY_INLINE void fetch_step(HiddenInputs& inputs, const Call& call, int64_t t, int64_t b, int n) {
+  inputs.p_z = call.p_z[t * call.p_z_t + b * call.p_z_b + n];
+  inputs.p_r = call.p_r[t * call.p_r_t + b * call.p_r_b + n];
+  inputs.p_g = call.p_g[t * call.p_g_t + b * call.p_g_b + n];
+}
+
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
   const float h0 = call.h0[b * call.h0_b + n];
@@ -68,15 +81,15 @@ SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t
 }
 
 // Neuron n of hidden, batch row b.
-SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n, const float q_z, const float q_r, const float q_g) {
-  const float p_z = call.p_z[t * call.p_z_t + b * call.p_z_b + n];
+SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, const HiddenInputs& inputs, int64_t t, int64_t b, int n, const float q_z, const float q_r, const float q_g) {
+  const float p_z = inputs.p_z;
   const float a_z = p_z + q_z;
   const float z = sparsify::sigmoid(a_z);
-  const float p_r = call.p_r[t * call.p_r_t + b * call.p_r_b + n];
+  const float p_r = inputs.p_r;
   const float a_r = p_r + q_r;
   const float r = sparsify::sigmoid(a_r);
   const float reset = r * q_g;
-  const float p_g = call.p_g[t * call.p_g_t + b * call.p_g_b + n];
+  const float p_g = inputs.p_g;
   const float a_g = p_g + reset;
   const float g = sparsify::hyperbolic_tangent(a_g);
   const float h = own.h;
@@ -122,11 +135,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
     {
       constexpr int next = 0;
       // Its neurons of hidden.
-      for (int item = warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
-        const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-        const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+      for (int first = warp_of() * WARP; first < rows * SLICE_HIDDEN; first += THREADS) {
+        const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+        const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
         const int64_t b = start + row;
-        const bool here = i < my_hidden.size;
+        const bool here = row < rows && i < my_hidden.size;
         if (here) hidden_start(call, shared.own_hidden[row][i], 0, b, n);
         if (here) team.publish(told.y_values[next][row] + n, cast<float>(shared.own_hidden[row][i].y));
       }
@@ -148,6 +161,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
             touch(call.p_r + (t + 1) * call.p_r_t + b * call.p_r_b + n);
             touch(call.p_g + (t + 1) * call.p_g_t + b * call.p_g_b + n);
           }
+        }
+        // What its neurons of hidden read in this step.
+        HiddenInputs hidden_inputs = {};
+        for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
+          const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+          const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
+          const int64_t b = start + row;
+          const bool here = row < high && i < my_hidden.size;
+          if (here) fetch_step(hidden_inputs, call, t, b, n);
         }
         if (!team.wait(half)) return;  // all have told it
         // What hidden receives from y.
@@ -177,12 +199,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
         }
         __syncthreads();  // the sums are there
         // Its neurons of hidden.
-        for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
-          const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-          const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+        for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
+          const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+          const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
           const int64_t b = start + row;
-          const bool here = i < my_hidden.size;
-          if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.y_to_hidden_sum[row], i), add_blocks(shared.y_to_hidden_sum[row], 1 * SLICE_HIDDEN + i), add_blocks(shared.y_to_hidden_sum[row], 2 * SLICE_HIDDEN + i));
+          const bool here = row < high && i < my_hidden.size;
+          if (here) hidden_step(call, shared.own_hidden[row][i], hidden_inputs, t, b, n, add_blocks(shared.y_to_hidden_sum[row], i), add_blocks(shared.y_to_hidden_sum[row], 1 * SLICE_HIDDEN + i), add_blocks(shared.y_to_hidden_sum[row], 2 * SLICE_HIDDEN + i));
           if (here) team.publish(told.y_values[next][row] + n, cast<float>(shared.own_hidden[row][i].y));
         }
         if (t + 1 < call.steps) team.arrive(half);  // it has told what the others read

@@ -3,6 +3,7 @@
 
 #include "barrier.cuh"
 #include "group_sums.cuh"
+#include "mail.cuh"
 
 namespace {
 
@@ -11,8 +12,8 @@ using namespace sparsify;
 constexpr int N_HIDDEN = 1350;  // neurons of hidden
 constexpr int BLOCKS = 57;  // of a team
 constexpr int SLICE_HIDDEN = 24;  // neurons of hidden that a block owns
-constexpr int ROWS = 8;  // of the batch that a team carries at once
-constexpr int WARPS = 8, THREADS = WARPS * WARP;  // of a block
+constexpr int ROWS = 12;  // of the batch that a team carries at once
+constexpr int WARPS = 16, THREADS = WARPS * WARP;  // of a block
 typedef GridTeam<BLOCKS> Team;
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -46,18 +47,32 @@ struct HiddenNeuron {
 
 // What the blocks of a team tell each other.
 struct Told {
+  Mail<6, SLICE_HIDDEN> y_mail[2][2][BLOCKS];  // y, those that are active
   float y_values[2][ROWS][N_HIDDEN];  // y; by parity of the step
 };
-static_assert(sizeof(Told) == 86400, "as launched");
+static_assert(sizeof(Told) == 397728, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
   alignas(16) sparsify::float16 y_to_hidden_weights[N_HIDDEN * 3 * SLICE_HIDDEN];  // its slices of r_z, r_r, r_g
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
   float y_to_hidden_sum[ROWS][blocks_of(N_HIDDEN)][3 * SLICE_HIDDEN];
-  GroupEvents<float, true, 3> float_payloads_of_3[WARPS];
+  MailLists<BLOCKS, 6, N_HIDDEN, 384> y_lists;
 };
-static_assert(sizeof(Shared) == 225120, "as launched");
+static_assert(sizeof(Shared) == 230736, "as launched");
+
+// What a neuron of hidden reads of a row, and of a step.
+struct HiddenInputs {
+  float p_z;
+  float p_r;
+  float p_g;
+};
+
+SPARSIFY_INLINE void fetch_step(HiddenInputs& inputs, const Call& call, int64_t t, int64_t b, int n) {
+  inputs.p_z = call.p_z[t * call.p_z_t + b * call.p_z_b + n];
+  inputs.p_r = call.p_r[t * call.p_r_t + b * call.p_r_b + n];
+  inputs.p_g = call.p_g[t * call.p_g_t + b * call.p_g_b + n];
+}
 
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
@@ -68,15 +83,15 @@ SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t
 }
 
 // Neuron n of hidden, batch row b.
-SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n, const float q_z, const float q_r, const float q_g) {
-  const float p_z = call.p_z[t * call.p_z_t + b * call.p_z_b + n];
+SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, const HiddenInputs& inputs, int64_t t, int64_t b, int n, const float q_z, const float q_r, const float q_g) {
+  const float p_z = inputs.p_z;
   const float a_z = p_z + q_z;
   const float z = sparsify::sigmoid(a_z);
-  const float p_r = call.p_r[t * call.p_r_t + b * call.p_r_b + n];
+  const float p_r = inputs.p_r;
   const float a_r = p_r + q_r;
   const float r = sparsify::sigmoid(a_r);
   const float reset = r * q_g;
-  const float p_g = call.p_g[t * call.p_g_t + b * call.p_g_b + n];
+  const float p_g = inputs.p_g;
   const float a_g = p_g + reset;
   const float g = sparsify::hyperbolic_tangent(a_g);
   const float h = own.h;
@@ -111,6 +126,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
   const Resident<3 * SLICE_HIDDEN, float, sparsify::float16> y_to_hidden_slice{shared.y_to_hidden_weights};
   unsigned long long active[3] = {};
   const bool counts = team.rank == 0 && lane_of() == 0;
+  clear<Team>(told.y_mail[0][0][team.rank]);
+  clear<Team>(told.y_mail[0][1][team.rank]);
+  clear<Team>(told.y_mail[1][0][team.rank]);
+  clear<Team>(told.y_mail[1][1][team.rank]);
   // Batch rows start .. start + rows, through all time steps.
   const int64_t share = (call.batch + team.teams - 1) / team.teams;
   const int64_t group = share < ROWS ? share : ROWS;
@@ -122,17 +141,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
     {
       constexpr int next = 0;
       // Its neurons of hidden.
-      for (int item = warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
-        const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-        const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+      for (int first = warp_of() * WARP; first < rows * SLICE_HIDDEN; first += THREADS) {
+        const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+        const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
         const int64_t b = start + row;
-        const bool here = i < my_hidden.size;
+        const bool here = row < rows && i < my_hidden.size;
         if (here) hidden_start(call, shared.own_hidden[row][i], 0, b, n);
         if (here) team.publish(told.y_values[next][row] + n, cast<float>(shared.own_hidden[row][i].y));
       }
     }
-    const int halves = rows < 4 ? 1 : 2;  // of the rows: one is computed while the other is waited for
-    for (int half = 0; half < halves; ++half) team.arrive(half);
+    const int halves = rows < 6 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    for (int half = 0; half < halves; ++half) {
+      const int low = half * rows / halves, high = (half + 1) * rows / halves;
+      // It has told what the others read.
+      arrive_with(team, half, [&]() {
+        send<Team>(told.y_mail[0][half][team.rank], my_hidden, low, high, [&](int row, int i) { return shared.own_hidden[row][i].y; });
+      });
+    }
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
       for (int half = 0; half < halves; ++half) {
@@ -149,6 +174,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
             touch(call.p_g + (t + 1) * call.p_g_t + b * call.p_g_b + n);
           }
         }
+        // What its neurons of hidden read in this step.
+        HiddenInputs hidden_inputs = {};
+        for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
+          const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+          const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
+          const int64_t b = start + row;
+          const bool here = row < high && i < my_hidden.size;
+          if (here) fetch_step(hidden_inputs, call, t, b, n);
+        }
         if (!team.wait(half)) return;  // all have told it
         // What hidden receives from y.
         {
@@ -157,10 +191,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
           };
           if (r_z_finite && r_r_finite && r_g_finite) {
             const int count =
-                add_groups<N_HIDDEN>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.float_payloads_of_3[warp_of()], low, high, source_of);
-            if (counts) active[0] += count;
-            if (counts) active[1] += count;
-            if (counts) active[2] += count;
+                add_mail<Team, WARPS, float>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.y_lists, told.y_mail[now][half], low, high);
+            if (team.rank == 0) active[0] += count;
+            if (team.rank == 0) active[1] += count;
+            if (team.rank == 0) active[2] += count;
           }
           else {
             // 0 * inf is NaN.
@@ -177,15 +211,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
         }
         __syncthreads();  // the sums are there
         // Its neurons of hidden.
-        for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
-          const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-          const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+        for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
+          const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+          const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
           const int64_t b = start + row;
-          const bool here = i < my_hidden.size;
-          if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.y_to_hidden_sum[row], i), add_blocks(shared.y_to_hidden_sum[row], 1 * SLICE_HIDDEN + i), add_blocks(shared.y_to_hidden_sum[row], 2 * SLICE_HIDDEN + i));
+          const bool here = row < high && i < my_hidden.size;
+          if (here) hidden_step(call, shared.own_hidden[row][i], hidden_inputs, t, b, n, add_blocks(shared.y_to_hidden_sum[row], i), add_blocks(shared.y_to_hidden_sum[row], 1 * SLICE_HIDDEN + i), add_blocks(shared.y_to_hidden_sum[row], 2 * SLICE_HIDDEN + i));
           if (here) team.publish(told.y_values[next][row] + n, cast<float>(shared.own_hidden[row][i].y));
         }
-        if (t + 1 < call.steps) team.arrive(half);  // it has told what the others read
+        if (t + 1 < call.steps) {
+          // It has told what the others read.
+          arrive_with(team, half, [&]() {
+            send<Team>(told.y_mail[next][half][team.rank], my_hidden, low, high, [&](int row, int i) { return shared.own_hidden[row][i].y; });
+          });
+        }
       }
     }
   }

@@ -59,6 +59,17 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == 198336, "as launched");
 
+// What a neuron of hidden reads of a row, and of a step.
+struct HiddenInputs {
+  float v;  // charged
+  float g;  // gradient of the spikes
+};
+
+SPARSIFY_INLINE void fetch_step(HiddenInputs& inputs, const Call& call, int64_t t, int64_t b, int n) {
+  inputs.v = call.v[t * call.v_t + b * call.v_b + n];
+  inputs.g = call.g[t * call.g_t + b * call.g_b + n];
+}
+
 // Neuron n of hidden, batch row b.
 SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
   const float d0 = call.d0[b * call.d0_b + n];
@@ -66,8 +77,8 @@ SPARSIFY_INLINE void hidden_start(const Call& call, HiddenNeuron& own, int64_t t
 }
 
 // Neuron n of hidden, batch row b.
-SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n) {
-  const float v = call.v[t * call.v_t + b * call.v_b + n];  // charged
+SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, const HiddenInputs& inputs, int64_t t, int64_t b, int n) {
+  const float v = inputs.v;
   const float distance = v - 1.0f;
   const float away = sparsify::absolute(distance);
   const bool near = away < 0.5f;
@@ -75,8 +86,8 @@ SPARSIFY_INLINE void hidden_step(const Call& call, HiddenNeuron& own, int64_t t,
 }
 
 // Neuron n of hidden, batch row b.
-SPARSIFY_INLINE void hidden_step_2(const Call& call, HiddenNeuron& own, int64_t t, int64_t b, int n, const float returned) {
-  const float g = call.g[t * call.g_t + b * call.g_b + n];  // gradient of the spikes
+SPARSIFY_INLINE void hidden_step_2(const Call& call, HiddenNeuron& own, const HiddenInputs& inputs, int64_t t, int64_t b, int n, const float returned) {
+  const float g = inputs.g;
   const float arrived = returned + g;
   const bool near = own.near;
   const float passed = near ? arrived : 0.0f;
@@ -137,6 +148,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
             touch(call.g + (t - 1) * call.g_t + b * call.g_b + n);
           }
         }
+        // What its neurons of hidden read in this step.
+        HiddenInputs hidden_inputs = {};
+        for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
+          const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
+          const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+          const int64_t b = start + row;
+          const bool here = i < my_hidden.size;
+          if (here) fetch_step(hidden_inputs, call, t, b, n);
+        }
         if (!team.wait(half)) return;  // all have told it
         // Its neurons of hidden.
         for (int item = low * words_of(SLICE_HIDDEN) + warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
@@ -144,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
           const int i = word * WARP + lane_of(), n = my_hidden.first + i;
           const int64_t b = start + row;
           const bool here = i < my_hidden.size;
-          if (here) hidden_step(call, shared.own_hidden[row][i], t, b, n);
+          if (here) hidden_step(call, shared.own_hidden[row][i], hidden_inputs, t, b, n);
         }
         // What hidden receives from d.
         for (int item = low * blocks_of(N_HIDDEN) + warp_of(); item < high * blocks_of(N_HIDDEN); item += WARPS) {
@@ -175,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
           const int i = word * WARP + lane_of(), n = my_hidden.first + i;
           const int64_t b = start + row;
           const bool here = i < my_hidden.size;
-          if (here) hidden_step_2(call, shared.own_hidden[row][i], t, b, n, add_blocks(shared.returned_sum[row], i));
+          if (here) hidden_step_2(call, shared.own_hidden[row][i], hidden_inputs, t, b, n, add_blocks(shared.returned_sum[row], i));
           if (here) team.publish(told.d_values[next][row] + n, cast<float>(shared.own_hidden[row][i].d));
         }
         if (t > 0) team.arrive(half);  // it has told what the others read

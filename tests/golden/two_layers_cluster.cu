@@ -113,11 +113,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
     {
       constexpr int next = 0;
       // Its neurons of two.
-      for (int item = warp_of(); item < rows * words_of(SLICE_TWO); item += WARPS) {
-        const int row = item / words_of(SLICE_TWO), word = item % words_of(SLICE_TWO);
-        const int i = word * WARP + lane_of(), n = my_two.first + i;
+      for (int first = warp_of() * WARP; first < rows * SLICE_TWO; first += THREADS) {
+        const int neuron = first + lane_of();  // SLICE_TWO in a row
+        const int row = neuron / SLICE_TWO, i = neuron % SLICE_TWO, n = my_two.first + i;
         const int64_t b = start + row;
-        const bool here = i < my_two.size;
+        const bool here = row < rows && i < my_two.size;
         if (here) two_start(call, shared.own_two[row][i], 0, b, n);
         if (here) team.publish(told.h_values[next][row] + n, cast<float>(shared.own_two[row][i].h));
       }
@@ -159,11 +159,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
       }
       __syncthreads();  // the sums are there
       // Its neurons of one.
-      for (int item = warp_of(); item < rows * words_of(SLICE_ONE); item += WARPS) {
-        const int row = item / words_of(SLICE_ONE), word = item % words_of(SLICE_ONE);
-        const int i = word * WARP + lane_of(), n = my_one.first + i;
+      for (int first = warp_of() * WARP; first < rows * SLICE_ONE; first += THREADS) {
+        const int neuron = first + lane_of();  // SLICE_ONE in a row
+        const int row = neuron / SLICE_ONE, i = neuron % SLICE_ONE, n = my_one.first + i;
         const int64_t b = start + row;
-        const bool here = i < my_one.size;
+        const bool here = row < rows && i < my_one.size;
         if (here) one_step(call, shared.own_one[row][i], t, b, n, add_blocks(shared.back_sum[row], i));
         if (here) team.publish(told.active_2_values[now][row] + n, cast<float>(shared.own_one[row][i].active_2));
       }
@@ -180,11 +180,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
       }
       __syncthreads();  // the sums are there
       // Its neurons of two.
-      for (int item = warp_of(); item < rows * words_of(SLICE_TWO); item += WARPS) {
-        const int row = item / words_of(SLICE_TWO), word = item % words_of(SLICE_TWO);
-        const int i = word * WARP + lane_of(), n = my_two.first + i;
+      for (int first = warp_of() * WARP; first < rows * SLICE_TWO; first += THREADS) {
+        const int neuron = first + lane_of();  // SLICE_TWO in a row
+        const int row = neuron / SLICE_TWO, i = neuron % SLICE_TWO, n = my_two.first + i;
         const int64_t b = start + row;
-        const bool here = i < my_two.size;
+        const bool here = row < rows && i < my_two.size;
         if (here) two_step(call, shared.own_two[row][i], t, b, n, add_blocks(shared.forward_sum[row], i));
         if (here) team.publish(told.h_values[next][row] + n, cast<float>(shared.own_two[row][i].h));
       }

@@ -1,0 +1,290 @@
+// What the blocks of a grid tell each other of active neurons alone, and sums of it. A block writes down
+// the events of its slice, row by row, and how many they are. From the numbers of all blocks a reader
+// knows where each event belongs in its lists, and looks at none of the neurons that are silent.
+#pragma once
+
+#include "group_sums.cuh"
+
+namespace sparsify {
+
+// The events of a slice for some rows: of each row those in the block of 256 senders in which the slice
+// begins, and those in the next one. An event has its payload in the lower half; above it, from the
+// lowest bit on: the sender in its block (8 bits), the row, or ROWS more in the next block (5), and how
+// many of this row and block the slice has before it.
+template <int ROWS, int SLICE>
+struct Mail {
+  static_assert(ROWS <= 16 && SLICE <= WARP, "a warp sends it");
+  static constexpr int ROW = 8, BEFORE = 13;  // where they begin
+  static constexpr int WORDS = (ROWS + 3) / 4;
+  uint32_t counts[2][WORDS];  // a byte for each row: of the block in which the slice begins, the next
+  uint32_t count;             // of all rows
+  static constexpr int EVENTS = ROWS * SLICE > WARP / 2 ? ROWS * SLICE : WARP / 2;
+  uint64_t events[EVENTS];
+};
+
+// Writes down rows low .. high - 1, of which `value_of(row, i)` is the value of neuron i; by one warp.
+template <class Team, int NEURONS, int ROWS, int SLICE, class ValueOf>
+SPARSIFY_INLINE void send(Mail<ROWS, SLICE>& to, const Slice<NEURONS, SLICE>& mine, int low, int high,
+                          const ValueOf& value_of) {
+  typedef Mail<ROWS, SLICE> By;
+  const int i = lane_of(), next = BLOCK - mine.first % BLOCK;  // the first neuron of the next block
+  const uint32_t below = (1u << lane_of()) - 1, nearer = next < WARP ? (1u << next) - 1 : ALL;
+  uint32_t counts[2][By::WORDS] = {};
+  int count = 0;
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row) {
+    if (low + row >= high) break;
+    const bool here = i < mine.size;
+    const float value = here ? value_of(low + row, i) : 0.0f;
+    const uint32_t bits = __ballot_sync(ALL, value != 0.0f);
+    const int before = __popc(bits & below), near = __popc(bits & nearer), all = __popc(bits);
+    if (value != 0.0f) {
+      const bool is_next = i >= next;
+      const uint32_t code = uint32_t(mine.first + i) % BLOCK |
+                            uint32_t(is_next ? row + ROWS : row) << By::ROW |
+                            uint32_t(is_next ? before - near : before) << By::BEFORE;
+      Team::publish(to.events + count + before, uint64_t(code) << 32 | same_bits<uint32_t>(value));
+    }
+    counts[0][row / 4] |= uint32_t(near) << row % 4 * 8;
+    counts[1][row / 4] |= uint32_t(all - near) << row % 4 * 8;
+    count += all;
+  }
+  if (lane_of() != 0) return;
+  Team::publish(&to.count, uint32_t(count));
+#pragma unroll
+  for (int word = 0; word < By::WORDS; ++word) {
+    Team::publish(&to.counts[0][word], counts[0][word]);
+    Team::publish(&to.counts[1][word], counts[1][word]);
+  }
+}
+
+// Before it is sent for the first time: readers look at events before they know how many there are.
+template <class Team, class Mail>
+SPARSIFY_INLINE void clear(Mail& mail) {
+  for (int e = int(threadIdx.x); e < Mail::EVENTS; e += int(blockDim.x))
+    Team::publish(mail.events + e, uint64_t(0));
+}
+
+// All threads of the block come to a barrier, and the first warp writes what `write` does, of what the
+// block has computed. It is seen by those who wait.
+template <class Team, class Write>
+SPARSIFY_INLINE void arrive_with(Team& team, int half, const Write& write) {
+  __syncthreads();
+  if (warp_of() == 0) {
+    write();
+    __syncwarp();
+  }
+  team.count_arrival(half);
+}
+
+// Lists of all events of some rows, of each row and block of senders ascending, as BlockEvents. There
+// is ROOM for those of a block of senders; if they are more, rows are taken one by one.
+template <int TEAM, int ROWS, int SENDERS, int ROOM>
+struct MailLists {
+  static constexpr int BLOCKS = blocks_of(SENDERS), WORDS = (ROWS + 3) / 4, ROOM_OF_BLOCK = ROOM;
+  static_assert(ROOM >= BLOCK && ROOM % AT_ONCE == 0 && BLOCKS * ROOM <= 65536, "a row has room");
+  Payloads<float> payload[BLOCKS * ROOM / AT_ONCE];
+  uint32_t index[BLOCKS * ROOM / AT_ONCE];            // a byte each
+  uint32_t sent[TEAM];                                // events
+  uint32_t overflows[BLOCKS];                         // there is not room for all rows
+  uint16_t place[TEAM][2 * ROWS];                     // of the first event of a slice in its list
+  uint16_t begin[BLOCKS][ROWS], count[BLOCKS][ROWS];  // of lists, in their block
+
+  SPARSIFY_INLINE void set(int at, int sender, float value) {
+    reinterpret_cast<uint8_t*>(index)[at] = uint8_t(sender);
+    reinterpret_cast<float*>(payload)[at] = value;
+  }
+  SPARSIFY_INLINE bool fits() const {
+    uint32_t any = 0;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) any |= overflows[block];
+    return any == 0;
+  }
+};
+
+// The sum of what this lane and those before it have.
+template <class T>
+SPARSIFY_INLINE T sum_up_to(T sum) {
+#pragma unroll
+  for (int apart = 1; apart < WARP; apart *= 2) {
+    const T other = __shfl_up_sync(ALL, sum, apart);
+    if (lane_of() >= apart) sum += other;
+  }
+  return sum;
+}
+
+// Finds where lists begin, and where the events of each slice do; a warp takes a block of senders. Bytes
+// of a word are added at once: none of those before an event exceeds 255.
+template <class Team, int TEAM, int ROWS, int SENDERS, int ROOM, int SLICE>
+SPARSIFY_INLINE void number_mail(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists,
+                                 const Mail<ROWS, SLICE>* mail) {
+  typedef MailLists<TEAM, ROWS, SENDERS, ROOM> Lists;
+#pragma unroll 1
+  for (int block = warp_of(); block < Lists::BLOCKS; block += warps_of()) {
+    const int first = block * BLOCK, end = first + BLOCK < SENDERS ? first + BLOCK : SENDERS;
+    const int rank = first / SLICE + lane_of();
+    const bool here = rank * SLICE < end;
+    const int part = here && rank * SLICE < first;
+    uint32_t own[Lists::WORDS], before[Lists::WORDS];
+#pragma unroll
+    for (int word = 0; word < Lists::WORDS; ++word)
+      own[word] = here ? Team::fetch(&mail[rank].counts[part][word]) : 0;
+    if (here && part == 0) lists.sent[rank] = Team::fetch(&mail[rank].count);
+    const int last = __popc(__ballot_sync(ALL, here)) - 1;
+    int count = 0;
+#pragma unroll
+    for (int word = 0; word < Lists::WORDS; ++word) {
+      before[word] = sum_up_to(own[word]) - own[word];
+      const uint32_t most = __shfl_sync(ALL, before[word], last);
+      const uint32_t rest = __shfl_sync(ALL, own[word], last);
+      const int byte = lane_of() % 4 * 8;
+      if (lane_of() / 4 == word) count = int(most >> byte & 255) + int(rest >> byte & 255);
+    }
+    const int room = (count + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    const int up_to = sum_up_to(room), begin = up_to - room;
+    if (lane_of() < ROWS) {
+      lists.begin[block][lane_of()] = uint16_t(begin);
+      lists.count[block][lane_of()] = uint16_t(count);
+    }
+    if (lane_of() == WARP - 1) lists.overflows[block] = up_to > ROOM;
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      const int of_row = block * ROOM + __shfl_sync(ALL, begin, row);
+      const int place = of_row + int(byte_of(before[row / 4], row % 4));
+      if (here) lists.place[rank][part * ROWS + row] = uint16_t(place);
+    }
+  }
+}
+
+// The events that a lane puts into lists: 16 lanes have those of a slice, of which each knows the first
+// before it is known how many there are. What nobody has sent is there all the same, see `clear`.
+template <class Team, int SENDERS, int ROWS, int SLICE, int WARPS>
+struct Received {
+  static constexpr int LANES = WARP / 2, APART = 2 * WARPS, HEARD = (SENDERS + SLICE - 1) / SLICE;
+  static constexpr int SLICES = (HEARD + APART - 1) / APART;  // of a lane
+  uint64_t first[SLICES];
+
+  static SPARSIFY_INLINE int rank(int k) {
+    return warp_of() * 2 + lane_of() / LANES + k * APART;
+  }
+  SPARSIFY_INLINE explicit Received(const Mail<ROWS, SLICE>* mail) {
+#pragma unroll
+    for (int k = 0; k < SLICES; ++k)
+      first[k] = rank(k) < HEARD ? Team::fetch(mail[rank(k)].events + lane_of() % LANES) : 0;
+  }
+};
+
+// Puts an event of a slice into its list: of all rows, or of one row ALONE, whose lists begin at 0.
+template <bool ALONE, int TEAM, int ROWS, int SENDERS, int ROOM, int SLICE>
+SPARSIFY_INLINE int put(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists, const Mail<ROWS, SLICE>&,
+                        uint64_t event, int rank, int only) {
+  typedef Mail<ROWS, SLICE> By;
+  const uint32_t code = uint32_t(event >> 32), row = code >> By::ROW & 31;
+  int at = lists.place[rank][row] + int(code >> By::BEFORE);
+  if (ALONE) {
+    const int is_next = row >= ROWS, own = int(row) - is_next * ROWS;
+    if (own != only) return 0;
+    at -= lists.begin[rank * SLICE / BLOCK + is_next][own];
+  }
+  lists.set(at, code & 255, same_bits<float>(uint32_t(event)));
+  return 1;
+}
+
+// Puts the events of all rows into their lists, or those of one row ALONE. What is missing at the end of
+// a list has a payload of 0. Returns how many events a lane has put.
+template <class Team, bool ALONE, int TEAM, int ROWS, int SENDERS, int ROOM, int SLICE, int WARPS>
+SPARSIFY_INLINE int sort_mail(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists,
+                              const Mail<ROWS, SLICE>* mail,
+                              const Received<Team, SENDERS, ROWS, SLICE, WARPS>& received, int from,
+                              int to) {
+  typedef Received<Team, SENDERS, ROWS, SLICE, WARPS> By;
+  typedef MailLists<TEAM, ROWS, SENDERS, ROOM> Lists;
+  int found = 0, more = 0;
+#pragma unroll
+  for (int k = 0; k < By::SLICES; ++k) {
+    const int rank = By::rank(k), sent = rank < By::HEARD ? int(lists.sent[rank]) : 0;
+    if (lane_of() % By::LANES < sent)
+      found += put<ALONE>(lists, mail[0], received.first[k], rank, from);
+    if (sent > more) more = sent;
+  }
+  if (more > By::LANES)
+#pragma unroll 1
+    for (int rank = By::rank(0); rank < By::HEARD; rank += By::APART)
+#pragma unroll 1
+      for (int e = lane_of() % By::LANES + By::LANES; e < lists.sent[rank]; e += By::LANES)
+        found += put<ALONE>(lists, mail[0], Team::fetch(mail[rank].events + e), rank, from);
+#pragma unroll 1
+  for (int item = int(threadIdx.x); item < (to - from) * Lists::BLOCKS; item += int(blockDim.x)) {
+    const int block = item % Lists::BLOCKS, row = from + item / Lists::BLOCKS;
+    const int begin = ALONE ? 0 : lists.begin[block][row];
+    int at = block * ROOM + begin + lists.count[block][row];
+#pragma unroll 1
+    for (; at % AT_ONCE != 0; ++at) lists.set(at, 0, 0.0f);
+  }
+  return found;
+}
+
+// sums[low + row][block][i], for rows from .. to - 1 of the lists; as add_groups.
+template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class W>
+SPARSIFY_INLINE void add_sorted(float (&sums)[ROWS][BLOCKS][COLUMNS],
+                                const Resident<COLUMNS, float, W>& weights, const Lists& lists, int low,
+                                int from, int to, bool alone) {
+  typedef Groups<COLUMNS, W> By;
+  const int items = (to - from) * BLOCKS;
+  const int group = By::group(), lane = By::lane(group);
+#pragma unroll 1
+  for (int first = warp_of() * By::MANY; first < items; first += By::MANY * warps_of()) {
+    int count = 0, longest = 0;
+#pragma unroll
+    for (int g = 0; g < By::MANY; ++g) {
+      const int item = first + g;
+      const int events = item < items ? lists.count[item % BLOCKS][from + item / BLOCKS] : 0;
+      if (g == group) count = events;
+      if (events > longest) longest = events;
+    }
+    const int own = first + group, block = own % BLOCKS, row = from + own / BLOCKS;
+    int begin = block * (Lists::ROOM_OF_BLOCK / AT_ONCE);
+    if (own < items && !alone) begin += lists.begin[block][row] / AT_ONCE;
+#pragma unroll 1
+    for (int pass = 0; pass < By::PASSES; ++pass) {
+      const int i = (pass * WARP + lane) * By::PER;
+      const bool here = i < COLUMNS;
+      float sum[By::PER] = {};
+      add_list<COLUMNS, true, IS_EXACT>(sum, lists.index + begin, lists.payload + begin, count,
+                              longest, weights.weights, block * BLOCK * COLUMNS + (here ? i : 0));
+#pragma unroll
+      for (int p = 0; p < By::PER; ++p)
+        if (here && own < items) sums[low + row][block][i + p] = sum[p];
+    }
+  }
+}
+
+// sums[row][block][i] = sum over the events of payload * weight, as add_groups, of the mail of all slices
+// for rows low .. high - 1, where payloads are what a Value may be. By all WARPS of a block. Returns how many events a lane has put into lists.
+template <class Team, int WARPS, class Value, int TEAM, int HELD, int SENDERS, int ROOM, class F, int ROWS, int BLOCKS,
+          int COLUMNS, class W, int SLICE>
+SPARSIFY_INLINE int add_mail(F (&sums)[ROWS][BLOCKS][COLUMNS], const Resident<COLUMNS, F, W>& weights,
+                             MailLists<TEAM, HELD, SENDERS, ROOM>& lists,
+                             const Mail<HELD, SLICE>* mail, int low, int high) {
+  constexpr bool IS_EXACT = IS_HALF<W> && IS_HALF<Value>;
+  const Received<Team, SENDERS, HELD, SLICE, WARPS> received(mail);
+  number_mail<Team>(lists, mail);
+  __syncthreads();  // it is known where each event belongs
+  const int rows = high - low;
+  int found = 0;
+  if (lists.fits()) {
+    found = sort_mail<Team, false>(lists, mail, received, 0, rows);
+    __syncthreads();  // the lists are there
+    add_sorted<IS_EXACT>(sums, weights, lists, low, 0, rows, false);
+    return found;
+  }
+  for (int row = 0; row < rows; ++row) {
+    if (row > 0) __syncthreads();  // the lists before are added
+    found += sort_mail<Team, true>(lists, mail, received, row, row + 1);
+    __syncthreads();  // the lists of a row are there
+    add_sorted<IS_EXACT>(sums, weights, lists, low, row, row + 1, true);
+  }
+  return found;
+}
+
+}  // namespace sparsify
