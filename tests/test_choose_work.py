@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,14 @@ from sparsify import choose
 from sparsify.bench import Timings
 from sparsify.binaries import Binaries
 from sparsify.choose import (
+    ENOUGH_SECONDS,
+    FIRST_CALLS,
     LEAST_STEPS,
+    SLOW_SECONDS,
     TIMED_SECONDS,
     TIMED_STEPS,
     in_the_middle,
+    seconds_of,
     time_candidates,
     timed_steps,
 )
@@ -65,6 +70,21 @@ def test_what_is_far_behind_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert raced == ["0", "2"]
     _, raced = race(monkeypatch, 1.0, Stub(SLOW), Stub(FAST), Stub(FURTHER))
     assert raced == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls"),
+    [(0.0, FIRST_CALLS), (0.6 * ENOUGH_SECONDS, 2), (1.1 * SLOW_SECONDS, 1)],
+)
+def test_what_takes_long_is_called_less_often(seconds: float, calls: int) -> None:
+    called: list[int] = []
+
+    def work() -> None:
+        called.append(1)
+        time.sleep(seconds)  # a sleep never ends early
+
+    assert seconds_of(work) >= seconds
+    assert len(called) == calls
 
 
 def test_an_original_that_is_close_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
