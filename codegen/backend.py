@@ -5,7 +5,7 @@ Only ``load`` needs the machine that the code is for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -161,7 +161,7 @@ class Strategy(Protocol):
 
 
 class Backend(Protocol):
-    """Six questions, asked in this order, and how long a kernel is expected to take."""
+    """Seven questions, asked in this order, and how long a kernel is expected to take."""
 
     @property
     def name(self) -> str: ...
@@ -187,6 +187,11 @@ class Backend(Protocol):
 
     def why_not_ready(self) -> Refusal | None:
         """Compile and load what all kernels need beside their own code; why that fails."""
+
+    def libraries(self, schedules: Iterable[ir.Schedule]) -> Sequence[Callable[[], object]]:
+        """What makes what only some of these need, else made when it is met; may raise CompileError
+        and BackendUnavailable.
+        """
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,10 @@ class CppBackend:
 
     def why_not_ready(self) -> Refusal | None:
         return runtime.why_unavailable()
+
+    def libraries(self, schedules: Iterable[ir.Schedule]) -> Sequence[Callable[[], object]]:
+        is_any_pruned = any(schedule.layouts for schedule in schedules)
+        return (runtime.load_compressing,) if is_any_pruned else ()
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         check_kernel(kernel)

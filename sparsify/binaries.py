@@ -32,12 +32,16 @@ class Binaries:
         missing = [key for key in dict.fromkeys(wanted) if key not in self.made]
         # What takes longest comes first, so that all cores end together.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            libraries = self.backend.libraries(schedule for _, schedule in missing)
+            others = [pool.submit(library) for library in libraries]
             ready = pool.submit(self.backend.why_not_ready)
             for product in unlike(products):
                 pool.submit(self._compile_product, product)
             made = [pool.submit(self.backend.compile, *key) for key in missing]
         refusal = ready.result()
         if refusal is None:
+            for other in others:
+                other.result()
             self.made.update(zip(missing, (each.result() for each in made), strict=True))
         return refusal
 

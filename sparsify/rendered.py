@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +43,9 @@ class Rendered:
 
     def why_not_ready(self) -> Refusal | None:
         return None
+
+    def libraries(self, schedules: Iterable[ir.Schedule]) -> Sequence[Callable[[], object]]:
+        return ()
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         return self.backend.why_not(kernel, schedule)

@@ -10,20 +10,23 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import check_speed
+from sparsify import check_speed, ir
 from sparsify.api import sparsify
 from sparsify.binaries import Binaries, unlike
-from sparsify.codegen import cpp_outer_product, toolchain
+from sparsify.codegen import cpp_outer_product, runtime, toolchain
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.cost_model import Rates
 from sparsify.engine import Engine
 from sparsify.errors import CompileError, Refusal
 from sparsify.outer_product import OuterProduct
+from tests.example_kernels import product
 from tests.surrogates import ATan
 
 STEPS, BATCH, NEURONS = 20, 8, 128  # more multiplications than SMALL_PRODUCT
 F32 = torch.float32
+RATES = Rates(1.0, 1.0, 1.0, 1.0)
+WORDS = {"outer product": "OuterCall", "compressing": "sparsify_fill_kept"}  # in sources
 
 
 class Recurrent(nn.Module):
@@ -45,13 +48,15 @@ class Recurrent(nn.Module):
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the compiler is asked for, by the folder that it works in; with an empty cache."""
+    runtime.load_runtime()  # once in a process
     asked: list[str] = []
     run = toolchain.run_limited
 
     def counted(command: tuple[str, ...], limit_s: float, folder: Path | None = None) -> str:
         if folder is not None:
             text = (folder / toolchain.SOURCE).read_text()
-            asked.append("outer product" if "OuterCall" in text else "kernel")
+            found = [name for name, word in WORDS.items() if word in text]
+            asked.append(next(iter(found), "kernel"))
         return run(command, limit_s, folder)
 
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
@@ -79,6 +84,22 @@ def test_a_training_step_compiles_nothing(compiled: list[str]) -> None:
     assert [p.runs["event"] for p in outer_products(fast.graph)] == [2, 2]
 
 
+@pytest.mark.skipif(toolchain.why_unavailable() is not None, reason="no C++ compiler")
+def test_what_packs_pruned_weights_is_compiled_before_they_are_packed(compiled: list[str]) -> None:
+    runtime.load_compressing.cache_clear()
+    kernel, steps = product(64, 64), 3
+    pruned = (("w", ir.Layout("compressed-rows")),)
+    schedule = ir.Schedule("rows-per-thread", (("y", "event"),), 0, pruned)
+    binaries = Binaries(CppBackend(RATES))
+    assert binaries.compile_all([(kernel, schedule)]) is None
+    assert sorted(compiled) == ["compressing", "kernel"]
+    compiled.clear()
+    tensors = {"w": torch.eye(64), "x": torch.ones(steps, 2, 64)}
+    found = binaries.load(kernel, schedule)(tensors, steps=steps, batch=2)
+    assert torch.equal(found["out"], tensors["x"])
+    assert compiled == []
+
+
 def test_one_kernel_computes_several_products() -> None:
     small, large = Foreseen(10, 5, 5, F32, torch.bool), Foreseen(20, 5, 5, F32, torch.bool)
     other = Foreseen(10, 5, 5, F32, F32)
@@ -101,7 +122,7 @@ class Failing(CppBackend):
     """A backend whose support library or whose products cannot be made."""
 
     def __init__(self, refusal: Refusal | None = None) -> None:
-        super().__init__(Rates(1.0, 1.0, 1.0, 1.0))
+        super().__init__(RATES)
         self.refusal = refusal
 
     def why_not_ready(self) -> Refusal | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -73,6 +74,9 @@ class CudaBackend:
 
     def why_not_ready(self) -> Refusal | None:
         return None
+
+    def libraries(self, schedules: Iterable[ir.Schedule]) -> Sequence[Callable[[], object]]:
+        return ()
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         check_kernel(kernel)
