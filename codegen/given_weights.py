@@ -70,6 +70,17 @@ def is_kept(schedule: ir.Schedule, gather: ir.Gather) -> bool:
     return schedule.layout_of(gather.weight).kind in KEPT
 
 
+def gathers_ahead(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:
+    """The results of products that read nothing but what a step is given, which others do not."""
+    timed = {operand.name for operand in kernel.operands if "T" in operand.axes}
+    late = {
+        g.source
+        for g in kernel.gathers
+        if g.source not in timed or g.only is not None or is_kept(schedule, g)
+    }
+    return frozenset(g.result for g in kernel.gathers if g.source not in late)
+
+
 def whole_values(kernel: ir.Kernel, schedule: ir.Schedule) -> ir.Schedule:
     """``schedule`` with those Gathers dense that read values as a dense product does: restricted
     ones whose weights are kept.

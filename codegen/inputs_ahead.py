@@ -7,14 +7,14 @@ that has no helper computes these products itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import C_TYPES
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
-from sparsify.codegen.given_weights import is_kept
+from sparsify.codegen.given_weights import gathers_ahead
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import Field, array, write_struct
 from sparsify.codegen.predict_cost import count_work
@@ -80,17 +80,6 @@ class InputsAhead:
         )
 
 
-def gathers_ahead(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:
-    """The results of products that read nothing but what a step is given, which others do not."""
-    timed = {operand.name for operand in kernel.operands if "T" in operand.axes}
-    late = {
-        g.source
-        for g in kernel.gathers
-        if g.source not in timed or g.only is not None or is_kept(schedule, g)
-    }
-    return frozenset(g.result for g in kernel.gathers if g.source not in late)
-
-
 class _AheadText(RowsText):
     def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, tile: int) -> None:
         super().__init__(kernel, schedule, tile)
@@ -122,6 +111,10 @@ class _AheadText(RowsText):
     def parameters(self) -> str:
         more = "const Ahead& ahead, int64_t before, int helpers,\n              int spins"
         return f"{super().parameters}, {more}"
+
+    @property
+    def summed(self) -> Sequence[ir.Gather]:
+        return [g for g in self.kernel.gathers if g.result not in self.ahead]
 
     def sums(self, gather: ir.Gather) -> str:
         if gather.result not in self.ahead:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sparsify import ir
@@ -33,6 +33,11 @@ class KernelText(ABC):
     @abstractmethod
     def places(self) -> Places:
         """Where cells find and publish things."""
+
+    @property
+    def summed(self) -> Sequence[ir.Gather]:
+        """The gathers whose sums lie in the scratch memory of a thread."""
+        return self.kernel.gathers
 
     @abstractmethod
     def values_of(self, source: Source, slot: str) -> str:
@@ -246,15 +251,16 @@ class KernelText(ABC):
         return fields
 
     def sum_fields(self) -> list[Field]:
-        """Sums of gathers: one tile of receivers, or all where they are kept."""
+        """Sums of gathers: one tile of receivers, or all where they are kept or come early."""
         fields = []
-        for gather in self.kernel.gathers:
-            if gather.result in self.ahead:
-                continue
+        for gather in self.summed:
             weight = self.kernel.weight(gather.weight)
+            size = self.symbols.sizes[weight.receivers]
             kind, count, note = C_TYPES[self.usage.dtypes[gather.result]], "TILE", "[rows, TILE]"
+            if gather.result in self.ahead:
+                count, note = f"({size} + TILE)", "[tile][rows, TILE]"
             if is_kept(self.schedule, gather):
-                count = self.symbols.sizes[weight.receivers]
+                count = size
                 note = f"[rows, {self.kernel.population_size(weight.receivers)}]"
             name = f"{self.symbols.values[gather.result]}_sum"
             fields.append(array(kind, name, f"rows * {count}", 1, note))

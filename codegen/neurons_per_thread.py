@@ -1,7 +1,8 @@
 """Strategy: all threads carry the same batch rows through time, each computes its own neurons.
 
 For batches too small to give every thread a row. Activity that the kernel computes is exchanged as
-bits, 8 neurons a byte, and every thread makes its own event lists of them after a barrier.
+bits, 8 neurons a byte, and every thread makes its own event lists of them after a barrier. Products
+that read inputs alone are computed before it, while other threads are still at work.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
-from sparsify.codegen.given_weights import shared_bands
+from sparsify.codegen.given_weights import gathers_ahead, shared_bands
 from sparsify.codegen.kernel_text import KernelText
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import (
@@ -96,6 +97,11 @@ def meeting_phases(kernel: ir.Kernel, schedule: ir.Schedule) -> list[int]:
 
 
 class _SharedText(KernelText):
+    def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, tile: int) -> None:
+        super().__init__(kernel, schedule, tile)
+        if self.usage.of_kind("state"):
+            self.ahead = gathers_ahead(kernel, schedule)
+
     def render(self, entry: str) -> str:
         self.mine = {
             p.name: self.symbols.names.new(f"my_{p.name}") for p in self.kernel.populations
@@ -203,6 +209,8 @@ class _SharedText(KernelText):
     def _write_step(self) -> None:
         states = self.usage.of_kind("state")
         if states:
+            for phase, _ in self.functions():
+                self._write_ahead(phase)
             self.w.line("team.wait();", "all have finished the step before")
             self._write_unpack(states)
         meetings = meeting_phases(self.kernel, self.schedule)
@@ -215,6 +223,18 @@ class _SharedText(KernelText):
             self.write_counts(phase.gathers)
             self._write_phase(phase, function)
             computed += [s for s, _ in emitted(phase, self.usage) if s.kind == "let"]
+
+    def sums(self, gather: ir.Gather) -> str:
+        whole = " + rows * first" if gather.result in self.ahead else ""
+        return f"{super().sums(gather)}{whole}"
+
+    def _write_ahead(self, phase: ir.Phase) -> None:
+        mine = self.mine[phase.population]
+        for gather in phase.gathers:
+            if gather.result in self.ahead:
+                loop = f"for (int64_t first = {mine}.begin; first < {mine}.end; first += TILE)"
+                with self.w.indented(loop):
+                    self.write_gather(gather)
 
     def _write_unpack(self, sources: list[Source]) -> None:
         for source in sources:

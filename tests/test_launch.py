@@ -11,7 +11,7 @@ import torch
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
-from sparsify.codegen.inputs_ahead import gathers_ahead
+from sparsify.codegen.given_weights import gathers_ahead
 from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from tests.example_kernels import STRATEGIES, gate_of_bits, lif, lif_data, product, schedule

@@ -51,12 +51,12 @@ struct Shared {
 struct Own {
   Events<uint16_t, float> x_events;  // active senders of x
   Events<uint16_t, float> s_events;  // active senders of s
-  float* drive_sum;  // [rows, TILE]
+  float* drive_sum;  // [tile][rows, TILE]
   float* recurrent_sum;  // [rows, 130]
   Own(Arena& arena, int64_t rows)
       : x_events(arena, rows, N_INPUTS, false),
         s_events(arena, rows, N_HIDDEN, false),
-        drive_sum{arena.take<float>(rows * TILE)},
+        drive_sum{arena.take<float>(rows * (N_HIDDEN + TILE))},
         recurrent_sum{arena.take<float>(rows * N_HIDDEN)} {}
   static int64_t bytes(int64_t rows) {
     Arena arena;
@@ -132,6 +132,8 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
     for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
+    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE)
+      gather_masked_events<TILE>(own.drive_sum + rows * first, call.w_in, first, own.x_events, rows);  // self.fc(x)
     team.wait();  // all have finished the step before
     for (int64_t row = 0; row < rows; ++row)
       unpack(own.s_events, row, shared.s_active[now] + row * mask_bytes(N_HIDDEN));
@@ -139,12 +141,11 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
     active[1] += count_events(own.s_events, rows);
     gather_kept_events(own.recurrent_sum, N_HIDDEN, call.w_rec, own.s_events, rows, my_hidden.begin, my_hidden.end);  // self.rec(s)
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      gather_masked_events<TILE>(own.drive_sum, call.w_in, first, own.x_events, rows);  // self.fc(x)
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_HIDDEN)
-          hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.drive_sum + row * TILE, own.recurrent_sum + row * N_HIDDEN + first);
+          hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.drive_sum + rows * first + row * TILE, own.recurrent_sum + row * N_HIDDEN + first);
         else
-          hidden_step(call, shared, own, t, start + row, row, now, next, first, N_HIDDEN - first, own.drive_sum + row * TILE, own.recurrent_sum + row * N_HIDDEN + first);
+          hidden_step(call, shared, own, t, start + row, row, now, next, first, N_HIDDEN - first, own.drive_sum + rows * first + row * TILE, own.recurrent_sum + row * N_HIDDEN + first);
       }
     }
   }

@@ -48,12 +48,12 @@ struct Shared {
 struct Own {
   Events<uint16_t, float> x_events;  // active senders of x
   Events<uint16_t, float> s_events;  // active senders of s
-  float* drive_sum;  // [rows, TILE]
+  float* drive_sum;  // [tile][rows, TILE]
   float* recurrent_sum;  // [rows, TILE]
   Own(Arena& arena, int64_t rows)
       : x_events(arena, rows, N_INPUTS, false),
         s_events(arena, rows, N_HIDDEN, false),
-        drive_sum{arena.take<float>(rows * TILE)},
+        drive_sum{arena.take<float>(rows * (N_HIDDEN + TILE))},
         recurrent_sum{arena.take<float>(rows * TILE)} {}
   static int64_t bytes(int64_t rows) {
     Arena arena;
@@ -130,19 +130,20 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
     const int64_t t = call.steps - 1 - step;  // the last step runs first
     const int64_t now = step & 1, next = now ^ 1;
     for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
+    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE)
+      gather_events<TILE>(own.drive_sum + rows * first, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
     team.wait();  // all have finished the step before
     for (int64_t row = 0; row < rows; ++row)
       unpack(own.s_events, row, shared.s_active[now] + row * mask_bytes(N_HIDDEN));
     active[0] += count_events(own.x_events, rows);
     active[1] += count_events(own.s_events, rows);
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      gather_events<TILE>(own.drive_sum, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
       gather_events<TILE>(own.recurrent_sum, call.w_rec + first * N_HIDDEN, own.s_events, rows);  // self.rec(s)
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_HIDDEN)
-          hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.drive_sum + row * TILE, own.recurrent_sum + row * TILE);
+          hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.drive_sum + rows * first + row * TILE, own.recurrent_sum + row * TILE);
         else
-          hidden_step(call, shared, own, t, start + row, row, now, next, first, N_HIDDEN - first, own.drive_sum + row * TILE, own.recurrent_sum + row * TILE);
+          hidden_step(call, shared, own, t, start + row, row, now, next, first, N_HIDDEN - first, own.drive_sum + rows * first + row * TILE, own.recurrent_sum + row * TILE);
       }
     }
   }
