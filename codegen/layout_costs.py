@@ -15,11 +15,11 @@ INDEX_BYTES = 2.0
 
 # Operations in those of dense rows, which are vectors in registers. Measured on Zen 4 cores: a kept
 # weight is added in 0.42 ns and multiplied in 0.21 ns, where dense rows add 22 and multiply 38
-# weights in a nanosecond; 16 places of a mask take 1.1 ns.
+# weights in a nanosecond; 16 places of a mask take 1.5 ns, because an expansion takes five cycles.
 KEPT = 9.0  # a weight with a place of its own
 SHARED = 2.0  # a product with one of them that several batch rows take part in
 RUN = 40.0  # on top of a run's own
-PLACE = 1.6  # a bit of a mask
+PLACE = 2.1  # a bit of a mask
 LINE = 10.0  # kept weights that take as long as a line, what a sender sends, before it begins
 SHARED_ROWS = 8  # from so many on, batch rows are lanes of one product
 
