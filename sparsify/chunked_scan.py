@@ -18,7 +18,7 @@ from sparsify.region import Region
 from sparsify.scan import Scan
 
 # Of what the outer products read: at most as much as stays in the last cache, and no more than
-# twice what they add to, which every chunk reads and writes once.
+# what they add to, which every chunk reads and writes once.
 CHUNK_BYTES = 8 * 2**20
 SMALL_CHUNK_BYTES = 2 * 2**20
 GPU_CHUNK_BYTES = 32 * 2**20
@@ -114,7 +114,7 @@ class ChunkedScan(nn.Module):
             bits = product.senders if isinstance(product, OuterProduct) else None
             info = self.scan.results[self.scan.carries + read].meta["val"]
             totals += info.shape[-1] * info.dtype.itemsize * (bits or values.shape[-1])
-        return min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, 2 * totals))
+        return min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, totals))
 
     def _run_chunk(
         self,
