@@ -29,7 +29,7 @@ from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.classify_ops import MOST_DENSITY
 from sparsify.passes.result import PassResult
-from sparsify.passes.rnn_cells import CELLS, PACKED, Cell, Layer, Step, recurrent_op
+from sparsify.passes.rnn_cells import CELLS, PACKED, Cell, Layer, Step, cast_to, recurrent_op
 from sparsify.passes.tensor_info import call, copy_meta, permuted, with_shape, without_dim
 from sparsify.scan import Scan
 from sparsify.unwritten_graph import UnwrittenGraph
@@ -83,9 +83,9 @@ def why_not_expand(node: fx.Node) -> Refusal | None:
     if op in PACKED:
         reason = "A packed sequence has another batch size in every step."
         return Refusal("unsupported-op", reason, "Pass a padded tensor.", location)
-    if cell.gates > 1 and isinstance(node.target, Autocast):
-        reason = f"Under autocast {cell.name} mixes dtypes within a step."
-        remedy = "Cast the model and its input to the half, without autocast."
+    if _changes_dtype(node):
+        reason = f"Under autocast the states of {cell.name} change their dtype in the first step."
+        remedy = "Give it no states, or states of the dtype of its results; leave out proj_size."
         return Refusal("unsupported-op", reason, remedy, location)
     num_layers, dropout, train = node.args[4:7]
     if dropout and train and num_layers != 1:
@@ -93,6 +93,32 @@ def why_not_expand(node: fx.Node) -> Refusal | None:
         return Refusal("random", reason, "Call model.eval(), or set dropout=0.", location)
     whole = node.meta.get("whole")
     return whole if isinstance(whole, Refusal) else None
+
+
+def _changes_dtype(node: fx.Node) -> bool:
+    """Whether a state is of another dtype than the results, and the results are no halves.
+
+    Of halves, autocast has cast the states, too. A projection is a product, of halves.
+    """
+    dtype = _dtype_of(node)
+    if not isinstance(node.target, Autocast):
+        return False
+    if any(info.dtype is not dtype for info in node.meta.get("val") or ()):
+        return True
+    if dtype is _product_dtype(node):
+        return False
+    starts: Any = node.args[1]
+    starts = starts if isinstance(starts, (list, tuple)) else [starts]
+    is_projected = any(layer.w_hr is not None for layer in _layers(node))
+    return is_projected or any(start.meta["val"].dtype is not dtype for start in starts)
+
+
+def _product_dtype(node: fx.Node) -> torch.dtype:
+    """What the products of the op are of, which autocast casts."""
+    device = node.all_input_nodes[0].meta["val"].device.type
+    settings = dict(node.target.settings) if isinstance(node.target, Autocast) else {}
+    is_double = _dtype_of(node) is torch.float64
+    return _dtype_of(node) if is_double else settings.get(device, _dtype_of(node))
 
 
 def _dtype_of(node: fx.Node) -> torch.dtype:
@@ -144,25 +170,20 @@ class _Expander:
     ) -> None:
         self.graph, self.modules, self.node = graph, modules, node
         self.cell = CELLS[bare(node.target)]
-        copies = {given: self._cast(copies[given]) for given in node.all_input_nodes}
+        self.dtype = _product_dtype(node)  # under autocast, states may be of another one
+        starts: Any = [node.args[1]] if self.cell.states == 1 else node.args[1]
+        self.starts = [self._cast(copies[start], _dtype_of(node)) for start in starts]
+        copies = {given: self._cast(copies[given], self.dtype) for given in node.all_input_nodes}
         args: Any = fx.map_arg(node.args, copies.__getitem__)
         self.x: fx.Node = args[0]
-        self.starts: list[fx.Node] = [args[1]] if self.cell.states == 1 else list(args[1])
         self.options = args[3:]
         self.directions = 1 + args[7]
         self.batch_first = args[8]
         self.layers = [_copied(layer, copies) for layer in _layers(node)]
 
-    def _cast(self, given: fx.Node) -> fx.Node:
-        """What autocast makes of an operand: a tensor of the results' dtype."""
-        dtype = _dtype_of(self.node)
-        if given.meta["val"].dtype is dtype:
-            return given
-        info = with_shape(given.meta["val"], given.meta["val"].shape, dtype=dtype)
-        cast = call(self.graph, aten._to_copy.default, (given,), info, given)
-        cast.kwargs = {"dtype": dtype}
-        copy_meta(cast, given, "source", "pattern", "fact")
-        return cast
+    def _cast(self, given: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """What autocast makes of an operand."""
+        return cast_to(self.graph, given, dtype, given)
 
     def run(self) -> list[fx.Node]:
         """Returns the output and the final states ``[layers * directions, B, H]``."""
@@ -179,7 +200,7 @@ class _Expander:
                     known.append(state)
             x = outputs[0] if self.directions == 1 else self._joined(outputs)
         stacked = [
-            self._call(aten.stack.default, (states,), start.meta["val"].shape)
+            self._call(aten.stack.default, (states,), start.meta["val"].shape, like=start)
             for states, start in zip(finals, self.starts, strict=True)
         ]
         return [self._swapped(x) if self.batch_first else x, *stacked]
@@ -188,6 +209,7 @@ class _Expander:
         """One layer in one direction as a Scan; returns the final states and the output."""
         layer, gates = self.layers[index], self.cell.gates
         steps, batch = x.meta["val"].shape[:2]
+        x = self._cast(x, self.dtype)
         inputs = [tensor for tensor in (layer.w_ih, layer.b_ih) if tensor is not None]
         receivers = layer.w_ih.meta["val"].shape[0]
         product = self._call(aten.linear.default, (x, *inputs), (steps, batch, receivers))
@@ -213,15 +235,18 @@ class _Expander:
         for start in self.starts:
             shape = (1, *start.meta["val"].shape[1:])
             args: tuple[Any, ...] = (start, 0, index, index + 1)
-            starts.append(self._call(aten.slice.Tensor, args, shape))
+            starts.append(self._call(aten.slice.Tensor, args, shape, like=start))
         given: Any = starts[0] if self.cell.states == 1 else starts
         args = (x, given, self.layers[index].present, has_biases, 1, 0.0, train, False, False)
         shapes = [(*x.meta["val"].shape[:2], starts[0].meta["val"].shape[2])]
         shapes += [start.meta["val"].shape for start in starts]
         results = call(self.graph, self.node.target, args, None, self.node)
-        results.meta["val"] = tuple(with_shape(x.meta["val"], shape) for shape in shapes)
+        dtype = _dtype_of(self.node)
+        infos = [with_shape(x.meta["val"], shape, dtype=dtype) for shape in shapes]
+        results.meta["val"] = tuple(infos)
         y, *finals = (
-            self._call(operator.getitem, (results, i), shape) for i, shape in enumerate(shapes)
+            call(self.graph, operator.getitem, (results, i), info, self.node)
+            for i, info in enumerate(infos)
         )
         last = [self._start(final, 0) for final in finals]
         return [*last, self._flipped(y) if reverse else y]
@@ -236,7 +261,7 @@ class _Expander:
         for gate in range(self.cell.gates):
             args = (tensor, dim, gate * size, (gate + 1) * size)
             shape = [size if d == dim else full for d, full in enumerate(info.shape)]
-            part = self._call(aten.slice.Tensor, args, shape, info.stride)
+            part = self._call(aten.slice.Tensor, args, shape, info.stride, like=tensor)
             copy_meta(part, tensor, "source", "pattern")
             parts.append(part)
         return parts
@@ -247,10 +272,11 @@ class _Expander:
 
     def _joined(self, outputs: list[fx.Node]) -> fx.Node:
         shape = outputs[0].meta["val"].shape
-        return self._call(aten.cat.default, (outputs, 2), (*shape[:2], 2 * shape[2]))
+        args = (outputs, 2)
+        return self._call(aten.cat.default, args, (*shape[:2], 2 * shape[2]), like=outputs[0])
 
     def _flipped(self, value: fx.Node) -> fx.Node:
-        return self._call(aten.flip.default, (value, [0]), value.meta["val"].shape)
+        return self._call(aten.flip.default, (value, [0]), value.meta["val"].shape, like=value)
 
     def _swapped(self, value: fx.Node) -> fx.Node:
         """Batch and time exchanged."""
@@ -263,8 +289,10 @@ class _Expander:
         args: tuple[Any, ...],
         shape: Sequence[int],
         stride: Sequence[int] | None = None,
+        like: fx.Node | None = None,
     ) -> fx.Node:
-        info = with_shape(self.x.meta["val"], shape, stride)
+        """A call whose result has the dtype of ``like``; of products if None."""
+        info = with_shape((like or self.x).meta["val"], shape, stride)
         return call(self.graph, target, args, info, self.node)
 
 

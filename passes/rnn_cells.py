@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,9 +68,11 @@ class Step:
         return node
 
     def op(self, target: Any, *args: fx.Node) -> fx.Node:
-        """An elementwise operation."""
+        """An elementwise operation; under autocast, gates are halves and states float32."""
         info = args[0].meta["val"]
-        return call(self.graph, target, args, with_shape(info, info.shape), self.like)
+        dtypes = [arg.meta["val"].dtype for arg in args]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        return call(self.graph, target, args, with_shape(info, info.shape, dtype=dtype), self.like)
 
     def gate(self, hidden: fx.Node, index: int) -> fx.Node:
         """The recurrent product of one gate, its bias added."""
@@ -81,6 +84,7 @@ class Step:
 
     def _product(self, value: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         rows, receivers = value.meta["val"].shape[0], weight.meta["val"].shape[0]
+        value = cast_to(self.graph, value, weight.meta["val"].dtype, self.like)
         info = with_shape(value.meta["val"], (rows, receivers))
         args = (value, weight) if bias is None else (value, weight, bias)
         node = call(self.graph, aten.linear.default, args, info, self.like)
@@ -93,6 +97,17 @@ class Step:
             node.meta["loops"] = ()
         self.graph.output((*states, states[0]))
         return fx.GraphModule(nn.Module(), self.graph, class_name="Body")
+
+
+def cast_to(graph: fx.Graph, given: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    """``given`` in ``dtype``, with what is known of it; itself if it has it."""
+    if given.meta["val"].dtype is dtype:
+        return given
+    info = with_shape(given.meta["val"], given.meta["val"].shape, dtype=dtype)
+    cast = call(graph, aten._to_copy.default, (given,), info, like)
+    cast.kwargs = {"dtype": dtype}
+    copy_meta(cast, given, "source", "pattern", "fact")
+    return cast
 
 
 def _plain(activation: Any) -> Callable[[Step], States]:

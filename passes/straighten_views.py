@@ -29,9 +29,15 @@ def straighten_views(graph: fx.Graph, products: Iterable[fx.Node]) -> None:
     """Straighten the views that the operands of ``products`` come through, and their results."""
     for product in products:
         for operand in product.all_input_nodes:
-            _straighten(graph, operand)
+            _straighten(graph, uncast(operand))
         for end in list(_ends(product)):
             _straighten(graph, end)
+
+
+def uncast(node: fx.Node) -> fx.Node:
+    """What ``node`` is in another dtype; itself if it is no such cast."""
+    is_cast = node.target is aten._to_copy.default and node.kwargs.keys() == {"dtype"}
+    return node.all_input_nodes[0] if is_cast else node
 
 
 def follow_views(node: fx.Node, base: fx.Node, value: Tensor) -> Tensor | None:

@@ -8,11 +8,14 @@ the same matrix in every batch. Before::
 After::
 
     h = reshape(addmm(b, reshape(x, [B * T, K]), t(w)), [B, T, N])
+
+A cast of an operand, as autocast makes it of views, is made of what they are views of.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import RESHAPES, keep_measured
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
-from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views
+from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views, uncast
 from sparsify.passes.tensor_info import call, permuted, with_shape
 from sparsify.unwritten_graph import UnwrittenGraph
 
@@ -64,17 +67,19 @@ def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
     x, weight = product.args
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
-    found = _matrix_behind(weight)
+    found = _matrix_behind(uncast(weight))
     if found is None:
         return None
     matrix, shape, swapped = found
     batches, rows, senders = x.meta["val"].shape
     receivers = product.meta["val"].shape[2]
     with graph.inserting_before(product):
+        matrix = _cast_as(graph, matrix, weight, product)
         if len(matrix.meta["val"].shape) != 2:
             matrix = _reshaped(graph, matrix, shape, product)
-        info = with_shape(x.meta["val"], (batches * rows, senders))
-        flat = call(graph, aten.reshape.default, (x, list(info.shape)), info, product)
+        info = with_shape(uncast(x).meta["val"], (batches * rows, senders))
+        flat = call(graph, aten.reshape.default, (uncast(x), list(info.shape)), info, product)
+        flat = _cast_as(graph, flat, x, product)
         if swapped:
             info = permuted(matrix.meta["val"], (1, 0))
             matrix = call(graph, aten.t.default, (matrix,), info, product)
@@ -87,6 +92,16 @@ def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:
     product.replace_all_uses_with(whole)
     graph.erase_node(product)
     return result
+
+
+def _cast_as(graph: fx.Graph, node: fx.Node, operand: fx.Node, product: fx.Node) -> fx.Node:
+    """``node`` with the cast of ``operand``, if it has one: autocast casts what is viewed."""
+    if uncast(operand) is operand:
+        return node
+    info = replace(node.meta["val"], dtype=operand.meta["val"].dtype)
+    cast = call(graph, aten._to_copy.default, (node,), info, product)
+    cast.kwargs = {"dtype": info.dtype}
+    return cast
 
 
 def _reshaped(graph: fx.Graph, stored: fx.Node, shape: Shape, product: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from sparsify.run_graph import run_graph
 from sparsify.verify_model import verify
 from tests.surrogates import FastSigmoid
 from tests.test_half_models import HALVES, HIDDEN, INPUTS, OUTPUTS, Recurrent, inputs
+from tests.zoo import tensors_of
 
 aten = torch.ops.aten
 
@@ -38,6 +39,20 @@ class SinglePrecisionNeurons(Recurrent):
                 z = FastSigmoid.apply(v - 1.0)  # type: ignore[no-untyped-call]
                 v = v - z.detach()
             votes.append(self.out(z))
+        return torch.stack(votes).sum(0)
+
+
+class Einsums(Recurrent):
+    """Autocast casts the views that einsum makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = z = x.new_zeros(x.shape[1], HIDDEN)
+        votes = []
+        for x_t in x:
+            v = self.decay * v + self.fc(x_t) + torch.einsum("bi,oi->bo", z, self.rec.weight)
+            z = FastSigmoid.apply(v - 1.0)  # type: ignore[no-untyped-call]
+            v = v - z.detach()
+            votes.append(torch.einsum("oi,bi->bo", self.out.weight, z))
         return torch.stack(votes).sum(0)
 
 
@@ -201,7 +216,7 @@ def test_own_functions_run_under_the_autocast_that_they_were_recorded_under() ->
     assert weight_dtypes(fast)["mixing"] == "float32"
 
 
-@pytest.mark.parametrize(("dtype", "is_trained"), zip(HALVES, (False, True), strict=True))
+@pytest.mark.parametrize(("dtype", "is_trained"), [*zip(HALVES, (False, True), strict=True)])
 def test_recurrent_layers_beside_each_other(dtype: torch.dtype, is_trained: bool) -> None:
     model, x = made(Layers), inputs()
     fast: Any = sparsify(model, timing=False)
@@ -212,6 +227,71 @@ def test_recurrent_layers_beside_each_other(dtype: torch.dtype, is_trained: bool
     sites = {site.name: site for site in fast.report.sites}
     assert sites["events.weight_hh_l0"].decision == "event"
     assert sites["cast.weight_hh_l0"].code == sites["single.weight_hh_l0"].code == "no-event"
+
+
+@pytest.mark.parametrize(("dtype", "is_trained"), [*zip(HALVES, (True, False), strict=True)])
+def test_einsum_is_one_product_of_halves(dtype: torch.dtype, is_trained: bool) -> None:
+    model, x = made(Einsums), inputs()
+    fast: Any = sparsify(model, timing=False)
+    with torch.set_grad_enabled(is_trained), torch.autocast("cpu", dtype=dtype):
+        fast(x)
+        verify(model, fast, x, gradients=is_trained, events=2)
+    half = str(dtype).removeprefix("torch.")
+    assert weight_dtypes(fast)["rec"] == weight_dtypes(fast)["out"] == half
+
+
+class Pruned(nn.Module):
+    """A recurrent layer of torch with one weight in ten."""
+
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = kind(INPUTS, HIDDEN, **options)
+        with torch.no_grad():
+            for name, weight in self.layer.named_parameters():
+                if "weight_h" in name:
+                    weight.mul_(torch.rand(weight.shape) < 0.1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+PRUNED: tuple[tuple[type[nn.RNNBase], torch.dtype, bool], ...] = (
+    (nn.GRU, torch.bfloat16, False),
+    (nn.GRU, torch.float16, True),
+    (nn.LSTM, torch.bfloat16, True),
+)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "is_trained"), PRUNED)
+def test_pruned_layers_are_kernels(
+    kind: type[nn.RNNBase], dtype: torch.dtype, is_trained: bool
+) -> None:
+    """Products are of halves. What a GRU keeps from step to step is float32."""
+    model, x = Pruned(kind), inputs()
+    fast: Any = sparsify(model, timing=False)
+    with torch.set_grad_enabled(is_trained), torch.autocast("cpu", dtype=dtype):
+        fast(x)
+        got, wanted = tensors_of(fast(x)), tensors_of(model(x))
+        assert [t.dtype for t in got] == [t.dtype for t in wanted]
+        verify(model, fast, x, gradients=is_trained, events=0, must_replace=True)
+    site = fast.report["layer.weight_hh_l0"]
+    assert (site.decision, site.weight_dtype) == ("dense", str(dtype).removeprefix("torch."))
+    states = {s.dtype for view in fast.kernels.values() for s in view.kernel.states}
+    assert ("float32" in states) or kind is nn.LSTM
+
+
+def test_a_state_that_autocast_makes_another_dtype_is_refused() -> None:
+    """The projection of an LSTM is a half, its cell is not."""
+    model, x = Pruned(nn.LSTM, proj_size=8), inputs()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        fast: Any = sparsify(model, x, timing=False)
+        results = zip(tensors_of(fast(x)), tensors_of(model(x)), strict=True)
+        assert all(torch.equal(got, wanted) for got, wanted in results)
+    site = fast.report["layer.weight_hh_l0"]
+    assert (site.decision, site.code) == ("kept", "unsupported-op")
+    assert "Under autocast the states of nn.LSTM change their dtype" in site.reason
+    assert "proj_size" in site.remedy
 
 
 def recorded(model: nn.Module, x: Tensor) -> Recording:

@@ -79,6 +79,22 @@ def test_einsum_leaves_no_turned_views_around_the_product(function: Function) ->
     assert_same(unified.graph(*found.operands), found.results)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", EINSUMS, ids=map(str, range(len(EINSUMS))))
+def test_autocast_casts_what_einsum_has_turned(function: Function, dtype: torch.dtype) -> None:
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return function(x)
+
+    found = recorded(cast)
+    unified = unify_products(found.graph)
+    nodes = list(unified.graph.graph.nodes)
+    product = next(n for n in nodes if n.target is aten.mm.default)
+    assert all(operand.meta["val"].dtype is dtype for operand in product.all_input_nodes)
+    assert not any(n.target is aten.unsqueeze.default for n in nodes)
+    assert_same(unified.graph(*found.operands), found.results)
+
+
 @pytest.mark.parametrize("function", LEFT, ids=map(str, range(len(LEFT))))
 def test_other_products_stay(function: Function) -> None:
     found = recorded(function)
