@@ -25,6 +25,7 @@ struct Bits {};  // y is packed, 8 senders a byte, the first one in the lowest b
 template <class Source>
 struct Activity {
   typedef Source Element;
+  static constexpr bool MAY_HAVE_PAYLOAD = true;
 
   SPARSIFY_INLINE static uint64_t word(const Source* row, int64_t sender, int64_t count) {
     uint64_t bits = 0;
@@ -49,6 +50,7 @@ struct Activity {
 template <>
 struct Activity<Bits> {
   typedef uint8_t Element;
+  static constexpr bool MAY_HAVE_PAYLOAD = false;
 
   SPARSIFY_INLINE static uint64_t word(const uint8_t* row, int64_t sender, int64_t count) {
     uint64_t bits = 0;

@@ -34,12 +34,12 @@ constexpr int64_t LIST_SLACK = 64;  // places behind the lists of a thread, whic
 template <class F>
 struct Lists {
   uint16_t* row;  // within its block
-  F* payload;
-  Run* run;  // [blocks][senders]
+  F* payload;     // or null: every payload is 1
+  Run* run;       // [blocks][senders]
 
-  Lists(Arena& arena, int64_t senders, int64_t rows, int64_t threads)
+  Lists(Arena& arena, int64_t senders, int64_t rows, int64_t threads, bool has_payload)
       : row(arena.take<uint16_t>(senders * rows + threads * LIST_SLACK)),
-        payload(arena.take<F>(senders * rows + threads * LIST_SLACK)),
+        payload(has_payload ? arena.take<F>(senders * rows + threads * LIST_SLACK) : nullptr),
         run(arena.take<Run>((rows + ROW_BLOCK - 1) / ROW_BLOCK * senders)) {}
 };
 

@@ -12,7 +12,7 @@ namespace sparsify {
 
 constexpr int SAMPLED_ROWS = 64;    // rows whose activity decides
 constexpr double ALONE = 100000;    // cycles of work that are worth waking another thread
-constexpr int64_t MOST_BLOCKS = 8;  // of which there are lists at once
+constexpr int64_t MOST_BLOCKS = 4;  // of which there are lists at once
 
 enum Outcome { DONE = 0, NOT_FINITE = 1, TOO_ACTIVE = 2, NO_MEMORY = 3 };
 
@@ -52,7 +52,7 @@ struct Outer {
         tiles{c.receivers},
         groups((c.senders + GROUP - 1) / GROUP),
         span(c.rows < MOST_BLOCKS * ROW_BLOCK ? c.rows : MOST_BLOCKS * ROW_BLOCK),
-        lists(arena, c.senders, span, threads),
+        lists(arena, c.senders, span, threads, Activity<Source>::MAY_HAVE_PAYLOAD),
         sums(arena.take<F>(threads * groups * GROUP * TILE)),
         tile(arena.take<F>(threads * ROW_BLOCK * TILE)),
         words(arena.take<uint64_t>(groups * ROW_BLOCK)) {}

@@ -55,9 +55,9 @@ SPARSIFY_INLINE void add_rows(F* sums, const F* tile, const Lists<F>& lists, con
   if (run.count == 0 && !starts) return;
   constexpr int64_t TILE = VECTORS * WIDTH<F>;
   const uint16_t* const row = lists.row + run.start;
-  const F* const payload = lists.payload + run.start;
   Vector<F> sum[VECTORS] = {};
   if (run.has_payload) {
+    const F* const payload = lists.payload + run.start;
     for (int32_t k = 0; k < run.count; ++k) {
       const F* const from = tile + row[k] * TILE;
       SPARSIFY_UNROLL

@@ -89,7 +89,7 @@ def test_sums_of_blocks_are_added_to_one_another() -> None:
 @pytest.mark.parametrize("activity", [0.02, 0.3])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_of_more_rows_than_are_listed_at_once(activity: float, threads: int) -> None:
-    """Lists are there for 4096 rows; the sums so far are read back before the next ones."""
+    """Lists are there for 2048 rows; the sums so far are read back before the next ones."""
     d, y = torch.randn(9000, 70), spikes((9000, 130), activity)
     with torch_threads(threads):
         assert torch.equal(run(d, y), reference(d, y))
