@@ -224,37 +224,41 @@ SPARSIFY_INLINE int sort_mail(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists,
   return found;
 }
 
-// sums[low + row][block][i], for rows from .. to - 1 of the lists; as add_groups.
+// sums[low + row][block][i], for rows from .. to - 1 of the lists; as add_groups. Groups of a warp have
+// lists of one block of senders where they can: these are of like lengths, which the last block's are not.
 template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class W>
 SPARSIFY_INLINE void add_sorted(float (&sums)[ROWS][BLOCKS][COLUMNS],
                                 const Resident<COLUMNS, float, W>& weights, const Lists& lists, int low,
                                 int from, int to, bool alone) {
   typedef Groups<COLUMNS, W> By;
-  const int items = (to - from) * BLOCKS;
+  const int rows = to - from, items = rows * BLOCKS;
+  const int inverse = 65536 / rows + 1;  // item * inverse / 65536 is item / rows: items are few
   const int group = By::group(), lane = By::lane(group);
 #pragma unroll 1
   for (int first = warp_of() * By::MANY; first < items; first += By::MANY * warps_of()) {
     int count = 0, longest = 0;
 #pragma unroll
     for (int g = 0; g < By::MANY; ++g) {
-      const int item = first + g;
-      const int events = item < items ? lists.count[item % BLOCKS][from + item / BLOCKS] : 0;
+      const int item = first + g, block = item * inverse >> 16;
+      const int events = item < items ? lists.count[block][from + item - block * rows] : 0;
       if (g == group) count = events;
       if (events > longest) longest = events;
     }
-    const int own = first + group, block = own % BLOCKS, row = from + own / BLOCKS;
+    const bool has_item = first + group < items;
+    const int own = has_item ? first + group : 0;
+    const int block = own * inverse >> 16, row = from + own - block * rows;
     int begin = block * (Lists::ROOM_OF_BLOCK / AT_ONCE);
-    if (own < items && !alone) begin += lists.begin[block][row] / AT_ONCE;
+    if (!alone) begin += lists.begin[block][row] / AT_ONCE;
 #pragma unroll 1
     for (int pass = 0; pass < By::PASSES; ++pass) {
       const int i = (pass * WARP + lane) * By::PER;
       const bool here = i < COLUMNS;
       float sum[By::PER] = {};
-      add_list<COLUMNS, true, IS_EXACT>(sum, lists.index + begin, lists.payload + begin, count,
-                              longest, weights.weights, block * BLOCK * COLUMNS + (here ? i : 0));
+      add_list<COLUMNS, true, IS_EXACT>(sum, lists.index + begin, lists.payload + begin, count, longest,
+                                        weights.weights, block * BLOCK * COLUMNS + (here ? i : 0));
 #pragma unroll
       for (int p = 0; p < By::PER; ++p)
-        if (here && own < items) sums[low + row][block][i + p] = sum[p];
+        if (here && has_item) sums[low + row][block][i + p] = sum[p];
     }
   }
 }

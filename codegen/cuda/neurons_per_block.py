@@ -17,10 +17,10 @@ from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
-from sparsify.codegen.cuda.team_clocks import step_clocks
+from sparsify.codegen.cuda.team_clocks import ahead_clocks, step_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_masks import why_not_layouts
-from sparsify.codegen.cuda.team_shape import ROWS, Shape, shapes, widths
+from sparsify.codegen.cuda.team_shape import Shape, shapes, widths
 from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.predict_cost import BYTES
@@ -140,7 +140,10 @@ class _NeuronsPerBlock:
         rows = max(1, min(shape.rows, -(-batch // teams)))
         paired_from = team.paired_from(shape)
         halves = paired_from is not None and rows >= paired_from
-        clocks = self.step_clocks(team, shape, -(-rows // 2) if halves else rows, activity)
+        at_once = -(-rows // 2) if halves else rows
+        clocks = self.step_clocks(team, shape, at_once, activity)
+        if halves:  # others ask while they wait
+            clocks += ahead_clocks(team, shape, at_once)
         is_resident = shape.resident >= {packed_name(p, team.symbols) for p in team.packings}
         return predict_cost(
             kernel,
@@ -209,22 +212,20 @@ def find_shape(
     limits: Limits,
     most_blocks: int,
 ) -> Shape:
-    """The first shape that keeps the most weights in shared memory, and then carries the most rows.
+    """The first shape of those that keep most weights in shared memory.
 
-    All teams together, but no more than one may: small slices are for what does not fit otherwise.
+    Shapes that carry more rows come before those that carry fewer.
     """
     team = TeamKernel(kernel, schedule, together)
-    found, most = None, (-1, 0)
+    found, most = None, 0
     wished = [schedule.tile] if schedule.tile else widths(kernel, most_blocks)
     for width in wished:
         for shape in shapes(team.usage, width):
             if team.shared_bytes(shape) > limits.shared_per_block:
                 continue
-            filled, kept = with_resident(team, shape, limits)
-            teams = max(1, limits.multiprocessors // shape.blocks)
-            gained = kept, min(ROWS[0], teams * shape.rows)
-            if gained > most:
-                found, most = filled, gained
+            shape, kept = with_resident(team, shape, limits)
+            if found is None or kept > most:
+                found, most = shape, kept
     return found or list(shapes(team.usage, wished[0]))[-1]
 
 

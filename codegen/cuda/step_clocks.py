@@ -32,9 +32,11 @@ DENSE_ISSUED, DENSE_CLOCKS = 2, 6  # of a sender: its value is passed round, and
 # Of 32 neurons: operands, states, what is told; each operation; each that is no instruction.
 CELL_ISSUED, OPERATION_ISSUED, FUNCTION_ISSUED = 70, 2, 45
 CELL_CLOCKS, FUNCTION_CLOCKS = 120, 60
-# Of a block of 256 senders, and for each row; of events that a warp reads at once; of a row sent.
+AHEAD_ISSUED, ASKED_ISSUED = 20, 12  # of 32 neurons, and of each operand that they will read
+# Of a block of 256 senders, and for each row; of what a warp is sent by two slices, the ends of 32
+# lists; of a row that is sent.
 NUMBERED_ISSUED, NUMBERED_ROW_ISSUED, NUMBERED_CLOCKS = 95, 15, 340
-SORTED_ISSUED, PADDED_ISSUED, SORTED_CLOCKS = 22, 40, 100
+SORTED_ISSUED, PADDED_ISSUED, SORTED_CLOCKS = 11, 60, 100
 SENT_CLOCKS = 45
 KEPT_ISSUED = 12  # of a word of values for tensor cores: two senders; thrice that in three parts
 PRODUCT_CLOCKS = 33  # of a tile, before the next one can be added to it

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from sparsify import ir
 from sparsify.codegen.cuda.step_clocks import (
+    AHEAD_ISSUED,
+    ASKED_ISSUED,
     BITS_LISTED,
     CELL_ISSUED,
     CONVERTED_ISSUED,
@@ -75,10 +77,7 @@ def step_clocks(team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str
 
 def cell_clocks(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> float:
     """Of the neurons of a slice: what a warp waits for, or what all of them issue."""
-    slice_ = shape.slices[phase.population]
-    words = rows * words_of(slice_)
-    if fills_words(team, shape, phase):
-        words = words_of(rows * slice_)
+    words = _words_of_neurons(team, shape, rows, phase)
     operations = sum(isinstance(statement, ir.Let) for statement in phase.body)
     issued = CELL_ISSUED + OPERATION_ISSUED * operations + FUNCTION_ISSUED * functions_of(phase)
     for gather in phase.gathers:  # sums of blocks are added
@@ -87,6 +86,25 @@ def cell_clocks(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> f
     if team.streamed(phase.population) and phase.population not in team.fetched(shape):
         latency += L2_CLOCKS
     return max(turns * latency, words * issued / ISSUED)
+
+
+def ahead_clocks(team: TeamKernel, shape: Shape, rows: int) -> float:
+    """Of asking for what neurons read, in this step and in the next one."""
+    issued = 0.0
+    for population in shape.slices:
+        phase = next(ph for ph in team.kernel.phases if ph.population == population)
+        words = _words_of_neurons(team, shape, rows, phase)
+        times = 1 + (population in team.fetched(shape))
+        asked = ASKED_ISSUED * len(team.streamed(population))
+        issued += times * words * (AHEAD_ISSUED + asked) if asked else 0
+    return issued / ISSUED
+
+
+def _words_of_neurons(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> int:
+    """How many times 32 neurons the warps of a block compute."""
+    width = shape.slices[phase.population]
+    fills = fills_words(team, shape, phase)
+    return words_of(rows * width) if fills else rows * words_of(width)
 
 
 def told_clocks(team: TeamKernel, source: Source, rows: int) -> float:
@@ -203,12 +221,13 @@ def _clocks_of_mail(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share
     events = rows * mail.slice * share  # of a slice
     asked = round_up(mail.count_bytes, SECTOR_BYTES) + max(LANES, events) * EVENT_BYTES
     numbered = 1.0 * blocks * (NUMBERED_ISSUED + NUMBERED_ROW_ISSUED * mail.rows)
-    numbered += shape.warps * several * SORTED_ISSUED / 2
+    numbered += shape.warps * several * SORTED_ISSUED
     turns = -(-blocks // shape.warps)
     first = max(turns * NUMBERED_CLOCKS, slices * asked / TOLD_BYTES, numbered / ISSUED)
     later = max(0.0, events / LANES - 1)  # events that are asked for once their number is known
-    sorted_ = shape.warps * (PADDED_ISSUED + several * (1 + later) * SORTED_ISSUED / 2) / ISSUED
-    second = max(sorted_, SORTED_CLOCKS) + (L2_CLOCKS if later else 0)
+    sorted_ = shape.warps * several * (1 + later) * SORTED_ISSUED
+    sorted_ += words_of(rows * blocks) * PADDED_ISSUED
+    second = max(sorted_ / ISSUED, SORTED_CLOCKS) + (L2_CLOCKS if later else 0)
     alone = rows * min(SENDER_BLOCK, senders) * share > mail.room
     times = rows if alone else 1
     items, active = rows * blocks // times, share * senders / blocks

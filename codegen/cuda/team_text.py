@@ -257,18 +257,16 @@ class TeamText:
     def _write_ahead(self) -> None:
         """Ask for what its neurons read in the next step, while the others are waited for."""
         w, later = self.w, "t - 1" if self.kernel.reverse else "t + 1"
-        for population, mine in self.team.mine.items():
+        for population in self.team.mine:
             operands = self.team.streamed(population)
             if not operands:
                 continue
+            phase = next(ph for ph in self.kernel.phases if ph.population == population)
             w.comment(f"What its neurons of {population} read in the next step.")
-            words = f"words_of({self.team.widths[population]})"
             # The first warp polls the barrier, and has as little else to do as can be.
-            first = "WARPS - 1 - warp_of()"
-            with w.block(f"if ({self._is_left})"), items(w, words, "word", self.span, first):
-                w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
-                w.line("const int64_t b = start + row;")
-                w.line(f"if (i >= {mine}.size) continue;")
+            last_first = "(WARPS - 1 - warp_of())"
+            with w.block(f"if ({self._is_left})"), self._own_neurons(phase, last_first):
+                w.line("if (!here) continue;")
                 for operand in operands:
                     name = self.team.name(operand.name)
                     row = f" + b * call.{name}_b" if "B" in operand.axes else ""
@@ -309,7 +307,7 @@ class TeamText:
                 self.w.line(f"if (here) fetch_step({inputs.array}, call, t, b, n);")
 
     @contextmanager
-    def _own_neurons(self, phase: ir.Phase) -> Iterator[None]:
+    def _own_neurons(self, phase: ir.Phase, warp: str = "warp_of()") -> Iterator[None]:
         """The loop over neurons ``i`` of the slice, which are ``n``: those of a row in words.
 
         Of several rows in one word, where nothing is told in bits and the slice is no whole word.
@@ -317,14 +315,14 @@ class TeamText:
         w, mine = self.w, self.team.mine[phase.population]
         width, span = self.team.widths[phase.population], self.span
         if not fills_words(self.team, self.shape, phase):
-            with items(w, f"words_of({width})", "word", span):
+            with items(w, f"words_of({width})", "word", span, warp):
                 w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
                 w.line("const int64_t b = start + row;")
                 w.line(f"const bool here = i < {mine}.size;")
                 yield
             return
         begin = "" if span.low == "0" else f"{span.low} * {width} + "
-        loop = f"int first = {begin}warp_of() * WARP; first < {span.high} * {width}"
+        loop = f"int first = {begin}{warp} * WARP; first < {span.high} * {width}"
         with w.block(f"for ({loop}; first += THREADS)"):
             w.line("const int neuron = first + lane_of();", f"{width} in a row")
             w.line(f"const int row = neuron / {width}, i = neuron % {width}, n = {mine}.first + i;")

@@ -144,11 +144,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_gate_of_bits(const 
       team.arrive();  // it has told what the others read
       // What its neurons of hidden read in the next step.
       if (t + 1 < call.steps) {
-        for (int item = WARPS - 1 - warp_of(); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
+        for (int item = (WARPS - 1 - warp_of()); item < rows * words_of(SLICE_HIDDEN); item += WARPS) {
           const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
           const int i = word * WARP + lane_of(), n = my_hidden.first + i;
           const int64_t b = start + row;
-          if (i >= my_hidden.size) continue;
+          const bool here = i < my_hidden.size;
+          if (!here) continue;
           touch(call.near + (t + 1) * call.near_t + b * call.near_b + n / 8);
           touch(call.fired + (t + 1) * call.fired_t + b * call.fired_b + n / 8);
           touch(call.g + (t + 1) * call.g_t + b * call.g_b + n);

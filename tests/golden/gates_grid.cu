@@ -152,11 +152,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
         const int low = half * rows / halves, high = (half + 1) * rows / halves;
         // What its neurons of hidden read in the next step.
         if (t + 1 < call.steps) {
-          for (int item = low * words_of(SLICE_HIDDEN) + WARPS - 1 - warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
-            const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
-            const int i = word * WARP + lane_of(), n = my_hidden.first + i;
+          for (int first = low * SLICE_HIDDEN + (WARPS - 1 - warp_of()) * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
+            const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+            const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
             const int64_t b = start + row;
-            if (i >= my_hidden.size) continue;
+            const bool here = row < high && i < my_hidden.size;
+            if (!here) continue;
             touch(call.p_z + (t + 1) * call.p_z_t + b * call.p_z_b + n);
             touch(call.p_r + (t + 1) * call.p_r_t + b * call.p_r_b + n);
             touch(call.p_g + (t + 1) * call.p_g_t + b * call.p_g_b + n);

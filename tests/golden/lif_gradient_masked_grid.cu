@@ -139,11 +139,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
         const int low = half * rows / halves, high = (half + 1) * rows / halves;
         // What its neurons of hidden read in the next step.
         if (t > 0) {
-          for (int item = low * words_of(SLICE_HIDDEN) + WARPS - 1 - warp_of(); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
+          for (int item = low * words_of(SLICE_HIDDEN) + (WARPS - 1 - warp_of()); item < high * words_of(SLICE_HIDDEN); item += WARPS) {
             const int row = item / words_of(SLICE_HIDDEN), word = item % words_of(SLICE_HIDDEN);
             const int i = word * WARP + lane_of(), n = my_hidden.first + i;
             const int64_t b = start + row;
-            if (i >= my_hidden.size) continue;
+            const bool here = i < my_hidden.size;
+            if (!here) continue;
             touch(call.v + (t - 1) * call.v_t + b * call.v_b + n);
             touch(call.g + (t - 1) * call.g_t + b * call.g_b + n);
           }

@@ -127,11 +127,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_two_layers(const Ca
       team.arrive();  // it has told what the others read
       // What its neurons of one read in the next step.
       if (t + 1 < call.steps) {
-        for (int item = WARPS - 1 - warp_of(); item < rows * words_of(SLICE_ONE); item += WARPS) {
-          const int row = item / words_of(SLICE_ONE), word = item % words_of(SLICE_ONE);
-          const int i = word * WARP + lane_of(), n = my_one.first + i;
+        for (int first = (WARPS - 1 - warp_of()) * WARP; first < rows * SLICE_ONE; first += THREADS) {
+          const int neuron = first + lane_of();  // SLICE_ONE in a row
+          const int row = neuron / SLICE_ONE, i = neuron % SLICE_ONE, n = my_one.first + i;
           const int64_t b = start + row;
-          if (i >= my_one.size) continue;
+          const bool here = row < rows && i < my_one.size;
+          if (!here) continue;
           touch(call.x + (t + 1) * call.x_t + b * call.x_b + n);
         }
       }
