@@ -128,7 +128,7 @@ def test_what_no_product_reads_is_written_where_it_stays(
     lowered = lower_scan(scan, "leaky")
     assert not isinstance(lowered, Refusal)
     binary = backend.compile(lowered.kernel, Schedule("rows-per-thread", ()))
-    watched = Watched(backend.load(binary))
+    watched: Any = Watched(backend.load(binary))
     chunked = ChunkedScan(scan, [OuterProduct()], [0]).with_run(Region(scan, lowered, watched))
     c, x, a = dyadic(BATCH, N), dyadic(STEPS, BATCH, N), dyadic(STEPS, BATCH, S)
     last, double, product = chunked(STEPS, (c,), (x,), (), (a,))
