@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -150,12 +151,12 @@ def kernels(draw: st.DrawFn, restricted: bool = False, halves: bool = False) -> 
 
 def draw_schedule(draw: st.DrawFn, kernel: ir.Kernel) -> ir.Schedule:
     """Gathers of binary payloads may be dense: their sums are exact, see ``draw_data``."""
-    gathers = tuple(
+    gathers: list[tuple[str, Literal["event", "dense"]]] = [
         (g.result, "dense" if g.payload == "binary" and draw(st.booleans()) else "event")
         for g in kernel.gathers
-    )
+    ]
     tile = draw(st.sampled_from((0, 0, 16, 32, 64, 128)))
-    schedules = [ir.Schedule(strategy.name, gathers, tile) for strategy in STRATEGIES]
+    schedules = [ir.Schedule(strategy.name, tuple(gathers), tile) for strategy in STRATEGIES]
     pairs = zip(STRATEGIES, schedules, strict=True)
     return draw(st.sampled_from([s for each, s in pairs if each.why_not(kernel, s) is None]))
 
