@@ -18,9 +18,9 @@ import sparsify
 from sparsify.bench import Timings, measure_pairs
 from sparsify.ir import Layout
 
-DENSE, EVENT = "sparsify dense", "sparsify event"
+DENSE, EVENT, FROZEN = "sparsify dense", "sparsify event", "the same, frozen"
 # These keep the order of every operation but the sums, which are exact: their spikes are equal.
-EQUAL = ("eager", "hoisted", DENSE, EVENT)
+EQUAL = ("eager", "hoisted", DENSE, EVENT, FROZEN)
 INPUTS, INPUT_RATE = 700, 0.02
 EXAMPLES = 4  # inputs that take turns
 LEAST_MS = 10.0  # of calls of one network before the next one runs: all find their weights cached
@@ -76,6 +76,7 @@ def measure(
         "median_ms": {name: timings.median_ms(name) for name in timings.seconds},
         "event_over": {name: asdict(timings.ratio(name, EVENT)) for name in timings.seconds},
         "best_dense_peer": best,
+        "frozen_over": {name: asdict(timings.ratio(name, FROZEN)) for name in timings.seconds},
         "dense_over_best_peer": asdict(timings.ratio(best, DENSE)),
         "roofline_ms": least,
         "memory_mib": asdict(taken) if taken is not None else None,
@@ -94,10 +95,15 @@ def best_peer(peers: Iterable[str], timings: Timings) -> str:
 
 
 def our_variants(model: Network, x: Tensor) -> dict[str, Any]:
-    """The sparsified model with every site that has a kernel dense, and with events."""
+    """The sparsified model with every site that has a kernel dense, and with events.
+
+    The last one is frozen: it does not look for changes of weights.
+    """
     fast = sparsify.sparsify(model, x)
-    decisions = ((DENSE, "dense"), (EVENT, "event"))
-    return {name: pinned(fast, model, x, decision) for name, decision in decisions}
+    decisions = ((DENSE, "dense"), (EVENT, "event"), (FROZEN, "event"))
+    found = {name: pinned(fast, model, x, decision) for name, decision in decisions}
+    found[FROZEN].freeze()
+    return found
 
 
 def pinned(
@@ -148,5 +154,6 @@ def _print(timings: Timings, best: str, least: float) -> None:
     print(f"fusion gain: dense kernel over best dense peer ({best}): {timings.ratio(best, DENSE)}")
     print(f"sparsity gain: event kernel over dense kernel: {timings.ratio(DENSE, EVENT)}")
     print(f"event kernel over best dense peer: {timings.ratio(best, EVENT)}")
+    print(f"the same, frozen: {timings.ratio(best, FROZEN)}")
     share = least / timings.median_ms(EVENT)
     print(f"roofline of the event products: {least:.3f} ms, {share:.0%} of the event kernel's time")
