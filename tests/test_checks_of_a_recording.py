@@ -128,5 +128,5 @@ def test_a_call_that_gains_nothing_runs_the_original(monkeypatch: pytest.MonkeyP
     assert engine.recordings == 2  # the second size settles it
 
 
-def _fast_kernels(task: object, regions: list[object]) -> object:
+def _fast_kernels(task: object, regions: list[object], predicted_seconds: float) -> object:
     return timings(contended=False), [1e-3] * len(regions) + [9e-3]
