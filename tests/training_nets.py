@@ -118,7 +118,12 @@ NETS = (
 # Networks of the zoo whose results do not depend on anything in a differentiable way: their spikes
 # are comparisons.
 WITHOUT_GRADIENTS = ("in place", "no self-connection", "gates in place", "buffer state")
-IN_FLOAT32 = ("snnTorch, static", "snnTorch, spike trains", "snnTorch, RLeaky")
+IN_FLOAT32 = (
+    "snnTorch, static",
+    "snnTorch, spike trains",
+    "snnTorch, RLeaky",
+    "snnTorch, Synaptic",
+)
 ROUNDED = "EGRU of eighths"  # weights and inputs have gradients that are zero, by ``round``
 # Where training differs from inference: the sites that kernels run, and why they run none.
 IN_TRAINING: dict[str, tuple[tuple[str, ...], RefusalCode | None]] = {

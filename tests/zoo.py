@@ -225,6 +225,12 @@ ENTRIES = (
         recordings=3,
     ),
     Entry(
+        "snnTorch, Synaptic",
+        snntorch_nets.SynapticNet,
+        events=("fc2",),
+        recordings=3,
+    ),
+    Entry(
         "nn.GRU, pruned",
         lambda: rates.TorchRNN(pruned.pruned(nn.GRU(IN, HIDDEN), "weight_hh_l0", "weight_ih_l0")),
         events=("rnn.weight_hh_l0", "rnn.weight_ih_l0"),

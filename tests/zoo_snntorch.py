@@ -83,3 +83,26 @@ class RecurrentNet(nn.Module):
             spk2, mem2 = self.lif(self.fc2(spk1), mem2)
             total = total + spk2
         return total
+
+
+class SynapticNet(nn.Module):
+    """Second-order neurons: a synaptic current beside the membrane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(IN, HIDDEN)
+        self.lif1 = snn.Synaptic(alpha=0.5, beta=0.75)
+        self.fc2 = nn.Linear(HIDDEN, OUT)
+        self.lif2 = snn.Synaptic(alpha=0.5, beta=0.75)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        syn1, mem1 = self.lif1.init_synaptic()
+        syn2, mem2 = self.lif2.init_synaptic()
+        spk2_rec = []
+        mem2_rec = []
+        for step in range(x.size(0)):
+            spk1, syn1, mem1 = self.lif1(self.fc1(x[step]), syn1, mem1)
+            spk2, syn2, mem2 = self.lif2(self.fc2(spk1), syn2, mem2)
+            spk2_rec.append(spk2)
+            mem2_rec.append(mem2)
+        return torch.stack(spk2_rec, dim=0), torch.stack(mem2_rec, dim=0)
