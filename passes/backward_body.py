@@ -24,7 +24,7 @@ from sparsify.passes.find_origins import find_origins
 from sparsify.passes.joint_graph import JointGraph
 from sparsify.passes.lower_names import Names
 from sparsify.passes.save_values import is_binary
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.tensor_info import call, cast, copy_meta, with_shape
 from sparsify.scan import Scan
 
 aten = torch.ops.aten
@@ -144,11 +144,9 @@ class BackwardBody:
         place, info = self.copies[node], node.meta["val"]
         if place.meta["val"].dtype is info.dtype:
             return
-        cast = call(self.graph, aten._to_copy.default, (place,), info, node)
-        cast.kwargs = {"dtype": info.dtype}
-        if "fact" in node.meta:
-            cast.meta["fact"] = node.meta["fact"]
-        self.copies[node] = cast
+        restored = cast(self.graph, place, info, node)
+        copy_meta(restored, node, "fact")
+        self.copies[node] = restored
 
 
 def name_of_gradient(joint: JointGraph, result: int) -> str:

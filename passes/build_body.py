@@ -15,7 +15,7 @@ from sparsify.passes.find_series import Series, Stacked, StepSource, Table
 from sparsify.passes.match_iterations import Carried, Fill, Fixed, Outside, Same, Slot
 from sparsify.passes.plan_scan import TABULATED
 from sparsify.passes.scan_plan import ScanPlan
-from sparsify.passes.tensor_info import call, with_shape, without_dim
+from sparsify.passes.tensor_info import call, cast, with_shape, without_dim
 
 aten = torch.ops.aten
 
@@ -261,8 +261,7 @@ class BodyBuilder:
         dtype = pattern.meta["val"].dtype
         if value.meta["val"].dtype is not dtype:
             info = with_shape(value.meta["val"], value.meta["val"].shape, dtype=dtype)
-            value = call(self.graph, aten._to_copy.default, (value,), info, pattern)
-            value.kwargs = {"dtype": dtype}
+            value = cast(self.graph, value, info, pattern)
         return value
 
     def _meta(self, position: int) -> dict[str, Any]:

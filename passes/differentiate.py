@@ -34,7 +34,7 @@ from sparsify.passes.restrict_products import restrict_products
 from sparsify.passes.save_values import choose_saved, find_invariant, is_binary
 from sparsify.passes.set_apart import set_apart
 from sparsify.passes.split_time import reads_dense, split_time
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.tensor_info import cast, copy_meta, with_shape
 from sparsify.passes.why_not_differentiate import (
     TRACING_ERRORS,
     why_not_body,
@@ -187,8 +187,6 @@ def _saved_value(graph: fx.Graph, value: fx.Node, node: fx.Node) -> fx.Node:
     info = value.meta["val"]
     if not is_binary(node) or info.dtype is torch.bool:
         return value
-    cast = call(graph, aten._to_copy.default, (value,), with_shape(info, info.shape), value)
-    cast.kwargs = {"dtype": torch.bool}
-    cast.meta["val"] = with_shape(info, info.shape, dtype=torch.bool)
-    cast.meta.update({k: v for k, v in node.meta.items() if k == "fact"})
-    return cast
+    saved = cast(graph, value, with_shape(info, info.shape, dtype=torch.bool), value)
+    copy_meta(saved, node, "fact")
+    return saved

@@ -29,7 +29,7 @@ from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_masks import Mask
 from sparsify.passes.lower_layout import find_constants, find_layout, find_live, shape_of
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.tensor_info import call, cast, with_shape
 from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.passes.without_packing import move_masks
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
@@ -194,8 +194,7 @@ def _unpacking(scan: Scan, taken: Set[int]) -> Scan:
 def _cast(bools: fx.Node, info: Any) -> fx.Node:
     """The value as ``info`` has it, with all that is known of it."""
     with bools.graph.inserting_after(bools):
-        values = call(bools.graph, aten._to_copy.default, (bools,), info, bools)
-    values.kwargs = {"dtype": info.dtype}
+        values = cast(bools.graph, bools, info, bools)
     values.meta.update(bools.meta | {"val": with_shape(info, info.shape)})
     return values
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.autocast import bare
-from sparsify.passes.tensor_info import call, copy_meta, with_shape
+from sparsify.passes.tensor_info import call, cast, copy_meta, with_shape
 
 aten = torch.ops.aten
 States = tuple[fx.Node, ...]
@@ -104,10 +104,9 @@ def cast_to(graph: fx.Graph, given: fx.Node, dtype: torch.dtype, like: fx.Node) 
     if given.meta["val"].dtype is dtype:
         return given
     info = with_shape(given.meta["val"], given.meta["val"].shape, dtype=dtype)
-    cast = call(graph, aten._to_copy.default, (given,), info, like)
-    cast.kwargs = {"dtype": dtype}
-    copy_meta(cast, given, "source", "pattern", "fact")
-    return cast
+    made = cast(graph, given, info, like)
+    copy_meta(made, given, "source", "pattern", "fact")
+    return made
 
 
 def _plain(activation: Any) -> Callable[[Step], States]:

@@ -72,6 +72,13 @@ def call(
     return node
 
 
+def cast(graph: fx.Graph, value: fx.Node, info: Any, like: fx.Node | None) -> fx.Node:
+    """Append a cast of ``value`` to what ``info`` says, at the place of ``like``."""
+    node = call(graph, torch.ops.aten._to_copy.default, (value,), info, like)
+    node.kwargs = {"dtype": info.dtype}
+    return node
+
+
 def copy_meta(made: fx.Node, like: fx.Node, *keys: str) -> None:
     """Note on ``made`` what ``like`` has under ``keys``, as far as it has something."""
     made.meta.update({key: like.meta[key] for key in keys if key in like.meta})

@@ -26,7 +26,7 @@ from sparsify.passes.classify_ops import RESHAPES, keep_measured
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views, uncast
-from sparsify.passes.tensor_info import call, permuted, with_shape
+from sparsify.passes.tensor_info import call, cast, permuted, with_shape
 from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -99,9 +99,7 @@ def _cast_as(graph: fx.Graph, node: fx.Node, operand: fx.Node, product: fx.Node)
     if uncast(operand) is operand:
         return node
     info = replace(node.meta["val"], dtype=operand.meta["val"].dtype)
-    cast = call(graph, aten._to_copy.default, (node,), info, product)
-    cast.kwargs = {"dtype": info.dtype}
-    return cast
+    return cast(graph, node, info, product)
 
 
 def _reshaped(graph: fx.Graph, stored: fx.Node, shape: Shape, product: fx.Node) -> fx.Node:
