@@ -13,13 +13,10 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import C_TYPES
-from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.given_weights import gathers_ahead
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import Field, array, write_struct
-from sparsify.codegen.predict_cost import count_work
-from sparsify.codegen.rows_per_thread import GROUP, RowsText, write_group_size
-from sparsify.codegen.usage import default_tile, why_not_gather
+from sparsify.codegen.rows_per_thread import GROUP, RowsPerThread, RowsText
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
@@ -34,17 +31,14 @@ _SET_UP = (
 )
 
 
-class InputsAhead:
+class InputsAhead(RowsPerThread):
     name = "inputs-ahead"
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
-        refusal = why_not_gather(kernel, schedule)
+        refusal = super().why_not(kernel, schedule)
         if refusal is None and not gathers_ahead(kernel, schedule):
             refusal = Refusal("no-gain", "No product of this kernel reads inputs alone.")
         return refusal
-
-    def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
-        return schedule.tile or default_tile(kernel)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return _AheadText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
@@ -59,21 +53,14 @@ class InputsAhead:
         activity: Mapping[str, float],
         patterns: Mapping[str, Pattern] = NO_PATTERNS,
     ) -> Cost:
-        work = count_work(
-            kernel,
-            schedule,
-            steps=steps,
-            batch=batch,
-            activity=activity,
-            groups=-(-batch // GROUP),
-            patterns=patterns,
+        work = super().predict(
+            kernel, schedule, steps=steps, batch=batch, activity=activity, patterns=patterns
         )
         ahead = gathers_ahead(kernel, schedule)
         is_ahead = [gather.result in ahead for gather in kernel.gathers]
         pairs = list(zip(work.gathers, is_ahead, strict=True))
         return replace(
             work,
-            parts=max(1, batch),
             gathers=tuple(part for part, early in pairs if not early),
             gathers_beside=tuple(part for part, early in pairs if early),
             barriers=HANDED_ON * steps * -(-batch // GROUP),
@@ -81,31 +68,28 @@ class InputsAhead:
 
 
 class _AheadText(RowsText):
+    headers = ("ahead.h",)
+    members = ("int64_t group, leaders;",)
+    set_up = _SET_UP
+
     def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, tile: int) -> None:
         super().__init__(kernel, schedule, tile)
         self.ahead = gathers_ahead(kernel, schedule)
-        gathers = [g for g in kernel.gathers if g.result in self.ahead]
-        read = {gather.source for gather in gathers}
+        self.handed_on = [g for g in kernel.gathers if g.result in self.ahead]
+        read = {gather.source for gather in self.handed_on}
         operands = self.usage.of_kind("operand")
         self.early = [source for source in operands if source.name in read]
         self.late = [source for source in operands if source.name not in read]
 
-    def render(self, entry: str) -> str:
-        write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile, ["ahead.h"])
-        write_group_size(self.w)
-        members = ["int64_t group, leaders;"]
-        write_call(self.w, self.kernel, self.schedule, self.symbols, members)
-        note = "What a thread keeps of the rows that it carries through time."
-        write_struct(self.w, "Rows", note, self.fields())
+    def write_cells(self) -> None:
         note = "What helpers hand on to the thread that carries the rows."
         write_struct(self.w, "Ahead", note, self._ahead_fields())
-        self.write_cells()
+        super().write_cells()
+
+    def write_rows(self) -> None:
         self._write_products()
         self._write_help()
-        self.write_rows()
-        self._write_run()
-        write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, _SET_UP)
-        return self.w.text()
+        super().write_rows()
 
     @property
     def parameters(self) -> str:
@@ -128,11 +112,10 @@ class _AheadText(RowsText):
 
     def _ahead_fields(self) -> list[Field]:
         fields = [Field("Ring ring", "ring(arena)")]
-        for gather in self.kernel.gathers:
-            if gather.result in self.ahead:
-                kind, size = C_TYPES[self.usage.dtypes[gather.result]], self._padded(gather)
-                name, note = f"{self.symbols.values[gather.result]}_sum", "[RING][tile][rows, TILE]"
-                fields.append(array(kind, name, f"RING * rows * {size}", 1, note))
+        for gather in self.handed_on:
+            kind, size = C_TYPES[self.usage.dtypes[gather.result]], self._padded(gather)
+            name, note = f"{self.symbols.values[gather.result]}_sum", "[RING][tile][rows, TILE]"
+            fields.append(array(kind, name, f"RING * rows * {size}", 1, note))
         return fields
 
     def _write_products(self) -> None:
@@ -144,11 +127,10 @@ class _AheadText(RowsText):
             "                  int64_t* active, int64_t start, int64_t rows, int64_t t,\n"
             "                  int64_t slot)"
         )
-        gathers = [g for g in self.kernel.gathers if g.result in self.ahead]
         with w.block(head):
             self.write_scans(self.early)
-            self.write_counts(gathers)
-            for gather in gathers:
+            self.write_counts(self.handed_on)
+            for gather in self.handed_on:
                 size = self.symbols.sizes[self.kernel.weight(gather.weight).receivers]
                 with w.indented(f"for (int64_t first = 0; first < {size}; first += TILE)"):
                     self.write_gather(gather)
@@ -186,7 +168,7 @@ class _AheadText(RowsText):
             self.write_phase(phase, function)
         w.line("ahead.ring.release(number);")
 
-    def _write_run(self) -> None:
+    def write_run(self) -> None:
         w, gathers = self.w, len(self.kernel.gathers)
         w.line()
         with w.block("void run(void* context, const Team& team)"):
@@ -206,10 +188,7 @@ class _AheadText(RowsText):
             w.line("const int64_t first = call.batch * leader / leaders;")
             w.line("const int64_t last = call.batch * (leader + 1) / leaders;")
             w.line(f"int64_t active[{gathers}] = {{}}, before = 0;")
-            with w.block("for (int64_t start = first; start < last; start += call.group)"):
-                w.line(
-                    "const int64_t here = last - start < call.group ? last - start : call.group;"
-                )
+            with self.groups():
                 given = "call, own, active, start, here, ahead, before, helpers, spins"
                 with w.indented("if (helper < 0)"):
                     w.line(f"run_rows({given});")

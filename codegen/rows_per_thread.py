@@ -6,7 +6,8 @@ while the event lists of these rows are walked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from sparsify import ir
@@ -25,7 +26,6 @@ from sparsify.codegen.memory_text import (
 )
 from sparsify.codegen.predict_cost import count_work
 from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
-from sparsify.codegen.writer import Writer
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
@@ -80,6 +80,10 @@ class RowsPerThread:
 class RowsText(KernelText):
     """What a thread does with rows of its own."""
 
+    headers: Sequence[str] = ()  # beside those that the kernel needs
+    members: Sequence[str] = ("int64_t group;",)  # of a call
+    set_up: Sequence[str] = _SET_UP
+
     @property
     def parameters(self) -> str:
         """Of the function that carries rows through time."""
@@ -89,15 +93,17 @@ class RowsText(KernelText):
         )
 
     def render(self, entry: str) -> str:
-        write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile)
-        write_group_size(self.w)
-        write_call(self.w, self.kernel, self.schedule, self.symbols, ["int64_t group;"])
+        write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile, self.headers)
+        self.w.line(
+            f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
+        )
+        write_call(self.w, self.kernel, self.schedule, self.symbols, self.members)
         note = "What a thread keeps of the rows that it carries through time."
-        write_struct(self.w, "Rows", note, self.fields())
+        write_struct(self.w, "Rows", note, self._fields())
         self.write_cells()
         self.write_rows()
-        self._write_run()
-        write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, _SET_UP)
+        self.write_run()
+        write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, self.set_up)
         return self.w.text()
 
     def places(self) -> Places:
@@ -124,7 +130,7 @@ class RowsText(KernelText):
     def blocks_of(self, source: Source) -> str:
         return f"own.{self.name(source)}_blocks{'[now]' if source.kind == 'state' else ''}"
 
-    def fields(self) -> list[Field]:
+    def _fields(self) -> list[Field]:
         fields = state_fields(self.usage, self.symbols)
         for source in self.usage.sources.values():
             copies = 2 if source.kind == "state" else 1
@@ -169,7 +175,7 @@ class RowsText(KernelText):
         size = self.symbols.sizes[phase.population]
         self.write_tiles(phase, function, "0", size)
 
-    def _write_run(self) -> None:
+    def write_run(self) -> None:
         w, gathers = self.w, len(self.kernel.gathers)
         w.line()
         with w.block("void run(void* context, const Team& team)"):
@@ -179,12 +185,18 @@ class RowsText(KernelText):
             w.line("Arena arena(call.memory + team.thread * Rows::bytes(call.group));")
             w.line("const Rows own(arena, call.group);")
             w.line(f"int64_t active[{max(1, gathers)}] = {{}};")
-            with w.block("for (int64_t start = first; start < last; start += call.group)"):
-                w.line(
-                    "const int64_t here = last - start < call.group ? last - start : call.group;"
-                )
+            with self.groups():
                 w.line("run_rows(call, own, active, start, here);")
             self.write_total_counts()
+
+    @contextmanager
+    def groups(self) -> Iterator[None]:
+        """The loop over the rows first .. last of a thread, ``here`` of them at once."""
+        with self.w.block("for (int64_t start = first; start < last; start += call.group)"):
+            self.w.line(
+                "const int64_t here = last - start < call.group ? last - start : call.group;"
+            )
+            yield
 
     def write_total_counts(self) -> None:
         """Add what this thread has counted."""
@@ -192,7 +204,3 @@ class RowsText(KernelText):
         if gathers:
             with self.w.indented(f"for (int k = 0; k < {gathers}; ++k)"):
                 self.w.line("__atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);")
-
-
-def write_group_size(w: Writer) -> None:
-    w.line(f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once")
