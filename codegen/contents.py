@@ -42,6 +42,11 @@ class _Seen:
     can_be_watched: bool = True
 
 
+def layout_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What says which memory a strided tensor reads, and how."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 class Contents:
     """Looks at one tensor again and again; notices every change, however it was made.
 
@@ -58,27 +63,28 @@ class Contents:
     def look(self, tensor: torch.Tensor) -> int:
         """``Runtime.content_hash`` of a CPU tensor. Raises TypeError as it does."""
         seen = self._seen
-        layout = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        layout = layout_of(tensor)
         if seen is None or seen.layout != layout or tensor.is_neg() or tensor.is_conj():
             content = self._runtime.content_hash(tensor)
             self._seen = _Seen(layout, content, tensor.detach())
             return content
-        if seen.is_settled and seen.is_unwritten is not None and seen.is_unwritten():
-            self._spared += 1
-            return seen.content
-        return self._look_again(seen)
+        return seen.content if self._is_unwritten(seen) else self._look_again(seen)
 
     def still_hold(self, content: int, layout: tuple[object, ...]) -> bool:
         """Whether ``look`` would find ``content`` in a tensor of the ``layout``, if that is known
         without looking.
 
-        ``layout`` is the address, the shape, the strides and the dtype; the tensor is no view that
-        negates or conjugates.
+        ``layout`` is what ``layout_of`` says of it; the tensor is no view that negates or
+        conjugates.
         """
         seen = self._seen
-        if seen is None or not seen.is_settled or seen.content != content:
+        if seen is None or seen.content != content or seen.layout != layout:
             return False
-        if seen.layout != layout or seen.is_unwritten is None or not seen.is_unwritten():
+        return self._is_unwritten(seen)
+
+    def _is_unwritten(self, seen: _Seen) -> bool:
+        """Whether the watch alone tells that the content is what it was."""
+        if not seen.is_settled or seen.is_unwritten is None or not seen.is_unwritten():
             return False
         self._spared += 1
         return True

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparsify.codegen.contents import layout_of
 from sparsify.codegen.packed_weight import Current, PackedWeight
 
 # A third of the time that torch.empty takes to read its arguments.
@@ -29,10 +30,6 @@ class PreparedWeight(NamedTuple):
     """
 
     name: str
-    dtype: torch.dtype
-    shape: torch.Size
-    strides: tuple[int, ...]
-    address: int
     layout: tuple[object, ...]
     content: int
     weight: PackedWeight
@@ -43,15 +40,9 @@ class PreparedWeight(NamedTuple):
     def of(
         name: str, tensor: torch.Tensor, weight: PackedWeight, current: Current
     ) -> PreparedWeight:
-        dtype, shape, strides = tensor.dtype, tensor.shape, tensor.stride()
-        address = tensor.data_ptr()
         return PreparedWeight(
             name,
-            dtype,
-            shape,
-            strides,
-            address,
-            (address, shape, strides, dtype),
+            layout_of(tensor),
             current.content,
             weight,
             current.layout,
@@ -106,19 +97,9 @@ class Prepared(NamedTuple):
         ``looked`` gets their contents; None promises that they are those of the last call.
         """
         kept = []
-        for prepared in self.weights:
-            name, dtype, shape, strides, address, layout, content, weight, packing, packed = (
-                prepared
-            )
+        for name, layout, content, weight, packing, packed in self.weights:
             tensor = tensors[name]
-            if (
-                tensor.data_ptr() != address
-                or tensor.dtype is not dtype
-                or tensor.shape != shape
-                or tensor.stride() != strides
-                or not tensor.is_cpu
-                or tensor.is_neg()
-            ):
+            if layout_of(tensor) != layout or not tensor.is_cpu or tensor.is_neg():
                 return None
             if looked is not None:
                 if name not in looked:

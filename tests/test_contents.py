@@ -11,7 +11,7 @@ import torch
 
 from sparsify.codegen import contents as contents_module
 from sparsify.codegen import write_watch
-from sparsify.codegen.contents import LEAST_BYTES, UNCHANGED, Contents
+from sparsify.codegen.contents import LEAST_BYTES, UNCHANGED, Contents, layout_of
 from sparsify.codegen.runtime import Runtime, load_runtime
 from sparsify.codegen.write_watch import WriteWatch
 from tests.watched import LARGE, can_watch, count_reads, watched
@@ -72,7 +72,7 @@ def test_what_was_not_worth_it_is_put_off(reads: list[torch.Tensor]) -> None:
 
 def test_what_still_holds_is_told_without_looking(reads: list[torch.Tensor]) -> None:
     tensor = torch.randn(SIDE, SIDE)
-    layout = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    layout = layout_of(tensor)
     contents = Contents(load_runtime())
     content = contents.look(tensor)
     assert not contents.still_hold(content, layout), "nobody watches yet"
