@@ -175,12 +175,9 @@ class Engine:
             )
         return self.entries[-1].compiled
 
-    def compiled_for(self, args: Args, kwargs: Kwargs) -> Compiled | None:
-        """What would serve this call; None if the original would run."""
-        for entry in self.entries:
-            if not entry.why_miss(args, kwargs) and not entry.compiled.runs_original:
-                return entry.compiled
-        return None
+    def entry_for(self, args: Args, kwargs: Kwargs) -> Entry | None:
+        """What would serve this call, also where nothing was replaced; None if it is unknown."""
+        return next((entry for entry in self.entries if not entry.why_miss(args, kwargs)), None)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -237,7 +234,7 @@ class Engine:
             return self.original.forward(*args, **kwargs)
         with COMPILING:
             # Another thread may have compiled it meanwhile.
-            entry = next((e for e in self.entries if not e.why_miss(args, kwargs)), None)
+            entry = self.entry_for(args, kwargs)
             if entry is None:
                 return self._record(args, kwargs)
         operands = entry.calling.operands(args, kwargs)

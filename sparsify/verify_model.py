@@ -183,11 +183,8 @@ class _Check:
         return not compiled.backend.is_timed
 
     def _served(self) -> Compiled | None:
-        """The recording that serves the call, also one of which nothing was replaced."""
-        for entry in self.engine.entries:
-            if not entry.why_miss(self.call.args, self.call.kwargs):
-                return entry.compiled
-        return None
+        entry = self.engine.entry_for(self.call.args, self.call.kwargs)
+        return entry.compiled if entry is not None else None
 
     def _sites(self) -> Sequence[Site]:
         """Of a call that no recording serves."""

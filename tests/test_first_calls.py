@@ -137,7 +137,8 @@ def test_an_example_call_leaves_what_the_first_call_sets_up_to_it(
         got = [fast(x) for _ in range(3)]
     assert fast.compiled.recordings <= 2
     assert fast.report["out"].decision == "event"
-    assert fast.compiled.compiled_for((x,), {}) is not None
+    entry = fast.compiled.entry_for((x,), {})
+    assert entry is not None and not entry.compiled.runs_original
     for one in got:
         # the readout adds in another order: 6 steps of 30 products below 1, float32
         torch.testing.assert_close(one, original(x), rtol=0, atol=1e-4)
