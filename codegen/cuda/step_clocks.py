@@ -18,11 +18,8 @@ SECTOR_BYTES = 32  # of global memory, that are read at once
 WAVE_BYTES = 128  # of shared memory, that are read in a clock
 SYNC_CLOCKS = 30
 LIST_CLOCKS = 250  # of 256 senders: compared, counted, put in place
-LIST_OF, BITS_LISTED, VALUES_LISTED = (
-    128,
-    110,
-    148,
-)  # senders, and instructions to hear and list them
+LIST_OF = 128  # senders, and instructions to hear and list them
+BITS_LISTED, VALUES_LISTED = 110, 148
 EVENT_ISSUED = 4  # its place in the list, its row of weights, where that is, what is read
 FOUR_EVENTS_ISSUED, FOUR_EVENTS_CLOCKS = 12, 70  # read of the list; weights, then four additions
 GROUPS_ISSUED, GROUPS_CLOCKS = 60, 80  # until the lists of a warp are found, and sums stored
