@@ -17,7 +17,7 @@ After::
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,14 +48,20 @@ class Reading:
     views: tuple[fx.Node, ...]
 
 
-def find_readings(graph: fx.Graph, loops: Mapping[str, object]) -> Iterator[Reading]:
-    """Where a loop of ``loops`` reads a stacked y of another one."""
+def find_readings(
+    graph: fx.Graph, loops: Mapping[str, object], is_view: Callable[[fx.Node], bool] | None = None
+) -> Iterator[Reading]:
+    """Where a loop of ``loops`` reads a stacked y of another one.
+
+    ``is_view`` says through what, where that is more than other shapes of the rows of neurons.
+    """
+    is_view = is_view or keeps_rows
     for node in graph.nodes:
         if not _is_call(node, loops):
             continue
         for index, x in enumerate(node.args[2]):
             views: list[fx.Node] = []
-            while x.target in RESHAPES and _keeps_neurons(x):
+            while is_view(x):
                 views.append(x)
                 x = x.all_input_nodes[0]
             if x.target is operator.getitem and _is_call(x.args[0], loops):
@@ -112,7 +118,10 @@ def _is_call(node: Any, loops: Mapping[str, object]) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_module" and str(node.target) in loops
 
 
-def _keeps_neurons(view: fx.Node) -> bool:
+def keeps_rows(view: fx.Node) -> bool:
+    """True for views that leave the last dim alone."""
+    if view.target not in RESHAPES:
+        return False
     shape, before = view.meta["val"].shape, view.all_input_nodes[0].meta["val"].shape
     return bool(shape and before and shape[-1] == before[-1])
 
@@ -121,6 +130,17 @@ def origin_of(y: fx.Node) -> tuple[fx.Node, int]:
     writer, index = y.args
     assert isinstance(writer, fx.Node) and isinstance(index, int)
     return writer, index
+
+
+def seen_through(graph: fx.Graph, reading: Reading, value: fx.Node) -> fx.Node:
+    """``value`` through the views of a reading, which leave the last dim alone."""
+    with graph.inserting_before(reading.reader):
+        for view in filter(keeps_rows, reading.views):
+            info = value.meta["val"]
+            shape = [*view.meta["val"].shape[:-1], info.shape[-1]]
+            args = (value, shape)
+            value = call(graph, aten.reshape.default, args, with_shape(info, shape), view)
+    return value
 
 
 def _find_product(draft: Draft, index: int) -> _Product | None:

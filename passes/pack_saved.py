@@ -71,7 +71,7 @@ def reading_bits(parts: Differentiated, x: int) -> Differentiated | None:
     place = parts.forward.placeholders[parts.forward.carries + x]
     if shape_of(place)[-1] < LEAST_NEURONS:
         return None
-    forward, backward = _unpacking(parts.forward, {x}), parts.backward
+    forward, backward = unpacking(parts.forward, {x}), parts.backward
     if isinstance(lower_scan(forward, "forward"), Refusal):
         return None
     if ("x", x) in parts.inputs:
@@ -95,7 +95,7 @@ def _given_bits(
     for node in {user: None for place in packed for user in place.users}:
         modules[str(node.target)] = _reading_bits(node, modules[str(node.target)], packed)
     for place in packed:
-        place.meta["val"] = _packed_info(place.meta["val"])
+        place.meta["val"] = packed_info(place.meta["val"])
     return fx.GraphModule(modules, graph, class_name=type(backward).__name__)
 
 
@@ -149,14 +149,14 @@ def _reading_bits(user: fx.Node, module: nn.Module, packed: Collection[fx.Node])
     _, _, xs, _ = _groups(user)
     taken = {index for index, x in enumerate(xs) if x in packed}
     if isinstance(module, Scan):
-        return _unpacking(module, taken)
+        return unpacking(module, taken)
     assert isinstance(module, ChunkedScan)
     activations: Any = user.args[4]
     products = [
         _of_bits(product, activation, packed)
         for product, activation in zip(module.products, activations, strict=True)
     ]
-    return ChunkedScan(_unpacking(module.scan, taken), products, module.reads)
+    return ChunkedScan(unpacking(module.scan, taken), products, module.reads)
 
 
 def _of_bits(product: nn.Module, activation: Any, packed: Collection[fx.Node]) -> nn.Module:
@@ -166,7 +166,7 @@ def _of_bits(product: nn.Module, activation: Any, packed: Collection[fx.Node]) -
     return product.of_bits(shape_of(activation)[-1])
 
 
-def _unpacking(scan: Scan, taken: Set[int]) -> Scan:
+def unpacking(scan: Scan, taken: Set[int]) -> Scan:
     """``scan`` with bits in the places of the xs ``taken``."""
     if not taken:
         return scan
@@ -180,7 +180,7 @@ def _unpacking(scan: Scan, taken: Set[int]) -> Scan:
         known = {key: value for key, value in place.meta.items() if key != "role"}
         bools.meta.update(known | {"val": with_shape(info, info.shape, dtype=torch.bool)})
         values = bools if info.dtype is torch.bool else _cast(bools, info)
-        place.meta["val"] = _packed_info(info)
+        place.meta["val"] = packed_info(info)
         for user in list(place.users):
             if user is not bools:
                 user.replace_input_with(place, values)
@@ -210,12 +210,13 @@ def writing_bits(scan: Scan, packed: Set[int]) -> Scan:
         with graph.inserting_before(end):
             if info.dtype is not torch.bool:
                 value = _cast(value, with_shape(info, info.shape, dtype=torch.bool))
-            results[index] = call(graph, pack_bits, (value,), _packed_info(info), value)
+            results[index] = call(graph, pack_bits, (value,), packed_info(info), value)
     end.args = (tuple(results),)
     return _with_graph(scan, graph)
 
 
-def _packed_info(info: Any) -> Any:
+def packed_info(info: Any) -> Any:
+    """The tensor info of the bits of values ``[..., N]``."""
     *rows, neurons = info.shape
     return with_shape(info, (*rows, packed_size(neurons)), dtype=torch.uint8)
 

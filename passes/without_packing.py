@@ -11,12 +11,13 @@ After, where the operand and the result are known to be bits::
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sparsify.passes.find_masks import Mask
+from sparsify.passes.lower_layout import shape_of
 from sparsify.saved_bits import pack_bits, unpack_bits
 from sparsify.scan import Scan
 
@@ -28,6 +29,16 @@ class Unpacked:
     scan: Scan
     places: Set[fx.Node] = frozenset()
     ys: Set[int] = frozenset()
+
+    def neurons_of(self, x: int) -> int | None:
+        """How many neurons x number ``x`` has in its bits; None if it comes as it is."""
+        place = self.scan.placeholders[self.scan.carries + x]
+        return shape_of(place)[-1] if place in self.places else None
+
+    def xs_of(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """``xs`` of the packing Scan as ``scan`` takes them."""
+        sizes = map(self.neurons_of, range(len(xs)))
+        return [x if n is None else unpack_bits(x, n) for x, n in zip(xs, sizes, strict=True)]
 
 
 def without_packing(scan: Scan) -> Unpacked:

@@ -30,11 +30,13 @@ from sparsify.passes.join_slices import join_slices
 from sparsify.passes.limit_surrogates import limit_surrogates
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.own_memory import own_memory
+from sparsify.passes.pack_events import pack_events
 from sparsify.passes.part_results import join_results, part_results
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.passes.result import Pass
 from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import skips_zeros
+from sparsify.passes.unpack_kept import unpack_kept
 from sparsify.place_gradients import place_gradients
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
@@ -107,6 +109,8 @@ class Compiler:
         if is_trained:
             stage, undifferentiated = differentiate(stages[-1].graph, operands)
             stages = (*stages, stage)
+        else:
+            stages = (*stages, *pack(stages[-1].graph))
         graph = stages[-1].graph
         scans = find_scans(graph)
         # A call without gradients frees what a loop is given when it is through: so do we.
@@ -141,7 +145,7 @@ class Compiler:
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
         if regions and not is_trained:
             changing, backend = recording.calling.changing, self.binaries.backend.name
-            installed = keep_weights(installed, changing, backend)
+            installed = keep_weights(unpack_kept(installed), changing, backend)
             regions = find_regions(installed)
         return Compiled(
             replace(recording, result=summarize(recording.result)),
@@ -173,6 +177,12 @@ def limit(graph: fx.GraphModule, window: float | None) -> tuple[Stage, ...]:
     result = limit_surrogates(graph, window)
     stage = Stage(LIMITED, result.graph, tuple(result.done), tuple(result.declined))
     return (stage,)
+
+
+def pack(graph: fx.GraphModule) -> tuple[Stage, ...]:
+    """The stage in which loops hand spikes to one another as bits, if some do."""
+    result = pack_events(graph)
+    return (Stage("pack_events", result.graph, tuple(result.done)),) if result.done else ()
 
 
 def stage_notes(stage: Stage) -> tuple[str, ...]:

@@ -15,13 +15,18 @@ from sparsify.passes.chunk_products import sorted_graph
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.differentiate import Draft, write_gradient
 from sparsify.passes.find_private import find_private
-from sparsify.passes.link_loops import Link, Reading, find_readings, link_loops, origin_of
+from sparsify.passes.link_loops import (
+    Link,
+    Reading,
+    find_readings,
+    link_loops,
+    origin_of,
+    seen_through,
+)
 from sparsify.passes.pack_links import find_packed, is_read_by_loops_only
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.saved_bits import packed_size
 from sparsify.trained_region import TrainedRegion
-
-aten = torch.ops.aten
 
 
 @dataclass
@@ -82,7 +87,7 @@ class LinkedGraph:
         end = self._result(writer, with_shape(info, (*info.shape[:-1], edge.receivers)))
         self.calls[writer].edges.append(edge)
         self.calls[writer].weights.append(link.weight)
-        self.calls[reading.reader].ends[reading.index] = self._seen(reading, end)
+        self.calls[reading.reader].ends[reading.index] = seen_through(self.graph, reading, end)
 
     def _pack(self, y: fx.Node, readers: Sequence[Reading]) -> None:
         writer, result = origin_of(y)
@@ -91,7 +96,7 @@ class LinkedGraph:
         bits = self._result(writer, with_shape(info, shape, dtype=torch.uint8))
         self.calls[writer].packed.append(PackedResult(result, info.shape[-1], info.dtype))
         for reading in readers:
-            self.calls[reading.reader].bits[reading.index] = self._seen(reading, bits)
+            self.calls[reading.reader].bits[reading.index] = seen_through(self.graph, reading, bits)
 
     def _result(self, writer: fx.Node, info: Any) -> fx.Node:
         """One more result of a call."""
@@ -99,16 +104,6 @@ class LinkedGraph:
         writer.meta["val"] = (*writer.meta["val"], info)
         with self.graph.inserting_after(writer):
             return call(self.graph, operator.getitem, (writer, index), info, writer)
-
-    def _seen(self, reading: Reading, value: fx.Node) -> fx.Node:
-        """``value`` through the views of a reading, which leave the last dim alone."""
-        with self.graph.inserting_before(reading.reader):
-            for view in reading.views:
-                info = value.meta["val"]
-                shape = [*view.meta["val"].shape[:-1], info.shape[-1]]
-                args = (value, shape)
-                value = call(self.graph, aten.reshape.default, args, with_shape(info, shape), view)
-        return value
 
     def _is_quiet(self, y: fx.Node, readings: Sequence[Reading]) -> bool:
         """Whether all gradients of ``y`` flow along edges."""

@@ -94,11 +94,7 @@ class RegionCheck:
         self.name, self.region, self.scan = name, region, unpacked.scan
         self.steps, self.carries, self.consts = steps, tuple(carries), tuple(consts)
         self.given_xs, self.packed = xs, unpacked.ys
-        places = self.scan.placeholders[self.scan.carries :]
-        self.xs = [
-            unpack_bits(x, place.meta["val"].shape[-1]) if place in unpacked.places else x
-            for x, place in zip(xs, places, strict=False)
-        ]
+        self.xs = unpacked.xs_of(xs)
         self.bounds = ErrorBounds(self.scan.body, lasting=self.scan.consts)
         self.bounded_consts = [exact(t, Precision(t.dtype)) for t in consts]
         self.outputs = [RegionOutput(self.scan, i) for i in range(len(self.scan.results))]
