@@ -9,6 +9,7 @@ the next phase starts. States keep their value from the start of the step until 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 # "bits" is how an Operand or an Output with axes T, B, N keeps bools in memory: bytes [T, B,
@@ -156,7 +157,7 @@ class Phase:
     population: str
     body: tuple[Statement, ...]
 
-    @property
+    @cached_property
     def gathers(self) -> tuple[Gather, ...]:
         return tuple(s for s in self.body if isinstance(s, Gather))
 
@@ -185,7 +186,7 @@ class Kernel:
     def weight(self, name: str) -> Weight:
         return next(w for w in self.weights if w.name == name)
 
-    @property
+    @cached_property
     def gathers(self) -> tuple[Gather, ...]:
         return tuple(gather for phase in self.phases for gather in phase.gathers)
 

@@ -214,16 +214,18 @@ def find_shape(
 ) -> Shape:
     """The first shape of those that keep most weights in shared memory.
 
-    Shapes that carry more rows come before those that carry fewer.
+    Shapes that carry more rows come before those that carry fewer; none beats one that keeps all.
     """
     team = TeamKernel(kernel, schedule, together)
-    found, most = None, 0
+    found, most, all_kept = None, 0, sum(kept_bytes(team, p.weight) for p in team.packings)
     wished = [schedule.tile] if schedule.tile else widths(kernel, most_blocks)
     for width in wished:
         for shape in shapes(team.usage, width):
             if team.shared_bytes(shape) > limits.shared_per_block:
                 continue
             shape, kept = with_resident(team, shape, limits)
+            if kept == all_kept:
+                return shape
             if found is None or kept > most:
                 found, most = shape, kept
     return found or list(shapes(team.usage, wished[0]))[-1]
@@ -237,6 +239,11 @@ def with_resident(team: TeamKernel, shape: Shape, limits: Limits) -> tuple[Shape
         more = replace(shape, resident=shape.resident | {name})
         if team.shared_bytes(more) <= limits.shared_per_block:
             shape = more
-            size = team.kernel.population_size
-            kept += size(weight.receivers) * size(weight.senders) * BYTES[weight.dtype]
+            kept += kept_bytes(team, weight)
     return shape, kept
+
+
+def kept_bytes(team: TeamKernel, weight: ir.Weight) -> int:
+    """Of a weight in the shared memory of all blocks."""
+    size = team.kernel.population_size
+    return size(weight.receivers) * size(weight.senders) * BYTES[weight.dtype]
