@@ -6,11 +6,23 @@ threads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
+import torch
+from torch import Tensor
 
 from sparsify.codegen.emulator.device import Schedule
 from tests import zoo_gated, zoo_recurrent, zoo_training
-from tests.emulated import SCHEDULES, check_forward, check_training
+from tests.emulated import (
+    BATCH,
+    SCHEDULES,
+    STEPS,
+    assert_same_bits,
+    check_forward,
+    check_training,
+    emulated,
+)
 from tests.training_nets import net
 from tests.zoo import ENTRIES, Entry
 
@@ -74,3 +86,24 @@ def test_several_warps_and_blocks(name: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", TEAMS)
 def test_gradients_of_several_warps_and_blocks(strategy: str) -> None:
     check_training(net("recurrent"), "random", [strategy], WIDE_STEPS)
+
+
+def test_bits_that_depend_on_the_order_of_threads_are_found() -> None:
+    """As `assert_same_bits` is to; and that no kernel ran."""
+    entry = entry_called("step by step")
+    fast, x = emulated(entry.model()), entry.inputs(STEPS, BATCH)
+
+    def launch() -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            return {"result": fast(x)[0].sum()}
+
+    def turn() -> Mapping[str, Tensor]:
+        order = fast.compiled.entries[0].backend.device.schedule
+        return {"result": launch()["result"] + SCHEDULES.index(order)}
+
+    launch()
+    assert_same_bits(fast, x, launch, "forward", SCHEDULES)
+    with pytest.raises(AssertionError, match="in order reverse"):
+        assert_same_bits(fast, x, turn, "forward", SCHEDULES)
+    with pytest.raises(AssertionError):
+        assert_same_bits(fast, x, lambda: {"result": torch.ones(1)}, "forward", ["reverse"])
