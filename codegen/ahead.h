@@ -1,42 +1,75 @@
-// Steps that helpers compute before another thread reads them.
+// Steps that threads compute for each other, before one of them reads the results.
 #pragma once
 
 namespace sparsify {
 
-constexpr int64_t RING = 16;  // steps that helpers may be ahead
+// How many steps of so many rows a dense product takes at once, a divisor of STEPS: weights are read
+// once for eight rows or more.
+constexpr int64_t steps_at_once(int64_t rows) { return rows > 4 ? 1 : rows > 2 ? 2 : rows > 1 ? 4 : 8; }
 
-// Hands the results of steps on, in a ring of RING slots. Numbers of steps count from 0 through all
-// rows of a thread; number n lies in slot n % RING.
+constexpr int64_t least(int64_t some, int64_t others) { return some < others ? some : others; }
+
+// Hands the results of steps on, in a ring of RING slots. Numbers of steps ascend through all rows of
+// a thread; number n lies in slot n % RING. Steps are taken in blocks by whoever has time for them.
+template <int64_t RING>
 struct Ring {
   struct alignas(64) Line {  // of its own, because others wait for it
     int64_t number;
   };
   Line* ready;  // [RING], one more than the step that a slot holds
+  Line* taken;  // where the next block begins
   Line* read;   // how many steps were read
 
-  explicit Ring(Arena& arena) : ready(arena.take<Line>(RING)), read(arena.take<Line>(1)) {}
+  explicit Ring(Arena& arena)
+      : ready(arena.take<Line>(RING)), taken(arena.take<Line>(1)), read(arena.take<Line>(1)) {}
 
   void clear() const {
     for (int64_t slot = 0; slot < RING; ++slot) ready[slot].number = 0;
-    read->number = 0;
+    taken->number = read->number = 0;
   }
 
-  // For helpers: returns when the slot of a step may be written.
-  void await_slot(int64_t number, int spins) const {
-    wait_until([&] { return __atomic_load_n(&read->number, __ATOMIC_ACQUIRE) + RING > number; }, spins);
+  // The first of a block of steps that the caller has to compute; `end` if none is left before that,
+  // and FULL as long as their slots are still to be read.
+  static constexpr int64_t FULL = -1;
+  int64_t take(int64_t at_once, int64_t end) const {
+    int64_t number = __atomic_load_n(&taken->number, __ATOMIC_RELAXED);
+    do {
+      if (number >= end) return end;
+      const int64_t room = __atomic_load_n(&read->number, __ATOMIC_ACQUIRE) + RING;
+      if (least(number + at_once, end) > room) return FULL;
+    } while (!__atomic_compare_exchange_n(&taken->number, &number, number + at_once, true,
+                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return number;
+  }
+  int64_t await_block(int64_t at_once, int64_t end, int spins) const {
+    int64_t number = FULL;
+    wait_until([&] { return (number = take(at_once, end)) != FULL; }, spins);
+    return number;
   }
   void publish(int64_t number) const {
     __atomic_store_n(&ready[number % RING].number, number + 1, __ATOMIC_RELEASE);
   }
 
-  // For the one thread that reads: returns when a step is there.
-  void await_step(int64_t number, int spins) const {
-    const int64_t* const slot = &ready[number % RING].number;
-    wait_until([&] { return __atomic_load_n(slot, __ATOMIC_ACQUIRE) == number + 1; }, spins);
+  // For the one thread that reads.
+  bool is_ready(int64_t number) const {
+    return __atomic_load_n(&ready[number % RING].number, __ATOMIC_ACQUIRE) == number + 1;
   }
   void release(int64_t number) const {
     __atomic_store_n(&read->number, number + 1, __ATOMIC_RELEASE);
   }
 };
+
+// gather_dense for each of some steps: sums of a step are `sums_step` further, its values `source_step`.
+// Where the rows of all steps lie evenly, they are those of one product.
+template <int TILE, class F, class W>
+inline void gather_dense_steps(F* sums, int64_t sums_step, const W* weight, const F* source,
+                               int64_t source_step, int64_t source_row, int64_t rows, int64_t steps,
+                               int64_t senders) {
+  const bool is_even = rows * TILE == sums_step && (rows == 1 || rows * source_row == source_step);
+  const int64_t row = rows == 1 ? source_step : source_row, products = is_even ? 1 : steps;
+  for (int64_t k = 0; k < products; ++k)
+    gather_dense<TILE>(sums + k * sums_step, weight, source + k * source_step, is_even ? row : source_row,
+                       is_even ? rows * steps : rows, senders);
+}
 
 }  // namespace sparsify

@@ -2,7 +2,8 @@
 
 For batches too small to give every thread a row, of layers too small for their neurons to be
 shared: threads need not meet in every step, because helpers run ahead by up to RING steps. A thread
-that has no helper computes these products itself.
+that would have to wait for them, or has none, computes these products itself. Dense ones take
+several steps at once, as rows of one product.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from sparsify.codegen.rows_per_thread import GROUP, RowsPerThread, RowsText
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
+STEPS = 8  # that a dense product takes at once, at most; see ``ahead.h``
+RINGS = (16, 4 * STEPS)  # steps that helpers may be ahead: of events, and of blocks of steps
 HANDED_ON = 0.1  # what waiting for a step that is ready takes, in meetings of all threads
 
 _SET_UP = (
@@ -69,8 +72,6 @@ class InputsAhead(RowsPerThread):
 
 class _AheadText(RowsText):
     headers = ("ahead.h",)
-    members = ("int64_t group, leaders;",)
-    set_up = _SET_UP
 
     def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, tile: int) -> None:
         super().__init__(kernel, schedule, tile)
@@ -80,20 +81,32 @@ class _AheadText(RowsText):
         operands = self.usage.of_kind("operand")
         self.early = [source for source in operands if source.name in read]
         self.late = [source for source in operands if source.name not in read]
+        self.in_blocks = [gather for gather in self.handed_on if self._goes_in_blocks(gather)]
+        self.members = ("int64_t group, leaders, at_once;",)
+        at_once = "steps_at_once(call.group)" if self.in_blocks else "1"
+        self.set_up = (*_SET_UP, f"call.at_once = {at_once};  // steps of a product")
+
+    def _goes_in_blocks(self, gather: ir.Gather) -> bool:
+        """Whether several steps are one product: of operands as they are, and whole weights."""
+        is_plain = not self.is_converted(self.usage.sources[gather.source])
+        is_whole = self.schedule.layout_of(gather.weight) == ir.DENSE_ROWS
+        return gather.result in self.usage.dense and is_plain and is_whole
 
     def write_cells(self) -> None:
+        ring = RINGS[bool(self.in_blocks)]
+        self.w.line(f"constexpr int64_t RING = {ring};", "steps that helpers may be ahead")
         note = "What helpers hand on to the thread that carries the rows."
         write_struct(self.w, "Ahead", note, self._ahead_fields())
         super().write_cells()
 
     def write_rows(self) -> None:
         self._write_products()
-        self._write_help()
+        self._write_block_of_steps()
         super().write_rows()
 
     @property
     def parameters(self) -> str:
-        more = "const Ahead& ahead, int64_t before, int helpers,\n              int spins"
+        more = "const Ahead& ahead, int64_t before, int spins"
         return f"{super().parameters}, {more}"
 
     @property
@@ -104,64 +117,94 @@ class _AheadText(RowsText):
         if gather.result not in self.ahead:
             return super().sums(gather)
         name = f"{self.symbols.values[gather.result]}_sum"
-        return f"ahead.{name} + slot * call.group * {self._padded(gather)} + rows * first"
+        return f"ahead.{name} + (RING * first + slot * TILE) * call.group"
 
     def _padded(self, gather: ir.Gather) -> int:
         receivers = self.kernel.population_size(self.kernel.weight(gather.weight).receivers)
         return -(-receivers // self.tile) * self.tile
 
     def _ahead_fields(self) -> list[Field]:
-        fields = [Field("Ring ring", "ring(arena)")]
+        fields = [Field("Ring<RING> ring", "ring(arena)")]
         for gather in self.handed_on:
             kind, size = C_TYPES[self.usage.dtypes[gather.result]], self._padded(gather)
-            name, note = f"{self.symbols.values[gather.result]}_sum", "[RING][tile][rows, TILE]"
+            name, note = f"{self.symbols.values[gather.result]}_sum", "[tile][RING][rows, TILE]"
             fields.append(array(kind, name, f"RING * rows * {size}", 1, note))
         return fields
 
     def _write_products(self) -> None:
         w = self.w
         w.line()
-        w.comment("The products of step t that read only inputs, into a slot of the ring.")
+        w.comment(
+            "The products of steps that read only inputs, from `step` on, into the ring."
+        )
         head = (
             "void run_products(const Call& call, const Rows& own, const Ahead& ahead,\n"
-            "                  int64_t* active, int64_t start, int64_t rows, int64_t t,\n"
-            "                  int64_t slot)"
+            "                  int64_t* active, int64_t start, int64_t rows, int64_t before,\n"
+            "                  int64_t step, int64_t steps)"
         )
         with w.block(head):
-            self.write_scans(self.early)
-            self.write_counts(self.handed_on)
-            for gather in self.handed_on:
-                size = self.symbols.sizes[self.kernel.weight(gather.weight).receivers]
-                with w.indented(f"for (int64_t first = 0; first < {size}; first += TILE)"):
-                    self.write_gather(gather)
+            with w.block("for (int64_t end = step + steps, each = step; each < end; ++each)"):
+                w.line(f"const int64_t t = {self._time('each')};")
+                w.line("[[maybe_unused]] const int64_t slot = (before + each) % RING;")
+                self.write_scans(self.early)
+                self.write_counts(self.handed_on)
+                for gather in self.handed_on:
+                    if gather not in self.in_blocks:
+                        with w.indented(self._receivers(gather)):
+                            self.write_gather(gather)
+            if self.in_blocks:
+                w.line(f"const int64_t t = {self._time('step')}, slot = (before + step) % RING;")
+            for gather in self.in_blocks:
+                with w.indented(self._receivers(gather)):
+                    self._write_steps(gather)
 
-    def _write_help(self) -> None:
+    def _time(self, step: str) -> str:
+        """The time of a step, counted in the order in which they run."""
+        return f"call.steps - 1 - {step}" if self.kernel.reverse else step
+
+    def _receivers(self, gather: ir.Gather) -> str:
+        size = self.symbols.sizes[self.kernel.weight(gather.weight).receivers]
+        return f"for (int64_t first = 0; first < {size}; first += TILE)"
+
+    def _write_steps(self, gather: ir.Gather) -> None:
+        """The product of one tile of receivers, all rows at hand and several steps."""
+        source = self.usage.sources[gather.source]
+        values, row = self.dense_source(source)
+        step = f"{'-' * self.kernel.reverse}call.{self.name(source)}_t"
+        weight = f"call.{self.symbols.values[gather.weight]} + first * {self.size(source)}"
+        given = f"{self.sums(gather)}, TILE * call.group, {weight}, {values}, {step}, {row}"
+        line = f"gather_dense_steps<TILE>({given}, rows, steps, {self.size(source)});"
+        self.w.line(line, gather.note)
+
+    def _write_block_of_steps(self) -> None:
         w = self.w
         w.line()
-        w.comment("Every helpers-th step of rows start .. start + rows, from step `helper` on.")
-        head = (
-            "void help(const Call& call, const Rows& own, const Ahead& ahead, int64_t* active,\n"
-            "          int64_t start, int64_t rows, int64_t before, int helper, int helpers,\n"
-            "          int spins)"
+        w.comment(
+            "Computes the block of steps from `number` on, which this thread has taken."
         )
-        t = "call.steps - 1 - step" if self.kernel.reverse else "step"
-        with (
-            w.block(head),
-            w.block("for (int64_t step = helper; step < call.steps; step += helpers)"),
-        ):
-            w.line("const int64_t number = before + step;")
-            w.line("ahead.ring.await_slot(number, spins);")
-            w.line(f"run_products(call, own, ahead, active, start, rows, {t}, number % RING);")
-            w.line("ahead.ring.publish(number);")
+        head = (
+            "void run_block(const Call& call, const Rows& own, const Ahead& ahead,\n"
+            "               int64_t* active, int64_t start, int64_t rows, int64_t before,\n"
+            "               int64_t number)"
+        )
+        with w.block(head):
+            w.line("const int64_t step = number - before;")
+            w.line("const int64_t steps = least(call.at_once, call.steps - step);")
+            w.line("run_products(call, own, ahead, active, start, rows, before, step, steps);")
+            w.line("for (int64_t k = 0; k < steps; ++k) ahead.ring.publish(number + k);")
 
     def write_step(self) -> None:
-        w = self.w
-        w.line(f"const int64_t number = before + {'step' if self.kernel.reverse else 't'};")
-        w.line("const int64_t slot = number % RING;")
-        with w.indented("if (helpers)"):
-            w.line("ahead.ring.await_step(number, spins);")
-        with w.indented("else"):
-            w.line("run_products(call, own, ahead, active, start, rows, t, slot);")
+        w, step = self.w, "step" if self.kernel.reverse else "t"
+        w.line(f"const int64_t number = before + {step}, slot = number % RING;")
+        w.comment("Instead of waiting for a step, others are computed that nobody has taken.")
+        with w.block("const auto is_ready = [&]", "};"):
+            w.line("if (ahead.ring.is_ready(number)) return true;")
+            w.line("const int64_t end = before + call.steps;")
+            w.line("const int64_t other = ahead.ring.take(call.at_once, end);")
+            w.line("if (other == ahead.ring.FULL || other == end) return false;")
+            w.line("run_block(call, own, ahead, active, start, rows, before, other);")
+            w.line("return ahead.ring.is_ready(number);")
+        w.line("wait_until(is_ready, spins);")
         self.write_scans(self.late)
         for phase, function in self.functions():
             self.write_counts([g for g in phase.gathers if g.result not in self.ahead])
@@ -176,24 +219,30 @@ class _AheadText(RowsText):
             w.line("const int most = team.threads < 2 ? 1 : team.threads / 2;")
             w.line("const int spins = team.barrier->spins;")
             w.line("const int leaders = most < call.leaders ? most : int(call.leaders);")
-            w.line("const int leader = team.thread % leaders, helper = team.thread / leaders - 1;")
-            w.line("const int helpers = (team.threads - 1 - leader) / leaders;", "of this leader")
+            w.line("const int leader = team.thread % leaders;", "whose rows this thread works for")
+            w.line("const bool leads = team.thread < leaders;")
             w.line("Arena common(call.memory + leader * Ahead::bytes(call.group));")
             w.line("const Ahead ahead(common, call.group);")
             w.line("char* const memory = call.memory + call.leaders * Ahead::bytes(call.group);")
             w.line("Arena arena(memory + team.thread * Rows::bytes(call.group));")
             w.line("const Rows own(arena, call.group);")
-            w.line("if (helper < 0) ahead.ring.clear();")
+            w.line("if (leads) ahead.ring.clear();")
             w.line("team.wait();", "rings are clear")
             w.line("const int64_t first = call.batch * leader / leaders;")
             w.line("const int64_t last = call.batch * (leader + 1) / leaders;")
             w.line(f"int64_t active[{gathers}] = {{}}, before = 0;")
             with self.groups():
-                given = "call, own, active, start, here, ahead, before, helpers, spins"
-                with w.indented("if (helper < 0)"):
-                    w.line(f"run_rows({given});")
-                given = "call, own, ahead, active, start, here, before, helper, helpers, spins"
-                with w.indented("else"):
-                    w.line(f"help({given});")
-                w.line("before += call.steps;")
+                with w.indented("if (leads)"):
+                    w.line("run_rows(call, own, active, start, here, ahead, before, spins);")
+                with w.block("else"):
+                    w.line("const int64_t end = before + call.steps;")
+                    w.line("int64_t number;")
+                    await_block = "ahead.ring.await_block(call.at_once, end, spins)"
+                    with w.indented(f"while ((number = {await_block}) < end)"):
+                        given = "call, own, ahead, active, start, here, before, number"
+                        w.line(f"run_block({given});")
+                w.line(
+                    "before += (call.steps + call.at_once - 1) / call.at_once * call.at_once;",
+                    "blocks of steps begin there",
+                )
             self.write_total_counts()

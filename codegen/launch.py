@@ -280,9 +280,10 @@ class CppLaunchable:
             (result, "dense" if result in dense else how) for result, how in self.schedule.gathers
         )
         layouts = tuple(pair for pair in self.schedule.layouts if pair[0] not in whole)
-        schedule = replace(self.schedule, gathers=gathers, layouts=layouts)
         known = self._variants[frozenset()]
-        if schedule == self.schedule:
+        # The tile stays what weights are packed in, also where all products are dense now.
+        schedule = replace(self.schedule, gathers=gathers, layouts=layouts, tile=self._tile)
+        if (gathers, layouts) == (self.schedule.gathers, self.schedule.layouts):
             variant = known
         else:
             function = _declare(self._function_of(self.kernel, schedule))

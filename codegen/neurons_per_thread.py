@@ -47,7 +47,7 @@ class NeuronsPerThread:
         return why_not_gather(kernel, schedule)
 
     def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
-        return schedule.tile or default_tile(kernel, PARTS)
+        return schedule.tile or default_tile(kernel, schedule, PARTS)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return _SharedText(kernel, schedule, self.tile(kernel, schedule)).render(entry)

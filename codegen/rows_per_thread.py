@@ -50,7 +50,7 @@ class RowsPerThread:
         return why_not_gather(kernel, schedule)
 
     def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
-        return schedule.tile or default_tile(kernel)
+        return schedule.tile or default_tile(kernel, schedule)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return RowsText(kernel, schedule, self.tile(kernel, schedule)).render(entry)

@@ -123,11 +123,11 @@ def packings(kernel: ir.Kernel, schedule: ir.Schedule) -> list[Packing]:
     return found
 
 
-def default_tile(kernel: ir.Kernel, parts: int = 1) -> int:
+def default_tile(kernel: ir.Kernel, schedule: ir.Schedule, parts: int = 1) -> int:
     """Receivers a tile: 512 bytes of sums stay in registers, and walk a list of events once.
 
     Small layers take fewer, and so do those that would have less than ``parts`` tiles, or more to
-    fill up in the last one.
+    fill up in the last one. Dense products sum half as many at once, whose weights lie together.
     """
     wide = any(w.dtype == "float64" for w in kernel.weights)
     most, less = (64, 32) if wide else (128, 64)
@@ -135,7 +135,8 @@ def default_tile(kernel: ir.Kernel, parts: int = 1) -> int:
     if largest <= less:
         return next(tile for tile in TILES if largest <= tile)
     is_filled = 0 < largest % most <= less
-    return less if is_filled or largest < parts * most else most
+    is_dense = bool(schedule.gathers) and all(how == "dense" for _, how in schedule.gathers)
+    return less if is_dense or is_filled or largest < parts * most else most
 
 
 def why_not_gather(kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:

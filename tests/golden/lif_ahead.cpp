@@ -27,7 +27,7 @@ struct Call {
   float* last_s; int64_t last_s_b;  // [B, 130]
   int64_t* active;  // per gather, how many senders were active
   char* memory;
-  int64_t group, leaders;
+  int64_t group, leaders, at_once;
 };
 
 // What a thread keeps of the rows that it carries through time.
@@ -48,11 +48,12 @@ struct Rows {
     return arena.used();
   }
 };
+constexpr int64_t RING = 16;  // steps that helpers may be ahead
 
 // What helpers hand on to the thread that carries the rows.
 struct Ahead {
-  Ring ring;
-  float* drive_sum;  // [RING][tile][rows, TILE]
+  Ring<RING> ring;
+  float* drive_sum;  // [tile][RING][rows, TILE]
   Ahead(Arena& arena, int64_t rows)
       : ring(arena),
         drive_sum{arena.take<float>(RING * rows * 192)} {}
@@ -111,32 +112,32 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
   append(own.s_events[next], row, s_tile, first, width);
 }
 
-// The products of step t that read only inputs, into a slot of the ring.
+// The products of steps that read only inputs, from `step` on, into slots of the ring.
 void run_products(const Call& call, const Rows& own, const Ahead& ahead,
-                  int64_t* active, int64_t start, int64_t rows, int64_t t,
-                  int64_t slot) {
-  for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
-  active[0] += count_events(own.x_events, rows);
-  for (int64_t first = 0; first < N_HIDDEN; first += TILE)
-    gather_events<TILE>(ahead.drive_sum + slot * call.group * 192 + rows * first, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
+                  int64_t* active, int64_t start, int64_t rows, int64_t before,
+                  int64_t step, int64_t steps) {
+  for (int64_t end = step + steps, each = step; each < end; ++each) {
+    const int64_t t = each;
+    [[maybe_unused]] const int64_t slot = (before + each) % RING;
+    for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
+    active[0] += count_events(own.x_events, rows);
+    for (int64_t first = 0; first < N_HIDDEN; first += TILE)
+      gather_events<TILE>(ahead.drive_sum + (RING * first + slot * TILE) * call.group, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
+  }
 }
 
-// Every helpers-th step of rows start .. start + rows, from step `helper` on.
-void help(const Call& call, const Rows& own, const Ahead& ahead, int64_t* active,
-          int64_t start, int64_t rows, int64_t before, int helper, int helpers,
-          int spins) {
-  for (int64_t step = helper; step < call.steps; step += helpers) {
-    const int64_t number = before + step;
-    ahead.ring.await_slot(number, spins);
-    run_products(call, own, ahead, active, start, rows, step, number % RING);
-    ahead.ring.publish(number);
-  }
+// Computes the block of steps that begins with `number`, which this thread has taken.
+void run_block(const Call& call, const Rows& own, const Ahead& ahead, int64_t* active,
+               int64_t start, int64_t rows, int64_t before, int64_t number) {
+  const int64_t step = number - before;
+  const int64_t steps = least(call.at_once, call.steps - step);
+  run_products(call, own, ahead, active, start, rows, before, step, steps);
+  for (int64_t k = 0; k < steps; ++k) ahead.ring.publish(number + k);
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
 void run_rows(const Call& call, const Rows& own, int64_t* active,
-              int64_t start, int64_t rows, const Ahead& ahead, int64_t before, int helpers,
-              int spins) {
+              int64_t start, int64_t rows, const Ahead& ahead, int64_t before, int spins) {
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
@@ -152,21 +153,26 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   }
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
-    const int64_t number = before + t;
-    const int64_t slot = number % RING;
-    if (helpers)
-      ahead.ring.await_step(number, spins);
-    else
-      run_products(call, own, ahead, active, start, rows, t, slot);
+    const int64_t number = before + t, slot = number % RING;
+    // Instead of waiting for a step, others are computed that nobody has taken.
+    const auto is_ready = [&] {
+      if (ahead.ring.is_ready(number)) return true;
+      const int64_t end = before + call.steps;
+      const int64_t other = ahead.ring.take(call.at_once, end);
+      if (other == ahead.ring.FULL || other == end) return false;
+      run_block(call, own, ahead, active, start, rows, before, other);
+      return ahead.ring.is_ready(number);
+    };
+    wait_until(is_ready, spins);
     active[1] += count_events(own.s_events[now], rows);
     clear(own.s_events[next], rows);
     for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
       gather_events<TILE>(own.recurrent_sum, call.w_rec + first * N_HIDDEN, own.s_events[now], rows);  // self.rec(s)
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_HIDDEN)
-          hidden_step(call, own, t, start + row, row, now, next, first, TILE, ahead.drive_sum + slot * call.group * 192 + rows * first + row * TILE, own.recurrent_sum + row * TILE);
+          hidden_step(call, own, t, start + row, row, now, next, first, TILE, ahead.drive_sum + (RING * first + slot * TILE) * call.group + row * TILE, own.recurrent_sum + row * TILE);
         else
-          hidden_step(call, own, t, start + row, row, now, next, first, N_HIDDEN - first, ahead.drive_sum + slot * call.group * 192 + rows * first + row * TILE, own.recurrent_sum + row * TILE);
+          hidden_step(call, own, t, start + row, row, now, next, first, N_HIDDEN - first, ahead.drive_sum + (RING * first + slot * TILE) * call.group + row * TILE, own.recurrent_sum + row * TILE);
       }
     }
     ahead.ring.release(number);
@@ -178,25 +184,29 @@ void run(void* context, const Team& team) {
   const int most = team.threads < 2 ? 1 : team.threads / 2;
   const int spins = team.barrier->spins;
   const int leaders = most < call.leaders ? most : int(call.leaders);
-  const int leader = team.thread % leaders, helper = team.thread / leaders - 1;
-  const int helpers = (team.threads - 1 - leader) / leaders;  // of this leader
+  const int leader = team.thread % leaders;  // whose rows this thread works for
+  const bool leads = team.thread < leaders;
   Arena common(call.memory + leader * Ahead::bytes(call.group));
   const Ahead ahead(common, call.group);
   char* const memory = call.memory + call.leaders * Ahead::bytes(call.group);
   Arena arena(memory + team.thread * Rows::bytes(call.group));
   const Rows own(arena, call.group);
-  if (helper < 0) ahead.ring.clear();
+  if (leads) ahead.ring.clear();
   team.wait();  // rings are clear
   const int64_t first = call.batch * leader / leaders;
   const int64_t last = call.batch * (leader + 1) / leaders;
   int64_t active[2] = {}, before = 0;
   for (int64_t start = first; start < last; start += call.group) {
     const int64_t here = last - start < call.group ? last - start : call.group;
-    if (helper < 0)
-      run_rows(call, own, active, start, here, ahead, before, helpers, spins);
-    else
-      help(call, own, ahead, active, start, here, before, helper, helpers, spins);
-    before += call.steps;
+    if (leads)
+      run_rows(call, own, active, start, here, ahead, before, spins);
+    else {
+      const int64_t end = before + call.steps;
+      int64_t number;
+      while ((number = ahead.ring.await_block(call.at_once, end, spins)) < end)
+        run_block(call, own, ahead, active, start, here, before, number);
+    }
+    before += (call.steps + call.at_once - 1) / call.at_once * call.at_once;  // blocks of steps begin there
   }
   for (int k = 0; k < 2; ++k)
     __atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);
@@ -233,6 +243,7 @@ int run_recurrent_lif(const Runtime* runtime, void* const* pointers, const int64
   if (call.group > GROUP) call.group = GROUP;
   const int64_t ahead_bytes = call.leaders * Ahead::bytes(call.group);
   const int64_t bytes = ahead_bytes + threads * Rows::bytes(call.group);
+  call.at_once = 1;  // steps of a product
   call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
   if (!call.memory) return 1;
   runtime->parallel(run, &call, threads);
