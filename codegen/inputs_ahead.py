@@ -134,9 +134,7 @@ class _AheadText(RowsText):
     def _write_products(self) -> None:
         w = self.w
         w.line()
-        w.comment(
-            "The products of steps that read only inputs, from `step` on, into the ring."
-        )
+        w.comment("The products of steps that read only inputs, from `step` on, into the ring.")
         head = (
             "void run_products(const Call& call, const Rows& own, const Ahead& ahead,\n"
             "                  int64_t* active, int64_t start, int64_t rows, int64_t before,\n"
@@ -179,9 +177,7 @@ class _AheadText(RowsText):
     def _write_block_of_steps(self) -> None:
         w = self.w
         w.line()
-        w.comment(
-            "Computes the block of steps from `number` on, which this thread has taken."
-        )
+        w.comment("Computes the block of steps from `number` on, which this thread has taken.")
         head = (
             "void run_block(const Call& call, const Rows& own, const Ahead& ahead,\n"
             "               int64_t* active, int64_t start, int64_t rows, int64_t before,\n"

@@ -112,7 +112,7 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
   append(own.s_events[next], row, s_tile, first, width);
 }
 
-// The products of steps that read only inputs, from `step` on, into slots of the ring.
+// The products of steps that read only inputs, from `step` on, into the ring.
 void run_products(const Call& call, const Rows& own, const Ahead& ahead,
                   int64_t* active, int64_t start, int64_t rows, int64_t before,
                   int64_t step, int64_t steps) {
@@ -126,9 +126,10 @@ void run_products(const Call& call, const Rows& own, const Ahead& ahead,
   }
 }
 
-// Computes the block of steps that begins with `number`, which this thread has taken.
-void run_block(const Call& call, const Rows& own, const Ahead& ahead, int64_t* active,
-               int64_t start, int64_t rows, int64_t before, int64_t number) {
+// Computes the block of steps from `number` on, which this thread has taken.
+void run_block(const Call& call, const Rows& own, const Ahead& ahead,
+               int64_t* active, int64_t start, int64_t rows, int64_t before,
+               int64_t number) {
   const int64_t step = number - before;
   const int64_t steps = least(call.at_once, call.steps - step);
   run_products(call, own, ahead, active, start, rows, before, step, steps);
