@@ -148,7 +148,8 @@ typedef short Narrow16 __attribute__((vector_size(32)));
 typedef short Narrow16Anywhere __attribute__((vector_size(32), may_alias, aligned(2)));
 SPARSIFY_INLINE Int16 active_senders(int64_t first, uint32_t bits) {
   const Int16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return __builtin_ia32_compresssi512_mask(lanes + int32_t(first), Int16{}, uint16_t(bits));
+  const Int16 senders = lanes + int32_t(first);
+  return __builtin_ia32_compresssi512_mask(senders, own_zeros<Int16>(bits), uint16_t(bits));
 }
 SPARSIFY_INLINE void put_senders(int32_t* to, int64_t first, uint32_t bits) {
   *reinterpret_cast<Int16Anywhere*>(to) = active_senders(first, bits);

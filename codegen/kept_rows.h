@@ -21,6 +21,7 @@ struct Kept {
   const uint32_t* starts;     // [bands][lines + 1] units
   const char* places;         // of units, from the band's first one, in runs
   const char* weights;        // of units
+  int64_t fetched;            // bytes of a band's line, on average: what is asked for ahead of it
 
   Kept() = default;
   explicit Kept(const void* packed) {
@@ -30,6 +31,8 @@ struct Kept {
     starts = reinterpret_cast<const uint32_t*>(bytes + head[3]);
     places = bytes + head[4];
     weights = bytes + head[5];
+    const int64_t parts = (size + band - 1) / band * (lines + 1);
+    fetched = parts ? starts[parts - 1] * BYTES / parts + 64 : 0;
   }
   // Where weight i of a unit belongs, from the band's first place on.
   static int64_t place(const uint16_t* places, int i) {
@@ -104,20 +107,24 @@ SPARSIFY_INLINE void add_unit(F* sums, const uint16_t* places, const W* weights,
   } else {
     each_few<F>(places, weights, [&](int, auto values, const uint64_t* at) {
       if (PAYLOAD) values *= payload;
+      Few<F> some;
       SPARSIFY_UNROLL
-      for (int k = 0; k < FEW; ++k) sums[at[k]] += values[k];
+      for (int k = 0; k < FEW; ++k) some[k] = sums[at[k]];
+      some += values;
+      SPARSIFY_UNROLL
+      for (int k = 0; k < FEW; ++k) sums[at[k]] = some[k];
     });
   }
 }
 
-// Asks for the units from `first` to `end`.
+// Asks for as much as a line has on average, from the unit `first` on. A loop to the line's own end
+// would take longer: how often it runs cannot be foreseen.
 template <class W, int RUN>
-SPARSIFY_INLINE void fetch_units(const Kept<W, RUN>& from, uint32_t first, uint32_t end) {
-  const char* const last = reinterpret_cast<const char*>(from.weights_of(end));
+SPARSIFY_INLINE void fetch_units(const Kept<W, RUN>& from, uint32_t first) {
   if (RUN > 1) __builtin_prefetch(from.places_of(first));
-  const char* line = RUN == 1 ? reinterpret_cast<const char*>(from.places_of(first))
-                              : reinterpret_cast<const char*>(from.weights_of(first));
-  for (; line < last; line += 64) __builtin_prefetch(line);
+  const char* const line = RUN == 1 ? reinterpret_cast<const char*>(from.places_of(first))
+                                    : reinterpret_cast<const char*>(from.weights_of(first));
+  for (int64_t byte = 0; byte < from.fetched; byte += 64) __builtin_prefetch(line + byte);
 }
 
 // ---- gathers ----
@@ -142,7 +149,7 @@ SPARSIFY_INLINE void add_kept(F* sums, const Kept<W, RUN>& from, const uint32_t*
   for (int32_t k = begin; k < end; ++k) {
     const int64_t sender = index[k];
     const int64_t later = index[k + ROWS_AHEAD < last ? k + ROWS_AHEAD : last];
-    fetch_units(from, starts[later], starts[later + 1]);
+    fetch_units(from, starts[later]);
     const F value = PAYLOAD ? payload[k] : F(1);
     if (PAYLOAD && !(absolute(value) < infinity<F>())) {
       add_to_all(sums, from, starts[sender], starts[sender + 1], value, width);

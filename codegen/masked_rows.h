@@ -14,6 +14,7 @@ struct Masked {
   const uint32_t* starts;  // [tiles][lines + 1], of weights
   const uint8_t* masks;    // [tiles][lines + 1][PLACES / 8]
   const W* weights;        // and as many behind the last one as a vector has
+  int64_t fetched;         // bytes of a tile's line, on average: what is asked for ahead of it
 
   Masked() = default;
   explicit Masked(const void* packed) {
@@ -23,6 +24,8 @@ struct Masked {
     starts = reinterpret_cast<const uint32_t*>(bytes + head[3]);
     masks = reinterpret_cast<const uint8_t*>(bytes + head[4]);
     weights = reinterpret_cast<const W*>(bytes + head[5]);
+    const int64_t parts = (head[2] + PLACES - 1) / PLACES * (lines + 1);
+    fetched = parts ? int64_t(starts[parts - 1]) * int64_t(sizeof(W)) / parts + 32 : 0;
   }
   // The line of the tile that begins at place `first`.
   int64_t at(int64_t first, int64_t line) const { return first / PLACES * (lines + 1) + line; }
@@ -41,15 +44,20 @@ SPARSIFY_INLINE uint32_t lane_bits(const uint8_t* mask, int vector) {
   return uint32_t(mask[lane / 8] >> lane % 8) & ((1u << WIDTH<F>) - 1);
 }
 
-// Consecutive weights in the lanes whose bits are set, zero in the others.
+// Consecutive weights in the lanes whose bits are set, zero in the others. They are read first: an
+// expansion that reads them itself takes five cycles.
 #if defined(__AVX512F__)
 template <class W>
 SPARSIFY_INLINE Vector<float> expand(const float*, const W* from, uint32_t bits) {
-  return __builtin_ia32_expandsf512_mask(load(from), Vector<float>{}, uint16_t(bits));
+  Vector<float> some = load(from);
+  asm("" : "+v"(some));
+  return __builtin_ia32_expandsf512_mask(some, own_zeros<Vector<float>>(bits), uint16_t(bits));
 }
 template <class W>
 SPARSIFY_INLINE Vector<double> expand(const double*, const W* from, uint32_t bits) {
-  return __builtin_ia32_expanddf512_mask(load(from), Vector<double>{}, uint8_t(bits));
+  Vector<double> some = load(from);
+  asm("" : "+v"(some));
+  return __builtin_ia32_expanddf512_mask(some, own_zeros<Vector<double>>(bits), uint8_t(bits));
 }
 #else
 template <class F, class W>
@@ -70,8 +78,9 @@ template <class F, class W, int PLACES>
 SPARSIFY_INLINE void expand_line(F* to, const Masked<W, PLACES>& weight, int64_t first,
                                  int64_t line) {
   const int64_t at = weight.at(first, line);
-  const uint8_t* const mask = weight.mask(at);
+  const uint8_t* mask = weight.mask(at);
   const W* from = weight.weights + weight.starts[at];
+  asm("" : "+r"(mask));  // else compilers keep an address for the bits of every vector
   SPARSIFY_UNROLL
   for (int v = 0; v < PLACES / WIDTH<F>; ++v) {
     const uint32_t bits = lane_bits<F>(mask, v);
@@ -80,30 +89,47 @@ SPARSIFY_INLINE void expand_line(F* to, const Masked<W, PLACES>& weight, int64_t
   }
 }
 
+// As sum_events.
+template <int TILE, int VECTORS, bool PAYLOAD, class Index, class F, class W>
+SPARSIFY_INLINE void sum_masked(Vector<F> (&sum)[VECTORS], const Masked<W, TILE>& weight,
+                                int64_t first, const BlockEvents<Index, F>& events) {
+  const auto [index, payload, begin, end, last] = events;
+  const int64_t tile = weight.at(first, 0);
+  const uint32_t* const starts = weight.starts + tile;
+  const uint8_t* const masks = weight.mask(tile);
+  for (int32_t k = begin; k < end; ++k) {
+    const int64_t soon = index[k + AHEAD < last ? k + AHEAD : last];
+    const int64_t later = index[k + 2 * AHEAD < last ? k + 2 * AHEAD : last];
+    const char* const asked = reinterpret_cast<const char*>(weight.weights + starts[soon]);
+    for (int64_t byte = 0; byte < weight.fetched; byte += 64) __builtin_prefetch(asked + byte);
+    __builtin_prefetch(starts + later);
+    __builtin_prefetch(masks + later * (TILE / 8));
+    const uint8_t* mask = masks + index[k] * (TILE / 8);
+    const W* from = weight.weights + starts[index[k]];
+    asm("" : "+r"(mask));  // as above
+    SPARSIFY_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      const uint32_t bits = lane_bits<F>(mask, v);
+      const Vector<F> weights = expand(payload, from, bits);
+      from += __builtin_popcount(bits);
+      if constexpr (PAYLOAD)
+        sum[v] += weights * payload[k];
+      else
+        sum[v] += weights;
+    }
+  }
+}
+
 // As add_block.
 template <int TILE, class Index, class F, class W>
 SPARSIFY_INLINE void add_masked_block(F* sums, const Masked<W, TILE>& weight, int64_t first,
                                       const BlockEvents<Index, F>& events, bool starts) {
-  const auto [index, payload, begin, end, last] = events;
   constexpr int VECTORS = TILE / WIDTH<F>;
   Vector<F> sum[VECTORS] = {};
-  for (int32_t k = begin; k < end; ++k) {
-    const int64_t at = weight.at(first, index[k]);
-    const int64_t soon = weight.at(first, index[k + AHEAD < last ? k + AHEAD : last]);
-    const int64_t later = weight.at(first, index[k + 2 * AHEAD < last ? k + 2 * AHEAD : last]);
-    __builtin_prefetch(weight.weights + weight.starts[soon]);
-    __builtin_prefetch(weight.starts + later);
-    __builtin_prefetch(weight.mask(later));
-    const uint8_t* const mask = weight.mask(at);
-    const W* from = weight.weights + weight.starts[at];
-    SPARSIFY_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      const uint32_t bits = lane_bits<F>(mask, v);
-      const Vector<F> weights = expand(sums, from, bits);
-      from += __builtin_popcount(bits);
-      sum[v] += payload ? weights * payload[k] : weights;
-    }
-  }
+  if (events.payload)
+    sum_masked<TILE, VECTORS, true>(sum, weight, first, events);
+  else
+    sum_masked<TILE, VECTORS, false>(sum, weight, first, events);
   SPARSIFY_UNROLL
   for (int v = 0; v < VECTORS; ++v)
     store(sums + v * WIDTH<F>, starts ? sum[v] : load(sums + v * WIDTH<F>) + sum[v]);
