@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from typing import Any
 
 from sparsify import ir
 from sparsify.codegen.backend import Backend, Binary, Launchable
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
+
+CACHED_SECONDS = 0.1  # what is in the cache is there by then; what is not takes longer
+Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
 
 
 class Binaries:
@@ -24,10 +28,12 @@ class Binaries:
         self,
         wanted: Sequence[tuple[ir.Kernel, ir.Schedule]],
         products: Iterable[Foreseen] = (),
+        meanwhile: Meanwhile | None = None,
     ) -> Refusal | None:
         """Compile what is missing of these, and what all kernels need, on all cores.
 
-        Returns why nothing can run here, if so. Raises CompileError.
+        ``meanwhile`` runs beside the compilers, and nothing more is compiled if it raises. Returns
+        why nothing can run here, if so. Raises CompileError.
         """
         missing = [key for key in dict.fromkeys(wanted) if key not in self.made]
         # What takes longest comes first, so that all cores end together.
@@ -35,9 +41,10 @@ class Binaries:
             libraries = self.backend.libraries(schedule for _, schedule in missing)
             others = [pool.submit(library) for library in libraries]
             ready = pool.submit(self.backend.why_not_ready)
-            for product in unlike(products):
-                pool.submit(self._compile_product, product)
+            outer = [pool.submit(self._compile_product, product) for product in unlike(products)]
             made = [pool.submit(self.backend.compile, *key) for key in missing]
+            if meanwhile is not None:
+                _run_beside(meanwhile, pool, [*others, ready, *outer, *made])
         refusal = ready.result()
         if refusal is None:
             for other in others:
@@ -54,6 +61,18 @@ class Binaries:
         # Where this fails, an OuterProduct computes a dense product and says why.
         with suppress(BackendUnavailable, CompileError):
             self.backend.outer_products.compile(product)
+
+
+def _run_beside(
+    work: Meanwhile, pool: ThreadPoolExecutor, compiling: Sequence[Future[Any]]
+) -> None:
+    """Run ``work`` while the pool is ``compiling``."""
+    running = wait(compiling, timeout=CACHED_SECONDS).not_done
+    try:
+        work(len(running))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def unlike(products: Iterable[Foreseen]) -> list[Foreseen]:

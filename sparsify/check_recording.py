@@ -50,15 +50,20 @@ def why_not_repeated(
 
 
 def repeat(
-    model: nn.Module, recording: Recording, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    recording: Recording,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Repetition:
     """Run the model, then the recorded graph, on perturbed inputs, and compare.
 
     Both start from the same state and random numbers, which are put back, and all that they return
     or leave in buffers is compared bit by bit: they run the same operations on the same shapes.
     Of the model's run only fingerprints are kept, so that a check needs no more memory than a call
-    on new inputs. Where gradients are needed, those of all results are compared too. Raises
-    TraceError if the model's own backward fails or changes Python state.
+    on new inputs. Where gradients are needed, those of all results are compared too. ``clock``
+    tells what the model takes. Raises TraceError if the model's own backward fails or changes
+    Python state.
     """
     free_memory()  # what recording left
     given = args, kwargs
@@ -66,15 +71,18 @@ def repeat(
     def differentiate(result: Any, operands: list[Tensor]) -> list[Tensor | None]:
         return differentiate_model(recording, given, result, operands)
 
+    def run(call: Call, forward: Callable[..., Any], gradients: Differentiate) -> _Outcome:
+        return _run(model, recording, given, call, forward, gradients, clock)
+
     try:
-        expected = _run(model, recording, given, perturb(given), model.forward, differentiate)
+        expected = run(perturb(given), model.forward, differentiate)
     except NOT_TAKEN:  # the example must do
         call = given
-        expected = _run(model, recording, given, given, model.forward, differentiate)
+        expected = run(given, model.forward, differentiate)
     else:
         call = perturb(given)  # anew: the model may have written to them
     free_memory()  # what the model left
-    got = _run(model, recording, given, call, _repeating(recording), differentiate_result)
+    got = run(call, _repeating(recording), differentiate_result)
     differs = _compare(got.values, expected.values)
     differs = differs and f"{differs}{_blame(recording.graph)}"
     differs = differs or why_gradients_differ(recording, call, got.gradients, expected.gradients)
@@ -155,6 +163,7 @@ def _run(
     call: Call,
     forward: Callable[..., Any],
     differentiate: Differentiate,
+    clock: Callable[[], float],
 ) -> _Outcome:
     """What ``forward`` makes of ``call``.
 
@@ -167,12 +176,12 @@ def _run(
         versions = [_version(tensor) for tensor in tensors]
         operands = recording.calling.operands(*call)  # before forward puts others in their places
         wait_for_devices()
-        start = time.perf_counter()
+        start = clock()
         result = forward(*call[0], **call[1])
         with autocast_off():  # whose casts backward is not meant to run under
             gradients = differentiate(result, operands) if needs_grad(operands) else []
         wait_for_devices()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         written = [
             tensor if version is None or tensor._version != version else None
             for tensor, version in zip(tensors, versions, strict=True)

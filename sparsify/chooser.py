@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sparsify import ir
-from sparsify.binaries import Binaries
+from sparsify.binaries import Binaries, Meanwhile
 from sparsify.candidates import (
     Candidate,
     How,
@@ -57,10 +57,15 @@ class Chooser:
         self.choices: dict[str, Choice] = {}
         self._found: dict[str, list[Candidate]] = {}
 
-    def prepare(self, tasks: Sequence[Task], products: Iterable[Foreseen] = ()) -> None:
+    def prepare(
+        self,
+        tasks: Sequence[Task],
+        products: Iterable[Foreseen] = (),
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
         """Compile the candidates of all; of their operands only the layouts are looked at.
 
-        Kernels for ``products`` are compiled beside them.
+        Kernels for ``products`` are compiled beside them, and ``meanwhile`` runs if there are any.
         """
         for task in tasks:
             refusal = self._why_off(task)
@@ -79,7 +84,7 @@ class Chooser:
         if not wanted:
             return
         try:
-            refusal = self.binaries.compile_all(wanted, products)
+            refusal = self.binaries.compile_all(wanted, products, meanwhile)
         except CompileError as error:
             refusal = Refusal("backend-unavailable", f"{error}", COMPILER)
         if refusal is not None:

@@ -37,6 +37,7 @@ from sparsify.passes.result import Pass
 from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import skips_zeros
 from sparsify.passes.unpack_kept import unpack_kept
+from sparsify.pending_check import PendingCheck
 from sparsify.place_gradients import place_gradients
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
@@ -70,15 +71,17 @@ class Compiler:
         operands: Sequence[Tensor],
         plan: Plan,
         earlier: Mapping[str, Site] | None = None,
+        check: PendingCheck | None = None,
     ) -> Compiled:
         """Decide every site on ``operands``; with gradients where they are enabled and needed.
 
         ``earlier`` are sites that the plan has from another recording of the model. Recurrent
-        operations of torch of which a loop got no kernel are put back whole.
+        operations of torch of which a loop got no kernel are put back whole. The ``check`` of the
+        recording runs first, or beside the compilers; not at all where nothing is compiled.
         """
         name_weights(recording.graph.graph)
         note_patterns(recording.graph.graph, operands)
-        compiled = self._compile(recording, operands, plan, earlier or {})
+        compiled = self._compile(recording, operands, plan, earlier or {}, check)
         stepwise = find_stepwise(compiled)
         if not stepwise:
             return compiled
@@ -92,8 +95,11 @@ class Compiler:
         operands: Sequence[Tensor],
         plan: Plan,
         earlier: Mapping[str, Site],
+        check: PendingCheck | None = None,
     ) -> Compiled:
         products = find_products(recording.graph.graph)
+        if check is not None and not check.is_light(products):
+            check.run()
         plan = measured_plan(plan, products)
         undifferentiated: dict[str, Refusal] = {}
         is_trained = needs_grad(operands)
@@ -123,7 +129,7 @@ class Compiler:
         placements += place_gradients(placements, lowered)
         chooser = Chooser(self.options, self.binaries, plan, placements, earlier)
         tasks = find_tasks(scans, calls, lowered)
-        chooser.prepare(tasks, foresee_products(graph))
+        chooser.prepare(tasks, foresee_products(graph), check.run if check else None)
         if captured is not None:
             for task in tasks:
                 chooser.choose(replace(task, original_seconds=captured.seconds.get(task.name)))

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify import ir
-from sparsify.autocast import autocast_off
+from sparsify.autocast import autocast_off, is_any_on
 from sparsify.backends import Compilers, tensors_of
 from sparsify.call_conditions import is_intercepted, needs_grad, why_observed
 from sparsify.call_key import call_key
-from sparsify.check_recording import repeat
 from sparsify.check_speed import keep_all, why_not_faster
 from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
@@ -26,6 +25,7 @@ from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
 from sparsify.failures import (
     OUT_OF_MEMORY,
     Failed,
+    explained_by,
     record_or_run,
     refuse_failure,
     refuse_memory,
@@ -36,6 +36,7 @@ from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
 from sparsify.notices import Misses, Notices
 from sparsify.options import Options, is_disabled
+from sparsify.pending_check import PendingCheck
 from sparsify.plan import Plan
 from sparsify.plans import Plans
 from sparsify.pruning.outcome import PruningOutcome
@@ -293,9 +294,9 @@ class Engine:
     @seldom_collected()
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
-        repetition = repeat(self.original, recording, args, kwargs)
-        if repetition.differs:
-            raise TraceError(f"the recording does not repeat the model: {repetition.differs}")
+        check = PendingCheck(self.original, recording, args, kwargs)
+        if is_any_on():  # the model runs under it, what compiles does not
+            check.run()
         operands = recording.calling.operands(args, kwargs)
         is_trained = needs_grad(operands)
         self.recordings += 1
@@ -307,14 +308,15 @@ class Engine:
         plan = self._plans.for_call(backend, is_trained)
         like = [e for e in self.entries if bool(e.required) == is_trained and e.backend is backend]
         earlier = {site.name: site for e in like for site in e.compiled.sites}
-        with autocast_off():
-            compiled = compiler.compile(recording, operands, plan, earlier)
+        with explained_by(check.run), autocast_off():
+            compiled = compiler.compile(recording, operands, plan, earlier, check)
+        check.run()
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
         is_timed = self.options.timing and backend.is_timed and not compiled.runs_original
         if is_timed and not compiled.placements.keys() <= plan.sites.keys():
-            refusal = why_not_faster(self.original, entry, args, kwargs, repetition.seconds)
+            refusal = why_not_faster(self.original, entry, args, kwargs, check.seconds)
             if refusal is not None:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))

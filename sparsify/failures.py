@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,18 @@ def run_bounded(work: Callable[[], None], during: str) -> CompileError | None:
     except Exception as error:
         return describe_failure(error, during)
     return None
+
+
+@contextmanager
+def explained_by(check: Callable[[], object]) -> Iterator[None]:
+    """What goes wrong inside is what ``check`` raises, if it does; a machine's memory is none."""
+    try:
+        yield
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:
+        check()
+        raise
 
 
 def record_or_run(

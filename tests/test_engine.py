@@ -268,7 +268,7 @@ def test_the_last_word_catches_a_recording_that_does_not_repeat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = Repetition("3 elements differ", seconds=1.0)
-    monkeypatch.setattr("sparsify.engine.repeat", lambda *_: found)
+    monkeypatch.setattr("sparsify.pending_check.repeat", lambda *_, clock: found)
     with pytest.raises(TraceError, match="does not repeat the model: 3 elements differ"):
         sparsify(RecurrentNet().eval(), X)
     model = RecurrentNet().eval()
