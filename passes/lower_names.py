@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -66,6 +67,20 @@ def source_name(node: fx.Node) -> str:
     """The model's name of a parameter or input, or the node's own."""
     source = node.meta.get("source")
     return str(source.name) if source is not None else node.name
+
+
+def told_name(node: fx.Node, assigned: Mapping[fx.Node, str]) -> str:
+    """What a message calls a value: an input, ``v`` that a line assigns, ``v.unsqueeze(...)``.
+
+    ``assigned`` are the ``assigned_names``.
+    """
+    if node.op == "placeholder":
+        return source_name(node)
+    if node in assigned:
+        return assigned[node]
+    operation, operands = operation_name(node), node.all_input_nodes
+    of = told_name(operands[0], assigned) if len(operands) == 1 else ""
+    return f"{of}.{operation}(...)" if of.isidentifier() else f"The result of {operation}"
 
 
 def layer_name(node: fx.Node) -> str:

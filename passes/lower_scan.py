@@ -33,7 +33,13 @@ from sparsify.passes.lower_layout import (
     find_live,
     shape_of,
 )
-from sparsify.passes.lower_names import Names, assigned_names, layer_name, operation_name
+from sparsify.passes.lower_names import (
+    Names,
+    assigned_names,
+    layer_name,
+    operation_name,
+    told_name,
+)
 from sparsify.passes.lower_operands import Operands
 from sparsify.passes.lower_ops import DTYPES, VIEWS, fill_of
 from sparsify.passes.lower_phases import Placed, Write, order_phases
@@ -158,8 +164,10 @@ class _Lowerer:
         return self.values[key]
 
     def _why_not_read(self, node: fx.Node, population: str, reader: fx.Node) -> Refusal:
+        size = self.layout.size(node)
+        told = told_name(node, self.assigned)
         reason = (
-            f"{node.name} has {self.layout.size(node)} neurons where "
+            f"{told} has {size} neuron{'s' * (size != 1)} where "
             f"{self.operands.size(population)} read it, without a product between them."
         )
         remedy = "Give both the same size, or compute it outside of the loop."

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sparsify import ir
-from sparsify.errors import RefusalCode
+from sparsify.errors import Location, RefusalCode
 from sparsify.passes.find_events import find_events
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.split_time import split_time
@@ -279,7 +279,23 @@ def test_a_value_of_another_layers_size_is_refused() -> None:
 
     refusal = refused(body(build, [(B, H), (B, 1), (H, 3)], 2))
     assert refusal.code == "unsupported-layout"
-    assert "neurons" in refusal.reason
+    assert "1 neuron where 8" in refusal.reason
+
+
+def test_refusals_call_values_as_the_user_does() -> None:
+    """As e-prop does, which keeps a trace for every pair of neurons."""
+
+    def build(graph: fx.Graph) -> Any:
+        v, traces, w = graph.nodes
+        read = graph.call_function(aten.mm.default, (v, w))
+        sender = graph.call_function(aten.relu.default, (read,))
+        sender.meta["location"] = Location("model.py", 7, "psi = torch.relu(self.rec(v))")
+        paired = graph.call_function(aten.unsqueeze.default, (sender, -1))
+        return (read, graph.call_function(aten.mul.Tensor, (traces, paired)))
+
+    refusal = refused(body(build, [(B, H), (B, H, H), (H, H)], 2))
+    assert refusal.code == "unsupported-layout"
+    assert f"psi.unsqueeze(...) has {H} neurons where {H * H} read it" in refusal.reason
 
 
 def test_two_batch_sizes_are_refused() -> None:
