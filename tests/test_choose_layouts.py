@@ -26,10 +26,16 @@ RATES = Rates(1e11, event_adds=4e10, dense_macs=7e10, pointwise=2e9, far_bytes=2
 COMPRESSED = ir.Layout("compressed-rows")
 
 
-def predictor(pattern: Pattern, activity: float = 0.1, size: int = 2048) -> Predictor:
+# As calibrated on a Zen 4 core on which nothing else ran.
+ZEN_4 = Rates(1.2e11, event_adds=2.2e10, dense_macs=3.8e10, pointwise=2.5e9, far_bytes=4.5e10)
+
+
+def predictor(
+    pattern: Pattern, activity: float = 0.1, size: int = 2048, rates: Rates = RATES
+) -> Predictor:
     kernel = product(size, size)
     workload = Workload(100, 1, {"y": activity})
-    return Predictor(kernel, workload, CppBackend(RATES), patterns={"w": pattern})
+    return Predictor(kernel, workload, CppBackend(rates), patterns={"w": pattern})
 
 
 def kinds(found: Predictor) -> list[str]:
@@ -41,6 +47,17 @@ def test_few_weights_that_are_left_are_compressed() -> None:
     assert kinds(predictor(scattered(0.1)))[0] == "compressed-rows"
     assert kinds(predictor(scattered(0.95)))[0] == "dense-rows"
     assert set(kinds(predictor(DENSE))) == {"dense-rows"}
+
+
+def test_zeros_anywhere_gain_up_to_the_density_at_which_they_were_measured_to() -> None:
+    """1024 receivers of 2048 senders, 9 % active, took 18 us as events on one core. Of 50 % of the
+    weights masks took 19 us, of 30 % 16 us, of 20 % 14 us, and lists of 10 % 9 us.
+    """
+    left = {"compressed-rows": 0.1, "masked-rows": 0.3, "dense-rows": 0.6}
+    for layout, density in left.items():
+        assert kinds(predictor(scattered(density), 0.09, rates=ZEN_4))[0] == layout
+    found = predictor(scattered(0.1), 0.09, rates=ZEN_4)
+    assert 0.3 < found.break_even_density({"y": "event"}, "w") < 0.5
 
 
 def test_what_is_left_in_blocks_or_groups_is_kept_so() -> None:
