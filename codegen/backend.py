@@ -132,6 +132,19 @@ class Launchable(Protocol):
     def reset_events(self) -> None: ...
 
 
+class Repeatable(Protocol):
+    """What some Launchables are, too."""
+
+    def repeat(
+        self, tensors: Sequence[torch.Tensor], steps: int, batch: int, frozen: bool
+    ) -> list[torch.Tensor] | None:
+        """A call like an earlier one, made in less time: the kernel's outputs, in its order.
+
+        None where there was none of these sizes, or with tensors of other layouts. ``tensors`` are
+        operands and weights in the kernel's order; ``frozen`` is as in ``Launchable``.
+        """
+
+
 class Strategy(Protocol):
     """Decides the skeleton of loops: who shares neurons, batch rows and time."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,12 +22,11 @@ SETTLING_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """A content, and where. The tensor is kept so that its memory is not given to another one.
 
-    ``looks`` is how many in a row have found it. ``is_unwritten`` asks the watch about the time
-    since before it was read; ``began`` is when the watch did. ``is_settled``: its answer alone is
-    enough.
+    ``looks`` is how many in a row have found it. ``question`` asks the watch about the time since
+    before it was read; ``began`` is when the watch did. ``is_settled``: its answer alone is enough.
     """
 
     layout: tuple[object, ...]
@@ -36,7 +34,7 @@ class _Seen:
     tensor: torch.Tensor
     looks: int = 0
     watch: WriteWatch | None = None
-    is_unwritten: Callable[[], int] | None = None
+    question: bytes = b""
     began: float = 0.0
     is_settled: bool = False
     can_be_watched: bool = True
@@ -57,16 +55,17 @@ class Contents:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._seen: _Seen | None = None  # replaced as a whole
-        self._patience, self._spared = UNCHANGED, 0
+        self.seen: Seen | None = None  # replaced as a whole
+        self.spared = 0  # looks, since the watch began
+        self._patience = UNCHANGED
 
     def look(self, tensor: torch.Tensor) -> int:
         """``Runtime.content_hash`` of a CPU tensor. Raises TypeError as it does."""
-        seen = self._seen
+        seen = self.seen
         layout = layout_of(tensor)
         if seen is None or seen.layout != layout or tensor.is_neg() or tensor.is_conj():
             content = self._runtime.content_hash(tensor)
-            self._seen = _Seen(layout, content, tensor.detach())
+            self.seen = Seen(layout, content, tensor.detach())
             return content
         return seen.content if self._is_unwritten(seen) else self._look_again(seen)
 
@@ -77,38 +76,49 @@ class Contents:
         ``layout`` is what ``layout_of`` says of it; the tensor is no view that negates or
         conjugates.
         """
-        seen = self._seen
+        seen = self.seen
         if seen is None or seen.content != content or seen.layout != layout:
             return False
         return self._is_unwritten(seen)
 
-    def _is_unwritten(self, seen: _Seen) -> bool:
+    def question(self, content: int, layout: tuple[object, ...]) -> bytes:
+        """What ``still_hold`` asks the watch; nothing if it would not ask.
+
+        It is an object of its own for each time that the content was read, and may be asked as
+        long as ``seen`` has it.
+        """
+        seen = self.seen
+        if seen is None or seen.content != content or seen.layout != layout:
+            return b""
+        return seen.question if seen.is_settled else b""
+
+    def _is_unwritten(self, seen: Seen) -> bool:
         """Whether the watch alone tells that the content is what it was."""
-        if not seen.is_settled or seen.is_unwritten is None or not seen.is_unwritten():
+        if not seen.is_settled or seen.watch is None or not seen.watch.is_unwritten(seen.question):
             return False
-        self._spared += 1
+        self.spared += 1
         return True
 
-    def _look_again(self, seen: _Seen) -> int:
+    def _look_again(self, seen: Seen) -> int:
         """Read the content; first begin to watch, so that a write in between is found later."""
         watched = self._watched(seen)
         content = self._runtime.content_hash(watched.tensor)
         if content != seen.content:
-            self._seen = _Seen(seen.layout, content, seen.tensor)
+            self.seen = Seen(seen.layout, content, seen.tensor)
             if watched.watch is not None:
                 self._judge()
             return content
         if watched.watch is None or watched.is_settled:
-            self._seen = replace(watched, looks=seen.looks + 1)
+            self.seen = replace(watched, looks=seen.looks + 1)
         elif time.monotonic() - watched.began < SETTLING_S:
-            self._seen = watched
+            self.seen = watched
         elif is_reached_by_devices(watched.tensor):
-            self._seen = _Seen(seen.layout, content, seen.tensor, can_be_watched=False)
+            self.seen = Seen(seen.layout, content, seen.tensor, can_be_watched=False)
         else:
-            self._seen = replace(watched, is_settled=True)
+            self.seen = replace(watched, is_settled=True)
         return content
 
-    def _watched(self, seen: _Seen) -> _Seen:
+    def _watched(self, seen: Seen) -> Seen:
         """``seen`` with a mark of now, if it is watched or is to be from now on."""
         watch, began = seen.watch, seen.began
         if watch is None:
@@ -121,13 +131,13 @@ class Contents:
         mark = watch.mark()
         if mark is None:
             self._judge()
-            return _Seen(seen.layout, seen.content, seen.tensor)
-        return replace(seen, watch=watch, is_unwritten=watch.since(mark), began=began)
+            return Seen(seen.layout, seen.content, seen.tensor)
+        return replace(seen, watch=watch, question=watch.since(mark), began=began)
 
     def _judge(self) -> None:
         """A watch has ended with a write: how soon to begin the next one."""
-        if self._spared >= WORTH_IT:
+        if self.spared >= WORTH_IT:
             self._patience = max(UNCHANGED, self._patience // 2)
         else:
             self._patience = min(MOST_UNCHANGED, 2 * self._patience)
-        self._spared = 0
+        self.spared = 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any
 
 import torch
@@ -14,15 +13,15 @@ import torch
 from sparsify import ir
 from sparsify.codegen.backend import Source
 from sparsify.codegen.compressed import band_width
-from sparsify.codegen.contents import Contents
+from sparsify.codegen.contents import Contents, layout_of
 from sparsify.codegen.given_weights import given_weights
 from sparsify.codegen.neurons_per_thread import NeuronsPerThread
 from sparsify.codegen.packed_weight import Current, PackedWeight
 from sparsify.codegen.prepared_call import (
-    Given,
+    Native,
     Prepared,
+    PreparedPacking,
     PreparedWeight,
-    empty_like,
     like,
 )
 from sparsify.codegen.runtime import Runtime
@@ -92,11 +91,13 @@ class CppLaunchable:
         self._slots = Slots(kernel)
         self._tile, self._divides = tile, schedule.strategy == NeuronsPerThread.name
         self._contents = {weight.name: Contents(runtime) for weight in kernel.weights}
-        variant = _Variant(_declare(function), self._weights_of(schedule))
+        variant = _Variant(function, self._weights_of(schedule))
         self._counted = {g.result: counted(kernel, g) for g in kernel.gathers}
-        self._active = (ctypes.c_int64 * max(1, len(kernel.gathers)))()
-        self._row_steps = 0  # time steps times batch rows of all calls
-        self._lock = Lock()
+        # By gather, and behind them time steps times batch rows of all calls.
+        self._active = (ctypes.c_int64 * (len(kernel.gathers) + 1))()
+        self._operands = [operand.name for operand in kernel.operands]
+        self._weights = [weight.name for weight in kernel.weights]
+        self._names = {*self._operands, *self._weights}
         self._work = sum(kernel.population_size(phase.population) for phase in kernel.phases)
         self._work += sum(math.prod(w.shape) for w in variant.weights) // PAIRS_PER_NEURON
         self._variants = {frozenset[str](): variant}
@@ -118,38 +119,30 @@ class CppLaunchable:
         Raises ValueError and TypeError for tensors that do not fit, naming them, and ValueError
         for zero steps where an output is the last step's value.
         """
-        looked = None if frozen else dict[str, int]()
-        prepared = self._prepared.get((steps, batch))
-        if prepared is not None and not outputs:
-            results = self._run_again(prepared, tensors, looked)
+        if not outputs and (steps, batch) in self._prepared and tensors.keys() >= self._names:
+            given = [tensors[name] for name in (*self._operands, *self._weights)]
+            results = self.repeat(given, steps, batch, frozen)
             if results is not None:
-                return results
-        return self._run(tensors, steps, batch, outputs, looked)
+                return self._named(results)
+        return self._run(tensors, steps, batch, outputs, None if frozen else {})
 
-    def _run_again(
-        self,
-        prepared: Prepared,
-        tensors: Mapping[str, torch.Tensor],
-        looked: dict[str, int] | None,
-    ) -> dict[str, torch.Tensor] | None:
-        """The call, or None where a tensor is not as it was. This takes its few microseconds."""
-        if torch.get_num_threads() != prepared.threads:
+    def repeat(
+        self, tensors: Sequence[torch.Tensor], steps: int, batch: int, frozen: bool
+    ) -> list[torch.Tensor] | None:
+        """See ``backend.Repeatable``."""
+        prepared = self._prepared.get((steps, batch))
+        if prepared is None:
             return None
-        pointers: list[int] = []
-        try:
-            if not prepared.add_operands(tensors, pointers):
-                return None
-            kept = prepared.add_weights(tensors, pointers, looked)
-        except (KeyError, AttributeError, RuntimeError):
-            return None  # the long way says what is wrong
-        if kept is None:
-            return None
-        results = {}
-        for name, example in prepared.outputs:
-            results[name] = output = empty_like(example)
-            pointers.append(output.data_ptr())
-        self._call(prepared, pointers)
-        return results
+        looked = None if frozen else dict[str, int]()
+        outputs = prepared(tensors, looked)
+        if outputs is not None or not looked:
+            return outputs
+        # A weight holds something else: what was looked at need not be read again.
+        named = dict(zip((*self._operands, *self._weights), tensors, strict=True))
+        return list(self._run(named, steps, batch, None, looked).values())
+
+    def _named(self, outputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {slot.name: o for slot, o in zip(self._slots.outputs, outputs, strict=True)}
 
     def _run(
         self,
@@ -181,44 +174,42 @@ class CppLaunchable:
         if not steps or not batch:
             return results
         known = self._prepared.get((steps, batch))
-        pairs = list(zip(self._slots.operands, operands, strict=True))
-        prepared = Prepared(
-            threads,
+        examples = known.examples if known else [like(output) for output in results.values()]
+        packed = list(zip(variant.weights, kept, strict=True))
+        held = {slot.name: current.content for slot, current in packed}
+        laid = self._strides(*strides)
+        native = Native(
+            ctypes.cast(variant.function, ctypes.c_void_p),
+            ctypes.addressof(laid),
+            steps,
+            batch,
             threads if steps * batch * self._work > ALONE else 1,
-            (steps, batch),
-            [Given(slot.name, o.dtype, o.shape, o.stride()) for slot, o in pairs],
-            [
-                PreparedWeight.of(slot.name, tensors[slot.name], slot.packed, current)
-                for slot, current in zip(variant.weights, kept, strict=True)
-            ],
-            known.outputs if known else [(name, like(output)) for name, output in results.items()],
-            ctypes.c_void_p * max(1, len(pointers)),
-            self._strides(*strides),
-            variant.function,
+            len(self.kernel.gathers),
+            ctypes.addressof(self._active),
         )
-        self._call(prepared, pointers)
-        is_copied = any(operand is not tensors[slot.name] for slot, operand in pairs)
-        if not outputs and not is_copied:
+        prepared = Prepared(
+            self._runtime,
+            threads,
+            native,
+            (laid, self._active, variant.function),
+            operands,
+            [tensors[name] for name in self._weights],
+            [
+                PreparedWeight(n, self._contents[n], held[n], layout_of(tensors[n]))
+                for n in self._weights
+            ],
+            [PreparedPacking.of(slot.packed, current) for slot, current in packed],
+            examples,
+        )
+        prepared.launch(pointers)
+        is_copied = any(o is not tensors[n] for o, n in zip(operands, self._operands, strict=True))
+        # A frozen weight that is packed twice may have changed in between.
+        agree = all(held[slot.name] == current.content for slot, current in packed)
+        if not outputs and not is_copied and agree:
             if len(self._prepared) >= PREPARED:
                 self._prepared = {}
             self._prepared[steps, batch] = prepared
         return results
-
-    def _call(self, prepared: Prepared, pointers: list[int]) -> None:
-        steps, batch = prepared.numbers
-        failed = prepared.function(
-            self._runtime.table,
-            prepared.pointers(*pointers),
-            prepared.strides,
-            steps,
-            batch,
-            prepared.team,
-            self._active,
-        )
-        if failed:
-            raise MemoryError(f"kernel {self.kernel.name!r}: no memory for {batch} batch rows")
-        with self._lock:
-            self._row_steps += steps * batch
 
     @property
     def events(self) -> dict[str, tuple[int, int]]:
@@ -226,15 +217,12 @@ class CppLaunchable:
 
         Of restricted ones, how many sums were wanted and how many there were.
         """
-        with self._lock:
-            found, row_steps = list(self._active), self._row_steps
-        pairs = zip(found, self._counted.items(), strict=False)
+        *found, row_steps = self._active
+        pairs = zip(found, self._counted.items(), strict=True)
         return {result: (active, row_steps * n) for active, (result, n) in pairs}
 
     def reset_events(self) -> None:
-        with self._lock:
-            self._row_steps = 0
-            ctypes.memset(self._active, 0, ctypes.sizeof(self._active))
+        ctypes.memset(self._active, 0, ctypes.sizeof(self._active))
 
     def _pack_weights(
         self, tensors: Mapping[str, torch.Tensor], threads: int, looked: dict[str, int] | None
@@ -286,7 +274,7 @@ class CppLaunchable:
         if (gathers, layouts) == (self.schedule.gathers, self.schedule.layouts):
             variant = known
         else:
-            function = _declare(self._function_of(self.kernel, schedule))
+            function = self._function_of(self.kernel, schedule)
             packed_alike = layouts == self.schedule.layouts
             variant = _Variant(
                 function, known.weights if packed_alike else self._weights_of(schedule)
@@ -310,11 +298,3 @@ class CppLaunchable:
                 )
             )
         return slots
-
-
-def _declare(function: Any) -> Any:
-    """Tell ctypes what the entry of a kernel takes; see ``frame_text.write_entry``."""
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_int, pointer]
-    function.restype = ctypes.c_int
-    return function

@@ -2,117 +2,197 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from sparsify.codegen.contents import layout_of
+from sparsify.codegen.contents import Contents
 from sparsify.codegen.packed_weight import Current, PackedWeight
+from sparsify.codegen.runtime import Runtime
+from sparsify.codegen.write_watch import QUESTION
 
 # A third of the time that torch.empty takes to read its arguments.
 empty_like: Any = torch.empty_like
+get_num_threads = torch.get_num_threads
+NO_MEMORY, WRITTEN = 1, 2  # an Outcome of prepared_call.h
+
+
+class Native(ctypes.Structure):
+    """The ``Prepared`` of prepared_call.h."""
+
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("steps", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("gathers", ctypes.c_int64),
+        ("active", ctypes.c_void_p),
+    )
 
 
 class Given(NamedTuple):
-    """What an operand has to be."""
+    """What a tensor has to be."""
 
-    name: str
     dtype: torch.dtype
     shape: torch.Size
     strides: tuple[int, ...]
 
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Given:
+        return Given(tensor.dtype, tensor.shape, tensor.stride())
+
 
 class PreparedWeight(NamedTuple):
-    """The tensor that a weight has to be, and where it lies packed.
-
-    ``packing`` tells whether that is still what was packed last. It does not keep it.
-    """
+    """The tensor that a weight has to be, and what that has to hold. It is not kept."""
 
     name: str
-    layout: tuple[object, ...]
+    contents: Contents
     content: int
-    weight: PackedWeight
-    packing: object
-    packed_address: int
+    layout: tuple[object, ...]
 
-    @staticmethod
-    def of(
-        name: str, tensor: torch.Tensor, weight: PackedWeight, current: Current
-    ) -> PreparedWeight:
-        return PreparedWeight(
-            name,
-            layout_of(tensor),
-            current.content,
-            weight,
-            current.layout,
-            current.packed.tiles.data_ptr(),
-        )
+    @property
+    def question(self) -> bytes:
+        return self.contents.question(self.content, self.layout)
+
+    def look(self, tensor: torch.Tensor) -> int:
+        """What it holds now, read if the watch does not tell."""
+        holds = self.contents.still_hold(self.content, self.layout)
+        return self.content if holds else self.contents.look(tensor)
 
 
-class Prepared(NamedTuple):
-    """What such a call takes beside its tensors.
+class PreparedPacking(NamedTuple):
+    """Where a weight lies packed. ``packing`` tells whether that is still what was packed last.
 
-    ``threads`` is torch's number of them, which has to be the same; ``team`` is how many are used.
-    ``outputs`` are tensors like which new ones are made. ``numbers`` are steps and batch.
+    It does not keep it.
     """
 
-    threads: int
-    team: int
-    numbers: tuple[int, int]
-    operands: Sequence[Given]
-    weights: Sequence[PreparedWeight]
-    outputs: Sequence[tuple[str, torch.Tensor]]
-    pointers: Any
-    strides: Any
-    function: Any
+    weight: PackedWeight
+    packing: object
+    address: int
 
-    def add_operands(self, tensors: Mapping[str, torch.Tensor], pointers: list[int]) -> bool:
-        """False where an operand is not as it was.
+    @staticmethod
+    def of(weight: PackedWeight, current: Current) -> PreparedPacking:
+        return PreparedPacking(weight, current.layout, current.packed.tiles.data_ptr())
 
-        Raises KeyError, AttributeError or RuntimeError for some that are not.
-        """
-        for name, dtype, shape, strides in self.operands:
-            tensor = tensors[name]
-            # What has no strides says so: sparse tensors raise an error, now or at data_ptr.
-            if (
-                tensor.dtype is not dtype
-                or tensor.shape != shape
-                or tensor.stride() != strides
-                or not tensor.is_cpu
-                or tensor.is_neg()
-            ):
-                return False
-            pointers.append(tensor.data_ptr())
-        return True
 
-    def add_weights(
+class Prepared:
+    """Makes such calls: takes operands and weights in the kernel's order, returns its outputs.
+
+    ``threads`` is torch's number of them, which has to be the same. ``native`` is the rest of what
+    a call takes; ``keeping`` is memory that it points to. ``examples`` are tensors like which
+    outputs are made.
+    """
+
+    def __init__(
         self,
-        tensors: Mapping[str, torch.Tensor],
-        pointers: list[int],
-        looked: dict[str, int] | None,
-    ) -> Sequence[Current] | None:
-        """What is read of the weights, to be kept until the call ends; None where one changed.
+        runtime: Runtime,
+        threads: int,
+        native: Native,
+        keeping: object,
+        operands: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[PreparedWeight],
+        packings: Sequence[PreparedPacking],
+        examples: Sequence[torch.Tensor],
+    ) -> None:
+        self.examples = examples
+        self._threads, self._native, self._keeping = threads, native, keeping
+        self._run, self._address = runtime.call, ctypes.addressof(native)
+        self._given = [Given.of(tensor) for tensor in (*operands, *tensors)]
+        self._operands = len(operands)
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._weights = weights
+        self._packings = [(each.weight, each.packing) for each in packings]
+        self._packed = [each.address for each in packings]
+        self._pack = struct.Struct(f"{len(operands) + len(packings) + len(examples)}Q").pack
+        self._asked: tuple[Sequence[bytes], bytes] = (), b""  # questions, and all of them as one
 
-        ``looked`` gets their contents; None promises that they are those of the last call.
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], looked: dict[str, int] | None
+    ) -> list[torch.Tensor] | None:
+        """The call, or None where a tensor is not as it was. This takes its few microseconds.
+
+        ``looked`` gets what weights hold, of those that were looked at; None promises that they
+        hold what they did in the last call. Raises MemoryError.
         """
-        kept = []
-        for name, layout, content, weight, packing, packed in self.weights:
-            tensor = tensors[name]
-            if layout_of(tensor) != layout or not tensor.is_cpu or tensor.is_neg():
-                return None
-            if looked is not None:
-                if name not in looked:
-                    holds = weight.contents.still_hold(content, layout)
-                    looked[name] = content if holds else weight.contents.look(tensor)
-                if looked[name] != content:
+        if get_num_threads() != self._threads:
+            return None
+        pointers = []
+        try:
+            for tensor, (dtype, shape, strides) in zip(tensors, self._given, strict=True):
+                # What has no strides says so: sparse tensors raise an error, now or at data_ptr.
+                if (
+                    tensor.dtype is not dtype
+                    or tensor.shape != shape
+                    or tensor.stride() != strides
+                    or not tensor.is_cpu
+                    or tensor.is_neg()
+                ):
                     return None
+                pointers.append(tensor.data_ptr())
+        except (AttributeError, RuntimeError):
+            return None  # the long way says what is wrong
+        if pointers[self._operands :] != self._addresses:
+            return None
+        kept: list[object] = []  # until the call ends
+        for weight, packing in self._packings:
             current = weight.current
             if current is None or current.layout is not packing:
                 return None
             kept.append(current)
-            pointers.append(packed)
-        return kept
+        questions = b"" if looked is None else self._questions(tensors, looked, kept)
+        if questions is None:
+            return None
+        outputs = [empty_like(example) for example in self.examples]
+        pointers[self._operands :] = self._packed
+        pointers += [output.data_ptr() for output in outputs]
+        if self.launch(pointers, questions):
+            return outputs
+        # A weight may have been written to: if it holds the same, this was for nothing.
+        if looked is None or self._look(tensors, looked) is None:
+            return None
+        self.launch(pointers)
+        return outputs
+
+    def launch(self, pointers: Sequence[int], questions: bytes = b"") -> bool:
+        """Run the kernel; whether all ``questions`` whether weights are unwritten found so.
+
+        If not, outputs hold nothing of use. Raises MemoryError.
+        """
+        words, count = self._pack(*pointers), len(questions) // QUESTION.size
+        outcome = self._run(self._address, words, questions, count)
+        if outcome == NO_MEMORY:
+            raise MemoryError(f"no memory for {self._native.batch} batch rows")
+        return bool(outcome != WRITTEN)
+
+    def _questions(
+        self, tensors: Sequence[torch.Tensor], looked: dict[str, int], kept: list[object]
+    ) -> bytes | None:
+        """What is to be asked while the kernel runs; None if a weight holds something else."""
+        asked, questions = self._asked
+        if not asked:
+            return self._look(tensors, looked)
+        for weight, question in zip(self._weights, asked, strict=True):
+            seen = weight.contents.seen
+            if seen is None or seen.question is not question:
+                return self._look(tensors, looked)
+            weight.contents.spared += 1
+            kept.append(seen)
+        return questions
+
+    def _look(self, tensors: Sequence[torch.Tensor], looked: dict[str, int]) -> bytes | None:
+        """Look at the weights now: nothing is left to be asked."""
+        for weight, tensor in zip(self._weights, tensors[self._operands :], strict=True):
+            looked[weight.name] = content = weight.look(tensor)
+            if content != weight.content:
+                return None
+        asked = [weight.question for weight in self._weights]
+        self._asked = (asked, b"".join(asked)) if all(asked) else ((), b"")
+        return b""
 
 
 def like(output: torch.Tensor) -> torch.Tensor:

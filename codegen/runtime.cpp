@@ -1,6 +1,7 @@
 // The support library that Python loads once per process; see runtime.py for its callers.
 #include "runtime.h"
 
+#include "prepared_call.h"
 #include "thread_pool.h"
 #include "weights.h"
 #include "write_watch.h"
@@ -10,7 +11,9 @@ using namespace sparsify;
 namespace {
 
 const Runtime table = {
-    [](Body body, void* context, int threads) { pool->parallel(body, context, threads); },
+    [](Body body, void* context, int threads) {
+      pool->parallel(body, context, threads, take_aside());
+    },
 };
 
 [[maybe_unused]] const bool has_teams = (teams = &table) != nullptr;
@@ -75,8 +78,11 @@ uint64_t sparsify_watch_mark(const Watched* watched) { return watch->mark(*watch
 
 uint64_t sparsify_watch_edges(const Watched* watched) { return watched->hash_edges(); }
 
-int sparsify_is_unwritten(const Watched* watched, uint64_t mark, uint64_t edges) {
-  return watch->is_unwritten(*watched->pages, mark) && watched->hash_edges() == edges;
+int sparsify_is_unwritten(const Question* question) { return question->is_unwritten(); }
+
+int sparsify_call(const Prepared* prepared, void* const* pointers, const Question* questions,
+                  int64_t count) {
+  return call(&table, *prepared, pointers, questions, count);
 }
 
 }  // extern "C"

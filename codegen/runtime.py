@@ -17,6 +17,7 @@ from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 HEADERS = (
+    "prepared_call.h",
     "square.h",
     "thread_pool.h",
     "weights.h",
@@ -60,6 +61,9 @@ class Runtime:
         table.restype = POINTER
         self.table = POINTER(table())
         """The ``const sparsify::Runtime*`` that kernels receive."""
+        self.call = library["sparsify_call"]
+        """Makes the call of a ``prepared_call.Prepared``."""
+        self.call.argtypes, self.call.restype = [POINTER, POINTER, POINTER, LONG], INT
         self._uses_openmp = library["sparsify_uses_openmp"]
         if functions := openmp_of_torch():
             use_openmp = library["sparsify_use_openmp"]

@@ -42,15 +42,17 @@ class ThreadPool {
   bool uses_openmp() const { return openmp_.parallel != nullptr; }
 
   // Never inlined: the body would be compiled twice, once for a team of one.
-  __attribute__((noinline)) void parallel(Body body, void* context, int threads) {
+  __attribute__((noinline)) void parallel(Body body, void* context, int threads,
+                                          const Aside* aside = nullptr) {
     // Busy may also mean that this is a member of the running team.
     if (threads <= 1 || busy_.exchange(true, std::memory_order_acquire)) {
       Barrier nobody_waits{};
       body(context, Team{0, 1, &nobody_waits});
+      if (aside != nullptr) aside->run(aside->context);
       return;
     }
     barrier_.spins = threads <= usable_cores() ? kPausesBeforeYield : 0;
-    Job job{body, context, threads, &barrier_, {}};
+    Job job{body, context, threads, &barrier_, {}, aside};
     std::fegetenv(&job.environment);
     if (openmp_.parallel != nullptr) {
       run_openmp(job);

@@ -28,6 +28,12 @@ inline int64_t now_ns() {
   return now.tv_sec * INT64_C(1'000'000'000) + now.tv_nsec;
 }
 
+// What the last thread of a team does when its part of the body is done.
+struct Aside {
+  void (*run)(void* context);
+  void* context;
+};
+
 struct Job {
   Body body;
   void* context;
@@ -35,6 +41,7 @@ struct Job {
   Barrier* barrier;
   // The caller's: whether denormals are flushed must not depend on who computes a row.
   std::fenv_t environment;
+  const Aside* aside;  // or null
 };
 
 inline void run_member(const Job& job, int thread, int threads) {
@@ -43,6 +50,7 @@ inline void run_member(const Job& job, int thread, int threads) {
   std::fesetenv(&job.environment);
   job.body(job.context, Team{thread, threads, job.barrier});
   std::fesetenv(&own);
+  if (job.aside != nullptr && thread == threads - 1) job.aside->run(job.aside->context);
 }
 
 class Worker {

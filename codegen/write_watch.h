@@ -238,6 +238,16 @@ struct Watched {
   }
 };
 
+// Whether memory holds what it held at a mark.
+struct Question {
+  const Watched* watched;
+  uint64_t mark, edges;
+
+  bool is_unwritten() const {
+    return watch->is_unwritten(*watched->pages, mark) && watched->hash_edges() == edges;
+  }
+};
+
 // Null where it cannot be watched.
 inline Watched* take_watched(const unsigned char* data, int64_t bytes) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import partial
+import struct
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ FILTERED = "Seccomp:"
 
 Mark = tuple[int, int]
 """A state of memory: what was noted of its pages, and what the rest of it holds."""
+
+QUESTION = struct.Struct("3Q")  # the Question of write_watch.h
 
 
 class WriteWatch:
@@ -34,9 +35,13 @@ class WriteWatch:
         notes = self._watcher.mark(self._handle)
         return (notes, self._watcher.edges(self._handle)) if notes else None
 
-    def since(self, mark: Mark) -> Callable[[], int]:
-        """Asks whether nothing was written since ``mark``: 0 if something may have been."""
-        return partial(self._watcher.is_unwritten, self._handle, *map(WORD, mark))
+    def since(self, mark: Mark) -> bytes:
+        """The question whether nothing was written since ``mark``, for as long as this lives."""
+        return QUESTION.pack(self._handle.value, *mark)
+
+    def is_unwritten(self, question: bytes) -> bool:
+        """False if something may have been written."""
+        return bool(self._watcher.is_unwritten(question))
 
 
 class Watcher:
@@ -52,7 +57,7 @@ class Watcher:
         self.release = declare("sparsify_unwatch", None, POINTER)
         self.mark = declare("sparsify_watch_mark", WORD, POINTER)
         self.edges = declare("sparsify_watch_edges", WORD, POINTER)
-        self.is_unwritten = declare("sparsify_is_unwritten", ctypes.c_int, POINTER, WORD, WORD)
+        self.is_unwritten = declare("sparsify_is_unwritten", ctypes.c_int, POINTER)
 
     def watch(self, tensor: torch.Tensor) -> WriteWatch | None:
         """A watch of a CPU tensor's memory from the first to the last of its elements.

@@ -48,7 +48,13 @@ class Layout:
             for index, operand in enumerate(operands)
         )
         self._looks = [
-            (known.dtype, known.device, None if known.varies else torch.Size(known.shape), known)
+            (
+                known.dtype,
+                None if known.device.type == "cpu" else known.device,
+                None if known.varies else torch.Size(known.shape),
+                known.strides == "contiguous",
+                known,
+            )
             for known in self.layouts
         ]
         self._fixed = [
@@ -60,15 +66,18 @@ class Layout:
 
     def serves(self, operands: Sequence[Tensor]) -> bool:
         """True if the graph gives the right values for these operands; takes microseconds."""
-        for operand, (dtype, device, shape, known) in zip(operands, self._looks, strict=True):
-            if operand.dtype is not dtype or operand.device != device:
+        pairs = zip(operands, self._looks, strict=True)
+        for operand, (dtype, device, shape, is_contiguous, known) in pairs:
+            if operand.dtype is not dtype:
+                return False
+            if not operand.is_cpu if device is None else operand.device != device:
                 return False
             if shape is None:
                 if operand.dim() != len(known.shape):
                     return False
             elif operand.shape != shape:
                 return False
-            if known.strides == "contiguous":
+            if is_contiguous:
                 if not operand.is_contiguous():
                     return False
             elif stride_class(operand) != known.strides:

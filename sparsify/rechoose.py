@@ -45,6 +45,14 @@ class Rechooser:
             known = self._suited[better] = self._load(self.base.kernel, better)
         return known
 
+    def is_due(self) -> bool:
+        """Whether the next call is one of those that are looked at; counts it if it is not."""
+        self._calls += 1
+        if self._calls % EVERY:
+            return False
+        self._calls -= 1  # ``look`` counts it
+        return True
+
     def look(self, tensors: Mapping[str, Tensor]) -> bool:
         """Look at the weights of some calls; whether ``base`` is another one since.
 

@@ -15,6 +15,7 @@ from sparsify.codegen.backend import Launchable
 from sparsify.lowered import Binding, Lowered, Returned, Role
 from sparsify.scan import Scan
 
+ROLES: tuple[Role, ...] = ("carry", "x", "const")
 Operands = Mapping[str, Sequence[Tensor]]  # by role
 
 
@@ -134,6 +135,7 @@ class Region(nn.Module):
         self._batch_at = (
             (batch.role, batch.index, int(batch.role == "x")) if batch and has_one_dim else None
         )
+        self._straight = _Straight.of(lowered, self._fetches) if are_plain and has_one_dim else None
 
     def forward(
         self,
@@ -142,7 +144,9 @@ class Region(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        return self._run(steps, carries, xs, consts, self.frozen or self.settled)
+        frozen = self.frozen or self.settled
+        results = self._run_again(steps, carries, xs, consts, frozen)
+        return results or self._run(steps, carries, xs, consts, frozen)
 
     @property
     def weight_consts(self) -> tuple[int, ...]:
@@ -201,6 +205,27 @@ class Region(nn.Module):
                 results.append(released(returned, outputs[returned.output], has_time, batch))
         return tuple(results)
 
+    def _run_again(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        frozen: bool,
+    ) -> tuple[Tensor, ...] | None:
+        """What ``_run`` returns, if the launchable can repeat such a call; in less time."""
+        straight = self._straight
+        repeat = getattr(self.launchable, "repeat", None)
+        if straight is None or repeat is None:
+            return None
+        operands = (carries, xs, consts)
+        if torch.is_grad_enabled() and _needs_grad(dict(zip(ROLES, operands, strict=True))):
+            return None
+        batch = operands[straight.rows[0]][straight.rows[1]].shape[straight.rows[2]]
+        tensors = [operands[role][place] for role, place in straight.places]
+        outputs = repeat(tensors, steps, batch, frozen)
+        return None if outputs is None else tuple([outputs[i] for i in straight.returned])
+
     def _batch_of(self, operands: Operands) -> int:
         if self._batch_at is None:
             return batch_of(self.lowered, operands)
@@ -244,6 +269,30 @@ class _Prepared(NamedTuple):
         rows = axes.index("B") if "B" in axes else -1
         return _Prepared(
             binding.name, binding.role, binding.index, time, rows, fetch.is_plain, fetch
+        )
+
+
+class _Straight(NamedTuple):
+    """Where the kernel's operands and weights are and which of its outputs are results, if all of
+    them are that as they are. ``places`` are role and index; ``rows`` tells the batch, in a dim.
+    """
+
+    places: Sequence[tuple[int, int]]
+    rows: tuple[int, int, int]
+    returned: Sequence[int]
+
+    @staticmethod
+    def of(lowered: Lowered, fetches: Sequence[_Prepared]) -> _Straight | None:
+        if not lowered.returned or not all(fetch.is_plain for fetch in fetches):
+            return None
+        kernel, batch = lowered.kernel, lowered.batch
+        assert batch is not None  # results have rows
+        found = {fetch.name: (ROLES.index(fetch.role), fetch.place) for fetch in fetches}
+        outputs = [output.name for output in kernel.outputs]
+        return _Straight(
+            [found[o.name] for o in kernel.operands] + [found[w.name] for w in kernel.weights],
+            (ROLES.index(batch.role), batch.index, int(batch.role == "x")),
+            [outputs.index(returned.output) for returned in lowered.returned],
         )
 
 

@@ -4,7 +4,7 @@ many of them became zero; the bits of event products stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +19,8 @@ class Choice(Protocol):
     densities: dict[str, float]
 
     def suited(self, steps: int, batch: int) -> Launchable | None: ...
+
+    def is_due(self) -> bool: ...
 
     def look(self, tensors: Mapping[str, Tensor]) -> bool: ...
 
@@ -58,6 +60,18 @@ class SizedLaunchable:
             if launchable not in self._used:
                 self._used.append(launchable)
         return launchable(tensors, steps=steps, batch=batch, outputs=outputs, frozen=frozen)
+
+    def repeat(
+        self, tensors: Sequence[Tensor], steps: int, batch: int, frozen: bool
+    ) -> list[Tensor] | None:
+        """See ``backend.Repeatable``. None where weights have to be looked at first, too."""
+        if not frozen and not self.is_settled and self._rechooser.is_due():
+            return None
+        repeat = getattr(self._by_batch.get(batch), "repeat", None)
+        if repeat is None:
+            return None
+        outputs: list[Tensor] | None = repeat(tensors, steps, batch, frozen)
+        return outputs
 
     @property
     def densities(self) -> Mapping[str, float]:

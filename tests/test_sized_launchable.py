@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ class Chosen:
     suited: Callable[[int, int], Any] = lambda steps, batch: None
     next: Any = None
     densities: dict[str, float] = field(default_factory=dict)
+
+    def is_due(self) -> bool:
+        return self.next is not None
 
     def look(self, tensors: Mapping[str, Tensor]) -> bool:
         self.base, self.next, changes = self.next or self.base, None, self.next is not None
@@ -69,6 +72,34 @@ def test_other_batches_run_what_suits_them() -> None:
     assert sized.events == {"sum": (5, 50)}
     sized.reset_events()
     assert sized.events == {"sum": (0, 0)}
+
+
+class Repeating(Counted):
+    """A launchable that repeats every call."""
+
+    def repeat(
+        self, tensors: Sequence[Tensor], steps: int, batch: int, frozen: bool
+    ) -> list[Tensor] | None:
+        self.calls += 1
+        return list(tensors)
+
+
+def test_calls_are_repeated_by_what_suits_them_until_weights_are_due() -> None:
+    first, other, plain = Repeating("first"), Repeating("other"), Counted("plain")
+    chosen = Chosen(first, lambda steps, batch: plain if batch == 1 else None)
+    sized = SizedLaunchable(chosen, timed_at=8)
+    one = torch.ones(1)
+    assert sized.repeat([one], 3, 8, False) == [one]
+    assert sized.repeat([one], 3, 1, False) is None, "nothing has run at this batch"
+    sized({}, steps=3, batch=1)
+    assert sized.repeat([one], 3, 1, False) is None, "it repeats nothing"
+    chosen.next = other
+    assert sized.repeat([one], 3, 8, True) == [one]
+    assert sized.repeat([one], 3, 8, False) is None
+    assert (first.calls, other.calls, plain.calls) == (2, 0, 1)
+    sized({}, steps=3, batch=8)
+    assert sized.repeat([one], 3, 8, False) == [one]
+    assert (first.calls, other.calls) == (2, 2)
 
 
 def test_an_untimed_schedule_is_asked_for_at_every_batch() -> None:

@@ -224,7 +224,7 @@ def test_a_write_during_a_look_is_seen_by_the_next(
         contents, writing = Contents(load_runtime()), []
         for _ in range(looks):
             contents.look(tensor)
-        if contents._seen is not None and contents._seen.is_settled:
+        if contents.seen is not None and contents.seen.is_settled:
             change_the_first_byte(tensor)  # so that it is read
         with monkeypatch.context() as patch:
             patch.setattr(Runtime, "content_hash", content_hash)
@@ -287,12 +287,12 @@ def test_memory_that_is_given_to_another_tensor_is_read(reads: list[torch.Tensor
 def test_what_is_not_used_any_more_is_not_watched(reads: list[torch.Tensor]) -> None:
     tensor = torch.randn(SIDE, SIDE)
     contents = watched(tensor, reads)
-    watch = contents._seen.watch if contents._seen else None
+    watch = contents.seen.watch if contents.seen else None
     assert watch is not None
     mark = watch.mark()
     assert mark is not None
     del contents
-    assert watch.since(mark)()
+    assert watch.is_unwritten(watch.since(mark))
     again = load_runtime().watch(tensor)
     assert again is not None
     del watch
