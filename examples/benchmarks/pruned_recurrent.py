@@ -1,6 +1,7 @@
 """Pruned recurrent spiking layers: zeros of weights and events together, and each alone.
 
 python examples/benchmarks/pruned_recurrent.py           # sizes, patterns, a grid, break-evens
+python examples/benchmarks/pruned_recurrent.py --hidden 2048 4096 --batch 32 --density 0.1 0.2
 python examples/benchmarks/pruned_recurrent.py --quick   # one small size, to see that it runs
 
 Kernels and peers alike are told that weights stay (``freeze``): peers hold converted copies. What
@@ -209,24 +210,40 @@ def print_break_evens(hidden: int, grid: list[dict[str, Any]]) -> None:
     print(f"measured: up to {max(faster, default=0.0):.0%} of weights, of the densities above")
 
 
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """The cases that the command line names."""
+    if args.quick:
+        return [Case(256, steps=20)]
+    if args.hidden or args.batch or args.density:
+        return [
+            Case(hidden, batch, density, steps=args.steps)
+            for hidden in args.hidden or [2048]
+            for batch in args.batch or [1]
+            for density in args.density or [0.1]
+        ]
+    return list(SIZES) if args.sizes is None else [SIZES[number] for number in args.sizes]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pruned recurrent spiking layers.")
     parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--sizes", type=int, nargs="*", help="numbers of the cases to run")
-    parser.add_argument("--grid", type=int, default=2048, help="neurons of the grid, 0 for none")
+    parser.add_argument("--hidden", type=int, nargs="+", help="neurons, instead of the cases")
+    parser.add_argument("--batch", type=int, nargs="+", help="samples a call, likewise")
+    parser.add_argument("--density", type=float, nargs="+", help="weights left, likewise")
+    parser.add_argument("--steps", type=int, default=100, help="of these")
+    parser.add_argument("--grid", type=int, help="neurons of the grid, 0 for none")
     parser.add_argument("--activity", type=float, nargs="+", help="of the grid, else all of it")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args(argv)
-    cases, hidden = list(SIZES), args.grid
-    if args.quick:
-        cases, hidden, args.rounds = [Case(256, steps=20)], 0, 3
-    if args.sizes is not None:
-        cases = [cases[number] for number in args.sizes]
+    named = args.quick or args.hidden or args.batch or args.density
+    rounds = 3 if args.quick else args.rounds
+    hidden = (0 if named else 2048) if args.grid is None else args.grid
     with torch.inference_mode():
-        figures = [measure(case, args.rounds) for case in cases]
+        figures = [measure(case, rounds) for case in chosen(args)]
         grid = [point for point in GRID if not args.activity or point[0] in args.activity]
-        points = measure_grid(hidden, args.rounds, grid) if hidden else []
+        points = measure_grid(hidden, rounds, grid) if hidden else []
         if points:
             print_proportion(points)
             print_break_evens(hidden, points)

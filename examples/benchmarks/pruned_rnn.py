@@ -2,6 +2,7 @@
 
 python examples/benchmarks/pruned_rnn.py                              # the table of sizes
 python examples/benchmarks/pruned_rnn.py --layer GRU --hidden 1024 --density 0.05 0.1 0.2 0.5
+python examples/benchmarks/pruned_rnn.py --layer RNN --hidden 2048 4096 --batch 32
 
 Eager is torch's own layer, which reads all weights whatever they are. "dense" is our loop with all
 weights, "pruned" the one that leaves out zeros, "chosen" what sparsify decides on by itself.
@@ -50,7 +51,8 @@ SIZES = (
     *(Size("GRU", hidden) for hidden in (512, 1024, 2048)),
     *(Size("LSTM", hidden) for hidden in (512, 1024, 2048)),
     Size("RNN", 1024),
-    Size("GRU", 1024, batch=32),
+    *(Size(layer, 1024, batch=32) for layer in ("GRU", "LSTM")),
+    *(Size("RNN", hidden, batch=32) for hidden in (2048, 4096)),
 )
 
 

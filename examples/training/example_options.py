@@ -18,11 +18,12 @@ def arguments(
     layers: int = 1,
     tasks: Sequence[str] = (),
     kept: bool = False,
+    fractions: Sequence[float] = (),
 ) -> argparse.Namespace:
     """Parse the command line; ``quick`` is what ``--quick`` makes of hidden, steps and passes.
 
     Of several ``tasks`` one can be chosen: ``only`` is its name, else None. Finished runs can be
-    ``kept`` in a folder.
+    ``kept`` in a folder. What is pruned by ``fractions`` is trained from one seed.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
@@ -34,7 +35,11 @@ def arguments(
     parser.add_argument("--steps", type=int, default=steps, help="time steps of a batch")
     parser.add_argument("--passes", type=int, default=passes, help="evaluations, one after each")
     parser.add_argument("--batch", type=int, default=batch, help="samples of a batch")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each, from seed 0")
+    if fractions:
+        told = "zeros, each a training of its own"
+        parser.add_argument("--fractions", type=float, nargs="+", default=fractions, help=told)
+    else:
+        parser.add_argument("--seeds", type=int, default=3, help="trainings of each, from seed 0")
     if kept:
         parser.add_argument("--kept", type=Path, help="folder of runs that are not trained again")
     parser.add_argument("--json", type=Path, help="write every point of every run to this file")

@@ -2,6 +2,7 @@
 
 python examples/training/pruned.py --plot pruned.png --json pruned.json   # needs scikit-learn
 python examples/training/pruned.py --kept FOLDER   # again: only measures what it has there
+python examples/training/pruned.py --only digits --fractions 0.9   # shorter
 
 A recurrent LIF classifier of handwritten digits and an EGRU language model of English text are
 trained, then pruned to 50, 80, 90 and 95 % zeros (global magnitude, a cubic schedule) while they
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +98,7 @@ def perplexity(module: nn.Module, text: Tensor, batch: int, steps: int) -> tuple
 
 
 def train_and_prune(
-    task: Task, passes: int, fractions: Iterable[float], folder: Path | None
+    task: Task, passes: int, fractions: Sequence[float], folder: Path | None
 ) -> list[Result]:
     """Train once, then prune copies to every fraction, training them on; measure each.
 
@@ -104,7 +106,8 @@ def train_and_prune(
     """
     dense = None
     results = []
-    for fraction in fractions:
+    for number, fraction in enumerate(fractions):
+        start = time.perf_counter()
         path = folder / f"{task.name}-{fraction}.pt" if folder else None
         if path is not None and path.exists():
             model, pruner, reached = _loaded(task, passes, fraction, path)
@@ -118,6 +121,8 @@ def train_and_prune(
         print(pruner.outcome)
         found = measure(task.name, model.eval(), task.x, reached, fraction, pruner.outcome)
         results.append(found)
+        took, left = time.perf_counter() - start, len(fractions) - number - 1
+        print(f"took {took:.0f} s; {left} more of {task.name} like this: {left * took:.0f} s")
     return results
 
 
@@ -166,10 +171,18 @@ def _pruned(
 def main() -> None:
     names = tuple(WHERE)
     args = arguments(
-        __doc__, hidden=512, steps=25, passes=10, batch=64, quick=(64, 8, 2), tasks=names, kept=True
+        __doc__,
+        hidden=512,
+        steps=25,
+        passes=10,
+        batch=64,
+        quick=(64, 8, 2),
+        tasks=names,
+        kept=True,
+        fractions=FRACTIONS,
     )
     updates, characters = (2, 20_000) if args.quick else (UPDATES, 10**9)
-    fractions = (0.9,) if args.quick else FRACTIONS
+    fractions = (0.9,) if args.quick else args.fractions
     makers: dict[str, Callable[[], Task]] = {
         "digits": lambda: digits_task(args.hidden, args.steps, args.batch),
         "language": lambda: language_task(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from training_loop import Point
 
 import sparsify
 from sparsify.bench import measure_pairs
+from sparsify.codegen.packed_weight import PackedWeight
 from sparsify.ir import DENSE_ROWS, Layout
 from sparsify.pruning.outcome import PruningOutcome
 from sparsify.report import Site
@@ -31,15 +33,15 @@ WAYS: dict[str, tuple[Any, Layout]] = {
 }
 EAGER = "PyTorch"
 MIB = 2**20
-DENSE_BYTES, KEPT_BYTES = 4, 6  # of a weight; of one that is kept, with the number of its receiver
 
 
 @dataclass(frozen=True)
 class Result:
     """One network pruned by ``fraction``; ``ms`` and ``operations`` are of a call with one row.
 
-    ``weight_mib`` is what the pruned layers' weights take as kernels read them; ``score`` is that
-    of held-out data, ``activity`` the share of units that fired.
+    ``weight_mib`` is what the model's weights take, and what those of kernels take as these read
+    them; ``score`` is that of held-out data, ``activity`` the share of units that fired, and
+    ``trained_seconds`` what training on took, with pruning and compiling.
     """
 
     task: str
@@ -47,6 +49,7 @@ class Result:
     density: float
     score: float
     activity: float
+    trained_seconds: float
     ms: Mapping[str, float]
     operations: Mapping[str, float]
     weight_mib: Mapping[str, float]
@@ -65,24 +68,41 @@ def measure(
     with torch.no_grad():
         found: Any = sparsify.sparsify(copy.deepcopy(model), x, timing=False)
         names = [site.name for site in found.report.sites if site.region]
-        fast = {way: _compiled(model, x, names, *pinned) for way, pinned in WAYS.items()}
+        weight_mib = {EAGER: sum(p.nbytes for p in model.parameters() if p.dim() == 2) / MIB}
+        fast = {}
+        for way, pinned in WAYS.items():
+            before = _packed()
+            fast[way] = _compiled(model, x, names, *pinned)
+            fast[way](x)
+            read = {address: size for address, size in _packed().items() if address not in before}
+            weight_mib[way] = sum(read.values()) / MIB
         functions: dict[str, Callable[[Tensor], Any]] = {EAGER: model, **fast}
         timings = measure_pairs(functions, ROUNDS, inputs=[x])
     counts = [_operations(site) for site in fast["both"].report.sites]
     operations = {way: math.fsum(count[way] for count in counts) for way in WAYS}
-    weights = sum(layer.weights for layer in outcome.layers)
-    dense, kept = weights * DENSE_BYTES / MIB, weights * outcome.density * KEPT_BYTES / MIB
     return Result(
         task,
         fraction,
         outcome.density,
         reached.score,
         reached.activity,
+        reached.seconds,
         {name: timings.median_ms(name) for name in functions},
         operations,
-        {"dense": dense, "activity": dense, "parameters": kept, "both": kept},
+        weight_mib,
         timings.why_contended,
     )
+
+
+def _packed() -> dict[int, int]:
+    """Bytes of every weight that a kernel has packed for itself, by address."""
+    gc.collect()  # addresses of what nobody reads any more are given away again
+    found = {}
+    for each in gc.get_objects():
+        if type(each) is PackedWeight and each.current is not None:
+            tiles = each.current.packed.tiles
+            found[tiles.data_ptr()] = tiles.nbytes
+    return found
 
 
 def _operations(site: Site) -> dict[str, float]:
@@ -106,16 +126,16 @@ def _compiled(
 
 
 def show_results(results: Sequence[Result], score: str) -> str:
-    """One row for each fraction; times, operations and memory of all four ways."""
-    head = f"{'zeros':>5} {score:>10} {'active':>7}  {EAGER:>9} "
+    """One row for each fraction; times, operations and memory of weights of all four ways."""
+    head = f"{'zeros':>5} {score:>10} {'active':>7} {'trained':>8}  {EAGER:>10} "
     rows = [head + " ".join(f"{name:>10}" for name in WAYS)]
     for r in results:
-        name = f"{r.fraction:5.0%} {r.score:10.3f} {r.activity:7.1%}"
-        times = " ".join(f"{r.ms[way]:7.3f} ms" for way in WAYS)
-        rows.append(f"{name}  {r.ms[EAGER]:6.2f} ms {times}")
+        name = f"{r.fraction:5.0%} {r.score:10.3f} {r.activity:7.1%} {r.trained_seconds:6.0f} s"
+        rows.append(f"{name}  " + " ".join(f"{r.ms[way]:7.3f} ms" for way in (EAGER, *WAYS)))
         counts = " ".join(f"{r.operations[way] / 1e6:6.2f} Mop" for way in WAYS)
-        rows.append(f"{'':>35} {counts}")
-        rows.append(f"{'':>35} " + " ".join(f"{r.weight_mib[way]:6.2f} MiB" for way in WAYS))
+        rows.append(f"{'':>45} {counts}")
+        taken = " ".join(f"{r.weight_mib[way]:6.2f} MiB" for way in (EAGER, *WAYS))
+        rows.append(f"{'':>34} {taken}")
     disturbed = [r for r in results if r.disturbed]
     if disturbed:
         rows.append(f"NOT VALID, times: {disturbed[0].disturbed}")
