@@ -15,7 +15,7 @@ INDEX_BYTES = 2.0
 
 # Operations in those of dense rows, which are vectors in registers. Measured on Zen 4 cores, where
 # dense rows add 22 and multiply 38 weights in a nanosecond: a kept weight is added in 0.36 ns and
-# multiplied in 0.21 ns. A line that is added takes 10 ns before it begins, because processors do not
+# multiplied in 0.21 ns. A line that is added takes 10 ns before it begins: processors do not
 # foresee how long it is. 16 places of a mask take 0.9 ns, and 0.08 ns more for each weight there.
 ADDED = 7.8  # a weight with a place of its own, and as many on top of every line of what is added:
 ADDED_LINE = 27.0
