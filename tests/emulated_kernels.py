@@ -13,9 +13,10 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
-from sparsify.codegen.cuda import neurons_per_block, team_kernel, team_shape
+from sparsify.codegen.cuda import team_kernel, team_shape
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100
+from sparsify.codegen.cuda.find_shape import find_shape
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.reference import Array, run_reference
 from tests.random_kernels import tensors_of
@@ -72,6 +73,6 @@ def four_warps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(team_shape, "MOST_WARPS", 4)
         patch.setattr(team_kernel, "MANY_LISTS", 4)
-        neurons_per_block.find_shape.cache_clear()
+        find_shape.cache_clear()
         yield
-    neurons_per_block.find_shape.cache_clear()
+    find_shape.cache_clear()

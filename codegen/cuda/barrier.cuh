@@ -20,6 +20,7 @@ struct GridTeam {
   unsigned goals[2] = {};  // what `arrivals` are when all have come
   int64_t patience;     // polls before a block gives up
   int64_t* stuck;       // set by those who do
+  int come = -1;        // the half of which all are known to have arrived, as all threads know
 
   // `counters` has two lines for each team.
   SPARSIFY_INLINE GridTeam(unsigned* counters, int64_t patience, int64_t* stuck)
@@ -40,13 +41,21 @@ struct GridTeam {
   SPARSIFY_INLINE void count_arrival(int half) {
     goals[0] += half ? 0 : BLOCKS;
     goals[1] += half ? BLOCKS : 0;
+    if (come == half) come = -1;
     if (threadIdx.x) return;
     __threadfence();
     atomicAdd(arrivals + half * COUNTER_LINE, 1u);
   }
 
+  // Whether all blocks of the team have arrived, at this moment.
+  SPARSIFY_INLINE bool has_come(int half) const {
+    const volatile unsigned* const now = arrivals + half * COUNTER_LINE;
+    return int(*now - (half ? goals[1] : goals[0])) >= 0;
+  }
+
   // Returns when all blocks of the team have arrived, or false after `patience`: the kernel ends.
   SPARSIFY_INLINE bool wait(int half = 0) {
+    if (come == half) return true;
     bool met = true;
     if (threadIdx.x == 0) {
       met = poll(arrivals + half * COUNTER_LINE, half ? goals[1] : goals[0]);

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from sparsify import ir
 from sparsify.codegen.cell_text import Symbols
+from sparsify.codegen.cuda.struct_text import Dim
+from sparsify.codegen.cuda.team_shape import GRANULE, WARP, round_up
+from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import Usage
+
+MOST_APART = 2
 
 
 @dataclass(frozen=True)
@@ -15,16 +20,30 @@ class Bundle:
     """Gathers of the same events for the same neurons, such as the gates of a GRU.
 
     Their weights lie together, as ``[sender][gather][neuron of the slice]``: a warp reads those of
-    all in one access, where a slice alone would leave lanes idle. So do their sums.
+    all in one access, where a slice alone would leave lanes idle. So do their sums. Columns are
+    filled up to whole accesses, or the last ones lie apart.
     """
 
     name: str
     gathers: tuple[ir.Gather, ...]
     width: str  # the constant that is the slice
+    weight_bytes: int = 4
 
-    @property
-    def columns(self) -> str:
-        return f"{len(self.gathers)} * {self.width}"
+    def columns(self, neurons: int) -> Dim:
+        """Of all gathers, for so many neurons of a slice."""
+        text, columns = f"{len(self.gathers)} * {self.width}", len(self.gathers) * neurons
+        whole = round_up(columns, GRANULE)
+        if columns == whole or self.apart(neurons):
+            return text, columns
+        return f"whole_columns({text})", whole
+
+    def apart(self, neurons: int) -> int:
+        """Of these, the columns behind those that groups of lanes read, 32 at once.
+
+        Filling them up would keep a ninth lane for one column.
+        """
+        rest = len(self.gathers) * neurons % WARP
+        return rest if self.weight_bytes == 4 and rest <= MOST_APART < neurons else 0
 
     def has(self, weight: str) -> bool:
         return any(gather.weight == weight for gather in self.gathers)
@@ -57,5 +76,6 @@ def find_bundles(
             whole = all(schedule.layout_of(g.weight) == ir.DENSE_ROWS for g in gathers)
             if len(gathers) > 1 and events and alike and alone and whole:
                 name = symbols.names.new(f"{symbols.values[source]}_to_{phase.population}")
-                found.append(Bundle(name, tuple(gathers), widths[phase.population]))
+                size = BYTES[dtypes[gathers[0].weight]]
+                found.append(Bundle(name, tuple(gathers), widths[phase.population], size))
     return found

@@ -13,8 +13,9 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import MEMORY_TYPES
+from sparsify.codegen.cuda.find_shape import with_resident
 from sparsify.codegen.cuda.frame_text import packed_name
-from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid, with_resident
+from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.cuda.step_clocks import (
     ISSUED,
     KEPT_ISSUED,

@@ -7,6 +7,9 @@
 
 namespace sparsify {
 
+// Columns of several products, filled up to what a lane reads at once.
+constexpr SPARSIFY_INLINE int whole_columns(int columns) { return (columns + 3) / 4 * 4; }
+
 // How a warp divides COLUMNS receivers with weights W among its lanes, which read 16 bytes at most.
 template <int COLUMNS, class W>
 struct Groups {

@@ -66,10 +66,17 @@ SPARSIFY_INLINE void clear(Mail& mail) {
 }
 
 // All threads of the block come to a barrier, and the first warp writes what `write` does, of what the
-// block has computed. It is seen by those who wait.
+// block has computed. It is seen by those who wait. Meanwhile the last thread asks whether all blocks have
+// arrived for the other half: then nobody has to when it is waited for.
 template <class Team, class Write>
 SPARSIFY_INLINE void arrive_with(Team& team, int half, const Write& write) {
-  __syncthreads();
+  const int other = half ^ 1;
+  bool has_come = false;
+  if (threadIdx.x == blockDim.x - 1 && team.has_come(other)) {
+    has_come = true;
+    __threadfence();
+  }
+  team.come = __syncthreads_or(has_come) ? other : -1;
   if (warp_of() == 0) {
     write();
     __syncwarp();
@@ -77,21 +84,28 @@ SPARSIFY_INLINE void arrive_with(Team& team, int half, const Write& write) {
   team.count_arrival(half);
 }
 
-// Lists of all events of some rows, of each row and block of senders ascending, as BlockEvents. There
-// is ROOM for those of a block of senders; if they are more, rows are taken one by one.
-template <int TEAM, int ROWS, int SENDERS, int ROOM>
+// Where the weights of some events are: bytes behind those of the first sender of their block.
+struct alignas(16) Offsets {
+  uint32_t of[AT_ONCE];
+};
+
+// Lists of all events of some rows, of each row and block of senders ascending. The weights of a sender
+// have STRIDE bytes. There is ROOM for those of a block of senders; if they are more, rows are taken one
+// by one.
+template <int TEAM, int ROWS, int SENDERS, int ROOM, int STRIDE>
 struct MailLists {
   static constexpr int BLOCKS = blocks_of(SENDERS), WORDS = (ROWS + 3) / 4, ROOM_OF_BLOCK = ROOM;
   static_assert(ROOM >= BLOCK && ROOM % AT_ONCE == 0 && BLOCKS * ROOM <= 65536, "a row has room");
-  Payloads<float> payload[BLOCKS * ROOM / AT_ONCE];
-  uint32_t index[BLOCKS * ROOM / AT_ONCE];            // a byte each
+  static constexpr int END = BLOCKS * ROOM / AT_ONCE;  // behind all lists: payloads of 0
+  Payloads<float> payload[END + 1];
+  Offsets offset[END + 1];
   uint32_t sent[TEAM];                                // events
   uint32_t overflows[BLOCKS];                         // there is not room for all rows
   uint16_t place[TEAM][2 * ROWS];                     // of the first event of a slice in its list
   uint16_t begin[BLOCKS][ROWS], count[BLOCKS][ROWS];  // of lists, in their block
 
   SPARSIFY_INLINE void set(int at, int sender, float value) {
-    reinterpret_cast<uint8_t*>(index)[at] = uint8_t(sender);
+    reinterpret_cast<uint32_t*>(offset)[at] = uint32_t(sender) * STRIDE;
     reinterpret_cast<float*>(payload)[at] = value;
   }
   SPARSIFY_INLINE bool fits() const {
@@ -115,10 +129,10 @@ SPARSIFY_INLINE T sum_up_to(T sum) {
 
 // Finds where lists begin, and where the events of each slice do; a warp takes a block of senders. Bytes
 // of a word are added at once: none of those before an event exceeds 255.
-template <class Team, int TEAM, int ROWS, int SENDERS, int ROOM, int SLICE>
-SPARSIFY_INLINE void number_mail(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists,
+template <class Team, int TEAM, int ROWS, int SENDERS, int ROOM, int STRIDE, int SLICE>
+SPARSIFY_INLINE void number_mail(MailLists<TEAM, ROWS, SENDERS, ROOM, STRIDE>& lists,
                                  const Mail<ROWS, SLICE>* mail) {
-  typedef MailLists<TEAM, ROWS, SENDERS, ROOM> Lists;
+  typedef MailLists<TEAM, ROWS, SENDERS, ROOM, STRIDE> Lists;
 #pragma unroll 1
   for (int block = warp_of(); block < Lists::BLOCKS; block += warps_of()) {
     const int first = block * BLOCK, end = first + BLOCK < SENDERS ? first + BLOCK : SENDERS;
@@ -175,8 +189,8 @@ struct Received {
 };
 
 // Puts an event of a slice into its list: of all rows, or of one row ALONE, whose lists begin at 0.
-template <bool ALONE, int TEAM, int ROWS, int SENDERS, int ROOM, int SLICE>
-SPARSIFY_INLINE int put(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists, const Mail<ROWS, SLICE>&,
+template <bool ALONE, int TEAM, int ROWS, int SENDERS, int ROOM, int STRIDE, int SLICE>
+SPARSIFY_INLINE int put(MailLists<TEAM, ROWS, SENDERS, ROOM, STRIDE>& lists, const Mail<ROWS, SLICE>&,
                         uint64_t event, int rank, int only) {
   typedef Mail<ROWS, SLICE> By;
   const uint32_t code = uint32_t(event >> 32), row = code >> By::ROW & 31;
@@ -192,14 +206,16 @@ SPARSIFY_INLINE int put(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists, const Mail<
 
 // Puts the events of all rows into their lists, or those of one row ALONE. What is missing at the end of
 // a list has a payload of 0. Returns how many events a lane has put.
-template <class Team, bool ALONE, int TEAM, int ROWS, int SENDERS, int ROOM, int SLICE, int WARPS>
-SPARSIFY_INLINE int sort_mail(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists,
+template <class Team, bool ALONE, int TEAM, int ROWS, int SENDERS, int ROOM, int STRIDE, int SLICE,
+          int WARPS>
+SPARSIFY_INLINE int sort_mail(MailLists<TEAM, ROWS, SENDERS, ROOM, STRIDE>& lists,
                               const Mail<ROWS, SLICE>* mail,
                               const Received<Team, SENDERS, ROWS, SLICE, WARPS>& received, int from,
                               int to) {
   typedef Received<Team, SENDERS, ROWS, SLICE, WARPS> By;
-  typedef MailLists<TEAM, ROWS, SENDERS, ROOM> Lists;
+  typedef MailLists<TEAM, ROWS, SENDERS, ROOM, STRIDE> Lists;
   int found = 0, more = 0;
+  if (threadIdx.x < AT_ONCE) lists.set(Lists::END * AT_ONCE + int(threadIdx.x), 0, 0.0f);
 #pragma unroll
   for (int k = 0; k < By::SLICES; ++k) {
     const int rank = By::rank(k), sent = rank < By::HEARD ? int(lists.sent[rank]) : 0;
@@ -224,52 +240,136 @@ SPARSIFY_INLINE int sort_mail(MailLists<TEAM, ROWS, SENDERS, ROOM>& lists,
   return found;
 }
 
+// Adds the events of a group's list to its sums, as add_list; it begins at `at`. All weights are behind
+// `from`. Behind the end of its list a group adds the first weights, times 0.
+template <bool IS_EXACT, class W, class Lists, int PER>
+SPARSIFY_INLINE void add_mailed(float (&sum)[PER], const Lists& lists, int at, int count, int longest,
+                                const char* from) {
+  int quad = count > 0 ? at : Lists::END;
+  Offsets offset = lists.offset[quad];
+  Payloads<float> payload = lists.payload[quad];
+#pragma unroll 2
+  for (int k = 0; k < longest; k += AT_ONCE) {
+    Several<W, PER> weight[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j)
+      weight[j] = *reinterpret_cast<const Several<W, PER>*>(from + offset.of[j]);
+    quad = k + AT_ONCE < count ? quad + 1 : Lists::END;
+    offset = lists.offset[quad];
+    const Payloads<float> next = lists.payload[quad];  // is asked for before these are added
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j)
+#pragma unroll
+      for (int p = 0; p < PER; ++p) {
+        const float own = weight[j].of[p];
+        sum[p] = IS_EXACT ? fused(own, payload.of[j], sum[p]) : sum[p] + own * payload.of[j];
+      }
+    payload = next;
+  }
+}
+
+// Where the list of an item is, which is a row from `from` on and a block of senders.
+template <class Lists>
+struct ListOf {
+  int block, row, begin, count;
+
+  SPARSIFY_INLINE ListOf(const Lists& lists, int item, int from, int rows, bool alone) {
+    const int inverse = 65536 / rows + 1;  // item * inverse / 65536 is item / rows: items are few
+    block = item * inverse >> 16;
+    row = from + item - block * rows;
+    count = lists.count[block][row];
+    begin = block * (Lists::ROOM_OF_BLOCK / AT_ONCE);
+    if (!alone) begin += lists.begin[block][row] / AT_ONCE;
+  }
+};
+
 // sums[low + row][block][i], for rows from .. to - 1 of the lists; as add_groups. Groups of a warp have
 // lists of one block of senders where they can: these are of like lengths, which the last block's are not.
-template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class W>
-SPARSIFY_INLINE void add_sorted(float (&sums)[ROWS][BLOCKS][COLUMNS],
-                                const Resident<COLUMNS, float, W>& weights, const Lists& lists, int low,
-                                int from, int to, bool alone) {
-  typedef Groups<COLUMNS, W> By;
+template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
+SPARSIFY_INLINE void add_sorted(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
+                                const Lists& lists, int low, int from, int to, bool alone) {
+  typedef typename Weights::Stored W;
+  constexpr int GROUPED = Weights::GROUPED;
+  typedef Groups<GROUPED, W> By;
   const int rows = to - from, items = rows * BLOCKS;
-  const int inverse = 65536 / rows + 1;  // item * inverse / 65536 is item / rows: items are few
   const int group = By::group(), lane = By::lane(group);
 #pragma unroll 1
   for (int first = warp_of() * By::MANY; first < items; first += By::MANY * warps_of()) {
-    int count = 0, longest = 0;
+    const bool has_item = first + group < items;
+    const ListOf<Lists> own(lists, has_item ? first + group : 0, from, rows, alone);
+    const int count = has_item ? own.count : 0;
+    int longest = count;
 #pragma unroll
     for (int g = 0; g < By::MANY; ++g) {
-      const int item = first + g, block = item * inverse >> 16;
-      const int events = item < items ? lists.count[block][from + item - block * rows] : 0;
-      if (g == group) count = events;
+      const int events = __shfl_sync(ALL, count, g * By::WIDTH);
       if (events > longest) longest = events;
     }
-    const bool has_item = first + group < items;
-    const int own = has_item ? first + group : 0;
-    const int block = own * inverse >> 16, row = from + own - block * rows;
-    int begin = block * (Lists::ROOM_OF_BLOCK / AT_ONCE);
-    if (!alone) begin += lists.begin[block][row] / AT_ONCE;
 #pragma unroll 1
     for (int pass = 0; pass < By::PASSES; ++pass) {
       const int i = (pass * WARP + lane) * By::PER;
-      const bool here = i < COLUMNS;
+      const bool here = i < GROUPED;
+      const int at = hidden_multiple((own.block * BLOCK * GROUPED + (here ? i : 0)) * int(sizeof(W)));
       float sum[By::PER] = {};
-      add_list<COLUMNS, true, IS_EXACT>(sum, lists.index + begin, lists.payload + begin, count, longest,
-                                        weights.weights, block * BLOCK * COLUMNS + (here ? i : 0));
+      add_mailed<IS_EXACT, W>(sum, lists, own.begin, count, longest,
+                              reinterpret_cast<const char*>(weights.weights) + at);
 #pragma unroll
       for (int p = 0; p < By::PER; ++p)
-        if (here && has_item) sums[low + row][block][i + p] = sum[p];
+        if (here && has_item) sums[low + own.row][own.block][i + p] = sum[p];
     }
   }
 }
 
+// The same of the columns that lie apart: a lane has a list for itself. Warps take these in reverse: the
+// last ones have no groups where lists are few.
+template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
+SPARSIFY_INLINE void add_apart(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
+                               const Lists& lists, int low, int from, int to, bool alone) {
+  typedef typename Weights::Stored W;
+  constexpr int GROUPED = Weights::GROUPED, APART = COLUMNS - GROUPED;
+  const int rows = to - from, items = rows * BLOCKS;
+  int item = (warps_of() - 1 - warp_of()) * WARP + lane_of();
+#pragma unroll 1
+  for (; item < items; item += warps_of() * WARP) {
+    const ListOf<Lists> own(lists, item, from, rows, alone);
+    const W* const from_here = weights.weights + weights.place(own.block * BLOCK, GROUPED);
+    float sum[APART] = {};
+#pragma unroll 1
+    for (int k = 0; k < own.count; k += AT_ONCE) {
+      const Offsets offset = lists.offset[own.begin + k / AT_ONCE];
+      const Payloads<float> payload = lists.payload[own.begin + k / AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j)
+#pragma unroll
+        for (int p = 0; p < APART; ++p) {
+          const uint32_t s = offset.of[j] / (GROUPED * uint32_t(sizeof(W)));
+          const float weight = from_here[s * APART + p];
+          sum[p] = IS_EXACT ? fused(weight, payload.of[j], sum[p]) : sum[p] + weight * payload.of[j];
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < APART; ++p) sums[low + own.row][own.block][GROUPED + p] = sum[p];
+  }
+}
+
+// Both.
+template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
+SPARSIFY_INLINE void add_lists(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
+                               const Lists& lists, int low, int from, int to, bool alone) {
+  add_sorted<IS_EXACT>(sums, weights, lists, low, from, to, alone);
+  if constexpr (COLUMNS > Weights::GROUPED)
+    add_apart<IS_EXACT>(sums, weights, lists, low, from, to, alone);
+}
+
 // sums[row][block][i] = sum over the events of payload * weight, as add_groups, of the mail of all slices
-// for rows low .. high - 1, where payloads are what a Value may be. By all WARPS of a block. Returns how many events a lane has put into lists.
-template <class Team, int WARPS, class Value, int TEAM, int HELD, int SENDERS, int ROOM, class F, int ROWS, int BLOCKS,
-          int COLUMNS, class W, int SLICE>
-SPARSIFY_INLINE int add_mail(F (&sums)[ROWS][BLOCKS][COLUMNS], const Resident<COLUMNS, F, W>& weights,
-                             MailLists<TEAM, HELD, SENDERS, ROOM>& lists,
+// for rows low .. high - 1, where payloads are what a Value may be. By all WARPS of a block. Returns how
+// many events a lane has put into lists.
+template <class Team, int WARPS, class Value, int TEAM, int HELD, int SENDERS, int ROOM, int STRIDE,
+          class F, int ROWS, int BLOCKS, int COLUMNS, class Weights, int SLICE>
+SPARSIFY_INLINE int add_mail(F (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
+                             MailLists<TEAM, HELD, SENDERS, ROOM, STRIDE>& lists,
                              const Mail<HELD, SLICE>* mail, int low, int high) {
+  typedef typename Weights::Stored W;
+  static_assert(STRIDE == Weights::GROUPED * int(sizeof(W)), "lists say where weights are");
   constexpr bool IS_EXACT = IS_HALF<W> && IS_HALF<Value>;
   const Received<Team, SENDERS, HELD, SLICE, WARPS> received(mail);
   number_mail<Team>(lists, mail);
@@ -279,14 +379,14 @@ SPARSIFY_INLINE int add_mail(F (&sums)[ROWS][BLOCKS][COLUMNS], const Resident<CO
   if (lists.fits()) {
     found = sort_mail<Team, false>(lists, mail, received, 0, rows);
     __syncthreads();  // the lists are there
-    add_sorted<IS_EXACT>(sums, weights, lists, low, 0, rows, false);
+    add_lists<IS_EXACT>(sums, weights, lists, low, 0, rows, false);
     return found;
   }
   for (int row = 0; row < rows; ++row) {
     if (row > 0) __syncthreads();  // the lists before are added
     found += sort_mail<Team, true>(lists, mail, received, row, row + 1);
     __syncthreads();  // the lists of a row are there
-    add_sorted<IS_EXACT>(sums, weights, lists, low, row, row + 1, true);
+    add_lists<IS_EXACT>(sums, weights, lists, low, row, row + 1, true);
   }
   return found;
 }

@@ -8,22 +8,20 @@ fit; several teams carry different rows side by side.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import lru_cache
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
+from sparsify.codegen.cuda.find_shape import find_shape, pace_of
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
-from sparsify.codegen.cuda.team_clocks import ahead_clocks, step_clocks
+from sparsify.codegen.cuda.team_clocks import paired_clocks, step_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_masks import why_not_layouts
-from sparsify.codegen.cuda.team_shape import Shape, shapes, widths
+from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.layout_costs import NO_PATTERNS
-from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import find_usage, why_not_gather
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
@@ -136,14 +134,10 @@ class _NeuronsPerBlock:
     ) -> Cost:
         team = self.team(kernel, schedule)
         shape = self.shape(kernel, schedule)
-        teams = max(1, min(batch, self.limits.multiprocessors // shape.blocks))
-        rows = max(1, min(shape.rows, -(-batch // teams)))
-        paired_from = team.paired_from(shape)
-        halves = paired_from is not None and rows >= paired_from
-        at_once = -(-rows // 2) if halves else rows
-        clocks = self.step_clocks(team, shape, at_once, activity)
-        if halves:  # others ask while they wait
-            clocks += ahead_clocks(team, shape, at_once)
+        pace = pace_of(team, shape, batch, self.limits)
+        clocks = self.step_clocks(team, shape, pace.at_once, activity)
+        if pace.halves:
+            clocks += paired_clocks(team, shape, pace.at_once)
         is_resident = shape.resident >= {packed_name(p, team.symbols) for p in team.packings}
         return predict_cost(
             kernel,
@@ -153,14 +147,14 @@ class _NeuronsPerBlock:
             activity=activity,
             patterns=patterns,
             limits=self.limits,
-            rows_per_block=rows,
-            blocks=teams * shape.blocks,
+            rows_per_block=pace.rows,
+            blocks=pace.teams * shape.blocks,
             weights_from="shared" if is_resident else None,
             meets="cluster" if self.together is TOGETHER_IN_CLUSTER else "grid",
             barriers_per_step=team.barriers_per_step(),
-            side_by_side=teams,
-            step_clocks=clocks * (2 if halves else 1),
-            hidden_clocks=clocks if halves else 0.0,
+            side_by_side=pace.teams,
+            step_clocks=clocks * (2 if pace.halves else 1),
+            hidden_clocks=clocks if pace.halves else 0.0,
         )
 
     def step_clocks(
@@ -202,48 +196,3 @@ class NeuronsPerCluster(_NeuronsPerBlock):
 
     def grid(self, teams: int, shape: Shape, shared_bytes: int) -> Grid:
         return Grid(teams * shape.blocks, shape.threads, shared_bytes, cluster=shape.blocks)
-
-
-@lru_cache(maxsize=256)
-def find_shape(
-    kernel: ir.Kernel,
-    schedule: ir.Schedule,
-    together: Together,
-    limits: Limits,
-    most_blocks: int,
-) -> Shape:
-    """The first shape of those that keep most weights in shared memory.
-
-    Shapes that carry more rows come before those that carry fewer; none beats one that keeps all.
-    """
-    team = TeamKernel(kernel, schedule, together)
-    found, most, all_kept = None, 0, sum(kept_bytes(team, p.weight) for p in team.packings)
-    wished = [schedule.tile] if schedule.tile else widths(kernel, most_blocks)
-    for width in wished:
-        for shape in shapes(team.usage, width):
-            if team.shared_bytes(shape) > limits.shared_per_block:
-                continue
-            shape, kept = with_resident(team, shape, limits)
-            if kept == all_kept:
-                return shape
-            if found is None or kept > most:
-                found, most = shape, kept
-    return found or list(shapes(team.usage, wished[0]))[-1]
-
-
-def with_resident(team: TeamKernel, shape: Shape, limits: Limits) -> tuple[Shape, int]:
-    """The shape with as many weights in shared memory as fit, and their bytes in all blocks."""
-    kept = 0
-    for packing in team.packings:
-        name, weight = packed_name(packing, team.symbols), packing.weight
-        more = replace(shape, resident=shape.resident | {name})
-        if team.shared_bytes(more) <= limits.shared_per_block:
-            shape = more
-            kept += kept_bytes(team, weight)
-    return shape, kept
-
-
-def kept_bytes(team: TeamKernel, weight: ir.Weight) -> int:
-    """Of a weight in the shared memory of all blocks."""
-    size = team.kernel.population_size
-    return size(weight.receivers) * size(weight.senders) * BYTES[weight.dtype]

@@ -11,12 +11,28 @@ namespace sparsify {
 
 // A weight W is a float F in memory.
 
-// In shared memory, as [sender][SLICE].
+// In shared memory, as [sender][SLICE], which groups of lanes read.
 template <int SLICE, class F, class W = F>
 struct Resident {
+  typedef W Stored;
+  static constexpr int GROUPED = SLICE;
   const W* weights;
 
   SPARSIFY_INLINE W stored(int s, int i) const { return weights[s * SLICE + i]; }
+  SPARSIFY_INLINE F operator()(int s, int i) const { return stored(s, i); }
+};
+
+// In shared memory: the first MAIN columns as [sender][MAIN], behind them the others likewise.
+template <int COLUMNS, int MAIN, int SENDERS, class F, class W = F>
+struct Parted {
+  typedef W Stored;
+  static constexpr int GROUPED = MAIN;
+  W* weights;
+
+  static SPARSIFY_INLINE int place(int s, int i) {
+    return i < MAIN ? s * MAIN + i : SENDERS * MAIN + s * (COLUMNS - MAIN) + i - MAIN;
+  }
+  SPARSIFY_INLINE W stored(int s, int i) const { return weights[place(s, i)]; }
   SPARSIFY_INLINE F operator()(int s, int i) const { return stored(s, i); }
 };
 
@@ -38,6 +54,24 @@ SPARSIFY_INLINE void keep_columns(W* to, const W* weights, int senders, int widt
     const int s = at / SLICE, i = at % SLICE;
     to[s * APART + i] = i < width ? read_only(weights + int64_t(s) * ROW + i) : W(0);
   }
+}
+
+// Copies the `width` columns of a slice to those of parted columns from `first` on.
+template <int SLICE, int ROW, int COLUMNS, int MAIN, int SENDERS, class F, class W>
+SPARSIFY_INLINE void keep_parted(const Parted<COLUMNS, MAIN, SENDERS, F, W>& to, int first,
+                                 const W* weights, int width) {
+  for (int at = int(threadIdx.x); at < SENDERS * SLICE; at += int(blockDim.x)) {
+    const int s = at / SLICE, i = at % SLICE;
+    to.weights[to.place(s, first + i)] = i < width ? read_only(weights + int64_t(s) * ROW + i) : W(0);
+  }
+}
+
+// Clears the columns in which nobody has weights, behind the first COLUMNS of a row.
+template <int COLUMNS, int APART, class W>
+SPARSIFY_INLINE void fill_columns(W* to, int senders) {
+  constexpr int MORE = APART - COLUMNS;
+  for (int at = int(threadIdx.x); at < senders * MORE; at += int(blockDim.x))
+    to[at / MORE * APART + COLUMNS + at % MORE] = W(0);
 }
 
 // Copies `count` weights of whole rows to shared memory.

@@ -12,6 +12,7 @@ from sparsify.elementary_ops import ELEMENTARY
 
 FUNCTIONS = {row.name for row in ELEMENTARY} | {"div"}
 ISSUED = 3.2  # instructions of a multiprocessor in a clock, of 4 that it can issue
+SCHEDULERS = 4  # of a multiprocessor, each of which issues for every fourth warp
 L2_CLOCKS, SHARED_CLOCKS = 263, 30  # until what is asked for arrives
 TOLD_BYTES = 42e9 / 1.7e9  # that arrive in a clock, while all multiprocessors ask for the same
 SECTOR_BYTES = 32  # of global memory, that are read at once
@@ -22,6 +23,9 @@ LIST_OF = 128  # senders, and instructions to hear and list them
 BITS_LISTED, VALUES_LISTED = 110, 148
 EVENT_ISSUED = 4  # its place in the list, its row of weights, where that is, what is read
 FOUR_EVENTS_ISSUED, FOUR_EVENTS_CLOCKS = 12, 70  # read of the list; weights, then four additions
+# Of mail, whose lists say where weights are: address, weights; two loads of lists, the loop.
+MAILED_ISSUED, FOUR_MAILED_ISSUED = 2, 8
+APART_ISSUED, APART_WAVES = 2, 3.5  # where a lane's weight is; of 32 that are read anywhere
 GROUPS_ISSUED, GROUPS_CLOCKS = 60, 80  # until the lists of a warp are found, and sums stored
 # Of a weight to a float: a shift, or HADD2.F32, see halves.h.
 CONVERTED_ISSUED: dict[ir.DType, int] = {"bfloat16": 1, "float16": 1}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from sparsify import ir
 from sparsify.codegen.cuda.step_clocks import (
     AHEAD_ISSUED,
+    APART_ISSUED,
+    APART_WAVES,
     ASKED_ISSUED,
     BITS_LISTED,
     CELL_ISSUED,
@@ -21,6 +23,7 @@ from sparsify.codegen.cuda.step_clocks import (
     EVENT_ISSUED,
     FOUR_EVENTS_CLOCKS,
     FOUR_EVENTS_ISSUED,
+    FOUR_MAILED_ISSUED,
     FUNCTION_ISSUED,
     GROUPS_CLOCKS,
     GROUPS_ISSUED,
@@ -28,11 +31,13 @@ from sparsify.codegen.cuda.step_clocks import (
     L2_CLOCKS,
     LIST_CLOCKS,
     LIST_OF,
+    MAILED_ISSUED,
     NUMBERED_CLOCKS,
     NUMBERED_ISSUED,
     NUMBERED_ROW_ISSUED,
     OPERATION_ISSUED,
     PADDED_ISSUED,
+    SCHEDULERS,
     SECTOR_BYTES,
     SENT_CLOCKS,
     SHARED_CLOCKS,
@@ -50,12 +55,19 @@ from sparsify.codegen.cuda.team_groups import AT_ONCE, Grouped
 from sparsify.codegen.cuda.team_kernel import TeamKernel, fills_words
 from sparsify.codegen.cuda.team_mail import EVENT_BYTES, LANES, Mail
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
-from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, Shape, blocks_of, round_up, words_of
+from sparsify.codegen.cuda.team_shape import (
+    SENDER_BLOCK,
+    WARP,
+    Shape,
+    blocks_of,
+    round_up,
+    words_of,
+)
 from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import Source
 
 # How many deviations the longest of so many lists is above their mean: order statistics.
-LONGEST = {1: 0.0, 2: 0.56, 3: 0.85, 4: 1.03}
+LONGEST = {1: 0.0, 2: 0.56, 3: 0.85, 4: 1.03, WARP: 2.07}
 
 
 def step_clocks(team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]) -> float:
@@ -88,16 +100,19 @@ def cell_clocks(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> f
     return max(turns * latency, words * issued / ISSUED)
 
 
-def ahead_clocks(team: TeamKernel, shape: Shape, rows: int) -> float:
-    """Of asking for what neurons read, in this step and in the next one."""
-    issued = 0.0
+def paired_clocks(team: TeamKernel, shape: Shape, rows: int) -> float:
+    """Of what others do while they wait: asking for what neurons read, now and in the next step.
+
+    Who is told by mail has asked before whether all have come, while neurons were computed.
+    """
+    issued, asked = 0.0, 0.0 if team.mails(shape) else L2_CLOCKS
     for population in shape.slices:
         phase = next(ph for ph in team.kernel.phases if ph.population == population)
         words = _words_of_neurons(team, shape, rows, phase)
         times = 1 + (population in team.fetched(shape))
-        asked = ASKED_ISSUED * len(team.streamed(population))
-        issued += times * words * (AHEAD_ISSUED + asked) if asked else 0
-    return issued / ISSUED
+        streamed = ASKED_ISSUED * len(team.streamed(population))
+        issued += times * words * (AHEAD_ISSUED + streamed) if streamed else 0
+    return asked + issued / ISSUED
 
 
 def _words_of_neurons(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> int:
@@ -195,23 +210,36 @@ def _added(
     active: float,
     share: float,
     parts: int = 1,
+    is_mail: bool = False,
 ) -> _Added:
     """Sums of so many ``items``, lists of ``active`` events, of which a warp takes some at once."""
     division, is_real = grouped.division, grouped.gathers[0].payload == "real"
-    warp_turns = -(-items // together)
-    of_part = active / parts
-    longest = of_part + LONGEST[together] * math.sqrt(of_part * (1 - share))
-    fours = parts * division.passes * max(1.0, longest / AT_ONCE + 0.5)  # the last one is not full
+    busy = SCHEDULERS * -(-items // (SCHEDULERS * together))  # turns, were all as busy as the most
+    fours = parts * division.passes * _fours(active / parts, together, share)
     of_weight = 1 + (is_real and not grouped.is_exact) + CONVERTED_ISSUED.get(grouped.dtype, 0)
-    of_event = EVENT_ISSUED + division.per * of_weight + (not is_real)
-    issued = warp_turns * (GROUPS_ISSUED + fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event))
+    of_event = (MAILED_ISSUED if is_mail else EVENT_ISSUED) + division.per * of_weight
+    of_event += not is_real
+    of_four = FOUR_MAILED_ISSUED if is_mail else FOUR_EVENTS_ISSUED
+    issued = busy * (GROUPS_ISSUED + fours * (of_four + AT_ONCE * of_event))
     # Groups that do not begin where memory is read from meet in a bank now and then.
     size = BYTES[grouped.dtype]
     lanes = division.lanes if division.many > 1 else min(32, division.lanes)
     waves = together * lanes * division.per * size / WAVE_BYTES
     waves += 0.0 if lanes * division.per * size % WAVE_BYTES == 0 else 0.5 * (together - 1)
-    read = warp_turns * fours * AT_ONCE * max(1.0, waves)
-    return _Added(issued, turns * (GROUPS_CLOCKS + fours * FOUR_EVENTS_CLOCKS), read)
+    read = -(-items // together) * fours * AT_ONCE * max(1.0, waves)
+    clocks = turns * (GROUPS_CLOCKS + fours * FOUR_EVENTS_CLOCKS)
+    if grouped.apart:  # 32 lists of a warp, which read anywhere
+        fours = _fours(active, WARP, share)
+        of_event = APART_ISSUED + grouped.apart * (1 + of_weight)
+        issued += words_of(items) * (GROUPS_ISSUED + fours * (of_four + AT_ONCE * of_event))
+        read += words_of(items) * fours * AT_ONCE * grouped.apart * APART_WAVES
+    return _Added(issued, clocks, read)
+
+
+def _fours(active: float, together: int, share: float) -> float:
+    """Times that four events are added, for the longest of some lists."""
+    longest = active + LONGEST[together] * math.sqrt(active * (1 - share))
+    return max(1.0, longest / AT_ONCE + 0.5)  # the last one is not full
 
 
 def _clocks_of_mail(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share: float) -> float:
@@ -233,7 +261,7 @@ def _clocks_of_mail(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share
     items, active = rows * blocks // times, share * senders / blocks
     together = min(grouped.division.many, items)
     turns = -(-items // (shape.warps * grouped.division.many))
-    added = _added(grouped, items, together, turns, active, share)
+    added = _added(grouped, items, together, turns, active, share, is_mail=True)
     third = max(added.clocks, added.issued / ISSUED, added.read)
     sending = SENT_CLOCKS * rows / mail.halves  # the other half is computed meanwhile
     return L2_CLOCKS + first + times * (second + third + 2 * SYNC_CLOCKS) + SYNC_CLOCKS + sending

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
+from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.cuda.bundle import Bundle, find_bundles
 from sparsify.codegen.cuda.frame_text import Member, Scratch, call_members, packed_name
 from sparsify.codegen.cuda.layouts import Kept
@@ -152,10 +152,13 @@ class TeamKernel:
             return None
         if gathers[0].result in self.usage.dense | self.usage.selective:
             return None
-        columns = len(gathers) * shape.slices[phase.population]
+        columns, apart = shape.slices[phase.population], 0
+        if bundle is not None:
+            apart = bundle.apart(columns)
+            columns = bundle.columns(columns)[1] - apart
         division = Division(columns, BYTES[first.dtype])
         is_exact = first.dtype == source.value_dtype == "float16"
-        return Grouped(gathers, bundle, division, first.dtype, is_exact)
+        return Grouped(gathers, bundle, division, first.dtype, is_exact, apart)
 
     def lists(self, phase: ir.Phase, source: Source, shape: Shape) -> EventLists:
         """The lists by which a phase adds up the events of a source."""
@@ -185,12 +188,22 @@ class TeamKernel:
             lists = -(-shape.rows // halves) * blocks_of(neurons)
             if lists < MANY_LISTS:
                 continue
-            if self.grouped(readers[0], source, shape) is not None:
+            grouped = self.grouped(readers[0], source, shape)
+            if grouped is not None:
                 size = self.size(source.population), neurons
                 width = self.widths[source.population]
-                name = self.name(source.name)
-                found.append(Mail(source, name, shape, size, width, rows, halves))
+                name, stride = self.name(source.name), self._stride(grouped, readers[0], shape)
+                found.append(Mail(source, name, shape, size, width, rows, halves, stride))
         return found
+
+    def _stride(self, grouped: Grouped, phase: ir.Phase, shape: Shape) -> str:
+        """Bytes of a sender's weights that groups of lanes read."""
+        columns = self.widths[phase.population]
+        if grouped.bundle is not None:
+            columns = grouped.bundle.columns(shape.slices[phase.population])[0]
+        if grouped.apart:
+            columns = str(grouped.division.columns)
+        return f"{columns} * int(sizeof({MEMORY_TYPES[grouped.dtype]}))"
 
     def mail_of(self, source: Source, shape: Shape) -> Mail | None:
         return next((mail for mail in self.mails(shape) if mail.source == source), None)

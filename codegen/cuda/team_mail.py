@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.codegen.cuda.struct_text import Array, Dim
+from sparsify.codegen.cuda.team_groups import AT_ONCE
 from sparsify.codegen.cuda.team_shape import SENDER_BLOCK, WARP, Shape, blocks_of, round_up
 from sparsify.codegen.usage import Source
 
@@ -19,7 +20,7 @@ class Mail:
     """The mail about a source.
 
     ``neurons`` and ``width`` are constants: of the population, and of its slice. It is told of
-    ``rows`` batch rows at once, in ``halves``.
+    ``rows`` batch rows at once, in ``halves``. The weights of a sender are ``stride``, in bytes.
     """
 
     source: Source
@@ -29,6 +30,7 @@ class Mail:
     width: str
     rows: int
     halves: int
+    stride: str
 
     @property
     def slice(self) -> int:
@@ -55,9 +57,10 @@ class Mail:
     def lists(self) -> Array:
         """The member of ``Shared``."""
         blocks, team = blocks_of(self.neurons[1]), self.shape.blocks
-        size = blocks * (self.room * 5 + 4 + 2 * 2 * self.rows)
+        size = (blocks * self.room + AT_ONCE) * (4 + 4)
+        size += blocks * (4 + 2 * 2 * self.rows)
         size += team * (4 + 2 * 2 * self.rows)
-        kind = f"MailLists<BLOCKS, {self.rows}, {self.neurons[0]}, {self.room}>"
+        kind = f"MailLists<BLOCKS, {self.rows}, {self.neurons[0]}, {self.room}, {self.stride}>"
         return Array(kind, f"{self.name}_lists", (), round_up(size, 16), 16)
 
     @property

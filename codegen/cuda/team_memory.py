@@ -92,7 +92,8 @@ class TeamMemory:
         for bundle in self.bundles:
             weights = [self._weight(gather) for gather in bundle.gathers]
             heard, size = self._size(weights[0].senders)
-            dim = f"{heard} * {bundle.columns}", size * self._columns(bundle)[1]
+            columns, wide = self._columns(bundle)
+            dim = f"{heard} * {columns}", size * wide
             note = "its slices of " + ", ".join(weight.note or weight.name for weight in weights)
             kind = MEMORY_TYPES[weights[0].dtype]
             arrays.append(_aligned(kind, f"{bundle.name}_weights", dim, note))
@@ -117,8 +118,7 @@ class TeamMemory:
         return next((bundle for bundle in self.bundles if bundle.has(weight.name)), None)
 
     def _columns(self, bundle: Bundle) -> Dim:
-        width = self._slice(self._weight(bundle.gathers[0]).receivers)[1]
-        return bundle.columns, len(bundle.gathers) * width
+        return bundle.columns(self.shape.slices[self._weight(bundle.gathers[0]).receivers])
 
     def _neurons(self) -> list[Array]:
         arrays = []

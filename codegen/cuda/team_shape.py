@@ -51,12 +51,13 @@ def owned_sizes(kernel: ir.Kernel) -> dict[str, int]:
     return {ph.population: kernel.population_size(ph.population) for ph in kernel.phases}
 
 
-def shapes(usage: Usage, width: int) -> Iterator[Shape]:
+def shapes(usage: Usage, width: int, multiple: int = 0) -> Iterator[Shape]:
     """Teams whose blocks own ``width`` neurons of the largest population, for fewer and fewer rows.
 
-    Smaller populations are divided among as many blocks.
+    Smaller populations are divided among as many blocks. Slices are multiples of ``multiple``, or
+    of what suits any kernel.
     """
-    sizes, multiple = owned_sizes(usage.kernel), granule(usage.kernel)
+    sizes, multiple = owned_sizes(usage.kernel), multiple or granule(usage.kernel)
     blocks = -(-max(sizes.values()) // width)
     owned = {name: round_up(-(-size // blocks), multiple) for name, size in sizes.items()}
     heard = [blocks_of(usage.kernel.population_size(s.population)) for s in usage.sources.values()]

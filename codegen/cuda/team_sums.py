@@ -102,7 +102,8 @@ class TeamSums:
             if grouped.bundle is None:
                 w.line(self._every(grouped.gathers[0], size))
                 return
-            columns, name = grouped.bundle.columns, grouped.bundle.name
+            columns, _ = grouped.bundle.columns(self.shape.slices[self.phase.population])
+            name = grouped.bundle.name
             given = f"shared.{name}_sum[row][block], {name}_slice, heard, block, {size}, {columns}"
             w.line(f"add_all<{columns}>({given});")
 

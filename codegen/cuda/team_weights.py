@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from sparsify import ir
 from sparsify.codegen.cell_text import MEMORY_TYPES
+from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import needs_total, packed_name, row_length, weight_types
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_masks import write_masked_slice
@@ -40,12 +42,33 @@ def write_weight(w: Writer, team: TeamKernel, shape: Shape, packing: Packing) ->
     given = f"{first}, {team.size(weight.senders)}, {mine}.size"
     bundle = team.bundle_of(weight, shape)
     if bundle is not None:
-        place = f"{bundle.column(weight.name)}shared.{bundle.name}_weights"
-        w.line(f"keep_columns<{width}, {row}, {bundle.columns}>({place}, {given});")
+        owned, filled = shape.slices[weight.receivers], f"shared.{bundle.name}_weights"
+        columns, wide = bundle.columns(owned)
+        if bundle.apart(owned):
+            _keep_parted(w, team, bundle, weight, f"{columns}, {wide - bundle.apart(owned)}", first)
+            return
+        place = f"{bundle.column(weight.name)}{filled}"
+        w.line(f"keep_columns<{width}, {row}, {columns}>({place}, {given});")
         if weight.name == bundle.gathers[-1].weight:
-            together = f"Resident<{bundle.columns}, {types}> {bundle.name}_slice"
-            w.line(f"const {together}{{shared.{bundle.name}_weights}};")
+            if wide > len(bundle.gathers) * owned:
+                end = f"{len(bundle.gathers)} * {width}, {columns}"
+                w.line(f"fill_columns<{end}>({filled}, {team.size(weight.senders)});")
+            w.line(f"const Resident<{columns}, {types}> {bundle.name}_slice{{{filled}}};")
         return
     given = f"shared.{name}, {given}"
     w.line(f"keep_columns<{width}, {row}>({given});")
     w.line(f"const Resident<{width}, {types}> {name}_slice{{shared.{name}}};")
+
+
+def _keep_parted(
+    w: Writer, team: TeamKernel, bundle: Bundle, weight: ir.Weight, columns: str, first: str
+) -> None:
+    """The same of columns of which the last ones lie apart."""
+    mine, width = team.mine[weight.receivers], team.widths[weight.receivers]
+    types, slice_ = weight_types(weight.dtype), f"{bundle.name}_slice"
+    if weight.name == bundle.gathers[0].weight:
+        parted = f"Parted<{columns}, {team.size(weight.senders)}, {types}> {slice_}"
+        w.line(f"const {parted}{{shared.{bundle.name}_weights}};")
+    begin = f"{bundle.column(weight.name)}0".removesuffix(" + 0")
+    row = row_length(team.kernel, Packing(weight, "receivers"))
+    w.line(f"keep_parted<{width}, {row}>({slice_}, {begin}, {first}, {mine}.size);")

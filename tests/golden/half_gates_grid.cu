@@ -10,8 +10,8 @@ namespace {
 using namespace sparsify;
 
 constexpr int N_HIDDEN = 1350;  // neurons of hidden
-constexpr int BLOCKS = 57;  // of a team
-constexpr int SLICE_HIDDEN = 24;  // neurons of hidden that a block owns
+constexpr int BLOCKS = 65;  // of a team
+constexpr int SLICE_HIDDEN = 21;  // neurons of hidden that a block owns
 constexpr int ROWS = 12;  // of the batch that a team carries at once
 constexpr int WARPS = 16, THREADS = WARPS * WARP;  // of a block
 typedef GridTeam<BLOCKS> Team;
@@ -50,16 +50,16 @@ struct Told {
   Mail<6, SLICE_HIDDEN> y_mail[2][2][BLOCKS];  // y, those that are active
   float y_values[2][ROWS][N_HIDDEN];  // y; by parity of the step
 };
-static_assert(sizeof(Told) == 397728, "as launched");
+static_assert(sizeof(Told) == 397920, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
-  alignas(16) sparsify::float16 y_to_hidden_weights[N_HIDDEN * 3 * SLICE_HIDDEN];  // its slices of r_z, r_r, r_g
+  alignas(16) sparsify::float16 y_to_hidden_weights[N_HIDDEN * whole_columns(3 * SLICE_HIDDEN)];  // its slices of r_z, r_r, r_g
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
-  float y_to_hidden_sum[ROWS][blocks_of(N_HIDDEN)][3 * SLICE_HIDDEN];
-  MailLists<BLOCKS, 6, N_HIDDEN, 384> y_lists;
+  float y_to_hidden_sum[ROWS][blocks_of(N_HIDDEN)][whole_columns(3 * SLICE_HIDDEN)];
+  MailLists<BLOCKS, 6, N_HIDDEN, 384, whole_columns(3 * SLICE_HIDDEN) * int(sizeof(sparsify::float16))> y_lists;
 };
-static_assert(sizeof(Shared) == 230736, "as launched");
+static_assert(sizeof(Shared) == 213712, "as launched");
 
 // What a neuron of hidden reads of a row, and of a step.
 struct HiddenInputs {
@@ -118,12 +118,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
   Told& told = reinterpret_cast<Told*>(call.told)[team.team];
   const Slice<N_HIDDEN, SLICE_HIDDEN> my_hidden(team.rank);
   const bool r_z_finite = is_finite(*call.r_z_total);
-  keep_columns<SLICE_HIDDEN, 1376, 3 * SLICE_HIDDEN>(shared.y_to_hidden_weights, call.r_z + my_hidden.first, N_HIDDEN, my_hidden.size);
+  keep_columns<SLICE_HIDDEN, 1376, whole_columns(3 * SLICE_HIDDEN)>(shared.y_to_hidden_weights, call.r_z + my_hidden.first, N_HIDDEN, my_hidden.size);
   const bool r_r_finite = is_finite(*call.r_r_total);
-  keep_columns<SLICE_HIDDEN, 1376, 3 * SLICE_HIDDEN>(1 * SLICE_HIDDEN + shared.y_to_hidden_weights, call.r_r + my_hidden.first, N_HIDDEN, my_hidden.size);
+  keep_columns<SLICE_HIDDEN, 1376, whole_columns(3 * SLICE_HIDDEN)>(1 * SLICE_HIDDEN + shared.y_to_hidden_weights, call.r_r + my_hidden.first, N_HIDDEN, my_hidden.size);
   const bool r_g_finite = is_finite(*call.r_g_total);
-  keep_columns<SLICE_HIDDEN, 1376, 3 * SLICE_HIDDEN>(2 * SLICE_HIDDEN + shared.y_to_hidden_weights, call.r_g + my_hidden.first, N_HIDDEN, my_hidden.size);
-  const Resident<3 * SLICE_HIDDEN, float, sparsify::float16> y_to_hidden_slice{shared.y_to_hidden_weights};
+  keep_columns<SLICE_HIDDEN, 1376, whole_columns(3 * SLICE_HIDDEN)>(2 * SLICE_HIDDEN + shared.y_to_hidden_weights, call.r_g + my_hidden.first, N_HIDDEN, my_hidden.size);
+  fill_columns<3 * SLICE_HIDDEN, whole_columns(3 * SLICE_HIDDEN)>(shared.y_to_hidden_weights, N_HIDDEN);
+  const Resident<whole_columns(3 * SLICE_HIDDEN), float, sparsify::float16> y_to_hidden_slice{shared.y_to_hidden_weights};
   unsigned long long active[3] = {};
   const bool counts = team.rank == 0 && lane_of() == 0;
   clear<Team>(told.y_mail[0][0][team.rank]);
@@ -206,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
               if (counts) active[0] += count;
               if (counts) active[1] += count;
               if (counts) active[2] += count;
-              add_all<3 * SLICE_HIDDEN>(shared.y_to_hidden_sum[row][block], y_to_hidden_slice, heard, block, N_HIDDEN, 3 * SLICE_HIDDEN);
+              add_all<whole_columns(3 * SLICE_HIDDEN)>(shared.y_to_hidden_sum[row][block], y_to_hidden_slice, heard, block, N_HIDDEN, whole_columns(3 * SLICE_HIDDEN));
             }
           }
         }
