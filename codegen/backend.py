@@ -70,7 +70,7 @@ class Cost:
     ``resident_bytes`` are those of all weights that a step may touch; ``is_divided`` if each part
     has its own of them. ``gathers`` are what Gathers take that run one after the other, if that is
     known: memory is waited for where it is read. ``gathers_beside`` are those that threads without
-    a part of the work run at the same time.
+    a part of the work run at the same time, and others where they would have to wait.
     """
 
     weight_bytes: float

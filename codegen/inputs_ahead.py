@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, GatherWork
 from sparsify.codegen.cell_text import C_TYPES
 from sparsify.codegen.given_weights import gathers_ahead
 from sparsify.codegen.layout_costs import NO_PATTERNS
@@ -65,9 +65,15 @@ class InputsAhead(RowsPerThread):
         return replace(
             work,
             gathers=tuple(part for part, early in pairs if not early),
-            gathers_beside=tuple(part for part, early in pairs if early),
+            gathers_beside=tuple(_in_blocks(part, batch) for part, early in pairs if early),
             barriers=HANDED_ON * steps * -(-batch // GROUP),
         )
+
+
+def _in_blocks(work: GatherWork, batch: int) -> GatherWork:
+    """Dense products of a few rows read their weights once for several steps."""
+    at_once = max(1, STEPS // batch) if work.dense_macs and batch else 1
+    return replace(work, weight_bytes=work.weight_bytes / at_once)
 
 
 class _AheadText(RowsText):

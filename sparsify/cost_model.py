@@ -45,8 +45,8 @@ class Rates:
         work += cost.pointwise / self.pointwise
         beside = sum(self._gather(part, bandwidth) for part in cost.gathers_beside)
         parts = max(1, min(threads // 2 if beside else threads, cost.parts))
-        others = threads - parts
-        both = max(work / parts, beside / others) if beside and others else (work + beside) / parts
+        helping = max(threads, parts) if beside else parts  # whoever has time does what is beside
+        both = max(work / parts, (work + beside) / helping)
         return CALL_SECONDS + both + cost.barriers * BARRIER_SECONDS
 
     def _gather(self, work: GatherWork, bandwidth: float) -> float:

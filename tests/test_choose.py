@@ -170,14 +170,28 @@ def test_arithmetic_of_one_gather_does_not_hide_the_memory_of_another() -> None:
     assert RATES.predict_seconds(cost, 1) < apart
 
 
-def test_what_others_run_beside_is_not_waited_for() -> None:
-    """The longer of both counts where a thread is left over, and their sum where none is."""
+def test_what_others_run_beside_is_shared_with_them() -> None:
+    """All threads take the same time where that is possible; who has other work does that alone.
+
+    Sums of two parts are rounded twice.
+    """
     fast, slow = GatherWork(0, event_adds=1e6), GatherWork(0, event_adds=3e6)
     cost = Cost(0, 4e6, 0, 0, 0, gathers=(fast,), gathers_beside=(slow,))
-    whole, alone = (replace(cost, gathers=g, gathers_beside=()) for g in ((fast, slow), (slow,)))
-    assert RATES.predict_seconds(cost, 2) == RATES.predict_seconds(alone, 2)
-    assert RATES.predict_seconds(cost, 1) == RATES.predict_seconds(whole, 1)
+    whole, half = (replace(cost, gathers=(g,), gathers_beside=()) for g in (_times(4), _times(2)))
+    assert RATES.predict_seconds(cost, 1) == pytest.approx(
+        RATES.predict_seconds(whole, 1), rel=1e-12
+    )
+    assert RATES.predict_seconds(cost, 2) == pytest.approx(
+        RATES.predict_seconds(half, 2), rel=1e-12
+    )
     assert RATES.predict_seconds(cost, 4) < RATES.predict_seconds(cost, 2)
+    late = replace(cost, gathers=(slow,), gathers_beside=(fast,))
+    alone = replace(cost, gathers=(slow,), gathers_beside=())
+    assert RATES.predict_seconds(late, 2) == RATES.predict_seconds(alone, 2)
+
+
+def _times(count: int) -> GatherWork:
+    return GatherWork(0, event_adds=count * 1e6)
 
 
 def timings(contended: bool) -> Timings:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sparsify import ir
-from sparsify.codegen.backend import Launchable
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.inputs_ahead import STEPS
+from sparsify.codegen.launch import CppLaunchable
+from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.usage import default_tile
 from sparsify.reference import Array, run_reference
@@ -26,8 +27,10 @@ pytestmark = [
 ]
 
 
-def load(kernel: ir.Kernel, plan: ir.Schedule) -> Launchable:
-    return BACKEND.load(BACKEND.compile(kernel, plan))
+def load(kernel: ir.Kernel, plan: ir.Schedule) -> CppLaunchable:
+    launch = BACKEND.load(BACKEND.compile(kernel, plan))
+    assert isinstance(launch, CppLaunchable)
+    return launch
 
 
 def exact_data(kernel: ir.Kernel, steps: int, batch: int) -> dict[str, Array]:
@@ -41,7 +44,9 @@ def tensors_of(data: dict[str, Array]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in data.items()}
 
 
-def compare(launch: Launchable, data: dict[str, Array], tensors: dict[str, torch.Tensor]) -> None:
+def compare(
+    launch: CppLaunchable, data: dict[str, Array], tensors: dict[str, torch.Tensor]
+) -> None:
     steps, batch, _ = data["x"].shape
     wanted = run_reference(launch.kernel, data, steps=steps, batch=batch)
     got = launch(tensors, steps=steps, batch=batch)
@@ -83,6 +88,25 @@ def test_steps_lie_anywhere() -> None:
     compare(launch, same, {**tensors_of(same), "x": expanded})
 
 
+def test_blocks_of_steps_read_weights_once() -> None:
+    kernel = lif(70, 256)
+    plan, activity = schedule(kernel, "inputs-ahead", "dense"), {"drive": 0.1, "recurrent": 0.1}
+    costs = {
+        batch: find_strategy("inputs-ahead").predict(
+            kernel, plan, steps=16, batch=batch, activity=activity
+        )
+        for batch in (1, 2, 8, 16)
+    }
+    matrix = 4 * 70 * 256
+    read = [cost.gathers_beside[0].weight_bytes / matrix for cost in costs.values()]
+    assert read == [16 / STEPS, 16 / STEPS * 2, 16, 16]
+    assert costs[1].gathers[0].weight_bytes == 16 * 4 * 256 * 256
+    events = find_strategy("inputs-ahead").predict(
+        kernel, schedule(kernel, "inputs-ahead"), steps=16, batch=1, activity=activity
+    )
+    assert events.gathers_beside[0].weight_bytes == pytest.approx(16 * 0.1 * matrix)
+
+
 def test_dense_products_have_tiles_of_their_own() -> None:
     kernel = lif(70, 256)
     for strategy in BACKEND.strategies:
@@ -90,8 +114,8 @@ def test_dense_products_have_tiles_of_their_own() -> None:
         assert strategy.tile(kernel, dense) == 64
         assert strategy.tile(kernel, replace(dense, tile=16)) == 16
         assert strategy.tile(kernel, event) == (64 if strategy.name.startswith("neurons") else 128)
-    mixed = (("drive", "dense"), ("recurrent", "event"))
-    assert default_tile(kernel, ir.Schedule("rows-per-thread", mixed)) == 128
+    mixed = ir.Schedule("rows-per-thread", (("drive", "dense"), ("recurrent", "event")))
+    assert default_tile(kernel, mixed) == 128
     assert default_tile(lif(70, 64), schedule(lif(70, 64), "rows-per-thread", "dense")) == 64
 
 
@@ -107,7 +131,7 @@ def test_infinite_weights_keep_the_tile(strategy: str) -> None:
     compare_values(launch, data)
 
 
-def compare_values(launch: Launchable, data: dict[str, Array]) -> None:
+def compare_values(launch: CppLaunchable, data: dict[str, Array]) -> None:
     """With products of all senders, as dense kernels compute them."""
     kernel = launch.kernel
     steps, batch, _ = data["x"].shape
