@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 JOINS = (aten.stack.default, aten.cat.default)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Values that a loop computes at one position, from step ``first`` to before ``stop``."""
+
+    plan: ScanPlan
+    position: int
+    first: int
+    stop: int
 
 
 def emit_scans(
@@ -48,7 +59,7 @@ class _Emitter:
         self.parts: dict[int, ScanParts] = {}
         self.outputs: dict[tuple[int, int], fx.Node] = {}
         self.operands: dict[Any, fx.Node] = {}
-        self.sequences: dict[fx.Node, list[tuple[ScanPlan, int] | fx.Node]] = {}
+        self.sequences: dict[fx.Node, list[_Run | fx.Node]] = {}
 
     def run(self) -> fx.GraphModule:
         last_of = {plan.match.pattern[-1]: plan for plan in self.plans}
@@ -132,27 +143,38 @@ class _Emitter:
         args = (self._base(series), ys, dim, series.start, stop, series.step)
         return self._call(aten.slice_scatter.default, args, info, like)
 
-    # ---- stack and cat of all values of a loop
+    # ---- stack and cat of values of a loop
 
-    def _sequence(self, node: fx.Node) -> list[tuple[ScanPlan, int] | fx.Node]:
-        """The list that a join joins, with complete runs of a loop's values as (plan, position)."""
+    def _sequence(self, node: fx.Node) -> list[_Run | fx.Node]:
+        """The list that a join joins, with values of successive steps of a loop put together."""
         if node in self.sequences:
             return self.sequences[node]
         listed: Any = node.args[0]
-        items: list[Any] = list(listed)
-        found: list[tuple[ScanPlan, int] | fx.Node] = []
+        items: list[fx.Node] = list(listed)
+        found: list[_Run | fx.Node] = []
         at = 0
         while at < len(items):
-            plan = self.owners.get(items[at])
-            position = plan.is_sequence(items[at : at + plan.steps]) if plan else None
-            if plan is None or position is None or not plan.is_computed(position):
-                found.append(items[at])
-                at += 1
-                continue
-            found.append((plan, position))
-            at += plan.steps
+            run = self._run_at(items, at)
+            found.append(run or items[at])
+            at += run.stop - run.first if run else 1
         self.sequences[node] = found
         return found
+
+    def _run_at(self, items: Sequence[fx.Node], at: int) -> _Run | None:
+        """The longest run that begins at ``items[at]``, of two steps or of all."""
+        plan = self.owners.get(items[at])
+        if plan is None:
+            return None
+        first, position = plan.match.where[items[at]]
+        if not plan.is_computed(position):
+            return None
+        stop = first + 1
+        for item in items[at + 1 :]:
+            if plan.match.where.get(item) != (stop, position):
+                break
+            stop += 1
+        is_run = stop - first >= min(2, plan.steps)
+        return _Run(plan, position, first, stop) if is_run else None
 
     def _emit_join(self, node: fx.Node) -> fx.Node | None:
         items = self._sequence(node)
@@ -164,7 +186,7 @@ class _Emitter:
         parts = [
             self._joined_item(item, dim, is_stack, node)
             if isinstance(item, fx.Node)
-            else self._joined_run(*item, dim, is_stack, node)
+            else self._joined_run(item, dim, is_stack, node)
             for item in items
         ]
         if len(parts) == 1:
@@ -181,10 +203,13 @@ class _Emitter:
         info = with_shape(value.meta["val"], shape)
         return self._call(aten.unsqueeze.default, (value, dim), info, join)
 
-    def _joined_run(
-        self, plan: ScanPlan, position: int, dim: int, is_stack: bool, join: fx.Node
-    ) -> fx.Node:
-        moved = self._moved(self._stacked(plan, position), dim)
+    def _joined_run(self, run: _Run, dim: int, is_stack: bool, join: fx.Node) -> fx.Node:
+        ys = self._stacked(run.plan, run.position)
+        if run.stop - run.first < run.plan.steps:
+            info = ys.meta["val"]
+            info = with_shape(info, (run.stop - run.first, *info.shape[1:]), info.stride)
+            ys = self._call(aten.slice.Tensor, (ys, 0, run.first, run.stop), info, join)
+        moved = self._moved(ys, dim)
         if is_stack:
             return moved
         moved = self._contiguous(moved, moved.meta["val"], join)
@@ -238,7 +263,8 @@ class _Emitter:
 
     def _reads_all(self, user: fx.Node, plan: ScanPlan, position: int) -> bool:
         if user.target in JOINS and user not in self.owners:
-            return (plan, position) in self._sequence(user)
+            runs = [item for item in self._sequence(user) if isinstance(item, _Run)]
+            return any((run.plan, run.position) == (plan, position) for run in runs)
         reader = self.owners.get(user)
         yielded = Yielded(plan.index, position)
         return reader is not None and any(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,16 +57,6 @@ class ScanPlan:
     @property
     def steps(self) -> int:
         return self.match.steps
-
-    def is_sequence(self, nodes: Iterable[object]) -> int | None:
-        """The position whose values of all iterations, in order, ``nodes`` are."""
-        listed = list(nodes)
-        found = [self.match.where.get(node) for node in listed if isinstance(node, fx.Node)]
-        if len(found) != self.steps or len(listed) != self.steps or found[0] is None:
-            return None
-        position = found[0][1]
-        in_order = all(f == (k, position) for k, f in enumerate(found))
-        return position if in_order else None
 
     def constant_node(self, slot: Slot) -> fx.Node | None:
         """The node behind an argument that has the same value in every iteration."""

@@ -68,6 +68,33 @@ def test_rolled_graph_equals_eager(model: Model, steps: int) -> None:
     assert_same(rolled.graph(*recorded.operands), recorded.results)
 
 
+def record_parts(tape: Tape, x: Tensor) -> tuple[Tensor, ...]:
+    """Potentials before each step, spikes after the first two, and both ends of a list."""
+    v, z, before, spikes = zeros(x), zeros(x), [], []
+    for t in tape.loop(range(x.size(0))):
+        before.append(v)
+        v, z = lif(v, F.linear(x[t], W0) + F.linear(z, W1))
+        spikes.append(z)
+    ends = torch.stack(spikes[:2] + spikes[-2:])
+    return torch.stack(before, 1), torch.stack(spikes[2:]), torch.cat(spikes[:-1], 1), ends, v
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_lists_that_leave_out_steps_are_slices_of_the_loop_s_values(steps: int) -> None:
+    recorded = record(record_parts, steps)
+    rolled = roll_loops(recorded.graph).graph
+
+    assert_same(rolled(*recorded.operands), recorded.results)
+    assert len(scans(rolled)) == 1
+    assert not [n for n in rolled.graph.nodes if n.target is torch.ops.aten.select.int]
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_lists_of_one_step_are_that_step(steps: int) -> None:
+    recorded = record(record_parts, steps)
+    assert_same(roll_loops(recorded.graph).graph(*recorded.operands), recorded.results)
+
+
 @pytest.mark.parametrize("model", ROLLED_WHOLE, ids=lambda model: model.__name__)
 def test_rolling_twice_changes_nothing(model: Model) -> None:
     once = roll_loops(record(model, 4).graph)
