@@ -15,6 +15,7 @@ from sparsify.codegen.backend import Backend
 from sparsify.compiled import Compiled, Stage
 from sparsify.direct_graph import direct
 from sparsify.errors import Refusal
+from sparsify.graph_meta import Source
 from sparsify.keep_weights import compute_weights, keep_weights
 from sparsify.layout import Layout
 from sparsify.outer_product import OuterProduct
@@ -31,6 +32,8 @@ from sparsify.training_step import requirement
 
 aten = torch.ops.aten
 # What these do depends on whether a size is 1.
+# Why another size may have a kernel: one step of a network reads states that are zeros yet.
+SIZE_DECIDES = {"no-gain", "no-event", "not-rolled"}
 SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
@@ -47,11 +50,10 @@ class Entry:
         self.calling: Calling = compiled.recording.calling
         self.layout = layout
         self.required = requirement(operands)
-        self.takes_all = compiled.runs_original and not any(
-            site.code == "no-gain" for site in compiled.sites
-        )
+        codes = {site.code for site in compiled.sites}
+        self.takes_all = compiled.runs_original and bool(codes) and not codes & SIZE_DECIDES
         self.forward = direct(compiled.graph)
-        kinds = _source_kinds(compiled)
+        kinds = [source.kind if source else "" for source in _sources(compiled)]
         self.weights = StoredWeights(compiled.stages[0].graph)
         self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
 
@@ -141,6 +143,9 @@ def with_entry(
     apart: list[str] = []
     for old in entries:
         if old.is_general or not old.guard.matches(args, kwargs):
+            continue
+        if _sources(old.compiled) != _sources(new.compiled):
+            apart.append("one of the two reads tensors that the other does not")
             continue
         if not old.layout.differs_in_sizes_only(operands):
             continue
@@ -310,6 +315,7 @@ def _leaves(entry: Entry) -> list[object]:
     return [leaf for leaf in flat if not hasattr(leaf, "dtype")]
 
 
-def _source_kinds(compiled: Compiled) -> list[str]:
+def _sources(compiled: Compiled) -> list[Source | None]:
+    """Where the operands come from."""
     placeholders = [n for n in compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
-    return [getattr(node.meta.get("source"), "kind", "") for node in placeholders]
+    return [node.meta.get("source") for node in placeholders]

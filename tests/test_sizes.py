@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.engine import Engine
-from tests.small_nets import RecurrentNet, spikes
+from tests.small_nets import HIDDEN, RecurrentNet, fill_dyadic, spike, spikes
 
 
 def engine_of(fast: nn.Module) -> Engine:
@@ -101,6 +103,123 @@ def test_an_integer_in_the_result_keeps_sizes_apart() -> None:
             assert fast(spikes(steps, 3))[1] == steps
     assert not any(entry.is_general for entry in engine_of(fast).entries)
     assert "returns other values that are no tensors" in str(engine_of(fast).report)
+
+
+class RecordsBefore(nn.Module):
+    """Returns the potentials before every step: one step of it reads no weight at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = spiked = torch.zeros(x.size(1), HIDDEN)
+        before = []
+        for x_t in x:
+            before.append(v)
+            v = 0.5 * v * (1 - spiked) + self.net.inp(x_t) + self.net.rec(spiked)
+            spiked = spike(v - 1)
+        return torch.stack(before)
+
+
+@pytest.mark.parametrize("order", [(1, 5, 9), (5, 1, 9), (5, 9, 1)])
+def test_recordings_that_read_other_tensors_are_kept_apart(order: tuple[int, ...]) -> None:
+    model = RecordsBefore().eval()
+    fast = sparsify(model, timing=False, strict=True)
+    with torch.no_grad():
+        for steps in (*order, 7, 1):
+            x = spikes(steps, 3)
+            assert torch.equal(fast(x), model(x))
+    general = [entry for entry in engine_of(fast).entries if entry.is_general]
+    assert len(general) == 1
+    assert recordings(fast) == (2 if order[2] == 1 else 3)
+
+
+class Spikes(nn.Module):
+    """Has a site to replace from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rec = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = spiked = torch.zeros(x.size(1), HIDDEN)
+        spikes = []
+        for x_t in x:
+            v = 0.5 * v + x_t + self.rec(spiked)
+            spiked = spike(v - 1)
+            spikes.append(spiked)
+        return torch.stack(spikes)
+
+
+def test_a_first_call_of_one_step_does_not_decide_for_others() -> None:
+    model = Spikes().eval()
+    fill_dyadic(model)
+    fast = sparsify(model, spikes(1, 3).repeat(1, 1, 2), timing=False)
+    assert [site.code for site in engine_of(fast).report.sites] == ["no-event"]
+    assert_equal(model, fast, 2 * spikes(9, 3).repeat(1, 1, 2))
+    assert [site.decision for site in engine_of(fast).report.sites] == ["event"]
+
+
+class Autonomous(nn.Module):
+    """Is told by one argument how many steps it runs, and by another the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+        self.drive = nn.Parameter(torch.full((HIDDEN,), 0.75))
+
+    def forward(self, steps: Tensor, *, like: Tensor) -> Tensor:
+        v = spiked = torch.zeros(like.shape[0], HIDDEN)
+        votes = []
+        for _ in range(len(steps)):
+            v = 0.5 * v + self.drive + self.net.rec(spiked)
+            spiked = spike(v - 1)
+            votes.append(self.net.out(spiked))
+        return torch.stack(votes)
+
+
+def test_a_tensor_may_give_nothing_but_its_sizes() -> None:
+    model = Autonomous().eval()
+    fast = sparsify(model, timing=False, strict=True)
+    with torch.no_grad():
+        for steps, batch in [(5, 3), (18, 8), (7, 2), (5, 1), (40, 3)]:
+            arguments = torch.ones(steps), torch.ones(batch)
+            expected = model(arguments[0], like=arguments[1])
+            assert torch.equal(fast(arguments[0], like=arguments[1]), expected)
+    assert expected.count_nonzero() > 0
+    assert recordings(fast) == 2
+
+
+class KeptState(nn.Module):
+    """Keeps its potential from call to call, and starts anew where the batch is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+        self.v: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.v is None or self.v.shape[0] != x.size(1):
+            self.v = torch.zeros(x.size(1), HIDDEN)
+        votes = []
+        for x_t in x:
+            v = 0.5 * self.v + self.net.inp(x_t)
+            spiked = spike(v - 1)
+            self.v = v - spiked
+            votes.append(self.net.out(spiked))
+        return torch.stack(votes)
+
+
+def test_a_state_whose_sizes_decide_whether_it_is_kept() -> None:
+    model = KeptState().eval()
+    fast = sparsify(copy.deepcopy(model), timing=False)
+    with torch.no_grad():
+        for batch in (3, 3, 5, 5, 5, 3, 3, 3, 5, 5):
+            x = spikes(6, batch)
+            assert torch.equal(fast(x), model(x))
+    assert fast.v.count_nonzero() > 0
+    assert fast.kernels
 
 
 class Branching(nn.Module):

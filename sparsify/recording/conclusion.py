@@ -189,7 +189,7 @@ class Conclusion:
         """Those that are needed, by kind and first use, moved to the start of the graph."""
         graph = self._recorder.graph
         needed = {p for leaves, _ in placed for p in leaves if isinstance(p, fx.Node)}
-        needed |= self.written.keys() | self._recorder.pinned
+        needed |= self.written.keys() | self._recorder.pinned | self._recorder.looked_at
         graph.output(tuple(self._outputs))
         _erase_unused(graph, needed)
         if self._recorder.histories is None:  # gradients of singular values need the vectors

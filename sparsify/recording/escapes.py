@@ -81,7 +81,12 @@ class Escapes(TorchFunctionMode):
     ) -> Any:
         rule = self._rules.get(func)
         recorder = self._recorder
-        if rule is None or recorder.error or recorder.is_suspended or recorder.is_busy:
+        if recorder.error or recorder.is_suspended or recorder.is_busy:
+            return func(*args, **(kwargs or {}))
+        for argument in (*args, *kwargs.values()) if kwargs else args:
+            if id(argument) in recorder.unread:
+                recorder.look_at(argument)
+        if rule is None:
             return func(*args, **(kwargs or {}))
         return rule(func, args, kwargs or {})
 

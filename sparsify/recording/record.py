@@ -68,6 +68,7 @@ class _Run:
         self.saved = SavedTensors(self.known, active=restore)
         self.positions = Positions(model)
         self.recorder = Recorder(self.positions, self.known, rule_of, self.saved.before_write)
+        self.recorder.unread = {id(tensor): tensor for tensor in self.known.tensors()}
         self.before = look_up(self.known.tensors()) if torch.is_grad_enabled() else {}
         self.applications: Applications | None = None
         if any(history.required for history in self.before.values()):

@@ -86,6 +86,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.error: TraceError | None = None
         self.placeholders, self.roots = self.met.placeholders, self.met.roots
         self.pinned: set[fx.Node] = set()
+        self.unread: dict[int, Tensor] = {}  # by id: tensors of before that nobody asked yet
+        self.looked_at: set[fx.Node] = set()  # placeholders of which Python knows sizes and dtype
         self.is_suspended = False
         self.is_busy = False  # what the recorder itself does is not the user's
         self.histories: Histories | None = None
@@ -292,6 +294,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def value_of(self, tensor: Tensor) -> Value:
         value = self.values.get(tensor)
         return self.met.meet(tensor, self.histories) if value is None else value
+
+    def look_at(self, tensor: Tensor) -> None:
+        """The call depends on the tensor's sizes and dtype, whether or not it reads elements."""
+        del self.unread[id(tensor)]
+        try:
+            self.arrive()
+            node = self.value_of(tensor).node
+        except CannotRecord as reason:
+            self.fail(str(reason))
+            return
+        if node.op == "placeholder":
+            self.looked_at.add(node)
 
     def reveal(self, call: Call) -> None:
         """A value becomes known to Python: allowed if it is the same at every call."""
