@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,26 @@ def test_a_peak_is_the_one_since_the_last_reading() -> None:
     assert first >= 64
     peak.read()
     assert peak.read() < first - 32  # the block is gone, whatever else the process did meanwhile
+
+
+def test_memory_is_told_of_every_size(capsys: pytest.CaptureFixture[str]) -> None:
+    memory: Any = importlib.import_module("memory")
+    if not memory.RESET.exists():
+        pytest.skip("this system does not tell the peak of a process's memory")
+    network = ("--network", "FeedForward", "--hidden", "128")
+    with torch.no_grad():
+        memory.main([*network, "--batch", "1", "--steps", "6"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("FeedForward, 128 neurons a layer, batch 1: peak memory beyond")
+    for what in ("eager", "compiling", "compiled", "of which", "tensors of eager", "ours"):
+        assert re.search(rf"{what} -?\d+(\.\d)? MiB", line), (what, line)
+
+
+def test_memory_of_the_zoo(capsys: pytest.CaptureFixture[str]) -> None:
+    zoo_memory: Any = importlib.import_module("zoo_memory")
+    name = zoo_memory.ENTRIES[0].name
+    with torch.no_grad():
+        zoo_memory.main(["--only", name, "--batch", "2", "--steps", "6"])
+    (line,) = capsys.readouterr().out.splitlines()
+    found = re.fullmatch(r"(.+?) +(\d+) KiB +(\d+) KiB +[\d.]+x", line)
+    assert found is not None and found[1] == name and int(found[2]) > 0 and int(found[3]) > 0

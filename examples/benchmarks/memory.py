@@ -1,16 +1,22 @@
 """Peak memory of eager's call, of compiling and of compiled calls, each in a fresh process.
 
+python examples/benchmarks/memory.py                                   # both networks, four sizes
+python examples/benchmarks/memory.py --network FeedForward --hidden 1024 --batch 128
+
 What counts is resident memory beyond what the process holds with the model and its input: tensors,
-but also graphs, kernels' buffers, and whatever malloc does not give back.
+but also graphs, kernels' buffers, and whatever malloc does not give back. Beside it stands what
+tensors alone take.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import gc
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +26,14 @@ from networks import NETWORKS, Network, spike_trains
 
 import sparsify
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.live_bytes import peak_of
+
 MIB = 2**20
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 STATE = ("theta", "thetas")  # what calibration chose
+INPUTS, RATE, ACTIVITY, STEPS = 700, 0.02, 0.075, 100
+CALIBRATION = (40, 16)  # steps and samples
 
 
 @dataclass(frozen=True)
@@ -30,19 +41,25 @@ class Memory:
     """MiB. ``start`` is the process with model and input, the others are peaks beyond that.
 
     ``compiled`` is the peak of a later call of the compiled model, with all that compiling left.
+    ``kept`` of it stays between calls: code of torch and of kernels, graphs, packed weights.
+    ``eager_tensors`` and ``our_tensors`` are the bytes of tensors that a call has alive at once.
     """
 
     start: float
     eager: float
     compiling: float
     compiled: float
+    kept: float
+    eager_tensors: float
+    our_tensors: float
 
     def __str__(self) -> str:
         return (
             f"peak memory beyond the {self.start:.0f} MiB of a process with model and input: "
             f"eager {self.eager:.0f} MiB, compiling {self.compiling:.0f} MiB "
             f"({(self.start + self.compiling) / (self.start + self.eager):.2f}x eager's whole), "
-            f"compiled {self.compiled:.0f} MiB"
+            f"compiled {self.compiled:.0f} MiB, of which {self.kept:.0f} MiB stay; "
+            f"tensors of eager {self.eager_tensors:.1f} MiB, ours {self.our_tensors:.1f} MiB"
         )
 
 
@@ -53,11 +70,19 @@ def measure_memory(model: Network, size: Mapping[str, Any], inputs: int) -> Memo
     state = {name: getattr(model, name) for name in STATE if hasattr(model, name)}
     case = {"network": type(model).__name__, "state": state, "inputs": inputs, **size}
     eager, ours = (_run_process({**case, "what": what}) for what in ("eager", "sparsify"))
-    return Memory(eager["start"], eager["call"], ours["compiling"], ours["call"])
+    return Memory(
+        eager["start"],
+        eager["call"],
+        ours["compiling"],
+        ours["call"],
+        ours["kept"],
+        eager["tensors"],
+        ours["tensors"],
+    )
 
 
 def _run_process(case: Mapping[str, Any]) -> dict[str, float]:
-    command = [sys.executable, __file__, json.dumps(case)]
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -72,13 +97,16 @@ def _measure(case: Mapping[str, Any]) -> dict[str, float]:
     x = spike_trains(case["steps"], case["batch"], case["inputs"], case["rate"])
     model(x[:2])  # torch starts its threads, and libraries set up what they need
     peak = Peak()
-    if case["what"] == "eager":
-        model(x)
-        return {"start": peak.start / MIB, "call": peak.read()}
-    fast: Any = sparsify.sparsify(model, x)
-    compiling = peak.read()
-    fast(x)
-    return {"start": peak.start / MIB, "compiling": compiling, "call": peak.read()}
+    found = {"start": peak.start / MIB}
+    run: Any = model
+    if case["what"] == "sparsify":
+        run = sparsify.sparsify(model, x)
+        found["compiling"] = peak.read()
+    run(x)
+    found["call"] = peak.read()
+    found["kept"] = peak.left()
+    found["tensors"] = peak_of(lambda: run(x)) / MIB
+    return found
 
 
 class Peak:
@@ -96,11 +124,48 @@ class Peak:
         RESET.write_text("5")
         return (peak - self.start) / MIB
 
+    def left(self) -> float:
+        """MiB beyond the start that cannot be given back now."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return (self._bytes("VmRSS") - self.start) / MIB
+
     def _bytes(self, name: str) -> int:
         lines = STATUS.read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+def measure_sizes(args: argparse.Namespace) -> Iterator[str]:
+    """A line for each network and size that the arguments give."""
+    for name in args.network:
+        for hidden in args.hidden:
+            torch.manual_seed(0)
+            model = NETWORKS[name](INPUTS, hidden).eval()
+            model.calibrate(spike_trains(*CALIBRATION, INPUTS, RATE), ACTIVITY)
+            for batch in args.batch:
+                size = {"hidden": hidden, "batch": batch, "steps": args.steps, "rate": RATE}
+                found = measure_memory(model, size, INPUTS)
+                yield f"{name}, {hidden} neurons a layer, batch {batch}: {found}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--network", nargs="+", choices=sorted(NETWORKS), default=["FeedForward", "Recurrent"])
+    add("--hidden", type=int, nargs="+", default=[256, 1024], help="neurons a layer")
+    add("--batch", type=int, nargs="+", default=[1, 128], help="samples a call")
+    add("--steps", type=int, default=STEPS, help="time steps")
+    add("--case", type=json.loads, help=argparse.SUPPRESS)  # of a process of its own
+    args = parser.parse_args(argv)
+    if args.case is not None:
+        print(json.dumps(_measure(args.case)))
+        return
+    for line in measure_sizes(args):
+        print(line, flush=True)
+
+
 if __name__ == "__main__":
     with torch.no_grad():
-        print(json.dumps(_measure(json.loads(sys.argv[1]))))
+        main()
