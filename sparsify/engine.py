@@ -31,6 +31,7 @@ from sparsify.failures import (
     refuse_memory,
     run_bounded,
 )
+from sparsify.free_memory import free_memory
 from sparsify.keep_state import Snapshot
 from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
@@ -280,6 +281,8 @@ class Engine:
             self._originals.add(call_key(self.original, args, kwargs))
             self._refuse(refuse_memory(error))
             return
+        finally:
+            free_memory()  # what checks and timing left
         if failure is not None:
             self._fail(failure, args, kwargs)
 
