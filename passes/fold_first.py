@@ -54,7 +54,7 @@ class _Folding:
         self.before = (
             [encode(node, last - 1, where) for node in iterations[-2]] if last > 0 else None
         )
-        self.position_of: dict[fx.Node, int] = {}
+        self.where: dict[fx.Node, tuple[int, int]] = {}  # of the first iteration, in the pattern
         self.hoisted: dict[fx.Node, None] = {}
         self.inits: dict[Code, fx.Node | Fill] = {}
         self.constants: dict[int, Tensor] = {}
@@ -87,7 +87,7 @@ class _Folding:
             if self._hoist(skipped):
                 agreed = self._agree(node, position)
                 if agreed is not None:
-                    self.position_of[node] = position
+                    self.where[node] = (0, position)
                     return at + 1, agreed
             self.hoisted = before
             skipped.append(node)
@@ -114,8 +114,7 @@ class _Folding:
         """The codes of ``node`` in the pattern's form, or None if it does something else."""
         if not self._same_head(node, self.pattern[position]):
             return None
-        where = {n: (0, p) for n, p in self.position_of.items()}
-        own = encode(node, 0, where)
+        own = encode(node, 0, self.where)
         orders = [own]
         if node.target in COMMUTATIVE and len(own) == 2:
             orders.append((own[1], own[0]))
