@@ -136,12 +136,18 @@ class Repeatable(Protocol):
     """What some Launchables are, too."""
 
     def repeat(
-        self, tensors: Sequence[torch.Tensor], steps: int, batch: int, frozen: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        steps: int,
+        batch: int,
+        frozen: bool,
+        unread: frozenset[int] = frozenset(),
     ) -> list[torch.Tensor] | None:
         """A call like an earlier one, made in less time: the kernel's outputs, in its order.
 
         None where there was none of these sizes, or with tensors of other layouts. ``tensors`` are
-        operands and weights in the kernel's order; ``frozen`` is as in ``Launchable``.
+        operands and weights in the kernel's order; ``frozen`` is as in ``Launchable``. Outputs of
+        the numbers ``unread`` may hold anything, and be the same tensors in other calls.
         """
 
 

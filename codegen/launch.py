@@ -127,14 +127,19 @@ class CppLaunchable:
         return self._run(tensors, steps, batch, outputs, None if frozen else {})
 
     def repeat(
-        self, tensors: Sequence[torch.Tensor], steps: int, batch: int, frozen: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        steps: int,
+        batch: int,
+        frozen: bool,
+        unread: frozenset[int] = frozenset(),
     ) -> list[torch.Tensor] | None:
         """See ``backend.Repeatable``."""
         prepared = self._prepared.get((steps, batch))
         if prepared is None:
             return None
         looked = None if frozen else dict[str, int]()
-        outputs = prepared(tensors, looked)
+        outputs = prepared(tensors, looked, unread)
         if outputs is not None or not looked:
             return outputs
         # A weight holds something else: what was looked at need not be read again.

@@ -18,6 +18,7 @@ from sparsify.codegen.write_watch import QUESTION
 empty_like: Any = torch.empty_like
 get_num_threads = torch.get_num_threads
 NO_MEMORY, WRITTEN = 1, 2  # an Outcome of prepared_call.h
+MOST_SPARE = 2**14  # elements: making a larger tensor takes no time beside the call
 
 
 class Native(ctypes.Structure):
@@ -110,14 +111,19 @@ class Prepared:
         self._packed = [each.address for each in packings]
         self._pack = struct.Struct(f"{len(operands) + len(packings) + len(examples)}Q").pack
         self._asked: tuple[Sequence[bytes], bytes] = (), b""  # questions, and all of them as one
+        self._spares: dict[frozenset[int], list[torch.Tensor | None]] = {}
 
     def __call__(
-        self, tensors: Sequence[torch.Tensor], looked: dict[str, int] | None
+        self,
+        tensors: Sequence[torch.Tensor],
+        looked: dict[str, int] | None,
+        unread: frozenset[int] = frozenset(),
     ) -> list[torch.Tensor] | None:
         """The call, or None where a tensor is not as it was. This takes its few microseconds.
 
         ``looked`` gets what weights hold, of those that were looked at; None promises that they
-        hold what they did in the last call. Raises MemoryError.
+        hold what they did in the last call. Outputs ``unread`` may be the same tensors in all
+        calls. Raises MemoryError.
         """
         if get_num_threads() != self._threads:
             return None
@@ -147,7 +153,7 @@ class Prepared:
         questions = b"" if looked is None else self._questions(tensors, looked, kept)
         if questions is None:
             return None
-        outputs = [empty_like(example) for example in self.examples]
+        outputs = self._outputs(unread)
         pointers[self._operands :] = self._packed
         pointers += [output.data_ptr() for output in outputs]
         if self.launch(pointers, questions):
@@ -157,6 +163,19 @@ class Prepared:
             return None
         self.launch(pointers)
         return outputs
+
+    def _outputs(self, unread: frozenset[int]) -> list[torch.Tensor]:
+        """New tensors, and small ones that are kept for what nobody reads."""
+        if not unread:
+            return [empty_like(example) for example in self.examples]
+        spares = self._spares.get(unread)
+        if spares is None:
+            spares = self._spares[unread] = [
+                empty_like(e) if i in unread and e.numel() <= MOST_SPARE else None
+                for i, e in enumerate(self.examples)
+            ]
+        pairs = zip(self.examples, spares, strict=True)
+        return [empty_like(e) if spare is None else spare for e, spare in pairs]
 
     def launch(self, pointers: Sequence[int], questions: bytes = b"") -> bool:
         """Run the kernel; whether all ``questions`` whether weights are unwritten found so.

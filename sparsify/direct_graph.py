@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.region import Region
@@ -50,7 +51,7 @@ def direct(gm: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
             return gm.forward
         if node.op == "call_module":
             module = gm.get_submodule(target)
-            called[target] = module.forward if type(module) is Region else module
+            called[target] = _call_of(module, target, graph)
     for node in graph.find_nodes(op="call_function", target=aten.full.default):
         if not _is_shared(node, gm):
             continue
@@ -64,6 +65,16 @@ def direct(gm: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     exec(compile(code.src, "<direct graph>", "exec"), scope)
     run: Callable[..., tuple[Tensor, ...]] = scope["forward"].__get__(SimpleNamespace(**called))
     return run
+
+
+def _call_of(module: nn.Module, target: str, graph: fx.Graph) -> Callable[..., Any]:
+    """What runs in the place of ``module``: results of kernels that nobody reads are not made."""
+    if type(module) is not Region:
+        return module
+    users = [u for node in graph.find_nodes(op="call_module", target=target) for u in node.users]
+    if not all(user.target is operator.getitem for user in users):
+        return module.forward
+    return module.reading({int(str(user.args[1])) for user in users if user.users})
 
 
 def _is_shared(node: fx.Node, gm: fx.GraphModule) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -144,8 +145,27 @@ class Region(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
+        return self._forward(frozenset(), steps, carries, xs, consts)
+
+    def reading(self, read: Collection[int]) -> Callable[..., tuple[Tensor, ...]]:
+        """``forward`` of which only results ``read`` are looked at: others may hold anything."""
+        if self._straight is None:
+            return self.forward
+        timed = ["T" in output.axes for output in self.lowered.kernel.outputs]
+        places = enumerate(self._straight.returned)
+        unread = frozenset(place for i, place in places if i not in read and not timed[place])
+        return partial(self._forward, unread)
+
+    def _forward(
+        self,
+        unread: frozenset[int],
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
         frozen = self.frozen or self.settled
-        results = self._run_again(steps, carries, xs, consts, frozen)
+        results = self._run_again(unread, steps, carries, xs, consts, frozen)
         return results or self._run(steps, carries, xs, consts, frozen)
 
     @property
@@ -207,13 +227,17 @@ class Region(nn.Module):
 
     def _run_again(
         self,
+        unread: frozenset[int],
         steps: int,
         carries: Sequence[Tensor],
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
         frozen: bool,
     ) -> tuple[Tensor, ...] | None:
-        """What ``_run`` returns, if the launchable can repeat such a call; in less time."""
+        """What ``_run`` returns, if the launchable can repeat such a call; in less time.
+
+        Outputs ``unread`` of the kernel may hold anything.
+        """
         straight = self._straight
         repeat = getattr(self.launchable, "repeat", None)
         if straight is None or repeat is None:
@@ -223,7 +247,7 @@ class Region(nn.Module):
             return None
         batch = operands[straight.rows[0]][straight.rows[1]].shape[straight.rows[2]]
         tensors = [operands[role][place] for role, place in straight.places]
-        outputs = repeat(tensors, steps, batch, frozen)
+        outputs = repeat(tensors, steps, batch, frozen, unread)
         return None if outputs is None else tuple([outputs[i] for i in straight.returned])
 
     def _batch_of(self, operands: Operands) -> int:

@@ -62,7 +62,12 @@ class SizedLaunchable:
         return launchable(tensors, steps=steps, batch=batch, outputs=outputs, frozen=frozen)
 
     def repeat(
-        self, tensors: Sequence[Tensor], steps: int, batch: int, frozen: bool
+        self,
+        tensors: Sequence[Tensor],
+        steps: int,
+        batch: int,
+        frozen: bool,
+        unread: frozenset[int] = frozenset(),
     ) -> list[Tensor] | None:
         """See ``backend.Repeatable``. None where weights have to be looked at first, too."""
         if not frozen and not self.is_settled and self._rechooser.is_due():
@@ -70,7 +75,7 @@ class SizedLaunchable:
         repeat = getattr(self._by_batch.get(batch), "repeat", None)
         if repeat is None:
             return None
-        outputs: list[Tensor] | None = repeat(tensors, steps, batch, frozen)
+        outputs: list[Tensor] | None = repeat(tensors, steps, batch, frozen, unread)
         return outputs
 
     @property

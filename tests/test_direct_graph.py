@@ -122,3 +122,35 @@ def test_few_and_small_values_are_kept() -> None:
     assert shared([1, MOST_ELEMENTS + 1]) is not shared([1, MOST_ELEMENTS + 1])
     with torch.inference_mode():
         assert not SharedValue(0, torch.float32)([4]).is_inference()
+
+
+class Spikes(WithStates):
+    """Returns its spikes alone."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x)[:1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Spikes, WithStates])
+def test_last_states_that_nobody_reads_are_not_made_anew(kind: type[WithStates]) -> None:
+    model, x = kind().eval(), inputs()
+    _, engine = compiled(model, x)
+    [entry], [region] = engine.entries, engine.compiled.regions.values()
+    operands = entry.calling.operands((x,), {})
+    repeat: Any = region.launchable
+    asked = []
+
+    def watched(*call: Any) -> Any:
+        asked.append(call[4])
+        return type(repeat).repeat(repeat, *call)
+
+    repeat.repeat = watched
+    kept = [entry.forward(*operands) for _ in range(3)]
+    ends = {i for i, o in enumerate(region.lowered.kernel.outputs) if "T" not in o.axes}
+    assert len(ends) == 2
+    assert set(asked) == {frozenset(ends if kind is Spikes else ())}
+    assert len({id(result) for results in kept for result in results}) == 3 * len(model(x))
+    for results in kept:
+        for result, wanted in zip(results, model(x), strict=True):
+            assert torch.equal(result, wanted)

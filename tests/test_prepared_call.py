@@ -183,3 +183,23 @@ def test_a_weight_that_is_packed_twice_is_read_once(monkeypatch: pytest.MonkeyPa
         anew = BACKEND.load(BACKEND.compile(kernel, schedule(kernel, "neurons-per-thread")))
         assert torch.equal(out, anew(tensors, steps=STEPS, batch=BATCH)["out"])
         read.pop()
+
+
+def test_outputs_that_nobody_reads_are_not_made_anew(launch: CppLaunchable) -> None:
+    tensors = data()
+    wanted = launch(tensors, steps=STEPS, batch=BATCH)
+    kernel = launch.kernel
+    given = [tensors[name] for name in [o.name for o in kernel.operands] + ["w_in", "w_rec"]]
+    assert [weight.name for weight in kernel.weights] == ["w_in", "w_rec"]
+    names = [output.name for output in kernel.outputs]
+    unread = frozenset(i for i, output in enumerate(kernel.outputs) if "T" not in output.axes)
+    assert unread and len(unread) < len(names)
+    found = [launch.repeat(given, STEPS, BATCH, False, unread) for _ in range(2)]
+    for i, name in enumerate(names):
+        first, second = (outputs[i] for outputs in found if outputs is not None)
+        assert (first is second) is (i in unread)
+        assert torch.equal(first, wanted[name]) and torch.equal(second, wanted[name])
+    whole = launch.repeat(given, STEPS, BATCH, False)
+    assert whole is not None
+    spares = {id(outputs[i]) for outputs in found if outputs is not None for i in unread}
+    assert all(id(whole[i]) not in spares for i in unread)

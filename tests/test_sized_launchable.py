@@ -78,10 +78,15 @@ class Repeating(Counted):
     """A launchable that repeats every call."""
 
     def repeat(
-        self, tensors: Sequence[Tensor], steps: int, batch: int, frozen: bool
+        self,
+        tensors: Sequence[Tensor],
+        steps: int,
+        batch: int,
+        frozen: bool,
+        unread: frozenset[int] = frozenset(),
     ) -> list[Tensor] | None:
         self.calls += 1
-        return list(tensors)
+        return list(tensors)[len(unread) :]
 
 
 def test_calls_are_repeated_by_what_suits_them_until_weights_are_due() -> None:
@@ -89,7 +94,7 @@ def test_calls_are_repeated_by_what_suits_them_until_weights_are_due() -> None:
     chosen = Chosen(first, lambda steps, batch: plain if batch == 1 else None)
     sized = SizedLaunchable(chosen, timed_at=8)
     one = torch.ones(1)
-    assert sized.repeat([one], 3, 8, False) == [one]
+    assert sized.repeat([one, one], 3, 8, False, frozenset({0})) == [one], "it is told"
     assert sized.repeat([one], 3, 1, False) is None, "nothing has run at this batch"
     sized({}, steps=3, batch=1)
     assert sized.repeat([one], 3, 1, False) is None, "it repeats nothing"
