@@ -142,7 +142,7 @@ def test_groups_of_lanes_meet() -> None:
     assert not needless
 
 
-MAIL = {0.5: ("room for all rows", 6), -9.0: ("room for one", 2)}
+MAIL = {0.5: ("room for all rows", 7), -9.0: ("room for one", 2)}
 
 
 @pytest.mark.parametrize("theta", MAIL, ids=lambda theta: MAIL[theta][0])
@@ -154,9 +154,13 @@ def test_mail_is_complete(theta: float) -> None:
     assert "add_mail" in source.text and "low, high" in source.text
     assert "Parted<3 * SLICE_HIDDEN, 32" in source.text  # the last column lies apart
     assert not objection(case, plan, {}, limits)
+    # It is asked for early, and found where it has been sent to.
+    elsewhere = source.text.replace("[half ? next : now]", "[half ? now : next]")
+    assert elsewhere != source.text
+    assert objection(case, plan, {source.filename: elsewhere}, limits)
     headers = headers_for(source)
     texts = {source.filename: source.text, "mail.cuh": headers["mail.cuh"]}
-    found = list(without_each_barrier(texts, [*ORDERING, "wait"]))
+    found = list(without_each_barrier(texts, [*ORDERING, "wait", "meet_asking"]))
     begin = headers["mail.cuh"].split("for (int row = 0; row < rows; ++row) {")[0].count("\n")
     one_by_one = [m for m in found if m.file == "mail.cuh" and m.line > begin]
     needed = one_by_one if theta < 0 else [m for m in found if m not in one_by_one]

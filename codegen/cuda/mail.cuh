@@ -31,11 +31,13 @@ SPARSIFY_INLINE void send(Mail<ROWS, SLICE>& to, const Slice<NEURONS, SLICE>& mi
   const uint32_t below = (1u << lane_of()) - 1, nearer = next < WARP ? (1u << next) - 1 : ALL;
   uint32_t counts[2][By::WORDS] = {};
   int count = 0;
+  float values[ROWS];  // are read before any is sent: one need not wait for another
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row)
+    values[row] = low + row < high && i < mine.size ? value_of(low + row, i) : 0.0f;
 #pragma unroll
   for (int row = 0; row < ROWS; ++row) {
-    if (low + row >= high) break;
-    const bool here = i < mine.size;
-    const float value = here ? value_of(low + row, i) : 0.0f;
+    const float value = values[row];
     const uint32_t bits = __ballot_sync(ALL, value != 0.0f);
     const int before = __popc(bits & below), near = __popc(bits & nearer), all = __popc(bits);
     if (value != 0.0f) {
@@ -65,18 +67,24 @@ SPARSIFY_INLINE void clear(Mail& mail) {
     Team::publish(mail.events + e, uint64_t(0));
 }
 
-// All threads of the block come to a barrier, and the first warp writes what `write` does, of what the
-// block has computed. It is seen by those who wait. Meanwhile the last thread asks whether all blocks have
-// arrived for the other half: then nobody has to when it is waited for.
-template <class Team, class Write>
-SPARSIFY_INLINE void arrive_with(Team& team, int half, const Write& write) {
+// A barrier of the block. Before it the last thread asks whether all blocks have arrived for the other
+// half: then nobody has to when it is waited for.
+template <class Team>
+SPARSIFY_INLINE void meet_asking(Team& team, int half) {
   const int other = half ^ 1;
-  bool has_come = false;
-  if (threadIdx.x == blockDim.x - 1 && team.has_come(other)) {
+  bool has_come = team.come == other;
+  if (!has_come && threadIdx.x == blockDim.x - 1 && team.has_come(other)) {
     has_come = true;
     __threadfence();
   }
   team.come = __syncthreads_or(has_come) ? other : -1;
+}
+
+// All threads of the block come to a barrier, and the first warp writes what `write` does, of what the
+// block has computed. It is seen by those who wait.
+template <class Team, class Write>
+SPARSIFY_INLINE void arrive_with(Team& team, int half, const Write& write) {
+  meet_asking(team, half);
   if (warp_of() == 0) {
     write();
     __syncwarp();
@@ -171,17 +179,20 @@ SPARSIFY_INLINE void number_mail(MailLists<TEAM, ROWS, SENDERS, ROOM, STRIDE>& l
 }
 
 // The events that a lane puts into lists: 16 lanes have those of a slice, of which each knows the first
-// before it is known how many there are. What nobody has sent is there all the same, see `clear`.
+// before it is known how many there are. What nobody has sent is there all the same, see `clear`. They
+// are asked for as soon as all have come, while neurons of the other half are computed.
 template <class Team, int SENDERS, int ROWS, int SLICE, int WARPS>
 struct Received {
   static constexpr int LANES = WARP / 2, APART = 2 * WARPS, HEARD = (SENDERS + SLICE - 1) / SLICE;
   static constexpr int SLICES = (HEARD + APART - 1) / APART;  // of a lane
   uint64_t first[SLICES];
+  int half = -1;  // that sent them
 
   static SPARSIFY_INLINE int rank(int k) {
     return warp_of() * 2 + lane_of() / LANES + k * APART;
   }
-  SPARSIFY_INLINE explicit Received(const Mail<ROWS, SLICE>* mail) {
+  SPARSIFY_INLINE void ask(const Mail<ROWS, SLICE>* mail, int from) {
+    half = from;
 #pragma unroll
     for (int k = 0; k < SLICES; ++k)
       first[k] = rank(k) < HEARD ? Team::fetch(mail[rank(k)].events + lane_of() % LANES) : 0;
@@ -361,17 +372,19 @@ SPARSIFY_INLINE void add_lists(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weigh
 }
 
 // sums[row][block][i] = sum over the events of payload * weight, as add_groups, of the mail of all slices
-// for rows low .. high - 1, where payloads are what a Value may be. By all WARPS of a block. Returns how
+// for rows low .. high - 1 of a half, where payloads are what a Value may be. By all WARPS of a block. Returns how
 // many events a lane has put into lists.
 template <class Team, int WARPS, class Value, int TEAM, int HELD, int SENDERS, int ROOM, int STRIDE,
           class F, int ROWS, int BLOCKS, int COLUMNS, class Weights, int SLICE>
 SPARSIFY_INLINE int add_mail(F (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
                              MailLists<TEAM, HELD, SENDERS, ROOM, STRIDE>& lists,
-                             const Mail<HELD, SLICE>* mail, int low, int high) {
+                             Received<Team, SENDERS, HELD, SLICE, WARPS>& received,
+                             const Mail<HELD, SLICE>* mail, int half, int low, int high) {
   typedef typename Weights::Stored W;
   static_assert(STRIDE == Weights::GROUPED * int(sizeof(W)), "lists say where weights are");
   constexpr bool IS_EXACT = IS_HALF<W> && IS_HALF<Value>;
-  const Received<Team, SENDERS, HELD, SLICE, WARPS> received(mail);
+  if (received.half != half) received.ask(mail, half);
+  received.half = -1;
   number_mail<Team>(lists, mail);
   __syncthreads();  // it is known where each event belongs
   const int rows = high - low;

@@ -151,7 +151,8 @@ def _clocks_of_sums(
         share = activity.get(events[0].result, 1.0)
         mail = team.mail_of(source, shape)
         if mail is not None:
-            return _clocks_of_mail(mail, grouped, shape, rows, share)
+            meanwhile = cell_clocks(team, shape, rows, phase) if mail.halves > 1 else 0.0
+            return _clocks_of_mail(mail, grouped, shape, rows, share, meanwhile)
         of_block = min(SENDER_BLOCK, senders)
         return told + max(arriving, _clocks_of_groups(grouped, shape, items, of_block, share))
     turns = -(-items // shape.warps)
@@ -242,8 +243,13 @@ def _fours(active: float, together: int, share: float) -> float:
     return max(1.0, longest / AT_ONCE + 0.5)  # the last one is not full
 
 
-def _clocks_of_mail(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share: float) -> float:
-    """Of mail: its parts, between which the warps of a block meet."""
+def _clocks_of_mail(
+    mail: Mail, grouped: Grouped, shape: Shape, rows: int, share: float, meanwhile: float
+) -> float:
+    """Of mail: its parts, between which the warps of a block meet.
+
+    Events have been asked for, and arrive ``meanwhile``; their numbers are asked for afterwards.
+    """
     senders, slices = mail.neurons[1], -(-mail.neurons[1] // mail.slice)
     blocks, several = blocks_of(senders), -(-slices // (2 * shape.warps))
     events = rows * mail.slice * share  # of a slice
@@ -251,7 +257,8 @@ def _clocks_of_mail(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share
     numbered = 1.0 * blocks * (NUMBERED_ISSUED + NUMBERED_ROW_ISSUED * mail.rows)
     numbered += shape.warps * several * SORTED_ISSUED
     turns = -(-blocks // shape.warps)
-    first = max(turns * NUMBERED_CLOCKS, slices * asked / TOLD_BYTES, numbered / ISSUED)
+    arriving = L2_CLOCKS + slices * asked / TOLD_BYTES - meanwhile
+    first = max(L2_CLOCKS + turns * NUMBERED_CLOCKS, arriving, numbered / ISSUED)
     later = max(0.0, events / LANES - 1)  # events that are asked for once their number is known
     sorted_ = shape.warps * several * (1 + later) * SORTED_ISSUED
     sorted_ += words_of(rows * blocks) * PADDED_ISSUED
@@ -264,4 +271,4 @@ def _clocks_of_mail(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share
     added = _added(grouped, items, together, turns, active, share, is_mail=True)
     third = max(added.clocks, added.issued / ISSUED, added.read)
     sending = SENT_CLOCKS * rows / mail.halves  # the other half is computed meanwhile
-    return L2_CLOCKS + first + times * (second + third + 2 * SYNC_CLOCKS) + SYNC_CLOCKS + sending
+    return first + times * (second + third + 2 * SYNC_CLOCKS) + SYNC_CLOCKS + sending

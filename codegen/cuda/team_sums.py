@@ -84,9 +84,10 @@ class TeamSums:
             lists = f"shared.{self.team.lists(self.phase, source, self.shape).name}[warp_of()]"
             w.line(f"    add_groups<{size}>({sums}, {lists}, {span}, source_of);")
         else:
-            told = f"told.{mail.name}_mail[now][{self.span.half}]"
-            types = f"Team, WARPS, {told_type(source)}"
-            w.line(f"    add_mail<{types}>({sums}, shared.{mail.name}_lists, {told}, {span});")
+            told = f"told.{mail.name}_mail[now][{self.span.half}], {self.span.half}"
+            types, received = f"Team, WARPS, {told_type(source)}", f"{mail.name}_received"
+            lists = f"shared.{mail.name}_lists"
+            w.line(f"    add_mail<{types}>({sums}, {lists}, {received}, {told}, {span});")
         counts = "counts" if mail is None else "team.rank == 0"  # a warp, or each lane
         for gather in grouped.gathers:
             w.line(f"if ({counts}) {self.team.counter(gather)} += count;")

@@ -107,6 +107,9 @@ class TeamText:
             halves = range(mail.halves)
             for place in (f"{mail.name}_mail[{p}][{half}]" for p in range(2) for half in halves):
                 w.line(f"clear<Team>(told.{place}[team.rank]);")
+        for mail in team.mails(self.shape):
+            types = f"Team, {mail.neurons[0]}, {mail.rows}, {mail.width}, WARPS"
+            w.line(f"Received<{types}> {mail.name}_received;")
         if self.shape.resident and meets_later:
             w.line("__syncthreads();", "the weights are there")
 
@@ -246,8 +249,21 @@ class TeamText:
             sums.write(source)
         sums.write_wanted()
         if sums.gathers:
-            self.w.line("__syncthreads();", "the sums are there")
+            self._write_sums_there()
         self._write_neurons(self.kernel.phases[index], self.team.symbols.phases[index])
+
+    def _write_sums_there(self) -> None:
+        """Where there is mail, it is asked for that of the other half, if all have come."""
+        w, mails, half = self.w, self.team.mails(self.shape), self.span.half
+        if not mails or self.span is ALL_ROWS:
+            w.line("__syncthreads();", "the sums are there")
+            return
+        w.line(f"meet_asking(team, {half});", "the sums are there")
+        is_sent = f"halves == 2 && ({half} == 0 || {self._is_left})"
+        with w.block(f"if ({is_sent} && team.come == ({half} ^ 1))"):
+            for mail in mails:
+                told = f"told.{mail.name}_mail[{half} ? next : now][{half} ^ 1]"
+                w.line(f"{mail.name}_received.ask({told}, {half} ^ 1);")
 
     @property
     def _is_left(self) -> str:

@@ -12,7 +12,7 @@ using namespace sparsify;
 constexpr int N_HIDDEN = 1350;  // neurons of hidden
 constexpr int BLOCKS = 65;  // of a team
 constexpr int SLICE_HIDDEN = 21;  // neurons of hidden that a block owns
-constexpr int ROWS = 12;  // of the batch that a team carries at once
+constexpr int ROWS = 16;  // of the batch that a team carries at once
 constexpr int WARPS = 16, THREADS = WARPS * WARP;  // of a block
 typedef GridTeam<BLOCKS> Team;
 
@@ -47,19 +47,19 @@ struct HiddenNeuron {
 
 // What the blocks of a team tell each other.
 struct Told {
-  Mail<6, SLICE_HIDDEN> y_mail[2][2][BLOCKS];  // y, those that are active
+  Mail<8, SLICE_HIDDEN> y_mail[2][2][BLOCKS];  // y, those that are active
   float y_values[2][ROWS][N_HIDDEN];  // y; by parity of the step
 };
-static_assert(sizeof(Told) == 397920, "as launched");
+static_assert(sizeof(Told) == 528480, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
   alignas(16) sparsify::float16 y_to_hidden_weights[N_HIDDEN * whole_columns(3 * SLICE_HIDDEN)];  // its slices of r_z, r_r, r_g
   HiddenNeuron own_hidden[ROWS][SLICE_HIDDEN];
   float y_to_hidden_sum[ROWS][blocks_of(N_HIDDEN)][whole_columns(3 * SLICE_HIDDEN)];
-  MailLists<BLOCKS, 6, N_HIDDEN, 384, whole_columns(3 * SLICE_HIDDEN) * int(sizeof(sparsify::float16))> y_lists;
+  MailLists<BLOCKS, 8, N_HIDDEN, 512, whole_columns(3 * SLICE_HIDDEN) * int(sizeof(sparsify::float16))> y_lists;
 };
-static_assert(sizeof(Shared) == 213712, "as launched");
+static_assert(sizeof(Shared) == 227232, "as launched");
 
 // What a neuron of hidden reads of a row, and of a step.
 struct HiddenInputs {
@@ -131,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
   clear<Team>(told.y_mail[0][1][team.rank]);
   clear<Team>(told.y_mail[1][0][team.rank]);
   clear<Team>(told.y_mail[1][1][team.rank]);
+  Received<Team, N_HIDDEN, 8, SLICE_HIDDEN, WARPS> y_received;
   // Batch rows start .. start + rows, through all time steps.
   const int64_t share = (call.batch + team.teams - 1) / team.teams;
   const int64_t group = share < ROWS ? share : ROWS;
@@ -193,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
           };
           if (r_z_finite && r_r_finite && r_g_finite) {
             const int count =
-                add_mail<Team, WARPS, float>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.y_lists, told.y_mail[now][half], low, high);
+                add_mail<Team, WARPS, float>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.y_lists, y_received, told.y_mail[now][half], half, low, high);
             if (team.rank == 0) active[0] += count;
             if (team.rank == 0) active[1] += count;
             if (team.rank == 0) active[2] += count;
@@ -211,7 +212,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
             }
           }
         }
-        __syncthreads();  // the sums are there
+        meet_asking(team, half);  // the sums are there
+        if (halves == 2 && (half == 0 || t + 1 < call.steps) && team.come == (half ^ 1)) {
+          y_received.ask(told.y_mail[half ? next : now][half ^ 1], half ^ 1);
+        }
         // Its neurons of hidden.
         for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
           const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
