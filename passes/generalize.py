@@ -30,6 +30,8 @@ aten = torch.ops.aten
 Dim = tuple[int, int]  # (index of the placeholder, dim)
 SameModule = Callable[[nn.Module, nn.Module], bool]
 MAX_SCALE, MAX_OFFSET = 4, 4  # bounds of formulas with both, and of offsets inside products
+MOST_PARTS = 8  # of a length that a model may cut
+CUTS = (aten.slice.Tensor, aten.select.int)
 REMEDY = "Every new size is recorded anew; kernels that are the same are reused."
 
 
@@ -121,6 +123,8 @@ def _generalize(
         for node in matching
         for index, a, b in _differing_numbers(node, matching)
     }
+    for node, other in pairs:
+        _check_places(node, other)
     graph = _write(first, classes, formulas)
     return Generalized(graph, tuple(shapes), tuple(c.dims for c in classes))
 
@@ -167,6 +171,36 @@ def _check_products(classes: Sequence[_Class]) -> None:
         if n.first * m.first == n.second * m.second:
             sizes = f"{n.first} * {m.first} and {n.second} * {m.second}"
             raise _Differs(f"The sizes have the same product in both recordings: {sizes}.")
+
+
+def _check_places(node: fx.Node, other: fx.Node) -> None:
+    """A part of a size may pass for a constant, or for the size less a constant.
+
+    Lengths of 9 and 10 have the same half, and those of 5 and 6 have halves of 3 less.
+    """
+    if node.target not in CUTS:
+        return
+    source, twin, dim = node.args[0], other.args[0], node.args[1]
+    assert isinstance(source, fx.Node) and isinstance(twin, fx.Node) and isinstance(dim, int)
+    ours, theirs = _shape(source), _shape(twin)
+    if not ours or not theirs or ours[dim] == theirs[dim]:
+        return
+    sizes = ours[dim], theirs[dim]
+    for places in zip(node.args[2:], other.args[2:], strict=False):
+        if places in _parts(*sizes):
+            are = f"{places[0]} and {places[1]} may be parts of the sizes {sizes[0]} and {sizes[1]}"
+            raise _Differs(f"{are}, or follow from them in another way.", node)
+
+
+def _parts(first: int, second: int) -> set[tuple[int, int]]:
+    """A half, a third, ..., rounded down and up, what is left then, and places from the end."""
+    found = set()
+    for divisor in range(2, MOST_PARTS + 1):
+        low, other = first // divisor, second // divisor
+        if min(low, other) > (divisor > 4):  # one step of many is the first or the last one
+            found |= {(low, other), (-low, -other), (first - low, second - other)}
+            found |= {(-(-first // divisor), -(-second // divisor))}
+    return found
 
 
 def _differing_numbers(

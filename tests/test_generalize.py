@@ -128,6 +128,41 @@ def test_a_size_that_may_be_the_last_index_is_refused() -> None:
     assert "more than one way" in refusal(last, ((4, 3), (6, 5))).reason
 
 
+@pytest.mark.parametrize("lengths", [(9, 10), (5, 6), (100, 103)])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x, n: x[n // 2 :],
+        lambda x, n: x[: (n + 1) // 2],
+        lambda x, n: x[n - n // 4 :],
+        lambda x, n: x[-(n // 2) :],
+        lambda x, n: x.transpose(0, 1)[:, n // 2],
+    ],
+)
+def test_lengths_that_are_too_alike_to_tell_what_a_part_is_are_refused(
+    cut: Callable[[Tensor, int], Tensor], lengths: tuple[int, int]
+) -> None:
+    def part(tape: Tape, x: Tensor) -> Tensor:
+        return cut(x, x.size(0)).sum(0)
+
+    first, second = (compiled(part, n, batch) for n, batch in zip(lengths, (3, 3), strict=True))
+    found = generalize(first, second, same_body)
+    if isinstance(found, Generalized):  # a formula of the part itself is right as well
+        for steps in (4, 7, 20):
+            recorded = record(part, steps, 3)
+            assert_same(found.graph(*recorded.operands), recorded.results)
+    else:
+        assert "parts of the sizes" in found.reason or "in no simple way" in found.reason
+
+
+def test_the_last_step_is_no_part_of_a_length() -> None:
+    def ends(tape: Tape, x: Tensor) -> tuple[Tensor, ...]:
+        return x[-1].sin(), x[1].sin(), x[1:].sin()
+
+    found = generalize(compiled(ends, 9, 3), compiled(ends, 10, 3), same_body)
+    assert isinstance(found, Generalized), found
+
+
 def test_sizes_of_the_same_product_are_refused() -> None:
     def rows(tape: Tape, x: Tensor) -> Tensor:
         return x.view(x.size(0) * x.size(1), -1)
