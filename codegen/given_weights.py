@@ -81,6 +81,17 @@ def gathers_ahead(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:
     return frozenset(g.result for g in kernel.gathers if g.source not in late)
 
 
+def kept_ahead(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:
+    """The same of events through weights that are kept, whatever others read."""
+    timed = {operand.name for operand in kernel.operands if "T" in operand.axes}
+    how = dict(schedule.gathers)
+    return frozenset(
+        g.result
+        for g in kernel.gathers
+        if is_kept(schedule, g) and how[g.result] == "event" and not g.only and g.source in timed
+    )
+
+
 def whole_values(kernel: ir.Kernel, schedule: ir.Schedule) -> ir.Schedule:
     """``schedule`` with those Gathers dense that read values as a dense product does: restricted
     ones whose weights are kept.

@@ -29,6 +29,7 @@ class KernelText(ABC):
         self.usage = find_usage(kernel, whole_values(kernel, schedule))
         self.weights = given_weights(kernel, schedule)
         self.ahead: frozenset[str] = frozenset()  # results that are computed before their step
+        self.kept_ahead: frozenset[str] = frozenset()  # the same through weights that are kept
 
     @abstractmethod
     def places(self) -> Places:
@@ -162,7 +163,8 @@ class KernelText(ABC):
         gathers = phase.gathers
         kept = [g for g in gathers if is_kept(self.schedule, g)]
         for gather in kept:
-            self._write_kept(gather, begin, end)
+            if gather.result not in self.kept_ahead:
+                self.write_kept(gather, begin, end)
         with self.w.block(f"for (int64_t first = {begin}; first < {end}; first += TILE)"):
             for gather in gathers:
                 if gather not in kept and gather.result not in self.ahead:
@@ -211,7 +213,7 @@ class KernelText(ABC):
         given = next(g for g in self.weights if g.weight.name == gather.weight and g.by == by)
         return f"call.{given.name(self.symbols)}"
 
-    def _write_kept(self, gather: ir.Gather, begin: str, end: str) -> None:
+    def write_kept(self, gather: ir.Gather, begin: str, end: str) -> None:
         """All sums of a thread through weights that are kept one by one or in runs."""
         source = self.usage.sources[gather.source]
         weight = self.kernel.weight(gather.weight)

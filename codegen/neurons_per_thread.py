@@ -14,7 +14,7 @@ from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
-from sparsify.codegen.given_weights import gathers_ahead, shared_bands
+from sparsify.codegen.given_weights import gathers_ahead, kept_ahead, shared_bands
 from sparsify.codegen.kernel_text import KernelText
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import (
@@ -101,6 +101,7 @@ class _SharedText(KernelText):
         super().__init__(kernel, schedule, tile)
         if self.usage.of_kind("state"):
             self.ahead = gathers_ahead(kernel, schedule)
+            self.kept_ahead = kept_ahead(kernel, schedule)
 
     def render(self, entry: str) -> str:
         self.mine = {
@@ -235,6 +236,8 @@ class _SharedText(KernelText):
                 loop = f"for (int64_t first = {mine}.begin; first < {mine}.end; first += TILE)"
                 with self.w.indented(loop):
                     self.write_gather(gather)
+            elif gather.result in self.kept_ahead:
+                self.write_kept(gather, f"{mine}.begin", f"{mine}.end")
 
     def _write_unpack(self, sources: list[Source]) -> None:
         for source in sources:

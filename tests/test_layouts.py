@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
+from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
@@ -178,6 +179,24 @@ def test_halves(dtype: ir.DType, layout: ir.Layout) -> None:
         plan = replace(schedule(half, "rows-per-thread", how), layouts=(("w", layout),))
         tensors = {"x": torch.from_numpy(x), "w": torch.from_numpy(w).to(TORCH_DTYPES[dtype])}
         assert_same_bits(load(half, plan)(tensors, steps=2, batch=9)["out"], wanted, how)
+
+
+@pytest.mark.parametrize("kind", ["compressed-rows", "block-rows"])
+def test_threads_add_what_inputs_send_before_they_meet(kind: ir.LayoutKind) -> None:
+    """That sums are the same is in ``test_recurrent_lif``."""
+    kernel = lif(70, 300)
+    layouts = tuple(
+        (w.name, ir.Layout(kind, 16 if kind == "block-rows" else 1)) for w in kernel.weights
+    )
+    plan = replace(schedule(kernel, "neurons-per-thread"), layouts=layouts)
+    before, after = (
+        CppBackend().render(kernel, plan).text.split("// all have finished the step before")
+    )
+    first, second = (gather.result for gather in kernel.gathers)
+    assert f"gather_kept_events(own.{first}_sum" in before
+    assert f"gather_kept_events(own.{first}_sum" not in after
+    assert f"gather_kept_events(own.{second}_sum" not in before
+    assert f"gather_kept_events(own.{second}_sum" in after
 
 
 def test_a_weight_that_is_pruned_on_is_packed_anew() -> None:
