@@ -27,8 +27,13 @@ def measured(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[Any
     bench: Any = importlib.import_module("pruned_recurrent")
     cases: list[Any] = []
     grids: list[int] = []
+
+    def measure_grid(hidden: int, *_: object) -> list[Any]:
+        grids.append(hidden)
+        return []
+
     monkeypatch.setattr(bench, "measure", lambda case, rounds: cases.append(case))
-    monkeypatch.setattr(bench, "measure_grid", lambda hidden, *_: grids.append(hidden) or [])
+    monkeypatch.setattr(bench, "measure_grid", measure_grid)
     bench.main(list(arguments))
     return cases, grids
 
