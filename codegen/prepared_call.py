@@ -21,6 +21,10 @@ NO_MEMORY, WRITTEN = 1, 2  # an Outcome of prepared_call.h
 MOST_SPARE = 2**14  # elements: making a larger tensor takes no time beside the call
 
 
+Spared = tuple[list[torch.Tensor], list[int], list[tuple[int, torch.Tensor]]]
+"""Outputs and their addresses; in some places new tensors are made like others."""
+
+
 class Native(ctypes.Structure):
     """The ``Prepared`` of prepared_call.h."""
 
@@ -111,7 +115,7 @@ class Prepared:
         self._packed = [each.address for each in packings]
         self._pack = struct.Struct(f"{len(operands) + len(packings) + len(examples)}Q").pack
         self._asked: tuple[Sequence[bytes], bytes] = (), b""  # questions, and all of them as one
-        self._spares: dict[frozenset[int], list[torch.Tensor | None]] = {}
+        self._spared: dict[frozenset[int], Spared] = {}
 
     def __call__(
         self,
@@ -153,9 +157,13 @@ class Prepared:
         questions = b"" if looked is None else self._questions(tensors, looked, kept)
         if questions is None:
             return None
-        outputs = self._outputs(unread)
+        outputs, addresses, made = self._spared.get(unread) or self._spare(unread)
+        outputs, addresses = outputs.copy(), addresses.copy()
+        for place, example in made:
+            outputs[place] = output = empty_like(example)
+            addresses[place] = output.data_ptr()
         pointers[self._operands :] = self._packed
-        pointers += [output.data_ptr() for output in outputs]
+        pointers += addresses
         if self.launch(pointers, questions):
             return outputs
         # A weight may have been written to: if it holds the same, this was for nothing.
@@ -164,18 +172,15 @@ class Prepared:
         self.launch(pointers)
         return outputs
 
-    def _outputs(self, unread: frozenset[int]) -> list[torch.Tensor]:
-        """New tensors, and small ones that are kept for what nobody reads."""
-        if not unread:
-            return [empty_like(example) for example in self.examples]
-        spares = self._spares.get(unread)
-        if spares is None:
-            spares = self._spares[unread] = [
-                empty_like(e) if i in unread and e.numel() <= MOST_SPARE else None
-                for i, e in enumerate(self.examples)
-            ]
-        pairs = zip(self.examples, spares, strict=True)
-        return [empty_like(e) if spare is None else spare for e, spare in pairs]
+    def _spare(self, unread: frozenset[int]) -> Spared:
+        """Small tensors that are kept for what nobody reads, and what is to be made anew."""
+        places = enumerate(self.examples)
+        is_spare = [i in unread and e.numel() <= MOST_SPARE for i, e in places]
+        pairs = list(zip(self.examples, is_spare, strict=True))
+        outputs = [empty_like(e) if spare else e for e, spare in pairs]
+        made = [(i, e) for i, (e, spare) in enumerate(pairs) if not spare]
+        found = self._spared[unread] = outputs, [o.data_ptr() for o in outputs], made
+        return found
 
     def launch(self, pointers: Sequence[int], questions: bytes = b"") -> bool:
         """Run the kernel; whether all ``questions`` whether weights are unwritten found so.
