@@ -260,6 +260,10 @@ class Engine:
             before.put_back()  # the recording holds for the state that it started from
             if recorded.guard.matches(args, kwargs):
                 self._try_adopt(recorded, args, kwargs)
+            else:
+                changed = recorded.guard.explain(args, kwargs)
+                what = f"forward changes what its recording depends on: {changed}"
+                self._give_up(TraceError(what, may_settle=True), args, kwargs)
         except TraceError as error:
             self._give_up(error, args, kwargs)
         finally:

@@ -336,6 +336,30 @@ def test_state_that_starts_as_none_goes_on_after_the_first_recording() -> None:
     assert engine_of(fast).recordings == 2
 
 
+class WritesItsArgument(nn.Module):
+    """Its argument becomes a result of the weights, which cannot be undone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+
+    def forward(self, x: Tensor, votes: Tensor) -> Tensor:
+        return votes.add_(self.net(x).sum(0))
+
+
+def test_a_call_that_cannot_be_tried_again_is_given_up_with_a_reason() -> None:
+    model = WritesItsArgument()
+    fast = sparsify(model, timing=False)
+    x = spikes(5, 3)
+    assert torch.equal(fast(x, torch.zeros(3, 4)), model(x, torch.zeros(3, 4)))
+    with pytest.warns(UserWarning, match="votes did not require gradients and does now"):
+        assert torch.equal(fast(x, torch.zeros(3, 4)), model(x, torch.zeros(3, 4)))
+    assert "votes did not require gradients" in str(engine_of(fast).report)
+    with torch.no_grad():
+        assert torch.equal(fast(x, torch.zeros(3, 4)), model(x, torch.zeros(3, 4)))
+    assert engine_of(fast).recordings == 1
+
+
 def test_calls_without_gain_are_recognised_and_keep_their_reason() -> None:
     model = StepNet().eval()
     fast = sparsify(model)
