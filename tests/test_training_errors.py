@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsify.api import sparsify
 from sparsify.errors import SparsifyError
 from sparsify.plan import Plan
 from tests.training_harness import (
@@ -181,3 +183,44 @@ def test_integer_inputs() -> None:
     assert got["input"] is None
     assert_same_gradients(got, gradients_of(entry.model(), counts))
     assert_trained(fast, entry.sites)
+
+
+class Clamped(nn.Module):
+    """Keeps its weights within limits, as forward begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(IN, HIDDEN)
+        self.rec = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.rec.weight.clamp_(-0.125, 0.125).fill_diagonal_(0)
+        v = spiked = x.new_zeros(x.shape[1], HIDDEN)
+        spikes = []
+        for x_t in x:
+            v = 0.5 * v + self.inp(x_t) + self.rec(spiked)
+            spiked = FastSigmoid.apply(v - 0.25)
+            spikes.append(spiked)
+        return torch.stack(spikes)
+
+
+def test_weights_that_are_clamped_in_forward_are_trained() -> None:
+    torch.manual_seed(0)
+    model = Clamped()
+    again = copy.deepcopy(model)
+    fast = sparsify(model, timing=False, strict=True)
+    for seed in (1, 2):
+        x = (torch.rand(6, 3, IN, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
+        for module in (fast, again):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        torch.testing.assert_close(dict(model.named_parameters()), dict(again.named_parameters()))
+        for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+            assert theirs.grad is not None
+            # 6 * 3 terms, each a sum of at most 48 products, in another order: 864 * 6e-8 of them
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *again.parameters()):
+                parameter *= 2  # beyond the limits
+    assert fast.kernels

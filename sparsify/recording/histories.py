@@ -221,7 +221,8 @@ class Histories:
         if value.detached or before not in self._present:
             value.detached = True
             return content
-        return self._emit(WRITTEN_UNSEEN, (content, before, content), {}, value.info)
+        unseen = self.detach(content)  # else autograd would ask for what made it, too
+        return self._emit(WRITTEN_UNSEEN, (content, before, unseen), {}, value.info)
 
 
 def _behind(node: fx.Node) -> fx.Node:
