@@ -39,9 +39,9 @@ MIB = 2**20
 class Result:
     """One network pruned by ``fraction``; ``ms`` and ``operations`` are of a call with one row.
 
-    ``weight_mib`` is what the model's weights take, and what those of kernels take as these read
-    them; ``score`` is that of held-out data, ``activity`` the share of units that fired, and
-    ``trained_seconds`` what training on took, with pruning and compiling.
+    ``weight_mib`` is what the model's weights take, and what they take as kernels read them, or
+    torch where it computes a product. ``score`` is that of held-out data, ``activity`` the share of
+    units that fired, and ``trained_seconds`` what training on took, with pruning and compiling.
     """
 
     task: str
@@ -75,7 +75,7 @@ def measure(
             fast[way] = _compiled(model, x, names, *pinned)
             fast[way](x)
             read = {address: size for address, size in _packed().items() if address not in before}
-            weight_mib[way] = sum(read.values()) / MIB
+            weight_mib[way] = (sum(read.values()) + _left_to_torch(fast[way], model)) / MIB
         functions: dict[str, Callable[[Tensor], Any]] = {EAGER: model, **fast}
         timings = measure_pairs(functions, ROUNDS, inputs=[x])
     counts = [_operations(site) for site in fast["both"].report.sites]
@@ -103,6 +103,13 @@ def _packed() -> dict[int, int]:
             tiles = each.current.packed.tiles
             found[tiles.data_ptr()] = tiles.nbytes
     return found
+
+
+def _left_to_torch(fast: Any, model: nn.Module) -> int:
+    """Bytes of the weights that no kernel reads; a ``Pruner`` keeps them as ``weight_orig``."""
+    left = {site.name.split("#")[0] for site in fast.report.sites if not site.region}
+    whole = {f"{name}.{weight}" for name in left for weight in ("weight", "weight_orig")}
+    return sum(p.nbytes for name, p in model.named_parameters() if name in whole)
 
 
 def _operations(site: Site) -> dict[str, float]:
