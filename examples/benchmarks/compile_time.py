@@ -125,7 +125,7 @@ def measure(size: Size) -> Times:
     watch = Stopwatch()
     with torch.set_grad_enabled(is_trained), watch.watching():
         start = time.perf_counter()
-        fast = sparsify.sparsify(model, x)
+        fast: Any = sparsify.sparsify(model, x)
         total = time.perf_counter() - start
         assert fast.compiled.kernels, "nothing was compiled, so nothing is measured"
         eager = min(seconds(run) for _ in range(EAGER_CALLS))
