@@ -35,6 +35,7 @@ class PendingCheck:
 
     def __init__(self, model: nn.Module, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         self._call = model, recording, args, kwargs
+        self._held = recording.guard.matches(args, kwargs)
         self._repetition: Repetition | None = None
         self.seconds = 0.0
         self._is_trained = needs_grad(recording.calling.operands(args, kwargs))
@@ -52,7 +53,7 @@ class PendingCheck:
     def run(self, compilers: int = 0) -> None:
         """Compare them unless that was done; ``compilers`` are how many cores have other work.
 
-        Raises TraceError if the recording does not repeat the model.
+        Raises TraceError if the recording does not repeat the model, or passes changed its state.
         """
         if self._repetition is None:
             self._repetition = self._repeat(compilers)
@@ -60,6 +61,7 @@ class PendingCheck:
             raise TraceError(f"the recording does not repeat the model: {self._repetition.differs}")
 
     def _repeat(self, compilers: int) -> Repetition:
+        self._check_state()
         every = torch.get_num_threads()
         count = max(1, every - compilers)
         # One thread's own time is not that in which it waited for a core.
@@ -69,6 +71,16 @@ class PendingCheck:
         # More threads would have made it faster by their number, at most.
         self.seconds = repetition.seconds * count / every
         return repetition
+
+    def _check_state(self) -> None:
+        """Raise TraceError if the model's own backward, which passes trace, changed Python state.
+
+        What it changes when it runs in the check is found there.
+        """
+        _, recording, args, kwargs = self._call
+        if self._held and not recording.guard.matches(args, kwargs):
+            changed = recording.guard.explain(args, kwargs)
+            raise TraceError(f"its backward changes Python state: {changed}")
 
 
 @contextmanager

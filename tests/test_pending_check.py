@@ -225,3 +225,33 @@ def test_beside_compilers_only_the_time_of_the_thread_counts() -> None:
         beside.run(1)
         alone.run()
     assert 0 < beside.seconds < 0.3 <= alone.seconds
+
+
+@pytest.mark.parametrize("when", ["in passes", "in the check"])
+def test_a_backward_that_changes_python_state_is_refused_whenever_it_runs(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    ran = {"count": 0}
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, above: Tensor) -> Tensor:
+            return (above > 0).to(above.dtype)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            ran["count"] += 1
+            return gradient
+
+    class Net(Recurrent):
+        def forward(self, x: Tensor) -> Tensor:
+            v = spikes = x.new_zeros(x.shape[1], 6)
+            for x_t in x:
+                v = 0.9 * v + self.inp(x_t) + self.rec(spikes)
+                spikes = Counted.apply(v - 1)  # type: ignore[no-untyped-call]
+            return spikes
+
+    if when == "in the check":
+        monkeypatch.setattr(pending_check, "MOST_OPERATIONS", 0)
+    with pytest.raises(TraceError, match=r"its backward changes Python state: .*was 0 and is now"):
+        sparsify(Net(), X, timing=False)
