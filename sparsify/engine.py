@@ -306,8 +306,6 @@ class Engine:
             check.run()
         operands = recording.calling.operands(args, kwargs)
         is_trained = needs_grad(operands)
-        self.recordings += 1
-        self._refused = None
         compiler = self._compilers.serving((str(i), t) for i, t in enumerate(operands))
         if isinstance(compiler, Refusal):
             raise TraceError(f"{compiler.reason} {compiler.remedy}")
@@ -318,6 +316,8 @@ class Engine:
         with explained_by(check.run), autocast_off():
             compiled = compiler.compile(recording, operands, plan, earlier, check)
         check.run()
+        self.recordings += 1
+        self._refused = None
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
