@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations
 from typing import Any
 
@@ -36,15 +36,34 @@ REMEDY = "Every new size is recorded anew; kernels that are the same are reused.
 
 
 @dataclass(frozen=True)
+class _Formula:
+    """``scale * n + offset``, or ``scale * n * (m + shift)``; ``factors`` index the classes."""
+
+    factors: tuple[int, ...]
+    scale: int
+    offset: int
+    shift: int = 0
+
+    def of(self, sizes: Sequence[int]) -> int:
+        """Its value where the classes have these sizes."""
+        first, *others = (sizes[index] for index in self.factors)
+        product = first * (others[0] + self.shift) if others else first
+        return self.scale * product + self.offset
+
+
+@dataclass(frozen=True)
 class Generalized:
     """A graph for all sizes of ``classes``: the dims of one class must have equal sizes.
 
-    ``shapes`` are the placeholders' shapes in the first recording; other dims keep their sizes.
+    ``shapes`` are the placeholders' shapes in the first recording, whose graph is ``first``; other
+    dims keep their sizes. ``formulas`` give those integers of ``first`` that depend on sizes.
     """
 
     graph: fx.GraphModule
     shapes: tuple[tuple[int, ...], ...]
     classes: tuple[tuple[Dim, ...], ...]
+    first: fx.GraphModule = field(repr=False)
+    formulas: Mapping[tuple[fx.Node, int], _Formula] = field(repr=False)
 
     @property
     def varying(self) -> frozenset[Dim]:
@@ -67,15 +86,32 @@ class Generalized:
                 return f"the sizes {sorted(sizes)} of one class must be equal and not zero"
         return None
 
+    def why_unlike(self, third: fx.GraphModule, same_module: SameModule) -> str | None:
+        """Why ``graph`` is not what a third recording gave for its sizes; None if it is.
 
-@dataclass(frozen=True)
-class _Formula:
-    """``scale * n + offset``, or ``scale * n * (m + shift)``; ``factors`` index the classes."""
-
-    factors: tuple[int, ...]
-    scale: int
-    offset: int
-    shift: int = 0
+        Two recordings do not show what a model does from some size on.
+        """
+        try:
+            pairs = _pair_nodes(self.first, third, same_module)
+            places = [node for node, _ in pairs if node.op == "placeholder"]
+            matching = dict(pairs)
+            shapes = [_shape(matching[place]) for place in places]
+            reason = self.why_miss(shapes)
+            if reason is not None:
+                return reason
+            differing = {
+                (node, index): (a, b)
+                for node in matching
+                for index, a, b in _differing_numbers(node, matching)
+            }
+        except _Differs as differs:
+            return str(differs)
+        ours, theirs = ([s[i][d] for (i, d), *_ in self.classes] for s in (self.shapes, shapes))
+        formulas = self.formulas.items()
+        expected = {key: (f.of(ours), f.of(theirs)) for key, f in formulas}
+        if {key: pair for key, pair in expected.items() if pair[0] != pair[1]} != differing:
+            return "Sizes enter in another way than in two other recordings."
+        return None
 
 
 @dataclass(frozen=True)
@@ -126,7 +162,8 @@ def _generalize(
     for node, other in pairs:
         _check_places(node, other)
     graph = _write(first, classes, formulas)
-    return Generalized(graph, tuple(shapes), tuple(c.dims for c in classes))
+    dims = tuple(c.dims for c in classes)
+    return Generalized(graph, tuple(shapes), dims, first, formulas)
 
 
 def _pair_nodes(

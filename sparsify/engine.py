@@ -20,7 +20,7 @@ from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
-from sparsify.entry import Entry, find_thinned, with_entry
+from sparsify.entry import Entry, find_thinned
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
 from sparsify.failures import (
     OUT_OF_MEMORY,
@@ -35,6 +35,7 @@ from sparsify.free_memory import free_memory
 from sparsify.keep_state import Snapshot
 from sparsify.kernel_views import KernelView, view_kernels
 from sparsify.layout import Layout
+from sparsify.merge_entries import with_entry
 from sparsify.notices import Misses, Notices
 from sparsify.options import Options, is_disabled
 from sparsify.pending_check import PendingCheck
@@ -47,6 +48,7 @@ from sparsify.report import Report, Site
 from sparsify.settle import settled
 from sparsify.uncollected import seldom_collected
 
+CONFIRMED = "sizes beyond those that were recorded are recorded once: the model does the same there"
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
@@ -76,6 +78,7 @@ class Engine:
         self._notices = Notices(type(model).__name__)
         self._misses = Misses()
         self.recordings = 0
+        self.confirmations = 0  # recordings that were what a graph for all sizes is
         self._refused: Refusal | None = None  # why nothing can be compiled for now
         self._given_up: Refusal | None = None  # why nothing more will be recorded
         self._unsettled: set[object] = set()  # keys of calls that changed state, to be tried again
@@ -316,7 +319,6 @@ class Engine:
         with explained_by(check.run), autocast_off():
             compiled = compiler.compile(recording, operands, plan, earlier, check)
         check.run()
-        self.recordings += 1
         self._refused = None
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
@@ -328,7 +330,12 @@ class Engine:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))
         self._plans.adopt(backend, compiled.plan, is_trained)
-        self.entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
+        entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
+        if entries is self.entries:
+            self.confirmations += 1
+            self._notices.note(CONFIRMED)
+        else:
+            self.entries, self.recordings = entries, self.recordings + 1
         for reason in apart:
             self._notices.note(f"sizes are compiled one by one: {reason}")
         if self.options.strict and (refusal := first_refusal(compiled.sites)) is not None:
@@ -342,7 +349,7 @@ class Engine:
         return compiler.binaries.backend.why_unavailable() or why_observed(self.original)
 
     def _why_too_many(self, args: Args, kwargs: Kwargs) -> Refusal | None:
-        if not self.entries:
+        if not self.entries or any(e.may_confirm(args, kwargs) for e in self.entries):
             return None
         reason = self.entries[-1].why_miss(args, kwargs)
         self._notices.note(f"recorded again: {reason}")

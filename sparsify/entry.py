@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsify.autocast import autocast_off, is_any_on
-from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.backend import Backend
-from sparsify.compiled import Compiled, Stage
+from sparsify.compiled import Compiled
 from sparsify.direct_graph import direct
-from sparsify.errors import Refusal
+from sparsify.general_modules import GeneralModules
 from sparsify.graph_meta import Source
-from sparsify.keep_weights import compute_weights, keep_weights
 from sparsify.layout import Layout
-from sparsify.outer_product import OuterProduct
-from sparsify.passes.backward_graph import has_time
-from sparsify.passes.generalize import generalize
+from sparsify.passes.generalize import Generalized
 from sparsify.plan import GRADIENT, Plan
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
-from sparsify.region import Region
-from sparsify.scan import Scan
-from sparsify.scans import find_regions, with_modules, without_kernels
 from sparsify.stored_weights import StoredWeights
-from sparsify.trained_region import TrainedRegion
 from sparsify.training_step import requirement
 
-aten = torch.ops.aten
-# What these do depends on whether a size is 1.
+MOST_REFUTED = 8  # sizes that are unlike others, after which new ones are misses like all
 # Why another size may have a kernel: one step of a network reads states that are zeros yet.
 SIZE_DECIDES = {"no-gain", "no-event", "not-rolled"}
-SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
 class Entry:
     """Serves the calls that ``guard`` matches and whose operands ``layout`` takes.
 
     ``takes_all``: whatever the sizes, the original runs. ``required`` says which operands require
-    grad; empty for calls without gradients.
+    grad; empty for calls without gradients. ``origin`` is what one for all sizes was made of.
     """
 
-    def __init__(self, compiled: Compiled, operands: Sequence[Tensor], layout: Layout) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        operands: Sequence[Tensor],
+        layout: Layout,
+        origin: Origin | None = None,
+    ) -> None:
         self.compiled = compiled
         self.guard: Guard = compiled.recording.guard
         self.calling: Calling = compiled.recording.calling
@@ -53,7 +49,9 @@ class Entry:
         codes = {site.code for site in compiled.sites}
         self.takes_all = compiled.runs_original and bool(codes) and not codes & SIZE_DECIDES
         self.forward = direct(compiled.graph)
-        kinds = [source.kind if source else "" for source in _sources(compiled)]
+        self.origin = origin
+        self.refuted = 0  # recordings of other sizes that were not what this is there
+        kinds = [source.kind if source else "" for source in sources(compiled)]
         self.weights = StoredWeights(compiled.stages[0].graph)
         self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
 
@@ -80,6 +78,16 @@ class Entry:
     def serves(self, operands: Sequence[Tensor]) -> bool:
         return self.required == requirement(operands) and self.layout.serves(operands)
 
+    def is_beyond(self, operands: Sequence[Tensor]) -> bool:
+        """Whether another recording may show that this serves these sizes, too."""
+        return self.required == requirement(operands) and self.layout.is_beyond(operands)
+
+    def may_confirm(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether a recording of this call may only widen the sizes that are served."""
+        if self.refuted >= MOST_REFUTED or not self.guard.matches(args, kwargs):
+            return False
+        return self.is_beyond(self.calling.operands(args, kwargs))
+
     def run(self, operands: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         if not is_any_on():
             return self.calling.deliver(self.forward(*operands), args, kwargs)
@@ -101,6 +109,15 @@ class Entry:
 
     def _placeholders(self) -> list[fx.Node]:
         return [n for n in self.compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an entry for all sizes was made of: the first recording's, and what depends on sizes."""
+
+    first: Entry
+    found: Generalized
+    modules: GeneralModules
 
 
 def stand_ins(entry: Entry) -> list[str]:
@@ -133,189 +150,7 @@ def find_thinned(
     return None, {}
 
 
-def with_entry(
-    entries: tuple[Entry, ...], new: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs
-) -> tuple[tuple[Entry, ...], list[str]]:
-    """``entries`` and ``new``, which was compiled for this call, or one for all sizes for two.
-
-    Also returns why those for other sizes were not put together with it.
-    """
-    apart: list[str] = []
-    for old in entries:
-        if old.is_general or not old.guard.matches(args, kwargs):
-            continue
-        if _sources(old.compiled) != _sources(new.compiled):
-            apart.append("one of the two reads tensors that the other does not")
-            continue
-        if not old.layout.differs_in_sizes_only(operands):
-            continue
-        merged = merge(old, new, operands)
-        if isinstance(merged, Entry):
-            return tuple(merged if entry is old else entry for entry in entries), apart
-        apart.append(merged)
-    return (*entries, new), apart
-
-
-def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | str:
-    """One entry for the sizes of both and all others, or why there is none.
-
-    ``operands`` are those of ``second``.
-    """
-    if first.compiled.runs_original and second.compiled.runs_original:
-        second.takes_all = True  # no gain at two sizes: no third one is tried
-        return second
-    reason = _why_not_merge(first, second)
-    if reason:
-        return reason
-    ours, theirs = first.compiled, second.compiled
-    general = GeneralModules()
-    plain = compute_weights(ours.graph)
-    found = generalize(plain, compute_weights(theirs.graph), general.same_module)
-    if isinstance(found, Refusal):
-        return str(found)
-    graph = with_modules(found.graph, general.replacing(found.graph))
-    if not first.required:
-        graph = keep_weights(graph, first.calling.changing, first.backend.name)
-    compiled = replace(
-        ours,
-        stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),
-        regions=find_regions(graph),
-    )
-    least = 2 if any(n.target in SQUEEZES for n in graph.graph.nodes) else 1
-    return Entry(compiled, operands, Layout(operands, found.classes, least))
-
-
-def _general_stages(stages: Sequence[Stage], graph: fx.GraphModule) -> list[Stage]:
-    """The graph for all sizes, with Scans and with Regions."""
-    before, last = stages
-    general = "one graph for all sizes, from two recordings"
-    return [
-        Stage(before.name, without_kernels(graph), before.done, before.declined),
-        Stage(last.name, graph, (*last.done, general), last.declined),
-    ]
-
-
-class GeneralModules:
-    """Makes modules for all sizes from those that two recordings call in the same place."""
-
-    def __init__(self) -> None:
-        self.made: dict[nn.Module, nn.Module] = {}
-
-    def same_module(self, first: nn.Module, second: nn.Module) -> bool:
-        made = general_module(first, second)
-        if made is not None:
-            self.made[first] = made
-        return made is not None
-
-    def replacing(self, graph: fx.GraphModule) -> dict[str, nn.Module]:
-        return {n: self.made[m] for n, m in graph.named_children() if m in self.made}
-
-
-def general_module(first: nn.Module, second: nn.Module) -> nn.Module | None:
-    """A module that runs in the place of both, for other sizes too; None if there is none."""
-    if isinstance(first, Scan) and isinstance(second, Scan):
-        return _general_scan(first, second)
-    if isinstance(first, TrainedRegion) and isinstance(second, TrainedRegion):
-        return _general_trained(first, second)
-    if isinstance(first, OuterProduct) and isinstance(second, OuterProduct):
-        is_same = (first.event, first.senders) == (second.event, second.senders)
-        return first if is_same else None
-    if isinstance(first, ChunkedScan) and isinstance(second, ChunkedScan):
-        return _general_chunked(first, second)
-    if not isinstance(first, Region) or not isinstance(second, Region):
-        return None
-    schedules = (first.launchable.schedule, second.launchable.schedule)
-    scan = _general_scan(first.scan, second.scan)
-    if scan is None or first.lowered != second.lowered or schedules[0] != schedules[1]:
-        return None
-    return Region(scan, first.lowered, first.launchable)
-
-
-def _general_trained(first: TrainedRegion, second: TrainedRegion) -> TrainedRegion | None:
-    roles = [
-        (m.required, m.parts.inputs, m.parts.outputs, m.parts.reaches, m.links)
-        for m in (first, second)
-    ]
-    scan = _general_scan(first.scan, second.scan)
-    run = general_module(first.run, second.run)
-    general = GeneralModules()
-    found = generalize(first.backward, second.backward, general.same_module)
-    if roles[0] != roles[1] or scan is None or isinstance(found, Refusal):
-        return None
-    if not has_time(first.parts.inputs, scan.carries) and _steps(first) != _steps(second):
-        return None  # nothing tells the gradient for how many steps it is asked
-    if not isinstance(run, (Scan, Region)):
-        return None
-    backward = with_modules(found.graph, general.replacing(found.graph))
-    forward = run.scan if isinstance(run, Region) else run
-    parts = replace(first.parts, forward=forward, backward=without_kernels(backward))
-    return TrainedRegion(scan, parts, first.required, run, backward, first.links)
-
-
-def _steps(region: TrainedRegion) -> list[object]:
-    """How many steps the loops of a gradient run."""
-    graph = region.backward
-    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
-    return [
-        node.args[0]
-        for node in calls
-        if not isinstance(graph.get_submodule(str(node.target)), OuterProduct)
-    ]
-
-
-def _general_chunked(first: ChunkedScan, second: ChunkedScan) -> ChunkedScan | None:
-    run = general_module(first.run, second.run)
-    products = [general_module(*p) for p in zip(first.products, second.products, strict=False)]
-    if first.reads != second.reads or None in products or not isinstance(run, (Scan, Region)):
-        return None
-    return first.with_run(run)
-
-
-def _general_scan(first: Scan, second: Scan) -> Scan | None:
-    counts = (first.carries, first.xs, first.consts)
-    if (*counts, first.reverse) != (second.carries, second.xs, second.consts, second.reverse):
-        return None
-    if first.body.code == second.body.code and _targets(first) == _targets(second):
-        return first
-    body = generalize(first.body, second.body, _never)
-    if isinstance(body, Refusal):
-        return None
-    return Scan(body.graph, *counts, first.location, first.reverse)
-
-
-def _targets(scan: Scan) -> list[object]:
-    """The operations of a step; the code does not show the arguments of autograd Functions."""
-    return [node.target for node in scan.body.graph.nodes]
-
-
-def _never(first: nn.Module, second: nn.Module) -> bool:
-    """Bodies call no modules."""
-    return False
-
-
-def _why_not_merge(first: Entry, second: Entry) -> str:
-    if first.compiled.runs_original or second.compiled.runs_original:
-        return "one of the two runs the original operations"
-    if first.required != second.required:
-        return "other tensors require grad"
-    if _leaves(first) != _leaves(second):
-        return "the model returns other values that are no tensors"
-    if first.constants.keys() != second.constants.keys():
-        return "the recordings have other constants"
-    for index, constant in first.constants.items():
-        other = second.constants[index]
-        if constant.dtype != other.dtype or not torch.equal(constant, other):
-            return "a constant tensor depends on the sizes"
-    return ""
-
-
-def _leaves(entry: Entry) -> list[object]:
-    """What the model returns beside tensors."""
-    flat = torch.utils._pytree.tree_leaves(entry.compiled.recording.result)
-    return [leaf for leaf in flat if not hasattr(leaf, "dtype")]
-
-
-def _sources(compiled: Compiled) -> list[Source | None]:
+def sources(compiled: Compiled) -> list[Source | None]:
     """Where the operands come from."""
     placeholders = [n for n in compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
     return [node.meta.get("source") for node in placeholders]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sparsify.spans import Span
 
 Dim = tuple[int, int]  # (index of the operand, dim)
 
@@ -23,7 +26,7 @@ class OperandLayout:
 
 
 class Layout:
-    """The layouts that a graph was made for; the dims of one class vary together.
+    """The layouts that a graph was made for; the dims of one class vary together, within a span.
 
     ``least_size`` is the smallest size that a varying dim may have.
     """
@@ -33,8 +36,10 @@ class Layout:
         operands: Sequence[Tensor],
         classes: Sequence[Sequence[Dim]] = (),
         least_size: int = 1,
+        spans: Sequence[Span] = (),
     ) -> None:
         self.classes = tuple(tuple(dims) for dims in classes)
+        self.spans = tuple(spans)  # of the classes
         self.least_size = least_size
         varying = {index for dims in self.classes for index, _ in dims}
         self.layouts = tuple(
@@ -82,7 +87,22 @@ class Layout:
                     return False
             elif stride_class(operand) != known.strides:
                 return False
-        return not self.classes or self._sizes_fit(operands)
+        return not self.classes or (self._are_within(operands) and self._sizes_fit(operands))
+
+    def is_beyond(self, operands: Sequence[Tensor]) -> bool:
+        """True if nothing but the span of a class keeps the graph from serving these operands."""
+        if not self.classes or self._are_within(operands):
+            return False
+        unbounded = copy.copy(self)
+        unbounded.spans = ()
+        return unbounded.serves(operands)
+
+    def widened(self, operands: Sequence[Tensor]) -> Layout:
+        """This one after a recording of these operands has shown that the graph serves them."""
+        wider = copy.copy(self)
+        sizes = (operands[index].shape[dim] for (index, dim), *_ in self.classes)
+        wider.spans = tuple(map(Span.widened, self.spans, sizes))
+        return wider
 
     def why_not(self, operands: Sequence[Tensor], names: Sequence[str]) -> str:
         """The first difference, in words; "" if there is none."""
@@ -122,6 +142,11 @@ class Layout:
                 if given != size:
                     one = f"dim {other} of {names[index]}"
                     return f"{place} meets {given} in {one}, and both recordings had one size there"
+        for span, ((index, dim), *_) in zip(self.spans, self.classes, strict=False):
+            size = operands[index].shape[dim]
+            if size not in span:
+                known = f"beyond the {span.least} to {span.most} that were recorded"
+                return f"{names[index]} has size {size} in dim {dim}, {known}"
         return ""
 
     def _rank(self, index: int) -> int:
@@ -137,6 +162,13 @@ class Layout:
             and operand.dim() == len(known.shape)
             for operand, known in zip(operands, self.layouts, strict=True)
         )
+
+    def _are_within(self, operands: Sequence[Tensor]) -> bool:
+        for span, ((index, dim), *_) in zip(self.spans, self.classes, strict=False):
+            shape = operands[index].shape
+            if dim < len(shape) and shape[dim] not in span:
+                return False
+        return True
 
     def _sizes_fit(self, operands: Sequence[Tensor]) -> bool:
         for index, dim, size in self._fixed:

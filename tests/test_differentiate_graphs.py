@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.chunked_scan import ChunkedScan
-from sparsify.entry import GeneralModules, general_module
 from sparsify.errors import Refusal
+from sparsify.general_modules import GeneralModules
 from sparsify.graph_meta import TensorInfo
 from sparsify.outer_product import OuterProduct
 from sparsify.passes.call_scan import call_scan
@@ -114,7 +114,7 @@ def test_graphs_of_two_sizes_make_one_for_all(each: Body) -> None:
     modules = GeneralModules()
     found = generalize(first.backward, second.backward, modules.same_module)
     assert not isinstance(found, Refusal), str(found)
-    forward = general_module(first.forward, second.forward)
+    forward = GeneralModules().module(first.forward, second.forward)
     assert isinstance(forward, Scan)
     backward = with_modules(found.graph, modules.replacing(found.graph))
     general = replace(first, forward=forward, backward=backward)

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from sparsify.entry import general_module
 from sparsify.error_bounds import ErrorBounds
 from sparsify.errors import MismatchError
+from sparsify.general_modules import GeneralModules
 from sparsify.passes.find_events import find_events
 from sparsify.passes.result import PassResult
 from sparsify.passes.roll_loops import roll_loops
@@ -150,10 +150,10 @@ def test_one_module_for_two_sizes_must_run_one_way() -> None:
         record_unrolled(fading, [dyadic(STEPS, batch, H, seed=7)], {}) for batch in (3, 8)
     )
     [scan], [other] = (scans_of(reversed_loops(recorded)).values() for recorded in (small, large))
-    assert general_module(scan, scan) is scan
-    assert general_module(scan, forwards(scan)) is None
-    assert general_module(scan, forwards(other)) is None
-    general = general_module(scan, other)
+    assert GeneralModules().module(scan, scan) is scan
+    assert GeneralModules().module(scan, forwards(scan)) is None
+    assert GeneralModules().module(scan, forwards(other)) is None
+    general = GeneralModules().module(scan, other)
     assert isinstance(general, Scan)
     assert general.reverse
 

@@ -47,7 +47,7 @@ def test_the_kernels_ran_at_every_size() -> None:
     model = RecurrentNet().eval()
     fast = sparsify(model, spikes(5, 3), timing=False)
     assert_equal(model, fast, spikes(18, 8))
-    for steps, batch in [(9, 2), (30, 5)]:
+    for steps, batch in [(9, 4), (17, 7)]:  # between those that were recorded
         for region in engine_of(fast).compiled.regions.values():
             region.launchable.reset_events()
         assert_equal(model, fast, spikes(steps, batch))
@@ -132,7 +132,7 @@ def test_recordings_that_read_other_tensors_are_kept_apart(order: tuple[int, ...
             assert torch.equal(fast(x), model(x))
     general = [entry for entry in engine_of(fast).entries if entry.is_general]
     assert len(general) == 1
-    assert recordings(fast) == (2 if order[2] == 1 else 3)
+    assert recordings(fast) == 3
 
 
 class Spikes(nn.Module):
@@ -218,7 +218,7 @@ def test_a_state_whose_sizes_decide_whether_it_is_kept() -> None:
         for batch in (3, 3, 5, 5, 5, 3, 3, 3, 5, 5):
             x = spikes(6, batch)
             assert torch.equal(fast(x), model(x))
-    assert fast.v.count_nonzero() > 0
+    assert torch.count_nonzero(fast.v) > 0
     assert fast.kernels
 
 
@@ -250,3 +250,32 @@ def test_kernels_are_compiled_once_for_all_sizes() -> None:
     made = dict(engine_of(fast).binaries)
     assert_equal(model, fast, spikes(9, 3))
     assert engine_of(fast).binaries.keys() == made.keys()
+
+
+class DecidesBySize(nn.Module):
+    """Does something else with long sequences, which two long ones do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return 2 * y if x.size(0) > 6 else y
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_size_that_decides_in_python_is_seen_at_sizes_beyond_those_recorded(
+    trained: bool,
+) -> None:
+    model = DecidesBySize().train(trained)
+    fast = sparsify(model, timing=False, strict=True)
+    for steps in (9, 12, 5, 10, 4, 5, 7, 6, 20, 11):
+        x = spikes(steps, 3, rate=0.7)
+        with torch.set_grad_enabled(trained):
+            got, expected = fast(x), model(x)
+        assert torch.equal(got, expected)
+        assert expected.count_nonzero() > 0
+    assert any(entry.is_general for entry in engine_of(fast).entries)
+    assert recordings(fast) == 4  # 9 and 12, 5 and 4
+    assert engine_of(fast).confirmations == 3  # 7 and 20 are as 9 and 12, 6 is as 5 and 4

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from sparsify.application import Application
 from sparsify.compile_recording import lower_forward, run_pipeline
 from sparsify.compiled import Stage
-from sparsify.entry import GeneralModules
 from sparsify.errors import Refusal
+from sparsify.general_modules import GeneralModules
 from sparsify.ir import Let
 from sparsify.lowered import Lowered
 from sparsify.passes.find_events import find_events
