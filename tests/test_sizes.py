@@ -218,7 +218,7 @@ def test_a_state_whose_sizes_decide_whether_it_is_kept() -> None:
         for batch in (3, 3, 5, 5, 5, 3, 3, 3, 5, 5):
             x = spikes(6, batch)
             assert torch.equal(fast(x), model(x))
-    assert torch.count_nonzero(fast.v) > 0
+    assert isinstance(fast.v, Tensor) and fast.v.count_nonzero() > 0
     assert fast.kernels
 
 
