@@ -153,7 +153,8 @@ def find_sums(scan: Scan) -> set[fx.Node]:
     )
     found: set[fx.Node] = set()
     for component in nx.strongly_connected_components(graph):
-        if any(rule_of(node.target) in SUMS for node in component):
+        is_cycle = len(component) > 1  # a carry is on every one
+        if is_cycle and any(rule_of(node.target) in SUMS for node in component):
             found |= component
     return found
 

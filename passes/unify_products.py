@@ -9,7 +9,8 @@ After::
 
     h = reshape(addmm(b, reshape(x, [B * T, K]), t(w)), [B, T, N])
 
-A cast of an operand, as autocast makes it of views, is made of what they are views of.
+A vector is a batch of one row. A cast of an operand, as autocast makes it of views, is made of what
+they are views of.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ Shape = tuple[int, ...]
 
 
 def unify_products(gm: fx.GraphModule) -> PassResult:
-    """Rewrite every ``bmm`` with one matrix, and every ``mm`` to which a bias is added."""
+    """Rewrite every ``bmm`` with one matrix, ``mv``, and ``mm`` to which a bias is added."""
     if not any(map(_may_change, gm.graph.nodes)):
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     done: list[str] = []
     united: list[fx.Node] = []
     for node in list(graph.nodes):
+        if _is_vector(node):
+            _as_row(graph, node)
+            done.append(f"{node.meta.get('location')}: a vector is one row of a product")
         product = _unify_batches(graph, node) if node.target is aten.bmm.default else None
         if product is not None:
             united.append(product)
@@ -60,7 +64,32 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
 def _may_change(node: fx.Node) -> bool:
     if node.target is aten.mm.default:
         return _find_bias(node) is not None
-    return node.target is aten.bmm.default
+    return node.target is aten.bmm.default or _is_vector(node)
+
+
+def _is_vector(node: fx.Node) -> bool:
+    return node.target in (aten.mv.default, aten.addmv.default) and not node.kwargs
+
+
+def _as_row(graph: fx.Graph, product: fx.Node) -> None:
+    """``mv(w, x)`` as ``mm`` of one row with ``t(w)``, and ``addmv`` as ``addmm``."""
+    *bias, weight, x = product.args
+    assert isinstance(weight, fx.Node)
+    assert isinstance(x, fx.Node)
+    result = product.meta["val"]
+    with graph.inserting_before(product):
+        info = with_shape(x.meta["val"], (1, *x.meta["val"].shape))
+        row = call(graph, aten.reshape.default, (x, list(info.shape)), info, product)
+        matrix = call(
+            graph, aten.t.default, (weight,), permuted(weight.meta["val"], (1, 0)), product
+        )
+        info = with_shape(result, (1, *result.shape))
+        op = aten.addmm.default if bias else aten.mm.default
+        rows = call(graph, op, (*bias, row, matrix), info, product)
+        keep_measured(rows, product)
+        whole = call(graph, aten.reshape.default, (rows, list(result.shape)), result, product)
+    product.replace_all_uses_with(whole)
+    graph.erase_node(product)
 
 
 def _unify_batches(graph: fx.Graph, product: fx.Node) -> fx.Node | None:

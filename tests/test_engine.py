@@ -18,7 +18,7 @@ from sparsify.errors import Refusal, RefusedError, TraceError
 from sparsify.explain_model import explain
 from sparsify.plan import Plan
 from sparsify.report import Report
-from tests.small_nets import RecurrentNet, spikes
+from tests.small_nets import HIDDEN, RecurrentNet, fill_dyadic, spike, spikes
 
 X = spikes()
 
@@ -368,3 +368,36 @@ def test_calls_without_gain_are_recognised_and_keep_their_reason() -> None:
     (site,) = engine_of(fast).report.sites
     assert site.decision == "kept"
     assert site.code == "no-event"
+
+
+class OneRow(nn.Module):
+    """Has no batch: its weights are multiplied by a vector of spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(HIDDEN, HIDDEN))
+        fill_dyadic(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = torch.zeros(HIDDEN)
+        spiked = torch.zeros(HIDDEN)
+        spikes = []
+        for x_t in x:
+            v = 0.5 * v + x_t + self.weight @ spiked
+            spiked = spike(v - 1)
+            spikes.append(spiked)
+        return torch.stack(spikes)
+
+
+def test_a_matrix_times_a_vector_of_spikes_is_a_site() -> None:
+    model = OneRow().eval()
+    x = 2 * (torch.rand(9, HIDDEN, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+    fast = sparsify(model, x, timing=False)
+    (site,) = engine_of(fast).report.sites
+    assert (site.name, site.decision) == ("weight", "event")
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(fast(x), expected)
+    assert expected.count_nonzero() > 0
+    (region,) = engine_of(fast).compiled.regions.values()
+    assert all(total for _, total in region.launchable.events.values())

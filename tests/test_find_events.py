@@ -26,7 +26,7 @@ from tests.looped_models import (
     static_input,
     zeros,
 )
-from tests.neuron_models import NEURONS, adaptive, graded, loop, multi_spike, two_exchanges
+from tests.neuron_models import NEURONS, Step, adaptive, graded, loop, multi_spike, two_exchanges
 from tests.run_lowered import scans_of
 from tests.unrolled import Tape, dyadic, record_unrolled
 
@@ -187,6 +187,23 @@ def test_traces_and_counts_are_no_events() -> None:
     assert not found["w0"].event
     assert not found["w1"].event
     assert kind(products_of(adaptive)["w1"]) == (True, "binary")
+
+
+def two_signs(v: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+    v = v * 0.5 + current
+    z = (v > 1).float() - (v < -1).float()
+    return v - z, z
+
+
+def skipped(v: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+    """Spikes of a layer and of the one before it are added, as around a residual block."""
+    v = v * 0.5 + current
+    return v - (v > 1).float(), (v > 1).float() + (current > 1).float()
+
+
+@pytest.mark.parametrize("step", [two_signs, skipped], ids=lambda step: step.__name__)
+def test_events_that_are_added_within_a_step_are_events(step: Step) -> None:
+    assert kind(products_of(loop(step))["w1"]) == (True, "integer")
 
 
 def test_a_clamped_parameter_makes_no_events() -> None:

@@ -35,6 +35,10 @@ UNIFIED: tuple[tuple[Function, str], ...] = (
     (lambda x: x[0] @ W0 + BIAS, "aten.addmm.default"),
     (lambda x: BIAS + x @ W0, "aten.addmm.default"),
     (lambda x: torch.matmul(x.transpose(0, 1), W0[None]), "aten.mm.default"),
+    (lambda x: W0 @ x[0, 0], "aten.mm.default"),
+    (lambda x: W0 @ x[0, 0] + BIAS, "aten.addmm.default"),
+    (lambda x: W0.t() @ x[0, 0], "aten.mm.default"),
+    (lambda x: torch.addmv(BIAS, W0, x[0, 0]), "aten.addmm.default"),
 )
 
 
@@ -57,6 +61,7 @@ LEFT: tuple[Function, ...] = (
     lambda x: F.linear(x, W0),
     lambda x: x[0] @ W0 + x[1],
     lambda x: torch.add(x[0] @ W0, BIAS, alpha=2),
+    lambda x: torch.addmv(BIAS, W0, x[0, 0], beta=2),
     lambda x: (x[0] @ W0) + BIAS[:1],
 )
 
