@@ -473,6 +473,7 @@ def test_results_that_cannot_be_made_again_are_refused() -> None:
         found = record(of(lambda x: Box(x * 2)), (X,), {})
     assert isinstance(found, Unrecorded)
     assert "Box" in str(found.error)
+    assert "register_pytree_node" in str(found.error)
 
 
 def test_outputs_do_not_share_memory_that_eager_does_not_share() -> None:

@@ -111,7 +111,11 @@ class Conclusion:
         if not isinstance(leaf, Tensor):
             if not isinstance(leaf, _LITERALS):
                 kind = type(leaf).__name__
-                raise CannotRecord(f"forward returns a {kind}, which cannot be made again")
+                raise CannotRecord(
+                    f"forward returns an object of {kind}, which cannot be made again. Return a "
+                    "tuple, list, dict or named tuple, or register the class with "
+                    "torch.utils._pytree.register_pytree_node"
+                )
             return Literal(leaf)
         value = self._recorder.value_of(leaf)
         own = self._placeholder_of(leaf)
