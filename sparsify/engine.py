@@ -20,7 +20,7 @@ from sparsify.codegen.backend import Backend, Binary
 from sparsify.compile_recording import summarize
 from sparsify.compiled import Compiled, Stage
 from sparsify.describe_sites import describe_kept
-from sparsify.entry import Entry, find_thinned
+from sparsify.entry import Entry, find_thinned, newest
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
 from sparsify.failures import (
     OUT_OF_MEMORY,
@@ -143,15 +143,15 @@ class Engine:
         """What was decided for the device that was compiled for last."""
         if not self.entries:
             return self._plans.given
-        return self._plans.of(self.entries[-1].backend)
+        return self._plans.of(newest(self.entries).backend)
 
     @property
     def report(self) -> Report:
         """What was decided, and what happened since."""
         compiled = [entry.compiled for entry in self.entries]
         live = {site: now for c in compiled for site, now in c.live_activity().items()}
-        densities = self.entries[-1].density(self.original) if self.entries else {}
-        trained = bool(self.entries and self.entries[-1].required)
+        densities = newest(self.entries).density(self.original) if self.entries else {}
+        trained = bool(self.entries and newest(self.entries).required)
         pruned = self.pruned.notes if self.pruned is not None else ()
         notes = self._notices.of(self.recordings, self.entries, pruned, bool(self._unsettled))
         return Report(self._sites(), notes, live, trained, densities)
@@ -178,7 +178,7 @@ class Engine:
                 "nothing is compiled yet: call the module once, or give sparsify an example"
                 + (f" ({self._refused})" if self._refused else "")
             )
-        return self.entries[-1].compiled
+        return newest(self.entries).compiled
 
     def entry_for(self, args: Args, kwargs: Kwargs) -> Entry | None:
         """What would serve this call, also where nothing was replaced; None if it is unknown."""
@@ -351,7 +351,7 @@ class Engine:
     def _why_too_many(self, args: Args, kwargs: Kwargs) -> Refusal | None:
         if not self.entries or any(e.may_confirm(args, kwargs) for e in self.entries):
             return None
-        reason = self.entries[-1].why_miss(args, kwargs)
+        reason = newest(self.entries).why_miss(args, kwargs)
         self._notices.note(f"recorded again: {reason}")
         refusal = self._misses.why_too_many(reason)
         if refusal is not None:
@@ -375,5 +375,5 @@ class Engine:
 
     def _sites(self) -> tuple[Site, ...]:
         if self.entries and self._refused is None:
-            return self.entries[-1].compiled.sites
+            return newest(self.entries).compiled.sites
         return describe_kept(self.original, self._refused) if self._refused else ()

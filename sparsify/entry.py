@@ -51,6 +51,7 @@ class Entry:
         self.forward = direct(compiled.graph)
         self.origin = origin
         self.refuted = 0  # recordings of other sizes that were not what this is there
+        self.is_exception = False  # one of these
         kinds = [source.kind if source else "" for source in sources(compiled)]
         self.weights = StoredWeights(compiled.stages[0].graph)
         self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
@@ -109,6 +110,11 @@ class Entry:
 
     def _placeholders(self) -> list[fx.Node]:
         return [n for n in self.compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
+
+
+def newest(entries: Sequence[Entry]) -> Entry:
+    """The last one, of those that are no exceptions to one for all sizes."""
+    return next((e for e in reversed(entries) if not e.is_exception), entries[-1])
 
 
 @dataclass(frozen=True)

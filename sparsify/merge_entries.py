@@ -43,6 +43,7 @@ def with_entry(
                     old.layout = old.layout.widened(operands)
                     return entries, apart
                 old.refuted += 1
+                new.is_exception = True
                 apart.append(reason)
             continue
         if sources(old.compiled) != sources(new.compiled):

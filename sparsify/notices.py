@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from types import FrameType
 
-from sparsify.entry import Entry, stand_ins
+from sparsify.entry import Entry, newest, stand_ins
 from sparsify.errors import Refusal
 from sparsify.options import is_disabled
 from sparsify.report import NO_SITE
@@ -55,7 +55,7 @@ class Notices:
         plural = "recording" if recordings == 1 else "recordings"
         notes = [f"{recordings} {plural}, {len(entries)} compiled"] if recordings else []
         notes += before
-        for entry in entries[-1:]:
+        for entry in [newest(entries)] if entries else []:
             if not entry.compiled.runs_original:
                 notes.append(f"kernels of the backend {entry.backend.name} on {entry.device}")
             notes += [] if entry.compiled.sites else [NO_SITE]
