@@ -241,7 +241,7 @@ def test_state_is_compared_and_put_back() -> None:
 def test_other_sizes_than_recorded_are_verified() -> None:
     model = random_net()
     fast = as_events(model, spikes(10, 3))
-    for steps, batch in ((20, 4), (7, 2), (1, 1), (33, 9)):
+    for steps, batch in ((20, 4), (7, 2), (2, 1), (33, 9)):
         x = spikes(steps, batch)
         fast(x)
         found = verify(model, fast, x)
@@ -269,6 +269,9 @@ class Spoiled:
         outputs: dict[str, Tensor] = self.launchable(tensors, **options)
         self.spoil(outputs)
         return outputs
+
+    def repeat(self, *given: Any) -> None:
+        """Nothing: every call is one of the above."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.launchable, name)
