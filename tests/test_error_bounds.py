@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -355,6 +355,8 @@ def assert_chain_is_bounded(names: list[tuple[str, str]], seed: int) -> None:
     graph = traced(lambda a, b: apply_chain(names, a, b), a, b)
     bounds = bound_errors(graph, [a, b])
     assert not bounds.without_row
+    # Where float64 overflows, float32 did so before: infinities that it adds up may be no number.
+    assume(bool(bounds.outputs[0].value.isfinite().all()))
     computed = graph(a, b)
     assert is_within(computed, bounds.outputs[0])
     other = OneByOne(graph).run(a, b)
