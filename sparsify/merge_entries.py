@@ -37,17 +37,19 @@ def with_entry(
         if not old.guard.matches(args, kwargs):
             continue
         if old.origin is not None:
-            if old.is_beyond(operands):
+            given = old.calling.operands(args, kwargs)  # new may read others
+            if old.is_beyond(given):
                 reason = _why_unlike(old.origin, new)
                 if not reason:
-                    old.layout = old.layout.widened(operands)
+                    old.layout = old.layout.widened(given)
                     return entries, apart
                 old.refuted += 1
                 new.is_exception = True
                 apart.append(reason)
             continue
-        if sources(old.compiled) != sources(new.compiled):
-            apart.append("one of the two reads tensors that the other does not")
+        reason = _why_not_comparable(old, new)
+        if reason:
+            apart.append(reason)
             continue
         if not old.layout.differs_in_sizes_only(operands):
             continue
@@ -95,12 +97,17 @@ def _why_unlike(origin: Origin, third: Entry) -> str:
 
     Python may decide by a size: two recordings do not show from which size on.
     """
-    first = origin.first
-    if sources(first.compiled) != sources(third.compiled):
-        return "one of the two reads tensors that the other does not"
+    reason = _why_not_comparable(origin.first, third) or _why_not_merge(origin.first, third)
+    if reason:
+        return reason
     plain = compute_weights(third.compiled.graph)
-    reason = _why_not_merge(first, third)
-    return reason or origin.found.why_unlike(plain, origin.modules.confirms) or ""
+    return origin.found.why_unlike(plain, origin.modules.confirms) or ""
+
+
+def _why_not_comparable(first: Entry, second: Entry) -> str:
+    if sources(first.compiled) != sources(second.compiled):
+        return "one of the two reads tensors that the other does not"
+    return ""
 
 
 def _general_stages(stages: Sequence[Stage], graph: fx.GraphModule) -> list[Stage]:

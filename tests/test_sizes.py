@@ -279,3 +279,36 @@ def test_a_size_that_decides_in_python_is_seen_at_sizes_beyond_those_recorded(
     assert any(entry.is_general for entry in engine_of(fast).entries)
     assert recordings(fast) == 4  # 9 and 12, 5 and 4
     assert engine_of(fast).confirmations == 3  # 7 and 20 are as 9 and 12, 6 is as 5 and 4
+
+
+class ReadsLater(nn.Module):
+    """Reads its second argument from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RecurrentNet()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        v = spiked = torch.zeros(x.size(1), HIDDEN)
+        for step, x_t in enumerate(x):
+            v = 0.5 * v + self.net.inp(x_t) + self.net.rec(spiked)
+            v = v + y if step else v
+            spiked = spike(v - 1)
+        return spiked
+
+
+def test_a_size_at_which_the_last_argument_is_not_read_is_an_exception() -> None:
+    model = ReadsLater().eval()
+    fast = sparsify(model, timing=False)
+    y = torch.full((HIDDEN,), 0.25)
+    with torch.no_grad():
+        for steps in (5, 9, 1, 7, 1, 12):
+            x = spikes(steps, 3, rate=0.7)
+            expected = model(x, y)
+            assert torch.equal(fast(x, y), expected)
+            assert expected.count_nonzero() > 0
+    general, exception = engine_of(fast).entries
+    assert general.is_general
+    assert exception.is_exception
+    assert recordings(fast) == 3
+    assert engine_of(fast).failure is None
