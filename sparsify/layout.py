@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.spans import Span
+from sparsify.spans import EVERY, Span
 
 Dim = tuple[int, int]  # (index of the operand, dim)
 
@@ -87,22 +87,22 @@ class Layout:
                     return False
             elif stride_class(operand) != known.strides:
                 return False
-        return not self.classes or (self._are_within(operands) and self._sizes_fit(operands))
+        return not self.classes or self._sizes_fit(operands)
 
     def is_beyond(self, operands: Sequence[Tensor]) -> bool:
         """True if nothing but the span of a class keeps the graph from serving these operands."""
-        if not self.classes or self._are_within(operands):
-            return False
-        unbounded = copy.copy(self)
-        unbounded.spans = ()
-        return unbounded.serves(operands)
+        unbounded = self._with_spans([EVERY] * len(self.classes))
+        return unbounded.serves(operands) and not self.serves(operands)
 
     def widened(self, operands: Sequence[Tensor]) -> Layout:
         """This one after a recording of these operands has shown that the graph serves them."""
-        wider = copy.copy(self)
         sizes = (operands[index].shape[dim] for (index, dim), *_ in self.classes)
-        wider.spans = tuple(map(Span.widened, self.spans, sizes))
-        return wider
+        return self._with_spans(list(map(Span.widened, self.spans, sizes)))
+
+    def _with_spans(self, spans: Sequence[Span]) -> Layout:
+        other = copy.copy(self)
+        other.spans = tuple(spans)
+        return other
 
     def why_not(self, operands: Sequence[Tensor], names: Sequence[str]) -> str:
         """The first difference, in words; "" if there is none."""
@@ -142,7 +142,7 @@ class Layout:
                 if given != size:
                     one = f"dim {other} of {names[index]}"
                     return f"{place} meets {given} in {one}, and both recordings had one size there"
-        for span, ((index, dim), *_) in zip(self.spans, self.classes, strict=False):
+        for span, ((index, dim), *_) in zip(self.spans, self.classes, strict=True):
             size = operands[index].shape[dim]
             if size not in span:
                 known = f"beyond the {span.least} to {span.most} that were recorded"
@@ -163,20 +163,13 @@ class Layout:
             for operand, known in zip(operands, self.layouts, strict=True)
         )
 
-    def _are_within(self, operands: Sequence[Tensor]) -> bool:
-        for span, ((index, dim), *_) in zip(self.spans, self.classes, strict=False):
-            shape = operands[index].shape
-            if dim < len(shape) and shape[dim] not in span:
-                return False
-        return True
-
     def _sizes_fit(self, operands: Sequence[Tensor]) -> bool:
         for index, dim, size in self._fixed:
             if operands[index].shape[dim] != size:
                 return False
-        for dims in self.classes:
+        for dims, span in zip(self.classes, self.spans, strict=True):
             size = operands[dims[0][0]].shape[dims[0][1]]
-            if size < self.least_size:
+            if size < self.least_size or size not in span:
                 return False
             if any(operands[index].shape[dim] != size for index, dim in dims[1:]):
                 return False

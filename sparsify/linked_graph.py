@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from sparsify.links import Edge, Links, PackedResult
@@ -24,8 +23,8 @@ from sparsify.passes.link_loops import (
     seen_through,
 )
 from sparsify.passes.pack_links import find_packed, is_read_by_loops_only
+from sparsify.passes.pack_saved import packed_info
 from sparsify.passes.tensor_info import call, with_shape
-from sparsify.saved_bits import packed_size
 from sparsify.trained_region import TrainedRegion
 
 
@@ -92,8 +91,7 @@ class LinkedGraph:
     def _pack(self, y: fx.Node, readers: Sequence[Reading]) -> None:
         writer, result = origin_of(y)
         info = y.meta["val"]
-        shape = (*info.shape[:-1], packed_size(info.shape[-1]))
-        bits = self._result(writer, with_shape(info, shape, dtype=torch.uint8))
+        bits = self._result(writer, packed_info(info))
         self.calls[writer].packed.append(PackedResult(result, info.shape[-1], info.dtype))
         for reading in readers:
             self.calls[reading.reader].bits[reading.index] = seen_through(self.graph, reading, bits)

@@ -16,7 +16,6 @@ from sparsify.codegen.backend import Launchable
 from sparsify.lowered import Binding, Lowered, Returned, Role
 from sparsify.scan import Scan
 
-ROLES: tuple[Role, ...] = ("carry", "x", "const")
 Operands = Mapping[str, Sequence[Tensor]]  # by role
 
 
@@ -242,10 +241,10 @@ class Region(nn.Module):
         repeat = getattr(self.launchable, "repeat", None)
         if straight is None or repeat is None:
             return None
-        operands = (carries, xs, consts)
-        if torch.is_grad_enabled() and _needs_grad(dict(zip(ROLES, operands, strict=True))):
+        operands = {"carry": carries, "x": xs, "const": consts}
+        if _needs_grad(operands):
             return None
-        batch = operands[straight.rows[0]][straight.rows[1]].shape[straight.rows[2]]
+        batch = self._batch_of(operands)
         tensors = [operands[role][place] for role, place in straight.places]
         outputs = repeat(tensors, steps, batch, frozen, unread)
         return None if outputs is None else tuple([outputs[i] for i in straight.returned])
@@ -297,25 +296,22 @@ class _Prepared(NamedTuple):
 
 
 class _Straight(NamedTuple):
-    """Where the kernel's operands and weights are and which of its outputs are results, if all of
-    them are that as they are. ``places`` are role and index; ``rows`` tells the batch, in a dim.
+    """Where the kernel's operands and weights are, by role and index, and which of its outputs are
+    results, if all of them are that as they are.
     """
 
-    places: Sequence[tuple[int, int]]
-    rows: tuple[int, int, int]
+    places: Sequence[tuple[Role, int]]
     returned: Sequence[int]
 
     @staticmethod
     def of(lowered: Lowered, fetches: Sequence[_Prepared]) -> _Straight | None:
         if not lowered.returned or not all(fetch.is_plain for fetch in fetches):
             return None
-        kernel, batch = lowered.kernel, lowered.batch
-        assert batch is not None  # results have rows
-        found = {fetch.name: (ROLES.index(fetch.role), fetch.place) for fetch in fetches}
+        kernel = lowered.kernel
+        found = {fetch.name: (fetch.role, fetch.place) for fetch in fetches}
         outputs = [output.name for output in kernel.outputs]
         return _Straight(
             [found[o.name] for o in kernel.operands] + [found[w.name] for w in kernel.weights],
-            (ROLES.index(batch.role), batch.index, int(batch.role == "x")),
             [outputs.index(returned.output) for returned in lowered.returned],
         )
 

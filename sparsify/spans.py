@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 EXACT = 4  # recordings beyond the first two, on either side, that are believed for no other size
@@ -41,3 +42,6 @@ class Span:
             further = (self.first_least - size) * (self.below + 1 >= EXACT)
             return replace(self, least=size - further, below=self.below + 1)
         return self
+
+
+EVERY = Span.of(0, sys.maxsize)

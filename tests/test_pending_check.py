@@ -22,23 +22,10 @@ from sparsify.pending_check import PendingCheck, threads
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from tests.example_kernels import product
+from tests.test_compile_work import Recurrent
 
 X = torch.rand(6, 2, 5)
 PATIENCE_S = 30.0
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inp, self.rec = nn.Linear(5, 6), nn.Linear(6, 6, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        v = spikes = x.new_zeros(x.shape[1], 6)
-        for x_t in x:
-            v = 0.9 * v + self.inp(x_t) + self.rec(spikes)
-            spikes = (v > 1).to(v.dtype)
-            v = v - spikes
-        return spikes
 
 
 def checks(monkeypatch: pytest.MonkeyPatch, differs: str = "") -> list[int]:
