@@ -28,7 +28,8 @@ class OperandLayout:
 class Layout:
     """The layouts that a graph was made for; the dims of one class vary together, within a span.
 
-    ``least_size`` is the smallest size that a varying dim may have.
+    ``least_size`` is the smallest size that a varying dim may have. Without ``spans``, each class
+    has every size from there on.
     """
 
     def __init__(
@@ -36,10 +37,10 @@ class Layout:
         operands: Sequence[Tensor],
         classes: Sequence[Sequence[Dim]] = (),
         least_size: int = 1,
-        spans: Sequence[Span] = (),
+        spans: Sequence[Span] | None = None,
     ) -> None:
         self.classes = tuple(tuple(dims) for dims in classes)
-        self.spans = tuple(spans)  # of the classes
+        self.spans = (EVERY,) * len(self.classes) if spans is None else tuple(spans)
         self.least_size = least_size
         varying = {index for dims in self.classes for index, _ in dims}
         self.layouts = tuple(
