@@ -11,6 +11,7 @@ ORDERING = (
     "__syncwarp",
     "__threadfence",
     "__threadfence_block",
+    "__barrier_sync_count",
     "__cluster_barrier_arrive",
     "__cluster_barrier_wait",
 )

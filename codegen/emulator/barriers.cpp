@@ -1,4 +1,4 @@
-// __syncthreads and the barrier of a cluster.
+// __syncthreads, barriers of some warps of a block, and the barrier of a cluster.
 #include "barriers.h"
 
 #include <cstring>
@@ -39,6 +39,16 @@ void complete(Block& block) {
   for (Thread* each : participants) wake(*each);
 }
 
+void complete(Block& block, unsigned barrier) {
+  std::vector<Thread*> participants;
+  for (auto& each : block.threads)
+    if (each->state == State::in_named_barrier && each->barrier == barrier)
+      participants.push_back(each.get());
+  block.named[barrier].arrived = 0;
+  order_all(participants);
+  for (Thread* each : participants) wake(*each);
+}
+
 void complete(Cluster& cluster) {
   std::vector<Thread*> arrived;
   for (Block* block : cluster.blocks)
@@ -56,6 +66,20 @@ void check_same_barrier(const Block& block, Vote vote, const Place& place) {
   const std::string text =
       format("divergent barrier: __syncthreads at %s meets __syncthreads at %s",
              name_of(place).c_str(), name_of(block.place).c_str());
+  fail(text, text + ", " + name_of(*running));
+}
+
+void check_named_barrier(const NamedBarrier& known, unsigned barrier, unsigned threads,
+                         const Place& place) {
+  const std::string where = "__barrier_sync_count at " + name_of(place);
+  if (barrier == 0 || barrier >= NAMED_BARRIERS)
+    fail("barrier", "barrier: " + where + " names " + std::to_string(barrier) + ", not 1 to 15");
+  if (threads == 0 || threads % WARP != 0)
+    fail("barrier", "barrier: " + where + " is of " + std::to_string(threads) +
+                        " threads, no whole warps");
+  if (!known.arrived || (known.threads == threads && is_same(known.place, place))) return;
+  const std::string text = "divergent barrier: " + where + " meets __barrier_sync_count at " +
+                           name_of(known.place);
   fail(text, text + ", " + name_of(*running));
 }
 
@@ -77,6 +101,23 @@ extern "C" int emulator_block_barrier(Vote vote, int predicate, Place place) {
     wait_in(State::in_block_barrier, place);
   }
   return self.votes;
+}
+
+extern "C" void emulator_named_barrier(unsigned barrier, unsigned threads, Place place) {
+  Thread& self = *running;
+  Block& block = *self.block;
+  check_named_barrier(block.named[barrier % NAMED_BARRIERS], barrier, threads, place);
+  NamedBarrier& named = block.named[barrier];
+  named.threads = threads;
+  named.place = place;
+  self.barrier = barrier;
+  if (++named.arrived == named.threads) {
+    self.state = State::in_named_barrier;
+    complete(block, barrier);
+    run_woken();
+  } else {
+    wait_in(State::in_named_barrier, place);
+  }
 }
 
 extern "C" void emulator_cluster_arrive(bool releases, Place place) {

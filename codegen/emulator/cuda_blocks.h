@@ -1,4 +1,4 @@
-// Barriers of a block, fences, the clock, loads and stores with a cache hint.
+// Barriers of a block or of some of its warps, fences, the clock, loads and stores with a cache hint.
 #pragma once
 
 inline void __syncthreads(EMULATOR_PLACE) {
@@ -12,6 +12,10 @@ inline int __syncthreads_or(int predicate, EMULATOR_PLACE) {
 }
 inline int __syncthreads_and(int predicate, EMULATOR_PLACE) {
   return emulator::emulator_block_barrier(emulator::Vote::all, predicate != 0, place);
+}
+// Of so many threads of the block, of whole warps.
+inline void __barrier_sync_count(unsigned barrier, unsigned threads, EMULATOR_PLACE) {
+  emulator::emulator_named_barrier(barrier, threads, place);
 }
 
 inline void __threadfence_block() { emulator::emulator_fence(emulator::Scope::block); }

@@ -40,6 +40,7 @@ __attribute__((const)) unsigned emulator_cluster_rank();
 __attribute__((const)) unsigned emulator_cluster_size();
 
 int emulator_block_barrier(Vote vote, int predicate, Place place);
+void emulator_named_barrier(unsigned barrier, unsigned threads, Place place);
 unsigned long long emulator_collective(Collective what, unsigned mask, unsigned long long value,
                                        int argument, Place place);
 void emulator_fence(Scope scope);

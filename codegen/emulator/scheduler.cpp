@@ -29,6 +29,8 @@ const char* name_of_state(State state) {
   switch (state) {
     case State::in_block_barrier:
       return "__syncthreads";
+    case State::in_named_barrier:
+      return "__barrier_sync_count";
     case State::in_collective:
       return "a warp collective";
     case State::in_cluster_barrier:

@@ -17,7 +17,14 @@ struct Region;
 
 constexpr int WARP = 32;
 
-enum class State { ready, in_block_barrier, in_collective, in_cluster_barrier, done };
+enum class State {
+  ready,
+  in_block_barrier,
+  in_named_barrier,
+  in_collective,
+  in_cluster_barrier,
+  done
+};
 
 struct Warp;
 
@@ -39,6 +46,7 @@ struct Thread {
   unsigned long long value = 0, result = 0;
   int argument = 0;
   int votes = 0;  // the result of a block's barrier
+  unsigned barrier = 0;  // which of the named ones it waits in
 
   // What the barrier of the cluster takes along, see barriers.cpp.
   bool has_arrived = false, arrival_releases = false;
@@ -67,6 +75,13 @@ struct SharedVariable {
   Region* region;
 };
 
+// A barrier of so many threads of a block, which the hardware knows by a number.
+struct NamedBarrier {
+  int64_t arrived = 0, threads = 0;
+  Place place;
+};
+constexpr unsigned NAMED_BARRIERS = 16;  // number 0 is that of __syncthreads
+
 struct Block {
   int64_t index = 0;
   int64_t rank = 0;  // within the cluster
@@ -80,6 +95,7 @@ struct Block {
   int votes = 0;
   Vote vote = Vote::none;
   Place place;
+  NamedBarrier named[NAMED_BARRIERS];
 
   std::vector<SharedVariable> variables;
   Region* dynamic = nullptr;

@@ -81,3 +81,52 @@ extern "C" __global__ void votes_of_a_block(const Call call) {
   const int count = __syncthreads_count(call.indices[t] == 15);
   call.out[t] = __syncthreads_and(count == found);
 }
+
+// Half of the warps meet without the others.
+// <<<1, 128>>>
+extern "C" __global__ void missing_named_barrier(const Call call) {
+  __shared__ float values[64];
+  const int t = threadIdx.x;
+  if (t < 64) {
+    values[t] = call.in[t];
+#ifndef BUG
+    __barrier_sync_count(1, 64);
+#endif
+    call.out[t] = values[63 - t];  // reported: race
+  } else {
+    call.out[t] = call.in[t];
+  }
+}
+
+// <<<1, 128>>>
+extern "C" __global__ void named_barrier_of_more(const Call call) {
+  const int t = threadIdx.x;
+#ifdef BUG
+  if (t < 64) __barrier_sync_count(2, 96);  // reported: deadlock
+#else
+  if (t < 64) __barrier_sync_count(2, 64);
+#endif
+  call.out[t] = t;
+}
+
+// <<<1, 128>>>
+extern "C" __global__ void named_barriers_of_two_sizes(const Call call) {
+  const int t = threadIdx.x;
+#ifdef BUG
+  __barrier_sync_count(1, t < 64 ? 128 : 96);  // reported: divergent barrier
+#else
+  __barrier_sync_count(t < 64 ? 1 : 2, 64);
+#endif
+  call.out[t] = t;
+}
+
+// <<<1, 64>>>
+extern "C" __global__ void named_barrier_that_is_not_there(const Call call) {
+  const int t = threadIdx.x;
+#ifdef BUG
+  __barrier_sync_count(call.indices[15] + 1, 64);  // reported: barrier
+#else
+  __barrier_sync_count(call.indices[15], 64);
+#endif
+  call.out[t] = t;
+}
