@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from sparsify.autocast import is_any_on
 from sparsify.graph_meta import Source, TensorInfo
 from sparsify.recording.operations import Op, name_of_op
 from sparsify.recording.positions import Here
@@ -102,6 +103,6 @@ def _meta_at(here: Here) -> dict[str, Any]:
 
 
 def _autocast() -> torch.dtype | None:
-    if not torch.is_autocast_enabled("cpu"):
+    if not is_any_on() or not torch.is_autocast_enabled("cpu"):
         return None
     return torch.get_autocast_dtype("cpu")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import nn
@@ -31,8 +31,7 @@ _SUSPENDS = 0x20 | 0x80 | 0x200  # flags of generators, coroutines, asynchronous
 _RETURNS = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in dis.opmap}
 
 
-@dataclass(frozen=True, slots=True)
-class Here:
+class Here(NamedTuple):
     location: Location | None
     module: str
     loops: tuple[LoopStep, ...]
@@ -66,6 +65,7 @@ class Positions:
 
     def __init__(self, model: object) -> None:
         self._stop: FrameType | None = None
+        self._caller: FrameType | None = None  # of what is paused: the user's code is below it
         self._profiler: Any = None
         # By identity, which the facts keep unique: hashing code takes longer than all the rest.
         self._facts: dict[int, _CodeFacts] = {}
@@ -97,7 +97,8 @@ class Positions:
         self._stop = None
 
     def pause(self) -> None:
-        """The recorder's own code need not be traced or profiled."""
+        """The recorder's own code need not be traced or profiled: that is what calls this."""
+        self._caller = sys._getframe(2)
         if _CHEAP_PAUSE:
             self._profiler = sys.getprofile()
             sys.setprofile(None)  # first: it would be told of the other calls
@@ -105,6 +106,7 @@ class Positions:
             sys.settrace(None)
 
     def resume(self) -> None:
+        self._caller = None
         if _CHEAP_PAUSE:
             sys.setprofile(self._profiler)
             sys.settrace(self._tracer)
@@ -114,7 +116,7 @@ class Positions:
 
     def here(self) -> Here:
         """Where the innermost frame of the user is; to be called for every operation."""
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = self._caller or sys._getframe(1)
         location: Location | None = None
         fallback: FrameType | None = None
         loops: tuple[LoopStep, ...] = ()
