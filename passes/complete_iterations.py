@@ -17,14 +17,27 @@ After::
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparsify.passes.classify_ops import draws_random
-from sparsify.passes.encode_nodes import Code, Number, Ref, encode, head_of, rebuild, same_heads
+from sparsify.passes.encode_nodes import (
+    Code,
+    Number,
+    Ref,
+    encode,
+    head_of,
+    leaves,
+    rebuild,
+    same_heads,
+)
 from sparsify.passes.find_loops import Loop
+
+PARTS = (operator.getitem, torch.ops.aten.select.int)  # of (a whole, ..., an index)
 
 
 @dataclass(frozen=True)
@@ -129,11 +142,19 @@ class _Alignment:
     def _agrees(self, node: fx.Node, position: int) -> bool:
         if head_of(node) != head_of(self.pattern[position]):
             return False
+        if self._place_of(node) != self._place_of(self.pattern[position]):
+            return False
         codes = encode(node, self.step, self.where)
         wanted = self.codes[position]
         earlier = self.earlier[position] if self.earlier else ()
         known = earlier if len(earlier) == len(wanted) else (None,) * len(wanted)
         return len(codes) == len(wanted) and all(map(_may_correspond, codes, wanted, known))
+
+    def _place_of(self, node: fx.Node) -> tuple[Any, ...]:
+        """Line, layer and iterations of inner loops: layers alike compute the same one by one."""
+        inner = node.meta.get("loops", ())[self.loop.depth + 1 :]
+        iterations = tuple(step.iteration for step in inner)
+        return node.meta.get("location"), node.meta.get("module"), iterations
 
     def complete(self) -> list[fx.Node]:
         """The iteration with a copy of the pattern's node for each that is missing."""
@@ -169,10 +190,41 @@ class _Alignment:
             if code.distance == 0:
                 return self.found[code.position]
             return self.done[self.step - code.distance][code.position]
-        if not isinstance(code, Number):
-            return code
-        is_counted = code.kind is int and isinstance(earlier, Number) and earlier.kind is int
-        return 2 * code.value - earlier.value if is_counted else code.value
+        if isinstance(code, fx.Node) and isinstance(earlier, fx.Node) and code is not earlier:
+            return _following(code, earlier)
+        return _next_number(code, earlier) if isinstance(code, Number) else code
+
+
+def _next_number(code: Number, earlier: Code) -> int | float | bool:
+    is_counted = code.kind is int and isinstance(earlier, Number) and earlier.kind is int
+    return 2 * code.value - earlier.value if is_counted else code.value
+
+
+def _following(node: fx.Node, earlier: fx.Node) -> fx.Node:
+    """What follows two parts of a tensor that was taken apart in front of the loop.
+
+    A recorder drops it where nothing reads it. Where there is none, ``node`` itself.
+    """
+    codes, before = encode(node, 0, {}), encode(earlier, 0, {})
+    if node.target not in PARTS or head_of(node) != head_of(earlier) or len(codes) != len(before):
+        return node
+    values: list[Any] = [
+        _next_number(code, was) if isinstance(code, Number) else code
+        for code, was in zip(codes, before, strict=True)
+    ]
+    whole, index = values[0], values[-1]
+    parts = whole.meta["val"]
+    size = len(parts) if isinstance(parts, (list, tuple)) else parts.shape[values[1]]
+    if whole is not before[0] or not 0 <= index < size:
+        return node
+    known: fx.Node
+    for known in whole.users:
+        if known.target is node.target and leaves(known) == values:
+            return known
+    with node.graph.inserting_after(node):
+        part = node.graph.create_node(node.op, node.target, tuple(values))
+    part.meta.update(node.meta)
+    return part
 
 
 def _may_correspond(code: Code, wanted: Code, earlier: Code) -> bool:

@@ -51,6 +51,31 @@ def test_the_last_iteration_gets_the_updates_that_nothing_reads() -> None:
     assert_same(recorded.graph(*recorded.operands), recorded.results)
 
 
+def test_layers_that_stop_one_after_the_other_are_completed_each_in_its_place() -> None:
+    def delayed_currents(tape: Tape, x: Tensor) -> Tensor:
+        states = [(zeros(x), zeros(x)) for _ in range(3)]
+        out = []
+        for x_t in tape.loop(x.unbind(0)):
+            z = x_t
+            for index in tape.loop(range(3)):
+                v, current = states[index]
+                v = v * 0.5 + current * 0.25
+                current = current * 0.5 + F.linear(z, W0)  # acts in the next step
+                z = (v > 1).to(v.dtype)
+                states[index] = v * (1 - z), current
+            out.append(z)
+        return torch.stack(out)
+
+    recorded = pruned(delayed_currents, 6)
+    [loop] = find_loops(recorded.graph.graph.nodes)
+    first, *_, last_but_one, last = map(len, loop.iterations)
+    rolled = roll_loops(recorded.graph)
+
+    assert last < last_but_one < first
+    assert [call.args[0] for call, _ in scans(rolled.graph)] == [6]
+    assert_same(rolled.graph(*recorded.operands), recorded.results)
+
+
 def test_the_recorded_graph_stays_as_it_was() -> None:
     recorded = pruned(step_order, 3)
     before = recorded.graph.graph.python_code("self").src
