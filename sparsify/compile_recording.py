@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -37,7 +38,7 @@ from sparsify.passes.result import Pass
 from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import skips_zeros
 from sparsify.passes.unpack_kept import unpack_kept
-from sparsify.pending_check import PendingCheck
+from sparsify.pending_check import PendingCheck, threads
 from sparsify.place_gradients import place_gradients
 from sparsify.place_sites import LoweredScans, Placement, place_products, why_kept
 from sparsify.plan import Plan, PlanDecision, RegionPlan
@@ -47,6 +48,7 @@ from sparsify.report import Site
 from sparsify.scan import Scan
 from sparsify.scans import (
     BACKWARD,
+    Captured,
     call_layouts,
     capture,
     find_regions,
@@ -112,15 +114,18 @@ class Compiler:
         owned = own_memory(stages[-1].graph, recording.graph.graph)
         if owned.done:
             stages = (*stages, Stage("own_memory", owned.graph, tuple(owned.done)))
-        if is_trained:
-            stage, undifferentiated = differentiate(stages[-1].graph, operands)
-            stages = (*stages, stage)
-        else:
-            stages = (*stages, *pack(stages[-1].graph))
+        busy = int(self.binaries.is_compiling)
+        # A call without gradients frees what a loop is given when it is through: so do we.
+        captured: Captured | None = None
+        with threads(torch.get_num_threads() - busy):
+            if is_trained:
+                stage, undifferentiated = differentiate(stages[-1].graph, operands)
+                stages = (*stages, stage)
+                captured = capture(stage.graph, operands)
+            else:
+                stages = (*stages, *pack(stages[-1].graph))
         graph = stages[-1].graph
         scans = find_scans(graph)
-        # A call without gradients frees what a loop is given when it is through: so do we.
-        captured = capture(graph, operands) if is_trained else None
         calls = captured.calls if captured is not None else call_layouts(graph)
         measure_gradients(scans, calls)
         lowered = lower_scans(scans, self.binaries.backend.eager) | undifferentiated
@@ -131,8 +136,9 @@ class Compiler:
         tasks = find_tasks(scans, calls, lowered)
         chooser.prepare(tasks, foresee_products(graph), check.run if check else None)
         if captured is not None:
+            took = {} if busy else captured.seconds
             for task in tasks:
-                chooser.choose(replace(task, original_seconds=captured.seconds.get(task.name)))
+                chooser.choose(replace(task, original_seconds=took.get(task.name)))
         else:
             choose_in_turn(chooser, tasks, graph, operands)
         choices = {task.name: chooser.choices[task.name] for task in tasks}

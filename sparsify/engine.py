@@ -31,6 +31,7 @@ from sparsify.failures import (
     refuse_memory,
     run_bounded,
 )
+from sparsify.foresee_products import likely_products
 from sparsify.free_memory import free_memory
 from sparsify.keep_state import Snapshot
 from sparsify.kernel_views import KernelView, view_kernels
@@ -38,7 +39,7 @@ from sparsify.layout import Layout
 from sparsify.merge_entries import with_entry
 from sparsify.notices import Misses, Notices
 from sparsify.options import Options, is_disabled
-from sparsify.pending_check import PendingCheck
+from sparsify.pending_check import PendingCheck, threads
 from sparsify.plan import Plan
 from sparsify.plans import Plans
 from sparsify.pruning.outcome import PruningOutcome
@@ -130,13 +131,24 @@ class Engine:
     def _compile_restored(self, args: Args, kwargs: Kwargs) -> TraceError | None:
         """Record and compile a call that leaves nothing behind; returns why it could not be."""
         before = Snapshot(self.original)  # arguments that forward writes are put back by record
-        recorded = self._run_recorded(args, kwargs, before, restore=True)
+        # Nobody is given the result, so that one core may be left to a compiler.
+        with threads(torch.get_num_threads() - self._begin_compiling(args, kwargs)):
+            recorded = self._run_recorded(args, kwargs, before, restore=True)
         if isinstance(recorded, Unrecorded):
             return recorded.error
         if isinstance(recorded, Recording):
             recorded = replace(recorded, result=summarize(recorded.result))
             self._try_adopt(recorded, args, kwargs)
         return None
+
+    def _begin_compiling(self, args: Args, kwargs: Kwargs) -> int:
+        """Begin with what a recording of this call will need; returns how many compilers run."""
+        tensors = dict(tensors_of(self.original, args, kwargs))
+        compiler = self._compilers.serving(tensors.items())
+        if isinstance(compiler, Refusal) or torch.get_num_threads() == 1:
+            return 0
+        likely = likely_products(tensors.values()) if torch.is_grad_enabled() else []
+        return int(compiler.binaries.begin(likely))
 
     @property
     def plan(self) -> Plan:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.outer_product import Foreseen
@@ -32,6 +32,21 @@ def foresee_products(graph: fx.GraphModule) -> Iterator[Foreseen]:
             ):
                 of_step = module.scan.results[module.scan.carries + read].meta["val"]
                 yield from _foreseen(product, of_step, (steps, *of_step.shape), activation)
+
+
+def likely_products(tensors: Iterable[Tensor]) -> list[Foreseen]:
+    """What gradients of a call with these arguments and weights may need, before it is recorded.
+
+    Spikes of a loop are kept as values or as bits.
+    """
+    given = list(tensors)
+    rows = max((t.shape[:-1].numel() for t in given if not t.requires_grad), default=0)
+    weights = [t for t in given if t.requires_grad and t.dim() > 1 and t.is_floating_point()]
+    return [
+        Foreseen(rows, len(weight), weight[0].numel(), weight.dtype, weight.dtype, packed)
+        for packed in (False, True)
+        for weight in weights
+    ]
 
 
 def _foreseen(

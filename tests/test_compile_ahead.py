@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify import check_speed, ir
+from sparsify import engine as engine_module
 from sparsify.api import sparsify
 from sparsify.binaries import Binaries, unlike
 from sparsify.codegen import cpp_outer_product, runtime, toolchain
@@ -19,13 +21,18 @@ from sparsify.codegen.outer_product import Foreseen
 from sparsify.cost_model import Rates
 from sparsify.engine import Engine
 from sparsify.errors import CompileError, Refusal
+from sparsify.failures import record_or_run
+from sparsify.foresee_products import likely_products
+from sparsify.options import Options
 from sparsify.outer_product import OuterProduct
+from sparsify.pending_check import threads
 from tests.example_kernels import product
 from tests.surrogates import ATan
 
 STEPS, BATCH, NEURONS = 20, 8, 128  # more multiplications than SMALL_PRODUCT
 F32 = torch.float32
 RATES = Rates(1.0, 1.0, 1.0, 1.0)
+PATIENCE_S = 30.0
 WORDS = {"outer product": "OuterCall", "compressing": "sparsify_fill_kept"}  # in sources
 
 
@@ -145,6 +152,53 @@ def test_products_that_cannot_be_compiled_are_left_to_their_calls(
     monkeypatch.setattr(cpp_outer_product, "compile_function", fail)
     assert Binaries(Failing()).compile_all([], [Foreseen(160, 128, 128, F32, F32)]) is None
     assert asked == [("float", "float")]
+
+
+def test_what_a_model_is_likely_to_need_is_compiled_beside_its_recording_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_end = threading.Event()
+    asked: list[tuple[str, str]] = []
+
+    def compile_function(value: str, source: str) -> None:
+        asked.append((value, source))
+        may_end.wait(PATIENCE_S)
+
+    monkeypatch.setattr(cpp_outer_product, "compile_function", compile_function)
+    binaries = Binaries(Failing())
+    weight = torch.zeros(128, 128, requires_grad=True)
+    likely = likely_products(
+        [torch.zeros(9, 18, 128), weight, torch.zeros(128, requires_grad=True)]
+    )
+    assert likely == [Foreseen(162, 128, 128, F32, F32), Foreseen(162, 128, 128, F32, F32, True)]
+    assert binaries.begin(likely) and binaries.is_compiling
+    threading.Timer(0.1, may_end.set).start()
+    assert binaries.compile_all([], [Foreseen(160, 128, 128, F32, F32)]) is None
+    assert asked == [("float", "float")], "that of bits was not begun, and is not wanted"
+    assert not binaries.is_compiling
+
+
+def test_an_example_is_recorded_on_the_cores_that_no_compiler_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slow(CppBackend):
+        def why_not_ready(self) -> Refusal | None:
+            is_recorded.wait(PATIENCE_S)
+            return super().why_not_ready()
+
+    def record(*args: Any, **options: Any) -> Any:
+        ran.append(torch.get_num_threads())
+        is_recorded.set()
+        return record_or_run(*args, **options)
+
+    is_recorded, ran = threading.Event(), list[int]()
+    monkeypatch.setattr(engine_module, "record_or_run", record)
+    with threads(2), torch.no_grad():
+        engine = Engine(Recurrent(), Options(timing=False), None, {"cpu": Slow(RATES)})
+        engine.compile_example((torch.rand(3, 2, NEURONS),), {})
+        assert ran == [1]
+        assert torch.get_num_threads() == 2
+    assert engine.is_compiled
 
 
 def test_a_first_call_that_is_slow_is_no_reason_to_keep_the_original(
