@@ -13,6 +13,7 @@ from sparsify.errors import TraceError
 from sparsify.recording.recording import Args, Kwargs, Recording
 from sparsify.training_step import differentiate_result
 
+SPENT = "backward through the graph a second time"  # as torch says it
 Call = tuple[Args, Kwargs]
 Gradients = Sequence[Tensor | None]
 
@@ -29,11 +30,22 @@ def differentiate_model(
     try:
         found = differentiate_result(result, operands)
     except RuntimeError as error:
-        raise TraceError(f"the model's own backward fails: {error}") from error
+        raise _explain(error) from error
     if held and not recording.guard.matches(*given):
         changed = recording.guard.explain(*given)
         raise TraceError(f"its backward changes Python state: {changed}")
     return found
+
+
+def _explain(error: RuntimeError) -> TraceError:
+    """A state that was forgotten to be reset is no reason to give the model up for good."""
+    if SPENT not in str(error):
+        return TraceError(f"the model's own backward fails: {error}")
+    reason = (
+        "the model's own backward fails: a state that it keeps belongs to the graph of an earlier "
+        "call, which that call's backward has freed. Reset or detach the state between calls."
+    )
+    return TraceError(reason, may_settle=True)
 
 
 def why_gradients_differ(

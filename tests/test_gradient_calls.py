@@ -12,6 +12,8 @@ from torch import Tensor
 import sparsify
 from sparsify.errors import MismatchError, RefusedError
 from tests.spiking_net import ROUNDING, Spiking, distance, gradients, spike_trains
+from tests.zoo_feedforward import IN
+from tests.zoo_stateful import AttributeLIF, ResetsItself
 from tests.zoo_surrogates import FastSigmoid, WrongShape
 
 
@@ -133,6 +135,31 @@ def test_the_models_own_broken_backward_is_told() -> None:
         result = fast(spike_trains())
     with pytest.raises(RuntimeError, match="WrongShape"):
         result.sum().backward()
+
+
+def test_a_state_that_was_not_reset_once_does_not_give_the_model_up() -> None:
+    """The second backward fails as eager's does; with a reset all runs as before."""
+    net = ResetsItself().net  # its neurons keep their states until they are reset
+    fast: Any = sparsify.sparsify(net, timing=False)
+    x = (torch.rand(3, IN) < 0.2).float()
+
+    def step(reset: bool) -> None:
+        for module in fast.modules():
+            if reset and isinstance(module, AttributeLIF):
+                module.reset()
+        fast(x).sum().backward()
+
+    step(reset=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        step(reset=False)
+    step(reset=True)
+    assert fast.compiled.refused is None and fast.compiled.recordings == 1
+    assert fast.report.gradients
+    with (
+        pytest.raises(RuntimeError, match="second time"),
+        pytest.warns(UserWarning, match="Reset or detach the state between calls"),
+    ):
+        step(reset=False)
 
 
 def test_verify_checks_gradients() -> None:
