@@ -17,6 +17,10 @@ FORMAT = 1
 GRADIENT = ".backward"  # ends the name of a product that a gradient takes
 
 
+def is_of_gradient(site: str) -> bool:
+    return site.partition("#")[0].endswith(GRADIENT)
+
+
 @dataclass(frozen=True)
 class RegionPlan:
     """How the kernel of a region is built: the strategy's name and the receivers of a tile."""
@@ -56,7 +60,7 @@ class Plan:
         and without gradients.
         """
         trained = (self.training or Plan())._with(site, decision, layout)
-        if site.partition("#")[0].endswith(GRADIENT):
+        if is_of_gradient(site):
             return replace(self, training=trained)
         return replace(self._with(site, decision, layout), training=trained)
 

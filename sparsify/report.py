@@ -9,6 +9,7 @@ from typing import Literal
 from sparsify.errors import Location, RefusalCode
 from sparsify.halves import HALVES
 from sparsify.layouts import has_moved
+from sparsify.plan import is_of_gradient
 
 Decision = Literal["event", "dense", "kept"]
 HEADINGS = (
@@ -93,6 +94,8 @@ class Report:
             live = self.live_activity.get(site.name)
             if live is None or site.break_even is None:
                 continue
+            if live == 0 and is_of_gradient(site.name):
+                continue  # gradients of a loss that is zero: nothing is computed either way
             better = "event" if live < site.break_even else "dense"
             was = site.activity if site.activity is not None else live
             crossed = (live < site.break_even) != (was < site.break_even)
@@ -101,9 +104,17 @@ class Report:
                     f"{site.name}: {live:.1%} of its inputs are active now, {was:.1%} were when it "
                     f"was compiled; {better} is predicted to be faster "
                     f"{'below' if better == 'event' else 'above'} {site.break_even:.1%}. "
-                    "Call sparsify again on a typical input."
+                    f"{self._advise(site.name, better)}"
                 )
         return tuple(found)
+
+    def _advise(self, site: str, better: str) -> str:
+        """What decides the site anew; an example has random gradients, so it cannot for theirs."""
+        if is_of_gradient(site):
+            return f'Pin it: model.sparsify(plan=fast.plan.pin("{site}", "{better}")).'
+        if self.gradients:
+            return "Sparsify the model again, and let its first training step be a typical one."
+        return "Call sparsify again on a typical input."
 
     def _drift_of_weights(self) -> Iterator[str]:
         for site in self.sites:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sparsify.errors import Location
+from sparsify.plan import Plan
 from sparsify.report import Report, Site
 
 EVENT = Site(
@@ -83,6 +84,22 @@ def test_drift_is_told_when_activity_crosses_the_break_even() -> None:
     assert len(told.drift()) == 1
     assert "rec: 31.0% of its inputs are active now, 5.0% were" in told.drift()[0]
     assert "dense is predicted to be faster above 20.0%" in str(told)
+
+
+def test_the_advice_on_drift_of_a_gradient_is_one_that_can_be_followed() -> None:
+    backward = replace(EVENT, name="rec.backward#2")
+    live = {"rec": 0.31, "rec.backward#2": 0.31}
+    forward_told, told = Report((EVENT, backward), (), live, gradients=True).drift()
+    assert forward_told.endswith("let its first training step be a typical one.")
+    assert told.endswith('model.sparsify(plan=fast.plan.pin("rec.backward#2", "dense")).')
+    pinned = Plan().pin("rec.backward#2", "dense")
+    assert pinned.training is not None and pinned.training.sites == {"rec.backward#2": "dense"}
+
+
+def test_a_loss_that_is_zero_tells_no_drift() -> None:
+    backward = replace(EVENT, name="rec.backward", decision="dense", activity=0.4)
+    assert Report((backward,), (), {"rec.backward": 0.1}, gradients=True).drift() != ()
+    assert Report((backward,), (), {"rec.backward": 0.0}, gradients=True).drift() == ()
 
 
 PRUNED = replace(
