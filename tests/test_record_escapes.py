@@ -43,6 +43,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "allclose": (lambda x: x * 2 if torch.allclose(x, x) else x, "allclose"),
     "nonzero": (lambda x: x * (x > 0).nonzero().shape[0], "nonzero"),
     "mask": (lambda x: x[x > 0].sum(), "shape of index"),
+    "one_hot": (lambda x: torch.nn.functional.one_hot(x.argmax(1)).sum(), "num_classes"),
     "unique": (lambda x: torch.unique(x.round()).sum(), "unique"),
     "masked assignment": (lambda x: x.clone().masked_scatter_(x > 0, x[x > 0]), "shape of index"),
     "numpy": (lambda x: x * torch.from_numpy(np.tanh(x.numpy())), "numpy"),
@@ -94,6 +95,7 @@ ALLOWED: dict[str, Function] = {
     "iteration": lambda x: torch.stack([a * 2 for a in x]),
     "numpy scalar": lambda x: x * np.float32(0.1) + np.float64(0.1) * x,  # type: ignore[operator]
     "einsum": lambda x: torch.einsum("ij,kj->ik", x, x),
+    "one_hot": lambda x: x * torch.nn.functional.one_hot(x.argmax(1), num_classes=3),
     "deepcopy": lambda x: copy.deepcopy(x * 2).add_(1) + x,
     "linear": lambda x: torch.nn.functional.linear(x, BEFORE, BEFORE[:, 0]),
     "no grad": lambda x: torch.no_grad()(lambda y: y * 2)(x) + x,
@@ -108,6 +110,16 @@ ALLOWED: dict[str, Function] = {
 @pytest.mark.parametrize("name", ALLOWED)
 def test_what_is_no_escape_is_recorded(name: str) -> None:
     check(of(ALLOWED[name]), X.clone())
+
+
+def test_a_class_beyond_the_number_of_classes_raises_as_in_eager() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(x.long(), 3)
+
+    recording = recorded(of(forward), torch.tensor([0.0, 2.0]))
+    for run in (lambda x: call(recording, x), forward):
+        with pytest.raises(RuntimeError):
+            run(torch.tensor([0.0, 3.0]))
 
 
 def test_composites_are_taken_apart_in_inference_mode() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,22 +55,28 @@ REFUSED_IN_TRAINING: dict[Any, str] = {
     Tensor.register_post_accumulate_grad_hook: "a hook is put on a tensor inside forward",
 }
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+ONE_HOT: Any = torch.nn.functional.one_hot
 _RECURRENT = ("rnn_relu", "rnn_tanh", "gru", "lstm")
+Rule = Callable[..., Any]
 RECURRENT: dict[Any, str] = {getattr(torch._C._VariableFunctions, n): n for n in _RECURRENT}
 
 
 class Escapes(TorchFunctionMode):
-    """Tells the recorder of calls that its dispatch mode does not see, or sees too late."""
+    """Tells the recorder of calls that its dispatch mode does not see, or sees too late.
 
-    def __init__(self, recorder: Recorder) -> None:
+    ``rules`` are more functions that run in place of others: ``rule(func, args, kwargs)``.
+    """
+
+    def __init__(self, recorder: Recorder, rules: Mapping[Any, Rule] | None = None) -> None:
         super().__init__()
         self._recorder = recorder
-        self._rules: dict[Any, Callable[..., Any]] = {}
+        self._rules: dict[Any, Rule] = dict(rules or {})
         self._rules.update(dict.fromkeys(REVEALING, self._reveal))
         self._rules.update(dict.fromkeys(REFUSED, self._refuse))
         self._rules.update(dict.fromkeys(_FROM_DATA, self._from_data))
         self._rules.update(dict.fromkeys(RECURRENT, self._keep_whole))
         self._rules[Tensor.__deepcopy__] = self._deepcopy
+        self._rules[ONE_HOT] = self._one_hot
         if recorder.histories is not None:
             self._rules.update(dict.fromkeys(REFUSED_IN_TRAINING, self._refuse))
             self._rules[Tensor.detach_] = self._detach_in_place
@@ -133,6 +139,16 @@ class Escapes(TorchFunctionMode):
             memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
         return memo[id(tensor)]
 
+    def _one_hot(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Torch looks at the largest class, to check it; a scatter does so as well."""
+        index, classes = _classes_of(*args, **kwargs)
+        if classes < 0:
+            self._recorder.fail("one_hot counts the classes of its input; give it num_classes")
+        if classes <= 0 or index.dtype is not torch.int64:
+            return func(*args, **kwargs)
+        zeros = index.new_zeros(*index.shape, classes)
+        return zeros.scatter(-1, index.unsqueeze(-1), 1)
+
     def _detach_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Autograd does this one without an operation."""
         recorder = self._recorder
@@ -168,6 +184,10 @@ class Escapes(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self._recorder.is_suspended = False
+
+
+def _classes_of(tensor: Tensor, num_classes: int = -1) -> tuple[Tensor, int]:
+    return tensor, num_classes
 
 
 def _flat(value: Any) -> Iterator[Any]:
