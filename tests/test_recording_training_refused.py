@@ -157,6 +157,30 @@ def test_refused(name: str) -> None:
         assert error.location is not None and line in error.location.code
 
 
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype).t(), x.to(grad.dtype).t() @ grad
+
+
+def test_a_weight_that_autocast_keeps_for_a_function() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        return Product.apply(Product.apply(x, self.weight), self.weight)
+
+    for cache, reason in ((True, "cache_enabled=False"), (False, "")):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            found = record(Weighted(forward), (X,), {})
+        assert isinstance(found, Unrecorded) == cache
+        if isinstance(found, Unrecorded):
+            assert reason in str(found.error) and found.error.location is not None
+
+
 def test_random_numbers_in_a_function() -> None:
     torch.manual_seed(0)
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.autograd import graph as autograd_graph
 
 from sparsify.application import Application, Operand, take_operands, tensors_held
-from sparsify.autocast import autocast
+from sparsify.autocast import autocast, is_any_on
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.histories import Applied, Histories
 from sparsify.recording.recorder import Recorder
@@ -134,7 +134,8 @@ class Applications:
         nodes = [self._recorder.lower(tensor) for tensor in tensors]
         values = self._recorder.values
         memories = frozenset(self._recorder.value_of(tensor).memory for tensor in tensors)
-        applied = Applied(function.__name__, memories, values.made)
+        casts_are_kept = is_any_on() and torch.is_autocast_cache_enabled()
+        applied = Applied(function.__name__, memories, values.made, casts_are_kept)
         for tensor in tensors_held(arguments):
             value = values.get(tensor)
             if value is not None and applied.is_foreign(value):

@@ -36,6 +36,12 @@ class History(NamedTuple):
 Before = dict[int, History]  # of tensors by id
 
 
+def _is_cast_weight(value: Value) -> bool:
+    """Whether it is what autocast keeps: a leaf that requires gradients, in another dtype."""
+    node = value.node
+    return node.target is aten._to_copy.default and node.all_input_nodes[0].op == "placeholder"
+
+
 def look_up(tensors: Iterable[Tensor]) -> Before:
     return {id(t): History(t.requires_grad, t.grad_fn, _version(t)) for t in tensors}
 
@@ -46,11 +52,15 @@ def _version(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Applied:
-    """The use of a Function that is running: the memories of its arguments, and the first later."""
+    """The use of a Function that is running: the memories of its arguments, and the first later.
+
+    ``casts_are_kept`` says that autocast is on and keeps the weights that it has cast.
+    """
 
     name: str
     memories: frozenset[Memory]
     first: int
+    casts_are_kept: bool
 
     def is_foreign(self, value: Value) -> bool:
         """True for what this call made or was given, other than through the arguments."""
@@ -145,11 +155,17 @@ class Histories:
 
         Its gradient runs it again, with its arguments and with what the model holds.
         """
-        if self.applied is not None and self.applied.is_foreign(value):
+        if self.applied is None or not self.applied.is_foreign(value):
+            return
+        if self.applied.casts_are_kept and _is_cast_weight(value):
             raise CannotRecord(
-                f"{self.applied.name}.forward reads a tensor of this call that is none of its "
-                "arguments; pass it to apply"
+                f"{self.applied.name}.forward reads a weight that autocast has cast and cached "
+                "before; run it under torch.autocast(..., cache_enabled=False)"
             )
+        raise CannotRecord(
+            f"{self.applied.name}.forward reads a tensor of this call that is none of its "
+            "arguments; pass it to apply"
+        )
 
     def settle(self, node: fx.Node, tensor: Tensor) -> fx.Node:
         """``node``, which is returned as ``tensor``, with no more history than that has."""
