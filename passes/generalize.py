@@ -266,11 +266,28 @@ def _differing_numbers(
 def _find_formula(a: int, b: int, classes: Sequence[_Class], node: fx.Node) -> _Formula:
     """The formula in the sizes that gives ``a`` here and ``b`` in the other graph."""
     # Two recordings cannot tell formulas apart that agree on both, so there must be only one.
-    found = {f for find in (_of_one_size, _of_two_sizes) for f in find(a, b, classes)}
+    found = _formulas_of(a, b, classes)
     if len(found) == 1:
         return found.pop()
     how = "in more than one way" if found else "in no simple way"
     raise _Differs(f"{a} and {b} follow from the sizes {how}.", node)
+
+
+def find_fit(
+    a: int, b: int, first: Sequence[int], second: Sequence[int]
+) -> Callable[[Sequence[int]], int] | None:
+    """What gives ``a`` where the classes have the ``first`` sizes, and ``b`` at the ``second``.
+
+    Takes the sizes of all classes. None if there is no formula, or more than one.
+    """
+    if a == b:
+        return lambda sizes: a
+    found = _formulas_of(a, b, [_Class((), *sizes) for sizes in zip(first, second, strict=True)])
+    return found.pop().of if len(found) == 1 else None
+
+
+def _formulas_of(a: int, b: int, classes: Sequence[_Class]) -> set[_Formula]:
+    return {f for find in (_of_one_size, _of_two_sizes) for f in find(a, b, classes)}
 
 
 def _of_one_size(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:

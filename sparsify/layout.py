@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify.size_guard import Run, SizeGuard
 from sparsify.spans import EVERY, Span
 
 Dim = tuple[int, int]  # (index of the operand, dim)
@@ -29,7 +30,7 @@ class Layout:
     """The layouts that a graph was made for; the dims of one class vary together, within a span.
 
     ``least_size`` is the smallest size that a varying dim may have. Without ``spans``, each class
-    has every size from there on.
+    has every size from there on. ``guard`` tells at which of them Python decides as it did.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Layout:
         classes: Sequence[Sequence[Dim]] = (),
         least_size: int = 1,
         spans: Sequence[Span] | None = None,
+        guard: SizeGuard | None = None,
     ) -> None:
         self.classes = tuple(tuple(dims) for dims in classes)
         self.spans = (EVERY,) * len(self.classes) if spans is None else tuple(spans)
-        self.least_size = least_size
+        self.least_size, self.guard = least_size, guard
         varying = {index for dims in self.classes for index, _ in dims}
         self.layouts = tuple(
             OperandLayout(
@@ -91,14 +93,24 @@ class Layout:
         return not self.classes or self._sizes_fit(operands)
 
     def is_beyond(self, operands: Sequence[Tensor]) -> bool:
-        """True if nothing but the span of a class keeps the graph from serving these operands."""
+        """True if another recording may show that the graph serves these operands.
+
+        Nothing else than the span of a class, or a question of Python's, keeps it from that.
+        """
         unbounded = self._with_spans([EVERY] * len(self.classes))
+        unbounded.guard = None
         return unbounded.serves(operands) and not self.serves(operands)
 
-    def widened(self, operands: Sequence[Tensor]) -> Layout:
+    def widened(self, operands: Sequence[Tensor], run: Run | None = None) -> Layout:
         """This one after a recording of these operands has shown that the graph serves them."""
-        sizes = (operands[index].shape[dim] for (index, dim), *_ in self.classes)
+        sizes = self.sizes(operands)
+        if self.guard is not None and run is not None:
+            self.guard.add(run)
         return self._with_spans(list(map(Span.widened, self.spans, sizes)))
+
+    def sizes(self, operands: Sequence[Tensor]) -> tuple[int, ...]:
+        """The size of every class."""
+        return tuple(operands[index].shape[dim] for (index, dim), *_ in self.classes)
 
     def _with_spans(self, spans: Sequence[Span]) -> Layout:
         other = copy.copy(self)
@@ -148,6 +160,10 @@ class Layout:
             if size not in span:
                 known = f"beyond the {span.least} to {span.most} that were recorded"
                 return f"{names[index]} has size {size} in dim {dim}, {known}"
+        if self.guard is not None:
+            sizes = self.sizes(operands)
+            reason = self.guard.why_not(operands, sizes)
+            return f"sizes of {list(sizes)} were not recorded: {reason}" if reason else ""
         return ""
 
     def _rank(self, index: int) -> int:
@@ -174,7 +190,7 @@ class Layout:
                 return False
             if any(operands[index].shape[dim] != size for index, dim in dims[1:]):
                 return False
-        return True
+        return self.guard is None or self.guard.holds(operands, self.sizes(operands))
 
 
 def stride_class(tensor: Tensor) -> object:

@@ -14,9 +14,10 @@ from sparsify.errors import Refusal
 from sparsify.general_modules import GeneralModules
 from sparsify.keep_weights import compute_weights, keep_weights
 from sparsify.layout import Layout
-from sparsify.passes.generalize import generalize
+from sparsify.passes.generalize import find_fit, generalize
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.scans import find_regions, with_modules, without_kernels
+from sparsify.size_guard import Run, SizeGuard
 from sparsify.spans import Span
 
 aten = torch.ops.aten
@@ -41,7 +42,9 @@ def with_entry(
             if old.is_beyond(given):
                 reason = _why_unlike(old.origin, new)
                 if not reason:
-                    old.layout = old.layout.widened(given)
+                    shapes = [operand.shape for operand in given]
+                    run = _run(new, shapes, old.layout.sizes(given))
+                    old.layout = old.layout.widened(given, run)
                     return entries, apart
                 old.refuted += 1
                 new.is_exception = True
@@ -88,8 +91,17 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
     least = 2 if any(n.target in SQUEEZES for n in graph.graph.nodes) else 1
     firsts = [first.layout.layouts[index].shape[dim] for (index, dim), *_ in found.classes]
     seconds = [operands[index].shape[dim] for (index, dim), *_ in found.classes]
-    layout = Layout(operands, found.classes, least, list(map(Span.of, firsts, seconds)))
+    spans = list(map(Span.of, firsts, seconds))
+    layout = Layout(operands, found.classes, least, spans)
+    layout.guard = SizeGuard(sources(ours), find_fit)
+    layout.guard.add(_run(first, [known.shape for known in first.layout.layouts], firsts))
+    layout.guard.add(_run(second, [operand.shape for operand in operands], seconds))
     return Entry(compiled, operands, layout, Origin(first, found, general))
+
+
+def _run(entry: Entry, shapes: Sequence[Sequence[int]], sizes: Sequence[int]) -> Run:
+    recording = entry.compiled.recording
+    return Run.of(recording.asked, sources(entry.compiled), shapes, sizes)
 
 
 def _why_unlike(origin: Origin, third: Entry) -> str:

@@ -28,6 +28,7 @@ from sparsify.recording.recording import Args, Guard, Kwargs, Recording, Unrecor
 from sparsify.recording.rules import rule_of
 from sparsify.recording.saved import SavedTensors, random_states_kept
 from sparsify.recording.sharing import SharingGuard, find_assumptions
+from sparsify.recording.size_reads import SizeReads
 from sparsify.recording.sources import KnownTensors, marked_before
 from sparsify.uncollected import seldom_collected
 
@@ -68,6 +69,7 @@ class _Run:
         self.saved = SavedTensors(self.known, active=restore)
         self.positions = Positions(model)
         self.recorder = Recorder(self.positions, self.known, rule_of, self.saved.before_write)
+        self.reads = SizeReads(self.recorder)
         self.recorder.unread = {id(tensor): tensor for tensor in self.known.tensors()}
         self.before = look_up(self.known.tensors()) if torch.is_grad_enabled() else {}
         self.applications: Applications | None = None
@@ -98,8 +100,14 @@ class _Run:
             self.recorder.fail(
                 "saved_tensors_hooks are in use around the model, which kernels would not call"
             )
-        with uncompiled(), self.positions, self.recorder, Escapes(self.recorder):
-            return self.model.forward(*self.args, **self.kwargs)
+        reads = self.reads
+        try:
+            escapes = Escapes(self.recorder, reads.rules)
+            with uncompiled(), reads.lengths(), self.positions, self.recorder, escapes:
+                result = self.model.forward(*self.args, **self.kwargs)
+        finally:
+            reads.close(self.model)
+        return reads.plain(result)
 
     def _conclude(self, result: Any) -> Conclusion | None:
         if self.positions.was_disturbed:
@@ -122,7 +130,9 @@ class _Run:
             if not effects:
                 guard = self._guard(seen, conclusion)
                 seconds = time.perf_counter() - self.started
-                return Recording(conclusion.graph, guard, conclusion.calling, result, seconds)
+                asked = self.reads.notes.asked()
+                graph, calling = conclusion.graph, conclusion.calling
+                return Recording(graph, guard, calling, result, seconds, asked)
             effect = effects[0]
             message = str(replace(effect, location=None))
             may_settle = all(effect.may_settle for effect in effects)

@@ -31,6 +31,7 @@ from sparsify.recording.operations import (
     Operation,
     operation_of,
 )
+from sparsify.recording.traced_size import plain
 from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current, fitting
 from sparsify.recording.writes import part_of_list, write
 
@@ -278,7 +279,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [self.lower(item) for item in argument]
         if isinstance(argument, (torch.Generator, torch.ScriptObject)):
             raise CannotRecord(f"a {type(argument).__name__} is given to an operation")
-        return argument
+        return plain(argument)
 
     def read(self, value: Value) -> fx.Node:
         """The node that holds the value now."""

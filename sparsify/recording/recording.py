@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, fx
 
 from sparsify.errors import TraceError
+from sparsify.size_formula import Asked
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -55,7 +56,7 @@ class Recording:
 
     ``graph`` is a functional graph of ATen operations whose nodes carry the meta of
     ``graph_meta.py``; its output is a flat tuple of tensors. ``result`` is what the run returned.
-    ``seconds`` is what the recorded run took, ``eager_seconds`` the run itself if it was measured.
+    ``seconds`` is what the recorded run took, ``asked`` what Python learned of sizes.
     """
 
     graph: fx.GraphModule
@@ -63,6 +64,7 @@ class Recording:
     calling: Calling
     result: Any
     seconds: float = 0.0
+    asked: Asked = field(default_factory=Asked)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""The sizes that Python reads of tensors and lists, while a model is recorded."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import math
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.recording.reachable import Route, is_foreign, walk
+from sparsify.recording.recorder import Recorder
+from sparsify.recording.traced_size import SizeNotes, place_of, plain
+
+_PROPERTIES: Any = Tensor
+LENGTHS = (list, tuple, dict, deque)
+Rule = Callable[[Any, Any, Any], Any]
+
+
+class SizeReads:
+    """Gives Python sizes that note what is asked of them (``traced_size.py``)."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.notes = SizeNotes()
+        self._recorder = recorder
+        self.rules: dict[Any, Rule] = {
+            _PROPERTIES.shape.__get__: self._shape,
+            Tensor.size: self._size,
+            Tensor.numel: self._numel,
+            torch.numel: self._numel,
+            Tensor.__len__: self._length,
+            Tensor.stride: self._pin,
+            Tensor.is_same_size: self._pin,
+            _PROPERTIES.nbytes.__get__: self._pin,
+        }
+
+    @contextlib.contextmanager
+    def lengths(self) -> Iterator[None]:
+        """Inside, ``len`` gives them, too: the builtin makes plain integers of what it is told."""
+        before, thread, recorder = len, threading.get_ident(), self._recorder
+
+        def len_of(thing: Any, /) -> int:
+            if recorder.is_busy or recorder.error or threading.get_ident() != thread:
+                return before(thing)
+            value = before(thing)
+            frame = sys._getframe(1)
+            if isinstance(thing, Tensor):
+                return self._one(thing, 0, value, frame)
+            if type(thing) in LENGTHS and not is_foreign(frame.f_globals.get("__name__")):
+                return self.notes.length(place_of(frame), value)
+            return value
+
+        builtins.len = len_of
+        try:
+            yield
+        finally:
+            builtins.len = before
+
+    def close(self, model: nn.Module) -> None:
+        """Note nothing any more, and leave plain integers where the model keeps sizes."""
+        self.notes.is_open = False
+        if not self._are_left():
+            return
+        for place in walk([("", model)]):
+            value = plain(place.value)
+            if value is not place.value and not isinstance(place.owner, tuple):
+                with contextlib.suppress(AttributeError, TypeError):  # it cannot be set
+                    Route(place).set(value)
+
+    def plain(self, result: Any) -> Any:
+        """``result`` with plain integers."""
+        if self._are_left() and any(plain(e) is not e for e in pytree.tree_leaves(result)):
+            return pytree.tree_map(plain, result)
+        return result
+
+    def _are_left(self) -> bool:
+        """Whether any size is alive; each of them holds the notes."""
+        return sys.getrefcount(self.notes) > 2
+
+    def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return torch.Size(self._sizes(args[0], func(*args), sys._getframe(2)))
+
+    def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Size):
+            return torch.Size(self._sizes(args[0], result, sys._getframe(2)))
+        dim = plain(kwargs.get("dim", args[-1]))
+        if not isinstance(dim, int):  # a name
+            return self._pin(func, args, kwargs)
+        return self._one(args[0], dim % args[0].dim(), result, sys._getframe(2))
+
+    def _length(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Of ``x.__len__()``; of what C code asks, as that of ``list`` does, nobody hears."""
+        return self._one(args[0], 0, func(*args), sys._getframe(2))
+
+    def _numel(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensor = kwargs["input"] if kwargs else args[0]
+        return math.prod(self._sizes(tensor, tensor.shape, sys._getframe(2)))
+
+    def _pin(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What follows from the sizes goes where it is not seen what is asked of it."""
+        frame = sys._getframe(2)
+        for tensor in args:
+            if isinstance(tensor, Tensor):
+                for size in self._sizes(tensor, tensor.shape, frame):
+                    self.notes.pin(size, frame)
+        return func(*args, **kwargs)
+
+    def _sizes(self, tensor: Tensor, shape: torch.Size, frame: FrameType) -> list[int]:
+        return [self._one(tensor, dim, size, frame) for dim, size in enumerate(shape)]
+
+    def _one(self, tensor: Tensor, dim: int, size: int, frame: FrameType) -> int:
+        recorder = self._recorder
+        value = recorder.values.get(tensor)
+        if value is not None and recorder.placeholders.get(value.node) is tensor:
+            return self.notes.operand(value.node.meta["source"], dim, size)
+        return self.notes.other(place_of(frame), dim, size)
