@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from sparsify.errors import Refusal
 
+COMPUTED = (BasePruningMethod, SpectralNorm, WeightNorm)  # hooks that make a weight, of tensors
 HOOK_REMEDY = "Remove the hook, or register it on the whole model, where it keeps firing."
 
 
@@ -38,11 +41,12 @@ def needs_grad(tensors: Iterable[Tensor]) -> bool:
 def why_observed(model: nn.Module) -> Refusal | None:
     """A forward hook that would not fire: on a submodule, or on all modules.
 
-    Masks of ``torch.nn.utils.prune`` are hooks that compute with tensors alone; they are recorded.
+    Masks of ``torch.nn.utils.prune`` and norms of ``torch.nn.utils`` are hooks that compute with
+    tensors alone; they are recorded.
     """
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if module is not model and not all(isinstance(hook, BasePruningMethod) for hook in hooks):
+        if module is not model and not all(isinstance(hook, COMPUTED) for hook in hooks):
             reason = f"A forward hook on {name!r} reads what runs inside of the kernels."
             return Refusal("observed", reason, HOOK_REMEDY)
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:

@@ -277,6 +277,22 @@ def test_a_hook_on_a_submodule_keeps_firing() -> None:
     assert {site.decision for site in engine_of(fast).report.sites} == {"event", "kept"}
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_norms_that_are_hooks_compute_weights_that_kernels_read() -> None:
+    net, x = RecurrentNet().double().eval(), X.double()
+    torch.nn.utils.weight_norm(net.rec)
+    torch.nn.utils.spectral_norm(net.inp)
+    fast = sparsify(net, x, timing=False)
+    run(fast, x)
+    assert "event" in {site.decision for site in engine_of(fast).report.sites}
+    with torch.no_grad():
+        net.rec.get_parameter("weight_g").mul_(0.5)
+    # In float64 what a sum rounds is far from every threshold: spikes are equal, and so are counts.
+    # The readout adds dyadic weights of spikes, which is exact.
+    assert torch.equal(run(fast, x), run(net, x))
+    assert runs_kernels(fast, x)
+
+
 def test_hooks_on_the_whole_model_fire_once_a_call() -> None:
     _, fast = make()
     calls: list[str] = []
