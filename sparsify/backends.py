@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ class Compilers:
     @property
     def binaries(self) -> tuple[Binaries, ...]:
         return tuple(compiler.binaries for compiler in self._by_device.values())
+
+    @contextmanager
+    def ending_early(self) -> Iterator[None]:
+        """No compiler begins after it with what might have been needed; see ``Binaries.begin``."""
+        try:
+            yield
+        finally:
+            for binaries in self.binaries:
+                binaries.end_early()
 
     def _refuse_device(self, device: torch.device) -> Refusal:
         if self._asked is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from sparsify import ir
@@ -23,32 +23,38 @@ class Binaries:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.made: dict[tuple[ir.Kernel, ir.Schedule], Binary] = {}
+        self._pool: ThreadPoolExecutor | None = None  # of what is begun before kernels are known
         self._ready: Future[Refusal | None] | None = None
         self._early: dict[object, Future[None]] = {}
 
-    def begin(self, likely: Iterable[Foreseen] = ()) -> bool:
-        """Begin with what all kernels need, then products that are ``likely``, with one compiler.
+    def begin(self) -> None:
+        """Begin with what all kernels need, unless there are kernels already."""
+        if self._pool is None and not self.made:
+            self._pool = ThreadPoolExecutor(max_workers=1)
+            self._ready = self._pool.submit(self.backend.why_not_ready)
 
-        False if there is nothing to compile. What is not begun when ``compile_all`` is called is
-        left to it.
+    def begin_likely(self, products: Iterable[Foreseen]) -> bool:
+        """Begin also with products that are likely, with the same compiler.
+
+        False if what all kernels need is in the cache: then few wait for so little. What is not
+        begun when ``compile_all`` is called is left to it.
         """
-        with _at_once(1) as pool:
-            self._ready = pool.submit(self.backend.why_not_ready)
-            self._early = {
-                _kind(product): pool.submit(self._compile_product, product)
-                for product in unlike(likely)
-            }
-        wait(self._begun, timeout=CACHED_SECONDS)
-        return self.is_compiling
+        self.begin()
+        if self._pool is None or self._ready is None:
+            return False
+        if not wait([self._ready], timeout=CACHED_SECONDS).not_done:
+            return False
+        for each in unlike(products):
+            self._early[_kind(each)] = self._pool.submit(self._compile_product, each)
+        return True
 
     @property
     def is_compiling(self) -> bool:
-        """Whether a compiler runs that ``begin`` has begun."""
-        return not all(future.done() for future in self._begun)
-
-    @property
-    def _begun(self) -> list[Future[Any]]:
-        return [*([self._ready] if self._ready else []), *self._early.values()]
+        """Whether a compiler runs that was begun with."""
+        begun: list[Future[Any]] = [*self._early.values()]
+        if self._ready is not None:
+            begun.append(self._ready)
+        return not all(future.done() for future in begun)
 
     def compile_all(
         self,
@@ -75,13 +81,20 @@ class Binaries:
             made = [pool.submit(self.backend.compile, *key) for key in missing]
             if meanwhile is not None:
                 _run_beside(meanwhile, pool, [*others, ready, *outer, *made])
-        self._ready, self._early = None, {}
+        wait(early.values())  # those that are not wanted must not disturb what is timed
+        self.end_early()
         refusal = ready.result()
         if refusal is None:
             for other in others:
                 other.result()
             self.made.update(zip(missing, (each.result() for each in made), strict=True))
         return refusal
+
+    def end_early(self) -> None:
+        """Take back what was begun with, as far as no compiler runs yet."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool, self._ready, self._early = None, None, {}
 
     def load(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Launchable:
         if (kernel, schedule) not in self.made:
@@ -104,16 +117,6 @@ def _run_beside(
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-
-
-@contextmanager
-def _at_once(compilers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that nobody waits for."""
-    pool = ThreadPoolExecutor(max_workers=compilers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False)
 
 
 def unlike(products: Iterable[Foreseen]) -> list[Foreseen]:

@@ -120,7 +120,7 @@ class Engine:
             if gradients is None:
                 # In eval mode an example is one of inference, even where gradients are enabled.
                 gradients = torch.is_grad_enabled() and self.original.training
-            with torch.set_grad_enabled(gradients):
+            with torch.set_grad_enabled(gradients), self._compilers.ending_early():
                 error = self._compile_restored(args, kwargs)
                 if error is not None and error.may_settle:
                     with settled(self.original, args, kwargs):
@@ -142,13 +142,13 @@ class Engine:
         return None
 
     def _begin_compiling(self, args: Args, kwargs: Kwargs) -> int:
-        """Begin with what a recording of this call will need; returns how many compilers run."""
+        """Begin with what a recording of this call may need; returns how many compilers run."""
         tensors = dict(tensors_of(self.original, args, kwargs))
         compiler = self._compilers.serving(tensors.items())
         if isinstance(compiler, Refusal) or torch.get_num_threads() == 1:
             return 0
         likely = likely_products(tensors.values()) if torch.is_grad_enabled() else []
-        return int(compiler.binaries.begin(likely))
+        return int(compiler.binaries.begin_likely(likely))
 
     @property
     def plan(self) -> Plan:
@@ -295,7 +295,10 @@ class Engine:
 
     def _try_adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         try:
-            failure = run_bounded(lambda: self._adopt(recording, args, kwargs), "while compiling")
+            with self._compilers.ending_early():
+                failure = run_bounded(
+                    lambda: self._adopt(recording, args, kwargs), "while compiling"
+                )
         except OUT_OF_MEMORY as error:
             self._originals.add(call_key(self.original, args, kwargs))
             self._refuse(refuse_memory(error))
@@ -324,6 +327,7 @@ class Engine:
         compiler = self._compilers.serving((str(i), t) for i, t in enumerate(operands))
         if isinstance(compiler, Refusal):
             raise TraceError(f"{compiler.reason} {compiler.remedy}")
+        compiler.binaries.begin()
         backend = compiler.binaries.backend
         plan = self._plans.for_call(backend, is_trained)
         like = [e for e in self.entries if bool(e.required) == is_trained and e.backend is backend]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,12 @@ def test_products_that_cannot_be_compiled_are_left_to_their_calls(
 def test_what_a_model_is_likely_to_need_is_compiled_beside_its_recording_and_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    may_end = threading.Event()
+    class Cold(CppBackend):
+        def why_not_ready(self) -> Refusal | None:
+            may_begin.wait(PATIENCE_S)
+            return super().why_not_ready()
+
+    may_begin, may_end = threading.Event(), threading.Event()
     asked: list[tuple[str, str]] = []
 
     def compile_function(value: str, source: str) -> None:
@@ -165,17 +171,39 @@ def test_what_a_model_is_likely_to_need_is_compiled_beside_its_recording_and_onc
         may_end.wait(PATIENCE_S)
 
     monkeypatch.setattr(cpp_outer_product, "compile_function", compile_function)
-    binaries = Binaries(Failing())
+    binaries = Binaries(Cold(RATES))
     weight = torch.zeros(128, 128, requires_grad=True)
     likely = likely_products(
         [torch.zeros(9, 18, 128), weight, torch.zeros(128, requires_grad=True)]
     )
     assert likely == [Foreseen(162, 128, 128, F32, F32), Foreseen(162, 128, 128, F32, F32, True)]
-    assert binaries.begin(likely) and binaries.is_compiling
+    assert binaries.begin_likely(likely) and binaries.is_compiling
+    may_begin.set()
+    while not asked:
+        time.sleep(0.001)
     threading.Timer(0.1, may_end.set).start()
     assert binaries.compile_all([], [Foreseen(160, 128, 128, F32, F32)]) is None
     assert asked == [("float", "float")], "that of bits was not begun, and is not wanted"
     assert not binaries.is_compiling
+
+
+def test_where_nothing_is_compiled_what_is_likely_is_not_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Cold(CppBackend):
+        def why_not_ready(self) -> Refusal | None:
+            is_over.wait(PATIENCE_S)
+            return super().why_not_ready()
+
+    is_over = threading.Event()
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(cpp_outer_product, "compile_function", lambda *key: asked.append(key))
+    binaries = Binaries(Cold(RATES))
+    assert binaries.begin_likely([Foreseen(160, 128, 128, F32, F32)])
+    binaries.end_early()
+    is_over.set()
+    assert binaries.compile_all([]) is None
+    assert asked == []
 
 
 def test_an_example_is_recorded_on_the_cores_that_no_compiler_has(
