@@ -81,7 +81,6 @@ def repeat(
         expected = run(given, model.forward, differentiate)
     else:
         call = perturb(given)  # anew: the model may have written to them
-    free_memory()  # what the model left
     got = run(call, _repeating(recording), differentiate_result)
     differs = _compare(got.values, expected.values)
     differs = differs and f"{differs}{_blame(recording.graph)}"

@@ -30,6 +30,7 @@ LEAST_STEPS = 10  # but on so many: a call looks at the weights once
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
 FIRST_CALLS = 3
+LEAST_ROUNDS = 2  # beside the first calls
 ENOUGH_SECONDS = 0.05  # that two first calls took: a third would tell no more
 BEHIND = 1.5  # a kernel that takes this many times longer than the fastest one is timed no further
 SLACK_SECONDS = 20e-6  # a call may be slower than eager by this much, or by 5 %
@@ -156,9 +157,7 @@ def time_candidates(
     kernels = min(once.values())
     original = task.original_seconds
     original_call = _original_call(task)
-    if original is None:
-        original = seconds_of(original_call)
-    if original < FAR * kernels:
+    if original is None or original < FAR * kernels:  # one run may have been disturbed
         original = seconds_of(original_call)
     is_close = original < FAR * kernels
     functions = {n: f for n, f in functions.items() if n == "0" or once[n] <= BEHIND * kernels}
@@ -166,7 +165,7 @@ def time_candidates(
         functions["original"] = original_call
     budget = BUDGET_SECONDS if len(functions) > 1 else 0.0
     round_seconds = kernels * len(functions) + original * is_close
-    rounds = max(3, min(15, int(budget / max(round_seconds, 1e-3))))
+    rounds = max(LEAST_ROUNDS, min(15, int(budget / max(round_seconds, 1e-3))))
     once["original"] = original
     timings = measure_pairs(functions, rounds, least_ms=0.2, known=once)
     once |= {name: min(once[name], *timings.seconds[name]) for name in functions}
