@@ -11,6 +11,7 @@ import torch
 from sparsify.passes.generalize import find_fit
 from sparsify.recording.traced_size import SizeNotes
 from sparsify.size_guard import Run, SizeGuard
+from tests.test_traced_size import all_of
 
 SOURCES = ["x"]
 SIZES = range(1, 40)
@@ -19,7 +20,7 @@ SIZES = range(1, 40)
 def run(decide: Callable[[Any], object], size: int) -> Run:
     notes = SizeNotes()
     decide(notes.operand("x", 0, size))
-    return Run.of(notes.asked(), SOURCES, [(size, 3)], (size,))
+    return Run.of(all_of(notes), SOURCES, [(size, 3)], (size,))
 
 
 def guard(decide: Callable[[Any], object], *sizes: int) -> SizeGuard:
@@ -99,5 +100,5 @@ def test_a_list_that_is_as_long_as_a_dim_is_followed_to_it() -> None:
     for size in (5, 9):
         notes = SizeNotes()
         decide(notes, size)
-        found.add(Run.of(notes.asked(), SOURCES, [(size, 3)], (size,)))
+        found.add(Run.of(all_of(notes), SOURCES, [(size, 3)], (size,)))
     assert believed(found) == [n for n in SIZES if n != 19]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.recording.traced_size import SizeNotes, TracedSize, plain
-from sparsify.size_formula import Read
+from sparsify.size_formula import Asked, Read
 
 SIZE = Read("x", 0)
 NUMBERS = [*range(-4, 10), 2.5, True]
@@ -35,6 +35,11 @@ UNARY: list[Callable[[Any], Any]] = [
 def traced(value: int) -> tuple[Any, SizeNotes]:
     notes = SizeNotes()
     return notes.operand("x", 0, value), notes
+
+
+def all_of(notes: SizeNotes) -> Asked:
+    notes.close()
+    return notes.asked()
 
 
 def outcome(operation: Callable[..., Any], *args: Any) -> Any:
@@ -65,7 +70,7 @@ def test_arithmetic_is_that_of_integers_and_is_followed(name: str) -> None:
             if isinstance(got, TracedSize):
                 assert [got.formula.of({SIZE: n}) for n in (5, 7)] == [expected, apply(7)]
             elif any(apply(n) != expected for n in (3, 4, 6, 7)):
-                assert notes.asked().questions
+                assert all_of(notes).questions
 
 
 @pytest.mark.parametrize("operation", UNARY)
@@ -100,9 +105,9 @@ def test_answers_are_what_python_would_get(one: int, other: int, part: int, shif
 
     size, notes = traced(one)
     assert decide(size) == decide(one)
-    answers = [question.answer({SIZE: other}) for question in notes.asked().questions]
+    answers = [question.answer({SIZE: other}) for question in all_of(notes).questions]
     again, others = traced(other)
     if decide(again) == decide(one):
         return
-    assert answers != [question.answer({SIZE: one}) for question in notes.asked().questions]
-    assert others.asked().questions
+    assert answers != [question.answer({SIZE: one}) for question in all_of(notes).questions]
+    assert all_of(others).questions

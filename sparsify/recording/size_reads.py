@@ -31,6 +31,7 @@ class SizeReads:
     def __init__(self, recorder: Recorder) -> None:
         self.notes = SizeNotes()
         self._recorder = recorder
+        self._builtin, self._thread = len, threading.get_ident()
         self.rules: dict[Any, Rule] = {
             _PROPERTIES.shape.__get__: self._shape,
             Tensor.size: self._size,
@@ -45,28 +46,26 @@ class SizeReads:
     @contextlib.contextmanager
     def lengths(self) -> Iterator[None]:
         """Inside, ``len`` gives them, too: the builtin makes plain integers of what it is told."""
-        before, thread, recorder = len, threading.get_ident(), self._recorder
-
-        def len_of(thing: Any, /) -> int:
-            if recorder.is_busy or recorder.error or threading.get_ident() != thread:
-                return before(thing)
-            value = before(thing)
-            frame = sys._getframe(1)
-            if isinstance(thing, Tensor):
-                return self._one(thing, 0, value, frame)
-            if type(thing) in LENGTHS and not is_foreign(frame.f_globals.get("__name__")):
-                return self.notes.length(place_of(frame), value)
-            return value
-
-        builtins.len = len_of
+        builtins.len = self._len
         try:
             yield
         finally:
-            builtins.len = before
+            builtins.len = self._builtin
+
+    def _len(self, thing: Any, /) -> int:
+        value, recorder = self._builtin(thing), self._recorder
+        if recorder.is_busy or recorder.error or threading.get_ident() != self._thread:
+            return value
+        frame = sys._getframe(1)
+        if isinstance(thing, Tensor):
+            return self._one(thing, 0, value, frame)
+        if type(thing) in LENGTHS and not is_foreign(frame.f_globals.get("__name__")):
+            return self.notes.length(place_of(frame), value)
+        return value
 
     def close(self, model: nn.Module) -> None:
         """Note nothing any more, and leave plain integers where the model keeps sizes."""
-        self.notes.is_open = False
+        self.notes.close()
         if not self._are_left():
             return
         for place in walk([("", model)]):
@@ -115,7 +114,10 @@ class SizeReads:
         return func(*args, **kwargs)
 
     def _sizes(self, tensor: Tensor, shape: torch.Size, frame: FrameType) -> list[int]:
-        return [self._one(tensor, dim, size, frame) for dim, size in enumerate(shape)]
+        sizes = []  # a comprehension's variables would be held by whoever watches the run
+        for dim, size in enumerate(shape):
+            sizes.append(self._one(tensor, dim, size, frame))
+        return sizes
 
     def _one(self, tensor: Tensor, dim: int, size: int, frame: FrameType) -> int:
         recorder = self._recorder

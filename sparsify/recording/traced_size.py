@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,8 @@ from sparsify.size_formula import Asked, Formula, Made, Place, Question, Read, c
 DEEPEST = 16  # operations on the results of operations: those of a loop need not end
 # What these do with a number is seen elsewhere, or has nothing to do with its value.
 SILENT = (Tensor, list, tuple, str, bytes, type(None))
+# A comparison as it was met: code, offset in it, relation, the size, and the number.
+Met = tuple[CodeType, int, Callable[..., bool], "TracedSize", Any]
 
 
 def place_of(frame: FrameType) -> Place:
@@ -25,21 +27,50 @@ def place_of(frame: FrameType) -> Place:
 
 
 class SizeNotes:
-    """What is asked of the sizes of one recording, while ``is_open``."""
+    """What is asked of the sizes of one recording, while ``is_open``.
+
+    ``compared`` is looked at when the run is over: while it is traced, every call costs
+    microseconds.
+    """
 
     def __init__(self) -> None:
         self.is_open = True
+        self.compared: list[Met] = []
+        self._found: list[Any] = []
         self._questions: dict[Question, None] = {}
         self._made: dict[Made, None] = {}
         self._values: dict[tuple[Place, int], dict[int, Read]] = {}
+        self._operands: dict[tuple[object, int], TracedSize] = {}
+
+    def close(self) -> None:
+        """Note nothing any more, and keep no size."""
+        self.is_open = False
+        self._found = [
+            (*where, size.formula, number.formula if type(number) is TracedSize else number)
+            for *where, size, number in self.compared
+        ]
+        self.compared.clear()
+        self._operands.clear()
 
     def asked(self) -> Asked:
+        """All that was asked, once it is closed."""
+        lines: dict[tuple[int, int], int] = {}
+        for code, offset, relation, formula, number in self._found:
+            where = id(code), offset
+            if where not in lines:
+                lines[where] = _line_at(code, offset)
+            other = number if isinstance(number, Formula) else constant(number)
+            place = code.co_filename, lines[where], offset
+            self._ask(relation, formula.plus(other, -1), place)
         values = {read: n for found in self._values.values() for n, read in found.items()}
         return Asked(tuple(self._questions), tuple(self._made), values)
 
-    def operand(self, source: object, dim: int, value: int) -> int:
+    def operand(self, source: object, dim: int, value: int) -> TracedSize:
         """The size of a tensor that the call is given or the model has."""
-        return TracedSize(value, single(Read(source, dim)), self)
+        found = self._operands.get((source, dim))
+        if found is None:
+            found = self._operands[source, dim] = TracedSize(value, single(Read(source, dim)), self)
+        return found
 
     def other(self, place: Place, dim: int, value: int) -> int:
         """The size of any other tensor, read at this place."""
@@ -54,21 +85,49 @@ class SizeNotes:
         found = self._values.get((place, 0))
         return value if found and value not in found else self.other(place, 0, value)
 
-    def ask(self, relation: Callable[..., bool], formula: Formula, frame: FrameType) -> None:
+    def _ask(self, relation: Callable[..., bool], formula: Formula, place: Place) -> None:
         if formula.terms:
             terms = Formula(formula.terms)
-            self._questions[Question(place_of(frame), relation, terms, formula.offset)] = None
+            self._questions[Question(place, relation, terms, formula.offset)] = None
 
     def pin(self, number: object, frame: FrameType) -> None:
         """A value goes where no question is seen: at other calls it must be what it is here."""
         if isinstance(number, TracedSize):
-            self.ask(operator.eq, number.formula.plus(constant(-int.__int__(number))), frame)
+            value = constant(-int.__int__(number))
+            self._ask(operator.eq, number.formula.plus(value), place_of(frame))
+
+    def follow(
+        self, operation: Callable[..., Any], numbers: Sequence[Any], value: Any, frame: FrameType
+    ) -> Any:
+        """``value``, which the operation gave for these numbers, as a size if it is an integer."""
+        a, b = map(_formula, numbers[:2])
+        if type(value) is not int or a is None or b is None or numbers[2:]:
+            if not any(isinstance(number, SILENT) for number in numbers):
+                self._pin_all(numbers, frame)
+            return value
+        if operation in (operator.add, operator.sub):
+            return self.sum(value, a.plus(b, 1 if operation is operator.add else -1))
+        if operation is operator.mul and not (a.terms and b.terms):
+            factor, rest = (b, a) if a.terms else (a, b)
+            return self.sum(value, rest.scaled(int(factor.offset)))
+        if max(a.depth, b.depth) >= DEEPEST:
+            self._pin_all(numbers, frame)
+            return value
+        return self.make(operation, value, (a, b), frame)
+
+    def _pin_all(self, numbers: Sequence[Any], frame: FrameType) -> None:
+        for number in numbers:
+            self.pin(number, frame)
 
     def make(
-        self, operation: Callable[..., int], value: int, operands: Sequence[Formula], place: Place
+        self,
+        operation: Callable[..., int],
+        value: int,
+        operands: Sequence[Formula],
+        frame: FrameType,
     ) -> int:
         depth = 1 + max(operand.depth for operand in operands)
-        made = Made(operation, tuple(operands), depth, place)
+        made = Made(operation, tuple(operands), depth, place_of(frame))
         self._made.setdefault(made)
         return TracedSize(value, single(made), self)
 
@@ -86,71 +145,64 @@ def _method(operation: Callable[..., Any], prefix: str = "") -> Any:
     return getattr(int, f"__{prefix}{operation.__name__.rstrip('_')}__")
 
 
-def _comparison(relation: Callable[..., bool]) -> Any:
-    exact = _method(relation)
+# The methods have no free variables: what those hold is looked for by whoever watches the run.
+def _comparison(of: Callable[..., bool]) -> Any:
+    own = _method(of)
 
-    def compare(self: TracedSize, other: Any) -> Any:
+    def compare(self: TracedSize, other: Any, *, relation: Any = of, exact: Any = own) -> Any:
         notes = self.notes
         if notes.is_open:
-            theirs = _formula(other)
-            if theirs is not None:
-                notes.ask(relation, self.formula.plus(theirs, -1), sys._getframe(1))
+            frame = sys._getframe(1)
+            if type(other) in (int, TracedSize, float, bool):
+                notes.compared += ((frame.f_code, frame.f_lasti, relation, self, other),)
             elif not isinstance(other, SILENT):
-                notes.pin(self, sys._getframe(1))
+                notes.pin(self, frame)
         return exact(self, other)
 
     return compare
 
 
-def _arithmetic(operation: Callable[..., Any]) -> tuple[Any, Any]:
+def _arithmetic(of: Callable[..., Any]) -> tuple[Any, Any]:
     """The methods for the operand on the left and for the one on the right."""
-    return _one_side(operation, False), _one_side(operation, True)
+    own, reflected = _method(of), _method(of, "r")
 
-
-def _one_side(operation: Callable[..., Any], swapped: bool) -> Any:
-    exact = _method(operation, "r" if swapped else "")
-
-    def apply(self: TracedSize, other: Any, *more: Any) -> Any:
+    def left(self: TracedSize, other: Any, *more: Any, of: Any = of, exact: Any = own) -> Any:
+        known = self.results.get((of, other)) if type(other) is int else None
+        if known is not None and self.notes.is_open and not more:
+            return known
         value = exact(self, other, *more)
+        if not self.notes.is_open:
+            return value
+        numbers = (self, other, *more)
+        result = self.notes.follow(of, numbers, value, sys._getframe(1))
+        if type(other) is int and not more:
+            self.results[of, other] = result
+        return result
+
+    def right(self: TracedSize, other: Any, *, of: Any = of, exact: Any = reflected) -> Any:
+        value = exact(self, other)
+        if not self.notes.is_open:
+            return value
+        return self.notes.follow(of, (other, self), value, sys._getframe(1))
+
+    return left, right
+
+
+def _unary(of: Callable[..., int]) -> Any:
+    def apply(self: TracedSize, *, of: Any = of) -> int:
+        value: int = of(int.__int__(self))
         notes = self.notes
         if not notes.is_open:
             return value
-        first, second = (other, self) if swapped else (self, other)
-        a, b = _formula(first), _formula(second)
-        if type(value) is not int or a is None or b is None or more:
-            if not isinstance(other, SILENT):
-                for number in (self, other, *more):
-                    notes.pin(number, sys._getframe(1))
-            return value
-        if operation in (operator.add, operator.sub):
-            return notes.sum(value, a.plus(b, 1 if operation is operator.add else -1))
-        if operation is operator.mul and not (a.terms and b.terms):
-            factor, rest = (b, a) if a.terms else (a, b)
-            return notes.sum(value, rest.scaled(int(factor.offset)))
-        if max(a.depth, b.depth) >= DEEPEST:
-            for number in (self, other):
-                notes.pin(number, sys._getframe(1))
-            return value
-        return notes.make(operation, value, (a, b), place_of(sys._getframe(1)))
-
-    return apply
-
-
-def _unary(operation: Callable[..., int]) -> Any:
-    def apply(self: TracedSize) -> int:
-        value = operation(int.__int__(self))
-        notes = self.notes
-        if not notes.is_open:
-            return value
-        if operation in (operator.neg, operator.invert):
+        if of in (operator.neg, operator.invert):
             return notes.sum(value, self.formula.scaled(-1).plus(constant(value + self)))
-        return notes.make(operation, value, (self.formula,), place_of(sys._getframe(1)))
+        return notes.make(of, value, (self.formula,), sys._getframe(1))
 
     return apply
 
 
 def _revealing(exact: Callable[..., Any]) -> Any:
-    def reveal(self: TracedSize, *args: Any, **kwargs: Any) -> Any:
+    def reveal(self: TracedSize, *args: Any, exact: Any = exact, **kwargs: Any) -> Any:
         if self.notes.is_open:
             self.notes.pin(self, sys._getframe(1))
         return exact(int.__int__(self), *args, **kwargs)
@@ -159,14 +211,18 @@ def _revealing(exact: Callable[..., Any]) -> Any:
 
 
 class TracedSize(int):
-    """An integer that is ``formula`` of the sizes that were read."""
+    """An integer that is ``formula`` of the sizes that were read.
+
+    ``results`` are those of arithmetic with other numbers on its right.
+    """
 
     formula: Formula
     notes: SizeNotes
+    results: dict[tuple[Callable[..., Any], int], Any]
 
     def __new__(cls, value: int, formula: Formula, notes: SizeNotes) -> TracedSize:
         self = int.__new__(cls, value)
-        self.formula, self.notes = formula, notes
+        self.formula, self.notes, self.results = formula, notes, {}
         return self
 
     __eq__, __ne__ = _comparison(operator.eq), _comparison(operator.ne)
@@ -196,7 +252,8 @@ class TracedSize(int):
 
     def __bool__(self) -> bool:
         if self.notes.is_open:
-            self.notes.ask(operator.ne, self.formula, sys._getframe(1))
+            frame = sys._getframe(1)
+            self.notes.compared.append((frame.f_code, frame.f_lasti, operator.ne, self, 0))
         return int.__bool__(self)
 
     def __divmod__(self, other: Any) -> Any:
@@ -219,6 +276,11 @@ class TracedSize(int):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return int, (int(self),)
+
+
+def _line_at(code: CodeType, offset: int) -> int:
+    lines = (line for start, end, line in code.co_lines() if start <= offset < end)
+    return next(lines, None) or code.co_firstlineno
 
 
 def plain(value: Any) -> Any:
