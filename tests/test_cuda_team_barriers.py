@@ -120,12 +120,12 @@ def test_every_barrier_is_needed(strategy: str, case: Case, kib: int, count: int
 
 
 def gates(theta: float = 0.5) -> Case:
-    """Nine lanes for each row: three at a time."""
-    kernel, rng = egru(270), np.random.default_rng(0)
-    data = {f"p_{gate}": rng.standard_normal((2, 5, 270)).astype("float32") for gate in "zrg"}
-    data |= {f"r_{gate}": rng.standard_normal((270, 270)).astype("float32") / 8 for gate in "zrg"}
-    data["theta"] = np.full(270, theta, "float32")
-    data["h0"] = rng.standard_normal((5, 270)).astype("float32")
+    """Slices of 22 neurons, of which one has senders of two blocks."""
+    kernel, rng = egru(260), np.random.default_rng(0)
+    data = {f"p_{gate}": rng.standard_normal((2, 5, 260)).astype("float32") for gate in "zrg"}
+    data |= {f"r_{gate}": rng.standard_normal((260, 260)).astype("float32") / 8 for gate in "zrg"}
+    data["theta"] = np.full(260, theta, "float32")
+    data["h0"] = rng.standard_normal((5, 260)).astype("float32")
     data["y0"] = data["h0"] * (data["h0"] > 1)
     return kernel, data, 2, 5
 
@@ -142,30 +142,31 @@ def test_groups_of_lanes_meet() -> None:
     assert not needless
 
 
-MAIL = {0.5: ("room for all rows", 7), -9.0: ("room for one", 2)}
+MAIL = {0.5: ("room for all rows", 9), -9.0: ("room for one", 2)}
 
 
 @pytest.mark.parametrize("theta", MAIL, ids=lambda theta: MAIL[theta][0])
 def test_mail_is_complete(theta: float) -> None:
-    """In two halves of the rows. Where most neurons are active, rows are taken one by one."""
-    case, plan = gates(theta), schedule(egru(270), GRID)
-    limits = replace(small(56), multiprocessors=25)
-    source = CudaBackend(EmulatedDevice(played=limits)).render(case[0], plan)
+    """One warp sorts that of a half while others compute the neurons of the other.
+
+    Where most neurons are active, rows are taken one by one.
+    """
+    case, plan = gates(theta), schedule(egru(260), GRID)
+    source = CudaBackend(EmulatedDevice(played=small(96))).render(case[0], plan)
     assert "add_mail" in source.text and "low, high" in source.text
-    assert "Parted<3 * SLICE_HIDDEN, 32" in source.text  # the last column lies apart
-    assert not objection(case, plan, {}, limits)
-    # It is asked for early, and found where it has been sent to.
-    elsewhere = source.text.replace("[half ? next : now]", "[half ? now : next]")
+    assert "Parted<3 * SLICE_HIDDEN, 64" in source.text  # the last two columns lie apart
+    assert not objection(case, plan, {}, small(96))
+    # It is found where it has been sent to.
+    elsewhere = source.text.replace("is_second ? now : next", "is_second ? next : now")
     assert elsewhere != source.text
-    assert objection(case, plan, {source.filename: elsewhere}, limits)
-    headers = headers_for(source)
-    texts = {source.filename: source.text, "mail.cuh": headers["mail.cuh"]}
-    found = list(without_each_barrier(texts, [*ORDERING, "wait", "meet_asking"]))
-    begin = headers["mail.cuh"].split("for (int row = 0; row < rows; ++row) {")[0].count("\n")
-    one_by_one = [m for m in found if m.file == "mail.cuh" and m.line > begin]
-    needed = one_by_one if theta < 0 else [m for m in found if m not in one_by_one]
+    assert objection(case, plan, {source.filename: elsewhere}, small(96))
+    headers, one_by_one = headers_for(source), "mail_sums.cuh"
+    texts = {name: headers[name] for name in ("mail.cuh", "mail_lists.cuh", one_by_one)}
+    texts |= {source.filename: source.text}
+    found = list(without_each_barrier(texts, [*ORDERING, "wait", "meet"]))
+    needed = [mutant for mutant in found if (mutant.file == one_by_one) == (theta < 0)]
     assert len(needed) == MAIL[theta][1], [str(mutant) for mutant in needed]
-    needless = [str(m) for m in needed if not objection(case, plan, m.texts, limits)]
+    needless = [str(m) for m in needed if not objection(case, plan, m.texts, small(96))]
     assert not needless
 
 

@@ -20,7 +20,6 @@ struct GridTeam {
   unsigned goals[2] = {};  // what `arrivals` are when all have come
   int64_t patience;     // polls before a block gives up
   int64_t* stuck;       // set by those who do
-  int come = -1;        // the half of which all are known to have arrived, as all threads know
 
   // `counters` has two lines for each team.
   SPARSIFY_INLINE GridTeam(unsigned* counters, int64_t patience, int64_t* stuck)
@@ -34,33 +33,31 @@ struct GridTeam {
   // All threads of the block come; what they have written is seen by those who wait.
   SPARSIFY_INLINE void arrive(int half = 0) {
     __syncthreads();
-    count_arrival(half);
+    expect(half);
+    if (threadIdx.x == 0) tell_arrival(half);
   }
 
-  // What the first warp of the block has written, or has seen to be written, is seen by those who wait.
-  SPARSIFY_INLINE void count_arrival(int half) {
+  // Another meeting: all threads of the block expect it, and one of them tells when the block arrives.
+  // What this thread has written, or has seen to be written, is seen by those who wait.
+  SPARSIFY_INLINE void expect(int half) {
     goals[0] += half ? 0 : BLOCKS;
     goals[1] += half ? BLOCKS : 0;
-    if (come == half) come = -1;
-    if (threadIdx.x) return;
+  }
+  SPARSIFY_INLINE void tell_arrival(int half) {
     __threadfence();
     atomicAdd(arrivals + half * COUNTER_LINE, 1u);
   }
 
-  // Whether all blocks of the team have arrived, at this moment.
-  SPARSIFY_INLINE bool has_come(int half) const {
-    const volatile unsigned* const now = arrivals + half * COUNTER_LINE;
-    return int(*now - (half ? goals[1] : goals[0])) >= 0;
+  // Returns to one thread when all blocks of the team have arrived, or false after `patience`.
+  SPARSIFY_INLINE bool has_met(int half) {
+    const bool met = poll(arrivals + half * COUNTER_LINE, half ? goals[1] : goals[0]);
+    __threadfence();
+    return met;
   }
 
   // Returns when all blocks of the team have arrived, or false after `patience`: the kernel ends.
   SPARSIFY_INLINE bool wait(int half = 0) {
-    if (come == half) return true;
-    bool met = true;
-    if (threadIdx.x == 0) {
-      met = poll(arrivals + half * COUNTER_LINE, half ? goals[1] : goals[0]);
-      __threadfence();
-    }
+    const bool met = threadIdx.x != 0 || has_met(half);
     return __syncthreads_and(met);
   }
 

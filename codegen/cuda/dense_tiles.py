@@ -13,7 +13,7 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cell_text import MEMORY_TYPES
-from sparsify.codegen.cuda.find_shape import with_resident
+from sparsify.codegen.cuda.find_shape import Pace, with_resident
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.cuda.step_clocks import (
@@ -24,7 +24,7 @@ from sparsify.codegen.cuda.step_clocks import (
     SYNC_CLOCKS,
 )
 from sparsify.codegen.cuda.struct_text import Array
-from sparsify.codegen.cuda.team_clocks import cell_clocks, told_clocks
+from sparsify.codegen.cuda.team_clocks import StepClocks, cell_clocks, paired_clocks, told_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import (
@@ -119,17 +119,20 @@ class DenseTiles(NeuronsPerGrid):
         return replace(cost, dense_macs=cost.dense_macs * factor * whole)
 
     def step_clocks(
-        self, team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]
-    ) -> float:
+        self, team: TeamKernel, shape: Shape, pace: Pace, activity: Mapping[str, float]
+    ) -> StepClocks:
         """What is told arrives and is kept in parts; tiles, one after the other; the neurons."""
-        total = 0.0
+        total, rows = 0.0, pace.at_once
         for phase in team.kernel.phases:
             for source in team.usage.sources_of(phase):
                 total += L2_CLOCKS + max(
                     told_clocks(team, source, rows), _clocks_of_tiles(team, shape, rows, source)
                 )
             total += SYNC_CLOCKS + cell_clocks(team, shape, rows, phase)
-        return total
+        if not pace.halves:
+            return StepClocks(total)
+        total += paired_clocks(team, shape, rows)
+        return StepClocks(2 * total, total)
 
 
 def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:

@@ -10,13 +10,14 @@ from sparsify import ir
 from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.rates import H100_RATES
-from sparsify.codegen.cuda.team_clocks import paired_clocks, step_clocks
+from sparsify.codegen.cuda.team_clocks import clocks_of_step
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_shape import GRANULE, WARP, Shape, granule, shapes, widths
 from sparsify.codegen.predict_cost import BYTES
 
 # For which the steps of shapes are compared: nothing else is known of the calls to come.
 USUAL_BATCH, USUAL_ACTIVITY = 16, 0.12
+MORE_ROWS = 1.02  # of the shortest time, which a team that carries more rows may take
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,17 @@ def find_shape(
 def _quickest(team: TeamKernel, first: Shape, limits: Limits, most_blocks: int) -> Shape:
     """``first``, or a shape that keeps all weights and sends mail, if its steps take less.
 
-    Its slices need not be multiples: what adds up their events knows how to fill up columns.
+    Of those that take nearly as short, the one that carries the most rows. Its slices need not be
+    multiples: what adds up their events knows how to fill up columns.
     """
     if not team.bundles(first) or granule(team.kernel) != GRANULE:
         return first
     largest = max(first.slices, key=lambda name: first.slices[name])
     fewest = -(-team.kernel.population_size(largest) // most_blocks)
     found = [first, *_narrower(team, limits, range(WARP, fewest - 1, -1), first.resident)]
-    return min(found, key=lambda shape: _usual_clocks(team, shape, limits))
+    clocks = [_usual_clocks(team, shape, limits) for shape in found]
+    quick = [s for s, took in zip(found, clocks, strict=True) if took <= MORE_ROWS * min(clocks)]
+    return max(quick, key=lambda shape: shape.rows)
 
 
 def _narrower(
@@ -114,12 +118,9 @@ def _is_any_width(team: TeamKernel, shape: Shape) -> bool:
 def _usual_clocks(team: TeamKernel, shape: Shape, limits: Limits) -> float:
     pace = pace_of(team, shape, USUAL_BATCH, limits)
     active = {gather.result: USUAL_ACTIVITY for gather in team.kernel.gathers}
-    clocks = step_clocks(team, shape, pace.at_once, active)
+    clocks = clocks_of_step(team, shape, pace.at_once, pace.halves, active)
     meeting = H100_RATES.grid_barrier * H100_RATES.clock_hz
-    if pace.halves:
-        clocks += paired_clocks(team, shape, pace.at_once)
-        return pace.turns * (2 * clocks + max(0.0, meeting - clocks))
-    return pace.turns * (clocks + meeting)
+    return pace.turns * (clocks.busy + max(0.0, meeting - clocks.hidden))
 
 
 def with_resident(team: TeamKernel, shape: Shape, limits: Limits) -> tuple[Shape, int]:

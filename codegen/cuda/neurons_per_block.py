@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from sparsify import ir
 from sparsify.codegen.backend import Cost
 from sparsify.codegen.cuda.device import H100, Grid, Limits
-from sparsify.codegen.cuda.find_shape import find_shape, pace_of
+from sparsify.codegen.cuda.find_shape import Pace, find_shape, pace_of
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
-from sparsify.codegen.cuda.team_clocks import paired_clocks, step_clocks
+from sparsify.codegen.cuda.team_clocks import StepClocks, clocks_of_step
 from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_masks import why_not_layouts
 from sparsify.codegen.cuda.team_shape import Shape
@@ -135,9 +135,7 @@ class _NeuronsPerBlock:
         team = self.team(kernel, schedule)
         shape = self.shape(kernel, schedule)
         pace = pace_of(team, shape, batch, self.limits)
-        clocks = self.step_clocks(team, shape, pace.at_once, activity)
-        if pace.halves:
-            clocks += paired_clocks(team, shape, pace.at_once)
+        clocks = self.step_clocks(team, shape, pace, activity)
         is_resident = shape.resident >= {packed_name(p, team.symbols) for p in team.packings}
         return predict_cost(
             kernel,
@@ -153,14 +151,14 @@ class _NeuronsPerBlock:
             meets="cluster" if self.together is TOGETHER_IN_CLUSTER else "grid",
             barriers_per_step=team.barriers_per_step(),
             side_by_side=pace.teams,
-            step_clocks=clocks * (2 if pace.halves else 1),
-            hidden_clocks=clocks if pace.halves else 0.0,
+            step_clocks=clocks.busy,
+            hidden_clocks=clocks.hidden,
         )
 
     def step_clocks(
-        self, team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]
-    ) -> float:
-        return step_clocks(team, shape, rows, activity)
+        self, team: TeamKernel, shape: Shape, pace: Pace, activity: Mapping[str, float]
+    ) -> StepClocks:
+        return clocks_of_step(team, shape, pace.at_once, pace.halves, activity)
 
 
 class NeuronsPerGrid(_NeuronsPerBlock):

@@ -34,11 +34,12 @@ DENSE_ISSUED, DENSE_CLOCKS = 2, 6  # of a sender: its value is passed round, and
 CELL_ISSUED, OPERATION_ISSUED, FUNCTION_ISSUED = 70, 2, 45
 CELL_CLOCKS, FUNCTION_CLOCKS = 120, 60
 AHEAD_ISSUED, ASKED_ISSUED = 20, 12  # of 32 neurons, and of each operand that they will read
-# Of a block of 256 senders, and for each row; of what a warp is sent by two slices, the ends of 32
-# lists; of a row that is sent.
-NUMBERED_ISSUED, NUMBERED_ROW_ISSUED, NUMBERED_CLOCKS = 95, 15, 340
-SORTED_ISSUED, PADDED_ISSUED, SORTED_CLOCKS = 11, 60, 100
-SENT_CLOCKS = 45
+# Of a block of 256 senders, and for each four rows; of what a warp is sent by two slices, to ask
+# for it and to sort it; of the ends of 32 lists.
+NUMBERED_ISSUED, NUMBERED_WORD_ISSUED, NUMBERED_CLOCKS = 90, 29, 340
+ASKED_MAIL_ISSUED, SORTED_ISSUED, PADDED_ISSUED, SORTED_CLOCKS = 8, 18, 60, 100
+SENT_ISSUED, SENT_WORD_ISSUED = 70, 40  # of a warp that sends mail, and of 32 neurons
+SENT_RATE = 1.5  # clocks of an instruction of a warp of which nobody hides the latencies
 KEPT_ISSUED = 12  # of a word of values for tensor cores: two senders; thrice that in three parts
 PRODUCT_CLOCKS = 33  # of a tile, before the next one can be added to it
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsify import ir
+from sparsify.codegen.cuda.mail_clocks import Work, is_crowded, putting, sending, sorting
 from sparsify.codegen.cuda.step_clocks import (
     AHEAD_ISSUED,
     APART_ISSUED,
@@ -32,17 +33,9 @@ from sparsify.codegen.cuda.step_clocks import (
     LIST_CLOCKS,
     LIST_OF,
     MAILED_ISSUED,
-    NUMBERED_CLOCKS,
-    NUMBERED_ISSUED,
-    NUMBERED_ROW_ISSUED,
     OPERATION_ISSUED,
-    PADDED_ISSUED,
     SCHEDULERS,
-    SECTOR_BYTES,
-    SENT_CLOCKS,
     SHARED_CLOCKS,
-    SORTED_CLOCKS,
-    SORTED_ISSUED,
     SYNC_CLOCKS,
     TOLD_BYTES,
     VALUES_LISTED,
@@ -52,15 +45,14 @@ from sparsify.codegen.cuda.step_clocks import (
 )
 from sparsify.codegen.cuda.struct_text import SIZES
 from sparsify.codegen.cuda.team_groups import AT_ONCE, Grouped
-from sparsify.codegen.cuda.team_kernel import TeamKernel, fills_words
-from sparsify.codegen.cuda.team_mail import EVENT_BYTES, LANES, Mail
+from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import (
     SENDER_BLOCK,
     WARP,
     Shape,
     blocks_of,
-    round_up,
     words_of,
 )
 from sparsify.codegen.predict_cost import BYTES
@@ -70,56 +62,102 @@ from sparsify.codegen.usage import Source
 LONGEST = {1: 0.0, 2: 0.56, 3: 0.85, 4: 1.03, WARP: 2.07}
 
 
+@dataclass(frozen=True)
+class StepClocks:
+    """Those in which a block is busy, and those of them in which it is waited for others."""
+
+    busy: float
+    hidden: float = 0.0
+
+
+def clocks_of_step(
+    team: TeamKernel, shape: Shape, rows: int, halves: bool, activity: Mapping[str, float]
+) -> StepClocks:
+    """Of a step of so many rows at once; with ``halves``, of two halves of so many.
+
+    One half is told what the others read while the other half is computed. Where mail is sorted
+    meanwhile, the way from a half's sums to its next ones is through its neurons, the barrier and
+    its mail, while the other's sums and the rest of these are computed.
+    """
+    if not halves:
+        return StepClocks(step_clocks(team, shape, rows, activity))
+    ahead = paired_clocks(team, shape, rows)
+    if not team.mails(shape):
+        clocks = step_clocks(team, shape, rows, activity) + ahead
+        return StepClocks(2 * clocks, clocks)
+    last, warps = team.kernel.phases[-1], team.neuron_warps(shape)
+    sums = sum(_clocks_of_phase(team, shape, rows, i, activity) for i in range(_phases(team)))
+    sums += sum(cell_clocks(team, shape, rows, phase) for phase in team.kernel.phases[:-1])
+    neurons, mail = _work_of_cells(team, shape, rows, last, warps), Work(0.0, 0.0)
+    for each in team.mails(shape):
+        neurons += sending(each, rows)
+        share = activity.get(team.readers(each.source)[0].result, 1.0)
+        mail += sorting(each, shape.warps - warps, rows, share)
+    issued = (neurons.issued + mail.issued) / ISSUED
+    meanwhile = max(neurons.waits, mail.waits, issued) + SYNC_CLOCKS
+    busy = 2 * (ahead + sums + meanwhile)
+    return StepClocks(busy, max(0.0, busy - ahead - sums - mail.clocks - neurons.clocks))
+
+
+def _phases(team: TeamKernel) -> int:
+    return len(team.kernel.phases)
+
+
 def step_clocks(team: TeamKernel, shape: Shape, rows: int, activity: Mapping[str, float]) -> float:
     """Of the busiest block, in a step of ``rows`` batch rows.
 
     Sums over operands that are computed before a meeting are a part of what the meeting takes.
     """
     total = 0.0
-    meetings = team.all_meetings()
     for index, phase in enumerate(team.kernel.phases):
-        sources = team.usage.sources_of(phase)
-        for source in sources:
-            if source.kind != "operand" or index not in meetings:
-                total += _clocks_of_sums(team, shape, rows, phase, source, activity)
+        total += _clocks_of_phase(team, shape, rows, index, activity)
         total += cell_clocks(team, shape, rows, phase)
-        total += SYNC_CLOCKS if sources else 0
+    for mail in team.mails(shape):
+        share = activity.get(team.readers(mail.source)[0].result, 1.0)
+        total += sorting(mail, shape.warps, rows, share).clocks + SYNC_CLOCKS
+        total += sending(mail, rows).clocks
     return total
+
+
+def _clocks_of_phase(
+    team: TeamKernel, shape: Shape, rows: int, index: int, activity: Mapping[str, float]
+) -> float:
+    """Of all sums of a phase, for which lists of mail are there."""
+    phase, total = team.kernel.phases[index], 0.0
+    sources = team.usage.sources_of(phase)
+    for source in sources:
+        if source.kind != "operand" or index not in team.all_meetings():
+            total += _clocks_of_sums(team, shape, rows, phase, source, activity)
+    return total + (SYNC_CLOCKS if sources else 0)
 
 
 def cell_clocks(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> float:
     """Of the neurons of a slice: what a warp waits for, or what all of them issue."""
-    words = _words_of_neurons(team, shape, rows, phase)
+    return _work_of_cells(team, shape, rows, phase, shape.warps).clocks
+
+
+def _work_of_cells(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase, warps: int) -> Work:
+    words = team.words_of_neurons(phase, shape, rows)
     operations = sum(isinstance(statement, ir.Let) for statement in phase.body)
     issued = CELL_ISSUED + OPERATION_ISSUED * operations + FUNCTION_ISSUED * functions_of(phase)
     for gather in phase.gathers:  # sums of blocks are added
         issued += 2 * blocks_of(team.kernel.population_size(team.weight(gather).senders))
-    turns, latency = -(-words // shape.warps), float(latency_of(phase))
+    turns, latency = -(-words // warps), float(latency_of(phase))
     if team.streamed(phase.population) and phase.population not in team.fetched(shape):
         latency += L2_CLOCKS
-    return max(turns * latency, words * issued / ISSUED)
+    return Work(turns * latency, words * issued)
 
 
 def paired_clocks(team: TeamKernel, shape: Shape, rows: int) -> float:
-    """Of what others do while they wait: asking for what neurons read, now and in the next step.
-
-    Who is told by mail has asked before whether all have come, while neurons were computed.
-    """
+    """Of what others do while they wait: asking for what neurons read, now and in the next step."""
     issued, asked = 0.0, 0.0 if team.mails(shape) else L2_CLOCKS
     for population in shape.slices:
         phase = next(ph for ph in team.kernel.phases if ph.population == population)
-        words = _words_of_neurons(team, shape, rows, phase)
+        words = team.words_of_neurons(phase, shape, rows)
         times = 1 + (population in team.fetched(shape))
         streamed = ASKED_ISSUED * len(team.streamed(population))
         issued += times * words * (AHEAD_ISSUED + streamed) if streamed else 0
     return asked + issued / ISSUED
-
-
-def _words_of_neurons(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> int:
-    """How many times 32 neurons the warps of a block compute."""
-    width = shape.slices[phase.population]
-    fills = fills_words(team, shape, phase)
-    return words_of(rows * width) if fills else rows * words_of(width)
 
 
 def told_clocks(team: TeamKernel, source: Source, rows: int) -> float:
@@ -151,8 +189,7 @@ def _clocks_of_sums(
         share = activity.get(events[0].result, 1.0)
         mail = team.mail_of(source, shape)
         if mail is not None:
-            meanwhile = cell_clocks(team, shape, rows, phase) if mail.halves > 1 else 0.0
-            return _clocks_of_mail(mail, grouped, shape, rows, share, meanwhile)
+            return _clocks_of_lists(mail, grouped, shape, rows, share)
         of_block = min(SENDER_BLOCK, senders)
         return told + max(arriving, _clocks_of_groups(grouped, shape, items, of_block, share))
     turns = -(-items // shape.warps)
@@ -243,32 +280,16 @@ def _fours(active: float, together: int, share: float) -> float:
     return max(1.0, longest / AT_ONCE + 0.5)  # the last one is not full
 
 
-def _clocks_of_mail(
-    mail: Mail, grouped: Grouped, shape: Shape, rows: int, share: float, meanwhile: float
-) -> float:
-    """Of mail: its parts, between which the warps of a block meet.
-
-    Events have been asked for, and arrive ``meanwhile``; their numbers are asked for afterwards.
-    """
-    senders, slices = mail.neurons[1], -(-mail.neurons[1] // mail.slice)
-    blocks, several = blocks_of(senders), -(-slices // (2 * shape.warps))
-    events = rows * mail.slice * share  # of a slice
-    asked = round_up(mail.count_bytes, SECTOR_BYTES) + max(LANES, events) * EVENT_BYTES
-    numbered = 1.0 * blocks * (NUMBERED_ISSUED + NUMBERED_ROW_ISSUED * mail.rows)
-    numbered += shape.warps * several * SORTED_ISSUED
-    turns = -(-blocks // shape.warps)
-    arriving = L2_CLOCKS + slices * asked / TOLD_BYTES - meanwhile
-    first = max(L2_CLOCKS + turns * NUMBERED_CLOCKS, arriving, numbered / ISSUED)
-    later = max(0.0, events / LANES - 1)  # events that are asked for once their number is known
-    sorted_ = shape.warps * several * (1 + later) * SORTED_ISSUED
-    sorted_ += words_of(rows * blocks) * PADDED_ISSUED
-    second = max(sorted_ / ISSUED, SORTED_CLOCKS) + (L2_CLOCKS if later else 0)
-    alone = rows * min(SENDER_BLOCK, senders) * share > mail.room
+def _clocks_of_lists(mail: Mail, grouped: Grouped, shape: Shape, rows: int, share: float) -> float:
+    """Of sums of lists that are there, or of which rows are put into them one by one."""
+    senders = mail.neurons[1]
+    blocks, alone = blocks_of(senders), is_crowded(mail, rows, share)
     times = rows if alone else 1
     items, active = rows * blocks // times, share * senders / blocks
     together = min(grouped.division.many, items)
     turns = -(-items // (shape.warps * grouped.division.many))
     added = _added(grouped, items, together, turns, active, share, is_mail=True)
-    third = max(added.clocks, added.issued / ISSUED, added.read)
-    sending = SENT_CLOCKS * rows / mail.halves  # the other half is computed meanwhile
-    return first + times * (second + third + 2 * SYNC_CLOCKS) + SYNC_CLOCKS + sending
+    clocks = max(added.clocks, added.issued / ISSUED, added.read)
+    if alone:
+        clocks += putting(mail, shape.warps, rows, share).clocks + 2 * SYNC_CLOCKS
+    return times * clocks

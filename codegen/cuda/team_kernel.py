@@ -94,6 +94,17 @@ class TeamKernel:
         paired_from = self.paired_from(shape)
         return shape.rows if paired_from is None else max(-(-shape.rows // 2), paired_from - 1)
 
+    def neuron_warps(self, shape: Shape) -> int:
+        """The warps that compute the neurons of the last phase, while others sort mail."""
+        words = self.words_of_neurons(self.kernel.phases[-1], shape, self.most_rows_at_once(shape))
+        return min(words, shape.warps // 2)
+
+    def words_of_neurons(self, phase: ir.Phase, shape: Shape, rows: int) -> int:
+        """How many times 32 neurons the warps of a block compute."""
+        width = shape.slices[phase.population]
+        fills = fills_words(self, shape, phase)
+        return words_of(rows * width) if fills else rows * words_of(width)
+
     def streamed(self, population: str) -> list[ir.Operand]:
         """The operands of which each neuron of a population reads an element in every step."""
         phases = [phase for phase in self.kernel.phases if phase.population == population]
@@ -107,18 +118,17 @@ class TeamKernel:
         Where each thread has one neuron at most, so that it has room for what it is given.
         """
         rows, found = self.most_rows_at_once(shape), {}
-        for population, width in shape.slices.items():
+        last = self.kernel.phases[-1].population
+        for population in shape.slices:
             inputs = find_inputs(self.usage, self.symbols, population)
             if self.all_meetings() != [0] or inputs is None or not inputs.of_step:
                 continue
-            fills = all(
-                fills_words(self, shape, ph)
-                for ph in self.kernel.phases
-                if ph.population == population
-            )
-            words = words_of(rows * width) if fills else rows * words_of(width)
+            phases = [ph for ph in self.kernel.phases if ph.population == population]
+            words = max(self.words_of_neurons(ph, shape, rows) for ph in phases)
+            is_last = population == last and bool(self.mails(shape))
+            warps = self.neuron_warps(shape) if is_last else shape.warps
             inputs = replace(inputs, of_row=())
-            if words <= shape.warps and inputs.words() <= MOST_FETCHED:
+            if words <= warps and inputs.words() <= MOST_FETCHED:
                 found[population] = inputs
         return found
 
@@ -171,12 +181,11 @@ class TeamKernel:
     def mails(self, shape: Shape) -> list[Mail]:
         """The sources of which blocks are told the events alone.
 
-        In a grid, where blocks meet once in a step; those of which all sums are made by groups, and
-        there are many lists.
+        Where one half of the rows is computed while the other is waited for: those of which all
+        sums are made by groups, and there are many lists.
         """
-        if self.together.is_cluster or self.all_meetings() != [0] or shape.rows > MOST_ROWS:
+        if self.paired_from(shape) is None or shape.rows > MOST_ROWS:
             return []
-        halves = 1 if self.paired_from(shape) is None else 2
         rows, found = self.most_rows_at_once(shape), []
         for source in self.usage.of_kind("state"):
             neurons = self.kernel.population_size(source.population)
@@ -185,7 +194,7 @@ class TeamKernel:
                 continue
             if not is_mailable(neurons, shape.slices[source.population]) or len(readers) > 1:
                 continue
-            lists = -(-shape.rows // halves) * blocks_of(neurons)
+            lists = -(-shape.rows // 2) * blocks_of(neurons)
             if lists < MANY_LISTS:
                 continue
             grouped = self.grouped(readers[0], source, shape)
@@ -193,8 +202,12 @@ class TeamKernel:
                 size = self.size(source.population), neurons
                 width = self.widths[source.population]
                 name, stride = self.name(source.name), self._stride(grouped, readers[0], shape)
-                found.append(Mail(source, name, shape, size, width, rows, halves, stride))
+                found.append(Mail(source, name, shape, size, width, rows, stride))
         return found
+
+    def readers(self, source: Source) -> list[ir.Gather]:
+        """All that is gathered of a source."""
+        return [gather for gather in self.kernel.gathers if gather.source == source.name]
 
     def _stride(self, grouped: Grouped, phase: ir.Phase, shape: Shape) -> str:
         """Bytes of a sender's weights that groups of lanes read."""
@@ -319,11 +332,16 @@ ALL_ROWS = Span()
 
 @contextmanager
 def items(
-    w: Writer, many: str, name: str, span: Span = ALL_ROWS, first: str = "warp_of()"
+    w: Writer,
+    many: str,
+    name: str,
+    span: Span = ALL_ROWS,
+    first: str = "warp_of()",
+    warps: str = "WARPS",
 ) -> Iterator[None]:
     """The pairs of a row and ``many`` others, which the warps of a block take in turn."""
     begin = first if span.low == "0" else f"{span.low} * {many} + {first}"
-    with w.block(f"for (int item = {begin}; item < {span.high} * {many}; item += WARPS)"):
+    with w.block(f"for (int item = {begin}; item < {span.high} * {many}; item += {warps})"):
         w.line(f"const int row = item / {many}, {name} = item % {many};")
         yield
 

@@ -20,7 +20,7 @@ class Mail:
     """The mail about a source.
 
     ``neurons`` and ``width`` are constants: of the population, and of its slice. It is told of
-    ``rows`` batch rows at once, in ``halves``. The weights of a sender are ``stride``, in bytes.
+    ``rows`` batch rows at once, a half. The weights of a sender are ``stride``, in bytes.
     """
 
     source: Source
@@ -29,7 +29,6 @@ class Mail:
     neurons: Dim
     width: str
     rows: int
-    halves: int
     stride: str
 
     @property
@@ -39,7 +38,7 @@ class Mail:
     @property
     def count_bytes(self) -> int:
         """What is told of numbers of events."""
-        return 2 * 4 * self._words + 4
+        return 2 * 4 * self.words + 4
 
     @property
     def room(self) -> int:
@@ -48,7 +47,7 @@ class Mail:
 
     def told(self) -> Array:
         """The member of ``Told``."""
-        dims = ("2", 2), (str(self.halves), self.halves), ("BLOCKS", self.shape.blocks)
+        dims = ("2", 2), ("2", 2), ("BLOCKS", self.shape.blocks)
         events = max(LANES, self.rows * self.slice)
         size = round_up(self.count_bytes, 8) + EVENT_BYTES * events
         note = f"{self.source.name}, those that are active"
@@ -58,13 +57,14 @@ class Mail:
         """The member of ``Shared``."""
         blocks, team = blocks_of(self.neurons[1]), self.shape.blocks
         size = (blocks * self.room + AT_ONCE) * (4 + 4)
-        size += blocks * (4 + 2 * 2 * self.rows)
-        size += team * (4 + 2 * 2 * self.rows)
+        size += team * (4 + 2 * 4 * self.words) + 4
+        size += blocks * (4 + 2 * 2 * 4 * self.words)
         kind = f"MailLists<BLOCKS, {self.rows}, {self.neurons[0]}, {self.room}, {self.stride}>"
         return Array(kind, f"{self.name}_lists", (), round_up(size, 16), 16)
 
     @property
-    def _words(self) -> int:
+    def words(self) -> int:
+        """Of four rows each."""
         return -(-self.rows // 4)
 
 

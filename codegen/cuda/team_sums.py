@@ -11,6 +11,7 @@ from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.team_groups import Grouped
 from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, items
+from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_masks import masked_sum, whole_rows
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
@@ -79,27 +80,30 @@ class TeamSums:
         name = self.team.name(first.result) if grouped.bundle is None else grouped.bundle.name
         weights = self._weight(first) if grouped.bundle is None else name
         sums, span = f"shared.{name}_sum, {weights}_slice", f"{self.span.low}, {self.span.high}"
+        if mail is not None:
+            self._write_mail(mail, sums, span, notes)
+            return
         w.line("const int count =", ", ".join(notes))
-        if mail is None:
-            lists = f"shared.{self.team.lists(self.phase, source, self.shape).name}[warp_of()]"
-            w.line(f"    add_groups<{size}>({sums}, {lists}, {span}, source_of);")
-        else:
-            told = f"told.{mail.name}_mail[now][{self.span.half}], {self.span.half}"
-            types, received = f"Team, WARPS, {told_type(source)}", f"{mail.name}_received"
-            lists = f"shared.{mail.name}_lists"
-            w.line(f"    add_mail<{types}>({sums}, {lists}, {received}, {told}, {span});")
-        counts = "counts" if mail is None else "team.rank == 0"  # a warp, or each lane
+        lists = f"shared.{self.team.lists(self.phase, source, self.shape).name}[warp_of()]"
+        w.line(f"    add_groups<{size}>({sums}, {lists}, {span}, source_of);")
         for gather in grouped.gathers:
-            w.line(f"if ({counts}) {self.team.counter(gather)} += count;")
+            w.line(f"if (counts) {self.team.counter(gather)} += count;")
+
+    def _write_mail(self, mail: Mail, sums: str, span: str, notes: list[str]) -> None:
+        """The same of mail, which has been sorted and counted where warps have had time for it."""
+        lists, told = f"shared.{mail.name}_lists", f"told.{mail.name}_mail[now][{self.span.half}]"
+        types = f"Team, AllWarps, {told_type(mail.source)}"
+        self.w.line(f"add_mail<{types}>({sums}, {lists}, {told}, {span});", ", ".join(notes))
 
     def _write_all(self, source: Source, grouped: Grouped) -> None:
         """The same products of all senders."""
         w, size = self.w, self.team.size(source.population)
         with items(w, f"blocks_of({size})", "block", self.span):
             w.line(f"const Heard<{self.heard(source)}> heard(source_of(row), block, {size});")
-            w.line("const int count = heard.count();")
-            for gather in grouped.gathers:
-                w.line(f"if (counts) {self.team.counter(gather)} += count;")
+            if self.team.mail_of(source, self.shape) is None:
+                w.line("const int count = heard.count();")
+                for gather in grouped.gathers:
+                    w.line(f"if (counts) {self.team.counter(gather)} += count;")
             if grouped.bundle is None:
                 w.line(self._every(grouped.gathers[0], size))
                 return

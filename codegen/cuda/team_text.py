@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from sparsify import ir
 from sparsify.codegen.cell_text import start_phases
 from sparsify.codegen.cuda.cell_text import write_cells
-from sparsify.codegen.cuda.frame_text import (
-    write_call,
-    write_head,
-)
+from sparsify.codegen.cuda.frame_text import write_call, write_head
+from sparsify.codegen.cuda.mail_text import MailText
 from sparsify.codegen.cuda.neuron_text import bits_of, published, write_inputs, write_neuron
 from sparsify.codegen.cuda.struct_text import write_struct
 from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, fills_words, items
-from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_sums import TeamSums
@@ -39,11 +36,12 @@ class TeamText:
         self.kernel, self.usage, self.together = team.kernel, team.usage, team.together
         self.paired_from, self.span = team.paired_from(shape), ALL_ROWS
         self.inputs = team.fetched(shape)
+        self.mail = MailText(self.w, team, shape, self._is_left)
 
     def render(self, entry: str) -> str:
         w, team = self.w, self.team
         masks = ("masked_slice.cuh",) if team.kept(self.shape) else ()
-        mail = ("mail.cuh",) if team.mails(self.shape) else ()
+        mail = ("mail_sums.cuh",) if self.mail.mails else ()
         headers = (self.together.header, *self.headers, *masks, *mail)
         write_head(w, self.kernel, team.schedule, team.symbols, headers)
         self._write_sizes()
@@ -65,6 +63,7 @@ class TeamText:
             self._write_set_up()
             self._write_groups()
             w.line("team.leave();")
+            self.mail.write_counts()
             gathers = len(self.kernel.gathers)
             for index in range(gathers):
                 w.line(f"add_count(call.active + {index}, active[{index}]);")
@@ -84,6 +83,7 @@ class TeamText:
         w.line(f"constexpr int ROWS = {shape.rows};", "of the batch that a team carries at once")
         w.line(f"constexpr int WARPS = {shape.warps}, THREADS = WARPS * WARP;", "of a block")
         w.line(f"typedef {self.together.type}<BLOCKS> Team;")
+        self.mail.write_sizes()
 
     # -- before the first step ---------------------------------------------------------------
 
@@ -101,15 +101,10 @@ class TeamText:
             write_weight(w, team, self.shape, packing)
         if self.kernel.gathers:
             w.line(f"unsigned long long active[{len(self.kernel.gathers)}] = {{}};")
-            w.line("const bool counts = team.rank == 0 && lane_of() == 0;")
+            if not self.mail.counts_all:
+                w.line("const bool counts = team.rank == 0 && lane_of() == 0;")
         meets_later = not team.meets_first and not self.together.is_cluster
-        for mail in team.mails(self.shape):
-            halves = range(mail.halves)
-            for place in (f"{mail.name}_mail[{p}][{half}]" for p in range(2) for half in halves):
-                w.line(f"clear<Team>(told.{place}[team.rank]);")
-        for mail in team.mails(self.shape):
-            types = f"Team, {mail.neurons[0]}, {mail.rows}, {mail.width}, WARPS"
-            w.line(f"Received<{types}> {mail.name}_received;")
+        self.mail.write_begin()
         if self.shape.resident and meets_later:
             w.line("__syncthreads();", "the weights are there")
 
@@ -142,13 +137,17 @@ class TeamText:
         w = self.w
         note = "of the rows: one is computed while the other is waited for"
         w.line(f"const int halves = rows < {self.paired_from} ? 1 : 2;", note)
-        note = "it has told what the others read"
         self.span = Span("low", "high", "half")
-        if self.team.mails(self.shape):
-            with self._each_half():
-                self._write_arrival(note, "0")
+        if self.mail.mails:
+            self._write_overlapped()
         else:
-            w.line("for (int half = 0; half < halves; ++half) team.arrive(half);")
+            self._write_paired()
+        self.span = ALL_ROWS
+
+    def _write_paired(self) -> None:
+        """A half is told at its end, and waited for at its beginning."""
+        w, note = self.w, "it has told what the others read"
+        w.line("for (int half = 0; half < halves; ++half) team.arrive(half);")
         with self._steps(), self._each_half():
             self._write_ahead()
             self._write_fetches()
@@ -160,12 +159,30 @@ class TeamText:
                 if index == 0:
                     w.line("if (!team.wait(half)) return;", "all have told it")
                 self._write_phase(index, sums)
-            if self.team.mails(self.shape):
-                with w.block(f"if ({self._is_left})"):
-                    self._write_arrival(note, "next")
-            else:
-                w.line(f"if ({self._is_left}) team.arrive(half);", note)
-        self.span = ALL_ROWS
+            w.line(f"if ({self._is_left}) team.arrive(half);", note)
+
+    def _write_overlapped(self) -> None:
+        """Its mail is sorted before it begins, while the last neurons of the other are computed."""
+        w, last = self.w, len(self.kernel.phases) - 1
+        self.mail.write_receive()
+        with self._each_half():
+            w.line("team.expect(half);")
+            self.mail.write_arrival(self.span, "0")
+        self.mail.write_first_receipt()
+        with self._steps(), self._each_half():
+            self._write_ahead()
+            self._write_fetches()
+            seen: set[str] = set()
+            for index, phase in enumerate(self.kernel.phases):
+                sums = self.sums(phase, seen)
+                for source in sums.early():
+                    sums.write(source)
+                if index < last:
+                    self._write_phase(index, sums)
+                    continue
+                self._write_sums(sums)
+                with self.mail.while_sorting(self.span):
+                    self._write_neurons(phase, self.team.symbols.phases[index], "NEURON_WARPS")
 
     @contextmanager
     def _each_half(self) -> Iterator[None]:
@@ -203,7 +220,7 @@ class TeamText:
             sums = self.sums(phase, seen)
             meets = index in meetings
             if meets:
-                self._write_arrival("it has told what the others read", "now")
+                self.w.line("team.arrive();", "it has told what the others read")
                 if index == meetings[0]:
                     self._write_ahead()
                     self._write_fetches()
@@ -219,51 +236,17 @@ class TeamText:
                 self.w.line("__syncthreads();", "all have seen what was wild in the step before")
             self._write_phase(index, sums)
 
-    def _write_arrival(self, note: str, slot: str) -> None:
-        """Come to the barrier; send what has been told of events at last, by ``slot``."""
-        w, mails, half = self.w, self.team.mails(self.shape), self.span.half
-        if not mails:
-            w.line("team.arrive();", note)
-            return
-        w.comment(f"{note[0].upper()}{note[1:]}.")
-        with w.block(f"arrive_with(team, {half}, [&]()", "});"):
-            for mail in mails:
-                self._write_sending(mail, slot)
-
-    def _write_sending(self, mail: Mail, slot: str) -> None:
-        """Send what its neurons have become."""
-        population, own = mail.source.population, mail.source
-        phases = [phase for phase in self.kernel.phases if phase.population == population]
-        told = [
-            pair for phase in phases for pair in published(phase, self.usage, self.team.symbols)
-        ]
-        member = next(member for source, member in told if source == own)
-        place = f"told.{mail.name}_mail[{slot}][{self.span.half}][team.rank]"
-        span = f"{self.span.low}, {self.span.high}"
-        value = f"[&](int row, int i) {{ return {self.team.neuron(population)}.{member}; }}"
-        self.w.line(f"send<Team>({place}, {self.team.mine[population]}, {span}, {value});")
-
     def _write_phase(self, index: int, sums: TeamSums) -> None:
         """What a phase hears from others, and its neurons."""
+        self._write_sums(sums)
+        self._write_neurons(self.kernel.phases[index], self.team.symbols.phases[index])
+
+    def _write_sums(self, sums: TeamSums) -> None:
         for source in sums.late():
             sums.write(source)
         sums.write_wanted()
         if sums.gathers:
-            self._write_sums_there()
-        self._write_neurons(self.kernel.phases[index], self.team.symbols.phases[index])
-
-    def _write_sums_there(self) -> None:
-        """Where there is mail, it is asked for that of the other half, if all have come."""
-        w, mails, half = self.w, self.team.mails(self.shape), self.span.half
-        if not mails or self.span is ALL_ROWS:
-            w.line("__syncthreads();", "the sums are there")
-            return
-        w.line(f"meet_asking(team, {half});", "the sums are there")
-        is_sent = f"halves == 2 && ({half} == 0 || {self._is_left})"
-        with w.block(f"if ({is_sent} && team.come == ({half} ^ 1))"):
-            for mail in mails:
-                told = f"told.{mail.name}_mail[{half} ? next : now][{half} ^ 1]"
-                w.line(f"{mail.name}_received.ask({told}, {half} ^ 1);")
+            self.w.line("__syncthreads();", "the sums are there")
 
     @property
     def _is_left(self) -> str:
@@ -291,13 +274,13 @@ class TeamText:
 
     # -- neurons -----------------------------------------------------------------------------
 
-    def _write_neurons(self, phase: ir.Phase, function: str) -> None:
+    def _write_neurons(self, phase: ir.Phase, function: str, warps: str = "WARPS") -> None:
         """Compute the neurons of the slice, 32 at once in a warp, and tell the others."""
         w, team, population = self.w, self.team, phase.population
         mine, own = team.mine[population], team.neuron(population)
         sums = self.sums(phase)
         w.comment(f"Its neurons of {population}.")
-        with self._own_neurons(phase):
+        with self._own_neurons(phase, warps=warps):
             sums.write_cleared()
             kept = [own] if team.neurons[population].members else []
             t = "t" if phase in self.kernel.phases else "0"
@@ -323,15 +306,18 @@ class TeamText:
                 self.w.line(f"if (here) fetch_step({inputs.array}, call, t, b, n);")
 
     @contextmanager
-    def _own_neurons(self, phase: ir.Phase, warp: str = "warp_of()") -> Iterator[None]:
+    def _own_neurons(
+        self, phase: ir.Phase, warp: str = "warp_of()", warps: str = "WARPS"
+    ) -> Iterator[None]:
         """The loop over neurons ``i`` of the slice, which are ``n``: those of a row in words.
 
         Of several rows in one word, where nothing is told in bits and the slice is no whole word.
+        So many ``warps`` take part, of which this is the one with number ``warp``.
         """
         w, mine = self.w, self.team.mine[phase.population]
         width, span = self.team.widths[phase.population], self.span
         if not fills_words(self.team, self.shape, phase):
-            with items(w, f"words_of({width})", "word", span, warp):
+            with items(w, f"words_of({width})", "word", span, warp, warps):
                 w.line(f"const int i = word * WARP + lane_of(), n = {mine}.first + i;")
                 w.line("const int64_t b = start + row;")
                 w.line(f"const bool here = i < {mine}.size;")
@@ -339,7 +325,8 @@ class TeamText:
             return
         begin = "" if span.low == "0" else f"{span.low} * {width} + "
         loop = f"int first = {begin}{warp} * WARP; first < {span.high} * {width}"
-        with w.block(f"for ({loop}; first += THREADS)"):
+        threads = "THREADS" if warps == "WARPS" else f"{warps} * WARP"
+        with w.block(f"for ({loop}; first += {threads})"):
             w.line("const int neuron = first + lane_of();", f"{width} in a row")
             w.line(f"const int row = neuron / {width}, i = neuron % {width}, n = {mine}.first + i;")
             w.line("const int64_t b = start + row;")

@@ -3,7 +3,7 @@
 
 #include "barrier.cuh"
 #include "group_sums.cuh"
-#include "mail.cuh"
+#include "mail_sums.cuh"
 
 namespace {
 
@@ -15,6 +15,10 @@ constexpr int SLICE_HIDDEN = 21;  // neurons of hidden that a block owns
 constexpr int ROWS = 16;  // of the batch that a team carries at once
 constexpr int WARPS = 16, THREADS = WARPS * WARP;  // of a block
 typedef GridTeam<BLOCKS> Team;
+typedef Warps<0, WARPS, 0> AllWarps;
+constexpr int NEURON_WARPS = 6;  // compute neurons while others sort mail
+typedef Warps<0, NEURON_WARPS, 1> NeuronWarps;
+typedef Warps<NEURON_WARPS, WARPS - NEURON_WARPS, 2> MailWarps;
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
 struct Call {
@@ -59,7 +63,7 @@ struct Shared {
   float y_to_hidden_sum[ROWS][blocks_of(N_HIDDEN)][whole_columns(3 * SLICE_HIDDEN)];
   MailLists<BLOCKS, 8, N_HIDDEN, 512, whole_columns(3 * SLICE_HIDDEN) * int(sizeof(sparsify::float16))> y_lists;
 };
-static_assert(sizeof(Shared) == 227232, "as launched");
+static_assert(sizeof(Shared) == 226192, "as launched");
 
 // What a neuron of hidden reads of a row, and of a step.
 struct HiddenInputs {
@@ -126,12 +130,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
   fill_columns<3 * SLICE_HIDDEN, whole_columns(3 * SLICE_HIDDEN)>(shared.y_to_hidden_weights, N_HIDDEN);
   const Resident<whole_columns(3 * SLICE_HIDDEN), float, sparsify::float16> y_to_hidden_slice{shared.y_to_hidden_weights};
   unsigned long long active[3] = {};
-  const bool counts = team.rank == 0 && lane_of() == 0;
   clear<Team>(told.y_mail[0][0][team.rank]);
   clear<Team>(told.y_mail[0][1][team.rank]);
   clear<Team>(told.y_mail[1][0][team.rank]);
   clear<Team>(told.y_mail[1][1][team.rank]);
-  Received<Team, N_HIDDEN, 8, SLICE_HIDDEN, WARPS> y_received;
+  unsigned long long y_found = 0;  // events, by this lane
   // Batch rows start .. start + rows, through all time steps.
   const int64_t share = (call.batch + team.teams - 1) / team.teams;
   const int64_t group = share < ROWS ? share : ROWS;
@@ -153,13 +156,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
       }
     }
     const int halves = rows < 6 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    // Some warps wait for mail of a half of the rows, and sort it.
+    const auto receive = [&](int slot, int half) -> bool {
+      if (!wait_with<MailWarps>(team, half, shared.y_lists)) return false;
+      const int several = (half + 1) * rows / halves - half * rows / halves;
+      y_found += sort_mail<Team, MailWarps>(shared.y_lists, told.y_mail[slot][half], several);
+      return true;
+    };
     for (int half = 0; half < halves; ++half) {
       const int low = half * rows / halves, high = (half + 1) * rows / halves;
+      team.expect(half);
       // It has told what the others read.
-      arrive_with(team, half, [&]() {
+      arrive_with<AllWarps>(team, half, [&]() {
         send<Team>(told.y_mail[0][half][team.rank], my_hidden, low, high, [&](int row, int i) { return shared.own_hidden[row][i].y; });
       });
     }
+    const bool is_sent = warp_of() < NEURON_WARPS || receive(0, 0);
+    if (!__syncthreads_and(is_sent)) return;  // the first lists are there
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
       for (int half = 0; half < halves; ++half) {
@@ -186,55 +199,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
           const bool here = row < high && i < my_hidden.size;
           if (here) fetch_step(hidden_inputs, call, t, b, n);
         }
-        if (!team.wait(half)) return;  // all have told it
         // What hidden receives from y.
         {
           const auto source_of = [&](int row) {
             return ToldValues<Team, float>{told.y_values[now][row]};
           };
           if (r_z_finite && r_r_finite && r_g_finite) {
-            const int count =
-                add_mail<Team, WARPS, float>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.y_lists, y_received, told.y_mail[now][half], half, low, high);
-            if (team.rank == 0) active[0] += count;
-            if (team.rank == 0) active[1] += count;
-            if (team.rank == 0) active[2] += count;
+            add_mail<Team, AllWarps, float>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.y_lists, told.y_mail[now][half], low, high);
           }
           else {
             // 0 * inf is NaN.
             for (int item = low * blocks_of(N_HIDDEN) + warp_of(); item < high * blocks_of(N_HIDDEN); item += WARPS) {
               const int row = item / blocks_of(N_HIDDEN), block = item % blocks_of(N_HIDDEN);
               const Heard<ToldValues<Team, float>> heard(source_of(row), block, N_HIDDEN);
-              const int count = heard.count();
-              if (counts) active[0] += count;
-              if (counts) active[1] += count;
-              if (counts) active[2] += count;
               add_all<whole_columns(3 * SLICE_HIDDEN)>(shared.y_to_hidden_sum[row][block], y_to_hidden_slice, heard, block, N_HIDDEN, whole_columns(3 * SLICE_HIDDEN));
             }
           }
         }
-        meet_asking(team, half);  // the sums are there
-        if (halves == 2 && (half == 0 || t + 1 < call.steps) && team.come == (half ^ 1)) {
-          y_received.ask(told.y_mail[half ? next : now][half ^ 1], half ^ 1);
+        __syncthreads();  // the sums are there
+        const bool is_left = t + 1 < call.steps;
+        if (is_left) team.expect(half);
+        bool is_sent = true;  // by all others, as far as this warp knows
+        if (warp_of() < NEURON_WARPS) {
+          // Its neurons of hidden.
+          for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += NEURON_WARPS * WARP) {
+            const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
+            const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
+            const int64_t b = start + row;
+            const bool here = row < high && i < my_hidden.size;
+            if (here) hidden_step(call, shared.own_hidden[row][i], hidden_inputs, t, b, n, add_blocks(shared.y_to_hidden_sum[row], i), add_blocks(shared.y_to_hidden_sum[row], 1 * SLICE_HIDDEN + i), add_blocks(shared.y_to_hidden_sum[row], 2 * SLICE_HIDDEN + i));
+            if (here) team.publish(told.y_values[next][row] + n, cast<float>(shared.own_hidden[row][i].y));
+          }
+          if (is_left) {
+            // It has told what the others read.
+            arrive_with<NeuronWarps>(team, half, [&]() {
+              send<Team>(told.y_mail[next][half][team.rank], my_hidden, low, high, [&](int row, int i) { return shared.own_hidden[row][i].y; });
+            });
+          }
         }
-        // Its neurons of hidden.
-        for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
-          const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
-          const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
-          const int64_t b = start + row;
-          const bool here = row < high && i < my_hidden.size;
-          if (here) hidden_step(call, shared.own_hidden[row][i], hidden_inputs, t, b, n, add_blocks(shared.y_to_hidden_sum[row], i), add_blocks(shared.y_to_hidden_sum[row], 1 * SLICE_HIDDEN + i), add_blocks(shared.y_to_hidden_sum[row], 2 * SLICE_HIDDEN + i));
-          if (here) team.publish(told.y_values[next][row] + n, cast<float>(shared.own_hidden[row][i].y));
+        else if (half + 1 < halves || is_left) {
+          const bool is_second = half + 1 < halves;
+          is_sent = receive(is_second ? now : next, int(is_second));
         }
-        if (t + 1 < call.steps) {
-          // It has told what the others read.
-          arrive_with(team, half, [&]() {
-            send<Team>(told.y_mail[next][half][team.rank], my_hidden, low, high, [&](int row, int i) { return shared.own_hidden[row][i].y; });
-          });
-        }
+        if (!__syncthreads_and(is_sent)) return;  // the lists are there
       }
     }
   }
   team.leave();
+  active[0] += team.rank == 0 ? y_found : 0;
+  active[1] += team.rank == 0 ? y_found : 0;
+  active[2] += team.rank == 0 ? y_found : 0;
   add_count(call.active + 0, active[0]);
   add_count(call.active + 1, active[1]);
   add_count(call.active + 2, active[2]);
