@@ -14,6 +14,7 @@ from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 CACHED_SECONDS = 0.1  # what is in the cache is there by then; what is not takes longer
+READY_SECONDS = 0.03  # so is what all kernels need
 Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
 
 
@@ -42,7 +43,7 @@ class Binaries:
         self.begin()
         if self._pool is None or self._ready is None:
             return False
-        if not wait([self._ready], timeout=CACHED_SECONDS).not_done:
+        if not wait([self._ready], timeout=READY_SECONDS).not_done:
             return False
         for each in unlike(products):
             self._early[_kind(each)] = self._pool.submit(self._compile_product, each)
@@ -80,7 +81,9 @@ class Binaries:
             ]
             made = [pool.submit(self.backend.compile, *key) for key in missing]
             if meanwhile is not None:
-                _run_beside(meanwhile, pool, [*others, ready, *outer, *made])
+                # Where a first compiler ran already, nothing is in the cache.
+                patience = 0.0 if self._early else CACHED_SECONDS
+                _run_beside(meanwhile, pool, [*others, ready, *outer, *made], patience)
         wait(early.values())  # those that are not wanted must not disturb what is timed
         self.end_early()
         refusal = ready.result()
@@ -108,10 +111,13 @@ class Binaries:
 
 
 def _run_beside(
-    work: Meanwhile, pool: ThreadPoolExecutor, compiling: Sequence[Future[Any]]
+    work: Meanwhile,
+    pool: ThreadPoolExecutor,
+    compiling: Sequence[Future[Any]],
+    patience: float,
 ) -> None:
-    """Run ``work`` while the pool is ``compiling``."""
-    running = wait(compiling, timeout=CACHED_SECONDS).not_done
+    """Run ``work`` while the pool is ``compiling``: what it has not done after ``patience``."""
+    running = wait(compiling, timeout=patience).not_done
     try:
         work(len(running))
     except BaseException:

@@ -87,7 +87,7 @@ def _kept(site: Site, refusal: Refusal) -> Site:
 
 def _time(ours: Callable[[], Any], original: Callable[[], Any], once: float) -> tuple[float, float]:
     """Seconds of each: the shortest of some rounds, as other work only ever adds to them."""
-    took = seconds_of(ours)
+    took = seconds_of(ours, enough=once / FAR)
     if once > FAR * took:
         return took, once
     if took > SLOW_SECONDS:  # a first call may have compiled something

@@ -206,8 +206,11 @@ def in_the_middle(task: Task, run: Callable[..., Any], timed: int) -> tuple[Task
     return replace(task, operands=operands, original_seconds=took), share
 
 
-def seconds_of(function: Callable[[], Any]) -> float:
-    """The shortest time of some calls; the first may have to warm up. Slow ones are called once."""
+def seconds_of(function: Callable[[], Any], enough: float = 0.0) -> float:
+    """The shortest time of some calls; the first may have to warm up.
+
+    Slow ones are called once, and so is what takes less than ``enough``.
+    """
     took: list[float] = []
     for _ in range(FIRST_CALLS):
         wait_for_devices()
@@ -215,7 +218,11 @@ def seconds_of(function: Callable[[], Any]) -> float:
         function()
         wait_for_devices()
         took.append(time.perf_counter() - start)
-        if min(took) > SLOW_SECONDS or (len(took) > 1 and sum(took) > ENOUGH_SECONDS):
+        if (
+            min(took) > SLOW_SECONDS
+            or min(took) < enough
+            or (len(took) > 1 and sum(took) > ENOUGH_SECONDS)
+        ):
             break
     return min(took)
 

@@ -87,6 +87,12 @@ def test_what_takes_long_is_called_less_often(seconds: float, calls: int) -> Non
     assert len(called) == calls
 
 
+def test_what_takes_less_than_enough_is_called_once() -> None:
+    called: list[int] = []
+    assert 0 < seconds_of(lambda: called.append(1), enough=SLOW_SECONDS) < SLOW_SECONDS
+    assert len(called) == 1
+
+
 def test_an_original_that_is_close_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.fail.Exception, match="the original ran"):
         race(monkeypatch, 2 * FAST, Stub(FAST))
