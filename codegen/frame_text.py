@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.given_weights import given_weights
-from sparsify.codegen.usage import UINT16_SENDERS, Source
+from sparsify.codegen.usage import UINT16_SENDERS, WIDE_TILES, Source
 from sparsify.codegen.writer import Writer
 
 MOST_ORIGIN = 400  # characters: the end of a long path names the file
@@ -47,7 +47,8 @@ def write_head(
     for population in kernel.populations:
         size = symbols.sizes[population.name]
         w.line(f"constexpr int64_t {size} = {population.size};", f"neurons of {population.name}")
-    w.line(f"constexpr int64_t TILE = {tile};", "receivers whose sums stay in registers")
+    together = "weights lie together" if tile in WIDE_TILES else "sums stay in registers"
+    w.line(f"constexpr int64_t TILE = {tile};", f"receivers whose {together}")
 
 
 def _headers(kernel: ir.Kernel, schedule: ir.Schedule) -> list[str]:

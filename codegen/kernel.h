@@ -177,24 +177,26 @@ SPARSIFY_INLINE void sum_events(Vector<F> (&sum)[VECTORS], const W* weight,
   }
 }
 
-// Sums the events of a block, then adds that to `sums`. A weight W is a float F as it lies in memory.
+// Of the receivers of a tile so many are summed at once.
+template <int TILE, class F>
+constexpr int PART = TILE < EVENT_VECTORS * WIDTH<F> ? TILE : EVENT_VECTORS * WIDTH<F>;
+
+// Sums the events of a block for a part of a tile, then adds that to `sums`. A weight W is a float F
+// as it lies in memory.
 // FRESH: the weights may have to come from afar. Asking for those of later events hides that, but
 // takes as many loads as adding does, so it slows rows down that find them cached.
 template <int TILE, bool FRESH, class Index, class F, class W>
 SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index, F>& events,
                                bool starts) {
-  constexpr int ALL = TILE / WIDTH<F>, VECTORS = ALL < EVENT_VECTORS ? ALL : EVENT_VECTORS;
-  constexpr int PART = VECTORS * WIDTH<F>;
-  for (int part = 0; part < TILE; part += PART, weight += PART, sums += PART) {
-    Vector<F> sum[VECTORS] = {};
-    if (events.payload)
-      sum_events<TILE, VECTORS, FRESH, true>(sum, weight, events);
-    else
-      sum_events<TILE, VECTORS, FRESH, false>(sum, weight, events);
-    SPARSIFY_UNROLL
-    for (int v = 0; v < VECTORS; ++v)
-      store(sums + v * WIDTH<F>, starts ? sum[v] : load(sums + v * WIDTH<F>) + sum[v]);
-  }
+  constexpr int VECTORS = PART<TILE, F> / WIDTH<F>;
+  Vector<F> sum[VECTORS] = {};
+  if (events.payload)
+    sum_events<TILE, VECTORS, FRESH, true>(sum, weight, events);
+  else
+    sum_events<TILE, VECTORS, FRESH, false>(sum, weight, events);
+  SPARSIFY_UNROLL
+  for (int v = 0; v < VECTORS; ++v)
+    store(sums + v * WIDTH<F>, starts ? sum[v] : load(sums + v * WIDTH<F>) + sum[v]);
 }
 
 // sums[row][r] = sum over the events of `row` of payload * weight[event][r], for TILE receivers.
@@ -205,11 +207,13 @@ SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index
 template <int TILE, class Index, class F, class W>
 void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int64_t rows) {
   const int64_t blocks = blocks_of(events.senders);
-  for (int64_t block = 0; block < blocks; ++block) {
-    add_block<TILE, true>(sums, weight, events.at(0, block), block == 0);
-    for (int64_t row = 1; row < rows; ++row)
-      add_block<TILE, false>(sums + row * TILE, weight, events.at(row, block), block == 0);
-  }
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int part = 0; part < TILE; part += PART<TILE, F>) {
+      F* const to = sums + part;
+      add_block<TILE, true>(to, weight + part, events.at(0, block), block == 0);
+      for (int64_t row = 1; row < rows; ++row)
+        add_block<TILE, false>(to + row * TILE, weight + part, events.at(row, block), block == 0);
+    }
 }
 
 // weight * payload + sum in vectors of any size, with one rounding where the processor can.

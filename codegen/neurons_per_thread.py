@@ -26,12 +26,19 @@ from sparsify.codegen.memory_text import (
     write_struct,
 )
 from sparsify.codegen.predict_cost import count_work
-from sparsify.codegen.usage import Source, default_tile, emitted, find_usage, why_not_gather
+from sparsify.codegen.usage import (
+    Source,
+    default_tile,
+    emitted,
+    find_usage,
+    why_not_gather,
+    wide_tile,
+)
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
 GROUP = 64  # at most, because a set of rows is one word
-PARTS = 16  # tiles that a layer should have, for threads to share them
+PARTS = 8  # tiles that a layer should have, for threads to share them
 
 _PARAMETERS = (
     "const Call& call, const Shared& shared, const Own& own, int64_t t, int64_t b,\n"
@@ -47,7 +54,8 @@ class NeuronsPerThread:
         return why_not_gather(kernel, schedule)
 
     def tile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> int:
-        return schedule.tile or default_tile(kernel, schedule, PARTS)
+        wide = wide_tile(kernel, schedule)
+        return schedule.tile or wide or default_tile(kernel, schedule, PARTS)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return _SharedText(kernel, schedule, self.tile(kernel, schedule)).render(entry)

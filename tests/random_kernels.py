@@ -155,7 +155,7 @@ def draw_schedule(draw: st.DrawFn, kernel: ir.Kernel) -> ir.Schedule:
         (g.result, "dense" if g.payload == "binary" and draw(st.booleans()) else "event")
         for g in kernel.gathers
     ]
-    tile = draw(st.sampled_from((0, 0, 16, 32, 64, 128)))
+    tile = draw(st.sampled_from((0, 0, 16, 32, 64, 128, 256, 512)))
     schedules = [ir.Schedule(strategy.name, tuple(gathers), tile) for strategy in STRATEGIES]
     pairs = zip(STRATEGIES, schedules, strict=True)
     return draw(st.sampled_from([s for each, s in pairs if each.why_not(kernel, s) is None]))

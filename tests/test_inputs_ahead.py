@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,23 @@ def test_dense_products_have_tiles_of_their_own() -> None:
     mixed = ir.Schedule("rows-per-thread", (("drive", "dense"), ("recurrent", "event")))
     assert default_tile(kernel, mixed) == 128
     assert default_tile(lif(70, 64), schedule(lif(70, 64), "rows-per-thread", "dense")) == 64
+
+
+def test_large_layers_have_wide_tiles_that_threads_can_share() -> None:
+    neurons = find_strategy("neurons-per-thread")
+
+    def tile(size: int, **changes: Any) -> int:
+        kernel = lif(70, size)
+        return neurons.tile(kernel, replace(schedule(kernel, neurons.name), **changes))
+
+    chosen = {size: tile(size) for size in (512, 1000, 1024, 2048, 4096, 5000, 8192, 12_288)}
+    assert chosen == {
+        **{512: 64, 1000: 64, 1024: 128, 2048: 256, 4096: 512},
+        **{5000: 256, 8192: 1024, 12_288: 1024},
+    }
+    assert tile(4096, tile=128) == 128
+    assert tile(4096, gathers=(("drive", "event"), ("recurrent", "dense"))) == 128
+    assert tile(4096, layouts=(("w", ir.Layout("masked-rows")),)) == 128
 
 
 @pytest.mark.parametrize("strategy", ["rows-per-thread", "inputs-ahead"])
