@@ -153,6 +153,13 @@ void each_kept(const Matrix<Word>& band, int64_t first, int64_t last, int64_t ru
              });
 }
 
+// How many units were counted in bands, or tiles.
+template <class Word>
+int64_t count_units(const Matrix<Word>& from, int64_t band, const uint32_t* starts) {
+  const int64_t bands = (from.places + band - 1) / band;
+  return bands ? starts[bands * (from.lines + 1) - 1] : 0;
+}
+
 constexpr int64_t kChunk = 16;
 
 // Fills in what `starts` counted: chunks, their places before their weights, or the places and the
@@ -166,6 +173,8 @@ void fill_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, bool 
     places[unit * kWords * sizeof(Word) / 2 + n] = uint16_t(place);
     weights[unit * kWords + n] = weight;
   };
+  const int64_t unit_words = run_length > 1 ? run_length : kWords;
+  prefer_large_pages(weights, count_units(from, band, starts) * unit_words * int64_t(sizeof(Word)));
   divide_lines(from, threads, [&](int64_t first, int64_t last) {
     for (int64_t base = 0; base < from.places; base += band) {
       const Matrix<Word> part = band_of(from, base, band);
@@ -198,6 +207,7 @@ void fill_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, bool 
 template <class Word>
 void fill_masked(const Matrix<Word>& from, int64_t tile, const uint32_t* starts, uint8_t* masks,
                  Word* weights, int threads) {
+  prefer_large_pages(weights, count_units(from, tile, starts) * int64_t(sizeof(Word)));
   divide_lines(from, threads, [&](int64_t first, int64_t last) {
     for (int64_t base = 0; base < from.places; base += tile) {
       const Matrix<Word> part = band_of(from, base, tile);

@@ -1,6 +1,8 @@
 // Reads whole weights: hashing, packing, counting. All at the speed of memory.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -179,13 +181,28 @@ bool pack_tile(const Matrix<Word>& matrix, int64_t first, int64_t rows, int64_t 
   return rest != 0;
 }
 
+constexpr int64_t kLargePage = 2 << 20, kLargeWeight = 8 << 20;
+
+// Of large weights each active sender reads a few other pages, and looking those up takes longer
+// than reading them. Asked before they are written first.
+inline void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes < kLargeWeight) return;
+  const auto begin = reinterpret_cast<int64_t>(memory), end = begin + bytes;
+  const int64_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  madvise(reinterpret_cast<void*>(first), end / kLargePage * kLargePage - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A matrix -> tiles[ceil(places / tile)][lines][tile]; returns whether all weights are finite.
 template <class Word>
 bool pack(const Matrix<Word>& from, int64_t tile, Word* tiles, int threads) {
   std::atomic<bool> all_finite{true};
   const int64_t bytes = from.places * from.lines * static_cast<int64_t>(sizeof(Word));
   const int team = worthwhile(4 * bytes, threads);  // slower than reading alone
-  divide((from.places + tile - 1) / tile, team, [&](int64_t first, int64_t last) {
+  const int64_t count = (from.places + tile - 1) / tile;
+  prefer_large_pages(tiles, count * tile * from.lines * static_cast<int64_t>(sizeof(Word)));
+  divide(count, team, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const int64_t left = from.places - t * tile, rows = left < tile ? left : tile;
       if (pack_tile(from, t * tile, rows, tile, tiles + t * tile * from.lines)) {
