@@ -28,6 +28,7 @@ from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views, uncast
 from sparsify.passes.tensor_info import call, cast, permuted, with_shape
+from sparsify.passes.turn_products import may_turn, turn_products
 from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -35,12 +36,15 @@ Shape = tuple[int, ...]
 
 
 def unify_products(gm: fx.GraphModule) -> PassResult:
-    """Rewrite every ``bmm`` with one matrix, ``mv``, and ``mm`` to which a bias is added."""
+    """Rewrite every ``bmm`` with one matrix, ``mv``, and ``mm`` to which a bias is added.
+
+    Where the weight is on the left, the product is turned first.
+    """
     if not any(map(_may_change, gm.graph.nodes)):
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
-    done: list[str] = []
-    united: list[fx.Node] = []
+    united = turn_products(graph)
+    done = [f"{node.meta.get('location')}: the weight is on the right" for node in united]
     for node in list(graph.nodes):
         if _is_vector(node):
             _as_row(graph, node)
@@ -63,7 +67,7 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
 
 def _may_change(node: fx.Node) -> bool:
     if node.target is aten.mm.default:
-        return _find_bias(node) is not None
+        return _find_bias(node) is not None or may_turn(node)
     return node.target is aten.bmm.default or _is_vector(node)
 
 

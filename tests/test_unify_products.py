@@ -11,7 +11,7 @@ from sparsify.passes.classify_ops import TRANSPOSES
 from sparsify.passes.unify_products import unify_products
 from tests.looped_models import W0, W1, WEIGHTS, B, H
 from tests.test_roll_loops import assert_same
-from tests.unrolled import Unrolled, dyadic, record_unrolled
+from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled
 
 aten = torch.ops.aten
 BIAS = WEIGHTS["bias"]
@@ -81,6 +81,54 @@ def test_einsum_leaves_no_turned_views_around_the_product(function: Function) ->
     product = next(n for n in unified.graph.graph.nodes if n.target is aten.mm.default)
     assert "aten.unsqueeze.default" not in names
     assert product.args[0].target not in TRANSPOSES
+    assert_same(unified.graph(*found.operands), found.results)
+
+
+TURNED: tuple[Function, ...] = (
+    lambda x: x[1] + (W0 @ x[0].t()).t(),
+    lambda x: x[1] + torch.mm(W0 * W1, x[0].t()).transpose(0, 1),
+    lambda x: x[1] + torch.einsum("ij,bj->ib", W0, x[0]).t(),
+    lambda x: (W0 @ x[0].t()).t() + x[1],  # has the strides of the product
+    lambda x: W0 @ x[0].t(),
+    lambda x: (W0 @ x[0].t()).t(),  # returned, with the strides that it has
+    lambda x: torch.einsum("oi,bit->bot", W0, x.permute(1, 2, 0)),
+)
+
+
+@pytest.mark.parametrize("function", TURNED, ids=map(str, range(len(TURNED))))
+def test_a_weight_on_the_left_multiplies_from_the_right(function: Function) -> None:
+    found = recorded(function)
+    unified = unify_products(found.graph)
+    [product] = [n for n in unified.graph.graph.nodes if n.target is aten.mm.default]
+    rows, weight = product.args
+    assert rows.meta["val"].shape[0] % B == 0 and weight.target is aten.t.default
+    assert_same(unified.graph(*found.operands), found.results)
+    assert unify_products(unified.graph).done == []
+
+
+def neurons_first(tape: Tape, x: Tensor) -> Tensor:
+    v, out = torch.zeros(H, B), []
+    for x_t in tape.loop(x.unbind(0)):
+        v = v * 0.5 + W0 @ (v > 1).to(v.dtype) + x_t.t()
+        out.append(v)
+    return torch.stack(out)
+
+
+def rows_that_are_turned(tape: Tape, x: Tensor) -> Tensor:
+    v, out = torch.zeros(B, H), []
+    for x_t in tape.loop(x.unbind(0)):
+        v = v * 0.5 + (W0 @ (v > 1).to(v.dtype).t()).t() + x_t
+        out.append(v)
+    return torch.stack(out)
+
+
+def test_a_loop_gets_no_copies_of_turned_results() -> None:
+    found = record_unrolled(neurons_first, [dyadic(4, B, H)], WEIGHTS)
+    assert unify_products(found.graph).graph is found.graph
+    found = record_unrolled(rows_that_are_turned, [dyadic(4, B, H)], WEIGHTS)
+    unified = unify_products(found.graph)
+    assert targets(unified.graph) == ["aten.mm.default"] * 4  # that of the zeros, too
+    assert not any(n.target is aten.clone.default for n in unified.graph.graph.nodes)
     assert_same(unified.graph(*found.operands), found.results)
 
 
