@@ -57,6 +57,8 @@ def why_kept(
     if (looked := _why_looked_up(product, graph)) is not None:
         return looked
     at_line = [r for r in refusals if r.location is not None and r.location == product.location]
+    if _is_batched(product, graph):  # what was said of others on its line does not hold for it
+        at_line = [r for r in at_line if not _distance(r, product)[0]]
     if at_line:
         return min(at_line, key=lambda refusal: _distance(refusal, product))
     loops = {step.location for node in product.nodes for step in node.meta.get("loops", ())}
@@ -109,6 +111,15 @@ def _scan_of(product: Product, graph: fx.GraphModule) -> str | None:
     return None
 
 
+def _is_batched(product: Product, graph: fx.GraphModule) -> bool:
+    """Whether it is one product a batch still: those with one matrix are a product of all."""
+    if not any(node.target in BATCHED for node in product.nodes):
+        return False
+    bodies = [m.body.graph for _, m in graph.named_children() if isinstance(m, Scan)]
+    nodes = (node for found in (graph.graph, *bodies) for node in found.nodes)
+    return any(node.target in BATCHED and _place(node) == _where(product) for node in nodes)
+
+
 def _where(product: Product) -> tuple[str, Location | None]:
     return product.module, product.location
 
@@ -125,6 +136,10 @@ def _why_looked_up(product: Product, graph: fx.GraphModule) -> Refusal | None:
 
 def _why_operand(product: Product, graph: fx.GraphModule) -> Refusal:
     remedy = "Put a spiking layer, a ReLU or another threshold before it, where that is meant."
+    if _is_batched(product, graph):
+        reason = f"{product.name} multiplies every group of neurons by a matrix of its own."
+        instead = "Use one matrix for all, such as torch.block_diag(*weight), in F.linear."
+        return Refusal("unsupported-layout", reason, instead, product.location)
     for node in graph.graph.nodes:
         operand = product_operand(node)
         if operand is None or _place(node) != _where(product):
@@ -135,10 +150,6 @@ def _why_operand(product: Product, graph: fx.GraphModule) -> Refusal:
             return Refusal("unsupported-layout", reason, "", product.location)
         reason = f"{product.name} reads values that pass no threshold: one product of all steps."
         return Refusal("no-event", reason, remedy, product.location)
-    if any(node.target in BATCHED for node in product.nodes):
-        reason = f"{product.name} multiplies every group of neurons by a matrix of its own."
-        remedy = "Use one matrix for all, such as torch.block_diag(*weight), in F.linear."
-        return Refusal("unsupported-layout", reason, remedy, product.location)
     if any(map(recurrent_op, product.nodes)):
         reason = f"{product.name} belongs to a recurrent operation of torch that stays whole."
         return Refusal("no-event", reason, remedy, product.location)

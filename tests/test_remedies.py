@@ -149,6 +149,25 @@ def test_a_matrix_for_each_head_is_to_be_one_block_diagonal_matrix() -> None:
     assert site_of(Heads(joint=True).eval(), "w").decision == "event"
 
 
+class Groups(Cell):
+    """Another product stands on the line of the one that has a matrix for each group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, HIDDEN // 3, HIDDEN // 3) * 0.3)
+
+    def current(self, x: Tensor, z: Tensor, t: int) -> Tensor:
+        groups = z.view(-1, 3, HIDDEN // 3)
+        return self.inp(x[t]) + torch.einsum("bgi,gio->bgo", groups, self.w).flatten(1)  # type: ignore[no-any-return]
+
+
+def test_what_is_said_of_another_product_on_the_line_is_not_said_of_a_batched_one() -> None:
+    refused = site_of(Groups().eval(), "w")
+    reason = r"multiplies every group of neurons by a matrix of its own\."
+    assert_refused(refused, "unsupported-layout", "torch.einsum(", reason, "block_diag")
+    assert site_of(Groups().eval(), "inp").code == "no-event"
+
+
 class ManyDims(Cell):
     """Weights of three dims, as multi-head code has them: one matrix for all neurons."""
 
