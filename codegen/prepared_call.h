@@ -5,6 +5,7 @@
 // call spoils its results alone, and whoever asks for them makes them anew.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "runtime.h"
@@ -26,29 +27,34 @@ struct Prepared {
 
 enum Outcome : int { kDone = 0, kNoMemory = 1, kWritten = 2 };
 
-// Questions that the last thread of a kernel's team asks when its part is done: others are often
-// still at work.
+// Questions that the threads of a kernel's team share out when their parts are done: the last ones
+// begin, since others are often still at work. Each takes as long as a few steps of a small layer.
 class Asked {
  public:
   Asked(const Question* questions, int64_t count) : questions_(questions), count_(count) {}
 
+  // Called when no thread is asking any more.
   bool are_unwritten() {
-    if (!is_asked_) ask();
+    if (!is_asked_) ask(0, 1);
     return are_unwritten_;
   }
   Aside aside() {
-    return {[](void* asked) { static_cast<Asked*>(asked)->ask(); }, this};
+    return {[](void* asked, int thread, int threads) {
+              static_cast<Asked*>(asked)->ask(thread, threads);
+            },
+            this};
   }
 
  private:
-  void ask() {
-    is_asked_ = true;
-    for (int64_t i = 0; i < count_; ++i) are_unwritten_ = are_unwritten_ && questions_[i].is_unwritten();
+  void ask(int thread, int threads) {
+    is_asked_.store(true, std::memory_order_relaxed);
+    for (int64_t i = threads - 1 - thread; i < count_; i += threads)
+      if (!questions_[i].is_unwritten()) are_unwritten_.store(false, std::memory_order_relaxed);
   }
 
   const Question* questions_;
   const int64_t count_;
-  bool is_asked_ = false, are_unwritten_ = true;
+  std::atomic<bool> is_asked_{false}, are_unwritten_{true};
 };
 
 // What the next team that this thread forms does aside.

@@ -28,9 +28,9 @@ inline int64_t now_ns() {
   return now.tv_sec * INT64_C(1'000'000'000) + now.tv_nsec;
 }
 
-// What the last thread of a team does when its part of the body is done.
+// What the threads of a team share out when their parts of the body are done.
 struct Aside {
-  void (*run)(void* context);
+  void (*run)(void* context, int thread, int threads);
   void* context;
 };
 
@@ -50,7 +50,7 @@ inline void run_member(const Job& job, int thread, int threads) {
   std::fesetenv(&job.environment);
   job.body(job.context, Team{thread, threads, job.barrier});
   std::fesetenv(&own);
-  if (job.aside != nullptr && thread == threads - 1) job.aside->run(job.aside->context);
+  if (job.aside != nullptr) job.aside->run(job.aside->context, thread, threads);
 }
 
 class Worker {
