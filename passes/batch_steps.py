@@ -19,7 +19,7 @@ from sparsify.passes.classify_ops import (
     order_of,
     product_operand,
 )
-from sparsify.passes.tensor_info import call, copy_meta, is_dense, permuted, with_shape
+from sparsify.passes.tensor_info import call, copy_meta, packed, permuted, with_shape
 
 aten = torch.ops.aten
 
@@ -155,9 +155,10 @@ class _Batcher:
         shape = (self.steps, *self.shape)
         values = [self.stacked(operand) for operand in self.node.all_input_nodes]
         strides = [v.meta["val"].stride for v in values if v and v.meta["val"].shape == shape]
-        dense = [s for s in strides if is_dense(shape, s)]
-        # An elementwise op keeps the order in memory of its first operand.
-        info = with_shape(self.node.meta["val"], shape, dense[0] if dense else None)
+        # An elementwise op keeps the order in memory of its first operand that has one, without
+        # its gaps.
+        ordered = [packed(shape, s) for s in strides if 0 not in s]
+        info = with_shape(self.node.meta["val"], shape, ordered[0] if ordered else None)
         copy = call(self.graph, self.node.target, args, info, self.node)
         copy.kwargs = kwargs
         return copy

@@ -29,6 +29,17 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
+def packed(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The strides of these dims in the same order in memory, without gaps."""
+    if is_dense(shape, stride):
+        return tuple(stride)
+    found, span = list(stride), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (stride[dim], -dim)):
+        found[dim] = span
+        span *= shape[dim]
+    return tuple(found)
+
+
 def with_shape(
     info: Any,
     shape: Sequence[int],
