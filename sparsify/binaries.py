@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -15,6 +16,7 @@ from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 CACHED_SECONDS = 0.1  # what is in the cache is there by then; what is not takes longer
 READY_SECONDS = 0.03  # so is what all kernels need
+NICENESS = 5  # added to that of compilers beside a check: two of them share the other core
 Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
 
 
@@ -26,7 +28,7 @@ class Binaries:
         self.made: dict[tuple[ir.Kernel, ir.Schedule], Binary] = {}
         self._pool: ThreadPoolExecutor | None = None  # of what is begun before kernels are known
         self._ready: Future[Refusal | None] | None = None
-        self._early: dict[object, Future[None]] = {}
+        self._early: dict[object, Future[Any]] = {}
 
     def begin(self) -> None:
         """Begin with what all kernels need, unless there are kernels already."""
@@ -50,6 +52,17 @@ class Binaries:
         return True
 
     @property
+    def is_cold(self) -> bool:
+        """Whether ``begin_likely`` has found the cache to be empty."""
+        return bool(self._early)
+
+    def begin_kernel(self, kernel: ir.Kernel, schedule: ir.Schedule) -> None:
+        """Begin with a kernel that ``compile_all`` will be asked for."""
+        if self._pool is not None:
+            made = self._pool.submit(self.backend.compile, kernel, schedule)
+            self._early.setdefault((kernel, schedule), made)
+
+    @property
     def is_compiling(self) -> bool:
         """Whether a compiler runs that was begun with."""
         begun: list[Future[Any]] = [*self._early.values()]
@@ -70,7 +83,8 @@ class Binaries:
         """
         missing = [key for key in dict.fromkeys(wanted) if key not in self.made]
         # What takes longest comes first, so that all cores end together.
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        first = None if meanwhile is None else _stand_back
+        with ThreadPoolExecutor(os.cpu_count() or 1, initializer=first) as pool:
             early = {kind: made for kind, made in self._early.items() if not made.cancel()}
             libraries = self.backend.libraries(schedule for _, schedule in missing)
             others = [pool.submit(library) for library in libraries]
@@ -79,10 +93,10 @@ class Binaries:
                 early.get(_kind(product)) or pool.submit(self._compile_product, product)
                 for product in unlike(products)
             ]
-            made = [pool.submit(self.backend.compile, *key) for key in missing]
+            made = [early.get(key) or pool.submit(self.backend.compile, *key) for key in missing]
             if meanwhile is not None:
                 # Where a first compiler ran already, nothing is in the cache.
-                patience = 0.0 if self._early else CACHED_SECONDS
+                patience = 0.0 if self.is_cold else CACHED_SECONDS
                 _run_beside(meanwhile, pool, [*others, ready, *outer, *made], patience)
         wait(early.values())  # those that are not wanted must not disturb what is timed
         self.end_early()
@@ -108,6 +122,17 @@ class Binaries:
         # Where this fails, an OuterProduct computes a dense product and says why.
         with suppress(BackendUnavailable, CompileError):
             self.backend.outer_products.compile(product)
+
+
+def _stand_back() -> None:
+    """Give compilers that this thread starts less of a core than what runs beside them needs.
+
+    All cores are busy until both have ended, but one thread cannot make up for what it lost.
+    """
+    with suppress(OSError):  # other systems know no priority of a thread
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _run_beside(

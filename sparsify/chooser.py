@@ -57,6 +57,14 @@ class Chooser:
         self.choices: dict[str, Choice] = {}
         self._found: dict[str, list[Candidate]] = {}
 
+    def begin(self, tasks: Sequence[Task]) -> None:
+        """Begin to compile those candidates of some tasks that are compiled in any case."""
+        for task in tasks:
+            if self._why_off(task) is None:
+                self._found[task.name] = self._candidates(task)
+                for candidate in first_of_each_label(self._found[task.name]):
+                    self.binaries.begin_kernel(task.lowered.kernel, candidate.schedule)
+
     def prepare(
         self,
         tasks: Sequence[Task],
@@ -69,7 +77,8 @@ class Chooser:
         """
         for task in tasks:
             refusal = self._why_off(task)
-            candidates = [] if refusal else self._candidates(task)
+            candidates = [] if refusal else self._found.pop(task.name, None)
+            candidates = self._candidates(task) if candidates is None else candidates
             if candidates:
                 timed = self.binaries.backend.is_timed
                 self._found[task.name] = candidates if timed else candidates[:1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,6 +105,7 @@ class Compiler:
             check.run()
         plan = measured_plan(plan, products)
         undifferentiated: dict[str, Refusal] = {}
+        took: Mapping[str, float] = {}
         is_trained = needs_grad(operands)
         around = (part_results, *PIPELINE, join_results) if is_trained else PIPELINE
         stages = run_pipeline(recording.graph, around)
@@ -114,29 +116,32 @@ class Compiler:
         owned = own_memory(stages[-1].graph, recording.graph.graph)
         if owned.done:
             stages = (*stages, Stage("own_memory", owned.graph, tuple(owned.done)))
-        busy = int(self.binaries.is_compiling)
+        if is_trained:
+            with self._beside_compilers():
+                stage, undifferentiated = differentiate(stages[-1].graph, operands)
+            stages = (*stages, stage)
+        else:
+            stages = (*stages, *pack(stages[-1].graph))
+        graph = stages[-1].graph
+        scans, eager = find_scans(graph), self.binaries.backend.eager
+        lowered = lower_scans(scans, eager, gradients=False) | undifferentiated
+        placements = place_products(products, lowered)
+        chooser = Chooser(self.options, self.binaries, plan, placements, earlier)
+        forward, calls = lowered, call_layouts(graph)
         # A call without gradients frees what a loop is given when it is through: so do we.
         captured: Captured | None = None
-        with threads(torch.get_num_threads() - busy):
-            if is_trained:
-                stage, undifferentiated = differentiate(stages[-1].graph, operands)
-                stages = (*stages, stage)
-                captured = capture(stage.graph, operands)
-            else:
-                stages = (*stages, *pack(stages[-1].graph))
-        graph = stages[-1].graph
-        scans = find_scans(graph)
-        calls = captured.calls if captured is not None else call_layouts(graph)
-        measure_gradients(scans, calls)
-        lowered = lower_scans(scans, self.binaries.backend.eager) | undifferentiated
-        forward = {name: low for name, low in lowered.items() if BACKWARD not in name}
-        placements = place_products(products, forward)
-        placements += place_gradients(placements, lowered)
-        chooser = Chooser(self.options, self.binaries, plan, placements, earlier)
+        if is_trained:
+            if self.binaries.is_cold:
+                chooser.begin(find_tasks(scans, calls, forward))
+            with self._beside_compilers() as is_alone:
+                captured = capture(graph, operands)
+            calls, took = captured.calls, captured.seconds if is_alone else {}
+            measure_gradients(scans, calls)
+            lowered = in_order(scans, forward | lower_scans(scans, eager, gradients=True))
+            chooser.placements = placements = [*placements, *place_gradients(placements, lowered)]
         tasks = find_tasks(scans, calls, lowered)
         chooser.prepare(tasks, foresee_products(graph), check.run if check else None)
         if captured is not None:
-            took = {} if busy else captured.seconds
             for task in tasks:
                 chooser.choose(replace(task, original_seconds=took.get(task.name)))
         else:
@@ -169,6 +174,13 @@ class Compiler:
             {p.product.name: (p.region, p.gather) for p in reversed(placements)},
             tuple(said for stage in stages if stage.name == LIMITED for said in stage_notes(stage)),
         )
+
+    @contextmanager
+    def _beside_compilers(self) -> Iterator[bool]:
+        """Leave a core to a compiler that runs already; tells whether none does."""
+        busy = int(self.binaries.is_compiling)
+        with threads(torch.get_num_threads() - busy):
+            yield not busy
 
 
 def run_pipeline(graph: fx.GraphModule, passes: Sequence[Pass] = PIPELINE) -> tuple[Stage, ...]:
@@ -219,13 +231,16 @@ def differentiate(
     return Stage("differentiate", differentiated, done, tuple(refused.values())), refused
 
 
-def lower_scans(scans: Mapping[str, Scan], eager: Eager = "cpu") -> dict[str, Lowered | Refusal]:
-    """The kernel of every Scan, or why it has none."""
+def lower_scans(
+    scans: Mapping[str, Scan], eager: Eager = "cpu", *, gradients: bool | None = None
+) -> dict[str, Lowered | Refusal]:
+    """The kernel of every Scan, or why it has none; of ``gradients`` only, or of all others."""
     return {
         name: lower_scan(scan, _kernel_name(name), eager)
         if BACKWARD in name
         else lower_forward(scan, name, eager)
         for name, scan in scans.items()
+        if gradients in (None, BACKWARD in name)
     }
 
 
@@ -242,6 +257,13 @@ def why_no_events(scan: Scan) -> Refusal | None:
     reason = "It reads values that pass no threshold, so none are zero."
     remedy = "Use a spiking layer or a ReLU where events are wanted, or prune its weights."
     return Refusal("no-event", reason, remedy, products[0].meta.get("location"))
+
+
+def in_order(
+    scans: Iterable[str], lowered: Mapping[str, Lowered | Refusal]
+) -> dict[str, Lowered | Refusal]:
+    """``lowered`` in the order of the scans."""
+    return {name: lowered[name] for name in scans if name in lowered}
 
 
 def find_tasks(

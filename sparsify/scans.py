@@ -77,10 +77,13 @@ def capture(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Captured:
 
 
 def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
-    """What every Scan of ``graph`` is called with, with TensorInfos for tensors; runs nothing."""
+    """What every Scan that ``graph`` calls itself is given, with TensorInfos for tensors.
+
+    Runs nothing. In the places of bits are the values that they are.
+    """
     scans = find_scans(graph)
     calls = (n for n in graph.graph.nodes if n.op == "call_module" and n.target in scans)
-    return {node.target: fx.node.map_arg(node.args, lambda n: n.meta["val"]) for node in calls}
+    return {node.target: fx.node.map_arg(node.args[:4], lambda n: n.meta["val"]) for node in calls}
 
 
 def visit_calls(

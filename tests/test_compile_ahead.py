@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +17,9 @@ from torch import Tensor, fx, nn
 from sparsify import check_speed, ir
 from sparsify import engine as engine_module
 from sparsify.api import sparsify
-from sparsify.binaries import Binaries, unlike
+from sparsify.binaries import NICENESS, READY_SECONDS, Binaries, unlike
 from sparsify.codegen import cpp_outer_product, runtime, toolchain
+from sparsify.codegen.backend import Binary, Source
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.cost_model import Rates
@@ -204,6 +207,35 @@ def test_where_nothing_is_compiled_what_is_likely_is_not_either(
     is_over.set()
     assert binaries.compile_all([]) is None
     assert asked == []
+
+
+def test_kernels_that_were_begun_with_are_compiled_once() -> None:
+    class Counted(CppBackend):
+        def why_not_ready(self) -> Refusal | None:
+            time.sleep(2 * READY_SECONDS)
+            return None
+
+        def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
+            asked.append((schedule.strategy, niceness()))
+            may_end.wait(PATIENCE_S)
+            return Binary(Path(), Source("", "", ""), kernel, schedule)
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    may_end, asked = threading.Event(), list[tuple[str, int]]()
+    kernel, binaries = product(8, 8), Binaries(Counted(RATES))
+    begun, waiting, other = (ir.Schedule(name, (("y", "event"),)) for name in "abc")
+    assert binaries.begin_likely([Foreseen(1, 1, 1, F32, F32)]) and binaries.is_cold
+    for schedule in (begun, waiting):
+        binaries.begin_kernel(kernel, schedule)
+    while not asked:
+        time.sleep(0.001)
+    wanted = [(kernel, schedule) for schedule in (begun, waiting, other)]
+    assert binaries.compile_all(wanted, meanwhile=lambda _: may_end.set()) is None
+    assert list(binaries.made) == wanted and not binaries.is_cold
+    beside = niceness() + (NICENESS if sys.platform.startswith("linux") else 0)
+    assert sorted(asked) == [("a", niceness()), ("b", beside), ("c", beside)]
 
 
 def test_an_example_is_recorded_on_the_cores_that_no_compiler_has(
