@@ -38,6 +38,7 @@ PRODUCTS: dict[object, int] = {
 MOST_DENSITY = 0.5  # of a weight that counts as sparse: above, hardly any kernel gains by its zeros
 
 # What a product's meta has beside the facts of values: see ``graph_meta``.
+DEEPEST = 8  # operations between what a model keeps and a weight that forward makes of it
 MEASURED = ("activity", "pattern")
 
 # Sums over dims of one tensor, which no kernel has.
@@ -90,6 +91,14 @@ def untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
         swapped ^= order_of(weight) == [1, 0]
         weight = weight.all_input_nodes[0]
     return weight, swapped
+
+
+def is_stored(node: fx.Node, depth: int = DEEPEST) -> bool:
+    """Whether it is a tensor that the model keeps, or computed of such tensors alone."""
+    if node.op == "placeholder":
+        return getattr(node.meta.get("source"), "kind", "input") != "input"
+    inputs = node.all_input_nodes
+    return depth > 0 and bool(inputs) and all(is_stored(n, depth - 1) for n in inputs)
 
 
 def product_operand(node: fx.Node) -> fx.Node | None:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import TRANSPOSES
+from sparsify.passes.classify_ops import TRANSPOSES, is_stored
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
@@ -57,7 +57,7 @@ def _find_joined(product: fx.Node) -> Sequence[fx.Node]:
     same = {part.meta["val"].dtype for part in joined.args[0]} == {joined.meta["val"].dtype}
     weight: Any = product.args[-1]
     stored = weight.all_input_nodes[0] if weight.target in TRANSPOSES else weight
-    return () if is_dense or not same or stored.op != "placeholder" else joined.args[0]
+    return () if is_dense or not same or not is_stored(stored) else joined.args[0]
 
 
 class _Splitter:
@@ -106,13 +106,18 @@ class _Splitter:
             return call(self.graph, target, args, info, product)
 
     def _part(self, weight: fx.Node, dim: int, start: int, end: int) -> fx.Node:
-        """The senders ``start:end`` of a stored weight, taken once; it keeps the weight's name."""
+        """The senders ``start:end`` of a weight, taken once; it keeps the weight's name.
+
+        Of one that every step computes anew, as of a mask, every step takes them.
+        """
         if (weight, start, end) not in self.columns:
             info = weight.meta["val"]
             shape = [end - start if d == dim else size for d, size in enumerate(info.shape)]
-            with self.graph.inserting_after(self.last_input):
+            is_placeholder = weight.op == "placeholder"
+            with self.graph.inserting_after(self.last_input if is_placeholder else weight):
                 args, made = (weight, dim, start, end), with_shape(info, shape, info.stride)
-                node = call(self.graph, aten.slice.Tensor, args, made, None)
+                like = None if is_placeholder else weight
+                node = call(self.graph, aten.slice.Tensor, args, made, like)
             node.meta["source"] = weight.meta.get("source")
             self.columns[weight, start, end] = node
         return self.columns[weight, start, end]

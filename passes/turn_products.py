@@ -18,12 +18,12 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from sparsify.passes.classify_ops import is_stored
 from sparsify.passes.straighten_views import VIEWS, follow_views
 from sparsify.passes.tensor_info import call, contiguous_stride, permuted, with_shape
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default)
-DEEPEST = 8  # operations between stored tensors and a weight that forward makes of them
 
 
 def turn_products(graph: fx.Graph) -> list[fx.Node]:
@@ -38,21 +38,14 @@ def turn_products(graph: fx.Graph) -> list[fx.Node]:
     made = []
     for products in by_weight.values():
         # The first step may multiply by a state that is stored; all steps have to do the same.
-        if not all(_is_stored(node.all_input_nodes[-1]) for node in products):
+        if not all(is_stored(node.all_input_nodes[-1]) for node in products):
             made += [turned for node in products if (turned := _turn(graph, node)) is not None]
     return made
 
 
 def may_turn(node: fx.Node) -> bool:
     """Whether a stored tensor, or what is computed of stored ones alone, is on the left."""
-    return node.target in PRODUCTS and _is_stored(node.all_input_nodes[0])
-
-
-def _is_stored(node: fx.Node, depth: int = DEEPEST) -> bool:
-    if node.op == "placeholder":
-        return getattr(node.meta.get("source"), "kind", "input") != "input"
-    inputs = node.all_input_nodes
-    return depth > 0 and bool(inputs) and all(_is_stored(n, depth - 1) for n in inputs)
+    return node.target in PRODUCTS and is_stored(node.all_input_nodes[0])
 
 
 def _behind_views(node: fx.Node) -> fx.Node:

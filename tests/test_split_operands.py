@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.split_operands import split_operands
 from tests.looped_models import B, H
 from tests.test_roll_loops import assert_same
@@ -59,10 +60,21 @@ def test_every_joined_operand_gets_a_product(step: Step) -> None:
     assert split_operands(result.graph).graph is result.graph
 
 
+def test_a_weight_that_every_step_computes_is_split_in_every_step() -> None:
+    found = recorded(lambda x, y: F.linear(torch.cat([x, y], 1), W * 2))
+    result = split_operands(found.graph)
+    senders = [n.all_input_nodes[-2].meta["val"].shape[1] for n in products(result.graph)]
+    assert senders == [IN, H] * STEPS
+    assert_same(result.graph(*found.operands), found.results)
+    rolled = roll_loops(result.graph)
+    assert rolled.declined == []
+    assert_same(rolled.graph(*found.operands), found.results)
+
+
 KEPT: dict[str, Step] = {
     "rows are joined": lambda x, y: F.linear(torch.cat([y, y], 0), W[:, :H])[:B],
     "one alone": lambda x, y: F.linear(torch.cat([y], 1), W[:, :H]),
-    "a computed weight": lambda x, y: F.linear(torch.cat([x, y], 1), W * 2),
+    "a weight of the inputs": lambda x, y: F.linear(torch.cat([x, y], 1), W * x.sum()),
 }
 
 
