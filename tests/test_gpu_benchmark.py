@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,11 +42,20 @@ def section(*cells: str, cell_s: float = 60.0) -> Any:
 
 # A process that takes the arguments of a section, and then does what its cells say.
 CHILD = """
-import json, os, sys, time
+import json, os, pathlib, sys, time
 cells = json.loads(os.environ["CELLS"])
 first = int(sys.argv[sys.argv.index("--first") + 1])
-with open(sys.argv[sys.argv.index("--rows") + 1], "a") as rows:
+path = pathlib.Path(sys.argv[sys.argv.index("--rows") + 1])
+left_out = json.loads(sys.argv[-1]) if "--left-out" in sys.argv else {}
+with open(path, "a") as rows:
     for cell in cells[first:]:
+        if cell == "tries":
+            for name in ("eager", "ours", "theirs"):
+                if name not in left_out:
+                    path.with_suffix(".attempt").write_text(json.dumps([name, "it fell"]))
+                    if name != "eager":
+                        os._exit(9)
+            cell = left_out
         if cell == "crashes":
             os._exit(9)
         if cell == "hangs":
@@ -64,9 +74,11 @@ def run(
     process: Any = importlib.import_module("gpu_process")
     monkeypatch.setenv("CELLS", json.dumps(cells))
     command = [sys.executable, "-c", CHILD]
+    published: list[list[dict[str, Any]]] = []
     rows: list[dict[str, Any]] = process.run_section(
-        command, section(*cells, cell_s=4.0), budget_s, tmp_path / "rows.jsonl"
+        command, section(*cells, cell_s=4.0), budget_s, tmp_path / "rows.jsonl", published.append
     )
+    assert rows == ([] if not rows else published[-1])
     return rows
 
 
@@ -89,6 +101,23 @@ def test_what_crashes_faults_or_hangs_takes_only_its_own_row_along(
     ]
 
 
+def test_what_ends_a_process_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And the cell is measured without it, as are those that follow."""
+    left_out = {"ours": "it fell", "theirs": "it fell"}
+    assert run(monkeypatch, tmp_path, "a", "tries", "tries") == [
+        {"did": "a"},
+        {"did": left_out},
+        {"did": left_out},
+    ]
+
+
+def test_a_section_of_which_no_cell_works_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = run(monkeypatch, tmp_path, *["crashes"] * 5)
+    assert [row["does"] for row in rows] == ["crashes"] * 3
+
+
 def test_time_that_is_over_ends_a_section_with_the_rows_that_are_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -97,15 +126,34 @@ def test_time_that_is_over_ends_a_section_with_the_rows_that_are_there(
 
 def test_cells_that_fail_are_rows_and_a_fault_ends_the_process(tmp_path: Path) -> None:
     process: Any = importlib.import_module("gpu_process")
+    attempts: Any = importlib.import_module("gpu_attempts")
     rows = tmp_path / "rows.jsonl"
-    process.measure_cells(None, section("a", "fails", "b"), 1, rows)
+    place = SimpleNamespace(
+        attempts=attempts.Attempts(process.attempt_of(rows), {"ours": "it fell"})
+    )
+    process.measure_cells(place, section("a", "fails", "b"), 1, rows)
     found = process.read(rows)
     assert found[0] == {"does": "fails", "error": "AssertionError: spikes differ"}
     assert found[1]["did"] == "b" and found[1]["took_s"] >= 0
     with pytest.raises(SystemExit) as ended:
-        process.measure_cells(None, section("faults", "b"), 0, rows)
+        process.measure_cells(place, section("faults", "b"), 0, rows)
     assert ended.value.code == process.FAULT
     assert "It wrote where it must not." in process.read(rows)[-1]["error"]
+
+
+def test_what_is_tried_is_told_to_who_starts_it_again(tmp_path: Path) -> None:
+    module: Any = importlib.import_module("gpu_attempts")
+    file = tmp_path / "attempt"
+    attempts = module.Attempts(file, {"ours": "it fell"})
+    assert not attempts.fail("of nobody in particular")
+    attempts.begin("theirs")
+    assert module.read_attempt(file) == ("theirs", "")
+    assert attempts.fail("KernelFault: out of bounds")
+    assert module.read_attempt(file) == ("theirs", "KernelFault: out of bounds")
+    with pytest.raises(RuntimeError, match="left out, because it fell"):
+        attempts.begin("ours")
+    assert module.read_attempt(file) == ("", "")
+    assert module.read_attempt(tmp_path / "none") == ("", "")
 
 
 def row(activity: float, event: float, dense: float) -> dict[str, Any]:

@@ -7,8 +7,8 @@ python examples/benchmarks/gpu.py --quick --backend cuda-emulated    # that it r
 With ``SPARSIFY_CUDA_RATES=results/<device>.json`` predictions, which choose among strategies,
 follow what was measured on this device; without it, what is stated of an H100.
 
-Each section runs in a process of its own, so that a kernel that fails or hangs takes only its own
-row along. The file is written anew after each section.
+Each section runs in a process of its own. A kernel that ends or hangs it is left out from there on,
+and what it was compared with is measured all the same. The file is written anew with each row.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gpu_attempts import Attempts
 from gpu_place import Place, describe, find_place
-from gpu_process import measure_cells, run_section
-from gpu_sections import Section, make_quick_sections, make_sections
+from gpu_process import attempt_of, measure_cells, run_section
+from gpu_sections import Row, Section, make_quick_sections, make_sections
 from gpu_tables import tables
 
 from sparsify.errors import Refusal
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{place.reason} {place.remedy}\n(--backend cuda-emulated runs without a GPU.)")
     if args.section:
         section = next(s for s in _sections(args) if s.name == args.section)
-        measure_cells(place, section, args.first, args.rows)
+        attempts = Attempts(attempt_of(args.rows), json.loads(args.left_out))
+        measure_cells(replace(place, attempts=attempts), section, args.first, args.rows)
         return
     _run_all(args, place)
 
@@ -54,20 +57,23 @@ def _run_all(args: argparse.Namespace, place: Place) -> None:
         if args.only and section.name not in args.only:
             continue
         left = args.seconds - (time.monotonic() - start)
+
+        def publish(rows: list[Row], name: str = section.name) -> None:
+            content["sections"][name] = rows
+            content["took_s"] = time.monotonic() - start
+            _write(path, content)
+
         with tempfile.TemporaryDirectory() as folder:
             rows = run_section(
                 [sys.executable, __file__, "--backend", args.backend, *["--quick"] * args.quick],
                 section,
                 section.budget_s if args.quick else min(section.budget_s, left),
                 Path(folder) / "rows.jsonl",
+                publish,
             )
-        content["sections"][section.name] = rows
-        content["took_s"] = time.monotonic() - start
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(
-            f"{section.name}: {len(rows)} of {len(section.cells)} rows, {content['took_s']:.0f} s"
-        )
+        publish(rows)
+        many, took = f"{len(rows)} of {len(section.cells)} rows", f"{content['took_s']:.0f} s"
+        print(f"{section.name}: {many}, {took}", flush=True)
     print("\n".join(tables(content["sections"])))
     print(f"written to {path}")
     errors = [
@@ -78,6 +84,14 @@ def _run_all(args: argparse.Namespace, place: Place) -> None:
     ]
     if errors:
         sys.exit("\n".join(f"{name} FAILED: {error}" for name, error in errors))
+
+
+def _write(path: Path, content: Any) -> None:
+    """At once: who reads it, or ends this process, finds the file as it was or as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".new")
+    whole.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def _sections(args: argparse.Namespace) -> list[Section]:
@@ -100,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="where figures are written, if not to results/")
     for name, kind in (("--section", str), ("--first", int), ("--rows", Path)):
         add(name, type=kind, help=argparse.SUPPRESS)  # of the process of one section
+    add("--left-out", default="{}", help=argparse.SUPPRESS)
     return parser
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_attempts import FAULTS
 from gpu_machine import median_ms, release
 from gpu_ours import CHOSEN, chosen, variants
 from gpu_peers import EAGER, Function, cudnn_layers, graphed, graphed_peers, hoisted
@@ -45,7 +46,7 @@ def measure_forward(place: Place, case: Forward, rounds: int) -> dict[str, Any]:
         expected = model(x)
         active = float((expected != 0).float().mean())
         makers, predicted = _makers(place, case, model, x)
-        made, failed = _make(makers, x, expected, exact=case.network in EXACT)
+        made, failed = _make(place, makers, x, expected, exact=case.network in EXACT)
         made |= _layers(case, x) if case.network in ("lif", "egru") else {}
         times = median_ms(place, made, x, rounds)
     step_us = {name: 1e3 * times[name] / case.steps for name in made}
@@ -130,9 +131,12 @@ def _makers(
     makers[CHOSEN] = partial(chosen, place, model, x)
     predicted: dict[str, float] = {}
     try:
+        place.attempts.begin("our kernels")  # of which one runs so that it counts its events
         for variant in variants(place, model, x):
             makers[variant.name] = partial(_same, variant.module)
             predicted[variant.name] = variant.predicted_ms
+    except FAULTS:
+        raise
     except FAILURES as error:
         makers["our kernels"] = partial(_fail, error)
     if place.is_gpu:
@@ -149,18 +153,26 @@ def _same(module: Function) -> Function:
 
 
 def _make(
-    makers: Mapping[str, Callable[[], Function]], x: Tensor, expected: Tensor, exact: bool
+    place: Place,
+    makers: Mapping[str, Callable[[], Function]],
+    x: Tensor,
+    expected: Tensor,
+    exact: bool,
 ) -> tuple[dict[str, Function], dict[str, str]]:
     """What runs and gives the right result, and why the others do not."""
     made, failed = {}, {}
     for name, make in makers.items():
         try:
+            place.attempts.begin(name)
             function = make()
             check_output(function(x), expected, exact)
+        except FAULTS:
+            raise
         except FAILURES as error:
             failed[name] = f"{type(error).__name__}: {str(error)[:400]}"
             continue
         made[name] = function
+    place.attempts.end()
     return made, failed
 
 

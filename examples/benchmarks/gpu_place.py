@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_attempts import Attempts
 
 from sparsify.codegen.backend import Backend
 from sparsify.codegen.cuda.backend import CudaBackend
@@ -27,13 +28,15 @@ ROOT = Path(__file__).parents[2]
 class Place:
     """``kernels`` compiles CUDA text, ``backend`` whole kernels; both run on ``device``.
 
-    ``options`` are what ``sparsify`` is told so that it takes this backend.
+    ``options`` are what ``sparsify`` is told so that it takes this backend. ``attempts`` are told
+    what may end the process.
     """
 
     device: torch.device
     kernels: Device
     backend: Backend
     options: Mapping[str, Any]
+    attempts: Attempts = field(default_factory=Attempts)
 
     @property
     def is_gpu(self) -> bool:

@@ -23,6 +23,7 @@ VERIFIED = (
     Check("kernels"),
     Check("model", Forward("lif", 1024, 16, 0.05, 50)),
     Check("model", Forward("egru", 590, 16, 0.1, 50)),
+    Check("model", Forward("egru", 1350, 16, 0.1, 5)),
     Check("graph", Forward("lif", 512, 4, 0.05, 20)),
     Check("streams", Forward("lif", 333, 3, 0.1, 20)),
     Check("move", Forward("lif", 256, 16, 0.05, 20)),
@@ -76,9 +77,9 @@ def make_sections() -> list[Section]:
     forward = partial(measure_forward, rounds=ROUNDS)
     training = partial(measure_training, rounds=ROUNDS)
     return [
-        Section("verify", VERIFIED, run_check, 60),
+        Section("verify", VERIFIED, run_check, 80),
         Section("machine", (None,), lambda place, _: dict(measure_machine(place)), 20),
-        Section("lif", LIF, forward, 150),
+        Section("lif", LIF, forward, 130),
         Section("egru", EGRU, forward, 75),
         Section("training", TRAINED, training, 80),
         Section("feed-forward", LAYERED, forward, 20),

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_attempts import FAULTS
 from gpu_forward import FAILURES
 from gpu_machine import median_ms, release
 from gpu_peers import EAGER, GRAPHED, GRAPHED_TF32, WARM_UP, new_stream, product_precision
@@ -28,8 +29,8 @@ def measure_training(place: Place, size: Size, rounds: int) -> dict[str, Any]:
     """A row: milliseconds and MiB of a step of everything, and what failed."""
     with place.device:
         case = make_case(size)
-        gradients_off = check_gradients(case, **place.options)
-        made, failed = _make(_makers(place, case), case.batches[0])
+        gradients_off = _check_gradients(place, case)
+        made, failed = _make(place, _makers(place, case), case.batches[0])
         times = median_ms(place, made, case.batches[0], rounds)
         memory = {name: step_memory(step, case) for name, step in made.items()}
     release()
@@ -55,6 +56,15 @@ def step_memory(step: Step, case: Case) -> float:
     step(case.batches[0])
     wait_for_devices()
     return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def _check_gradients(place: Place, case: Case) -> float | None:
+    """How far ours are off those of float64; None if that has ended a process before."""
+    try:
+        place.attempts.begin("gradients of float64")
+    except RuntimeError:
+        return None
+    return check_gradients(case, **place.options)
 
 
 def _makers(place: Place, case: Case) -> dict[str, Callable[[], Step]]:
@@ -111,7 +121,7 @@ def graphed_step(forward: Any, model: Any, batch: Batch, precision: str) -> Step
 
 
 def _make(
-    makers: Mapping[str, Callable[[], Step]], batch: Batch
+    place: Place, makers: Mapping[str, Callable[[], Step]], batch: Batch
 ) -> tuple[dict[str, Step], dict[str, str]]:
     """What runs, with gradients that point where eager's do, and why the others do not."""
     made: dict[str, Step] = {}
@@ -119,12 +129,16 @@ def _make(
     expected: Mapping[str, Any] = {}
     for name, make in makers.items():
         try:
+            place.attempts.begin(name)
             step = make()
             gradients = {n: g.detach().cpu().clone() for n, g in step(batch).items()}
             expected = expected or gradients
             check_directions({}, {EAGER: expected, name: gradients})
+        except FAULTS:
+            raise
         except FAILURES as error:
             failed[name] = f"{type(error).__name__}: {str(error)[:400]}"
             continue
         made[name] = step
+    place.attempts.end()
     return made, failed
