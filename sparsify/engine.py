@@ -31,6 +31,7 @@ from sparsify.failures import (
     refuse_memory,
     run_bounded,
 )
+from sparsify.find_products import is_without_rows
 from sparsify.foresee_products import likely_products
 from sparsify.free_memory import free_memory
 from sparsify.keep_state import Snapshot
@@ -50,6 +51,7 @@ from sparsify.settle import settled
 from sparsify.uncollected import seldom_collected
 
 CONFIRMED = "sizes beyond those that were recorded are recorded once: the model does the same there"
+WITHOUT_ROWS = "a call without rows runs the original, and decides nothing"
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
@@ -319,6 +321,10 @@ class Engine:
     @seldom_collected()
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
+        if is_without_rows(recording.graph.graph):
+            self._originals.add(call_key(self.original, args, kwargs))
+            self._notices.note(WITHOUT_ROWS)
+            return
         check = PendingCheck(self.original, recording, args, kwargs)
         if is_any_on():  # the model runs under it, what compiles does not
             check.run()

@@ -49,6 +49,18 @@ class Product:
     pattern: Pattern | None = field(default=None, compare=False)
 
 
+def is_without_rows(graph: fx.Graph) -> bool:
+    """Whether it has products and all are empty, as those of an empty batch are."""
+    found = False
+    for node in graph.nodes:
+        if weights_of(node):
+            made = node.meta["val"]
+            if 0 not in (made[0] if isinstance(made, tuple) else made).shape:
+                return False
+            found = True
+    return found
+
+
 def find_products(graph: fx.Graph) -> tuple[Product, ...]:
     """The products with stored weights, in the order in which they first run."""
     paths: dict[fx.Node, str] = {}

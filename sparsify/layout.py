@@ -160,11 +160,12 @@ class Layout:
             if size not in span:
                 known = f"beyond the {span.least} to {span.most} that were recorded"
                 return f"{names[index]} has size {size} in dim {dim}, {known}"
-        if self.guard is not None:
-            sizes = self.sizes(operands)
-            reason = self.guard.why_not(operands, sizes)
-            return f"sizes of {list(sizes)} were not recorded: {reason}" if reason else ""
-        return ""
+        if self.guard is None:
+            return ""
+        sizes = self.sizes(operands)
+        reason = self.guard.why_not(operands, sizes)
+        what = f"the call has sizes of {list(sizes)}, which were not recorded"
+        return f"{what}: {reason}" if reason else ""
 
     def _rank(self, index: int) -> int:
         return len(self.layouts[index].shape)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
+from tests.small_nets import RecurrentNet, spikes
 
 CACHE: dict[str, float] = {}
 IS_SET = False
@@ -176,3 +177,15 @@ def test_streams_that_are_only_written_are_no_iterators(x: Tensor, tmp_path: Any
     readable.write_text("1\n2\n")
     with open(readable) as stream, pytest.raises(sparsify.TraceError, match="is an iterator"):
         sparsify.sparsify(HoldsStream(stream).eval(), x)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_first_batch_without_rows_decides_nothing(trained: bool) -> None:
+    net = RecurrentNet().train(trained)
+    fast: Any = sparsify.sparsify(net, timing=False)
+    with torch.set_grad_enabled(trained):
+        assert torch.equal(fast(spikes(5, 0)), net(spikes(5, 0)))
+        assert "decides nothing" in str(fast.report)
+        assert torch.equal(fast(spikes(5, 3)), net(spikes(5, 3)))
+        assert fast.report["rec"].decision == "event"
+        assert torch.equal(fast(spikes(5, 0)), net(spikes(5, 0)))
