@@ -15,6 +15,7 @@ from sparsify.binaries import Binaries
 from sparsify.call_conditions import needs_grad
 from sparsify.choose import Choice, Task
 from sparsify.chooser import Chooser
+from sparsify.chunk_time import chunk_time
 from sparsify.compiled import LIMITED, Compiled, Stage
 from sparsify.describe_sites import Rows
 from sparsify.differentiate_scans import differentiate_scans, measure_gradients
@@ -22,7 +23,7 @@ from sparsify.errors import Refusal
 from sparsify.find_products import Product, find_products, name_weights
 from sparsify.foresee_products import foresee_products
 from sparsify.graph_meta import TensorInfo
-from sparsify.keep_weights import keep_weights
+from sparsify.keep_weights import compute_weights, keep_weights
 from sparsify.lowered import Lowered
 from sparsify.machine import describe_machine
 from sparsify.options import Options
@@ -35,7 +36,7 @@ from sparsify.passes.own_memory import own_memory
 from sparsify.passes.pack_events import pack_events
 from sparsify.passes.part_results import join_results, part_results
 from sparsify.passes.pipeline import PIPELINE
-from sparsify.passes.result import Pass
+from sparsify.passes.result import Pass, PassResult
 from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import skips_zeros
 from sparsify.passes.unpack_kept import unpack_kept
@@ -56,6 +57,7 @@ from sparsify.scans import (
     find_scans,
     visit_calls,
     with_regions,
+    without_kernels,
 )
 from sparsify.weight_facts import note_patterns
 from sparsify.whole_operations import find_stepwise
@@ -164,15 +166,20 @@ class Compiler:
             changing, backend = recording.calling.changing, self.binaries.backend.name
             installed = keep_weights(unpack_kept(installed), changing, backend)
             regions = find_regions(installed)
+        chunked = PassResult(installed) if is_trained else chunk_time(installed)
+        if chunked.done:
+            scanned = without_kernels(compute_weights(chunked.graph))
+            stages = (*stages, Stage("chunk_time", scanned, tuple(chunked.done)))
         return Compiled(
             replace(recording, result=summarize(recording.result)),
-            (*stages, Stage("install", installed, done)),
+            (*stages, Stage("install", chunked.graph, done)),
             regions,
             rows.describe(products),
             self.binaries.backend,
             decided_plan(plan, placements, choices, describe_machine(operands), whole),
             {p.product.name: (p.region, p.gather) for p in reversed(placements)},
             tuple(said for stage in stages if stage.name == LIMITED for said in stage_notes(stage)),
+            installed,
         )
 
     @contextmanager

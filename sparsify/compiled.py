@@ -45,7 +45,7 @@ class Compiled:
     ``"roll_loops"`` and its successors before lowering hold Scans; ``regions`` are the modules that
     replaced them in the last one, by name. ``placements`` says by site which region and which
     Gather of its kernel computes it. If ``runs_original``, calls run the model itself. ``backend``
-    made the kernels.
+    made the kernels. ``unchunked`` is the last one's graph before it ran in chunks of time.
     """
 
     recording: Recording
@@ -56,6 +56,7 @@ class Compiled:
     plan: Plan = field(default_factory=Plan)
     placements: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unchunked: fx.GraphModule | None = None
 
     @property
     def graph(self) -> fx.GraphModule:

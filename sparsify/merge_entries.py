@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from sparsify.compiled import Stage
+from sparsify.chunk_time import chunk_time
+from sparsify.compiled import Compiled, Stage
 from sparsify.entry import Entry, Origin, sources
 from sparsify.errors import Refusal
 from sparsify.general_modules import GeneralModules
@@ -76,17 +77,18 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
         return reason
     ours, theirs = first.compiled, second.compiled
     general = GeneralModules()
-    plain = compute_weights(ours.graph)
-    found = generalize(plain, compute_weights(theirs.graph), general.same_module)
+    found = generalize(_plain(ours), _plain(theirs), general.same_module)
     if isinstance(found, Refusal):
         return str(found)
     graph = with_modules(found.graph, general.replacing(found.graph))
     if not first.required:
         graph = keep_weights(graph, first.calling.changing, first.backend.name)
+    unchunked, graph = graph, graph if first.required else chunk_time(graph).graph
     compiled = replace(
         ours,
         stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),
         regions=find_regions(graph),
+        unchunked=unchunked,
     )
     least = 2 if any(n.target in SQUEEZES for n in graph.graph.nodes) else 1
     firsts = [first.layout.layouts[index].shape[dim] for (index, dim), *_ in found.classes]
@@ -112,8 +114,13 @@ def _why_unlike(origin: Origin, third: Entry) -> str:
     reason = _why_not_comparable(origin.first, third) or _why_not_merge(origin.first, third)
     if reason:
         return reason
-    plain = compute_weights(third.compiled.graph)
-    return origin.found.why_unlike(plain, origin.modules.confirms) or ""
+    return origin.found.why_unlike(_plain(third.compiled), origin.modules.confirms) or ""
+
+
+def _plain(compiled: Compiled) -> fx.GraphModule:
+    """The graph as it was before weights were kept and loops ran in chunks of time."""
+    whole = compiled.unchunked
+    return compute_weights(compiled.graph if whole is None else whole)
 
 
 def _why_not_comparable(first: Entry, second: Entry) -> str:

@@ -146,14 +146,19 @@ class Region(nn.Module):
     ) -> tuple[Tensor, ...]:
         return self._forward(frozenset(), steps, carries, xs, consts)
 
-    def reading(self, read: Collection[int]) -> Callable[..., tuple[Tensor, ...]]:
-        """``forward`` of which only results ``read`` are looked at: others may hold anything."""
+    def reading(
+        self, read: Collection[int], again: bool = False
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """``forward`` of which only results ``read`` are looked at: others may hold anything.
+
+        ``again``: the weights are those of the last call, unchanged.
+        """
         if self._straight is None:
-            return self.forward
+            return self.again if again else self.forward
         timed = ["T" in output.axes for output in self.lowered.kernel.outputs]
         places = enumerate(self._straight.returned)
         unread = frozenset(place for i, place in places if i not in read and not timed[place])
-        return partial(self._forward, unread)
+        return partial(self._forward, unread, again=again)
 
     def _forward(
         self,
@@ -162,8 +167,9 @@ class Region(nn.Module):
         carries: Sequence[Tensor],
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
+        again: bool = False,
     ) -> tuple[Tensor, ...]:
-        frozen = self.frozen or self.settled
+        frozen = again or self.frozen or self.settled
         results = self._run_again(unread, steps, carries, xs, consts, frozen)
         return results or self._run(steps, carries, xs, consts, frozen)
 

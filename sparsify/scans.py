@@ -23,6 +23,7 @@ from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.split_time import used_outputs
 from sparsify.region import Region
 from sparsify.scan import Scan
+from sparsify.time_chunks import TimeChunks
 from sparsify.trained_region import TrainedRegion, blank_zeros
 
 BACKWARD = ".backward."
@@ -59,6 +60,8 @@ def _find_loops(graph: fx.GraphModule) -> Iterator[tuple[str, Scan | Region]]:
             yield name, module
         elif isinstance(module, (ChunkedScan, TrainedRegion)):
             yield name, module.run
+        elif isinstance(module, TimeChunks):
+            yield from _find_loops(module.body)
         if isinstance(module, TrainedRegion):
             for inner, run in _find_loops(module.backward):
                 yield f"{name}{BACKWARD}{inner}", run
@@ -124,10 +127,13 @@ def with_regions(
 
 def with_originals(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy of ``graph`` with the Scans that Regions and TrainedRegions stand for."""
-    kinds = (Region, TrainedRegion)
-    return with_modules(
-        graph, {n: m.scan for n, m in graph.named_children() if isinstance(m, kinds)}
-    )
+    modules: dict[str, nn.Module] = {}
+    for name, module in graph.named_children():
+        if isinstance(module, (Region, TrainedRegion)):
+            modules[name] = module.scan
+        elif isinstance(module, TimeChunks):
+            modules[name] = module.with_body(with_originals(module.body))
+    return with_modules(graph, modules)
 
 
 def without_kernels(graph: fx.GraphModule) -> fx.GraphModule:
@@ -140,6 +146,8 @@ def without_kernels(graph: fx.GraphModule) -> fx.GraphModule:
             modules[name] = module.with_run(module.scan)
         elif isinstance(module, TrainedRegion):
             modules[name] = module.with_executors(module.parts.forward, module.parts.backward)
+        elif isinstance(module, TimeChunks):
+            modules[name] = module.with_body(without_kernels(module.body))
     return with_modules(graph, modules)
 
 

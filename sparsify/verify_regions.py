@@ -24,6 +24,7 @@ from sparsify.passes.without_packing import without_packing
 from sparsify.region import Region
 from sparsify.saved_bits import pack_bits, unpack_bits
 from sparsify.sized_launchable import SizedLaunchable
+from sparsify.time_chunks import Executors, TimeChunks
 from sparsify.verify_figures import RegionFigures
 from sparsify.verify_outputs import RegionOutput
 from sparsify.verify_values import Place, check_equal
@@ -71,11 +72,33 @@ class _Checker(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         region = self.fetch_attr(target)
+        if isinstance(region, TimeChunks):
+            return self._check_chunks(region, args)
         if not isinstance(region, Region):
             return super().call_module(target, args, kwargs)
         check = RegionCheck(target, region, *args, **kwargs)
         self.figures.append(check.run(self.most_undecided, self.progress))
         return check.expected
+
+    def _check_chunks(self, chunks: TimeChunks, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Kernels as those of any graph, and that chunks of time give the bits of one call.
+
+        Those of torch's products depend on the number of rows.
+        """
+        steps = args[0]
+        names = ", ".join(name for name, _ in chunks.body.named_children())
+        whole, parts = (
+            chunks.run(Executors(*[chunks.body] * 3), *args, length=length)
+            for length in (steps, max(1, steps // 3))
+        )
+        pairs = () if chunks.has_products else zip(parts, whole, strict=True)
+        for index, (got, wanted) in enumerate(pairs):
+            place = Place(f"chunks of time of {names} against one call", f"result {index}")
+            check_equal(place, got, wanted)
+        inner = _Checker(chunks.body, self.most_undecided, self.progress)
+        results = chunks.run(Executors(*[inner.run] * 3), *args, length=steps)
+        self.figures += inner.figures
+        return results
 
 
 class RegionCheck:

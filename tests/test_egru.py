@@ -15,8 +15,8 @@ from sparsify.passes.lower_scan import lower_scan
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from sparsify.reference import run_reference
-from sparsify.region import Region
 from sparsify.scan import Scan
+from sparsify.scans import find_regions
 from tests.test_zoo import events_everywhere
 from tests.zoo import ENTRIES, Entry
 from tests.zoo_gated import EGRU
@@ -73,7 +73,7 @@ class Checked:
 def test_kernels_have_the_bits_of_the_reference_interpreter(name: str) -> None:
     entry = GATED[name]
     fast = events_everywhere(entry.model(), entry.inputs())
-    regions = [m for m in fast.compiled.graph.children() if isinstance(m, Region)]
+    regions = list(find_regions(fast.compiled.graph).values())
     assert len(regions) == KERNELS[name]
     checked = []
     for region in regions:

@@ -15,7 +15,7 @@ import sparsify
 from sparsify.codegen.runtime import Runtime
 from sparsify.keep_weights import compute_weights, keep_weights
 from sparsify.kept_weights import KeptWeights
-from sparsify.region import Region
+from sparsify.scans import find_regions
 from tests.pruned_nets import PRUNED, Recurrent, assert_same, example, mask_of
 
 MASKED = {name: make for name, make in PRUNED.items() if name != "zeroed"}
@@ -76,7 +76,7 @@ def test_a_kernel_does_not_look_at_what_is_kept(
 ) -> None:
     model, x = make(), example()
     fast, _ = compiled(model, x)
-    regions = [region for region in fast.graph.children() if isinstance(region, Region)]
+    regions = list(find_regions(fast.graph).values())
     assert [region.settled for region in regions] == [True]  # the other product reads no events
     fast(x)
     looked: list[Tensor] = []

@@ -135,14 +135,14 @@ def made(kind: type[Layers], *arguments: Any) -> Layers:
 
 
 def compiled(model: nn.Module, x: Tensor, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The compiled model, and the modules of its graph."""
+    """The compiled model, and the modules of its graph where nothing runs in chunks of time."""
     fast: Any = sparsify(model, x, timing=False, **options)
-    return fast, dict(fast.compiled.graph.named_children())
+    return fast, dict(fast.compiled.compiled.unchunked.named_children())
 
 
 def handed(fast: Any) -> list[torch.dtype]:
     """The dtypes of what loops read of loops."""
-    graph = fast.compiled.graph.graph
+    graph = fast.compiled.compiled.unchunked.graph
     calls = [node for node in graph.nodes if node.op == "call_module"]
     found = []
     for x in (x for call in calls for x in call.args[2]):
