@@ -26,15 +26,15 @@
 namespace sparsify {
 
 // DENSE_ROWS x DENSE_VECTORS sums of a dense product, and the operands beside them, fill the registers.
-// Of sums of events there are EVENT_VECTORS at once, of a wider tile one part after the other.
 #if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, DENSE_ROWS = 6, DENSE_VECTORS = 4, EVENT_VECTORS = 16;
+constexpr int VECTOR_BYTES = 64, DENSE_ROWS = 6, DENSE_VECTORS = 4;
 #elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, DENSE_ROWS = 6, DENSE_VECTORS = 2, EVENT_VECTORS = 8;
+constexpr int VECTOR_BYTES = 32, DENSE_ROWS = 6, DENSE_VECTORS = 2;
 #else
-constexpr int VECTOR_BYTES = 16, DENSE_ROWS = 4, DENSE_VECTORS = 2, EVENT_VECTORS = 8;
+constexpr int VECTOR_BYTES = 16, DENSE_ROWS = 4, DENSE_VECTORS = 2;
 #endif
 
+constexpr int EVENT_VECTORS = 8;  // sums of events at once
 constexpr int BLOCK = 256;        // senders that are summed on their own, see gather_events
 constexpr int AHEAD = 8;          // events between asking for a weight row and adding it
 // Senders of a dense product of which a patch's weights stay in the first cache. Those of a part of a
@@ -177,7 +177,7 @@ SPARSIFY_INLINE void sum_events(Vector<F> (&sum)[VECTORS], const W* weight,
   }
 }
 
-// Of the receivers of a tile so many are summed at once.
+// Of the receivers of a tile so many are summed at once, of a wide one part after the other.
 template <int TILE, class F>
 constexpr int PART = TILE < EVENT_VECTORS * WIDTH<F> ? TILE : EVENT_VECTORS * WIDTH<F>;
 
