@@ -50,7 +50,7 @@ from sparsify.report import Report, Site
 from sparsify.settle import settled
 from sparsify.uncollected import seldom_collected
 
-CONFIRMED = "sizes beyond those that were recorded are recorded once: the model does the same there"
+CONFIRMED = "other sizes than those recorded are recorded once: the model does the same there"
 WITHOUT_ROWS = "a call without rows runs the original, and decides nothing"
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
