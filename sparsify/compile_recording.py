@@ -137,8 +137,8 @@ class Compiler:
                 chooser.begin(find_tasks(scans, calls, forward))
             with self._beside_compilers() as is_alone:
                 captured = capture(graph, operands)
+                measure_gradients(scans, captured.calls)
             calls, took = captured.calls, captured.seconds if is_alone else {}
-            measure_gradients(scans, calls)
             lowered = in_order(scans, forward | lower_scans(scans, eager, gradients=True))
             chooser.placements = placements = [*placements, *place_gradients(placements, lowered)]
         tasks = find_tasks(scans, calls, lowered)
