@@ -46,9 +46,13 @@ class Handed:
         """How many steps a chunk has in a call with these operands."""
         known = (carries if self.role == "carry" else xs)[self.index]
         now = known.numel() if self.role == "carry" else known.numel() // max(1, len(known))
-        most = CHUNK_VALUES if known.is_cpu else GPU_CHUNK_VALUES
-        most = max(most, OF_WEIGHTS * self.weight_bytes * self.values // self.nbytes)
-        return max(1, most * self.numel // (self.values * max(1, now)))
+        most = self.most_bytes(known.is_cpu)
+        return max(1, most * self.numel // (self.nbytes * max(1, now)))
+
+    def most_bytes(self, on_cpu: bool = True) -> int:
+        """What is handed on in a chunk takes no more than this, or is that of one step."""
+        values = CHUNK_VALUES if on_cpu else GPU_CHUNK_VALUES
+        return max(values * self.nbytes // self.values, OF_WEIGHTS * self.weight_bytes)
 
 
 class Executors(NamedTuple):

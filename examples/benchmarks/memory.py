@@ -59,7 +59,8 @@ class Memory:
             f"eager {self.eager:.0f} MiB, compiling {self.compiling:.0f} MiB "
             f"({(self.start + self.compiling) / (self.start + self.eager):.2f}x eager's whole), "
             f"compiled {self.compiled:.0f} MiB, of which {self.kept:.0f} MiB stay; "
-            f"tensors of eager {self.eager_tensors:.1f} MiB, ours {self.our_tensors:.1f} MiB"
+            f"tensors of eager {self.eager_tensors:.1f} MiB, ours {self.our_tensors:.1f} MiB "
+            f"({self.our_tensors / self.eager_tensors:.2f}x)"
         )
 
 
