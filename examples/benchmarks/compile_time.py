@@ -46,6 +46,7 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("passes", compile_recording, "run_pipeline"),
     ("differentiate", compile_recording, "differentiate"),
     ("capture", compile_recording, "capture"),
+    ("compile", Chooser, "begin"),
     ("compile", Chooser, "prepare"),
     ("time", Chooser, "choose"),
     ("time", engine, "why_not_faster"),
