@@ -26,7 +26,7 @@ from torch import fx, nn
 from sparsify.find_chain import Chain, find_chain, loop_args
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.copy_graph import copy_node
+from sparsify.passes.copy_graph import copy_into, copy_node
 from sparsify.passes.result import PassResult
 from sparsify.region import Region
 from sparsify.time_chunks import Handed, TimeChunks
@@ -112,6 +112,9 @@ class _Writer:
         chain, results = self.chain, (*self.chain.ys, *self.chain.picks)
         steps = (chain.steps, tuple(self.initial), tuple(self.xs), tuple(self.consts))
         picks = tuple(pick.args[2] for pick in chain.picks)
+        for at in picks:
+            if isinstance(at, fx.Node):  # a size, which may be computed behind the loops only
+                copy_into(graph, at, known)
         args = fx.map_arg((*steps, picks) if picks else steps, known.__getitem__)
         called = graph.call_module(name, args)
         called.meta.update(chain.loops[0].meta)

@@ -125,6 +125,17 @@ def test_other_sizes_weights_and_copies(fast: nn.Module) -> None:
         torch.testing.assert_close(other(example()), fast(example()), rtol=0.0, atol=0.0)
 
 
+def test_a_step_is_picked_at_every_size(short_chunks: None) -> None:
+    """Which one it is follows from the number of steps."""
+    entry = next(entry for entry in ENTRIES if entry.name == "snnTorch, RLeaky")
+    model, other = entry.model(), entry.model()
+    fast = sparsify(model, entry.inputs(), timing=False)
+    for steps in (12, 7, 19, 30):
+        got, wanted = fast(entry.inputs(steps)), other(entry.inputs(steps))
+        torch.testing.assert_close(got, wanted, rtol=0.0, atol=1e-5)
+    assert engine_of(fast).failure is None and chunks_of(engine_of(fast).compiled.graph)
+
+
 def test_frozen_calls_and_counters(fast: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, x = engine_of(fast), example()
     found = []
