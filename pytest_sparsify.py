@@ -13,8 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparsify.comparing.figures import Verification
     from sparsify.plan import Plan
-    from sparsify.verify_figures import Verification
 
 
 class SparsifyCheck(Protocol):
@@ -47,7 +47,7 @@ def sparsify_check() -> SparsifyCheck:
     import torch
 
     from sparsify.api import sparsify
-    from sparsify.verify_model import verify
+    from sparsify.verification.model import verify
 
     def check(
         model: nn.Module,

@@ -11,8 +11,8 @@ from sparsify import ir
 from sparsify.check_ir import read_dtype
 from sparsify.codegen.usage import Source, Usage, emitted, neuron_reads, statement_args
 from sparsify.codegen.writer import Names, Writer
-from sparsify.halves import HALVES, computed, to_dtype
-from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
+from sparsify.scalars.halves import HALVES, computed, to_dtype
+from sparsify.scalars.scalar_ops import SCALAR_OPS, operand_dtypes
 
 C_TYPES: dict[ir.DType, str] = {
     "float32": "float",

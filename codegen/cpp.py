@@ -11,6 +11,7 @@ from sparsify import ir
 from sparsify.check_ir import check_kernel
 from sparsify.codegen import runtime
 from sparsify.codegen.backend import Binary, Cost, Launchable, Source
+from sparsify.codegen.cost_model import Rates, calibrate_rates
 from sparsify.codegen.cpp_outer_product import CppOuterProducts
 from sparsify.codegen.launch import CppLaunchable
 from sparsify.codegen.strategies import STRATEGIES, find_strategy
@@ -22,7 +23,6 @@ from sparsify.codegen.toolchain import (
 )
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.writer import Names
-from sparsify.cost_model import Rates, calibrate_rates
 from sparsify.errors import Refusal
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.codegen.cost_model import EVENT_ADDS_PER_MAC
 from sparsify.codegen.outer_product import (
     VALUES,
     Foreseen,
@@ -27,7 +28,6 @@ from sparsify.codegen.toolchain import (
     load_library,
     read_source,
 )
-from sparsify.cost_model import EVENT_ADDS_PER_MAC
 
 # Listing an event takes as long as adding it to so many receivers, as measured.
 RECEIVERS_PER_LISTING = 40

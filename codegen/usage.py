@@ -8,7 +8,7 @@ from typing import Literal
 from sparsify import ir
 from sparsify.check_ir import value_dtypes
 from sparsify.errors import Refusal
-from sparsify.halves import computed
+from sparsify.scalars.halves import computed
 
 UINT16_SENDERS = 65536
 SOURCE_BLOCK = 128  # senders whose weights lie together for a restricted product

@@ -18,14 +18,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from sparsify.differentiated import Input
 from sparsify.passes.call_scan import common_module
 from sparsify.passes.find_origins import find_origins
 from sparsify.passes.joint_graph import JointGraph
 from sparsify.passes.lower_names import Names
 from sparsify.passes.save_values import is_binary
 from sparsify.passes.tensor_info import call, cast, copy_meta, with_shape
-from sparsify.scan import Scan
+from sparsify.scans.differentiated import Input
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 

@@ -20,9 +20,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.carried import carried
-from sparsify.differentiated import Input, Operand
-from sparsify.outer_product import OuterProduct
 from sparsify.passes.backward_body import BackwardBody, name_of_gradient
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.classify_ops import product_operand
@@ -32,7 +29,10 @@ from sparsify.passes.lower_names import Names
 from sparsify.passes.save_values import is_binary
 from sparsify.passes.scan_products import reads_events
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
-from sparsify.scan import Scan
+from sparsify.regions.outer_product import OuterProduct
+from sparsify.scans.carried import carried
+from sparsify.scans.differentiated import Input, Operand
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 CARRIED = "carried"  # what the steps started with, by the index of the carry: see find_carried

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.tensor_info import call, with_shape
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 
 def call_scan(

@@ -17,14 +17,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from sparsify.chunked_scan import ChunkedScan
-from sparsify.outer_product import OuterProduct
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_origins import find_origins
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
-from sparsify.scan import Scan
+from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.outer_product import OuterProduct
+from sparsify.scans.scan import Scan
 
 
 def chunk_products(gm: fx.GraphModule) -> PassResult:

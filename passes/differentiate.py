@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from sparsify.differentiated import Differentiated, Input, Operand
 from sparsify.errors import Refusal
 from sparsify.passes.backward_graph import CARRIED, BackwardGraph, write_backward
 from sparsify.passes.chunk_products import chunk_products
@@ -42,7 +41,8 @@ from sparsify.passes.why_not_differentiate import (
     why_not_traced,
 )
 from sparsify.passes.without_gradients import is_application
-from sparsify.scan import Scan
+from sparsify.scans.differentiated import Differentiated, Input, Operand
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 LINKED = "linked"  # in the meta of a product that another loop's gradient would compute

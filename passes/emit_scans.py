@@ -18,8 +18,8 @@ from sparsify.passes.find_series import Series, Stacked, StepSource, Table, Yiel
 from sparsify.passes.match_iterations import Fill
 from sparsify.passes.scan_plan import ScanPlan
 from sparsify.passes.tensor_info import call, moved_order, permuted, with_shape
-from sparsify.scan import Scan
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 JOINS = (aten.stack.default, aten.cat.default)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from sparsify.application import Application
 from sparsify.passes.event_rules import (
     ZERO,
     Rule,
@@ -50,6 +49,7 @@ from sparsify.passes.event_rules import (
     subtract_from,
     to_integers,
 )
+from sparsify.recording.application import Application
 
 aten = torch.ops.aten
 

@@ -31,8 +31,8 @@ from sparsify.passes.classify_ops import MOST_DENSITY
 from sparsify.passes.result import PassResult
 from sparsify.passes.rnn_cells import CELLS, PACKED, Cell, Layer, Step, cast_to, recurrent_op
 from sparsify.passes.tensor_info import call, copy_meta, permuted, with_shape, without_dim
-from sparsify.scan import Scan
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 

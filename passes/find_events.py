@@ -41,7 +41,7 @@ from sparsify.passes.event_rules import (
 from sparsify.passes.event_table import STARTS, SUMS, rule_of
 from sparsify.passes.result import PassResult
 from sparsify.passes.without_gradients import is_application
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 Value = Fact | tuple[Fact, ...]

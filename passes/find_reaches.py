@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence, Set
 import torch
 from torch import Tensor
 
-from sparsify.differentiated import Operand
 from sparsify.passes.joint_graph import blank_like, is_float, operand_places
 from sparsify.recording.saved import random_states_kept
-from sparsify.scan import Scan
+from sparsify.scans.differentiated import Operand
+from sparsify.scans.scan import Scan
 from sparsify.training_step import propagate
 
 

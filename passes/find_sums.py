@@ -14,7 +14,7 @@ from torch import fx
 
 from sparsify.passes.classify_ops import product_operand, untransposed
 from sparsify.passes.lower_layout import shape_of
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.linear.default, aten.matmul.default)

@@ -26,7 +26,7 @@ from sparsify.passes.tensor_info import (
     without_dim,
 )
 from sparsify.passes.why_not_lower import product_weights
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 RESHAPES = (

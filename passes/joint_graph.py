@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify.application import Application
-from sparsify.differentiated import Operand
 from sparsify.passes.simplify_joint import erase_dead, simplify_joint
 from sparsify.passes.trace_operations import Tracer, trace_operations
 from sparsify.passes.without_gradients import is_application
-from sparsify.scan import Scan
+from sparsify.recording.application import Application
+from sparsify.scans.differentiated import Operand
+from sparsify.scans.scan import Scan
 from sparsify.training_step import propagate
 
 _KEPT_META = ("fact", "activity", "location", "module", "source")

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify.application import Application, Operand
 from sparsify.errors import Refusal
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
-from sparsify.scan import Scan
+from sparsify.recording.application import Application, Operand
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 _COMPARISONS = {

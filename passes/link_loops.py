@@ -11,7 +11,7 @@ After::
     y = scan_1(T, (), (z,), (w,), end)               # gradient: d [T, B, R] flows to ``end``
 
 ``d`` is mostly smaller than ``d_z``, and the step knows which neurons pass gradients on, so that
-``restrict_products`` may leave out the others. ``end`` is a stand-in (``sparsify/links.py``).
+``restrict_products`` may leave out the others. ``end`` is a stand-in (``sparsify/scans/links.py``).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.links import Edge
 from sparsify.passes.classify_ops import TRANSPOSES, order_of
 from sparsify.passes.differentiate import LINKED, Draft
 from sparsify.passes.find_masks import find_masks
 from sparsify.passes.fuse_product import RESHAPES
 from sparsify.passes.tensor_info import call, with_shape
+from sparsify.scans.links import Edge
 
 aten = torch.ops.aten
 # A product for all neurons takes longer step by step than at once: with 2000 neurons, 1000

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from sparsify import ir
-from sparsify.halves import HALVES, computed, to_dtype
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_layout import shape_of
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, row_of
 from sparsify.passes.lower_refusals import Refused, refuse
-from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
+from sparsify.scalars.halves import HALVES, computed, to_dtype
+from sparsify.scalars.scalar_ops import SCALAR_OPS, operand_dtypes
 
 ReadValue = Callable[[fx.Node], ir.Arg]
 WriteLet = Callable[[str, tuple[ir.Arg, ...], ir.DType], str]

@@ -17,7 +17,7 @@ from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import TRANSPOSES, product_operand
 from sparsify.passes.lower_ops import FILLS, VIEWS
 from sparsify.passes.lower_refusals import refuse
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 Shape = tuple[int, ...]
 

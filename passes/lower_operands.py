@@ -7,13 +7,13 @@ import math
 from torch import fx
 
 from sparsify import ir
-from sparsify.lowered import Binding, Role, View
 from sparsify.passes.classify_ops import untransposed
 from sparsify.passes.lower_layout import Layout, Shape, shape_of
 from sparsify.passes.lower_names import Names, layer_name, source_name
 from sparsify.passes.lower_ops import DTYPES
 from sparsify.passes.lower_refusals import Refused, refuse
 from sparsify.passes.without_packing import Unpacked
+from sparsify.scans.lowered import Binding, Role, View
 
 _SHARED_KINDS = ("parameter", "buffer", "constant", "attribute")
 

@@ -31,7 +31,7 @@ from sparsify.passes.lower_activations import (
     softshrink,
     threshold,
 )
-from sparsify.scalar_ops import SCALAR_OPS
+from sparsify.scalars.scalar_ops import SCALAR_OPS
 
 aten = torch.ops.aten
 

@@ -21,7 +21,6 @@ from torch import fx
 from sparsify import ir
 from sparsify.check_ir import why_malformed_kernel
 from sparsify.errors import Refusal
-from sparsify.lowered import Lowered, LoweredSite, Returned
 from sparsify.passes.classify_ops import TRANSPOSES, product_operand
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_cell import NodeCell, literal
@@ -49,7 +48,8 @@ from sparsify.passes.why_not_lower import product_weights, why_not_operations
 from sparsify.passes.without_gradients import without_gradients
 from sparsify.passes.without_packing import Unpacked, without_packing
 from sparsify.saved_bits import packed_size
-from sparsify.scan import Scan
+from sparsify.scans.lowered import Lowered, LoweredSite, Returned
+from sparsify.scans.scan import Scan
 
 
 def lower_scan(scan: Scan, name: str, eager: Eager = "cpu") -> Lowered | Refusal:

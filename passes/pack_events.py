@@ -30,7 +30,7 @@ from sparsify.passes.pack_links import is_read_by_loops_only
 from sparsify.passes.pack_saved import LEAST_NEURONS, packed_info, unpacking, writing_bits
 from sparsify.passes.result import PassResult
 from sparsify.passes.save_values import is_binary
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 

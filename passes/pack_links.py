@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import fx
 
-from sparsify.differentiated import Differentiated
-from sparsify.lowered import Lowered
 from sparsify.passes.link_loops import Reading, origin_of
 from sparsify.passes.lower_layout import shape_of
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pack_saved import LEAST_NEURONS, reading_bits, writing_bits
 from sparsify.passes.save_values import is_binary
+from sparsify.scans.differentiated import Differentiated
+from sparsify.scans.lowered import Lowered
 
 
 def find_packed(

@@ -21,10 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.chunked_scan import ChunkedScan
-from sparsify.differentiated import Differentiated
 from sparsify.errors import Refusal
-from sparsify.outer_product import OuterProduct
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_masks import Mask
 from sparsify.passes.lower_layout import find_constants, find_layout, find_live, shape_of
@@ -32,8 +29,11 @@ from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.tensor_info import call, cast, with_shape
 from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.passes.without_packing import move_masks
+from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
-from sparsify.scan import Scan
+from sparsify.scans.differentiated import Differentiated
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 LEAST_NEURONS = 128  # of a row: fewer save little memory, and packing them takes longer

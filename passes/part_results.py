@@ -23,7 +23,7 @@ from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.emit_scans import JOINS
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 RESULT = "result"  # in the meta of the aliases

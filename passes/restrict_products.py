@@ -30,7 +30,7 @@ from sparsify.passes.find_sums import CarriedSum, find_sum
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
 from sparsify.passes.unite_masks import unite_masks
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 

@@ -39,7 +39,7 @@ from sparsify.passes.result import PassResult
 from sparsify.passes.split_time import is_mostly_zeros
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.why_not_lower import product_weights
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 BATCHED_PRODUCTS = (aten.bmm.default, aten.baddbmm.default)

@@ -28,7 +28,7 @@ from sparsify.passes.result import PassResult
 from sparsify.passes.split_time import copy_part, split_scans, used_outputs
 from sparsify.passes.time_levels import TimeLevels, find_time_levels
 from sparsify.passes.why_not_lower import why_not_operations
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 
 def set_apart(gm: fx.GraphModule) -> PassResult:

@@ -36,7 +36,7 @@ from sparsify.passes.find_parts import (
 )
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # the index of the activation

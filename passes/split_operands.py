@@ -22,7 +22,7 @@ from sparsify.passes.classify_ops import TRANSPOSES, is_stored
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 OPERANDS = {aten.mm.default: 0, aten.addmm.default: 1}

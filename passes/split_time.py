@@ -29,7 +29,7 @@ from sparsify.passes.partition_body import Part, Partition
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.time_levels import find_time_levels
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 HoistProducts = Callable[[fx.Node], bool]

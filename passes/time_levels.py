@@ -19,7 +19,7 @@ from sparsify.passes.classify_ops import (
     draws_random,
     product_operand,
 )
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 
 @dataclass(frozen=True)

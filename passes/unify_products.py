@@ -29,7 +29,7 @@ from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views, uncast
 from sparsify.passes.tensor_info import call, cast, permuted, with_shape
 from sparsify.passes.turn_products import may_turn, turn_products
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]

@@ -23,7 +23,7 @@ from sparsify.passes.pack_saved import packed_info
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.without_packing import Unpacked, without_packing
 from sparsify.saved_bits import pack_bits, unpack_bits
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 
 def unpack_kept(gm: fx.GraphModule) -> fx.GraphModule:

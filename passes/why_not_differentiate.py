@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import fx
 
-from sparsify.application import Application
 from sparsify.errors import Refusal, TraceError
 from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.joint_graph import JointGraph
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.without_gradients import is_application
-from sparsify.scan import Scan
+from sparsify.recording.application import Application
+from sparsify.scans.scan import Scan
 
 # What running Python on tensors without values raises: torch's own errors are RuntimeErrors.
 TRACING_ERRORS = (RuntimeError, AssertionError, TypeError, ValueError)

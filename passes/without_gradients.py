@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from sparsify.application import Application
-from sparsify.scan import Scan
+from sparsify.recording.application import Application
+from sparsify.scans.scan import Scan
 
 
 def is_application(node: fx.Node) -> bool:

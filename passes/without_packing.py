@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from sparsify.passes.find_masks import Mask
 from sparsify.passes.lower_layout import shape_of
 from sparsify.saved_bits import pack_bits, unpack_bits
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 
 
 @dataclass(frozen=True)

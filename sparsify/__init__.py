@@ -14,13 +14,13 @@ from sparsify.errors import (
     SparsifyError,
     TraceError,
 )
-from sparsify.explain_model import explain
 from sparsify.options import Options
 from sparsify.plan import Plan
+from sparsify.products.report import Report, Site
 from sparsify.pruning.pruner import Pruner
 from sparsify.pruning.request import Pruning
-from sparsify.report import Report, Site
-from sparsify.verify_model import verify
+from sparsify.serving.explain_model import explain
+from sparsify.verification.model import verify
 
 __all__ = [
     "BackendUnavailable",

@@ -1,5 +1,5 @@
 """``python -m sparsify`` is the command ``sparsify``."""
 
-from sparsify.cli import main
+from sparsify.command_line.main import main
 
 raise SystemExit(main())

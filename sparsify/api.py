@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.engine import Engine
-from sparsify.install import Sparsified, install
 from sparsify.options import Options
 from sparsify.plan import Plan
 from sparsify.pruning.prune_model import prune_model
 from sparsify.pruning.request import Pruning
+from sparsify.serving.engine import Engine
+from sparsify.serving.install import Sparsified, install
 
 
 def sparsify(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sparsify import ir
-from sparsify.halves import HALVES, computed
-from sparsify.scalar_op import FLOATS
-from sparsify.scalar_ops import SCALAR_OPS, why_malformed
+from sparsify.scalars.halves import HALVES, computed
+from sparsify.scalars.scalar_op import FLOATS
+from sparsify.scalars.scalar_ops import SCALAR_OPS, why_malformed
 
 _AXES: tuple[tuple[ir.Axis, ...], ...] = (
     (),

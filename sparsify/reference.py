@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel, read_dtype, value_dtypes
-from sparsify.halves import computed, to_dtype
-from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes
+from sparsify.scalars.halves import computed, to_dtype
+from sparsify.scalars.scalar_ops import SCALAR_OPS, operand_dtypes
 
 Array = npt.NDArray[Any]
 

@@ -15,12 +15,12 @@ from sparsify.codegen.cuda.device import Grid, Word
 from sparsify.codegen.cuda.strategies import make_strategies
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.emulator.device import EmulatedDevice, EmulatedFunction, Schedule
-from sparsify.engine import Engine
-from sparsify.install import install
-from sparsify.keep_state import keep_state
+from sparsify.comparing.figures import Verification
 from sparsify.options import Options
-from sparsify.verify_figures import Verification
-from sparsify.verify_model import verify
+from sparsify.recording.keep_state import keep_state
+from sparsify.serving.engine import Engine
+from sparsify.serving.install import install
+from sparsify.verification.model import verify
 from tests.training_harness import assert_trained, gradients_of
 from tests.training_nets import TrainingNet
 from tests.zoo import Entry, tensors_of

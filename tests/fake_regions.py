@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.passes.copy_graph import copy_graph
-from sparsify.region import Region
-from sparsify.scan import Scan
+from sparsify.regions.region import Region
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from sparsify import ir
-from sparsify.halves import to_dtype
 from sparsify.reference import Array
+from sparsify.scalars.halves import to_dtype
 
 
 def half_lif(inputs: int, hidden: int, dtype: ir.DType) -> ir.Kernel:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsify.outer_product import reference_outer_product
+from sparsify.regions.outer_product import reference_outer_product
 
 Activity = Callable[[Tensor], Tensor]
 KINDS: dict[str, Activity] = {

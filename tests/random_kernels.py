@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from sparsify import ir
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.codegen.strategies import STRATEGIES
-from sparsify.halves import HALVES, computed, to_dtype
 from sparsify.reference import Array
-from sparsify.scalar_op import ScalarOp
-from sparsify.scalar_ops import SCALAR_OPS
+from sparsify.scalars.halves import HALVES, computed, to_dtype
+from sparsify.scalars.scalar_op import ScalarOp
+from sparsify.scalars.scalar_ops import SCALAR_OPS
 
 SIZES = (1, 2, 7, 16, 33, 65, 130, 257, 300)  # around tiles and the block of 256 senders
 VALUE_DTYPES: tuple[ir.DType, ...] = ("float32", "float64", "int32", "int64", "bool")

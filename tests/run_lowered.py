@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from sparsify import ir
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.errors import Refusal
-from sparsify.lowered import Lowered
 from sparsify.passes.find_events import find_events
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.roll_loops import roll_loops
@@ -20,8 +19,9 @@ from sparsify.passes.scan_products import scan_products
 from sparsify.passes.split_time import split_time
 from sparsify.passes.unify_products import unify_products
 from sparsify.reference import run_reference
-from sparsify.region import Region
-from sparsify.scan import Scan
+from sparsify.regions.region import Region
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan
 from tests.random_kernels import array_of
 from tests.unrolled import Tape, Unrolled, record_unrolled
 

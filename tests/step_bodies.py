@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.differentiated import Operand
+from sparsify.scans.differentiated import Operand
 from tests.steps import apply
 
 N, S = 6, 5  # neurons, inputs

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.application import Application, Operand
 from sparsify.errors import Location
 from sparsify.graph_meta import Fact, TensorInfo
-from sparsify.scan import Scan
+from sparsify.recording.application import Application, Operand
+from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 COMPARISONS = ("gt", "ge", "lt", "le")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.application import WRITTEN_UNSEEN, Application, Operand, take_operands
+from sparsify.recording.application import WRITTEN_UNSEEN, Application, Operand, take_operands
 from tests.surrogates import ATan, FastSigmoid, Gaussian, SpikeAndReset, bell
 
 X = torch.linspace(-1, 1, 7)

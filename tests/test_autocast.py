@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from sparsify.api import sparsify
 from sparsify.autocast import Autocast, autocast, autocast_as, autocast_off
+from sparsify.checking.run_graph import run_graph
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
-from sparsify.run_graph import run_graph
-from sparsify.verify_model import verify
+from sparsify.verification.model import verify
 from tests.surrogates import FastSigmoid
 from tests.test_half_models import HALVES, HIDDEN, INPUTS, OUTPUTS, Recurrent, inputs
 from tests.zoo import tensors_of

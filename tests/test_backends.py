@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify import backends, ir
+from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.backends import Compilers, find_device, make_backends, require_backend
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.emulator.device import EmulatedDevice
-from sparsify.engine import Engine
 from sparsify.errors import BackendUnavailable, KernelFault, Refusal, RefusedError
-from sparsify.install import Sparsified, install
 from sparsify.options import Options
 from sparsify.plan import Plan
+from sparsify.serving import backends
+from sparsify.serving.backends import Compilers, find_device, make_backends, require_backend
+from sparsify.serving.engine import Engine
+from sparsify.serving.install import Sparsified, install
 from tests.emulated import OnlyStrategies
 from tests.small_nets import RecurrentNet, spikes
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.keep_state import Snapshot, keep_state
+from sparsify.recording.keep_state import Snapshot, keep_state
 from tests.spiking_net import ROUNDING
 from tests.zoo_surrogates import FastSigmoid
 

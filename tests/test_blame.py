@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.check_recording import why_not_repeated
+from sparsify.checking.check_recording import why_not_repeated
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 

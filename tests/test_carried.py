@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import sparsify
-from sparsify import chunked_scan
-from sparsify.carried import carried
-from sparsify.chunked_scan import ChunkedScan
-from sparsify.outer_product import OuterProduct
 from sparsify.passes.find_private import find_private
-from sparsify.trained_region import TrainedRegion
+from sparsify.regions import chunked_scan
+from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.outer_product import OuterProduct
+from sparsify.regions.trained_region import TrainedRegion
+from sparsify.scans.carried import carried
 from tests.spiking_net import HIDDEN, INPUTS, ROUNDING, distance, gradients, spike_trains
 from tests.test_chunked_scan import BATCH, STEPS, N, S, dyadic, leaky
 from tests.zoo_surrogates import Graded

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify import check_speed
 from sparsify.api import sparsify
-from sparsify.check_recording import perturb, why_not_repeated
-from sparsify.engine import Engine
-from sparsify.keep_state import keep_state
+from sparsify.checking.check_recording import perturb, why_not_repeated
+from sparsify.recording.keep_state import keep_state
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
-from sparsify.verify_model import verify
+from sparsify.serving import check_speed
+from sparsify.serving.engine import Engine
+from sparsify.verification.model import verify
 from tests.small_nets import RecurrentNet, StatefulNet, spikes
 from tests.test_choose import timings
 
@@ -109,7 +109,7 @@ def test_inputs_that_are_written_are_written_once_a_call(has_example: bool) -> N
 
 
 def test_a_call_that_gains_nothing_runs_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsify.choose.time_candidates", _fast_kernels)
+    monkeypatch.setattr("sparsify.choosing.choose.time_candidates", _fast_kernels)
     monkeypatch.setattr(check_speed, "_time", lambda *_: (3e-3, 2e-3))
     model = RecurrentNet().eval()
     fast = sparsify(model, X)

@@ -9,28 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import choose
 from sparsify.bench import Timings
-from sparsify.binaries import Binaries
-from sparsify.candidates import (
+from sparsify.choosing import choose
+from sparsify.choosing.binaries import Binaries
+from sparsify.choosing.candidates import (
     CLOSE,
     Predictor,
     Workload,
     find_candidates,
     first_of_each_label,
 )
-from sparsify.choose import Task, choose_region, is_slower
-from sparsify.chooser import Chooser
+from sparsify.choosing.choose import Task, choose_region, is_slower
+from sparsify.choosing.chooser import Chooser
 from sparsify.codegen.backend import Cost, GatherWork
+from sparsify.codegen.cost_model import CALL_SECONDS, Rates, calibrate_rates
 from sparsify.codegen.cpp import CppBackend
-from sparsify.compile_recording import Compiler, find_tasks, lower_scans, run_pipeline
-from sparsify.compiled import Compiled
-from sparsify.cost_model import CALL_SECONDS, Rates, calibrate_rates
+from sparsify.compiling.compile_recording import Compiler, find_tasks, lower_scans, run_pipeline
+from sparsify.compiling.compiled import Compiled
+from sparsify.graphs.loops import capture, find_scans
 from sparsify.options import Options
 from sparsify.plan import Plan, RegionPlan
 from sparsify.recording.recording import Args, Kwargs, Recording
-from sparsify.region import Region
-from sparsify.scans import capture, find_scans
+from sparsify.regions.region import Region
 from tests.looped_models import WEIGHTS, H, layer_order, recurrent
 from tests.unrolled import dyadic, record_unrolled
 

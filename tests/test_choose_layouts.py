@@ -11,12 +11,12 @@ import torch
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.candidates import Predictor, Workload, find_candidates
+from sparsify.choosing.candidates import Predictor, Workload, find_candidates
+from sparsify.choosing.rechoose import EVERY, Rechooser
+from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.cost_model import Rates
-from sparsify.layouts import layouts_of, scattered
-from sparsify.rechoose import EVERY, Rechooser
+from sparsify.products.layouts import layouts_of, scattered
 from sparsify.weight_pattern import DENSE, Pattern
 from tests.example_kernels import product
 from tests.small_nets import RecurrentNet, spikes

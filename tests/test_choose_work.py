@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify import choose
 from sparsify.bench import Timings
-from sparsify.binaries import Binaries
-from sparsify.choose import (
+from sparsify.choosing import choose
+from sparsify.choosing.binaries import Binaries
+from sparsify.choosing.choose import (
     ENOUGH_SECONDS,
     FIRST_CALLS,
     LEAST_STEPS,
@@ -26,10 +26,10 @@ from sparsify.choose import (
     time_candidates,
     timed_steps,
 )
-from sparsify.compile_recording import Compiler
+from sparsify.compiling.compile_recording import Compiler
 from sparsify.options import Options
 from sparsify.plan import Plan
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 from tests.looped_models import layer_order, recurrent
 from tests.test_choose import BACKEND, record, task_of
 

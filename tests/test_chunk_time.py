@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import time_chunks
 from sparsify.api import sparsify
-from sparsify.engine import Engine
-from sparsify.time_chunks import TimeChunks
-from sparsify.verify_model import verify
+from sparsify.graphs import time_chunks
+from sparsify.graphs.time_chunks import TimeChunks
+from sparsify.serving.engine import Engine
+from sparsify.verification.model import verify
 from tests.live_bytes import peak_of
 from tests.zoo import ENTRIES
 

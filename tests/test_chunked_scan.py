@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import chunked_scan
-from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.cpp import CppBackend
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
 from sparsify.ir import Schedule
-from sparsify.outer_product import OuterProduct
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.chunk_products import chunk_products
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.region import Region
-from sparsify.scan import Scan
+from sparsify.regions import chunked_scan
+from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.outer_product import OuterProduct
+from sparsify.regions.region import Region
+from sparsify.scans.scan import Scan
 
 STEPS, BATCH, N, S = 12, 3, 5, 4
 

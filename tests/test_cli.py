@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.cli import main
-from sparsify.cli_target import UsageError, load_target
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.emulator.device import EmulatedDevice
+from sparsify.command_line.main import main
+from sparsify.command_line.target import UsageError, load_target
 from sparsify.errors import Refusal
 
 ROOT = Path(__file__).parents[1]
@@ -365,7 +365,7 @@ def test_demo_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None
         given.append(argv)
         return 5
 
-    monkeypatch.setattr("sparsify.demo.main", run_demo)
+    monkeypatch.setattr("sparsify.command_line.demo.main", run_demo)
     assert main(["demo", "--seed", "3"]) == 5
     assert given == [["--seed", "3"]]
 

@@ -14,22 +14,23 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import check_speed, ir
-from sparsify import engine as engine_module
+from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.binaries import NICENESS, READY_SECONDS, Binaries, unlike
+from sparsify.checking.pending_check import threads
+from sparsify.choosing.binaries import NICENESS, READY_SECONDS, Binaries, unlike
 from sparsify.codegen import cpp_outer_product, runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
+from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.outer_product import Foreseen
-from sparsify.cost_model import Rates
-from sparsify.engine import Engine
 from sparsify.errors import CompileError, Refusal
-from sparsify.failures import record_or_run
-from sparsify.foresee_products import likely_products
+from sparsify.graphs.foresee_products import likely_products
 from sparsify.options import Options
-from sparsify.outer_product import OuterProduct
-from sparsify.pending_check import threads
+from sparsify.regions.outer_product import OuterProduct
+from sparsify.serving import check_speed
+from sparsify.serving import engine as engine_module
+from sparsify.serving.engine import Engine
+from sparsify.serving.failures import record_or_run
 from tests.example_kernels import product
 from tests.surrogates import ATan
 

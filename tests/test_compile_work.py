@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.api import sparsify
-from sparsify.check_recording import why_not_repeated
-from sparsify.engine import Engine
+from sparsify.checking.check_recording import why_not_repeated
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
+from sparsify.serving.engine import Engine
 
 # Long enough that a loop has the rounds that a short one spends on its ends.
 FEW, MANY = 50, 150

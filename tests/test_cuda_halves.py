@@ -13,7 +13,7 @@ from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
 from sparsify.codegen.emulator.device import Schedule
-from sparsify.halves import HALVES
+from sparsify.scalars.halves import HALVES
 from tests.emulated_kernels import compare, emulator, four_warps, load, needs_emulator
 from tests.example_kernels import lif, schedule
 from tests.half_kernels import half_lif, half_lif_data

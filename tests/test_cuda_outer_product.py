@@ -21,9 +21,9 @@ from sparsify.codegen.cuda.outer_shape import Shape, shape_of
 from sparsify.codegen.cuda.outer_text import render_outer_product, render_sums
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from sparsify.errors import KernelFault
-from sparsify.outer_product import OuterProduct
+from sparsify.regions.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits
-from sparsify.verify_model import verify
+from sparsify.verification.model import verify
 from tests import zoo_recurrent
 from tests.edited_kernels import EditedTexts, edited
 from tests.outer_operands import KINDS, LAYOUTS, laid_out, reference, spikes

@@ -19,8 +19,8 @@ from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, KIB
 from sparsify.codegen.emulator.device import EmulatedDevice, Schedule
 from sparsify.codegen.usage import find_usage
-from sparsify.halves import to_dtype
 from sparsify.reference import Array
+from sparsify.scalars.halves import to_dtype
 from tests.carried_state import check_one_call_equals_several
 from tests.emulated_kernels import compare, exact, four_warps, needs_emulator, run
 from tests.example_kernels import (

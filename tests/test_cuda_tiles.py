@@ -22,14 +22,14 @@ from sparsify.codegen.cuda.headers import headers_for, headers_of
 from sparsify.codegen.cuda.occupancy import resident_blocks, why_not_resident
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
 from sparsify.codegen.slots import TORCH_DTYPES
-from sparsify.engine import Engine
 from sparsify.errors import KernelFault
-from sparsify.halves import HALVES
-from sparsify.install import install
 from sparsify.options import Options
 from sparsify.plan import Plan
 from sparsify.reference import Array
-from sparsify.verify_model import verify
+from sparsify.scalars.halves import HALVES
+from sparsify.serving.engine import Engine
+from sparsify.serving.install import install
+from sparsify.verification.model import verify
 from tests import zoo_recurrent
 from tests.edited_kernels import edited
 from tests.emulated import OnlyStrategies

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from sparsify import demo
-from sparsify.demo_model import (
+from sparsify.command_line import demo
+from sparsify.command_line.demo_model import (
     PEAK_RATE,
     DigitNet,
     Digits,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.differentiated import Differentiated, Operand
-from sparsify.lowered import Lowered
 from sparsify.passes.differentiate import differentiate
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.scan import Scan
+from sparsify.scans.differentiated import Differentiated, Operand
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan
 from tests.step_bodies import BODIES, Body, Operands
 from tests.steps import make_scan
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from sparsify.chunked_scan import ChunkedScan
 from sparsify.errors import Refusal
-from sparsify.general_modules import GeneralModules
 from sparsify.graph_meta import TensorInfo
-from sparsify.outer_product import OuterProduct
+from sparsify.graphs.loops import with_modules
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.classify_ops import PRODUCTS
 from sparsify.passes.generalize import generalize
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.split_time import split_time
-from sparsify.scan import Scan
-from sparsify.scans import with_modules
+from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.outer_product import OuterProduct
+from sparsify.scans.scan import Scan
+from sparsify.serving.general_modules import GeneralModules
 from tests.step_bodies import BODIES, Body, Operands
 from tests.steps import make_scan
 from tests.test_differentiate import (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify.errors import Refusal, TraceError
 from sparsify.passes.differentiate import differentiate
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 from tests.step_bodies import Operands
 from tests.steps import apply, make_scan
 

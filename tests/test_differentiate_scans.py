@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.differentiate_scans import differentiate_scans
+from sparsify.graphs.differentiate_scans import differentiate_scans
+from sparsify.graphs.loops import BACKWARD, capture, find_scans
 from sparsify.passes.join_slices import join_slices
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
-from sparsify.scan import Scan
-from sparsify.scans import BACKWARD, capture, find_scans
-from sparsify.trained_region import TrainedRegion
+from sparsify.regions.trained_region import TrainedRegion
+from sparsify.scans.scan import Scan
 from tests.test_compile_work import run_passes
 
 STEPS = 40

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.lowered import Lowered
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.scan import Scan
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan
 from tests.step_bodies import Body, N, Operands
 from tests.steps import apply, make_scan
 from tests.test_differentiate import (

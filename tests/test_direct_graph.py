@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.direct_graph import MOST_ELEMENTS, MOST_SIZES, SharedValue, direct
-from sparsify.engine import Engine
+from sparsify.graphs.direct_graph import MOST_ELEMENTS, MOST_SIZES, SharedValue, direct
+from sparsify.serving.engine import Engine
 from tests.small_nets import HIDDEN, RecurrentNet, fill_dyadic, spikes
 
 pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")

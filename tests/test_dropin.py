@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from sparsify.api import sparsify
-from sparsify.engine import Engine
+from sparsify.serving.engine import Engine
 from tests.small_nets import HIDDEN, RecurrentNet, StatefulNet, spikes
 from tests.unrolled import dyadic
 

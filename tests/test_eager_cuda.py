@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from sparsify import ir
-from sparsify.bounded import Bounded, Precision, exact
 from sparsify.codegen.cpp import CppBackend
-from sparsify.lowered import Lowered
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.reference import run_reference
-from sparsify.rounding_rows import ROWS
+from sparsify.rounding.bounded import Bounded, Precision, exact
+from sparsify.rounding.rows import ROWS
+from sparsify.scans.lowered import Lowered
 from tests.run_lowered import one_scan
 from tests.unrolled import Tape
 

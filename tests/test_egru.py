@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.compile_recording import run_pipeline
-from sparsify.lowered import Lowered
+from sparsify.compiling.compile_recording import run_pipeline
+from sparsify.graphs.loops import find_regions
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from sparsify.reference import run_reference
-from sparsify.scan import Scan
-from sparsify.scans import find_regions
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan
 from tests.test_zoo import events_everywhere
 from tests.zoo import ENTRIES, Entry
 from tests.zoo_gated import EGRU

@@ -11,13 +11,13 @@ import torch
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.candidates import Predictor, Workload
+from sparsify.choosing.candidates import Predictor, Workload
+from sparsify.choosing.rechoose import EVERY, Rechooser
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.rechoose import EVERY, Rechooser
 from sparsify.reference import run_reference
-from sparsify.sized_launchable import SizedLaunchable
+from sparsify.regions.sized_launchable import SizedLaunchable
 from sparsify.weight_pattern import DENSE
 from tests.emulated_kernels import needs_emulator
 from tests.example_kernels import product

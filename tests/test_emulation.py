@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sparsify.codegen.emulator.device import EmulatedDevice
-from sparsify.emulation import emulated_device
+from sparsify.serving.emulation import emulated_device
 
 SETTINGS = {
     "": EmulatedDevice("forward", 0, True),

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.api import sparsify
-from sparsify.check_recording import Repetition
-from sparsify.engine import Engine
+from sparsify.checking.check_recording import Repetition
 from sparsify.errors import Refusal, RefusedError, TraceError
-from sparsify.explain_model import explain
 from sparsify.plan import Plan
-from sparsify.report import Report
+from sparsify.products.report import Report
+from sparsify.serving.engine import Engine
+from sparsify.serving.explain_model import explain
 from tests.small_nets import HIDDEN, RecurrentNet, fill_dyadic, spike, spikes
 
 X = spikes()
@@ -268,7 +268,7 @@ def test_the_last_word_catches_a_recording_that_does_not_repeat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = Repetition("3 elements differ", seconds=1.0)
-    monkeypatch.setattr("sparsify.pending_check.repeat", lambda *_, clock: found)
+    monkeypatch.setattr("sparsify.checking.pending_check.repeat", lambda *_, clock: found)
     with pytest.raises(TraceError, match="does not repeat the model: 3 elements differ"):
         sparsify(RecurrentNet().eval(), X)
     model = RecurrentNet().eval()

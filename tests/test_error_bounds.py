@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparsify.bounded import EXACT
-from sparsify.error_bounds import Bounded, Bounds, bound_errors
+from sparsify.comparing.values import find_outside
 from sparsify.passes.lower_ops import EXPANSIONS
-from sparsify.rounding_rows import ROWS
-from sparsify.scalar_ops import SCALAR_OPS
-from sparsify.verify_values import find_outside
+from sparsify.rounding.bounded import EXACT
+from sparsify.rounding.error_bounds import Bounded, Bounds, bound_errors
+from sparsify.rounding.rows import ROWS
+from sparsify.scalars.scalar_ops import SCALAR_OPS
 
 aten = torch.ops.aten
 

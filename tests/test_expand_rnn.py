@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.error_bounds import bound_errors
 from sparsify.errors import Location, Refusal
 from sparsify.passes.expand_rnn import expand_rnn
+from sparsify.rounding.error_bounds import bound_errors
 from sparsify.weight_pattern import find_pattern
 from tests.test_roll_loops import scans
 from tests.unrolled import Source, TensorInfo

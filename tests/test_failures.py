@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify import compile_recording
 from sparsify.api import sparsify
+from sparsify.compiling import compile_recording
 from sparsify.errors import CompileError
 from tests.small_nets import RecurrentNet, spikes
 
@@ -34,7 +34,8 @@ def call(module: nn.Module, x: Tensor) -> Any:
 
 MESSAGE = (
     r"RecurrentNet runs its original operations: \[bug\] sparsify failed while compiling, in "
-    r"sparsify/compile_recording.py:\d+ \(KeyError: 'val'\); this is a bug of sparsify\. Please "
+    r"sparsify/compiling/compile_recording.py:\d+ \(KeyError: 'val'\); "
+    r"this is a bug of sparsify\. Please "
     r"report it with the traceback, fast\.compiled\.failure\.log \(strict=True raises it\)"
 )
 

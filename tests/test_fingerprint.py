@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.fingerprint import PART, Fingerprint
+from sparsify.checking.fingerprint import PART, Fingerprint
 from tests.live_bytes import peak_of
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]

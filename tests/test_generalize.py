@@ -12,7 +12,7 @@ from sparsify.errors import Refusal
 from sparsify.passes.generalize import Generalized, generalize
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.split_time import split_time
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 from tests.looped_models import W0, W1, WEIGHTS, H, lif
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled

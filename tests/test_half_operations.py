@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.error_bounds import bound_errors
+from sparsify.rounding.error_bounds import bound_errors
 from tests.run_lowered import captured, prepared, scans_of, with_regions
 from tests.unrolled import Tape, record_unrolled
 

@@ -11,8 +11,8 @@ from sparsify.check_ir import check_kernel, why_malformed_kernel
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.halves import HALVES, to_dtype
 from sparsify.reference import Array, run_reference
+from sparsify.scalars.halves import HALVES, to_dtype
 from tests.random_kernels import array_of
 from tests.test_kernels import assert_same_bits
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.codegen.runtime import Runtime
-from sparsify.keep_weights import compute_weights, keep_weights
-from sparsify.kept_weights import KeptWeights
-from sparsify.scans import find_regions
+from sparsify.compiling.keep_weights import compute_weights, keep_weights
+from sparsify.compiling.kept_weights import KeptWeights
+from sparsify.graphs.loops import find_regions
 from tests.pruned_nets import PRUNED, Recurrent, assert_same, example, mask_of
 
 MASKED = {name: make for name, make in PRUNED.items() if name != "zeroed"}
@@ -24,7 +24,7 @@ ways = pytest.mark.parametrize("make", MASKED.values(), ids=MASKED)
 
 @pytest.fixture(autouse=True)
 def small_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsify.keep_weights.LEAST_ELEMENTS", 1)
+    monkeypatch.setattr("sparsify.compiling.keep_weights.LEAST_ELEMENTS", 1)
 
 
 @pytest.fixture(params=[torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.layout import Layout, stride_class
+from sparsify.serving.layout import Layout, stride_class
 
 X = torch.zeros(5, 3, 8)
 W = torch.zeros(8, 8)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
-from sparsify.chunked_scan import ChunkedScan
 from sparsify.passes.classify_ops import product_operand
-from sparsify.region import Region
-from sparsify.scan import Scan
-from sparsify.trained_region import TrainedRegion
-from sparsify.verify_model import verify
+from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.region import Region
+from sparsify.regions.trained_region import TrainedRegion
+from sparsify.scans.scan import Scan
+from sparsify.verification.model import verify
 from tests.live_bytes import peak_of
 from tests.surrogates import ATan, Rect
 from tests.training_harness import assert_same_gradients, gradients_of, weighted_sum

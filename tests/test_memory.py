@@ -13,17 +13,17 @@ from torch import Tensor, fx, nn
 
 from sparsify.api import sparsify
 from sparsify.bench import measure_pairs
-from sparsify.bounded import is_exact, lowest_bit
-from sparsify.cost_model import calibrate_rates
-from sparsify.engine import Engine
-from sparsify.error_bounds import ErrorBounds
-from sparsify.fingerprint import Fingerprint
+from sparsify.checking.fingerprint import Fingerprint
+from sparsify.codegen.cost_model import calibrate_rates
 from sparsify.free_memory import free_memory
-from sparsify.keep_state import Snapshot
 from sparsify.recording import recorder
+from sparsify.recording.keep_state import Snapshot
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
-from sparsify.rounding_sums import MOST_WIDENED
+from sparsify.rounding.bounded import is_exact, lowest_bit
+from sparsify.rounding.error_bounds import ErrorBounds
+from sparsify.rounding.sums import MOST_WIDENED
+from sparsify.serving.engine import Engine
 from tests.live_bytes import peak_of
 
 MOST_OVER_EAGER = 1.5

@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import pytest
 
+from sparsify.choosing.rendered import Rendered
 from sparsify.codegen.backend import Source
 from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import H100, Limits
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.headers import headers_for
-from sparsify.engine import Engine
 from sparsify.options import Options
-from sparsify.rendered import Rendered
+from sparsify.serving.engine import Engine
 from tests.cuda_wheels import needs_nvrtc
 from tests.zoo import ENTRIES, Entry
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsify import outer_product as module
 from sparsify.codegen import cpp_outer_product as cpp
 from sparsify.codegen.cpp_outer_product import Outcome, add_events, break_even
 from sparsify.codegen.outer_product import ROWS_PER_SUM
-from sparsify.outer_product import (
+from sparsify.regions import outer_product as module
+from sparsify.regions.outer_product import (
     OuterProduct,
     dense_outer_product,
 )

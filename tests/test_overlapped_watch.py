@@ -15,7 +15,7 @@ from sparsify.codegen import contents as contents_module
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.launch import CppLaunchable
 from sparsify.codegen.prepared_call import Prepared
-from sparsify.engine import Engine
+from sparsify.serving.engine import Engine
 from tests.example_kernels import OF_INPUTS, lif, lif_data, schedule
 from tests.test_packed_weight import (
     CHANGED_WEIGHTS,

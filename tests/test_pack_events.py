@@ -13,9 +13,9 @@ from sparsify.api import sparsify
 from sparsify.passes.pack_events import pack_events
 from sparsify.passes.unpack_kept import unpack_kept
 from sparsify.passes.without_packing import without_packing
-from sparsify.region import Region
-from sparsify.scan import Scan
-from sparsify.verify_model import verify
+from sparsify.regions.region import Region
+from sparsify.scans.scan import Scan
+from sparsify.verification.model import verify
 from tests.live_bytes import peak_of
 
 STEPS, BATCH, INPUTS, HIDDEN, CLASSES = 5, 3, 20, 130, 6

@@ -11,18 +11,18 @@ from torch import Tensor, fx, nn
 
 import sparsify
 from sparsify import ir
-from sparsify.chunked_scan import ChunkedScan
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.differentiated import Differentiated, Operand
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
-from sparsify.lowered import Lowered
-from sparsify.outer_product import OuterProduct
 from sparsify.passes import pack_saved as passes
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pack_saved import LEAST_NEURONS
+from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits, unpack_bits
-from sparsify.scan import Scan, retyped
+from sparsify.scans.differentiated import Differentiated, Operand
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan, retyped
 from tests.spiking_net import Spiking, distance, gradients, spike_trains
 from tests.step_bodies import BODIES, Body
 from tests.steps import make_scan

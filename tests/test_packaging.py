@@ -16,12 +16,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {
     "sparsify": "sparsify",
-    "sparsify/pruning": "sparsify/pruning",
-    "sparsify/recording": "sparsify/recording",
-    "sparsify/passes": "passes",
+    "sparsify/checking": "sparsify/checking",
+    "sparsify/choosing": "sparsify/choosing",
     "sparsify/codegen": "codegen",
     "sparsify/codegen/cuda": "codegen/cuda",
     "sparsify/codegen/emulator": "codegen/emulator",
+    "sparsify/command_line": "sparsify/command_line",
+    "sparsify/comparing": "sparsify/comparing",
+    "sparsify/compiling": "sparsify/compiling",
+    "sparsify/graphs": "sparsify/graphs",
+    "sparsify/passes": "passes",
+    "sparsify/products": "sparsify/products",
+    "sparsify/pruning": "sparsify/pruning",
+    "sparsify/recording": "sparsify/recording",
+    "sparsify/regions": "sparsify/regions",
+    "sparsify/rounding": "sparsify/rounding",
+    "sparsify/scalars": "sparsify/scalars",
+    "sparsify/scans": "sparsify/scans",
+    "sparsify/serving": "sparsify/serving",
+    "sparsify/verification": "sparsify/verification",
 }
 SHIPPED = {".py", ".h", ".cpp", ".cuh", ".typed"}
 
@@ -74,7 +87,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
         assert f"Requires-Dist: {needed}\n" in metadata
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "sparsify = sparsify.cli:main" in wheel.read(entry_points).decode()
+    assert "sparsify = sparsify.command_line.main:main" in wheel.read(entry_points).decode()
 
 
 def test_licence_is_the_whole_text() -> None:

@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify import check_recording, compile_recording, ir, pending_check
+from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.binaries import Binaries
-from sparsify.check_recording import Repetition
+from sparsify.checking import check_recording, pending_check
+from sparsify.checking.check_recording import Repetition
+from sparsify.checking.pending_check import PendingCheck, threads
+from sparsify.choosing.binaries import Binaries
 from sparsify.codegen.backend import Binary
 from sparsify.codegen.cpp import CppBackend
+from sparsify.compiling import compile_recording
 from sparsify.errors import CompileError, TraceError
-from sparsify.pending_check import PendingCheck, threads
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from tests.example_kernels import product

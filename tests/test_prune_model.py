@@ -15,8 +15,8 @@ from torch.nn.utils import prune
 
 import sparsify
 from sparsify import Pruning
-from sparsify.cli import main
-from sparsify.pruning.outcome import PruningOutcome
+from sparsify.command_line.main import main
+from sparsify.products.pruning_outcome import PruningOutcome
 from sparsify.pruning.prune_model import prune_model
 from sparsify.pruning.request import Context
 from tests.pruned_nets import Mixed, Recurrent, assert_same, example

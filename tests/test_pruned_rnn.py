@@ -13,7 +13,7 @@ from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.errors import MismatchError
 from sparsify.plan import Plan
-from sparsify.verify_model import verify
+from sparsify.verification.model import verify
 
 H, IN, T, B = 32, 12, 6, 3
 SITE = "rnn.weight_hh_l0"

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsify.scan import retyped
+from sparsify.scans.scan import retyped
 from tests.run_lowered import prepared, with_regions
 from tests.test_random_loops import BATCH, N, RandomModel
 from tests.test_roll_loops import assert_same

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.application import WRITTEN_UNSEEN, Application
-from sparsify.keep_state import keep_state
 from sparsify.passes.roll_loops import roll_loops
+from sparsify.recording.application import WRITTEN_UNSEEN, Application
+from sparsify.recording.keep_state import keep_state
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from tests.recorded import Of, same

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sparsify import ir
 from sparsify.codegen.cpp import CppBackend
-from sparsify.lowered import Binding
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.region import Fetch, Region
-from sparsify.scan import Scan
+from sparsify.regions.region import Fetch, Region
+from sparsify.scans.lowered import Binding
+from sparsify.scans.scan import Scan
 from tests.looped_models import WEIGHTS, H, lif
 from tests.neuron_models import NEURONS, channels, drive, refractory, unbatched_products
 from tests.run_lowered import (

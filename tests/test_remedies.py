@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.plan import Plan
-from sparsify.report import Site
+from sparsify.products.report import Site
 
 STEPS, BATCH, IN, HIDDEN = 5, 3, 8, 12
 X = (torch.rand(STEPS, BATCH, IN, generator=torch.Generator().manual_seed(0)) < 0.3).float()

@@ -6,7 +6,7 @@ import pytest
 
 from sparsify.errors import Location
 from sparsify.plan import Plan
-from sparsify.report import Report, Site
+from sparsify.products.report import Report, Site
 
 EVENT = Site(
     "rec",

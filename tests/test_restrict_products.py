@@ -14,14 +14,14 @@ from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.predict_cost import WANTED_MACS
 from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.differentiate_scans import measure_gradients
-from sparsify.differentiated import Differentiated
 from sparsify.graph_meta import TensorInfo
-from sparsify.lowered import Lowered
+from sparsify.graphs.differentiate_scans import measure_gradients
 from sparsify.passes.call_scan import call_scan
 from sparsify.passes.differentiate import differentiate
 from sparsify.passes.restrict_products import find_restrictions, restrict_products
-from sparsify.scan import Scan, output_values
+from sparsify.scans.differentiated import Differentiated
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan, output_values
 from tests.example_kernels import STRATEGIES, How, schedule
 from tests.run_lowered import lowered, scans_of, with_regions
 from tests.steps import apply, make_scan

@@ -12,18 +12,18 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from sparsify.error_bounds import ErrorBounds
+from sparsify.comparing.regions import check_regions
 from sparsify.errors import MismatchError
-from sparsify.general_modules import GeneralModules
 from sparsify.passes.find_events import find_events
 from sparsify.passes.result import PassResult
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.set_apart import set_apart
 from sparsify.passes.split_time import split_time
-from sparsify.region import Region
-from sparsify.scan import Scan, retyped
-from sparsify.verify_regions import check_regions
+from sparsify.regions.region import Region
+from sparsify.rounding.error_bounds import ErrorBounds
+from sparsify.scans.scan import Scan, retyped
+from sparsify.serving.general_modules import GeneralModules
 from tests.looped_models import WEIGHTS, B, H, layer_order, recurrent
 from tests.run_lowered import ReferenceLaunchable, lowered, scans_of, with_regions
 from tests.test_random_kernels_of_loops import quarters

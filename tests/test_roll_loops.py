@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sparsify.passes.roll_loops import roll_loops
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 from tests.looped_models import (
     ROLLED_WHOLE,
     W0,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.differentiated import Operand
-from sparsify.outer_product import OuterProduct
 from sparsify.passes.differentiate import differentiate
-from sparsify.scan import Scan
+from sparsify.regions.outer_product import OuterProduct
+from sparsify.scans.differentiated import Operand
+from sparsify.scans.scan import Scan
 from tests.step_bodies import BODIES, ATan, Body, Operands, StraightThrough, Window
 from tests.steps import apply, make_scan
 from tests.test_differentiate import differentiated, floats

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparsify import elementary, ir
+from sparsify import ir
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.error_function import error_function
-from sparsify.logarithms import logarithm, logarithm_of_one_plus
 from sparsify.reference import Array, run_reference
-from sparsify.scalar_op import ANY, ScalarOp
-from sparsify.scalar_ops import SCALAR_OPS, operand_dtypes, why_malformed
+from sparsify.scalars import elementary
+from sparsify.scalars.error_function import error_function
+from sparsify.scalars.logarithms import logarithm, logarithm_of_one_plus
+from sparsify.scalars.scalar_op import ANY, ScalarOp
+from sparsify.scalars.scalar_ops import SCALAR_OPS, operand_dtypes, why_malformed
 from tests.test_kernels import assert_same_bits
 
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, np.inf, -np.inf, np.nan, 1e-42, 3e38, 1e-310, 88.9)

@@ -10,7 +10,7 @@ import torch
 
 from sparsify.passes.generalize import find_fit
 from sparsify.recording.traced_size import SizeNotes
-from sparsify.size_guard import Run, SizeGuard
+from sparsify.serving.size_guard import Run, SizeGuard
 from tests.test_traced_size import all_of
 
 SOURCES = ["x"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsify.layout import Layout
+from sparsify.serving.layout import Layout
 
 
 def test_the_size_that_does_not_fit_is_named() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.codegen.cpp import CppBackend
-from sparsify.engine import Engine
-from sparsify.sized_launchable import SizedLaunchable
+from sparsify.regions.sized_launchable import SizedLaunchable
+from sparsify.serving.engine import Engine
 from tests.small_nets import RecurrentNet, spikes
 
 KERNEL = ir.Kernel("nothing", (), (), (), (), (), ())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
-from sparsify.engine import Engine
+from sparsify.serving.engine import Engine
 from tests.small_nets import HIDDEN, RecurrentNet, fill_dyadic, spike, spikes
 
 

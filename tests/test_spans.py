@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.spans import EXACT, Span
+from sparsify.serving.spans import EXACT, Span
 
 
 def test_first_recordings_are_believed_for_no_other_size() -> None:

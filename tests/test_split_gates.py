@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 import sparsify
 from sparsify.passes.split_gates import split_gates
-from sparsify.region import Region
+from sparsify.regions.region import Region
 from tests.looped_models import B, H
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from sparsify.graph_meta import Fact
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.split_time import HoistProducts, reads_dense, split_time
-from sparsify.scan import Scan
+from sparsify.scans.scan import Scan
 from tests.looped_models import (
     ROLLED_WHOLE,
     W0,

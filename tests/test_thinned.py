@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import Plan, Pruner, Pruning, stored_weights
+from sparsify import Plan, Pruner, Pruning
+from sparsify.choosing import stored_weights
 from sparsify.ir import Layout
-from sparsify.report import Report
+from sparsify.products.report import Report
 from tests.pruned_nets import PRUNED, assert_same, mask_of
 from tests.pruned_nets import example as recurrent_example
 

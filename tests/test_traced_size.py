@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsify.recording.size_formula import Asked, Read
 from sparsify.recording.traced_size import SizeNotes, TracedSize, plain
-from sparsify.size_formula import Asked, Read
 
 SIZE = Read("x", 0)
 NUMBERS = [*range(-4, 10), 2.5, True]

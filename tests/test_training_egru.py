@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsify.graphs.loops import BACKWARD
 from sparsify.plan import GRADIENT
-from sparsify.scans import BACKWARD
 from tests.training_harness import (
     Gradients,
     assert_same_gradients,

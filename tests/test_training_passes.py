@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.application import Application
-from sparsify.compile_recording import lower_forward, run_pipeline
-from sparsify.compiled import Stage
+from sparsify.compiling.compile_recording import lower_forward, run_pipeline
+from sparsify.compiling.compiled import Stage
 from sparsify.errors import Refusal
-from sparsify.general_modules import GeneralModules
 from sparsify.ir import Let
-from sparsify.lowered import Lowered
 from sparsify.passes.find_events import find_events
 from sparsify.passes.generalize import Generalized, generalize
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.without_gradients import is_application, without_gradients
+from sparsify.recording.application import Application
 from sparsify.recording.recording import Recording
-from sparsify.scan import Scan, retyped
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan, retyped
+from sparsify.serving.general_modules import GeneralModules
 from tests.recorded import recorded as recorded_without
 from tests.recorded_gradients import (
     Gradients,

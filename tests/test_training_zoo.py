@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.verify_model import verify
+from sparsify.verification.model import verify
 from tests.training_harness import (
     assert_same_gradients,
     assert_trained,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.run_graph import run_graph
-from sparsify.unwritten_graph import UnwrittenGraph
+from sparsify.checking.run_graph import run_graph
+from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 

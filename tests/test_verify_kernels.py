@@ -12,15 +12,15 @@ from torch import Tensor, fx, nn
 
 from sparsify import ir
 from sparsify.codegen.cpp import CppBackend
+from sparsify.comparing.figures import RegionFigures
+from sparsify.comparing.regions import check_regions
 from sparsify.errors import MismatchError, Refusal
-from sparsify.lowered import Lowered
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.reference import run_reference
-from sparsify.region import Region
-from sparsify.scan import Scan
-from sparsify.verify_figures import RegionFigures
-from sparsify.verify_regions import check_regions
+from sparsify.regions.region import Region
+from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan
 from tests.test_verify_regions import CHAINED, FORCED, chaotic, with_ties
 from tests.unrolled import Unrolled
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.errors import BackendUnavailable, MismatchError
-from sparsify.install import Sparsified
 from sparsify.plan import Plan, PlanDecision
-from sparsify.verify_model import verify
+from sparsify.serving.install import Sparsified
+from sparsify.verification.model import verify
 from tests.small_nets import RecurrentNet, StatefulNet, spikes
 
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify.compiled import Stage
-from sparsify.error_bounds import bound_errors
+from sparsify.compiling.compiled import Stage
 from sparsify.errors import MismatchError
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.split_time import split_time
-from sparsify.scan import Scan, retyped
-from sparsify.verify_stages import check_stages
+from sparsify.rounding.error_bounds import bound_errors
+from sparsify.scans.scan import Scan, retyped
+from sparsify.verification.stages import check_stages
 from tests.fake_regions import edited
 from tests.looped_models import ROLLED_WHOLE
 from tests.test_expand_rnn import INPUTS, H, example, opaque_graph

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 import sparsify
-from sparsify.find_products import find_products, layer_name
+from sparsify.products.find_products import find_products, layer_name
+from sparsify.products.weight_facts import note_patterns
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
-from sparsify.weight_facts import note_patterns
 from sparsify.weight_pattern import Pattern, find_pattern
 from tests.pruned_nets import PRUNED, Recurrent, assert_same, example, mask_of
 
@@ -135,7 +135,7 @@ def test_the_copies_of_an_unrolled_loop_are_computed_once(monkeypatch: pytest.Mo
         calls.append(weight)
         return find_pattern(weight)
 
-    monkeypatch.setattr("sparsify.weight_facts.find_pattern", find)
+    monkeypatch.setattr("sparsify.products.weight_facts.find_pattern", find)
     noted(PRUNED["masked in forward"](), example())
     # Two parameters, the mask, its product with one of them, and two transposed.
     assert len(calls) == 6

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparsify.api import sparsify
-from sparsify.verify_model import verify
+from sparsify.verification.model import verify
 from tests.zoo import BATCH, ENTRIES, EXACT_STEPS, Entry, tensors_of
 
 COMPILED = [entry for entry in ENTRIES if entry.code is None]

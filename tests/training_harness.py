@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.plan import Plan
-from sparsify.region import Region
-from sparsify.scan import Scan
-from sparsify.trained_region import TrainedRegion
+from sparsify.regions.region import Region
+from sparsify.regions.trained_region import TrainedRegion
+from sparsify.scans.scan import Scan
 from tests.zoo import tensors_of
 
 Gradients = Mapping[str, Tensor | None]

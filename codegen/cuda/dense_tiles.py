@@ -41,7 +41,7 @@ from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.usage import Source, Usage, find_usage
 from sparsify.errors import Refusal
-from sparsify.halves import HALVES
+from sparsify.scalars.halves import HALVES
 from sparsify.weight_pattern import Pattern
 
 TENSOR_CORES_SINCE = (8, 0)  # compute capability, with bfloat16

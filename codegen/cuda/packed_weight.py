@@ -16,7 +16,7 @@ from sparsify.codegen.cuda.layouts import Kept
 from sparsify.codegen.cuda.packing import JOBS, Job, packing_words, render_packing
 from sparsify.codegen.slots import TORCH_DTYPES, fits, misfit
 from sparsify.codegen.usage import Packing, packings
-from sparsify.halves import computed
+from sparsify.scalars.halves import computed
 
 PackingOn = Callable[[Source, torch.device], Function]
 Place = tuple[torch.device, int]  # and the stream there

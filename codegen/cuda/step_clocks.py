@@ -8,7 +8,7 @@ are those that published measurements have for Hopper.
 from __future__ import annotations
 
 from sparsify import ir
-from sparsify.elementary_ops import ELEMENTARY
+from sparsify.scalars.elementary_ops import ELEMENTARY
 
 FUNCTIONS = {row.name for row in ELEMENTARY} | {"div"}
 ISSUED = 3.2  # instructions of a multiprocessor in a clock, of 4 that it can issue

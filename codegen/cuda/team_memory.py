@@ -16,7 +16,7 @@ from sparsify.codegen.cuda.team_groups import ALIGNED, EventLists
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_shape import Shape, blocks_of, words_of
 from sparsify.codegen.usage import Source, Usage, packings
-from sparsify.halves import HALVES
+from sparsify.scalars.halves import HALVES
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,11 @@ from training_cases import calibrate
 from training_networks import RecurrentClassifier
 
 import sparsify
-from sparsify import compile_recording, engine
 from sparsify.bench import wait_for_devices
-from sparsify.chooser import Chooser
-from sparsify.pending_check import PendingCheck
+from sparsify.checking.pending_check import PendingCheck
+from sparsify.choosing.chooser import Chooser
+from sparsify.compiling import compile_recording
+from sparsify.serving import engine
 
 INPUTS, RATE, CALIBRATED_STEPS = 700, 0.02, 100
 EAGER_CALLS = 3

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import ir
-from sparsify.candidates import How, Predictor, Workload
+from sparsify.choosing.candidates import How, Predictor, Workload
 from sparsify.errors import CompileError
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 

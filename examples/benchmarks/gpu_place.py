@@ -18,8 +18,8 @@ from sparsify.codegen.cuda.device import Device, Limits
 from sparsify.codegen.cuda.driver import Driver, find_driver
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.nvrtc import find_nvrtc, nvrtc_version
-from sparsify.emulation import emulated_device
 from sparsify.errors import Refusal
+from sparsify.serving.emulation import emulated_device
 
 ROOT = Path(__file__).parents[2]
 

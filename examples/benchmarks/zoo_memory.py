@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import sparsify
-from sparsify import time_chunks
-from sparsify.time_chunks import TimeChunks
+from sparsify.graphs import time_chunks
+from sparsify.graphs.time_chunks import TimeChunks
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.live_bytes import peak_of

@@ -14,7 +14,7 @@ from spiking import SpikingClassifier, evaluate, step
 from torch import Tensor
 from training_loop import largest_gap, save, summarise, train_both
 
-from sparsify.demo_model import Digits, encode_rates, split_digits
+from sparsify.command_line.demo_model import Digits, encode_rates, split_digits
 
 
 def load_digits() -> Digits:

@@ -33,7 +33,7 @@ from training_loop import Evaluate, Point, Step, train
 
 import sparsify
 from sparsify import Pruner, Pruning
-from sparsify.demo_model import encode_rates
+from sparsify.command_line.demo_model import encode_rates
 
 FRACTIONS = (0.0, 0.5, 0.8, 0.9, 0.95)
 PRUNING_SHARE = 0.6  # of the steps that a network is trained on for, in which it is pruned

@@ -19,8 +19,8 @@ import sparsify
 from sparsify.bench import measure_pairs
 from sparsify.codegen.packed_weight import PackedWeight
 from sparsify.ir import DENSE_ROWS, Layout
-from sparsify.pruning.outcome import PruningOutcome
-from sparsify.report import Site
+from sparsify.products.pruning_outcome import PruningOutcome
+from sparsify.products.report import Site
 
 ROUNDS = 15
 KEPT = Layout("compressed-rows")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.install import Sparsified
+from sparsify.serving.install import Sparsified
 
 Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Evaluate = Callable[[nn.Module], tuple[float, float]]

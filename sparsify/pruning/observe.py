@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import PruningError
-from sparsify.keep_state import keep_state
 from sparsify.pruning.masks import set_mask
 from sparsify.pruning.prunable import Prunable
+from sparsify.recording.keep_state import keep_state
 
 Kwargs = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsify.errors import PruningError
-from sparsify.find_products import layer_name
+from sparsify.products.find_products import layer_name
 from sparsify.pruning.request import Pruning
 
 LAYERS = (nn.Linear, nn.RNNBase, nn.RNNCellBase)

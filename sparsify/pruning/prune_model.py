@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import PruningError
+from sparsify.products.pruning_outcome import PruningOutcome
 from sparsify.pruning.masks import copy_model
-from sparsify.pruning.outcome import PruningOutcome
 from sparsify.pruning.prunable import find_prunable
 from sparsify.pruning.pruner import Pruner
 from sparsify.pruning.request import Pruning

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import PruningError
-from sparsify.install import Sparsified
+from sparsify.products.pruning_outcome import PrunedLayer, PruningOutcome
 from sparsify.pruning.masks import remove_mask, set_mask
 from sparsify.pruning.observe import dense_gradients, measure_activity
-from sparsify.pruning.outcome import PrunedLayer, PruningOutcome
 from sparsify.pruning.prunable import Prunable, find_prunable
 from sparsify.pruning.reached import Reached
 from sparsify.pruning.request import Pruning
 from sparsify.pruning.scores import Movements, score
 from sparsify.pruning.shape_masks import exchange, keep_best, keep_n_of_m
+from sparsify.serving.install import Sparsified
 from sparsify.weight_pattern import find_pattern
 
 Masks = dict[str, Tensor]

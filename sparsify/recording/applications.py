@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import graph as autograd_graph
 
-from sparsify.application import Application, Operand, take_operands, tensors_held
 from sparsify.autocast import autocast, is_any_on
+from sparsify.recording.application import Application, Operand, take_operands, tensors_held
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.histories import Applied, Histories
 from sparsify.recording.recorder import Recorder

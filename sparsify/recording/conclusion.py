@@ -25,8 +25,8 @@ from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.recording.sources import KnownTensors
 from sparsify.recording.states import find_rebound
+from sparsify.recording.unwritten_graph import UnwrittenGraph
 from sparsify.recording.values import Memory
-from sparsify.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 _ORDER = ("input", "parameter", "buffer", "attribute", "constant")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from sparsify.application import WRITTEN_UNSEEN, Application
+from sparsify.recording.application import WRITTEN_UNSEEN, Application
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.values import Memory, Value, current
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, fx
 
 from sparsify.errors import TraceError
-from sparsify.size_formula import Asked
+from sparsify.recording.size_formula import Asked
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]

@@ -13,7 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsify.size_formula import Asked, Formula, Made, Place, Question, Read, constant, single
+from sparsify.recording.size_formula import (
+    Asked,
+    Formula,
+    Made,
+    Place,
+    Question,
+    Read,
+    constant,
+    single,
+)
 
 DEEPEST = 16  # operations on the results of operations: those of a loop need not end
 # What these do with a number is seen elsewhere, or has nothing to do with its value.

@@ -1,0 +1,91 @@
+"""Another choice for a kernel that runs: for other sizes of calls, and for weights pruned since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from sparsify import ir
+from sparsify.choosing.candidates import Predictor
+from sparsify.codegen.backend import Launchable
+from sparsify.codegen.contents import Contents
+from sparsify.codegen.runtime import load_runtime
+from sparsify.products.layouts import has_moved
+from sparsify.weight_pattern import density_of, find_pattern
+
+EVERY = 32  # calls after which weights are looked at: counting reads all of them once
+
+Load = Callable[[ir.Kernel, ir.Schedule], Launchable]
+
+
+class Rechooser:
+    """Names what runs in the place of ``first``. Nothing is recorded anew.
+
+    A plan says how a kernel begins: weights that have other zeros by now may get other layouts.
+    """
+
+    def __init__(self, predictor: Predictor, first: Launchable, load: Load) -> None:
+        self.base = first
+        self._predictor, self._load = predictor, load
+        self._calls = 0
+        self._suited: dict[ir.Schedule, Launchable] = {}  # one serves several sizes of calls
+        self._contents: dict[str, Contents] = {}
+        self._counted: dict[str, int] = {}  # contents of weights
+        self.densities = {name: p.density for name, p in predictor.patterns.items()}
+
+    def suited(self, steps: int, batch: int) -> Launchable | None:
+        """What is clearly faster than ``base`` for calls of these sizes, if anything is."""
+        better = self._predictor.better_strategy(self.base.schedule, steps, batch)
+        if better is None:
+            return None
+        known = self._suited.get(better)
+        if known is None:
+            known = self._suited[better] = self._load(self.base.kernel, better)
+        return known
+
+    def is_due(self) -> bool:
+        """Whether the next call is one of those that are looked at; counts it if it is not."""
+        self._calls += 1
+        if self._calls % EVERY:
+            return False
+        self._calls -= 1  # ``look`` counts it
+        return True
+
+    def look(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Look at the weights of some calls; whether ``base`` is another one since.
+
+        Those on a GPU are left alone: nobody waits for it to count.
+        """
+        self._calls += 1
+        if self._calls % EVERY:
+            return False
+        moved = {}
+        for name in self.densities:
+            weight = tensors[name].detach()
+            if weight.is_cpu and weight.numel() and not self._is_counted(name, weight):
+                density = density_of(weight)
+                self.densities[name] = density
+                if has_moved(self._predictor.patterns[name].density, density):
+                    moved[name] = find_pattern(
+                        weight.t() if self._predictor.is_gradient else weight
+                    )
+        if not moved:
+            return False
+        patterns = {**self._predictor.patterns, **moved}
+        self._predictor = replace(self._predictor, patterns=patterns, pinned=())
+        better = self._predictor.better_layouts(self.base.schedule)
+        if better is not None:
+            self.base, self._suited = self._load(self.base.kernel, better), {}
+        return better is not None
+
+    def _is_counted(self, name: str, weight: Tensor) -> bool:
+        """Whether the weight holds what it held when it was counted last."""
+        if self._predictor.backend.name != "cpp":
+            return False  # others may have no support library
+        contents = self._contents.setdefault(name, Contents(load_runtime()))
+        content = contents.look(weight)
+        is_known = self._counted.get(name) == content
+        self._counted[name] = content
+        return is_known

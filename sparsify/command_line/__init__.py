@@ -1,0 +1,1 @@
+"""The command ``sparsify`` and its demo."""

@@ -1,0 +1,1 @@
+"""Compare what kernels compute with what they replace, and keep the figures."""

@@ -1,0 +1,1 @@
+"""Graphs whose loops are Scans or regions: found, exchanged, differentiated, linked."""

@@ -1,0 +1,1 @@
+"""The modules that run time loops by kernels, forward and backward."""

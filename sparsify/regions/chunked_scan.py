@@ -1,0 +1,160 @@
+"""A loop whose results feed gradients of weights, run in chunks of time.
+
+What only an outer product reads exists for one chunk at a time: it need not be kept for all steps,
+and is still in a cache when the product reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.codegen.outer_product import OuterProducts
+from sparsify.regions.outer_product import Activation, OuterProduct
+from sparsify.regions.region import Region
+from sparsify.scans.scan import Scan
+
+# Of what the outer products read: at most as much as stays in the last cache, and no more than
+# what they add to, which every chunk reads and writes once.
+CHUNK_BYTES = 8 * 2**20
+SMALL_CHUNK_BYTES = 2 * 2**20
+GPU_CHUNK_BYTES = 32 * 2**20
+
+
+class ChunkedScan(nn.Module):
+    """``run``, followed by ``products[k](y, activation)`` of its y number ``reads[k]``.
+
+    The products are OuterProducts, which add to a total where they are given one.
+
+    Returns the final carries, the ys that no product reads, stacked, and the products' sums over
+    all steps, in this order.
+    """
+
+    def __init__(
+        self, run: Scan | Region, products: Iterable[nn.Module], reads: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.run, self.reads = run, tuple(reads)
+        self.products = nn.ModuleList(products)
+
+    @property
+    def scan(self) -> Scan:
+        return self.run.scan if isinstance(self.run, Region) else self.run
+
+    def forward(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        activations: Sequence[Activation],
+    ) -> tuple[Tensor, ...]:
+        """Activations are ``[T, ..., S]``, or what a loop carries, as OuterProducts take it."""
+        now = tuple(carries)
+        sums: list[Tensor | None] = [None for _ in self.products]
+        is_first = True
+        whole: dict[int, Tensor] = {}
+        for start, stop in self._chunks(steps, carries, activations):
+            into = {index: y[start:stop] for index, y in whole.items()}
+            given = stop - start, now, [x[start:stop] for x in xs], consts
+            values = self._run_chunk(*given, into=None if is_first else into)
+            is_first = False
+            now, ys = values[: len(now)], values[len(now) :]
+            del values
+            self._keep(whole, into, ys, steps, start)
+            for number, read in enumerate(self.reads):
+                part = _part(activations[number], start, stop)
+                sums[number] = self.products[number](ys[read], part, sums[number])
+            del ys  # before the next ones are made
+        return (*now, *whole.values(), *(total for total in sums if total is not None))
+
+    def with_run(self, run: Scan | Region) -> ChunkedScan:
+        """The same products beside another executor of the loop."""
+        return ChunkedScan(run, self.products, self.reads)
+
+    def with_backend(self, backend: OuterProducts) -> ChunkedScan:
+        """The same loop, with products that another backend computes."""
+        products = [
+            product.with_backend(backend) if isinstance(product, OuterProduct) else product
+            for product in self.products
+        ]
+        return ChunkedScan(self.run, products, self.reads)
+
+    def retyped(self, dtype: torch.dtype, source: torch.dtype = torch.float32) -> ChunkedScan:
+        """The same without kernels for the loop, computing in ``dtype`` instead of ``source``."""
+        return ChunkedScan(self.scan.retyped(dtype, source), self.products, self.reads)
+
+    def extra_repr(self) -> str:
+        return f"reads={self.reads}"
+
+    def _chunks(
+        self, steps: int, carries: Sequence[Tensor], activations: Sequence[Activation]
+    ) -> Iterator[tuple[int, int]]:
+        """Nearly equal parts of the time, in the order in which the loop runs."""
+        rows = max((carry.shape[0] for carry in carries if carry.dim() > 1), default=1)
+        is_cuda = any(carry.is_cuda for carry in carries)
+        nodes = [self.scan.results[self.scan.carries + read] for read in set(self.reads)]
+        infos = [node.meta["val"] for node in nodes]
+        bytes_a_step = sum(rows * i.shape[-1] * i.dtype.itemsize for i in infos)
+        chunk_bytes = GPU_CHUNK_BYTES if is_cuda else self._chunk_bytes(activations)
+        count = max(1, min(steps, steps * bytes_a_step // chunk_bytes))
+        edges = [steps * i // count for i in range(count + 1)]
+        chunks = list(pairwise(edges))
+        return iter(chunks[::-1] if self.scan.reverse else chunks)
+
+    def _chunk_bytes(self, activations: Sequence[Activation]) -> int:
+        """On the CPU."""
+        totals = 0
+        given = zip(self.products, self.reads, activations, strict=True)
+        for product, read, activation in given:
+            values = activation if isinstance(activation, Tensor) else activation[1]
+            bits = product.senders if isinstance(product, OuterProduct) else None
+            info = self.scan.results[self.scan.carries + read].meta["val"]
+            totals += info.shape[-1] * info.dtype.itemsize * (bits or values.shape[-1])
+        return min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, totals))
+
+    def _run_chunk(
+        self,
+        steps: int,
+        carries: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        consts: Sequence[Tensor],
+        into: Mapping[int, Tensor] | None,
+    ) -> tuple[Tensor, ...]:
+        """The results of one chunk; ``into`` is None for the first, and may get ys of others."""
+        run = self.run
+        if into is None or isinstance(run, Scan):
+            results: tuple[Tensor, ...] = run(steps, carries, xs, consts)
+            return results
+        # The weights are those of the first chunk, so that they need be looked at only once.
+        places = {len(carries) + index: y for index, y in into.items()}
+        return run.again(steps, carries, xs, consts, places)
+
+    def _keep(
+        self,
+        whole: dict[int, Tensor],
+        into: Mapping[int, Tensor],
+        ys: Sequence[Tensor],
+        steps: int,
+        start: int,
+    ) -> None:
+        """Collect the ys that no product reads, but for those that lie in their place."""
+        for index, y in enumerate(ys):
+            if index in self.reads or y is into.get(index):
+                continue
+            if len(y) == steps:
+                whole[index] = y
+                continue
+            if index not in whole:
+                whole[index] = y.new_empty((steps, *y.shape[1:]))
+            whole[index][start : start + len(y)] = y
+
+
+def _part(activation: Activation, start: int, stop: int) -> Activation:
+    if isinstance(activation, Tensor):
+        return activation[start:stop]
+    first, y = activation
+    return y[start - 1 : stop - 1] if start else (first, y[:stop])

@@ -1,0 +1,1 @@
+"""How far arithmetic may land from exact results: bounds for values and operations."""

@@ -1,0 +1,1 @@
+"""Time loops as values: one step as a graph, its gradient, and its form as a kernel."""

@@ -1,0 +1,162 @@
+"""What serves a kind of calls: a compiled graph, its guard, and the layouts that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify.autocast import autocast_off, is_any_on
+from sparsify.choosing.stored_weights import StoredWeights
+from sparsify.codegen.backend import Backend
+from sparsify.compiling.compiled import Compiled
+from sparsify.graph_meta import Source
+from sparsify.graphs.direct_graph import direct
+from sparsify.passes.generalize import Generalized
+from sparsify.plan import GRADIENT, Plan
+from sparsify.recording.recording import Args, Calling, Guard, Kwargs
+from sparsify.serving.general_modules import GeneralModules
+from sparsify.serving.layout import Layout
+from sparsify.training_step import requirement
+
+MOST_REFUTED = 8  # sizes that are unlike others, after which new ones are misses like all
+# Why another size may have a kernel: one step of a network reads states that are zeros yet.
+SIZE_DECIDES = {"no-gain", "no-event", "not-rolled"}
+
+
+class Entry:
+    """Serves the calls that ``guard`` matches and whose operands ``layout`` takes.
+
+    ``takes_all``: whatever the sizes, the original runs. ``required`` says which operands require
+    grad; empty for calls without gradients. ``origin`` is what one for all sizes was made of.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        operands: Sequence[Tensor],
+        layout: Layout,
+        origin: Origin | None = None,
+    ) -> None:
+        self.compiled = compiled
+        self.guard: Guard = compiled.recording.guard
+        self.calling: Calling = compiled.recording.calling
+        self.layout = layout
+        self.required = requirement(operands)
+        codes = {site.code for site in compiled.sites}
+        self.takes_all = compiled.runs_original and bool(codes) and not codes & SIZE_DECIDES
+        self.forward = direct(compiled.graph)
+        self.origin = origin
+        self.refuted = 0  # recordings of other sizes that were not what this is there
+        self.is_exception = False  # one of these
+        kinds = [source.kind if source else "" for source in sources(compiled)]
+        self.weights = StoredWeights(compiled.stages[0].graph)
+        self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
+
+    @property
+    def is_general(self) -> bool:
+        return bool(self.layout.classes)
+
+    @property
+    def backend(self) -> Backend:
+        return self.compiled.backend
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its tensors; numbers and indices beside them may be on the CPU."""
+        devices = [layout.device for layout in self.layout.layouts]
+        return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+    def density(self, model: nn.Module) -> dict[str, float]:
+        """The share of weights of each site that are not zero: now, or when last looked at."""
+        now = self.weights.densities(model)
+        now |= {f"{site}{GRADIENT}": density for site, density in now.items()}
+        return {**self.compiled.live_density(), **now}
+
+    def serves(self, operands: Sequence[Tensor]) -> bool:
+        return self.required == requirement(operands) and self.layout.serves(operands)
+
+    def is_beyond(self, operands: Sequence[Tensor]) -> bool:
+        """Whether another recording may show that this serves these sizes, too."""
+        return self.required == requirement(operands) and self.layout.is_beyond(operands)
+
+    def may_confirm(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether a recording of this call may only widen the sizes that are served."""
+        if self.refuted >= MOST_REFUTED or not self.guard.matches(args, kwargs):
+            return False
+        return self.is_beyond(self.calling.operands(args, kwargs))
+
+    def run(self, operands: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        if not is_any_on():
+            return self.calling.deliver(self.forward(*operands), args, kwargs)
+        with autocast_off():  # the graph has its casts
+            values = self.forward(*operands)
+        return self.calling.deliver(values, args, kwargs)
+
+    def why_miss(self, args: Args, kwargs: Kwargs) -> str:
+        """What differs from the calls that this entry serves; "" if it serves this one."""
+        if not self.guard.matches(args, kwargs):
+            return self.guard.explain(args, kwargs) or "what the recording depends on changed"
+        if self.takes_all:
+            return ""
+        names = [node.name for node in self._placeholders()]
+        operands = self.calling.operands(args, kwargs)
+        if self.required != requirement(operands):
+            return "other tensors require grad"
+        return self.layout.why_not(operands, names)
+
+    def _placeholders(self) -> list[fx.Node]:
+        return [n for n in self.compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
+
+
+def newest(entries: Sequence[Entry]) -> Entry:
+    """The last one, of those that are no exceptions to one for all sizes."""
+    return next((e for e in reversed(entries) if not e.is_exception), entries[-1])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an entry for all sizes was made of: the first recording's, and what depends on sizes."""
+
+    first: Entry
+    found: Generalized
+    modules: GeneralModules
+
+
+def stand_ins(entry: Entry) -> list[str]:
+    """What an emulator does in another way than the device that it plays, by region."""
+    if entry.backend.is_timed:
+        return []
+    known = {each.name: getattr(each, "stand_in", "") for each in entry.backend.strategies}
+    found = {
+        name: known.get(region.launchable.schedule.strategy, "")
+        for name, region in entry.compiled.regions.items()
+    }
+    return [f"{name}: {what} on the emulator" for name, what in found.items() if what]
+
+
+def find_thinned(
+    entries: Sequence[Entry], model: nn.Module, given: Plan
+) -> tuple[Entry | None, dict[str, float]]:
+    """Now and then, an entry of which kept weights may gain by what became zero since it was made.
+
+    With the sites to be decided anew, and which share of their weights is left. What the plan
+    ``given`` decides stays.
+    """
+    for entry in entries:
+        if entry.weights.is_due():
+            pinned = ((given.training or Plan()) if entry.required else given).sites
+            open_sites = [site for site in entry.compiled.sites if site.name not in pinned]
+            thinned = entry.weights.thinned(model, open_sites)
+            if thinned:
+                return entry, thinned
+    return None, {}
+
+
+def sources(compiled: Compiled) -> list[Source | None]:
+    """Where the operands come from."""
+    placeholders = [n for n in compiled.stages[0].graph.graph.nodes if n.op == "placeholder"]
+    return [node.meta.get("source") for node in placeholders]

@@ -1,0 +1,1 @@
+"""``sparsify.verify``: the whole of a sparsified module against its original."""
