@@ -17,7 +17,7 @@ from tests.small_nets import RecurrentNet, spikes
 X = spikes()
 
 
-def broken_pass(*_: Any) -> Any:
+def broken_pass(*_: Any, **__: Any) -> Any:
     raise KeyError("val")
 
 
@@ -120,7 +120,7 @@ def test_errors_of_the_model_are_its_own(error: Exception | None) -> None:
 def test_without_memory_to_compile_the_original_runs(
     at_once: bool, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_out(*_: Any) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
         raise kind("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(compile_recording, "lower_scans", run_out)
