@@ -60,8 +60,29 @@ def size_within(net: nn.Module, x: Tensor) -> Tensor:
     return y * 2 if y.shape[0] % 2 else y  # type: ignore[no-any-return]
 
 
+def every_second_step(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x) * (2 if x[::2].shape[0] == 4 else 1)  # type: ignore[no-any-return]
+
+
+def steps_of_a_pool(net: nn.Module, x: Tensor) -> Tensor:
+    pooled = nn.functional.avg_pool1d(x.permute(1, 2, 0), 2)
+    return net(x) * (2 if pooled.shape[-1] == 3 else 1)  # type: ignore[no-any-return]
+
+
+def every_second_of_a_list(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x) * (2 if len(list(x)[::2]) == 4 else 1)  # type: ignore[no-any-return]
+
+
+def rest_of_a_split(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x) * (2 if x.split(3)[-1].shape[0] == 1 else 1)  # type: ignore[no-any-return,no-untyped-call]
+
+
 @pytest.mark.parametrize(
-    "decide", [parity, equality, table, whole_pairs, power_of_two, length_of_a_list, size_within]
+    "decide",
+    [
+        *(parity, equality, table, whole_pairs, power_of_two, length_of_a_list, size_within),
+        *(every_second_step, steps_of_a_pool, every_second_of_a_list, rest_of_a_split),
+    ],
 )
 def test_a_decision_between_recorded_sizes_is_seen(decide: Decide) -> None:
     model = Deciding(decide).eval()
@@ -95,7 +116,7 @@ def test_a_loop_that_counts_up_to_a_size_serves_every_size_between() -> None:
             x = spikes(steps, 3, rate=0.7)
             assert torch.equal(fast(x), model(x))
     assert engine_of(fast).recordings == 2
-    assert engine_of(fast).confirmations == 0
+    assert engine_of(fast).confirmations == 1  # how long the list is follows from three
 
 
 class Remembering(nn.Module):

@@ -97,8 +97,83 @@ def test_a_list_that_is_as_long_as_a_dim_is_followed_to_it() -> None:
         assert type(notes.length(("net.py", 8, 0), 1)) is int  # it grows: a counter
 
     found = SizeGuard(SOURCES, find_fit)
-    for size in (5, 9):
+    for size in (5, 9, 30):
         notes = SizeNotes()
         decide(notes, size)
         found.add(Run.of(all_of(notes), SOURCES, [(size, 3)], (size,)))
     assert believed(found) == [n for n in SIZES if n != 19]
+
+
+def made_run(follows: Callable[[int], int], size: int) -> Run:
+    """One that decides by whether a tensor made on the way has four steps."""
+    notes = SizeNotes()
+    assert (notes.other(("net.py", 7, 0), 0, follows(size)) == 4) == (follows(size) == 4)
+    return Run.of(all_of(notes), SOURCES, [(size, 3)], (size,))
+
+
+def made_guard(follows: Callable[[int], int], *sizes: int) -> SizeGuard:
+    found = SizeGuard(SOURCES, find_fit)
+    for size in sizes:
+        found.add(made_run(follows, size))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "known"),
+    [
+        ([4, 5], [4, 5]),  # n - 2, as far as these tell
+        ([4, 10, 5], [4, 5, 10]),
+        ([10, 4, 5], [4, 5, 10]),
+        ([5, 4, 10], [4, 5, 10]),
+        ([5, 6, 4, 10, 3], [3, 4, 5, 6, 10]),  # a constant, until 4 tells otherwise
+    ],
+)
+def test_a_part_of_a_size_is_not_taken_for_the_size_less_a_constant(
+    sizes: list[int], known: list[int]
+) -> None:
+    found = made_guard(lambda n: -(-n // 2), *sizes)
+    assert believed(found) == known
+    assert "net.py" in found.why_not([torch.empty(8, 3)], (8,))
+
+
+def test_a_size_that_was_made_is_followed_where_three_runs_agree() -> None:
+    def follows(n: int) -> int:
+        return min(n - 2, 20)
+
+    found = made_guard(follows, 5, 9)
+    assert believed(found) == [5, 9]
+    assert "another recording" in found.why_not([torch.empty(7, 3)], (7,))
+    found.add(made_run(follows, 8))
+    assert believed(found) == [n for n in SIZES if n != 6]
+    found.add(made_run(follows, 30))
+    assert believed(found) == [5, 8, 9, 30]
+    assert "does not follow from others" in found.why_not([torch.empty(7, 3)], (7,))
+
+
+def test_runs_in_a_row_are_believed_between_them_only() -> None:
+    assert believed(made_guard(lambda n: n - 1, 7, 9, 8)) == [7, 8, 9]
+
+
+def test_what_is_rounded_is_believed_for_its_multiples_only() -> None:
+    def rounded(n: int) -> int:
+        return n - n % 8 + 8 * bool(n % 8)
+
+    assert believed(made_guard(rounded, 8, 24, 16)) == [8, 16, 24, 32]
+    assert believed(made_guard(rounded, 8, 24, 16, 21)) == [8, 16, 21, 24]
+    assert believed(made_guard(lambda n: 1 + (n - 1) % 8, 9, 17, 33)) == [1, 9, 17, 25, 33]
+
+
+def test_a_size_may_follow_in_another_way_where_python_decides_otherwise() -> None:
+    def even(n: int) -> int:
+        return n - n % 2
+
+    def with_parity(size: int) -> Run:
+        notes = SizeNotes()
+        assert (notes.operand("x", 0, size) % 2 == 1) == (size % 2 == 1)
+        assert notes.other(("net.py", 7, 0), 0, even(size)) != 4
+        return Run.of(all_of(notes), SOURCES, [(size, 3)], (size,))
+
+    found = SizeGuard(SOURCES, find_fit)
+    for size in (7, 11, 20, 17):
+        found.add(with_parity(size))
+    assert believed(found) == [n for n in SIZES if n == 20 or (n % 2 and n != 5)]
