@@ -103,7 +103,8 @@ class TimeChunks(nn.Module):
     ) -> tuple[Any, ...]:
         """``forward`` by ``executors``; ``length`` is a chunk's if bytes are not to decide it."""
         length = length or self.handed.chunk_length(carries, xs)
-        if length >= steps:
+        # A step that there is none of fails in the end, as it does in the model.
+        if length >= steps or not all(-steps <= at < steps for at in picks):
             values = executors.once(steps, *carries, *xs, *consts)
             return self._with_picked(values, picks) if picks else values
         now, run = tuple(carries), executors.first

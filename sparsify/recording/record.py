@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsify.errors import TraceError
 from sparsify.recording.applications import Applications
+from sparsify.recording.backward_sizes import find_decision
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.conclusion import Conclusion
 from sparsify.recording.environment import saved_hooks
@@ -105,9 +106,17 @@ class _Run:
             escapes = Escapes(self.recorder, reads.rules)
             with uncompiled(), reads.lengths(), self.positions, self.recorder, escapes:
                 result = self.model.forward(*self.args, **self.kwargs)
+            self._pin_what_backward_decides_by()
         finally:
             reads.close(self.model)
         return reads.plain(result)
+
+    def _pin_what_backward_decides_by(self) -> None:
+        for function in self.applications.functions if self.applications else ():
+            own = function.vjp is not torch.autograd.Function.vjp
+            place = find_decision(function.vjp if own else function.backward)
+            if place is not None:
+                self.reads.pin_operands(place)
 
     def _conclude(self, result: Any) -> Conclusion | None:
         if self.positions.was_disturbed:

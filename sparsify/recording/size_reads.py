@@ -18,10 +18,11 @@ from torch.utils import _pytree as pytree
 
 from sparsify.recording.reachable import Route, is_foreign, walk
 from sparsify.recording.recorder import Recorder
+from sparsify.recording.size_formula import Place
 from sparsify.recording.traced_size import SizeNotes, place_of, plain
 
 _PROPERTIES: Any = Tensor
-LENGTHS = (list, tuple, dict, deque)
+LENGTHS = (list, tuple, dict, deque, set, frozenset, range)
 Rule = Callable[[Any, Any, Any], Any]
 
 
@@ -40,6 +41,8 @@ class SizeReads:
             Tensor.__len__: self._length,
             Tensor.stride: self._pin,
             Tensor.is_same_size: self._pin,
+            torch.is_same_size: self._pin,
+            Tensor.storage_offset: self._pin,
             _PROPERTIES.nbytes.__get__: self._pin,
         }
 
@@ -54,6 +57,8 @@ class SizeReads:
 
     def _len(self, thing: Any, /) -> int:
         value, recorder = self._builtin(thing), self._recorder
+        if not self.notes.is_open:  # it was kept, as a default of a function is
+            return value
         if recorder.is_busy or recorder.error or threading.get_ident() != self._thread:
             return value
         frame = sys._getframe(1)
@@ -66,19 +71,32 @@ class SizeReads:
     def close(self, model: nn.Module) -> None:
         """Note nothing any more, and leave plain integers where the model keeps sizes."""
         self.notes.close()
+        del self._recorder
         if not self._are_left():
             return
-        for place in walk([("", model)]):
+        places = list(walk([("", model)]))
+        for place in places:
             value = plain(place.value)
             if value is not place.value and not isinstance(place.owner, tuple):
                 with contextlib.suppress(AttributeError, TypeError):  # it cannot be set
                     Route(place).set(value)
+        for place in places:
+            _make_keys_plain(place.value)
 
     def plain(self, result: Any) -> Any:
         """``result`` with plain integers."""
-        if self._are_left() and any(plain(e) is not e for e in pytree.tree_leaves(result)):
+        if not self._are_left():
+            return result
+        _make_all_keys_plain(result)
+        if any(plain(e) is not e for e in pytree.tree_leaves(result)):
             return pytree.tree_map(plain, result)
         return result
+
+    def pin_operands(self, place: Place) -> None:
+        """Every size of every operand must be what it is here."""
+        for node, tensor in self._recorder.placeholders.items():
+            for dim, size in enumerate(tensor.shape):
+                self.notes.pin_at(self.notes.operand(node.meta["source"], dim, size), place)
 
     def _are_left(self) -> bool:
         """Whether any size is alive; each of them holds the notes."""
@@ -125,3 +143,22 @@ class SizeReads:
         if value is not None and recorder.placeholders.get(value.node) is tensor:
             return self.notes.operand(value.node.meta["source"], dim, size)
         return self.notes.other(place_of(frame), dim, size)
+
+
+def _make_all_keys_plain(result: Any) -> None:
+    _make_keys_plain(result)
+    parts = result.values() if isinstance(result, dict) else result
+    for part in parts if isinstance(result, (dict, list, tuple)) else ():
+        _make_all_keys_plain(part)
+
+
+def _make_keys_plain(value: Any) -> None:
+    """Put plain integers in the place of traced sizes, among the keys of a dict or in a set."""
+    if isinstance(value, dict) and any(plain(key) is not key for key in value):
+        items = [(plain(key), content) for key, content in value.items()]
+        value.clear()
+        value.update(items)
+    elif isinstance(value, set) and any(plain(member) is not member for member in value):
+        members = list(map(plain, value))
+        value.clear()
+        value.update(members)

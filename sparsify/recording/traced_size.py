@@ -49,13 +49,14 @@ class SizeNotes:
         self._questions: dict[Question, None] = {}
         self._made: dict[Made, None] = {}
         self._values: dict[tuple[Place, int], dict[int, Read]] = {}
+        self._lengths: dict[Place, int] = {}
         self._operands: dict[tuple[object, int], TracedSize] = {}
 
     def close(self) -> None:
         """Note nothing any more, and keep no size."""
         self.is_open = False
         self._found = [
-            (*where, size.formula, number.formula if type(number) is TracedSize else number)
+            (*where, self.formula_of(size), self.formula_of(number))
             for *where, size, number in self.compared
         ]
         self.compared.clear()
@@ -64,11 +65,10 @@ class SizeNotes:
     def asked(self) -> Asked:
         """All that was asked, once it is closed."""
         lines: dict[tuple[int, int], int] = {}
-        for code, offset, relation, formula, number in self._found:
+        for code, offset, relation, formula, other in self._found:
             where = id(code), offset
             if where not in lines:
                 lines[where] = _line_at(code, offset)
-            other = number if isinstance(number, Formula) else constant(number)
             place = code.co_filename, lines[where], offset
             self._ask(relation, formula.plus(other, -1), place)
         values = {read: n for found in self._values.values() for n, read in found.items()}
@@ -90,9 +90,18 @@ class SizeNotes:
         return TracedSize(value, single(read), self)
 
     def length(self, place: Place, value: int) -> int:
-        """The length of a list; one that grows is a counter, and no size."""
-        found = self._values.get((place, 0))
-        return value if found and value not in found else self.other(place, 0, value)
+        """The length of a list; one that grows or shrinks by one is a counter, and no size."""
+        last = self._lengths.get(place, value)
+        self._lengths[place] = value
+        return value if abs(value - last) == 1 else self.other(place, 0, value)
+
+    def formula_of(self, number: Any) -> Formula:
+        """That of a number, which a size of an earlier recording is, too."""
+        if isinstance(number, TracedSize):
+            if number.notes is self:
+                return number.formula
+            return constant(int.__int__(number))
+        return constant(number)
 
     def _ask(self, relation: Callable[..., bool], formula: Formula, place: Place) -> None:
         if formula.terms:
@@ -101,19 +110,22 @@ class SizeNotes:
 
     def pin(self, number: object, frame: FrameType) -> None:
         """A value goes where no question is seen: at other calls it must be what it is here."""
-        if isinstance(number, TracedSize):
-            value = constant(-int.__int__(number))
-            self._ask(operator.eq, number.formula.plus(value), place_of(frame))
+        if isinstance(number, TracedSize) and number.notes is self:
+            self.pin_at(number, place_of(frame))
+
+    def pin_at(self, size: TracedSize, place: Place) -> None:
+        self._ask(operator.eq, size.formula.plus(constant(-int.__int__(size))), place)
 
     def follow(
         self, operation: Callable[..., Any], numbers: Sequence[Any], value: Any, frame: FrameType
     ) -> Any:
         """``value``, which the operation gave for these numbers, as a size if it is an integer."""
-        a, b = map(_formula, numbers[:2])
-        if type(value) is not int or a is None or b is None or numbers[2:]:
+        are_numbers = all(isinstance(number, (int, float)) for number in numbers)
+        if type(value) is not int or not are_numbers or numbers[2:]:
             if not any(isinstance(number, SILENT) for number in numbers):
                 self._pin_all(numbers, frame)
             return value
+        a, b = map(self.formula_of, numbers)
         if operation in (operator.add, operator.sub):
             return self.sum(value, a.plus(b, 1 if operation is operator.add else -1))
         if operation is operator.mul and not (a.terms and b.terms):
@@ -144,12 +156,6 @@ class SizeNotes:
         return TracedSize(value, formula, self) if formula.terms else value
 
 
-def _formula(number: object) -> Formula | None:
-    if isinstance(number, TracedSize):
-        return number.formula
-    return constant(number) if isinstance(number, (int, float)) else None
-
-
 def _method(operation: Callable[..., Any], prefix: str = "") -> Any:
     return getattr(int, f"__{prefix}{operation.__name__.rstrip('_')}__")
 
@@ -160,6 +166,8 @@ def _comparison(of: Callable[..., bool]) -> Any:
 
     def compare(self: TracedSize, other: Any, *, relation: Any = of, exact: Any = own) -> Any:
         notes = self.notes
+        if not notes.is_open and type(other) is TracedSize:
+            notes = other.notes
         if notes.is_open:
             frame = sys._getframe(1)
             if type(other) in (int, TracedSize, float, bool):
@@ -180,10 +188,13 @@ def _arithmetic(of: Callable[..., Any]) -> tuple[Any, Any]:
         if known is not None and self.notes.is_open and not more:
             return known
         value = exact(self, other, *more)
-        if not self.notes.is_open:
+        notes = self.notes
+        if not notes.is_open and type(other) is TracedSize:
+            notes = other.notes
+        if not notes.is_open:
             return value
         numbers = (self, other, *more)
-        result = self.notes.follow(of, numbers, value, sys._getframe(1))
+        result = notes.follow(of, numbers, value, sys._getframe(1))
         if type(other) is int and not more:
             self.results[of, other] = result
         return result
@@ -204,7 +215,9 @@ def _unary(of: Callable[..., int]) -> Any:
         if not notes.is_open:
             return value
         if of in (operator.neg, operator.invert):
-            return notes.sum(value, self.formula.scaled(-1).plus(constant(value + self)))
+            return notes.sum(
+                value, self.formula.scaled(-1).plus(constant(value + int.__int__(self)))
+            )
         return notes.make(of, value, (self.formula,), sys._getframe(1))
 
     return apply

@@ -55,6 +55,8 @@ WITHOUT_ROWS = "a call without rows runs the original, and decides nothing"
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
+# Seconds to wait for it: the model that another thread records may itself wait for this call.
+PATIENCE = 5.0
 
 
 class Engine:
@@ -251,11 +253,15 @@ class Engine:
         if refusal is not None:
             self._notices.say(refusal)
             return self.original.forward(*args, **kwargs)
-        with COMPILING:
+        if not COMPILING.acquire(timeout=PATIENCE):
+            return self.original.forward(*args, **kwargs)
+        try:
             # Another thread may have compiled it meanwhile.
             entry = self.entry_for(args, kwargs)
             if entry is None:
                 return self._record(args, kwargs)
+        finally:
+            COMPILING.release()
         operands = entry.calling.operands(args, kwargs)
         return self._run(entry, operands, args, kwargs)
 
