@@ -28,6 +28,15 @@ COPIED_BYTES = 2**20  # to copy so much of a y takes as long as to tell a kernel
 Body = Callable[..., tuple[Any, ...]]
 
 
+def code_of(graph: fx.GraphModule) -> str:
+    """The Python of ``graph``, and of what the chains in it run for every chunk."""
+    texts = [str(graph.code)]
+    for name, module in graph.named_children():
+        if isinstance(module, TimeChunks):
+            texts.append(f"# {name}, for the steps of a chunk of time{module.body.code}")
+    return "\n\n".join(texts)
+
+
 @dataclass(frozen=True)
 class Handed:
     """How much loops hand to one another a step, where ``role[index]`` has ``numel`` elements.

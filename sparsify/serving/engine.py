@@ -21,6 +21,7 @@ from sparsify.compiling.compiled import Compiled, Stage
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
 from sparsify.free_memory import free_memory
 from sparsify.graphs.foresee_products import likely_products
+from sparsify.graphs.time_chunks import code_of
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
 from sparsify.products.find_products import is_without_rows
@@ -210,7 +211,7 @@ class Engine:
 
     @property
     def code(self) -> str:
-        return str(self.compiled.graph.code)
+        return code_of(self.compiled.graph)
 
     @property
     def kernels(self) -> dict[str, KernelView]:
