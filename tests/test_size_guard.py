@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from sparsify.passes.generalize import find_fit
 from sparsify.recording.traced_size import SizeNotes
-from sparsify.serving.size_guard import Run, SizeGuard
+from sparsify.serving.size_guard import Fit, Run, SizeGuard
 from tests.test_traced_size import all_of
 
 SOURCES = ["x"]
@@ -177,3 +177,14 @@ def test_a_size_may_follow_in_another_way_where_python_decides_otherwise() -> No
     for size in (7, 11, 20, 17):
         found.add(with_parity(size))
     assert believed(found) == [n for n in SIZES if n == 20 or (n % 2 and n != 5)]
+
+
+def test_what_is_answered_while_a_run_is_added_is_not_kept() -> None:
+    def find(a: int, b: int, first: Sequence[int], second: Sequence[int]) -> Fit | None:
+        assert not found.holds([torch.empty(7, 3)], (7,))  # as another thread may ask
+        return find_fit(a, b, first, second)
+
+    found = SizeGuard(SOURCES, find)
+    for size in (5, 9):
+        found.add(run(lambda n: range(n * n), size))
+    assert found.holds([torch.empty(7, 3)], (7,))
