@@ -97,6 +97,16 @@ def test_a_decision_between_recorded_sizes_is_seen(decide: Decide) -> None:
     assert engine_of(fast).failure is None
 
 
+def test_a_size_that_was_made_and_enters_the_graph_is_seen() -> None:
+    model = Deciding(lambda net, x: net(x)[: x.split(4)[-1].shape[0]]).eval()  # type: ignore[no-untyped-call]
+    fast = sparsify(model, timing=False)
+    with torch.no_grad():
+        for steps in (4, 8, 12, 7, 8, 12, 10, 6):
+            x = spikes(steps, 3, rate=0.7)
+            assert torch.equal(fast(x), model(x)), steps
+    assert any(entry.is_general for entry in engine_of(fast).entries)
+
+
 def while_loop(net: nn.Module, x: Tensor) -> Tensor:
     v = spiked = torch.zeros(x.size(1), HIDDEN)
     votes: list[Tensor] = []

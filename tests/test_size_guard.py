@@ -163,6 +163,17 @@ def test_what_is_rounded_is_believed_for_its_multiples_only() -> None:
     assert believed(made_guard(lambda n: 1 + (n - 1) % 8, 9, 17, 33)) == [1, 9, 17, 25, 33]
 
 
+def test_a_size_that_was_made_is_followed_where_nothing_is_asked_of_it() -> None:
+    """It may be where a slice ends: in the graph, as in ``y[: x.split(4)[-1].shape[0]]``."""
+    found = SizeGuard(SOURCES, find_fit)
+    for size in (4, 8, 12, 13):
+        notes = SizeNotes()
+        notes.other(("net.py", 7, 0), 0, 1 + (size - 1) % 4)
+        assert size != 13 or believed(found) == [n for n in SIZES if n % 4 == 0]
+        found.add(Run.of(all_of(notes), SOURCES, [(size, 3)], (size,)))
+    assert believed(found) == list(SIZES)  # the graph is the same at 13: it is not in it
+
+
 def test_a_size_may_follow_in_another_way_where_python_decides_otherwise() -> None:
     def even(n: int) -> int:
         return n - n % 2

@@ -187,10 +187,7 @@ def _find_way(first: Run, second: Run, find_fit: FindFit) -> _Way | str:
             parts[part] = formula
         elif part.operation is not operator.mul:
             return f"Python computes with sizes in {_line(part.place)}"
-    terms = [question.terms for question in answers]
-    terms += [operand for part in parts for operand in part.operands]
-    needed = {r for formula in terms for r in _made_reads(formula)}
-    return _Way(answers, {r: formula for r, formula in fits.items() if r in needed}, parts)
+    return _Way(answers, fits, parts)
 
 
 def _made_reads(formula: Formula) -> list[Read]:
