@@ -36,9 +36,9 @@ PRODUCTS: dict[object, int] = {
 }
 
 MOST_DENSITY = 0.5  # of a weight that counts as sparse: above, hardly any kernel gains by its zeros
+DEEPEST = 8  # operations between what a model keeps and a weight that forward makes of it
 
 # What a product's meta has beside the facts of values: see ``graph_meta``.
-DEEPEST = 8  # operations between what a model keeps and a weight that forward makes of it
 MEASURED = ("activity", "pattern")
 
 # Sums over dims of one tensor, which no kernel has.

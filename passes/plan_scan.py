@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from sparsify.passes.classify_ops import is_stored
 from sparsify.passes.encode_nodes import leaves, shape_of
 from sparsify.passes.find_loops import Loop
 from sparsify.passes.find_series import (
@@ -106,8 +107,7 @@ def is_weight(node: fx.Node) -> bool:
     seen = node
     while seen.op == "call_function" and seen.target in (aten.t.default, aten.transpose.int):
         seen = seen.all_input_nodes[0]
-    source = seen.meta.get("source")
-    return seen.op == "placeholder" and getattr(source, "kind", "input") != "input"
+    return is_stored(seen, depth=0)
 
 
 def _tabulate_numbers(plan: ScanPlan) -> Mismatch | None:

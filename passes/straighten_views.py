@@ -66,6 +66,13 @@ def _ends(node: fx.Node) -> Iterator[fx.Node]:
         yield from _ends(user)
 
 
+def behind_views(node: fx.Node) -> fx.Node:
+    """What ``node`` is a view of, or ``node`` itself."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _straighten(graph: fx.Graph, end: fx.Node) -> None:
     base, length = end, 0
     while base.target in VIEWS:

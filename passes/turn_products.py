@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.classify_ops import is_stored
-from sparsify.passes.straighten_views import VIEWS, follow_views
+from sparsify.passes.straighten_views import VIEWS, behind_views, follow_views
 from sparsify.passes.tensor_info import call, contiguous_stride, permuted, with_shape
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ def turn_products(graph: fx.Graph) -> list[fx.Node]:
     by_weight: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if may_turn(node):
-            by_weight.setdefault(_behind_views(node.all_input_nodes[0]), []).append(node)
+            by_weight.setdefault(behind_views(node.all_input_nodes[0]), []).append(node)
     made = []
     for products in by_weight.values():
         # The first step may multiply by a state that is stored; all steps have to do the same.
@@ -46,12 +46,6 @@ def turn_products(graph: fx.Graph) -> list[fx.Node]:
 def may_turn(node: fx.Node) -> bool:
     """Whether a stored tensor, or what is computed of stored ones alone, is on the left."""
     return node.target in PRODUCTS and is_stored(node.all_input_nodes[0])
-
-
-def _behind_views(node: fx.Node) -> fx.Node:
-    while node.target in VIEWS:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _turn(graph: fx.Graph, product: fx.Node) -> fx.Node | None:

@@ -26,7 +26,12 @@ from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import RESHAPES, keep_measured
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
-from sparsify.passes.straighten_views import VIEWS, follow_views, straighten_views, uncast
+from sparsify.passes.straighten_views import (
+    behind_views,
+    follow_views,
+    straighten_views,
+    uncast,
+)
 from sparsify.passes.tensor_info import call, cast, permuted, with_shape
 from sparsify.passes.turn_products import may_turn, turn_products
 from sparsify.recording.unwritten_graph import UnwrittenGraph
@@ -146,9 +151,7 @@ def _reshaped(graph: fx.Graph, stored: fx.Node, shape: Shape, product: fx.Node) 
 
 def _matrix_behind(weight: fx.Node) -> tuple[fx.Node, Shape, bool] | None:
     """What every batch of ``weight`` is a view of, its shape as a matrix, whether transposed."""
-    base = weight
-    while base.target in VIEWS:
-        base = base.all_input_nodes[0]
+    base = behind_views(weight)
     info: Any = base.meta.get("val")
     if base is weight or not hasattr(info, "shape") or len(info.shape) < 2:
         return None

@@ -149,13 +149,7 @@ class TeamText:
         w, note = self.w, "it has told what the others read"
         w.line("for (int half = 0; half < halves; ++half) team.arrive(half);")
         with self._steps(), self._each_half():
-            self._write_ahead()
-            self._write_fetches()
-            seen: set[str] = set()
-            for index, phase in enumerate(self.kernel.phases):
-                sums = self.sums(phase, seen)
-                for source in sums.early():
-                    sums.write(source)
+            for index, _, sums in self._phases():
                 if index == 0:
                     w.line("if (!team.wait(half)) return;", "all have told it")
                 self._write_phase(index, sums)
@@ -170,19 +164,24 @@ class TeamText:
             self.mail.write_arrival(self.span, "0")
         self.mail.write_first_receipt()
         with self._steps(), self._each_half():
-            self._write_ahead()
-            self._write_fetches()
-            seen: set[str] = set()
-            for index, phase in enumerate(self.kernel.phases):
-                sums = self.sums(phase, seen)
-                for source in sums.early():
-                    sums.write(source)
+            for index, phase, sums in self._phases():
                 if index < last:
                     self._write_phase(index, sums)
                     continue
                 self._write_sums(sums)
                 with self.mail.while_sorting(self.span):
                     self._write_neurons(phase, self.team.symbols.phases[index], "NEURON_WARPS")
+
+    def _phases(self) -> Iterator[tuple[int, ir.Phase, TeamSums]]:
+        """The phases of a step, whose early sums are written; what is needed ahead comes first."""
+        self._write_ahead()
+        self._write_fetches()
+        seen: set[str] = set()
+        for index, phase in enumerate(self.kernel.phases):
+            sums = self.sums(phase, seen)
+            for source in sums.early():
+                sums.write(source)
+            yield index, phase, sums
 
     @contextmanager
     def _each_half(self) -> Iterator[None]:

@@ -88,7 +88,7 @@ class _Checker(fx.Interpreter):
         steps = args[0]
         names = ", ".join(name for name, _ in chunks.body.named_children())
         whole, parts = (
-            chunks.run(Executors(*[chunks.body] * 3), *args, length=length)
+            chunks.run(Executors.of(chunks.body), *args, length=length)
             for length in (steps, max(1, steps // 3))
         )
         pairs = () if chunks.has_products else zip(parts, whole, strict=True)
@@ -96,7 +96,7 @@ class _Checker(fx.Interpreter):
             place = Place(f"chunks of time of {names} against one call", f"result {index}")
             check_equal(place, got, wanted)
         inner = _Checker(chunks.body, self.most_undecided, self.progress)
-        results = chunks.run(Executors(*[inner.run] * 3), *args, length=steps)
+        results = chunks.run(Executors.of(inner.run), *args, length=steps)
         self.figures += inner.figures
         return results
 

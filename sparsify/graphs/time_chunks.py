@@ -75,6 +75,11 @@ class Executors(NamedTuple):
     again: Body
     into: Body | None = None
 
+    @staticmethod
+    def of(body: Body) -> Executors:
+        """The same for all of them."""
+        return Executors(body, body, body)
+
 
 class TimeChunks(nn.Module):
     """Runs ``body`` for all steps, so that it never has more than a chunk of what it hands on.
@@ -97,7 +102,7 @@ class TimeChunks(nn.Module):
         consts: Sequence[Tensor],
         picks: Sequence[int] = (),
     ) -> tuple[Tensor, ...]:
-        return self.run(Executors(*[self.body] * 3), steps, carries, xs, consts, picks)
+        return self.run(Executors.of(self.body), steps, carries, xs, consts, picks)
 
     def run(
         self,

@@ -113,10 +113,10 @@ class _Run:
 
     def _pin_what_backward_decides_by(self) -> None:
         for function in self.applications.functions if self.applications else ():
-            own = function.vjp is not torch.autograd.Function.vjp
-            place = find_decision(function.vjp if own else function.backward)
-            if place is not None:
-                self.reads.pin_operands(place)
+            for method in (function.backward, function.vjp):
+                place = find_decision(method)
+                if place is not None:
+                    self.reads.pin_operands(place)
 
     def _conclude(self, result: Any) -> Conclusion | None:
         if self.positions.was_disturbed:

@@ -39,11 +39,11 @@ class Layout:
         classes: Sequence[Sequence[Dim]] = (),
         least_size: int = 1,
         spans: Sequence[Span] | None = None,
-        guard: SizeGuard | None = None,
     ) -> None:
         self.classes = tuple(tuple(dims) for dims in classes)
         self.spans = (EVERY,) * len(self.classes) if spans is None else tuple(spans)
-        self.least_size, self.guard = least_size, guard
+        self.least_size = least_size
+        self.guard: SizeGuard | None = None
         varying = {index for dims in self.classes for index, _ in dims}
         self.layouts = tuple(
             OperandLayout(
