@@ -111,7 +111,9 @@ def run_limited(command: tuple[str, ...], limit_s: float, folder: Path | None = 
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # so that the compiler's own children can be ended with it
+            # So that the compiler's own children can be ended with it. In a session of its own
+            # Linux would schedule it as another program is, whatever its niceness.
+            process_group=0,
         )
     except OSError as error:
         raise BuildFailed(f"{command[0]} cannot be run: {error}.", "") from error

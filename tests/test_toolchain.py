@@ -331,6 +331,12 @@ def test_interrupt_ends_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert is_gone(int(pid_file.read_text()))
 
 
+def test_a_compiler_shares_the_session_whose_niceness_counts() -> None:
+    """And leads a group of its own, which is ended with it."""
+    told = "import os; print(os.getpid() == os.getpgrp(), os.getsid(0))"
+    assert run_limited((sys.executable, "-c", told), 20).split() == ["True", str(os.getsid(0))]
+
+
 def test_output_of_a_compiler_need_not_be_text(tmp_path: Path) -> None:
     program = script(tmp_path / "binary", "printf '\\377error'; exit 3")
     with pytest.raises(BuildFailed, match="exit status 3") as failed:
