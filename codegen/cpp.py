@@ -14,6 +14,7 @@ from sparsify.codegen.backend import Binary, Cost, Launchable, Source
 from sparsify.codegen.cost_model import Rates, calibrate_rates
 from sparsify.codegen.cpp_outer_product import CppOuterProducts
 from sparsify.codegen.launch import CppLaunchable
+from sparsify.codegen.plain_names import PLAIN, with_plain_names
 from sparsify.codegen.strategies import STRATEGIES, find_strategy
 from sparsify.codegen.toolchain import (
     KERNEL_HEADERS,
@@ -57,19 +58,20 @@ class CppBackend:
         refusal = self.why_not(kernel, schedule)
         if refusal is not None:
             raise ValueError(str(refusal))
-        entry = Names().new(f"run_{kernel.name}")
+        entry = _entry(kernel.name)
         text = find_strategy(schedule.strategy).render(kernel, schedule, entry)
         return Source(text, f"{entry}.cpp", entry)
 
     def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
-        """The compiled kernel, from the cache if it was compiled before."""
+        """The compiled kernel, from the cache if one was compiled that differs in names only."""
         source = self.render(kernel, schedule)
+        plain = self.render(*with_plain_names(kernel, schedule))
         headers = {file: read_source(file) for file in KERNEL_HEADERS}
-        path = compile_shared_library(source.text, source.entry, headers=headers)
+        path = compile_shared_library(plain.text, plain.entry, headers=headers)
         return Binary(path, source, kernel, schedule)
 
     def load(self, binary: Binary) -> Launchable:
-        function = load_library(binary.path)[binary.source.entry]
+        function = _function_in(binary)
         tile = find_strategy(binary.schedule.strategy).tile(binary.kernel, binary.schedule)
         return CppLaunchable(
             binary.kernel,
@@ -86,5 +88,13 @@ class CppBackend:
         return rates.predict_seconds(cost, torch.get_num_threads())
 
     def _function_of(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Any:
-        binary = self.compile(kernel, schedule)
-        return load_library(binary.path)[binary.source.entry]
+        return _function_in(self.compile(kernel, schedule))
+
+
+def _entry(name: str) -> str:
+    return Names().new(f"run_{name}")
+
+
+def _function_in(binary: Binary) -> Any:
+    """What was compiled has plain names, whatever ``binary.source`` has."""
+    return load_library(binary.path)[_entry(PLAIN)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -246,3 +247,16 @@ def product(senders: int, receivers: int, dtype: ir.DType = "float32") -> ir.Ker
         phases=(ir.Phase("receivers", (ir.Gather("y", "w", "x", "real"), ir.Store("out", "y"))),),
         outputs=(ir.Output("out", ("T", "B", "N"), "receivers", dtype),),
     )
+
+
+def renamed(value: Any) -> Any:
+    """All names and notes of a kernel, or of a part of it, say something else."""
+    if isinstance(value, str):
+        return f"{value}_of_another_layer"
+    if isinstance(value, tuple):
+        return tuple(map(renamed, value))
+    if not hasattr(value, "__dataclass_fields__"):
+        return value
+    kept = {"dtype", "axes", "op", "payload"}
+    fields = [f for f in value.__dataclass_fields__ if f not in kept]
+    return replace(value, **{field: renamed(getattr(value, field)) for field in fields})

@@ -31,7 +31,7 @@ from sparsify.serving import check_speed
 from sparsify.serving import engine as engine_module
 from sparsify.serving.engine import Engine
 from sparsify.serving.failures import record_or_run
-from tests.example_kernels import product
+from tests.example_kernels import product, renamed
 from tests.surrogates import ATan
 
 STEPS, BATCH, NEURONS = 20, 8, 128  # more multiplications than SMALL_PRODUCT
@@ -237,6 +237,29 @@ def test_kernels_that_were_begun_with_are_compiled_once() -> None:
     assert list(binaries.made) == wanted and not binaries.is_cold
     beside = niceness() + (NICENESS if sys.platform.startswith("linux") else 0)
     assert sorted(asked) == [("a", niceness()), ("b", beside), ("c", beside)]
+
+
+@pytest.mark.skipif(toolchain.why_unavailable() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("begun", [False, True])
+def test_layers_that_are_equal_are_compiled_once(compiled: list[str], begun: bool) -> None:
+    kernels = [product(64, 32), renamed(product(64, 32))]
+    binaries = Binaries(CppBackend(RATES))
+    plans = [ir.Schedule("rows-per-thread", ((k.gathers[0].result, "event"),)) for k in kernels]
+    wanted = list(zip(kernels, plans, strict=True))
+    if begun:
+        binaries.begin()
+        for key in wanted:
+            binaries.begin_kernel(*key)
+    assert binaries.compile_all([*wanted, (product(64, 33), plans[0])]) is None
+    assert compiled == ["kernel", "kernel"]
+    weight, x = torch.eye(32, 64), torch.ones(1, 2, 64)
+    for kernel, plan in wanted:
+        operand, matrix, output = (
+            part[0].name for part in (kernel.operands, kernel.weights, kernel.outputs)
+        )
+        found = binaries.load(kernel, plan)({operand: x, matrix: weight}, steps=1, batch=2)
+        assert torch.equal(found[output], x[..., :32])
+        assert kernel.name in binaries.made[kernel, plan].source.text
 
 
 def test_an_example_is_recorded_on_the_cores_that_no_compiler_has(

@@ -1,4 +1,4 @@
-"""The compiled kernels of one model, each compiled once."""
+"""The compiled kernels of one model, each compiled once, and equal layers together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any
 from sparsify import ir
 from sparsify.codegen.backend import Backend, Binary, Launchable
 from sparsify.codegen.outer_product import Foreseen
+from sparsify.codegen.plain_names import with_plain_names
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 CACHED_SECONDS = 0.1  # what is in the cache is there by then; what is not takes longer
 READY_SECONDS = 0.03  # so is what all kernels need
 NICENESS = 5  # added to that of compilers beside a check: two of them share the other core
 Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
+Key = tuple[ir.Kernel, ir.Schedule]
 
 
 class Binaries:
@@ -25,10 +27,11 @@ class Binaries:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.made: dict[tuple[ir.Kernel, ir.Schedule], Binary] = {}
+        self.made: dict[Key, Binary] = {}
         self._pool: ThreadPoolExecutor | None = None  # of what is begun before kernels are known
         self._ready: Future[Refusal | None] | None = None
         self._early: dict[object, Future[Any]] = {}
+        self._begun: set[Key] = set()  # under plain names
 
     def begin(self) -> None:
         """Begin with what all kernels need, unless there are kernels already."""
@@ -59,8 +62,11 @@ class Binaries:
     def begin_kernel(self, kernel: ir.Kernel, schedule: ir.Schedule) -> None:
         """Begin with a kernel that ``compile_all`` will be asked for."""
         if self._pool is not None:
-            made = self._pool.submit(self.backend.compile, kernel, schedule)
-            self._early.setdefault((kernel, schedule), made)
+            plain = with_plain_names(kernel, schedule)
+            if plain not in self._begun:
+                self._begun.add(plain)
+                made = self._pool.submit(self.backend.compile, kernel, schedule)
+                self._early[kernel, schedule] = made
 
     @property
     def is_compiling(self) -> bool:
@@ -72,7 +78,7 @@ class Binaries:
 
     def compile_all(
         self,
-        wanted: Sequence[tuple[ir.Kernel, ir.Schedule]],
+        wanted: Sequence[Key],
         products: Iterable[Foreseen] = (),
         meanwhile: Meanwhile | None = None,
     ) -> Refusal | None:
@@ -93,7 +99,8 @@ class Binaries:
                 early.get(_kind(product)) or pool.submit(self._compile_product, product)
                 for product in unlike(products)
             ]
-            made = [early.get(key) or pool.submit(self.backend.compile, *key) for key in missing]
+            found = self._compile_unlike(pool, missing, early)
+            made = [found[key] for key in missing]
             if meanwhile is not None:
                 # Where a first compiler ran already, nothing is in the cache.
                 patience = 0.0 if self.is_cold else CACHED_SECONDS
@@ -111,17 +118,45 @@ class Binaries:
         """Take back what was begun with, as far as no compiler runs yet."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool, self._ready, self._early = None, None, {}
+        self._pool, self._ready, self._early, self._begun = None, None, {}, set()
 
     def load(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Launchable:
         if (kernel, schedule) not in self.made:
             self.compile_all([(kernel, schedule)])
         return self.backend.load(self.made[kernel, schedule])
 
+    def _compile_unlike(
+        self, pool: ThreadPoolExecutor, keys: Sequence[Key], early: dict[object, Future[Any]]
+    ) -> dict[Key, Future[Any]]:
+        """Compile ``keys``, of those that differ in names only the others when the first is done:
+        they are in the cache then. ``early`` are those that run already.
+        """
+        found = {key: early[key] for key in keys if key in early}
+        firsts = {with_plain_names(*key): made for key, made in found.items()}
+        likes: list[tuple[Key, Future[Any]]] = []
+        for key in sorted(keys, key=_statements, reverse=True):
+            plain = with_plain_names(*key)
+            if plain not in firsts:
+                found[key] = firsts[plain] = pool.submit(self.backend.compile, *key)
+            elif key not in found:
+                likes.append((key, firsts[plain]))
+        # No core waits for a first one as long as there is other work.
+        return found | {key: pool.submit(self._compile_after, made, key) for key, made in likes}
+
+    def _compile_after(self, first: Future[Any], key: Key) -> Binary:
+        wait([first])
+        return self.backend.compile(*key)
+
     def _compile_product(self, product: Foreseen) -> None:
         # Where this fails, an OuterProduct computes a dense product and says why.
         with suppress(BackendUnavailable, CompileError):
             self.backend.outer_products.compile(product)
+
+
+def _statements(key: Key) -> int:
+    """What the time grows with that a compiler takes."""
+    kernel, _ = key
+    return sum(len(phase.body) for phase in kernel.phases)
 
 
 def _stand_back() -> None:
