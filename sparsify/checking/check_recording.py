@@ -80,6 +80,7 @@ def repeat(
         call = given
         expected = run(given, model.forward, differentiate)
     else:
+        free_memory()  # what the model left
         call = perturb(given)  # anew: the model may have written to them
     got = run(call, _repeating(recording), differentiate_result)
     differs = _compare(got.values, expected.values)

@@ -17,6 +17,7 @@ from sparsify.choosing.candidates import Candidate
 from sparsify.codegen.backend import Launchable
 from sparsify.comparing.regions import RegionCheck
 from sparsify.errors import MismatchError, Refusal
+from sparsify.free_memory import free_memory
 from sparsify.passes.without_packing import without_packing
 from sparsify.regions.region import Region, batch_of
 from sparsify.scans.lowered import Lowered
@@ -211,6 +212,7 @@ def seconds_of(function: Callable[[], Any], enough: float = 0.0) -> float:
 
     Slow ones are called once, and so is what takes less than ``enough``.
     """
+    free_memory()  # each call may leave a hole of the size of its results
     took: list[float] = []
     for _ in range(FIRST_CALLS):
         wait_for_devices()

@@ -328,6 +328,7 @@ class Engine:
     @seldom_collected()
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
+        free_memory()  # what recording left
         if is_without_rows(recording.graph.graph):
             self._originals.add(call_key(self.original, args, kwargs))
             self._notices.note(WITHOUT_ROWS)
