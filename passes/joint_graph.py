@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify.interpreter import Interpreter
 from sparsify.passes.simplify_joint import erase_dead, simplify_joint
 from sparsify.passes.trace_operations import Tracer, trace_operations
 from sparsify.passes.without_gradients import is_application
@@ -133,7 +134,7 @@ def is_float(node: fx.Node) -> bool:
     return bool(node.meta["val"].dtype.is_floating_point)
 
 
-class _KeepValues(fx.Interpreter):
+class _KeepValues(Interpreter):
     """Runs a body and keeps the value of every node that is a tensor.
 
     The outputs of one use of a Function come from one call of ``apply``, so that its backward is

@@ -20,6 +20,7 @@ VOCABULARY = {
     "sparsify.errors",
     "sparsify.free_memory",
     "sparsify.graph_meta",
+    "sparsify.interpreter",
     "sparsify.ir",
     "sparsify.options",
     "sparsify.plan",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from sparsify.rounding.sums import MOST_WIDENED
 from sparsify.serving.engine import Engine
 from tests.live_bytes import peak_of
 
+ROOT = Path(__file__).parents[1]
 MOST_OVER_EAGER = 1.5
 STEPS, BATCH, INPUTS, HIDDEN = 40, 96, 128, 256
 
@@ -228,6 +231,25 @@ def test_functions_that_are_timed_leave_no_holes() -> None:
         seconds_of(call)
     assert len(kept) > 10
     assert resident() - before <= (FIRST_CALLS + 2) * size
+
+
+ALONE = """
+import sys, threading, torch
+from tests.test_memory import Recurrent, has_compiled
+from sparsify.api import sparsify
+
+before = threading.enumerate()
+fast = sparsify(Recurrent(), torch.ones(4, 2, 128), timing=True)
+assert has_compiled(fast)
+assert "numpy.random" not in sys.modules and "multiprocessing.synchronize" not in sys.modules
+assert threading.enumerate() == before
+"""
+
+
+def test_compiling_loads_no_libraries_and_leaves_no_threads() -> None:
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert not done.returncode, done.stderr
 
 
 def test_fingerprints_leave_no_holes() -> None:

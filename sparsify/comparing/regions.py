@@ -22,6 +22,7 @@ from sparsify.comparing.outputs import RegionOutput
 from sparsify.comparing.values import Place, check_equal
 from sparsify.errors import MismatchError
 from sparsify.graphs.time_chunks import Executors, TimeChunks
+from sparsify.interpreter import Interpreter
 from sparsify.passes.without_packing import without_packing
 from sparsify.regions.region import Region
 from sparsify.regions.sized_launchable import SizedLaunchable
@@ -58,14 +59,13 @@ def check_regions(
     return tuple(checker.figures)
 
 
-class _Checker(fx.Interpreter):
+class _Checker(Interpreter):
     """Runs the original Scan of every Region, and checks the Region on the same operands."""
 
     def __init__(
         self, graph: fx.GraphModule, most_undecided: float, progress: Progress | None
     ) -> None:
         super().__init__(graph)
-        self.extra_traceback = False  # it would append the node to the message of a mismatch
         self.most_undecided = most_undecided
         self.progress = progress
         self.figures: list[RegionFigures] = []

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from sparsify.errors import Refusal
 from sparsify.graphs.linked_graph import LinkedGraph
 from sparsify.graphs.loops import BACKWARD
+from sparsify.interpreter import Interpreter
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.differentiate import Draft, draft_gradient
 from sparsify.passes.find_masks import Mask
@@ -55,7 +56,7 @@ def measure_gradients(scans: Mapping[str, Scan], calls: Mapping[str, tuple[Any, 
             _measure(scan, *calls[name])
 
 
-class _RequiredFinder(fx.Interpreter):
+class _RequiredFinder(Interpreter):
     """Which operands of every Scan require grad, and how many steps it runs.
 
     Every Scan runs for a few steps only, and the last of them stands for all others.
@@ -101,7 +102,7 @@ def _measure(
             node.meta["activity"] = sum(shares) / len(shares)
 
 
-class _ProductWatcher(fx.Interpreter):
+class _ProductWatcher(Interpreter):
     def __init__(
         self, body: fx.GraphModule, seen: dict[fx.Node, list[float]], masks: Mapping[fx.Node, Mask]
     ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from sparsify.bench import wait_for_devices
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.graphs.time_chunks import TimeChunks
+from sparsify.interpreter import Interpreter
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.split_time import used_outputs
 from sparsify.regions.chunked_scan import ChunkedScan
@@ -174,7 +175,7 @@ def _with_kernels(
     return module.with_executors(regions[name], backward)
 
 
-class _Capture(fx.Interpreter):
+class _Capture(Interpreter):
     """Unless ``is_whole``, nothing runs from the last loop on: what it is called with is known."""
 
     def __init__(self, graph: fx.GraphModule, is_whole: bool = True) -> None:
@@ -227,7 +228,7 @@ class _Capture(fx.Interpreter):
         return values
 
 
-class _Visitor(fx.Interpreter):
+class _Visitor(Interpreter):
     def __init__(
         self,
         graph: fx.GraphModule,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from sparsify.interpreter import Interpreter
 from sparsify.rounding.bounded import Bounded, Precision, exact, is_exact, move, stack, unbounded
 from sparsify.rounding.halves import HALVES, UNKNOWN, in_halves
 from sparsify.rounding.rows import COUPLING, DECIDING, ROWS
@@ -42,7 +43,7 @@ def bound_errors(graph: fx.GraphModule, operands: Sequence[Tensor | Bounded]) ->
     return ErrorBounds(graph).evaluate(operands)
 
 
-class ErrorBounds(fx.Interpreter):
+class ErrorBounds(Interpreter):
     """Runs a graph of ATen operations on ``Bounded`` values; keep it to run the graph again.
 
     Scans with at least one step are run step by step.
@@ -53,7 +54,6 @@ class ErrorBounds(fx.Interpreter):
         is kept.
         """
         super().__init__(graph)
-        self.extra_traceback = False
         self._lasting = _find_lasting(graph.graph, lasting)
         self._kept: dict[fx.Node, tuple[list[Bounded], Any]] = {}
         self._dtypes: dict[fx.Node, torch.dtype] = {}
