@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -276,6 +277,19 @@ TABLE = np.zeros(200_000)
 def test_what_no_graph_repeats(change: Callable[[Counting, Tensor], object], said: str) -> None:
     effects = [str(effect) for effect in watched(Counting(change), X).side_effects(())]
     assert len(effects) == 1 and said in effects[0], effects
+
+
+def test_a_generator_that_forward_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy loads it when it is first named: nobody knows what its state was."""
+
+    def load(model: Counting, x: Tensor) -> None:
+        sys.modules["numpy.random"] = np.random
+        np.random.random()
+
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    effects = watched(Counting(load), X).side_effects(())
+    told = [effect for effect in effects if "forward loads Python's numpy.random" in str(effect)]
+    assert len(told) == 1 and told[0].may_settle, effects
 
 
 @pytest.mark.parametrize(("change", "called"), [(write_file, "write"), (log_shape, "handle")])

@@ -96,6 +96,7 @@ class Seen:
         self._walk = Walk()
         self._changes: list[Change] = []
         self._drawn: list[str] = []
+        self._loaded: list[str] = []
         self._variables: dict[Any, object] = {}
         self._failure = ""
         self._foreign: FrameType | None = None  # runs in the middle of forward, is none of it
@@ -123,6 +124,9 @@ class Seen:
             text = f"forward draws random numbers from Python's {name}."
             remedy = "Draw them with torch, or outside forward and pass them in."
             effects.append(SideEffect(name, "", "", text=text, remedy=remedy))
+        for name in self._loaded:
+            text = f"forward loads Python's {name}, and may draw random numbers from it."
+            effects.append(SideEffect(name, "", "", text=text, may_settle=True))
         for name, where in self._reached_out.items():
             text = f"forward calls {name}(), which a replaced run would not do."
             remedy = "Call it outside forward."
@@ -203,6 +207,7 @@ class Seen:
         self._changes = find_changes(self._walk)
         now = random_states()
         self._drawn = [n for n, then in self._random.items() if frozen(now[n]) != frozen(then)]
+        self._loaded = [name for name in now if name not in self._random]
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from sparsify.recording.environment import random_states, restore_random
 from sparsify.recording.sources import KnownTensors
 
 
@@ -52,14 +51,10 @@ def _whole_memory(tensor: Tensor) -> Tensor:
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     """Inside, random numbers may be drawn; outside, nobody will know."""
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
+    before = random_states()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
+            restore_random(before)
