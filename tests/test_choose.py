@@ -71,11 +71,11 @@ def record(model: Model, steps: int = 6) -> tuple[Recording, list[Tensor]]:
     return Recording(found.graph, call, call, found.results), found.operands
 
 
-def task_of(model: Model) -> Task:
+def task_of(model: Model, which: int = 0) -> Task:
     recording, operands = record(model)
     graph = run_pipeline(recording.graph)[-1].graph
     scans = find_scans(graph)
-    return find_tasks(scans, capture(graph, operands).calls, lower_scans(scans))[0]
+    return find_tasks(scans, capture(graph, operands).calls, lower_scans(scans))[which]
 
 
 def predictor(activity: float, batch: int = 4, region: RegionPlan | None = None) -> Predictor:
@@ -125,6 +125,27 @@ def test_of_what_is_not_close_to_the_best_one_kernel_is_compiled() -> None:
     assert [c.label for c in near] == ["event", "dense", "event"]
     assert [c.label for c in far] == ["dense", "event"]
     assert far[1].predicted_seconds > CLOSE * far[0].predicted_seconds
+
+
+def test_of_strategies_that_are_predicted_to_be_the_same_the_first_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless weights are so large that it matters in whose cache they lie."""
+    found = predictor(0.01, batch=256)
+    (gather,) = found.kernel.gathers
+    every = found.candidates({gather.result: "event"})
+    first = every[0].predicted_seconds
+    strategies = [c.schedule.strategy for c in every]
+    assert len(every) > 1 and len({*strategies}) == len(every)
+    near = [replace(c, predicted_seconds=first) for c in every]
+    assert found.unlike(near) == near[:1]
+    slower = [replace(c, predicted_seconds=first * 1.1**i) for i, c in enumerate(every)]
+    assert found.unlike(slower) == slower
+    dense = found.candidates({gather.result: "dense"})
+    dense = [replace(c, predicted_seconds=first) for c in dense]
+    assert found.unlike([*near, *dense]) == [near[0], dense[0]]
+    monkeypatch.setattr("sparsify.choosing.candidates.FAR_WEIGHTS", 0)
+    assert found.unlike(near) == near
 
 
 def test_of_loops_that_take_little_one_kernel_of_a_kind_is_compiled(

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from sparsify import ir
 from sparsify.bench import Timings
 from sparsify.choosing import choose
 from sparsify.choosing.binaries import Binaries
+from sparsify.choosing.candidates import find_candidates
 from sparsify.choosing.choose import (
     ENOUGH_SECONDS,
     FIRST_CALLS,
@@ -21,17 +25,24 @@ from sparsify.choosing.choose import (
     SLOW_SECONDS,
     TIMED_SECONDS,
     TIMED_STEPS,
+    _exact_events,
+    _some_rows,
+    choose_region,
     in_the_middle,
     seconds_of,
     time_candidates,
     timed_steps,
+    why_wrong,
 )
+from sparsify.codegen.backend import Launchable
 from sparsify.compiling.compile_recording import Compiler
 from sparsify.options import Options
 from sparsify.plan import Plan
+from sparsify.regions.region import Region
 from sparsify.scans.scan import Scan
-from tests.looped_models import layer_order, recurrent
-from tests.test_choose import BACKEND, record, task_of
+from tests.looped_models import W0, W1, B, H, layer_order, lif, recurrent
+from tests.test_choose import BACKEND, predictor, record, task_of, timings
+from tests.unrolled import Tape
 
 SLOW, FAST, FURTHER = 9e-3, 1e-3, 1.4e-3
 TIMED = 3  # of ten steps
@@ -154,3 +165,86 @@ def test_a_call_that_takes_long_is_timed_on_fewer_steps() -> None:
     assert timed_steps(task, 0.0) == timed_steps(task, 0.5 * TIMED_SECONDS) == TIMED_STEPS
     assert timed_steps(task, 6 * TIMED_SECONDS) == 50
     assert timed_steps(task, 1e3) == LEAST_STEPS
+
+
+def test_all_events_are_counted_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a kernel that reads events, and by one that does not."""
+    task = task_of(recurrent)
+    (gather,) = task.lowered.kernel.gathers
+    counted = []
+    for how in ("event", "dense"):
+        plan = ir.Schedule("rows-per-thread", ((gather.result, how),))
+        launchable = Binaries(BACKEND).load(task.lowered.kernel, plan)
+        events, seconds = _exact_events(task, Region(task.scan, task.lowered, launchable))
+        assert seconds > 0
+        assert launchable.events == {gather.result: (0, 0)}
+        counted.append(events)
+    assert counted[0] == counted[1] and counted[0].keys() == {gather.result}
+    assert all(0 < active < senders for active, senders in counted[0].values())
+
+
+def test_a_call_that_took_longer_than_predicted_is_timed_on_fewer_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected: list[float] = []
+
+    def timed(task: Any, regions: Any, seconds: float) -> Any:
+        expected.append(seconds)
+        return timings(contended=False), [FAST, SLOW]
+
+    task, (first, *_) = task_of(recurrent), find_candidates(predictor(0.01), {})
+    monkeypatch.setattr(choose, "time_candidates", timed)
+    monkeypatch.setattr(choose, "_exact_events", lambda *_: ({}, 2 * SLOW))
+    load = Binaries(BACKEND).load
+    for predicted in (FAST, 3 * SLOW):
+        assert choose_region(task, [replace(first, predicted_seconds=predicted)], load, True).region
+    assert expected == [2 * SLOW, 3 * SLOW]
+
+
+class Wrong:
+    """A kernel whose last row is wrong."""
+
+    def __init__(self, launchable: Launchable) -> None:
+        self._right = launchable
+        self.kernel, self.schedule = launchable.kernel, launchable.schedule
+        self.events, self.reset_events = launchable.events, launchable.reset_events
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        results = self._right(*args, **kwargs)
+        for result in results.values():
+            result[:, -1] += 1
+        return results
+
+
+def with_readout(tape: Tape, x: Tensor) -> Tensor:
+    """The readout is a loop without states, whose rows are all steps of all samples."""
+    v, out = torch.zeros(B, H), []
+    for x_t in tape.loop(x.unbind(0)):
+        v, z = lif(v, F.linear(x_t, W0))
+        out.append(z)
+    return F.linear(torch.stack(out), W1)
+
+
+def test_of_many_rows_the_first_and_the_last_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    readout = task_of(with_readout, which=-1)
+    assert (readout.operands[0], readout.batch) == (1, 6 * B)
+    (gather,) = readout.lowered.kernel.gathers
+    plan = ir.Schedule("rows-per-thread", ((gather.result, "event"),))
+    launchable = Binaries(BACKEND).load(readout.lowered.kernel, plan)
+    region = Region(readout.scan, readout.lowered, launchable)
+    assert _some_rows(readout, readout.batch) is readout
+    few = _some_rows(readout, 4)
+    assert few.batch == 4
+    for part, whole in zip(region(*few.operands), region(*readout.operands), strict=True):
+        assert torch.equal(part, torch.cat([whole[:, :2], whole[:, -2:]], 1))
+    monkeypatch.setattr(choose, "CHECKED_ROWS", 4)
+    assert why_wrong(readout, region) is None
+    refusal = why_wrong(readout, Region(readout.scan, readout.lowered, Wrong(launchable)))
+    assert refusal is not None and "does not compute" in refusal.reason
+    recurrence = task_of(recurrent)
+    assert _some_rows(recurrence, 1) is recurrence
+    body = readout.scan.body.graph
+    x = next(node for node in body.nodes if node.op == "placeholder")
+    with body.inserting_after(x):
+        body.call_function(torch.ops.aten.view.default, (x, [readout.batch, H]))
+    assert _some_rows(readout, 4) is readout, "an operation knows the number of rows"

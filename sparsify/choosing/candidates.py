@@ -8,6 +8,7 @@ from typing import Literal
 
 from sparsify import ir
 from sparsify.codegen.backend import Backend, Strategy
+from sparsify.codegen.predict_cost import BYTES, count_pairs
 from sparsify.errors import Refusal
 from sparsify.plan import RegionPlan
 from sparsify.products.layouts import Layouts, layouts_of, scattered
@@ -19,6 +20,8 @@ Gathers = dict[str, How]
 CLOSE = 1.5  # predictions within this factor of the best are settled by timing
 CLEARLY_FASTER = 1.2  # a prediction this much better moves calls of another size
 HOPELESS = 8.0  # a candidate predicted to be this much slower is not compiled
+SAME = 1.02  # strategies predicted within this factor do the same work in another order
+FAR_WEIGHTS = 1 << 20  # bytes from which on it matters in whose cache a weight lies
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,23 @@ class Predictor:
         readers = [g for g in self.kernel.gathers if g.weight == weight.name]
         sent = [g.only is None and how[g.result] == "event" for g in readers]
         return not any(sent) if self.is_gradient else all(sent)
+
+    def unlike(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Without those that are predicted to be the same as a faster one but for the strategy.
+
+        Small weights lie in the caches of all cores, whichever of them reads what.
+        """
+        widths = {w.name: BYTES[w.dtype] for w in self.kernel.weights}
+        stored = sum(count_pairs(self.kernel, w) * widths[w.name] for w in self.kernel.weights)
+        if stored > FAR_WEIGHTS or self.backend.name != "cpp":
+            return list(candidates)
+        found: list[Candidate] = []
+        for each in candidates:
+            given = each.schedule
+            like = (c for c in found if replace(c.schedule, strategy=given.strategy) == given)
+            if all(SAME * known.predicted_seconds < each.predicted_seconds for known in like):
+                found.append(each)
+        return found
 
     def seconds(self, gathers: Gathers) -> float:
         return min((c.predicted_seconds for c in self.candidates(gathers)), default=float("inf"))
@@ -229,11 +249,11 @@ def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Can
         events = {name: pinned.get(name, "event") for name in names}
     found: dict[ir.Schedule, Candidate] = {}
     for gathers in (dense, events):
-        best = _close(predictor.candidates(gathers))
+        best = predictor.unlike(_close(predictor.candidates(gathers)))
         if not best:
             continue
-        whole = _close(predictor.candidates(gathers, ()))
-        pruned = predictor.candidates(gathers, without_zeros=True)
+        whole = predictor.unlike(_close(predictor.candidates(gathers, ())))
+        pruned = predictor.unlike(predictor.candidates(gathers, without_zeros=True))
         pruned = [c for c in pruned if c.predicted_seconds <= CLOSE * best[0].predicted_seconds]
         for some in (best, whole, pruned):
             few = some[:1] if gathers is dense and events != dense else some

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sparsify import ir
 from sparsify.bench import Timings, measure_pairs, wait_for_devices
@@ -19,17 +20,18 @@ from sparsify.comparing.regions import RegionCheck
 from sparsify.errors import MismatchError, Refusal
 from sparsify.free_memory import free_memory
 from sparsify.passes.without_packing import without_packing
-from sparsify.regions.region import Region, batch_of
+from sparsify.regions.region import Region, batch_of, fetches_of
 from sparsify.scans.lowered import Lowered
 from sparsify.scans.scan import Scan
 
 BUDGET_SECONDS = 0.1  # of timing, for a region
 SLOW_SECONDS = 0.1  # an original that takes this long is timed once
 TIMED_STEPS = 100  # of a longer loop: every one takes the same time
-TIMED_SECONDS = 0.01  # a call that is predicted to take longer is timed on fewer steps
+TIMED_SECONDS = 0.01  # a call that takes longer is timed on fewer steps
 LEAST_STEPS = 10  # but on so many: a call looks at the weights once
 FAR = 3.0  # so is one that takes this many times longer than a kernel
 CHECKED_STEPS = 3
+CHECKED_ROWS = 512  # where there are no steps: rows of all of them are many
 FIRST_CALLS = 3
 LEAST_ROUNDS = 2  # beside the first calls
 ENOUGH_SECONDS = 0.05  # that two first calls took: a third would tell no more
@@ -94,9 +96,10 @@ def choose_region(
         Region(task.scan, task.lowered, load(task.lowered.kernel, c.schedule)) for c in candidates
     ]
     with torch.no_grad():
-        events = _exact_events(task, regions)
+        events, seconds = _exact_events(task, regions[0])
         if timing:
-            choice = _choose_timed(task, candidates, regions, events)
+            seconds = max(seconds, candidates[0].predicted_seconds)
+            choice = _choose_timed(task, candidates, regions, events, seconds)
         else:
             choice = _chosen(regions[0], {}, events)
         regions.clear()  # the others' packed weights
@@ -106,7 +109,7 @@ def choose_region(
 
 def why_wrong(task: Task, region: Region) -> Refusal | None:
     """Compare the first steps of a kernel with the original operations, as ``verify`` does all."""
-    steps, carries, xs, consts = task.operands
+    steps, carries, xs, consts = _some_rows(task, CHECKED_ROWS).operands
     first = min(steps, CHECKED_STEPS)
     try:
         check = RegionCheck(task.name, region, first, carries, [x[:first] for x in xs], consts)
@@ -119,13 +122,33 @@ def why_wrong(task: Task, region: Region) -> Refusal | None:
     return None
 
 
+def _some_rows(task: Task, most: int) -> Task:
+    """The task with the first and the last of its rows, where they are what differs between steps.
+
+    All of them where one of its operations may know how many they are.
+    """
+    steps, carries, xs, consts = task.operands
+    rows, half = task.batch, most // 2
+    fetches = [fetch for fetch in fetches_of(task.lowered) if fetch.has_rows]
+    read = {fetch.binding.index for fetch in fetches if fetch.binding.role == "x"}
+    is_divided = len(read) == len(fetches) == len(xs) and not carries
+    if rows <= most or not is_divided or any(fetch.binding.lead != 1 for fetch in fetches):
+        return task
+    given = [(node.args, node.kwargs) for node in task.scan.body.graph.nodes]
+    if rows in [value for value in tree_leaves(given) if isinstance(value, int)]:
+        return task
+    parts = [torch.cat([x[:, :half], x[:, -half:]], 1) if x.shape[1] == rows else x for x in xs]
+    return replace(task, operands=(steps, carries, parts, consts))
+
+
 def _choose_timed(
     task: Task,
     candidates: Sequence[Candidate],
     regions: Sequence[Region],
     events: Mapping[str, tuple[int, int]],
+    expected_seconds: float,
 ) -> Choice:
-    timings, seconds = time_candidates(task, regions, candidates[0].predicted_seconds)
+    timings, seconds = time_candidates(task, regions, expected_seconds)
     by_label: dict[str, float] = {"original": seconds[-1]}
     for candidate, took in zip(candidates, seconds[:-1], strict=True):
         by_label[candidate.label] = min(took, by_label.get(candidate.label, took))
@@ -142,16 +165,15 @@ def _choose_timed(
 
 
 def time_candidates(
-    task: Task, regions: Sequence[Region], predicted_seconds: float = 0.0
+    task: Task, regions: Sequence[Region], expected_seconds: float = 0.0
 ) -> tuple[Timings, list[float]]:
     """Interleaved rounds; the shortest times of the regions and, last, of the original Scan.
 
     Other work only ever adds to a time: of few rounds, the shortest one has the least of it. The
     original and regions take part only where they are close, and the first region, which is
-    predicted to be the fastest. Of many steps some are timed, of a call that is predicted to take
-    long fewer.
+    predicted to be the fastest. Of many steps some are timed, of a call that takes long fewer.
     """
-    task, share = in_the_middle(task, regions[0], timed_steps(task, predicted_seconds))
+    task, share = in_the_middle(task, regions[0], timed_steps(task, expected_seconds))
     operands = task.operands
     functions = {str(i): _call(region, operands) for i, region in enumerate(regions)}
     once = {name: seconds_of(function) for name, function in functions.items()}
@@ -173,10 +195,10 @@ def time_candidates(
     return timings, [seconds / share for seconds in once.values()]
 
 
-def timed_steps(task: Task, predicted_seconds: float) -> int:
+def timed_steps(task: Task, expected_seconds: float) -> int:
     """How many steps of the task are timed."""
     steps = int(task.operands[0])
-    wanted = math.ceil(steps * TIMED_SECONDS / max(predicted_seconds, 1e-9))
+    wanted = math.ceil(steps * TIMED_SECONDS / max(expected_seconds, 1e-9))
     return min(TIMED_STEPS, max(LEAST_STEPS, wanted))
 
 
@@ -245,22 +267,19 @@ def _original_call(task: Task) -> Callable[[], Any]:
     return _call(unpacked.scan, (steps, carries, unpacked.xs_of(xs), consts))
 
 
-def _exact_events(task: Task, regions: Sequence[Region]) -> dict[str, tuple[int, int]]:
-    """Active senders and senders of each Gather, from the counters of the kernels.
+def _exact_events(task: Task, region: Region) -> tuple[dict[str, tuple[int, int]], float]:
+    """Active senders and senders of each Gather, from the counters of a kernel, and its seconds.
 
-    Those that differ in what they gather run once.
+    Every kernel counts them for every Gather, whether it reads events or not.
     """
-    found: dict[str, tuple[int, int]] = {}
-    seen: set[object] = set()
-    for region in regions:
-        gathers = region.launchable.schedule.gathers
-        if gathers in seen:
-            continue
-        seen.add(gathers)
-        region(*task.operands)
-        found.update(region.launchable.events)
-        region.launchable.reset_events()
-    return found
+    wait_for_devices()
+    start = time.perf_counter()
+    region(*task.operands)
+    wait_for_devices()
+    took = time.perf_counter() - start
+    events = region.launchable.events
+    region.launchable.reset_events()
+    return events, took
 
 
 def _chosen(
