@@ -14,6 +14,7 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.layout_costs import NO_PATTERNS
+from sparsify.codegen.native_call import Repeater
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
@@ -148,6 +149,19 @@ class Repeatable(Protocol):
         None where there was none of these sizes, or with tensors of other layouts. ``tensors`` are
         operands and weights in the kernel's order; ``frozen`` is as in ``Launchable``. Outputs of
         the numbers ``unread`` may hold anything, and be the same tensors in other calls.
+        """
+
+    def repeater(
+        self,
+        tensors: Sequence[torch.Tensor],
+        steps: int,
+        batch: int,
+        places: Sequence[tuple[int, int]],
+        returned: Sequence[int],
+        unread: frozenset[int],
+    ) -> tuple[Repeater, int] | None:
+        """What makes calls like one that was made natively, and how many before it is asked for
+        anew; see ``Prepared.repeater``.
         """
 
 

@@ -39,6 +39,10 @@ class Seen:
     is_settled: bool = False
     can_be_watched: bool = True
 
+    @property
+    def is_small(self) -> bool:
+        return self.tensor.numel() * self.tensor.element_size() < LEAST_BYTES
+
 
 def layout_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """What says which memory a strided tensor reads, and how."""
@@ -81,16 +85,19 @@ class Contents:
             return False
         return self._is_unwritten(seen)
 
-    def question(self, content: int, layout: tuple[object, ...]) -> bytes:
-        """What ``still_hold`` asks the watch; nothing if it would not ask.
+    def question(self, content: int, layout: tuple[object, ...]) -> bytes | None:
+        """What ``still_hold`` asks the watch; empty if memory like this is always read, None if
+        that may change.
 
         It is an object of its own for each time that the content was read, and may be asked as
         long as ``seen`` has it.
         """
         seen = self.seen
         if seen is None or seen.content != content or seen.layout != layout:
+            return None
+        if not seen.can_be_watched or seen.is_small:
             return b""
-        return seen.question if seen.is_settled else b""
+        return seen.question if seen.is_settled else None
 
     def _is_unwritten(self, seen: Seen) -> bool:
         """Whether the watch alone tells that the content is what it was."""
@@ -122,8 +129,7 @@ class Contents:
         """``seen`` with a mark of now, if it is watched or is to be from now on."""
         watch, began = seen.watch, seen.began
         if watch is None:
-            is_small = seen.tensor.numel() * seen.tensor.element_size() < LEAST_BYTES
-            if is_small or seen.looks < self._patience or not seen.can_be_watched:
+            if seen.is_small or seen.looks < self._patience or not seen.can_be_watched:
                 return seen
             watch, began = self._runtime.watch(seen.tensor), time.monotonic()
             if watch is None:

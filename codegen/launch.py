@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from sparsify.codegen.backend import Source
 from sparsify.codegen.compressed import band_width
 from sparsify.codegen.contents import Contents, layout_of
 from sparsify.codegen.given_weights import given_weights
+from sparsify.codegen.native_call import Repeater
 from sparsify.codegen.neurons_per_thread import NeuronsPerThread
 from sparsify.codegen.packed_weight import Current, PackedWeight
 from sparsify.codegen.prepared_call import (
@@ -145,6 +147,20 @@ class CppLaunchable:
         # A weight holds something else: what was looked at need not be read again.
         named = dict(zip((*self._operands, *self._weights), tensors, strict=True))
         return list(self._run(named, steps, batch, None, looked).values())
+
+    def repeater(
+        self,
+        tensors: Sequence[torch.Tensor],
+        steps: int,
+        batch: int,
+        places: Sequence[tuple[int, int]],
+        returned: Sequence[int],
+        unread: frozenset[int],
+    ) -> tuple[Repeater, int] | None:
+        """See ``backend.Repeatable``."""
+        prepared = self._prepared.get((steps, batch))
+        found = prepared.repeater(tensors, places, returned, unread) if prepared else None
+        return None if found is None else (found, sys.maxsize)
 
     def _named(self, outputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {slot.name: o for slot, o in zip(self._slots.outputs, outputs, strict=True)}

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsify.codegen.contents import Contents
+from sparsify.codegen.native_call import Repeater, native_call
 from sparsify.codegen.packed_weight import Current, PackedWeight
-from sparsify.codegen.runtime import Runtime
+from sparsify.codegen.runtime import Runtime, as_rows
 from sparsify.codegen.write_watch import QUESTION
 
 # A third of the time that torch.empty takes to read its arguments.
@@ -23,6 +24,10 @@ MOST_SPARE = 2**14  # elements: making a larger tensor takes no time beside the 
 
 Spared = tuple[list[torch.Tensor], list[int], list[tuple[int, torch.Tensor]]]
 """Outputs and their addresses; in some places new tensors are made like others."""
+
+
+Asked = list[Any]
+"""[A question for each weight, empty for those to be read; all of them as one]"""
 
 
 class Native(ctypes.Structure):
@@ -60,7 +65,7 @@ class PreparedWeight(NamedTuple):
     layout: tuple[object, ...]
 
     @property
-    def question(self) -> bytes:
+    def question(self) -> bytes | None:
         return self.contents.question(self.content, self.layout)
 
     def look(self, tensor: torch.Tensor) -> int:
@@ -106,7 +111,7 @@ class Prepared:
     ) -> None:
         self.examples = examples
         self._threads, self._native, self._keeping = threads, native, keeping
-        self._run, self._address = runtime.call, ctypes.addressof(native)
+        self._runtime, self._run, self._address = runtime, runtime.call, ctypes.addressof(native)
         self._given = [Given.of(tensor) for tensor in (*operands, *tensors)]
         self._operands = len(operands)
         self._addresses = [tensor.data_ptr() for tensor in tensors]
@@ -114,8 +119,9 @@ class Prepared:
         self._packings = [(each.weight, each.packing) for each in packings]
         self._packed = [each.address for each in packings]
         self._pack = struct.Struct(f"{len(operands) + len(packings) + len(examples)}Q").pack
-        self._asked: tuple[Sequence[bytes], bytes] = (), b""  # questions, and all of them as one
+        self._asked: Asked = [(), b""]
         self._spared: dict[frozenset[int], Spared] = {}
+        self._repeaters: dict[frozenset[int], Repeater] = {}  # by what is unread
 
     def __call__(
         self,
@@ -129,6 +135,67 @@ class Prepared:
         hold what they did in the last call. Outputs ``unread`` may be the same tensors in all
         calls. Raises MemoryError.
         """
+        repeater = self._repeaters.get(unread)
+        if repeater is not None:
+            results = repeater(looked is None, tensors)
+            if results is not None:
+                return list(results)
+        outputs = self._call(tensors, looked, unread)
+        if outputs is not None and repeater is None:
+            places = [(0, index) for index in range(len(tensors))]
+            made = self.repeater(tensors, places, [*range(len(outputs))], unread)
+            if made is not None:
+                self._repeaters[unread] = made
+        return outputs
+
+    def repeater(
+        self,
+        tensors: Sequence[torch.Tensor],
+        places: Sequence[tuple[int, int]],
+        returned: Sequence[int],
+        unread: frozenset[int] = frozenset(),
+    ) -> Repeater | None:
+        """What makes calls like one with ``tensors`` natively, if that can be.
+
+        ``places`` say where it finds each tensor: in which sequence, and where there. It returns
+        the outputs ``returned``.
+        """
+        native = native_call()
+        if native is None:
+            return None
+        weights = []
+        for weight, tensor in zip(self._weights, tensors[self._operands :], strict=True):
+            *rows, readable = as_rows(tensor)
+            if readable is not tensor:
+                return None  # it cannot be read where it lies
+            weights.append((weight.contents, weight.content, *rows))
+        outputs, _, made = self._spared.get(unread) or self._spare(unread)
+        anew = {place for place, _ in made}
+        return native.repeater(
+            *self._runtime.addresses,
+            self._address,
+            (self._native, self._keeping),
+            self._threads,
+            self._native.batch,
+            list(places),
+            list(tensors),
+            [
+                (weight, packing, address)
+                for (weight, packing), address in zip(self._packings, self._packed, strict=True)
+            ],
+            weights,
+            self._asked,
+            [(output, place not in anew) for place, output in enumerate(outputs)],
+            list(returned),
+        )
+
+    def _call(
+        self,
+        tensors: Sequence[torch.Tensor],
+        looked: dict[str, int] | None,
+        unread: frozenset[int],
+    ) -> list[torch.Tensor] | None:
+        """What ``native_call.cpp`` does, in Python: for calls that it does not know, or not yet."""
         if get_num_threads() != self._threads:
             return None
         pointers = []
@@ -197,12 +264,13 @@ class Prepared:
         self, tensors: Sequence[torch.Tensor], looked: dict[str, int], kept: list[object]
     ) -> bytes | None:
         """What is to be asked while the kernel runs; None if a weight holds something else."""
-        asked, questions = self._asked
+        asked: tuple[bytes, ...] = self._asked[0]
+        questions: bytes = self._asked[1]
         if not asked:
             return self._look(tensors, looked)
         for weight, question in zip(self._weights, asked, strict=True):
             seen = weight.contents.seen
-            if seen is None or seen.question is not question:
+            if not question or seen is None or seen.question is not question:
                 return self._look(tensors, looked)
             weight.contents.spared += 1
             kept.append(seen)
@@ -214,8 +282,9 @@ class Prepared:
             looked[weight.name] = content = weight.look(tensor)
             if content != weight.content:
                 return None
-        asked = [weight.question for weight in self._weights]
-        self._asked = (asked, b"".join(asked)) if all(asked) else ((), b"")
+        asked = tuple([weight.question for weight in self._weights])
+        known = [question for question in asked if question is not None]
+        self._asked[:] = (asked, b"".join(known)) if len(known) == len(asked) else ((), b"")
         return b""
 
 

@@ -64,6 +64,8 @@ class Runtime:
         self.call = library["sparsify_call"]
         """Makes the call of a ``prepared_call.Prepared``."""
         self.call.argtypes, self.call.restype = [POINTER, POINTER, POINTER, LONG], INT
+        self.addresses = [ctypes.cast(f, POINTER).value or 0 for f in (self.call, self._hash)]
+        """Of what an extension calls itself."""
         self._uses_openmp = library["sparsify_uses_openmp"]
         if functions := openmp_of_torch():
             use_openmp = library["sparsify_use_openmp"]

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -171,15 +171,17 @@ def compile_shared_library(
     *,
     headers: Mapping[str, str] | None = None,
     limit_s: float = COMPILE_LIMIT_S,
+    options: Sequence[str] = (),
 ) -> Path:
     """The shared library of ``text``, compiled or from the cache. ``#include "runtime.h"`` works.
 
     Functions to be found need ``extern "C" __attribute__((visibility("default")))``.
-    ``headers`` are further files (name to text) that the source includes.
+    ``headers`` are further files (name to text) that the source includes, ``options`` of the
+    compiler come behind those of all sources.
     Raises CompileError (log, path of the kept source) and BackendUnavailable (no compiler, or no
     folder to write to).
     """
-    return current_cache().get(recipe_for(text, name, headers or {}, limit_s))
+    return current_cache().get(recipe_for(text, name, headers or {}, limit_s, options))
 
 
 def explain_miss(text: str, name: str, *, headers: Mapping[str, str] | None = None) -> str:
@@ -192,13 +194,15 @@ def current_cache() -> KernelCache:
     return open_cache(cache_path())
 
 
-def recipe_for(text: str, name: str, headers: Mapping[str, str], limit_s: float) -> Recipe:
+def recipe_for(
+    text: str, name: str, headers: Mapping[str, str], limit_s: float, options: Sequence[str] = ()
+) -> Recipe:
     """How to compile ``text``, and all that the result depends on."""
     compiler = find_compiler()
     if isinstance(compiler, Refusal):
         raise BackendUnavailable(f"{compiler.reason} {compiler.remedy}")
     headers = {"runtime.h": read_source("runtime.h"), **headers}
-    command = (*compiler.command, *compile_flags(), SOURCE, "-o", BINARY)
+    command = (*compiler.command, *compile_flags(), *options, SOURCE, "-o", BINARY)
     parts = {
         "schema": SCHEMA,
         "backend": "cpp",
@@ -226,13 +230,20 @@ def read_source(file: str) -> str:
 def load_library(path: Path) -> ctypes.CDLL:
     """The library at ``path``, opened once per process; calls release the GIL.
 
-    It is opened by name after its content was checked. In between only this user can exchange it,
-    because the cache lies in a folder that nobody else can write or replace.
     Raises OSError if it is not what the compiler wrote, or cannot be loaded.
+    """
+    return ctypes.CDLL(str(checked(path)), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+
+
+def checked(path: Path) -> Path:
+    """``path``, to be opened by name. Raises OSError if it is not what the compiler wrote.
+
+    In between only this user can exchange it, because the cache lies in a folder that nobody else
+    can write or replace.
     """
     if not is_intact(path):
         raise OSError(f"{path} is not what was compiled; it was not loaded. Delete {path.parent}.")
-    return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    return path
 
 
 def _answer_of(command: str) -> Compiler | str:

@@ -17,6 +17,7 @@ from sparsify.codegen.launch import CppLaunchable
 from sparsify.codegen.prepared_call import Prepared
 from sparsify.serving.engine import Engine
 from tests.example_kernels import OF_INPUTS, lif, lif_data, schedule
+from tests.natively import WAYS, call_in
 from tests.test_packed_weight import (
     CHANGED_WEIGHTS,
     Change,
@@ -41,10 +42,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return count_reads(monkeypatch)
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+@pytest.fixture(params=WAYS)
+def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many bytes of questions went along with each run of a kernel."""
-    found: list[int] = []
+    found = call_in(request.param, monkeypatch)
     launch = Prepared.launch
 
     def counted(self: Prepared, pointers: list[int], questions: bytes = b"") -> bool:

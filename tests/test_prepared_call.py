@@ -14,6 +14,7 @@ from sparsify.codegen.launch import PREPARED, CppLaunchable
 from sparsify.codegen.runtime import Runtime
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from tests.example_kernels import gate_of_bits, lif, lif_data, schedule
+from tests.natively import WAYS, call_in
 from tests.threads import torch_threads
 
 BACKEND = CppBackend()
@@ -22,8 +23,13 @@ STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 20, 40
 pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 
 
+@pytest.fixture(params=WAYS)
+def native_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return call_in(request.param, monkeypatch)
+
+
 @pytest.fixture
-def launch() -> CppLaunchable:
+def launch(native_calls: list[int]) -> CppLaunchable:
     kernel = lif(INPUTS, HIDDEN)
     loaded = BACKEND.load(BACKEND.compile(kernel, schedule(kernel, "neurons-per-thread")))
     assert isinstance(loaded, CppLaunchable)

@@ -53,6 +53,12 @@ class Rechooser:
         self._calls -= 1  # ``look`` counts it
         return True
 
+    def skip(self) -> int:
+        """Count the calls that come before the next one that is looked at."""
+        left = EVERY - 1 - self._calls % EVERY
+        self._calls += left
+        return left
+
     def look(self, tensors: Mapping[str, Tensor]) -> bool:
         """Look at the weights of some calls; whether ``base`` is another one since.
 

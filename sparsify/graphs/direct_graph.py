@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from sparsify.graphs.time_chunks import Executors, TimeChunks
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.regions.region import Region
+from sparsify.regions.region_call import RegionCall
 
 aten = torch.ops.aten
 MOST_SIZES = 16  # of one value that are kept
@@ -80,7 +81,7 @@ def _call_of(module: nn.Module, target: str, graph: fx.Graph, again: bool) -> Ca
         return module.forward
     read = {int(str(user.args[1])) for user in users if user.users}
     if isinstance(module, Region):
-        return module.reading(read, again)
+        return RegionCall(module, read, again)
     executors = Executors(
         direct(_returning(module.body, read)),
         direct(module.body),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from sparsify.scans.lowered import Binding, Lowered, Returned, Role
 from sparsify.scans.scan import Scan
 
 Operands = Mapping[str, Sequence[Tensor]]  # by role
+ROLES: tuple[Role, ...] = get_args(Role)  # in the order of arguments
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Region(nn.Module):
         self._batch_at = (
             (batch.role, batch.index, int(batch.role == "x")) if batch and has_one_dim else None
         )
-        self._straight = _Straight.of(lowered, self._fetches) if are_plain and has_one_dim else None
+        self.straight = Straight.of(lowered, self._fetches) if are_plain and has_one_dim else None
 
     def forward(
         self,
@@ -144,31 +144,21 @@ class Region(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        return self._forward(frozenset(), steps, carries, xs, consts)
+        return self.call(steps, carries, xs, consts)
 
-    def reading(
-        self, read: Collection[int], again: bool = False
-    ) -> Callable[..., tuple[Tensor, ...]]:
-        """``forward`` of which only results ``read`` are looked at: others may hold anything.
-
-        ``again``: the weights are those of the last call, unchanged.
-        """
-        if self._straight is None:
-            return self.again if again else self.forward
-        timed = ["T" in output.axes for output in self.lowered.kernel.outputs]
-        places = enumerate(self._straight.returned)
-        unread = frozenset(place for i, place in places if i not in read and not timed[place])
-        return partial(self._forward, unread, again=again)
-
-    def _forward(
+    def call(
         self,
-        unread: frozenset[int],
         steps: int,
         carries: Sequence[Tensor],
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
+        unread: frozenset[int] = frozenset(),
         again: bool = False,
     ) -> tuple[Tensor, ...]:
+        """``forward``. Outputs ``unread`` of the kernel may hold anything.
+
+        ``again``: the weights are those of the last call, unchanged.
+        """
         frozen = again or self.frozen or self.settled
         results = self._run_again(unread, steps, carries, xs, consts, frozen)
         return results or self._run(steps, carries, xs, consts, frozen)
@@ -211,7 +201,7 @@ class Region(nn.Module):
         given: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         operands = {"carry": carries, "x": xs, "const": consts}
-        batch = self._batch_of(operands)
+        batch = self.batch_of(operands)
         tensors = self._tensors(steps, batch, operands)
         if tensors is None:
             # The Scan may return what it is given, which others may hold: see direct_graph.py.
@@ -243,19 +233,19 @@ class Region(nn.Module):
 
         Outputs ``unread`` of the kernel may hold anything.
         """
-        straight = self._straight
+        straight = self.straight
         repeat = getattr(self.launchable, "repeat", None)
         if straight is None or repeat is None:
             return None
         operands = {"carry": carries, "x": xs, "const": consts}
         if _needs_grad(operands):
             return None
-        batch = self._batch_of(operands)
+        batch = self.batch_of(operands)
         tensors = [operands[role][place] for role, place in straight.places]
         outputs = repeat(tensors, steps, batch, frozen, unread)
         return None if outputs is None else tuple([outputs[i] for i in straight.returned])
 
-    def _batch_of(self, operands: Operands) -> int:
+    def batch_of(self, operands: Operands) -> int:
         if self._batch_at is None:
             return batch_of(self.lowered, operands)
         role, place, dim = self._batch_at
@@ -301,7 +291,7 @@ class _Prepared(NamedTuple):
         )
 
 
-class _Straight(NamedTuple):
+class Straight(NamedTuple):
     """Where the kernel's operands and weights are, by role and index, and which of its outputs are
     results, if all of them are that as they are.
     """
@@ -310,13 +300,13 @@ class _Straight(NamedTuple):
     returned: Sequence[int]
 
     @staticmethod
-    def of(lowered: Lowered, fetches: Sequence[_Prepared]) -> _Straight | None:
+    def of(lowered: Lowered, fetches: Sequence[_Prepared]) -> Straight | None:
         if not lowered.returned or not all(fetch.is_plain for fetch in fetches):
             return None
         kernel = lowered.kernel
         found = {fetch.name: (fetch.role, fetch.place) for fetch in fetches}
         outputs = [output.name for output in kernel.outputs]
-        return _Straight(
+        return Straight(
             [found[o.name] for o in kernel.operands] + [found[w.name] for w in kernel.weights],
             [outputs.index(returned.output) for returned in lowered.returned],
         )

@@ -5,7 +5,7 @@ many of them became zero; the bits of event products stay the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ class Choice(Protocol):
     def suited(self, steps: int, batch: int) -> Launchable | None: ...
 
     def is_due(self) -> bool: ...
+
+    def skip(self) -> int: ...
 
     def look(self, tensors: Mapping[str, Tensor]) -> bool: ...
 
@@ -77,6 +79,12 @@ class SizedLaunchable:
             return None
         outputs: list[Tensor] | None = repeat(tensors, steps, batch, frozen, unread)
         return outputs
+
+    def repeater(self, tensors: Sequence[Tensor], steps: int, batch: int, *how: Any) -> Any:
+        """See ``backend.Repeatable``: for the calls before weights have to be looked at."""
+        repeater_of = getattr(self._by_batch.get(batch), "repeater", None)
+        found = None if repeater_of is None else repeater_of(tensors, steps, batch, *how)
+        return None if found is None else (found[0], min(found[1], self._rechooser.skip()))
 
     @property
     def densities(self) -> Mapping[str, float]:

@@ -1,0 +1,48 @@
+"""Calls like earlier ones, made in C++ or in Python: tests run in both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify.codegen.native_call import NativeCall, Repeater, load_native_call
+
+WAYS = ("native", "python")
+ASKED = 10  # which argument of ``NativeCall.repeater`` has the questions
+
+
+class Counted:
+    """The extension; ``asked`` gets how many bytes of questions went along with each call."""
+
+    def __init__(self, native: NativeCall) -> None:
+        self._native = native
+        self.asked: list[int] = []
+
+    def layouts_of(self, tensors: list[torch.Tensor]) -> bytes | None:
+        return self._native.layouts_of(tensors)
+
+    def repeater(self, *what: Any) -> Repeater | None:
+        repeater = self._native.repeater(*what)
+        if repeater is None:
+            return None
+
+        def counted(frozen: bool, *sequences: Any) -> Any:
+            results = repeater(frozen, *sequences)
+            if results is not None:
+                self.asked.append(0 if frozen else len(what[ASKED][1]))
+            return results
+
+        return counted
+
+
+def call_in(way: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has calls made that way; the list gets an item for each native one: see ``Counted``."""
+    # Another test may have asked where no compiler was to be found.
+    native = load_native_call() or load_native_call.__wrapped__()
+    assert native is not None, "the tests need Python's headers"
+    counted = Counted(native)
+    given = counted if way == "native" else None
+    monkeypatch.setattr("sparsify.codegen.prepared_call.native_call", lambda: given)
+    return counted.asked
