@@ -30,22 +30,26 @@ struct Ring {
 
   // The first of a block of steps that the caller has to compute; `end` if none is left before that,
   // and FULL as long as their slots are still to be read.
+  // `known` is how many steps the caller knows to be read: asking for that takes longer than a step
+  // where threads do not share a cache.
   static constexpr int64_t FULL = -1;
-  int64_t take(int64_t at_once, int64_t end) const {
+  int64_t take(int64_t at_once, int64_t end, int64_t& known) const {
     int64_t number = __atomic_load_n(&taken->number, __ATOMIC_RELAXED);
     do {
       if (number >= end) return end;
-      const int64_t room = __atomic_load_n(&read->number, __ATOMIC_ACQUIRE) + RING;
-      if (least(number + at_once, end) > room) return FULL;
+      const int64_t last = least(number + at_once, end);
+      if (last > known + RING) known = __atomic_load_n(&read->number, __ATOMIC_ACQUIRE);
+      if (last > known + RING) return FULL;
     } while (!__atomic_compare_exchange_n(&taken->number, &number, number + at_once, true,
                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return number;
   }
-  int64_t await_block(int64_t at_once, int64_t end, int spins) const {
+  int64_t await_block(int64_t at_once, int64_t end, int64_t& known, int spins) const {
     int64_t number = FULL;
-    wait_until([&] { return (number = take(at_once, end)) != FULL; }, spins);
+    wait_until([&] { return (number = take(at_once, end, known)) != FULL; }, spins);
     return number;
   }
+  // A block of steps by the number of the first one.
   void publish(int64_t number) const {
     __atomic_store_n(&ready[number % RING].number, number + 1, __ATOMIC_RELEASE);
   }
@@ -54,10 +58,18 @@ struct Ring {
   bool is_ready(int64_t number) const {
     return __atomic_load_n(&ready[number % RING].number, __ATOMIC_ACQUIRE) == number + 1;
   }
+  void fetch_ready(int64_t number) const { __builtin_prefetch(&ready[number % RING]); }
   void release(int64_t number) const {
     __atomic_store_n(&read->number, number + 1, __ATOMIC_RELEASE);
   }
 };
+
+// Asks for the sums of a tile at this step, and at the next one, which are `step` further.
+template <class F>
+SPARSIFY_INLINE void fetch_steps(const F* sums, int64_t step, bool now, bool next) {
+  for (int64_t i = now ? 0 : step; i < (next ? 2 * step : step); i += 64 / int64_t(sizeof(F)))
+    __builtin_prefetch(sums + i);
+}
 
 // gather_dense for each of some steps: sums of a step are `sums_step` further, its values `source_step`.
 // Where the rows of all steps lie evenly, they are those of one product.

@@ -21,8 +21,8 @@ from sparsify.codegen.rows_per_thread import GROUP, RowsPerThread, RowsText
 from sparsify.errors import Refusal
 from sparsify.weight_pattern import Pattern
 
-STEPS = 8  # that a dense product takes at once, at most; see ``ahead.h``
-RINGS = (16, 4 * STEPS)  # steps that helpers may be ahead: of events, and of blocks of steps
+STEPS = 8  # that are taken at once, at most; see ``ahead.h``
+RING = 4 * STEPS  # steps that helpers may be ahead
 HANDED_ON = 0.1  # what waiting for a step that is ready takes, in meetings of all threads
 
 _SET_UP = (
@@ -30,6 +30,7 @@ _SET_UP = (
     "call.group = (batch + call.leaders - 1) / call.leaders;",
     "if (call.group > GROUP) call.group = GROUP;",
     "const int64_t ahead_bytes = call.leaders * Ahead::bytes(call.group);",
+    "call.at_once = steps_at_once(call.group);",
     "const int64_t bytes = ahead_bytes + threads * Rows::bytes(call.group);",
 )
 
@@ -78,6 +79,8 @@ def _in_blocks(work: GatherWork, batch: int) -> GatherWork:
 
 class _AheadText(RowsText):
     headers = ("ahead.h",)
+    members = ("int64_t group, leaders;", "int64_t at_once;  // steps that a thread takes")
+    set_up = _SET_UP
 
     def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, tile: int) -> None:
         super().__init__(kernel, schedule, tile)
@@ -88,9 +91,6 @@ class _AheadText(RowsText):
         self.early = [source for source in operands if source.name in read]
         self.late = [source for source in operands if source.name not in read]
         self.in_blocks = [gather for gather in self.handed_on if self._goes_in_blocks(gather)]
-        self.members = ("int64_t group, leaders, at_once;",)
-        at_once = "steps_at_once(call.group)" if self.in_blocks else "1"
-        self.set_up = (*_SET_UP, f"call.at_once = {at_once};  // steps of a product")
 
     def _goes_in_blocks(self, gather: ir.Gather) -> bool:
         """Whether several steps are one product: of operands as they are, and whole weights."""
@@ -99,8 +99,7 @@ class _AheadText(RowsText):
         return gather.result in self.usage.dense and is_plain and is_whole
 
     def write_cells(self) -> None:
-        ring = RINGS[bool(self.in_blocks)]
-        self.w.line(f"constexpr int64_t RING = {ring};", "steps that helpers may be ahead")
+        self.w.line(f"constexpr int64_t RING = {RING};", "steps that helpers may be ahead")
         note = "What helpers hand on to the thread that carries the rows."
         write_struct(self.w, "Ahead", note, self._ahead_fields())
         super().write_cells()
@@ -193,25 +192,41 @@ class _AheadText(RowsText):
             w.line("const int64_t step = number - before;")
             w.line("const int64_t steps = least(call.at_once, call.steps - step);")
             w.line("run_products(call, own, ahead, active, start, rows, before, step, steps);")
-            w.line("for (int64_t k = 0; k < steps; ++k) ahead.ring.publish(number + k);")
+            w.line("ahead.ring.publish(number);")
 
     def write_step(self) -> None:
         w, step = self.w, "step" if self.kernel.reverse else "t"
         w.line(f"const int64_t number = before + {step}, slot = number % RING;")
-        w.comment("Instead of waiting for a step, others are computed that nobody has taken.")
-        with w.block("const auto is_ready = [&]", "};"):
-            w.line("if (ahead.ring.is_ready(number)) return true;")
-            w.line("const int64_t end = before + call.steps;")
-            w.line("const int64_t other = ahead.ring.take(call.at_once, end);")
-            w.line("if (other == ahead.ring.FULL || other == end) return false;")
-            w.line("run_block(call, own, ahead, active, start, rows, before, other);")
-            w.line("return ahead.ring.is_ready(number);")
-        w.line("wait_until(is_ready, spins);")
+        w.line("const bool begins = number % call.at_once == 0;", "a block of steps")
+        with w.block("if (begins)"):
+            w.comment("Instead of waiting for a block, another is computed that nobody has taken.")
+            with w.block("const auto is_ready = [&]", "};"):
+                w.line("if (ahead.ring.is_ready(number)) return true;")
+                w.line("const int64_t end = before + call.steps;")
+                w.line("int64_t read = number;")
+                w.line("const int64_t other = ahead.ring.take(call.at_once, end, read);")
+                w.line("if (other == ahead.ring.FULL || other == end) return false;")
+                w.line("run_block(call, own, ahead, active, start, rows, before, other);")
+                w.line("return ahead.ring.is_ready(number);")
+            w.line("wait_until(is_ready, spins);")
+        w.line("const bool ends = (number + 1) % call.at_once == 0;")
+        self._write_fetches()
         self.write_scans(self.late)
         for phase, function in self.functions():
             self.write_counts([g for g in phase.gathers if g.result not in self.ahead])
             self.write_phase(phase, function)
-        w.line("ahead.ring.release(number);")
+        w.line("if (ends) ahead.ring.release(number);")
+
+    def _write_fetches(self) -> None:
+        """Ask for what helpers have written before it is read, where a block is several steps."""
+        w = self.w
+        with w.block("if (call.at_once > 1)"):
+            with w.indented("if (ends)"):
+                w.line("ahead.ring.fetch_ready(number + 1);")
+            for gather in self.handed_on:
+                loop = f"for (int64_t first = 0; first < {self._padded(gather)}; first += TILE)"
+                with w.indented(loop):
+                    w.line(f"fetch_steps({self.sums(gather)}, TILE * call.group, begins, !ends);")
 
     def write_run(self) -> None:
         w, gathers = self.w, len(self.kernel.gathers)
@@ -233,13 +248,14 @@ class _AheadText(RowsText):
             w.line("const int64_t first = call.batch * leader / leaders;")
             w.line("const int64_t last = call.batch * (leader + 1) / leaders;")
             w.line(f"int64_t active[{gathers}] = {{}}, before = 0;")
+            w.line("int64_t read = 0;", "steps, as far as a helper knows")
             with self.groups():
                 with w.indented("if (leads)"):
                     w.line("run_rows(call, own, active, start, here, ahead, before, spins);")
                 with w.block("else"):
                     w.line("const int64_t end = before + call.steps;")
                     w.line("int64_t number;")
-                    await_block = "ahead.ring.await_block(call.at_once, end, spins)"
+                    await_block = "ahead.ring.await_block(call.at_once, end, read, spins)"
                     with w.indented(f"while ((number = {await_block}) < end)"):
                         given = "call, own, ahead, active, start, here, before, number"
                         w.line(f"run_block({given});")

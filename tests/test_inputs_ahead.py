@@ -1,4 +1,4 @@
-"""Dense products that helpers compute for several steps at once, and tiles of dense products."""
+"""Blocks of steps that helpers compute, dense ones at once, and tiles of dense products."""
 
 from __future__ import annotations
 
@@ -57,12 +57,13 @@ def compare(
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_blocks_of_steps(threads: int, reverse: bool) -> None:
+@pytest.mark.parametrize("how", ["event", "dense"])
+def test_blocks_of_steps(threads: int, reverse: bool, how: Any) -> None:
     """Blocks that are full and not, of rows that fill a product and not, in several groups."""
     kernel = replace(lif(70, 130), reverse=reverse)
     torch.set_num_threads(threads)
-    launch = load(kernel, schedule(kernel, "inputs-ahead", "dense"))
-    assert "gather_dense_steps" in launch.source.text
+    launch = load(kernel, schedule(kernel, "inputs-ahead", how))
+    assert ("gather_dense_steps" in launch.source.text) == (how == "dense")
     for steps, batch in ((STEPS, 1), (6 * STEPS + 3, 1), (30, 2), (21, 3), (10, 5), (5, 131)):
         data = exact_data(kernel, steps, batch)
         launch.reset_events()

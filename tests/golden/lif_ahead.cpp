@@ -27,7 +27,8 @@ struct Call {
   float* last_s; int64_t last_s_b;  // [B, 130]
   int64_t* active;  // per gather, how many senders were active
   char* memory;
-  int64_t group, leaders, at_once;
+  int64_t group, leaders;
+  int64_t at_once;  // steps that a thread takes
 };
 
 // What a thread keeps of the rows that it carries through time.
@@ -48,7 +49,7 @@ struct Rows {
     return arena.used();
   }
 };
-constexpr int64_t RING = 16;  // steps that helpers may be ahead
+constexpr int64_t RING = 32;  // steps that helpers may be ahead
 
 // What helpers hand on to the thread that carries the rows.
 struct Ahead {
@@ -133,7 +134,7 @@ void run_block(const Call& call, const Rows& own, const Ahead& ahead,
   const int64_t step = number - before;
   const int64_t steps = least(call.at_once, call.steps - step);
   run_products(call, own, ahead, active, start, rows, before, step, steps);
-  for (int64_t k = 0; k < steps; ++k) ahead.ring.publish(number + k);
+  ahead.ring.publish(number);
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
@@ -155,16 +156,27 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
     const int64_t number = before + t, slot = number % RING;
-    // Instead of waiting for a step, others are computed that nobody has taken.
-    const auto is_ready = [&] {
-      if (ahead.ring.is_ready(number)) return true;
-      const int64_t end = before + call.steps;
-      const int64_t other = ahead.ring.take(call.at_once, end);
-      if (other == ahead.ring.FULL || other == end) return false;
-      run_block(call, own, ahead, active, start, rows, before, other);
-      return ahead.ring.is_ready(number);
-    };
-    wait_until(is_ready, spins);
+    const bool begins = number % call.at_once == 0;  // a block of steps
+    if (begins) {
+      // Instead of waiting for a block, another is computed that nobody has taken.
+      const auto is_ready = [&] {
+        if (ahead.ring.is_ready(number)) return true;
+        const int64_t end = before + call.steps;
+        int64_t read = number;
+        const int64_t other = ahead.ring.take(call.at_once, end, read);
+        if (other == ahead.ring.FULL || other == end) return false;
+        run_block(call, own, ahead, active, start, rows, before, other);
+        return ahead.ring.is_ready(number);
+      };
+      wait_until(is_ready, spins);
+    }
+    const bool ends = (number + 1) % call.at_once == 0;
+    if (call.at_once > 1) {
+      if (ends)
+        ahead.ring.fetch_ready(number + 1);
+      for (int64_t first = 0; first < 192; first += TILE)
+        fetch_steps(ahead.drive_sum + (RING * first + slot * TILE) * call.group, TILE * call.group, begins, !ends);
+    }
     active[1] += count_events(own.s_events[now], rows);
     clear(own.s_events[next], rows);
     for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
@@ -176,7 +188,7 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
           hidden_step(call, own, t, start + row, row, now, next, first, N_HIDDEN - first, ahead.drive_sum + (RING * first + slot * TILE) * call.group + row * TILE, own.recurrent_sum + row * TILE);
       }
     }
-    ahead.ring.release(number);
+    if (ends) ahead.ring.release(number);
   }
 }
 
@@ -197,6 +209,7 @@ void run(void* context, const Team& team) {
   const int64_t first = call.batch * leader / leaders;
   const int64_t last = call.batch * (leader + 1) / leaders;
   int64_t active[2] = {}, before = 0;
+  int64_t read = 0;  // steps, as far as a helper knows
   for (int64_t start = first; start < last; start += call.group) {
     const int64_t here = last - start < call.group ? last - start : call.group;
     if (leads)
@@ -204,7 +217,7 @@ void run(void* context, const Team& team) {
     else {
       const int64_t end = before + call.steps;
       int64_t number;
-      while ((number = ahead.ring.await_block(call.at_once, end, spins)) < end)
+      while ((number = ahead.ring.await_block(call.at_once, end, read, spins)) < end)
         run_block(call, own, ahead, active, start, here, before, number);
     }
     before += (call.steps + call.at_once - 1) / call.at_once * call.at_once;  // blocks of steps begin there
@@ -243,8 +256,8 @@ int run_recurrent_lif(const Runtime* runtime, void* const* pointers, const int64
   call.group = (batch + call.leaders - 1) / call.leaders;
   if (call.group > GROUP) call.group = GROUP;
   const int64_t ahead_bytes = call.leaders * Ahead::bytes(call.group);
+  call.at_once = steps_at_once(call.group);
   const int64_t bytes = ahead_bytes + threads * Rows::bytes(call.group);
-  call.at_once = 1;  // steps of a product
   call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
   if (!call.memory) return 1;
   runtime->parallel(run, &call, threads);
