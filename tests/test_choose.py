@@ -127,6 +127,15 @@ def test_of_what_is_not_close_to_the_best_one_kernel_is_compiled() -> None:
     assert far[1].predicted_seconds > CLOSE * far[0].predicted_seconds
 
 
+def test_of_a_gradient_only_what_is_close_is_compiled() -> None:
+    """Forward one kernel of each kind tells what events gain."""
+    forward = replace(predictor(0.02), backend=CppBackend(replace(RATES, event_adds=1e6)))
+    assert [c.label for c in find_candidates(forward, {})] == ["dense", "event"]
+    assert [c.label for c in find_candidates(replace(forward, is_gradient=True), {})] == ["dense"]
+    near = replace(predictor(0.3), is_gradient=True)
+    assert {c.label for c in find_candidates(near, {})} == {"event", "dense"}
+
+
 def test_of_strategies_that_are_predicted_to_be_the_same_the_first_is_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

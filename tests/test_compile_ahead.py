@@ -18,7 +18,7 @@ from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.checking.pending_check import threads
 from sparsify.choosing.binaries import NICENESS, READY_SECONDS, Binaries, unlike
-from sparsify.codegen import cpp_outer_product, runtime, toolchain
+from sparsify.codegen import cpp_outer_product, native_call, runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
 from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
@@ -61,6 +61,7 @@ class Recurrent(nn.Module):
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the compiler is asked for, by the folder that it works in; with an empty cache."""
     runtime.load_runtime()  # once in a process
+    native_call.load_native_call()
     asked: list[str] = []
     run = toolchain.run_limited
 
@@ -294,3 +295,24 @@ def test_a_first_call_that_is_slow_is_no_reason_to_keep_the_original(
     took = iter([1.0, 0.2])
     monkeypatch.setattr(check_speed, "seconds_of", seconds_of)
     assert check_speed._time(lambda: next(took), lambda: 0.5, 0.4) == (0.2, 0.5)
+
+
+@pytest.mark.parametrize(("took", "runs"), [(0.2, 0), (0.9, 1)])
+def test_a_long_call_that_is_clearly_faster_needs_no_second_run_of_the_original(
+    monkeypatch: pytest.MonkeyPatch, took: float, runs: int
+) -> None:
+    def original() -> float:
+        ran.append(1)
+        return 1.0
+
+    ran: list[int] = []
+    monkeypatch.setattr(check_speed, "seconds_of", lambda function, enough=0.0: function())
+    assert check_speed._time(lambda: took, original, 1.0) == (took, 1.0)
+    assert len(ran) == runs
+    once = 2 * check_speed.SLOW_SECONDS
+    short = once / (2 * check_speed.CLEARLY)
+    ran.clear()
+    monkeypatch.setattr(check_speed, "SLOW_SECONDS", once)
+    monkeypatch.setattr(check_speed, "measure_pairs", lambda *_, **__: pytest.fail("known"))
+    assert check_speed._time(lambda: short, original, once) == (short, 1.0)
+    assert ran == [1], "of a short one the time of a call counts, too"

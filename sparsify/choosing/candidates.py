@@ -236,7 +236,8 @@ def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Can
     ``pinned`` holds the Gathers that a plan decides. The others are tried all dense, and with those
     as events that the cost model says gain by it, or all of them if none does; either with every
     weight and, where that is predicted to be faster, without those that are zero. Of those that are
-    not close to the best one a label is enough.
+    not close to the best one a label is enough, and of gradients, which take longest to compile,
+    none: what events gain is seen forward.
     """
     names = [gather.result for gather in predictor.kernel.gathers]
     dense: Gathers = {name: pinned.get(name, "dense") for name in names}
@@ -259,7 +260,8 @@ def find_candidates(predictor: Predictor, pinned: Mapping[str, How]) -> list[Can
             few = some[:1] if gathers is dense and events != dense else some
             found |= {c.schedule: c for c in few}
     ordered = sorted(found.values(), key=lambda c: c.predicted_seconds)
-    near = [c for c in ordered if c.predicted_seconds <= HOPELESS * ordered[0].predicted_seconds]
+    most = CLOSE if predictor.is_gradient else HOPELESS
+    near = [c for c in ordered if c.predicted_seconds <= most * ordered[0].predicted_seconds]
     firsts = first_of_each_label(near)
     return [c for c in near if c in firsts or c in _close(near)]
 

@@ -28,6 +28,8 @@ from sparsify.recording.recording import Args, Kwargs
 from sparsify.serving.entry import Entry
 from sparsify.training_step import differentiate_result
 
+CLEARLY = 1.5  # times longer than a call of ours that takes long
+
 
 def why_not_faster(
     model: nn.Module, entry: Entry, args: Args, kwargs: Kwargs, once: float
@@ -86,9 +88,12 @@ def _kept(site: Site, refusal: Refusal) -> Site:
 
 
 def _time(ours: Callable[[], Any], original: Callable[[], Any], once: float) -> tuple[float, float]:
-    """Seconds of each: the shortest of some rounds, as other work only ever adds to them."""
+    """Seconds of each: the shortest of some rounds, as other work only ever adds to them.
+
+    A long call consists of what was timed against the original before: it takes less to be sure.
+    """
     took = seconds_of(ours, enough=once / FAR)
-    if once > FAR * took:
+    if once > (FAR if took < SLOW_SECONDS else CLEARLY) * took:
         return took, once
     if took > SLOW_SECONDS:  # a first call may have compiled something
         took = min(took, seconds_of(ours))
