@@ -39,6 +39,7 @@ from sparsify.passes.event_rules import (
     same,
 )
 from sparsify.passes.event_table import STARTS, SUMS, rule_of
+from sparsify.passes.find_cancelled import left_of_sum
 from sparsify.passes.result import PassResult
 from sparsify.passes.without_gradients import is_application
 from sparsify.scans.scan import Scan
@@ -88,8 +89,16 @@ class _Finder:
         is_noise = draws_random(node) and node.target is not aten.bernoulli.default
         if rule is None or is_noise or not node.args:
             return DENSE
-        fact = rule(node, self.operand)
+        left = left_of_sum(node)
+        fact = rule(node, self.operand) if left is None else self._left(node, left)
         return (fact, DENSE) if node.target in POOLS else fact
+
+    def _left(self, node: fx.Node, terms: list[fx.Node]) -> Fact:
+        facts = [self.operand(term) for term in terms]
+        if not all(fact.event or fact.payload == "zero" for fact in facts):
+            return DENSE
+        origins = (fact.origin for fact in facts if fact.origin is not None)
+        return Fact(True, "real", None, next(origins, node.meta.get("location")))
 
     def operand(self, argument: Any) -> Fact:
         """The fact of an argument; of a number that it is that number everywhere."""
@@ -168,6 +177,9 @@ def _cuts(node: fx.Node) -> bool:
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     """The operands that the value is made of: of a Function's use its value alone."""
+    left = left_of_sum(node)
+    if left is not None:
+        return left
     return node.all_input_nodes[:1] if is_application(node) else node.all_input_nodes
 
 

@@ -191,6 +191,30 @@ class Izhikevich(nn.Module):
         return torch.stack(out), u * math.exp(-1)
 
 
+class StraightThrough(nn.Module):
+    """The value of a spike with the gradient of a sigmoid, which is added and taken away again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.rec, self.ro = layer(IN, HIDDEN), layer(HIDDEN, HIDDEN), layer(HIDDEN, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = z = x.new_zeros(x.shape[1], HIDDEN)
+        out = []
+        for x_t in x:
+            v = 0.8 * v + self.fc(x_t) + self.rec(z)
+            above = v - 0.5
+            z = (
+                (above > 0).to(v.dtype)
+                + torch.sigmoid(4 * above)
+                - torch.sigmoid(4 * above).detach()
+            )
+            v = v - z.detach()
+            count = v.clamp(0, 2).round()
+            out.append(self.ro(count + z.detach() * (v - v.detach())))
+        return torch.stack(out)
+
+
 # The network, and the sites that run as events.
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "Norse": (norse, ("2", "4")),
@@ -199,4 +223,5 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "winner takes all": (Winner, ("ro",)),
     "DeltaGRU": (DeltaGRU, ("wh",)),
     "Izhikevich": (Izhikevich, ("rec",)),
+    "straight-through": (StraightThrough, ("rec", "ro")),
 }

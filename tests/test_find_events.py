@@ -84,6 +84,11 @@ EVENTS: tuple[tuple[Callable[[Tensor], Any], Payload], ...] = (
     (lambda x: ((x > 1).float() != 0).float(), "binary"),
     (lambda x: torch.maximum(x, torch.zeros_like(x)), "real"),
     (lambda x: torch.tanh(F.relu(x)), "real"),
+    # Straight-through estimators: what is added is taken away again.
+    (lambda x: (x > 1).float() + torch.sigmoid(4 * x) - torch.sigmoid(4 * x).detach(), "real"),
+    (lambda x: ((x > 1).float() - torch.sigmoid(x)).detach() + torch.sigmoid(x), "real"),
+    (lambda x: x - (x - F.relu(x)).detach(), "real"),
+    (lambda x: (x.clamp(0, 4).round() + (x > 0).float() * (x - x.detach())), "real"),
 )
 DENSE: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: x,
@@ -103,6 +108,10 @@ DENSE: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: torch.softmax(x, 1),
     lambda x: x * (W0[:4, :4] > 0),  # a mask of weights is no event
     lambda x: x * NEURONS["beta"][:4].clamp(0, 1),
+    lambda x: (x > 1).float() - torch.sigmoid(x) + torch.sigmoid(2 * x),
+    lambda x: (x > 1).float() + torch.sigmoid(x) + torch.sigmoid(x),
+    lambda x: torch.sub(x + F.relu(x), x, alpha=0.5),
+    lambda x: torch.tanh(x) + x - x.detach(),
 )
 
 
