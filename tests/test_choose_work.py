@@ -43,6 +43,7 @@ from sparsify.scans.scan import Scan
 from tests.looped_models import W0, W1, B, H, layer_order, lif, recurrent
 from tests.test_choose import BACKEND, predictor, record, task_of, timings
 from tests.unrolled import Tape
+from tests.watched import count_reads
 
 SLOW, FAST, FURTHER = 9e-3, 1e-3, 1.4e-3
 TIMED = 3  # of ten steps
@@ -54,8 +55,10 @@ class Stub:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def forward(self, *operands: Any) -> float:
+    def again(self, *operands: Any) -> float:
         return self.seconds
+
+    forward = again
 
 
 def race(monkeypatch: pytest.MonkeyPatch, original_seconds: float, *regions: Stub) -> Any:
@@ -223,6 +226,19 @@ def with_readout(tape: Tape, x: Tensor) -> Tensor:
         v, z = lif(v, F.linear(x_t, W0))
         out.append(z)
     return F.linear(torch.stack(out), W1)
+
+
+def test_no_weight_is_read_while_kernels_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the place of those that were packed in the caches."""
+    task, (first, *_) = task_of(recurrent), find_candidates(predictor(0.01), {})
+    kernel = task.lowered.kernel
+    region = Region(task.scan, task.lowered, Binaries(BACKEND).load(kernel, first.schedule))
+    region(*task.operands)
+    read = count_reads(monkeypatch)
+    time_candidates(task, [region])
+    assert not read
+    region(*task.operands)
+    assert read
 
 
 def test_of_many_rows_the_first_and_the_last_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
