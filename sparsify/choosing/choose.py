@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from sparsify import ir
 from sparsify.bench import Timings, measure_pairs, wait_for_devices
 from sparsify.choosing.candidates import Candidate
+from sparsify.choosing.comparisons import Comparisons
 from sparsify.codegen.backend import Launchable
 from sparsify.comparing.regions import RegionCheck
 from sparsify.errors import MismatchError, Refusal
@@ -90,10 +91,12 @@ def choose_region(
     candidates: Sequence[Candidate],
     load: Callable[[ir.Kernel, ir.Schedule], Launchable],
     timing: bool,
+    comparisons: Comparisons | None = None,
 ) -> Choice:
     """Run every candidate on the example's operands and take the fastest.
 
-    Without ``timing`` the first candidate is taken, which is the one predicted to be fastest.
+    Without ``timing`` the first candidate is taken, which is the one predicted to be fastest. It is
+    compared with the original unless ``comparisons`` know it.
     """
     regions = [
         Region(task.scan, task.lowered, load(task.lowered.kernel, c.schedule)) for c in candidates
@@ -106,8 +109,16 @@ def choose_region(
         else:
             choice = _chosen(regions[0], {}, events)
         regions.clear()  # the others' packed weights
-        wrong = why_wrong(task, choice.region) if choice.region is not None else None
-        return choice if wrong is None else Choice(None, wrong, choice.took_ms, events)
+        if choice.region is None:
+            return choice
+        known = Comparisons() if comparisons is None else comparisons
+        if known.is_known(choice.region, task.operands, CHECKED_STEPS):
+            return choice
+        wrong = why_wrong(task, choice.region)
+        if wrong is not None:
+            return Choice(None, wrong, choice.took_ms, events)
+        known.note_right(choice.region, task.operands, CHECKED_STEPS)
+        return choice
 
 
 def why_wrong(task: Task, region: Region) -> Refusal | None:
@@ -179,7 +190,9 @@ def time_candidates(
     task, share = in_the_middle(task, regions[0], timed_steps(task, expected_seconds))
     operands = task.operands
     # Nobody writes to weights here. To find that out, others are read than those that were packed.
-    functions = {str(i): partial(region.again, *operands) for i, region in enumerate(regions)}
+    functions: dict[str, Callable[[], Any]] = {
+        str(i): partial(region.again, *operands) for i, region in enumerate(regions)
+    }
     once = {name: seconds_of(function) for name, function in functions.items()}
     kernels = min(once.values())
     original = task.original_seconds
