@@ -18,6 +18,7 @@ from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.checking.pending_check import threads
 from sparsify.choosing.binaries import NICENESS, READY_SECONDS, Binaries, unlike
+from sparsify.choosing.choose import SLOW_SECONDS
 from sparsify.codegen import cpp_outer_product, native_call, runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
 from sparsify.codegen.cost_model import Rates
@@ -309,7 +310,7 @@ def test_a_long_call_that_is_clearly_faster_needs_no_second_run_of_the_original(
     monkeypatch.setattr(check_speed, "seconds_of", lambda function, enough=0.0: function())
     assert check_speed._time(lambda: took, original, 1.0) == (took, 1.0)
     assert len(ran) == runs
-    once = 2 * check_speed.SLOW_SECONDS
+    once = 2 * SLOW_SECONDS
     short = once / (2 * check_speed.CLEARLY)
     ran.clear()
     monkeypatch.setattr(check_speed, "SLOW_SECONDS", once)

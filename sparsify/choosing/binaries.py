@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from sparsify import ir
+from sparsify.choosing.comparisons import Comparisons
 from sparsify.codegen.backend import Backend, Binary, Launchable
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.codegen.plain_names import with_plain_names
@@ -28,6 +29,7 @@ class Binaries:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.made: dict[Key, Binary] = {}
+        self.comparisons = Comparisons()
         self._pool: ThreadPoolExecutor | None = None  # of what is begun before kernels are known
         self._ready: Future[Refusal | None] | None = None
         self._early: dict[object, Future[Any]] = {}

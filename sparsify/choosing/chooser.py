@@ -108,7 +108,8 @@ class Chooser:
             return
         is_timed = self.options.timing and self.binaries.backend.is_timed
         timing = is_timed and not self._is_decided(task)
-        choice = choose_region(task, self._found[task.name], self.binaries.load, timing)
+        binaries, found = self.binaries, self._found[task.name]
+        choice = choose_region(task, found, binaries.load, timing, binaries.comparisons)
         if choice.region is not None:
             self._suit_sizes(task, choice.region, timing)
         self.choices[task.name] = choice
