@@ -95,9 +95,9 @@ def _time(ours: Callable[[], Any], original: Callable[[], Any], once: float) -> 
     took = seconds_of(ours, enough=once / FAR)
     if once > (FAR if took < SLOW_SECONDS else CLEARLY) * took:
         return took, once
-    if took > SLOW_SECONDS:  # a first call may have compiled something
-        took = min(took, seconds_of(ours))
     once = seconds_of(original)
+    if took > SLOW_SECONDS and is_slower(took, once):  # a first call may have compiled something
+        took = min(took, seconds_of(ours))
     if once > FAR * took or once > SLOW_SECONDS:
         return took, once
     rounds = max(3, min(15, int(BUDGET_SECONDS / max(2 * once, 1e-4))))
