@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 from sparsify.api import sparsify
 from sparsify.checking.check_recording import why_not_repeated
 from sparsify.passes.pipeline import PIPELINE
+from sparsify.recording import recorder
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from sparsify.recording.unwritten_graph import UnwrittenGraph
+from sparsify.recording.values import Values
 from sparsify.serving.engine import Engine
 
 # Long enough that a loop has the rounds that a short one spends on its ends.
@@ -137,3 +139,20 @@ def test_beside_the_recorded_run_the_model_runs_once(trains: bool) -> None:
     )
     assert runs == 1
     assert isinstance(made[0].compiled, Engine) and made[0].compiled.is_compiled
+
+
+def test_results_that_are_gone_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch keeps of each would lie in the hole that it has left, so that none fits others."""
+    made: list[Values] = []
+
+    class Noted(Values):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(recorder, "Values", Noted)
+    for steps in (FEW, MANY):
+        recorded(Recurrent().eval(), steps)
+    few, many = (len(values._memories) for values in made)
+    # Those that are left are of weights, results, and steps of the input, of which no more is made.
+    assert 0 < few == many

@@ -85,13 +85,14 @@ class Escapes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        rule = self._rules.get(func)
         recorder = self._recorder
         if recorder.error or recorder.is_suspended or recorder.is_busy:
             return func(*args, **(kwargs or {}))
-        for argument in (*args, *kwargs.values()) if kwargs else args:
-            if id(argument) in recorder.unread:
-                recorder.look_at(argument)
+        if recorder.unread:
+            for argument in (*args, *kwargs.values()) if kwargs else args:
+                if id(argument) in recorder.unread:
+                    recorder.look_at(argument)
+        rule = self._rules.get(func)
         if rule is None:
             return func(*args, **(kwargs or {}))
         return rule(func, args, kwargs or {})

@@ -102,7 +102,8 @@ class Positions:
         if _CHEAP_PAUSE:
             self._profiler = sys.getprofile()
             sys.setprofile(None)  # first: it would be told of the other calls
-            self._look_for_disturbance()
+            if sys.gettrace() is not self._tracer:  # as below, but no call that is traced
+                self.was_disturbed = True
             sys.settrace(None)
 
     def resume(self) -> None:

@@ -36,7 +36,7 @@ from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current,
 from sparsify.recording.writes import part_of_list, write
 
 NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
-FREED_BYTES = 8 * 2**20  # results after which memory that they have left is given back
+FREED_BYTES = 64 * 2**20  # results after which memory that they have left is given back
 
 
 class PausedPlaces(Places, Protocol):

@@ -87,6 +87,7 @@ class Values:
     def __init__(self) -> None:
         self._values: dict[int, tuple[_Watched, Value]] = {}
         self._memories: dict[int, Memory] = {}
+        self._left: list[Memory] = []  # by all known tensors, a moment ago
         self.made = 0  # how many memories there have been
         self._infos: dict[Any, TensorInfo] = {}
         self.is_closed: Callable[[], bool] | None = None  # where gradients are recorded
@@ -100,9 +101,22 @@ class Values:
         return self._memories.get(storage._cdata) or self._add_memory(storage, placeholder)
 
     def _add_memory(self, storage: torch.UntypedStorage, placeholder: fx.Node | None) -> Memory:
+        if self._left:
+            self._forget_memories()
         memory = self._memories[storage._cdata] = Memory(placeholder, storage, self.made)
         self.made += 1
         return memory
+
+    def _forget_memories(self) -> None:
+        """Forget those that are gone: what torch keeps of each would lie in the hole it has left.
+
+        Some are not: gradients may need them.
+        """
+        left, self._left = self._left, []
+        for memory in left:
+            if memory.tensors == 0 and memory.reserved.expired():  # type: ignore[no-untyped-call]
+                self._memories.pop(memory.reserved.cdata, None)
+                memory.roots.clear()  # which refer to it
 
     def knows_memory_of(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._memories
@@ -154,12 +168,15 @@ class Values:
         self.bind(tensor, value)
         return value
 
-    def _forget(self, watched: weakref.ref[Tensor]) -> None:
-        assert isinstance(watched, _Watched)
-        found = self._values.get(watched.key)
-        if found is not None and found[0] is watched:
-            del self._values[watched.key]
-            found[1].memory.tensors -= 1
+    def _forget(self, watched: _Watched) -> None:
+        # Runs while the user's code does, which is traced: operators cost less than calls.
+        key = watched.key
+        if key in self._values and self._values[key][0] is watched:
+            memory = self._values[key][1].memory
+            del self._values[key]
+            memory.tensors -= 1
+            if memory.tensors == 0:
+                self._left += (memory,)
 
 
 Emit = Callable[..., fx.Node]
