@@ -18,6 +18,8 @@ After::
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,11 +111,14 @@ class _Alignment:
     def align(self, nodes: list[fx.Node]) -> _Alignment | None:
         """Pair each node with its counterpart; None if the rest is needed or draws numbers."""
         self.nodes = nodes
+        alike: dict[Hashable, list[int]] = {}
+        for index, node in enumerate(nodes):
+            alike.setdefault(self._kind_of(node), []).append(index)
         cursor = 0
-        for position in range(len(self.pattern)):
-            at = next(
-                (i for i in range(cursor, len(nodes)) if self._agrees(nodes[i], position)), None
-            )
+        for position, node in enumerate(self.pattern):
+            indices = alike.get(self._kind_of(node), [])
+            later = indices[bisect_left(indices, cursor) :]
+            at = next((i for i in later if self._agrees(nodes[i], position)), None)
             if at is None:
                 continue
             self.extra += nodes[cursor:at]
@@ -140,21 +145,20 @@ class _Alignment:
         )
 
     def _agrees(self, node: fx.Node, position: int) -> bool:
-        if head_of(node) != head_of(self.pattern[position]):
-            return False
-        if self._place_of(node) != self._place_of(self.pattern[position]):
-            return False
+        """Whether the arguments may be those of a node of the same kind."""
         codes = encode(node, self.step, self.where)
         wanted = self.codes[position]
         earlier = self.earlier[position] if self.earlier else ()
         known = earlier if len(earlier) == len(wanted) else (None,) * len(wanted)
         return len(codes) == len(wanted) and all(map(_may_correspond, codes, wanted, known))
 
-    def _place_of(self, node: fx.Node) -> tuple[Any, ...]:
-        """Line, layer and iterations of inner loops: layers alike compute the same one by one."""
+    def _kind_of(self, node: fx.Node) -> Hashable:
+        """What it is, its line, its layer and iterations of inner loops: layers alike compute the
+        same one by one.
+        """
         inner = node.meta.get("loops", ())[self.loop.depth + 1 :]
         iterations = tuple(step.iteration for step in inner)
-        return node.meta.get("location"), node.meta.get("module"), iterations
+        return head_of(node), node.meta.get("location"), node.meta.get("module"), iterations
 
     def complete(self) -> list[fx.Node]:
         """The iteration with a copy of the pattern's node for each that is missing."""

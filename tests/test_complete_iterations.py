@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from sparsify.passes import complete_iterations as complete_iterations_module
 from sparsify.passes.complete_iterations import complete_iterations
 from sparsify.passes.find_loops import find_loops
 from sparsify.passes.roll_loops import roll_loops
@@ -73,6 +74,33 @@ def test_layers_that_stop_one_after_the_other_are_completed_each_in_its_place() 
 
     assert last < last_but_one < first
     assert [call.args[0] for call, _ in scans(rolled.graph)] == [6]
+    assert_same(rolled.graph(*recorded.operands), recorded.results)
+
+
+def test_layers_of_many_steps_are_compared_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node with those of its kind, and of its step in a loop inside."""
+
+    def layer_by_layer(tape: Tape, x: Tensor) -> Tensor:
+        for _ in tape.loop(range(3)):
+            v, out = zeros(x), []
+            for x_t in tape.loop(x.unbind(0)):
+                v, z = lif(v, F.linear(x_t, W0))
+                out.append(z)
+            x = torch.stack(out)
+        return x.sum(0) + v
+
+    steps, asked = 40, list[fx.Node]()
+    agrees = complete_iterations_module._Alignment._agrees
+
+    def counted(self: Any, node: fx.Node, position: int) -> bool:
+        asked.append(node)
+        return agrees(self, node, position)
+
+    monkeypatch.setattr(complete_iterations_module._Alignment, "_agrees", counted)
+    recorded = pruned(layer_by_layer, steps)
+    rolled = roll_loops(recorded.graph)
+    assert len(asked) > steps, "some of them were compared"
+    assert len(asked) <= 2 * len(recorded.graph.graph.nodes)
     assert_same(rolled.graph(*recorded.operands), recorded.results)
 
 
