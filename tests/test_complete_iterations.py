@@ -81,13 +81,13 @@ def test_layers_of_many_steps_are_compared_in_linear_time(monkeypatch: pytest.Mo
     """Each node with those of its kind, and of its step in a loop inside."""
 
     def layer_by_layer(tape: Tape, x: Tensor) -> Tensor:
-        for _ in tape.loop(range(3)):
+        for layer in tape.loop(range(3)):
             v, out = zeros(x), []
             for x_t in tape.loop(x.unbind(0)):
-                v, z = lif(v, F.linear(x_t, W0))
-                out.append(z)
+                v = [torch.tanh, torch.tanh, torch.sin][layer](v + x_t)
+                out.append(v)
             x = torch.stack(out)
-        return x.sum(0) + v
+        return x
 
     steps, asked = 40, list[fx.Node]()
     agrees = complete_iterations_module._Alignment._agrees
@@ -99,8 +99,7 @@ def test_layers_of_many_steps_are_compared_in_linear_time(monkeypatch: pytest.Mo
     monkeypatch.setattr(complete_iterations_module._Alignment, "_agrees", counted)
     recorded = pruned(layer_by_layer, steps)
     rolled = roll_loops(recorded.graph)
-    assert len(asked) > steps, "some of them were compared"
-    assert len(asked) <= 2 * len(recorded.graph.graph.nodes)
+    assert 0 < len(asked) <= len(recorded.graph.graph.nodes)
     assert_same(rolled.graph(*recorded.operands), recorded.results)
 
 
