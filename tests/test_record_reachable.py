@@ -99,3 +99,23 @@ def test_cycles_end_and_torch_is_not_entered() -> None:
     found = places(net)
     assert len(found) < 200
     assert not any(path.startswith(("torch.", "numpy.")) for path in found)
+
+
+class LazyItems(dict[str, Any]):
+    """As matplotlib's settings: reading an item may change it."""
+
+    def __getitem__(self, key: str) -> Any:
+        self[key] = "read"
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Any:
+        return iter([*super().__iter__()])
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self]
+
+
+def test_looking_at_items_does_not_ask_a_dictionary_to_change_them() -> None:
+    lazy = LazyItems(backend="unset")
+    [place] = [p for p in walk([("", SimpleNamespace(settings=lazy))]) if p.owner is lazy]
+    assert place.value == dict.__getitem__(lazy, "backend") == "unset"

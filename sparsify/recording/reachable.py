@@ -2,7 +2,7 @@
 
 The walk starts at named roots and follows what code can follow: submodules, parameters, buffers and
 plain attributes, items of containers, class attributes, closure cells, defaults, and those globals
-that a function's code names. Torch, numpy and the standard library are not entered.
+that a function's code names. Torch, numpy, the standard library and what plots are not entered.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 FOREIGN = frozenset(sys.stdlib_module_names) | {
     *("torch", "numpy", "builtins", "sparsify"),
     *("_pytest", "pytest"),  # rewritten assertions lead to all that a test session holds
+    *("matplotlib", "mpl_toolkits", "pandas", "scipy", "PIL", "IPython"),  # large, and no model's
 }
 ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device),
@@ -136,7 +137,9 @@ def is_foreign(name: str | None) -> bool:
 
 def _places(path: str, holder: Any) -> Iterator[Place]:
     if isinstance(holder, dict):
-        return (Place(f"{path}[{key!r}]", holder, key, v) for key, v in list(holder.items()))
+        # What a subclass makes of reading its items, as loading what it holds, is not asked for.
+        items = list(dict.items(holder))
+        return (Place(f"{path}[{key!r}]", holder, key, v) for key, v in items)
     if isinstance(holder, _SEQUENCES):
         return (Place(f"{path}[{i}]", holder, i, v) for i, v in enumerate(list(holder)))
     if isinstance(holder, types.FunctionType):
