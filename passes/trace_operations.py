@@ -112,8 +112,8 @@ class _Nowhere:
     def here(self) -> Here:
         return NOWHERE
 
-    def pause(self) -> None:
-        pass
+    def pause(self) -> bool:
+        return False
 
     def resume(self) -> None:
         pass

@@ -14,6 +14,7 @@ from sparsify.api import sparsify
 from sparsify.checking.check_recording import why_not_repeated
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.recording import recorder
+from sparsify.recording.guard import Seen
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from sparsify.recording.unwritten_graph import UnwrittenGraph
@@ -24,6 +25,7 @@ from sparsify.serving.engine import Engine
 FEW, MANY = 50, 150
 MOST_OF_PASSES = 50  # measured: 35 and 40
 MOST_OF_CHECKS = 12  # measured: 9
+MOST_FOLLOWED = 25  # calls and returns of an operation that is recorded; measured: 22
 
 
 class TwoLayers(nn.Module):
@@ -139,6 +141,23 @@ def test_beside_the_recorded_run_the_model_runs_once(trains: bool) -> None:
     )
     assert runs == 1
     assert isinstance(made[0].compiled, Engine) and made[0].compiled.is_compiled
+
+
+@torch.no_grad()
+def test_what_torch_does_in_its_operations_is_not_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = 0
+    follow = Seen._profile
+
+    def count(seen: Seen, frame: FrameType, event: str, arg: object) -> None:
+        nonlocal told
+        told += 1
+        follow(seen, frame, event, arg)
+
+    monkeypatch.setattr(Seen, "_profile", count)
+    found, _ = recorded(Recurrent().eval(), MANY)
+    assert 0 < told < MOST_FOLLOWED * len(found.graph.graph.nodes)
 
 
 def test_results_that_are_gone_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

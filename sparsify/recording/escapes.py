@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 ONE_HOT: Any = torch.nn.functional.one_hot
 _RECURRENT = ("rnn_relu", "rnn_tanh", "gru", "lstm")
 Rule = Callable[..., Any]
+# Functions in C, and arguments of which they ask nothing that Python would answer.
+IN_C = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
+WITHOUT_CODE = frozenset(
+    (
+        *(Tensor, torch.nn.Parameter, torch.nn.Buffer, bool, int, float, complex, str, type(None)),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    )
+)
+OF_TORCH = ("/Meta", "/MPS", "/CUDA")  # where torch itself has kernels in Python
 RECURRENT: dict[Any, str] = {getattr(torch._C._VariableFunctions, n): n for n in _RECURRENT}
 
 
@@ -82,6 +92,11 @@ class Escapes(TorchFunctionMode):
             self._rules[Tensor.detach_] = self._detach_in_place
             self._rules[GRAD] = self._gradient
 
+    def __enter__(self) -> Self:
+        self._modes = None if _has_kernels() else torch._C._len_torch_dispatch_stack()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -92,10 +107,27 @@ class Escapes(TorchFunctionMode):
             for argument in (*args, *kwargs.values()) if kwargs else args:
                 if id(argument) in recorder.unread:
                     recorder.look_at(argument)
-        rule = self._rules.get(func)
-        if rule is None:
+        # All this is traced, where operators cost less than calls.
+        if func in self._rules:
+            return self._rules[func](func, args, kwargs or {})
+        if type(func) not in IN_C:
             return func(*args, **(kwargs or {}))
-        return rule(func, args, kwargs or {})
+        for argument in (*args, *kwargs.values()) if kwargs else args:
+            if type(argument) not in WITHOUT_CODE:
+                return func(*args, **(kwargs or {}))
+        return self._untraced(func, args, kwargs or {})
+
+    def _untraced(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call what runs no Python but ours and torch's, of which nothing is to be noticed."""
+        positions = self._recorder.positions
+        is_first = positions.pause()
+        try:
+            if torch._C._len_torch_dispatch_stack() == self._modes:
+                return func(*args, **kwargs)
+        finally:
+            if is_first:
+                positions.resume()
+        return func(*args, **kwargs)  # a mode or a kernel of the user's is Python, too
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._recorder.fail(REFUSED.get(func) or REFUSED_IN_TRAINING[func])
@@ -185,6 +217,12 @@ class Escapes(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self._recorder.is_suspended = False
+
+
+def _has_kernels() -> bool:
+    """Whether an operation of torch may run Python that somebody has registered for it."""
+    kernels: Iterable[str] = getattr(torch.library, "_impls", ["aten/"])
+    return any(k.startswith("aten/") and not k.endswith(OF_TORCH) for k in kernels)
 
 
 def _classes_of(tensor: Tensor, num_classes: int = -1) -> tuple[Tensor, int]:

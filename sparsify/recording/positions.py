@@ -96,8 +96,13 @@ class Positions:
         self._frames.clear()
         self._stop = None
 
-    def pause(self) -> None:
-        """The recorder's own code need not be traced or profiled: that is what calls this."""
+    def pause(self) -> bool:
+        """The recorder's own code need not be traced or profiled: that is what calls this.
+
+        False if it is paused already; who was told True resumes.
+        """
+        if self._caller is not None:
+            return False
         self._caller = sys._getframe(2)
         if _CHEAP_PAUSE:
             self._profiler = sys.getprofile()
@@ -105,6 +110,7 @@ class Positions:
             if sys.gettrace() is not self._tracer:  # as below, but no call that is traced
                 self.was_disturbed = True
             sys.settrace(None)
+        return True
 
     def resume(self) -> None:
         self._caller = None

@@ -42,7 +42,7 @@ FREED_BYTES = 64 * 2**20  # results after which memory that they have left is gi
 class PausedPlaces(Places, Protocol):
     """Knows where the user's code is, and takes no notice of what runs while it is paused."""
 
-    def pause(self) -> None: ...
+    def pause(self) -> bool: ...
 
     def resume(self) -> None: ...
 
@@ -101,13 +101,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self.is_suspended:
             return func(*args, **kwargs)
-        self.positions.pause()
+        is_first = self.positions.pause()
         try:
             how = self._hows.get(id(func)) or self._look_up(func)
             if how.is_single and self.error is None:
                 return self._run_recorded(how, Call(func, how.facts, args, kwargs))
         finally:
-            self.positions.resume()
+            if is_first:
+                self.positions.resume()
         if how.facts.is_composite:
             with self:
                 return func.decompose(*args, **kwargs)
