@@ -21,7 +21,7 @@ CLOSE = 1.5  # predictions within this factor of the best are settled by timing
 CLEARLY_FASTER = 1.2  # a prediction this much better moves calls of another size
 HOPELESS = 8.0  # a candidate predicted to be this much slower is not compiled
 SAME = 1.02  # strategies predicted within this factor do the same work in another order
-FAR_WEIGHTS = 1 << 20  # bytes from which on it matters in whose cache a weight lies
+FAR_WEIGHTS = 3 << 20  # bytes of weights from which on it matters in whose cache each lies
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,13 @@ class Predictor:
     def unlike(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Without those that are predicted to be the same as a faster one but for the strategy.
 
-        Small weights lie in the caches of all cores, whichever of them reads what.
+        Small weights lie in the caches of all cores, whichever of them reads what, and restricted
+        products read theirs once for many rows.
         """
         widths = {w.name: BYTES[w.dtype] for w in self.kernel.weights}
         stored = sum(count_pairs(self.kernel, w) * widths[w.name] for w in self.kernel.weights)
-        if stored > FAR_WEIGHTS or self.backend.name != "cpp":
+        is_far = stored > FAR_WEIGHTS and not self.is_gradient
+        if is_far or self.backend.name != "cpp":
             return list(candidates)
         found: list[Candidate] = []
         for each in candidates:
