@@ -111,8 +111,12 @@ def write_entry(
     symbols: Symbols,
     entry: str,
     set_up: Sequence[str],
+    clear: Sequence[str] = (),
 ) -> None:
-    """The function that Python calls. ``set_up`` are lines that end by declaring ``bytes``."""
+    """The function that Python calls. ``set_up`` are lines that end by declaring ``bytes``.
+
+    ``clear`` are lines that write what threads find in memory when they begin.
+    """
     w.line()
     w.line("}  // namespace")
     w.line()
@@ -139,6 +143,8 @@ def write_entry(
             w.line(line)
         w.line("call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));")
         w.line("if (!call.memory) return 1;")
+        for line in clear:
+            w.line(line)
         w.line("runtime->parallel(run, &call, threads);")
         w.line("std::free(call.memory);")
         w.line("return 0;")

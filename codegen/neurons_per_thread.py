@@ -1,8 +1,9 @@
 """Strategy: all threads carry the same batch rows through time, each computes its own neurons.
 
 For batches too small to give every thread a row. Activity that the kernel computes is exchanged as
-bits, 8 neurons a byte, and every thread makes its own event lists of them after a barrier. Products
-that read inputs alone are computed before it, while other threads are still at work.
+bits, 8 neurons a byte, and every thread makes its own event lists of them once all have finished a
+step. Products that read inputs alone are computed between saying so and waiting for the others, so
+that the time that word takes from core to core is not lost.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class _SharedText(KernelText):
         self.mine = {
             p.name: self.symbols.names.new(f"my_{p.name}") for p in self.kernel.populations
         }
-        write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile)
+        write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile, ["arrivals.h"])
         self.w.line(
             f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
         )
@@ -127,7 +128,9 @@ class _SharedText(KernelText):
         self.write_cells()
         self._write_rows()
         self._write_run()
-        write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, self._set_up())
+        clear = "Arrivals::clear(call.memory, threads);"
+        set_up = self._set_up()
+        write_entry(self.w, self.kernel, self.schedule, self.symbols, entry, set_up, [clear])
         return self.w.text()
 
     def places(self) -> Places:
@@ -192,8 +195,9 @@ class _SharedText(KernelText):
         w.line()
         w.comment("Rows start .. start + rows of the batch, through all time steps.")
         head = (
-            "void run_rows(const Call& call, const Team& team, const Shared& shared,\n"
-            "              const Own& own, int64_t* active, int64_t start, int64_t rows)"
+            "void run_rows(const Call& call, const Team& team, Arrivals& arrivals,\n"
+            "              const Shared& shared, const Own& own, int64_t* active,\n"
+            "              int64_t start, int64_t rows)"
         )
         with w.block(head):
             for population in dict.fromkeys(phase.population for phase in self.kernel.phases):
@@ -206,6 +210,8 @@ class _SharedText(KernelText):
                     for phase, function in self.starts():
                         self._write_phase(phase, function)
             with self.steps():
+                if self.usage.of_kind("state"):
+                    self.w.line("arrivals.arrive();", "has finished the step before")
                 self.write_scans(self.usage.of_kind("operand"))
                 self._write_step()
 
@@ -220,13 +226,14 @@ class _SharedText(KernelText):
         if states:
             for phase, _ in self.functions():
                 self._write_ahead(phase)
-            self.w.line("team.wait();", "all have finished the step before")
+            self._write_fetch(states)
+            self.w.line("arrivals.await();", "all have finished the step before")
             self._write_unpack(states)
         meetings = meeting_phases(self.kernel, self.schedule)
         computed: list[Source] = []
         for index, (phase, function) in enumerate(self.functions()):
             if index in meetings:
-                self.w.line("team.wait();", "all have finished the phase before")
+                self.w.line("arrivals.meet();", "all have finished the phase before")
                 self._write_unpack(computed)
                 computed = []
             self.write_counts(phase.gathers)
@@ -246,6 +253,13 @@ class _SharedText(KernelText):
                     self.write_gather(gather)
             elif gather.result in self.kept_ahead:
                 self.write_kept(gather, f"{mine}.begin", f"{mine}.end")
+
+    def _write_fetch(self, sources: list[Source]) -> None:
+        """Ask for what others have written, which has mostly arrived when it is asked for."""
+        for source in sources:
+            if source.events:
+                mask = f"shared.{self.name(source)}_active[now]"
+                self.w.line(f"fetch_mask({mask}, mask_bytes({self.size(source)}));")
 
     def _write_unpack(self, sources: list[Source]) -> None:
         for source in sources:
@@ -267,6 +281,7 @@ class _SharedText(KernelText):
         with w.block("void run(void* context, const Team& team)"):
             w.line("const Call& call = *static_cast<const Call*>(context);")
             w.line("Arena common(call.memory);")
+            w.line("Arrivals arrivals(common, team);")
             w.line("const Shared shared(common, call.group);")
             w.line("const int64_t before = common.used() + team.thread * Own::bytes(call.group);")
             w.line("Arena arena(call.memory + before);")
@@ -274,10 +289,10 @@ class _SharedText(KernelText):
             w.line(f"int64_t active[{max(1, gathers)}] = {{}};")
             with w.block("for (int64_t start = 0; start < call.batch; start += call.group)"):
                 if self.usage.exchanges:
-                    w.line("if (start) team.wait();", "all have finished the rows before")
+                    w.line("if (start) arrivals.meet();", "all have finished the rows before")
                 w.line("const int64_t left = call.batch - start;")
                 w.line("const int64_t rows = left < call.group ? left : call.group;")
-                w.line("run_rows(call, team, shared, own, active, start, rows);")
+                w.line("run_rows(call, team, arrivals, shared, own, active, start, rows);")
             if gathers:
                 self._write_common_counts()
                 with w.indented(f"for (int k = 0; k < {gathers}; ++k)"):
@@ -298,5 +313,6 @@ class _SharedText(KernelText):
         return [
             f"if (threads > {most}) threads = {most};  // there are no more tiles",
             "call.group = batch < GROUP ? batch : GROUP;",
-            "const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);",
+            "const int64_t shared_bytes = Arrivals::bytes(threads) + Shared::bytes(call.group);",
+            "const int64_t bytes = shared_bytes + threads * Own::bytes(call.group);",
         ]

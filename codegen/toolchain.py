@@ -27,6 +27,7 @@ SOURCE, BINARY = "kernel.cpp", "kernel.so"
 KERNEL_HEADERS = (
     "kernel.h",
     "ahead.h",
+    "arrivals.h",
     "events.h",
     "scalar.h",
     "halves.h",

@@ -4,6 +4,7 @@
 
 #include "kernel.h"
 #include "restricted.h"
+#include "arrivals.h"
 
 namespace {
 
@@ -109,8 +110,9 @@ SPARSIFY_INLINE void hidden_step_2(const Call& call, const Shared& shared, const
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, const Shared& shared,
-              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
+              const Shared& shared, const Own& own, int64_t* active,
+              int64_t start, int64_t rows) {
   const Share my_hidden = share<TILE>(N_HIDDEN, team);
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
@@ -127,7 +129,7 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
           hidden_step(call, shared, own, t, start + row, row, now, next, first, N_HIDDEN - first, own.excitation_sum + row * TILE);
       }
     }
-    team.wait();  // all have finished the phase before
+    arrivals.meet();  // all have finished the phase before
     const uint64_t returned_wild = wild_rows(shared.chosen_blocks[now], rows);
     const uint64_t copied_wild = wild_rows(own.fired_blocks, rows);
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
@@ -146,16 +148,17 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
+  Arrivals arrivals(common, team);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
   const Own own(arena, call.group);
   int64_t active[3] = {};
   for (int64_t start = 0; start < call.batch; start += call.group) {
-    if (start) team.wait();  // all have finished the rows before
+    if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, shared, own, active, start, rows);
+    run_rows(call, team, arrivals, shared, own, active, start, rows);
   }
   if (team.thread > 0) active[0] = 0;  // all have counted the same events
   for (int k = 0; k < 3; ++k)
@@ -196,9 +199,11 @@ int run_gate_of_bits(const Runtime* runtime, void* const* pointers, const int64_
   prefer_large_pages(call.out, steps, call.out_t, batch, call.out_b);
   if (threads > 2) threads = 2;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
-  const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);
+  const int64_t shared_bytes = Arrivals::bytes(threads) + Shared::bytes(call.group);
+  const int64_t bytes = shared_bytes + threads * Own::bytes(call.group);
   call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
   if (!call.memory) return 1;
+  Arrivals::clear(call.memory, threads);
   runtime->parallel(run, &call, threads);
   std::free(call.memory);
   return 0;

@@ -4,6 +4,7 @@
 
 #include "kernel.h"
 #include "restricted.h"
+#include "arrivals.h"
 
 namespace {
 
@@ -119,8 +120,9 @@ SPARSIFY_INLINE void hidden_step_2(const Call& call, const Shared& shared, const
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, const Shared& shared,
-              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
+              const Shared& shared, const Own& own, int64_t* active,
+              int64_t start, int64_t rows) {
   const Share my_hidden = share<TILE>(N_HIDDEN, team);
   // Every state gets its initial value.
   {
@@ -137,7 +139,8 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
   for (int64_t step = 0; step < call.steps; ++step) {
     const int64_t t = call.steps - 1 - step;  // the last step runs first
     const int64_t now = step & 1, next = now ^ 1;
-    team.wait();  // all have finished the step before
+    arrivals.arrive();  // has finished the step before
+    arrivals.await();  // all have finished the step before
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_HIDDEN)
@@ -162,16 +165,17 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
+  Arrivals arrivals(common, team);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
   const Own own(arena, call.group);
   int64_t active[1] = {};
   for (int64_t start = 0; start < call.batch; start += call.group) {
-    if (start) team.wait();  // all have finished the rows before
+    if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, shared, own, active, start, rows);
+    run_rows(call, team, arrivals, shared, own, active, start, rows);
   }
   for (int k = 0; k < 1; ++k)
     __atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);
@@ -207,9 +211,11 @@ int run_lif_gradient(const Runtime* runtime, void* const* pointers, const int64_
   prefer_large_pages(call.products, steps, call.products_t, batch, call.products_b);
   if (threads > 3) threads = 3;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
-  const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);
+  const int64_t shared_bytes = Arrivals::bytes(threads) + Shared::bytes(call.group);
+  const int64_t bytes = shared_bytes + threads * Own::bytes(call.group);
   call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
   if (!call.memory) return 1;
+  Arrivals::clear(call.memory, threads);
   runtime->parallel(run, &call, threads);
   std::free(call.memory);
   return 0;

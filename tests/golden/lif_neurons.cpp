@@ -3,6 +3,7 @@
 // neurons-per-thread; gathers: drive = event, recurrent = event
 
 #include "kernel.h"
+#include "arrivals.h"
 
 namespace {
 
@@ -111,8 +112,9 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, const Shared& shared,
-              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
+              const Shared& shared, const Own& own, int64_t* active,
+              int64_t start, int64_t rows) {
   const Share my_hidden = share<TILE>(N_HIDDEN, team);
   // Every state gets its initial value.
   {
@@ -128,10 +130,12 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
   }
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
+    arrivals.arrive();  // has finished the step before
     for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE)
       gather_events<TILE>(own.drive_sum + rows * first, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
-    team.wait();  // all have finished the step before
+    fetch_mask(shared.s_active[now], mask_bytes(N_HIDDEN));
+    arrivals.await();  // all have finished the step before
     for (int64_t row = 0; row < rows; ++row)
       unpack(own.s_events, row, shared.s_active[now] + row * mask_bytes(N_HIDDEN));
     active[0] += count_events(own.x_events, rows);
@@ -151,16 +155,17 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
+  Arrivals arrivals(common, team);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
   const Own own(arena, call.group);
   int64_t active[2] = {};
   for (int64_t start = 0; start < call.batch; start += call.group) {
-    if (start) team.wait();  // all have finished the rows before
+    if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, shared, own, active, start, rows);
+    run_rows(call, team, arrivals, shared, own, active, start, rows);
   }
   if (team.thread > 0) return;  // all have counted the same events
   for (int k = 0; k < 2; ++k)
@@ -195,9 +200,11 @@ int run_recurrent_lif(const Runtime* runtime, void* const* pointers, const int64
   prefer_large_pages(call.spikes, steps, call.spikes_t, batch, call.spikes_b);
   if (threads > 3) threads = 3;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
-  const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);
+  const int64_t shared_bytes = Arrivals::bytes(threads) + Shared::bytes(call.group);
+  const int64_t bytes = shared_bytes + threads * Own::bytes(call.group);
   call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
   if (!call.memory) return 1;
+  Arrivals::clear(call.memory, threads);
   runtime->parallel(run, &call, threads);
   std::free(call.memory);
   return 0;

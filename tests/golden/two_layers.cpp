@@ -3,6 +3,7 @@
 // neurons-per-thread; gathers: back = event, forward = dense
 
 #include "kernel.h"
+#include "arrivals.h"
 
 namespace {
 
@@ -112,8 +113,9 @@ SPARSIFY_INLINE void two_step(const Call& call, const Shared& shared, const Own&
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, const Shared& shared,
-              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
+              const Shared& shared, const Own& own, int64_t* active,
+              int64_t start, int64_t rows) {
   const Share my_one = share<TILE>(N_ONE, team);
   const Share my_two = share<TILE>(N_TWO, team);
   // Every state gets its initial value.
@@ -127,7 +129,9 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
   }
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
-    team.wait();  // all have finished the step before
+    arrivals.arrive();  // has finished the step before
+    fetch_mask(shared.h_active[now], mask_bytes(N_TWO));
+    arrivals.await();  // all have finished the step before
     for (int64_t row = 0; row < rows; ++row)
       unpack(own.h_events, row, shared.h_active[now] + row * mask_bytes(N_TWO), shared.h_values[now] + row * N_TWO);
     active[0] += count_events(own.h_events, rows);
@@ -140,7 +144,7 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
           one_step(call, shared, own, t, start + row, row, now, next, first, N_ONE - first, own.back_sum + row * TILE);
       }
     }
-    team.wait();  // all have finished the phase before
+    arrivals.meet();  // all have finished the phase before
     for (int64_t row = 0; row < rows; ++row)
       active[1] += count_active(shared.active_2_values[now] + row * N_ONE, N_ONE);
     for (int64_t first = my_two.begin; first < my_two.end; first += TILE) {
@@ -155,16 +159,17 @@ void run_rows(const Call& call, const Team& team, const Shared& shared,
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
+  Arrivals arrivals(common, team);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
   const Own own(arena, call.group);
   int64_t active[2] = {};
   for (int64_t start = 0; start < call.batch; start += call.group) {
-    if (start) team.wait();  // all have finished the rows before
+    if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, shared, own, active, start, rows);
+    run_rows(call, team, arrivals, shared, own, active, start, rows);
   }
   if (team.thread > 0) return;  // all have counted the same events
   for (int k = 0; k < 2; ++k)
@@ -193,9 +198,11 @@ int run_two_layers(const Runtime* runtime, void* const* pointers, const int64_t*
   prefer_large_pages(call.out, steps, call.out_t, batch, call.out_b);
   if (threads > 3) threads = 3;  // there are no more tiles
   call.group = batch < GROUP ? batch : GROUP;
-  const int64_t bytes = Shared::bytes(call.group) + threads * Own::bytes(call.group);
+  const int64_t shared_bytes = Arrivals::bytes(threads) + Shared::bytes(call.group);
+  const int64_t bytes = shared_bytes + threads * Own::bytes(call.group);
   call.memory = static_cast<char*>(std::aligned_alloc(64, bytes + 64));
   if (!call.memory) return 1;
+  Arrivals::clear(call.memory, threads);
   runtime->parallel(run, &call, threads);
   std::free(call.memory);
   return 0;
