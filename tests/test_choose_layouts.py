@@ -12,7 +12,8 @@ import torch
 from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.choosing.candidates import Predictor, Workload, find_candidates
-from sparsify.choosing.rechoose import EVERY, Rechooser
+from sparsify.choosing.rechoose import Rechooser
+from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler

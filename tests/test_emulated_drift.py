@@ -12,7 +12,8 @@ import torch
 from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.choosing.candidates import Predictor, Workload
-from sparsify.choosing.rechoose import EVERY, Rechooser
+from sparsify.choosing.rechoose import Rechooser
+from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.choosing.rechoose import EVERY
+from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.regions.region import Region
 from sparsify.regions.region_call import MOST_BOUND, RegionCall

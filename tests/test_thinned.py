@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import Plan, Pruner, Pruning
-from sparsify.choosing import stored_weights
+from sparsify.choosing import seldom
 from sparsify.ir import Layout
 from sparsify.products.report import Report
 from tests.pruned_nets import PRUNED, assert_same, mask_of
@@ -22,7 +22,7 @@ HH = "rnn.weight_hh_l0"
 
 @pytest.fixture(autouse=True)
 def every_second_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_weights, "EVERY", 2)
+    monkeypatch.setattr(seldom, "EVERY", 2)
 
 
 class Net(nn.Module):

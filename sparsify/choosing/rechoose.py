@@ -9,13 +9,12 @@ from torch import Tensor
 
 from sparsify import ir
 from sparsify.choosing.candidates import Predictor
+from sparsify.choosing.seldom import Seldom
 from sparsify.codegen.backend import Launchable
 from sparsify.codegen.contents import Contents
 from sparsify.codegen.runtime import load_runtime
 from sparsify.products.layouts import has_moved
 from sparsify.weight_pattern import density_of, find_pattern
-
-EVERY = 32  # calls after which weights are looked at: counting reads all of them once
 
 Load = Callable[[ir.Kernel, ir.Schedule], Launchable]
 
@@ -29,7 +28,7 @@ class Rechooser:
     def __init__(self, predictor: Predictor, first: Launchable, load: Load) -> None:
         self.base = first
         self._predictor, self._load = predictor, load
-        self._calls = 0
+        self._calls = Seldom()
         self._suited: dict[ir.Schedule, Launchable] = {}  # one serves several sizes of calls
         self._contents: dict[str, Contents] = {}
         self._counted: dict[str, int] = {}  # contents of weights
@@ -47,36 +46,31 @@ class Rechooser:
 
     def is_due(self) -> bool:
         """Whether the next call is one of those that are looked at; counts it if it is not."""
-        self._calls += 1
-        if self._calls % EVERY:
-            return False
-        self._calls -= 1  # ``look`` counts it
-        return True
+        return not self._calls.skip(1)  # ``look`` counts what is due
 
     def skip(self) -> int:
         """Count the calls that come before the next one that is looked at."""
-        left = EVERY - 1 - self._calls % EVERY
-        self._calls += left
-        return left
+        return self._calls.skip()
 
     def look(self, tensors: Mapping[str, Tensor]) -> bool:
         """Look at the weights of some calls; whether ``base`` is another one since.
 
         Those on a GPU are left alone: nobody waits for it to count.
         """
-        self._calls += 1
-        if self._calls % EVERY:
+        if not self._calls.is_due():
             return False
-        moved = {}
+        moved, is_new = {}, False
         for name in self.densities:
             weight = tensors[name].detach()
             if weight.is_cpu and weight.numel() and not self._is_counted(name, weight):
+                is_new = True
                 density = density_of(weight)
                 self.densities[name] = density
                 if has_moved(self._predictor.patterns[name].density, density):
                     moved[name] = find_pattern(
                         weight.t() if self._predictor.is_gradient else weight
                     )
+        self._calls.found(is_new)
         if not moved:
             return False
         patterns = {**self._predictor.patterns, **moved}

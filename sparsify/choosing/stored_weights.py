@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.autocast import autocast_off
-from sparsify.choosing.rechoose import EVERY
+from sparsify.choosing.seldom import Seldom
 from sparsify.graph_meta import Source
 from sparsify.passes.classify_ops import MOST_DENSITY, draws_random, untransposed
 from sparsify.passes.copy_graph import copy_into
@@ -32,12 +32,7 @@ class StoredWeights:
 
     def __init__(self, recorded: fx.GraphModule) -> None:
         self._recorded = recorded
-        self._calls = 0
-
-    def is_due(self) -> bool:
-        """Count a call; True for one of ``EVERY``."""
-        self._calls += 1
-        return self._calls % EVERY == 0
+        self.calls = Seldom()
 
     def densities(self, model: nn.Module, only: Container[str] | None = None) -> dict[str, float]:
         """The share of weights of ``model`` that are not zero now, by product: all, or ``only``."""
@@ -52,6 +47,10 @@ class StoredWeights:
                     weight: Tensor = graph(*known)
                 found[name] = density_of(weight)
         return found
+
+    def may_gain(self, sites: Iterable[Site]) -> bool:
+        """Whether ``thinned`` may find any of these."""
+        return any(self._may_gain(site) for site in sites)
 
     def thinned(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, float]:
         """Kept sites that may gain by what has become zero since, with their densities now.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,7 +35,7 @@ from sparsify.recording.settle import settled
 from sparsify.serving.backends import Compilers, tensors_of
 from sparsify.serving.call_key import call_key
 from sparsify.serving.check_speed import keep_all, why_not_faster
-from sparsify.serving.entry import Entry, find_thinned, newest
+from sparsify.serving.entry import Entry, find_thinned, newest, skip_looks
 from sparsify.serving.failures import (
     OUT_OF_MEMORY,
     Failed,
@@ -45,6 +46,7 @@ from sparsify.serving.failures import (
     run_bounded,
 )
 from sparsify.serving.kernel_views import KernelView, view_kernels
+from sparsify.serving.last_call import MISSED, LastCall, may_be_repeated
 from sparsify.serving.layout import Layout
 from sparsify.serving.merge_entries import with_entry
 from sparsify.serving.notices import Misses, Notices
@@ -81,6 +83,8 @@ class Engine:
         self._compilers = Compilers(options, backends)
         self.entries: tuple[Entry, ...] = ()
         self._frozen = False
+        self.last_call: LastCall | None = None  # what is asked first
+        self._lately: Entry | None = None  # what served the last call that it did not
         self._notices = Notices(type(model).__name__)
         self._misses = Misses()
         self.recordings = 0
@@ -93,6 +97,12 @@ class Engine:
         self.pruned = pruned
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
+        last_call = self.last_call  # once: another thread may put another one there
+        result = MISSED if last_call is None else last_call(args, kwargs)
+        return self._call(args, kwargs) if result is MISSED else result
+
+    def _call(self, args: Args, kwargs: Kwargs) -> Any:
+        self.last_call = None
         if is_intercepted() or is_disabled():
             return self.original.forward(*args, **kwargs)
         if not self._frozen:
@@ -105,8 +115,17 @@ class Engine:
                     return self._run_original(args, kwargs)
                 operands = entry.calling.operands(args, kwargs)
                 if entry.serves(operands):
-                    return self._run(entry, operands, args, kwargs)
+                    result = self._run(entry, operands, args, kwargs)
+                    self._remember(entry, operands)
+                    return result
         return self._miss(args, kwargs)
+
+    def _remember(self, entry: Entry, operands: list[Tensor]) -> None:
+        """Have calls like the last two found sooner."""
+        if entry is self._lately and may_be_repeated(self.original, entry):
+            calls = sys.maxsize if self._frozen else skip_looks(self.entries)
+            self.last_call = LastCall(entry, operands, calls)
+        self._lately = entry
 
     def compile_example(self, args: Args, kwargs: Kwargs, gradients: bool | None = None) -> None:
         """Record and compile now, leaving the model as it was.
@@ -219,7 +238,7 @@ class Engine:
         return view_kernels(self.compiled.regions, self.compiled.backend)
 
     def freeze(self, frozen: bool = True) -> None:
-        self._frozen = frozen
+        self._frozen, self.last_call = frozen, None
         for entry in self.entries:
             entry.compiled.freeze(frozen)
 

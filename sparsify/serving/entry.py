@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,13 +148,22 @@ def find_thinned(
     ``given`` decides stays.
     """
     for entry in entries:
-        if entry.weights.is_due():
+        if entry.weights.calls.is_due():
             pinned = ((given.training or Plan()) if entry.required else given).sites
             open_sites = [site for site in entry.compiled.sites if site.name not in pinned]
             thinned = entry.weights.thinned(model, open_sites)
             if thinned:
                 return entry, thinned
     return None, {}
+
+
+def skip_looks(entries: Sequence[Entry]) -> int:
+    """How many calls ``find_thinned`` has nothing to find in; they count as made."""
+    found = [e.weights.calls for e in entries if e.weights.may_gain(e.compiled.sites)]
+    calls = min([each.left for each in found], default=sys.maxsize)
+    for each in found:
+        each.skip(calls)
+    return calls
 
 
 def sources(compiled: Compiled) -> list[Source | None]:

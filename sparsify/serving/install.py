@@ -14,10 +14,13 @@ from torch import nn
 
 from sparsify.errors import SparsifyError
 from sparsify.serving.engine import Engine
+from sparsify.serving.last_call import MISSED
 from sparsify.serving.outside_graphs import call_outside, is_compiled_around
 
 # The shortcuts that a sparsified module offers; a model's own attribute of that name wins.
 SHORTCUTS = ("report", "plan", "graph", "code", "kernels", "stages")
+
+CALL = nn.Module.__call__  # others put functions of their own in its place, as torch.fx does
 
 # What torch.compile(module) and module.compile() write to a module; not shared with the original.
 COMPILED = ("_is_torch_compile", "_compiled_call_impl")
@@ -51,6 +54,18 @@ class Sparsified:
         if is_compiled_around():
             return call_outside(self._engine, args, kwargs)
         return self._engine(args, kwargs)
+
+    def _call_sooner(self, *args: Any, **kwargs: Any) -> Any:
+        """``nn.Module.__call__``, which finds no hooks where a call is like the last one."""
+        module = cast(Any, self)
+        if not (
+            is_compiled_around() or module._compiled_call_impl or nn.Module.__call__ is not CALL
+        ):
+            last_call = self._engine.last_call
+            result = MISSED if last_call is None else last_call(args, kwargs)
+            if result is not MISSED:
+                return result
+        return nn.Module.__call__(module, *args, **kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` asks first. Raises SparsifyError: scripts have no kernels."""
@@ -106,6 +121,8 @@ def install(engine: Engine) -> nn.Module:
         )
     taken = {name for name in SHORTCUTS if _has_own(model, name)}
     members: dict[str, Any] = {n: _shortcut(n) for n in SHORTCUTS if n not in taken}
+    if type(model).__call__ is CALL:
+        members["__call__"] = Sparsified._call_sooner
     members |= {"__slots__": ("_engine", *COMPILED), "__module__": type(model).__module__}
     cls = type(type(model).__name__, (Sparsified, type(model)), members)
     fast = cast(nn.Module, cast(Any, cls).__new__(cls))
