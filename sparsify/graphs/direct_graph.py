@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify.graphs.fill_in_place import fill_in_place
 from sparsify.graphs.time_chunks import Executors, TimeChunks
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.regions.region import Region
@@ -44,11 +45,13 @@ class SharedValue:
 
 def direct(gm: fx.GraphModule, again: bool = False) -> Callable[..., tuple[Tensor, ...]]:
     """What ``gm.forward`` computes, in less time: kernels are called without the way of modules,
-    whose hooks nobody sets, and initial states that are one number are made once a size.
+    whose hooks nobody sets, and initial states that are one number are made once a size. What the
+    model fills part by part is filled where it is.
 
     ``again``: the weights of kernels are those of their last call, unchanged.
     """
     graph = copy_graph(gm.graph)
+    fill_in_place(graph)
     called: dict[str, Any] = {}
     for node in graph.nodes:
         target = str(node.target)
