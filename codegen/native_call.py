@@ -38,18 +38,31 @@ class NativeCall(Protocol):
         """Called by ``Prepared.repeater``; None for tensors that it cannot read."""
 
 
-def native_call() -> NativeCall | None:
-    """The extension, if it is there by now: the first question has it compiled beside what runs."""
-    loading = _loading()
-    return loading.result() if loading.done() else None
+class Loading:
+    """Loads the extension in another thread, which compiles it if need be."""
+
+    def __init__(self) -> None:
+        self._begun: Future[NativeCall | None] | None = None
+
+    def begin(self) -> None:
+        if self._begun is None:
+            pool = ThreadPoolExecutor(max_workers=1)
+            self._begun = pool.submit(load_native_call)
+            pool.shutdown(wait=False)
+
+    def now(self) -> NativeCall | None:
+        return self._begun.result() if self._begun is not None and self._begun.done() else None
 
 
 @cache
-def _loading() -> Future[NativeCall | None]:
-    pool = ThreadPoolExecutor(max_workers=1)
-    loading = pool.submit(load_native_call)
-    pool.shutdown(wait=False)
-    return loading
+def loading() -> Loading:
+    """The one of this process. Whoever makes calls that are like others begins."""
+    return Loading()
+
+
+def native_call() -> NativeCall | None:
+    """The extension, if it is there by now."""
+    return loading().now()
 
 
 @cache

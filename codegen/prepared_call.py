@@ -141,7 +141,7 @@ class Prepared:
             if results is not None:
                 return list(results)
         outputs = self._call(tensors, looked, unread)
-        if outputs is not None and repeater is None:
+        if outputs is not None and repeater is None and native_call() is not None:
             places = [(0, index) for index in range(len(tensors))]
             made = self.repeater(tensors, places, [*range(len(outputs))], unread)
             if made is not None:

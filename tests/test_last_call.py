@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.codegen.native_call import load_native_call
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.serving.engine import Engine
-from tests.natively import WAYS
+from tests.natively import WAYS, call_in
 from tests.small_nets import RecurrentNet, spikes
 
 pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
@@ -36,10 +35,7 @@ def model() -> RecurrentNet:
 
 @pytest.fixture(params=WAYS)
 def fast(request: pytest.FixtureRequest, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Any:
-    native = load_native_call() or load_native_call.__wrapped__()
-    given = native if request.param == "native" else None
-    assert given is not None or request.param == "python"
-    monkeypatch.setattr("sparsify.serving.last_call.native_call", lambda: given)
+    call_in(request.param, monkeypatch)
     return repeated(model)
 
 

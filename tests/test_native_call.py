@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.launch import CppLaunchable
-from sparsify.codegen.native_call import load_native_call
+from sparsify.codegen.native_call import Loading, load_native_call
 from sparsify.codegen.prepared_call import Prepared
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from tests.example_kernels import lif, lif_data, schedule
@@ -121,6 +121,16 @@ def test_layouts_are_equal_where_all_of_them_is() -> None:
     unknown = [x.to_sparse(), x.as_subclass(Own)]
     assert all(native.layouts_of([other]) is None for other in unknown)
     assert native.layouts_of([x] * 10_000) is None
+
+
+def test_it_is_loaded_beside_what_runs() -> None:
+    loading = Loading()
+    assert loading.now() is None
+    loading.begin()
+    begun = loading._begun
+    loading.begin()
+    assert begun is not None and loading._begun is begun
+    assert begun.result() is loading.now()
 
 
 def test_without_pythons_headers_there_is_none(

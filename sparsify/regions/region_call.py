@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from sparsify.codegen.native_call import Repeater
+from sparsify.codegen.native_call import Repeater, native_call
 from sparsify.regions.region import ROLES, Operands, Region
 
 MOST_BOUND = 16  # numbers of steps
@@ -51,7 +51,7 @@ class RegionCall:
         """Have calls like the last two that were made in Python made natively."""
         straight = self._region.straight
         repeater_of = getattr(self._region.launchable, "repeater", None)
-        if straight is None or repeater_of is None:
+        if straight is None or repeater_of is None or native_call() is None:
             return
         sizes = steps, self._region.batch_of(operands)
         if sizes == self._last:

@@ -16,7 +16,9 @@ from sparsify.autocast import autocast_off, is_any_on
 from sparsify.call_conditions import is_intercepted, needs_grad, why_observed
 from sparsify.checking.pending_check import PendingCheck, threads
 from sparsify.choosing.describe_sites import describe_kept
+from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.backend import Backend, Binary
+from sparsify.codegen.native_call import loading, native_call
 from sparsify.compiling.compile_recording import summarize
 from sparsify.compiling.compiled import Compiled, Stage
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
@@ -124,6 +126,9 @@ class Engine:
         """Have calls like the last two found sooner."""
         if entry is self._lately and may_be_repeated(self.original, entry):
             calls = sys.maxsize if self._frozen else skip_looks(self.entries)
+            if entry.backend.name == "cpp" and native_call() is None:
+                loading().begin()
+                calls = min(calls, EVERY)  # it may be there then
             self.last_call = LastCall(entry, operands, calls)
         self._lately = entry
 
