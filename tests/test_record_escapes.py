@@ -81,6 +81,12 @@ def test_escapes_are_refused_with_the_line(name: str) -> None:
     assert name in error.location.code or error.location.code
 
 
+def test_the_line_is_the_users_and_not_that_of_pythons_library() -> None:
+    error = refused(of(lambda x: x * len(copy.copy(x))), X.clone())
+    assert error.location is not None
+    assert (error.location.file, "copy.copy(x)" in error.location.code) == (__file__, True)
+
+
 ALLOWED: dict[str, Function] = {
     "shapes": lambda x: x * x.shape[0] + x.size(1) + len(x) + x.numel() + x.dim(),
     "scripted": lambda x: scripted(x, x) * 2,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dis
 import linecache
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ from torch import nn
 from sparsify.errors import Location
 from sparsify.graph_meta import LoopStep
 from sparsify.recording.code_loops import CodeLoop, find_code_loops
+from sparsify.recording.guard_code import origin
 
-TORCH_FOLDER = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
-OWN_FOLDER = os.path.dirname(os.path.realpath(__file__)) + os.sep
 # From 3.12 on, switching tracing on and off instruments all code anew: it costs more than it saves.
 _CHEAP_PAUSE = sys.version_info < (3, 12)
 _SUSPENDS = 0x20 | 0x80 | 0x200  # flags of generators, coroutines, asynchronous generators
@@ -208,8 +206,7 @@ class Positions:
         del self._frames[id(frame)]
 
     def _inspect(self, code: CodeType) -> _CodeFacts:
-        file = os.path.realpath(code.co_filename)
-        is_users = not file.startswith((TORCH_FOLDER, OWN_FOLDER)) and "<frozen" not in file
+        is_users = origin(code.co_filename) == "user"
         loops = find_code_loops(code) if is_users else ()
         enclosing: dict[int, tuple[int, ...]] = {}
         for index, loop in enumerate(loops):

@@ -98,12 +98,15 @@ def batch_of(lowered: Lowered, operands: Operands) -> int:
 
 
 def released(returned: Returned, output: Tensor, has_time: bool, batch: int) -> Tensor:
-    """The Scan's result in the shape that it has there."""
+    """The Scan's result in the shape that it has there, as a tensor that is no view of another.
+
+    Views cannot be detached in place, as users do with states.
+    """
     lead = (output.shape[0],) if has_time else ()
     if returned.first_row:
         output = output.select(int(has_time), 0).contiguous()
     shape = [batch if size == -1 else size for size in returned.shape]
-    return output.view((*lead, *shape))
+    return output.view((*lead, *shape)).detach()
 
 
 class Region(nn.Module):
