@@ -13,7 +13,7 @@ struct BlockEvents {
   int32_t begin, end, last;  // last: of the whole row
 };
 
-constexpr int SPARE = 16;  // places behind a list, because events are written in whole vectors
+constexpr int SPARE = 32;  // places behind a list, because events are written in whole vectors
 
 // The active senders of several batch rows, ascending. Block k of a row ends before place ends[k].
 template <class Index, class F>
@@ -136,6 +136,26 @@ template <class F>
 SPARSIFY_INLINE uint32_t next_active_bits(const F* values, int64_t left) {
   return left < AT_ONCE ? active_bits(values, int(left)) : all_active_bits(values);
 }
+#if defined(__AVX512F__)
+SPARSIFY_INLINE uint32_t next_active_bits(const float* values, int64_t left) {
+  const uint16_t wanted = left < AT_ONCE ? uint16_t((1u << left) - 1) : uint16_t(-1);
+  return active_lanes(__builtin_ia32_loadups512_mask(values, Vector<float>{}, wanted));
+}
+#endif
+
+// The same for the next 64 values, or for those that are left.
+template <class F>
+SPARSIFY_INLINE uint64_t active_word(const F* values, int64_t left) {
+  uint64_t word = 0;
+  if (left >= 64) {
+    SPARSIFY_UNROLL
+    for (int i = 0; i < 64; i += AT_ONCE) word |= uint64_t(all_active_bits(values + i)) << i;
+    return word;
+  }
+  for (int64_t i = 0; i < left; i += AT_ONCE)
+    word |= uint64_t(next_active_bits(values + i, left - i)) << i;
+  return word;
+}
 
 // ---- lists ----
 
@@ -181,6 +201,43 @@ SPARSIFY_INLINE void put_senders(Index* to, int64_t first, uint32_t bits) {
 }
 #endif
 
+// The same for 64 senders, or those that are left. How many there are is returned.
+template <class Index>
+SPARSIFY_INLINE int32_t put_word(Index* to, int64_t first, uint64_t word, int64_t left) {
+  int32_t n = 0;
+  SPARSIFY_UNROLL
+  for (int i = 0; i < 64; i += AT_ONCE) {
+    if (i >= left) break;
+    const uint32_t bits = uint32_t(word >> i) & ((1u << AT_ONCE) - 1);
+    put_senders(to + n, first + i, bits);
+    n += __builtin_popcount(bits);
+  }
+  return n;
+}
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
+typedef char Char64 __attribute__((vector_size(64)));
+typedef uint16_t Short32 __attribute__((vector_size(64)));
+typedef uint16_t Short32Anywhere __attribute__((vector_size(64), may_alias, aligned(2)));
+SPARSIFY_INLINE int32_t put_word(uint16_t* to, int64_t first, uint64_t word, int64_t) {
+  constexpr Char64 LANES = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                            16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+                            32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
+                            48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  const Char64 zeros = own_zeros<Char64>(uint32_t(word));
+  const Char64 places = __builtin_ia32_compressqi512_mask(LANES, zeros, word);
+  const int32_t n = __builtin_popcountll(word);
+  const auto put = [&](int half) {
+    Byte32 bytes;
+    std::memcpy(&bytes, reinterpret_cast<const char*>(&places) + 32 * half, sizeof bytes);
+    *reinterpret_cast<Short32Anywhere*>(to + 32 * half) =
+        __builtin_convertvector(bytes, Short32) + uint16_t(first);
+  };
+  put(0);
+  if (n > 32) put(1);
+  return n;
+}
+#endif
+
 // Sets the payloads of the events from place `begin` to `end`; values[0] belongs to sender `first`.
 template <class Index, class F, class Source>
 SPARSIFY_INLINE void put_payloads(const Events<Index, F>& to, int64_t row, const Source* values,
@@ -197,7 +254,8 @@ SPARSIFY_INLINE void put_payloads(const Events<Index, F>& to, int64_t row, const
 }
 
 // Appends the active ones of `count` values to the list of `row`; values[0] belongs to sender
-// `first`, a multiple of 16. Every block that has been seen to its end is closed.
+// `first`, a multiple of 16; 64 of them, or all, are of one block. Every block that has been seen to its
+// end is closed.
 template <class Index, class F, class Source>
 SPARSIFY_INLINE void append(const Events<Index, F>& to, int64_t row, const Source* values,
                             int64_t first, int64_t count) {
@@ -205,10 +263,9 @@ SPARSIFY_INLINE void append(const Events<Index, F>& to, int64_t row, const Sourc
   int32_t* const ends = to.ends_of(row);
   const int32_t before = to.count[row];
   int32_t n = before;
-  for (int64_t i = 0; i < count; i += AT_ONCE) {
-    const uint32_t bits = next_active_bits(values + i, count - i);
-    put_senders(index + n, first + i, bits);
-    n += __builtin_popcount(bits);
+  for (int64_t i = 0; i < count; i += 64) {
+    const int64_t left = count - i;
+    n += put_word(index + n, first + i, active_word(values + i, left), left);
     ends[(first + i) / BLOCK] = n;
   }
   to.count[row] = n;
@@ -243,13 +300,8 @@ SPARSIFY_INLINE void unpack(const Events<Index, F>& to, int64_t row, const uint8
   int32_t n = 0;
   clear_row(to, row);
   for (int64_t first = 0; first < to.senders; first += 64) {
-    const uint64_t word = load_bits(mask + first / 8, to.senders - first);
-    SPARSIFY_UNROLL
-    for (int i = 0; i < 64; i += AT_ONCE) {
-      const uint32_t bits = uint32_t(word >> i) & ((1u << AT_ONCE) - 1);
-      put_senders(index + n, first + i, bits);
-      n += __builtin_popcount(bits);
-    }
+    const int64_t left = to.senders - first;
+    n += put_word(index + n, first, load_bits(mask + first / 8, left), left);
     ends[first / BLOCK] = n;
   }
   to.count[row] = n;
