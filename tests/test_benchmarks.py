@@ -92,7 +92,7 @@ def test_memory_is_told_of_every_size(capsys: pytest.CaptureFixture[str]) -> Non
         memory.main([*network, "--batch", "1", "--steps", "6"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("FeedForward, 128 neurons a layer, batch 1: peak memory beyond")
-    for what in ("eager", "compiling", "compiled", "of which", "tensors of eager", "ours"):
+    for what in ("eager", "compiling", "compiled", "of which", "stay,", "tensors of eager", "ours"):
         assert re.search(rf"{what} -?\d+(\.\d)? MiB", line), (what, line)
 
 

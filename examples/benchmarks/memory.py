@@ -4,14 +4,14 @@ python examples/benchmarks/memory.py                                   # both ne
 python examples/benchmarks/memory.py --network FeedForward --hidden 1024 --batch 128
 
 What counts is resident memory beyond what the process holds with the model and its input: tensors,
-but also graphs, kernels' buffers, and whatever malloc does not give back. Beside it stands what
-tensors alone take.
+but also graphs, kernels' buffers, and whatever malloc does not give back. Of what stays after
+compiling, pages of files are told apart: code of torch that was not run before, which processes
+share and the system may drop. Beside it stands what tensors alone take.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import subprocess
@@ -25,6 +25,7 @@ import torch
 from networks import NETWORKS, Network, spike_trains
 
 import sparsify
+from sparsify.free_memory import free_memory
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.live_bytes import peak_of
@@ -41,7 +42,7 @@ class Memory:
     """MiB. ``start`` is the process with model and input, the others are peaks beyond that.
 
     ``compiled`` is the peak of a later call of the compiled model, with all that compiling left.
-    ``kept`` of it stays between calls: code of torch and of kernels, graphs, packed weights.
+    ``kept`` of it stays between calls: graphs, packed weights, ``code`` of torch and of kernels.
     ``eager_tensors`` and ``our_tensors`` are the bytes of tensors that a call has alive at once.
     """
 
@@ -50,6 +51,7 @@ class Memory:
     compiling: float
     compiled: float
     kept: float
+    code: float
     eager_tensors: float
     our_tensors: float
 
@@ -58,7 +60,8 @@ class Memory:
             f"peak memory beyond the {self.start:.0f} MiB of a process with model and input: "
             f"eager {self.eager:.0f} MiB, compiling {self.compiling:.0f} MiB "
             f"({(self.start + self.compiling) / (self.start + self.eager):.2f}x eager's whole), "
-            f"compiled {self.compiled:.0f} MiB, of which {self.kept:.0f} MiB stay; "
+            f"compiled {self.compiled:.0f} MiB, of which {self.kept:.1f} MiB stay, "
+            f"{self.code:.1f} MiB of them code in files; "
             f"tensors of eager {self.eager_tensors:.1f} MiB, ours {self.our_tensors:.1f} MiB "
             f"({self.our_tensors / self.eager_tensors:.2f}x)"
         )
@@ -77,6 +80,7 @@ def measure_memory(model: Network, size: Mapping[str, Any], inputs: int) -> Memo
         ours["compiling"],
         ours["call"],
         ours["kept"],
+        ours["code"],
         eager["tensors"],
         ours["tensors"],
     )
@@ -106,17 +110,24 @@ def _measure(case: Mapping[str, Any]) -> dict[str, float]:
     run(x)
     found["call"] = peak.read()
     found["kept"] = peak.left()
+    found["code"] = peak.left("RssFile")
     found["tensors"] = peak_of(lambda: run(x)) / MIB
     return found
+
+
+def _give_back() -> None:
+    gc.collect()
+    free_memory()
 
 
 class Peak:
     """The peak of resident memory since the last reading, beyond that at the start."""
 
     def __init__(self) -> None:
-        gc.collect()
+        _give_back()
         RESET.write_text("5")
-        self.start = self._bytes("VmRSS")
+        self._at_start = {name: self._bytes(name) for name in ("VmRSS", "RssFile")}
+        self.start = self._at_start["VmRSS"]
 
     def read(self) -> float:
         """MiB."""
@@ -125,11 +136,10 @@ class Peak:
         RESET.write_text("5")
         return (peak - self.start) / MIB
 
-    def left(self) -> float:
-        """MiB beyond the start that cannot be given back now."""
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        return (self._bytes("VmRSS") - self.start) / MIB
+    def left(self, kind: str = "VmRSS") -> float:
+        """MiB of a kind beyond the start that cannot be given back now."""
+        _give_back()
+        return (self._bytes(kind) - self._at_start[kind]) / MIB
 
     def _bytes(self, name: str) -> int:
         lines = STATUS.read_text(encoding="utf-8").splitlines()
