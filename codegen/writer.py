@@ -68,7 +68,7 @@ class Names:
         return name
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)  # some 4 KiB each
 def _spellings(name: str) -> frozenset[str]:
     """``name`` with all suffixes: kernels are named anew for every prediction."""
     return frozenset(name + suffix for suffix in _SUFFIXES)
