@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
-from sparsify.checking.check_recording import perturb, why_not_repeated
+from sparsify.checking import check_recording
+from sparsify.checking.check_recording import Call, perturb, why_not_repeated
 from sparsify.recording.keep_state import keep_state
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
@@ -57,6 +59,45 @@ def test_perturbed_inputs_have_the_same_values_elsewhere() -> None:
     assert torch.equal(x.sum(), X.sum())
     assert torch.equal(whole, indices.roll(1, 0))
     assert torch.equal(one, torch.full((3,), 0.5))
+
+
+class Written(nn.Module):
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+        self.shift = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = x + self.shift
+        self.write(x)
+        return result
+
+
+WRITES: dict[str, tuple[Callable[[Tensor], object], bool, int]] = {
+    "nothing": (lambda x: x + 1, True, 1),
+    "counted": (lambda x: x.add_(1), True, 2),
+    "not counted": (lambda x: x.data.add_(1), True, 2),
+    "history": (lambda x: x.requires_grad_(), False, 2),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_both_runs_are_given_the_same_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made anew where the model may have changed them."""
+    write, trains, times = WRITES[name]
+    calls = []
+
+    def counted(call: Call) -> Call:
+        calls.append(call)
+        return perturb(call)
+
+    monkeypatch.setattr(check_recording, "perturb", counted)
+    model, x = Written(write), X.clone()
+    with torch.set_grad_enabled(trains):
+        found = record(model, (x,), {}, restore=True)
+        assert isinstance(found, Recording)
+        assert why_not_repeated(model, found, (x.requires_grad_(False),), {}) == ""
+    assert len(calls) == times
 
 
 def test_state_is_put_back_after_an_error() -> None:

@@ -17,7 +17,6 @@ from sparsify.call_conditions import needs_grad
 from sparsify.checking.check_gradients import differentiate_model, why_gradients_differ
 from sparsify.checking.fingerprint import Fingerprint
 from sparsify.checking.run_graph import run_graph
-from sparsify.free_memory import free_memory
 from sparsify.recording.keep_state import keep_state
 from sparsify.recording.recording import Recording
 from sparsify.training_step import differentiate_result
@@ -65,7 +64,6 @@ def repeat(
     tells what the model takes. Raises TraceError if the model's own backward fails or changes
     Python state.
     """
-    free_memory()  # what recording left
     given = args, kwargs
 
     def differentiate(result: Any, operands: list[Tensor]) -> list[Tensor | None]:
@@ -74,14 +72,16 @@ def repeat(
     def run(call: Call, forward: Callable[..., Any], gradients: Differentiate) -> _Outcome:
         return _run(model, recording, given, call, forward, gradients, clock)
 
+    call = perturb(given)
     try:
-        expected = run(perturb(given), model.forward, differentiate)
+        expected = run(call, model.forward, differentiate)
     except NOT_TAKEN:  # the example must do
         call = given
         expected = run(given, model.forward, differentiate)
     else:
-        free_memory()  # what the model left
-        call = perturb(given)  # anew: the model may have written to them
+        if not expected.is_fresh or recording.calling.written(*given):
+            call = perturb(given)  # anew
+    # What the model has left free is just what the graph needs, so it is not given back.
     got = run(call, _repeating(recording), differentiate_result)
     differs = _compare(got.values, expected.values)
     differs = differs and f"{differs}{_blame(recording.graph)}"
@@ -149,9 +149,13 @@ def _repeating(recording: Recording) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a call made: ``values`` with fingerprints for tensors, and gradients of operands."""
+    """What a call made: ``values`` with fingerprints for tensors, and gradients of operands.
+
+    ``is_fresh`` says that its arguments are as they were.
+    """
 
     values: Any
+    is_fresh: bool
     gradients: list[Tensor | None]
     seconds: float
 
@@ -174,6 +178,7 @@ def _run(
     theirs = set(map(id, _tensors(given)))
     with keep_state(model, [tensor for tensor in tensors if id(tensor) in theirs]):
         versions = [_version(tensor) for tensor in tensors]
+        required = [tensor.requires_grad for tensor in tensors]
         operands = recording.calling.operands(*call)  # before forward puts others in their places
         wait_for_devices()
         start = clock()
@@ -188,7 +193,9 @@ def _run(
         ]
         outcome = result, dict(model.named_buffers()), written
         values = pytree.tree_map_only(Tensor, Fingerprint.of, outcome)
-        return _Outcome(values, gradients, seconds)
+        is_fresh = required == [tensor.requires_grad for tensor in tensors]
+        is_fresh = is_fresh and all(tensor is None for tensor in written)
+        return _Outcome(values, is_fresh, gradients, seconds)
 
 
 def _tensors(call: Call) -> list[Tensor]:

@@ -34,7 +34,7 @@ def run_graph(module: fx.GraphModule, operands: Sequence[Tensor]) -> Any:
             return value_of(node.args[0])
         else:
             target = module.get_submodule(node.target) if node.op == "call_module" else node.target
-            kwargs = {name: value_of(argument) for name, argument in node.kwargs.items()}
+            kwargs = node.kwargs and {name: value_of(a) for name, a in node.kwargs.items()}
             value = target(*[value_of(argument) for argument in node.args], **kwargs)
         if node.users:
             values[node], unread[node] = value, len(node.users)
