@@ -215,6 +215,32 @@ class StraightThrough(nn.Module):
         return torch.stack(out)
 
 
+class Container(nn.Module):
+    """SpikingJelly: spikes are joined to the input of a neuron for many steps, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rc, self.ro = layer(IN + HIDDEN, HIDDEN, 3.0), layer(HIDDEN, OUT)
+
+    def neuron(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        sent = []
+        for current in x:
+            v = v + (current - v) / 2
+            z = spike(v - 0.5)
+            v = v * (1 - z.detach())
+            sent.append(z)
+        return torch.stack(sent), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = v = x.new_zeros(x.shape[1], HIDDEN)
+        out = []
+        for x_t in x:
+            ys, v = self.neuron(self.rc(torch.cat((x_t, y), -1)).unsqueeze(0), v)
+            y = ys[0]
+            out.append(y)
+        return self.ro(torch.stack(out)).mean(0)
+
+
 # The network, and the sites that run as events.
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "Norse": (norse, ("2", "4")),
@@ -223,5 +249,6 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "winner takes all": (Winner, ("ro",)),
     "DeltaGRU": (DeltaGRU, ("wh",)),
     "Izhikevich": (Izhikevich, ("rec",)),
+    "container": (Container, ("rc", "ro")),
     "straight-through": (StraightThrough, ("rec", "ro")),
 }

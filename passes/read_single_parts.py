@@ -1,0 +1,63 @@
+"""Read a step itself where a loop wraps it into a sequence of one and takes it out again.
+
+A layer for many steps that is called with one step does so, in every iteration. Before::
+
+    [c] = unbind(unsqueeze(current, 0)); ...; spikes = stack([z]); y = select(spikes, 0, 0)
+
+After::
+
+    c = current; ...; y = z
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify.passes.call_scan import erase_unused
+from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.result import PassResult
+from sparsify.recording.unwritten_graph import UnwrittenGraph
+
+aten = torch.ops.aten
+
+
+def read_single_parts(gm: fx.GraphModule) -> PassResult:
+    """Replace the only part of a sequence that was made of it, inside of loops."""
+    if not any(_find_wrapped(node) for node in gm.graph.nodes):
+        return PassResult(gm)  # long recordings are not copied for nothing
+    graph = copy_graph(gm.graph)
+    done = []
+    for node in graph.nodes:
+        wrapped = _find_wrapped(node)
+        if wrapped is not None:
+            node.replace_all_uses_with(wrapped)
+            done.append(f"{node.meta.get('location')}: {node.name} is {wrapped.name}")
+    modules = dict(gm.named_children())
+    erase_unused(graph, modules)
+    return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
+
+
+def _find_wrapped(node: fx.Node) -> fx.Node | None:
+    """What ``node`` is the only part of a sequence of; None for other nodes."""
+    args: Any = node.args
+    if node.target is aten.select.int:
+        sequence, dim, _ = args
+    elif node.target is operator.getitem and args[0].target is aten.unbind.int:
+        sequence, dim, *_ = *args[0].args, 0
+    else:
+        return None
+    if not node.meta.get("loops"):
+        return None  # a sequence of one step, which is another one with other sizes
+    rank = len(sequence.meta["val"].shape)
+    made: Any = (*sequence.args, 0, 0)
+    if sequence.target is aten.unsqueeze.default:
+        wrapped = made[0]
+    elif sequence.target is aten.stack.default and len(made[0]) == 1:
+        [wrapped] = made[0]
+    else:
+        return None
+    return wrapped if made[1] % rank == dim % rank else None
