@@ -47,7 +47,7 @@ def _find_wrapped(node: fx.Node) -> fx.Node | None:
     if node.target is aten.select.int:
         sequence, dim, _ = args
     elif node.target is operator.getitem and args[0].target is aten.unbind.int:
-        sequence, dim, *_ = *args[0].args, 0
+        sequence, dim = (*args[0].args, 0)[:2]
     else:
         return None
     if not node.meta.get("loops"):

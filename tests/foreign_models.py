@@ -231,7 +231,7 @@ class Container(nn.Module):
             sent.append(z)
         return torch.stack(sent), v
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y = v = x.new_zeros(x.shape[1], HIDDEN)
         out = []
         for x_t in x:
