@@ -115,16 +115,20 @@ def _measure(case: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _give_back() -> None:
+def give_back() -> None:
+    """What nothing uses, to the system."""
     gc.collect()
     free_memory()
 
 
 class Peak:
-    """The peak of resident memory since the last reading, beyond that at the start."""
+    """The peak of resident memory since the last reading, beyond that at the start.
+
+    What was freed before the start is given back: it would hide what comes.
+    """
 
     def __init__(self) -> None:
-        _give_back()
+        give_back()
         RESET.write_text("5")
         self._at_start = {name: self._bytes(name) for name in ("VmRSS", "RssFile")}
         self.start = self._at_start["VmRSS"]
@@ -138,7 +142,7 @@ class Peak:
 
     def left(self, kind: str = "VmRSS") -> float:
         """MiB of a kind beyond the start that cannot be given back now."""
-        _give_back()
+        give_back()
         return (self._bytes(kind) - self._at_start[kind]) / MIB
 
     def _bytes(self, name: str) -> int:

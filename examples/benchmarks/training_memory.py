@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -60,22 +58,15 @@ def _measure(case: Case, what: str) -> dict[str, float]:
     train_step(model, model, (batch[0][:2], batch[1][:2]))  # torch starts its threads
     model.zero_grad(set_to_none=True)
     del case.batches[1:]
-    _trim()  # what calibration left free would hide what a step takes
     peak = Peak()
     module: Any = model if what == "eager" else sparsify.sparsify(model, batch[0])
     train_step(module, model, batch)
     first = peak.read()
     model.zero_grad(set_to_none=True)
-    _trim()
     after = Peak()
     train_step(module, model, batch)
     kept = (after.start - peak.start) / MIB
     return {"start": peak.start / MIB, "first": first, "kept": kept, "step": after.read()}
-
-
-def _trim() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":
