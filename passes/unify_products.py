@@ -10,7 +10,7 @@ After::
     h = reshape(addmm(b, reshape(x, [B * T, K]), t(w)), [B, T, N])
 
 A vector is a batch of one row. A cast of an operand, as autocast makes it of views, is made of what
-they are views of.
+they are views of. Views that change nothing, as those of ``tensordot``, are taken out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import RESHAPES, keep_measured
+from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES, keep_measured, order_of
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import (
@@ -48,8 +48,9 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
     if not any(map(_may_change, gm.graph.nodes)):
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
+    idle = _erase_idle_views(graph)
     united = turn_products(graph)
-    done = [f"{node.meta.get('location')}: the weight is on the right" for node in united]
+    done = idle + [f"{node.meta.get('location')}: the weight is on the right" for node in united]
     for node in list(graph.nodes):
         if _is_vector(node):
             _as_row(graph, node)
@@ -60,6 +61,7 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
             done.append(f"{node.meta.get('location')}: one product instead of one a batch")
     modules = dict(gm.named_children())
     straighten_views(graph, united)
+    done += _erase_idle_views(graph)
     erase_unused(graph, modules)
     for node in list(graph.nodes):
         if node.target is aten.mm.default and _add_bias(graph, node):
@@ -70,7 +72,36 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
     return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
 
 
+def _erase_idle_views(graph: fx.Graph) -> list[str]:
+    """Let everything read what idle views are views of, if they stand next to a product."""
+    if not any(_is_by_idle_view(node) for node in graph.nodes):
+        return []
+    idle = [node for node in graph.nodes if _is_idle(node)]
+    for view in idle:
+        view.replace_all_uses_with(view.all_input_nodes[0])
+        graph.erase_node(view)
+    return [f"{view.meta.get('location')}: {view.name} changes nothing" for view in idle]
+
+
+def _is_by_idle_view(node: fx.Node) -> bool:
+    beside = (*node.all_input_nodes, *node.users)
+    return node.target is aten.mm.default and any(map(_is_idle, beside))
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """A view that has the elements, sizes and strides of its operand."""
+    if node.target in TRANSPOSES:
+        order = order_of(node)
+        return order == sorted(order)
+    if node.target not in RESHAPES:
+        return False
+    seen, given = node.meta["val"], node.all_input_nodes[0].meta["val"]
+    return (seen.shape, seen.stride) == (given.shape, given.stride)
+
+
 def _may_change(node: fx.Node) -> bool:
+    if _is_by_idle_view(node):
+        return True
     if node.target is aten.mm.default:
         return _find_bias(node) is not None or may_turn(node)
     return node.target is aten.bmm.default or _is_vector(node)

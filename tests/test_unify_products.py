@@ -84,6 +84,27 @@ def test_einsum_leaves_no_turned_views_around_the_product(function: Function) ->
     assert_same(unified.graph(*found.operands), found.results)
 
 
+IDLE: tuple[Function, ...] = (
+    lambda x: torch.tensordot(x[0], W0, dims=([1], [1])),
+    lambda x: torch.tensordot(x[0], W0, 1) + x[1],
+    lambda x: torch.inner(x[0], W0),
+    lambda x: torch.mm(x[0].view(B, H), W0).reshape(B, -1) + BIAS,
+)
+
+
+@pytest.mark.parametrize("function", IDLE, ids=map(str, range(len(IDLE))))
+def test_views_that_change_nothing_go(function: Function) -> None:
+    found = recorded(function)
+    unified = unify_products(found.graph)
+    names = [str(node.target) for node in unified.graph.graph.nodes]
+    assert not [name for name in names if "view" in name or "reshape" in name]
+    products = (aten.mm.default, aten.addmm.default)
+    [product] = [n for n in unified.graph.graph.nodes if n.target in products]
+    assert all(operand.target not in TRANSPOSES for operand in product.all_input_nodes[:-1])
+    assert_same(unified.graph(*found.operands), found.results)
+    assert unify_products(unified.graph).done == []
+
+
 TURNED: tuple[Function, ...] = (
     lambda x: x[1] + (W0 @ x[0].t()).t(),
     lambda x: x[1] + torch.mm(W0 * W1, x[0].t()).transpose(0, 1),
