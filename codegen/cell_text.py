@@ -126,7 +126,10 @@ class Places:
 
 @dataclass
 class Cell:
-    """Writes the function of one phase. ``_loads`` are (declaration before, line in the loop)."""
+    """Writes the function of one phase. ``_loads`` are (declaration before, line in the loop).
+
+    ``_stored`` says where the loop leaves a value as it is computed.
+    """
 
     writer: Writer
     usage: Usage
@@ -137,6 +140,7 @@ class Cell:
     _updates: list[tuple[str, str]] = field(default_factory=list)
     _after: list[str] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
+    _stored: dict[tuple[ir.Arg, ir.DType], str] = field(default_factory=dict)
 
     def write(self, phase: ir.Phase, function: str) -> None:
         size = self.symbols.sizes[phase.population]
@@ -236,6 +240,8 @@ class Cell:
             self._after.append(f"pack({place} / 8, {name}_to, width);")
         else:
             self._pointer(f"{name}_to", output.dtype, place)
+            if output.dtype not in HALVES:
+                self._stored[store.value, output.dtype] = f"{name}_to"
 
     def _kept_at(self, value: ir.Arg, dtype: ir.DType, phase: ir.Phase) -> str | None:
         """Where a value of this phase lies after its loop: in a kept state, or a source's tile."""
@@ -281,9 +287,12 @@ class Cell:
     def _stage(self, source: Source, value: ir.Arg) -> None:
         name, dtype = self.symbols.values[source.name], source.value_dtype
         kind = C_TYPES[dtype] if dtype in HALVES else MEMORY_TYPES[dtype]
-        text = operand_text(value, source.value_dtype, self.symbols)
-        self._before.append((f"alignas(64) {kind} {name}_tile[TILE];", ""))
-        self._inside.append((f"{name}_tile[i] = {text};", ""))
+        if stored := self._stored.get((value, dtype)):  # a loop is bound by what it stores
+            self._before.append((f"const {kind}* const {name}_tile = {stored};", ""))
+        else:
+            text = operand_text(value, source.value_dtype, self.symbols)
+            self._before.append((f"alignas(64) {kind} {name}_tile[TILE];", ""))
+            self._inside.append((f"{name}_tile[i] = {text};", ""))
         self._after += [
             line.format(values=f"{name}_tile") for line in self.places.emit[source.name]
         ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.given_weights import given_weights
+from sparsify.codegen.predict_cost import are_weights_far
 from sparsify.codegen.usage import UINT16_SENDERS, WIDE_TILES, Source
 from sparsify.codegen.writer import Writer
 
@@ -49,6 +50,8 @@ def write_head(
         w.line(f"constexpr int64_t {size} = {population.size};", f"neurons of {population.name}")
     together = "weights lie together" if tile in WIDE_TILES else "sums stay in registers"
     w.line(f"constexpr int64_t TILE = {tile};", f"receivers whose {together}")
+    far = "true" if are_weights_far(kernel) else "false"
+    w.line(f"constexpr bool FAR = {far};", "whether weights lie beyond a core's own cache")
 
 
 def _headers(kernel: ir.Kernel, schedule: ir.Schedule) -> list[str]:

@@ -203,14 +203,14 @@ SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index
 //
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
 // Nothing is contracted (-ffp-contract=off): every backend and every batch size gets the same bits.
-// All rows walk a block before the next one, so that its weights are fetched from afar once.
-template <int TILE, class Index, class F, class W>
+// All rows walk a block before the next one, so that its weights are fetched once if they come from FAR.
+template <int TILE, bool FAR, class Index, class F, class W>
 void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int64_t rows) {
   const int64_t blocks = blocks_of(events.senders);
   for (int64_t block = 0; block < blocks; ++block)
     for (int part = 0; part < TILE; part += PART<TILE, F>) {
       F* const to = sums + part;
-      add_block<TILE, true>(to, weight + part, events.at(0, block), block == 0);
+      add_block<TILE, FAR>(to, weight + part, events.at(0, block), block == 0);
       for (int64_t row = 1; row < rows; ++row)
         add_block<TILE, false>(to + row * TILE, weight + part, events.at(row, block), block == 0);
     }

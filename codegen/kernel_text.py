@@ -199,7 +199,8 @@ class KernelText(ABC):
                 self.w.line(f"{self._count(gather)} += keep_wanted<TILE>({given}, rows);")
             return
         given = f"{self.sums(gather)}, {weight}, {self.places().events[gather.source]}, rows"
-        self.w.line(f"gather_{masked}events<TILE>({given});", gather.note)
+        function = f"gather_{masked}events<TILE>" if masked else "gather_events<TILE, FAR>"
+        self.w.line(f"{function}({given});", gather.note)
 
     def _write_selective(self, gather: ir.Gather) -> None:
         weight = self._weight(gather, "senders")

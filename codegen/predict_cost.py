@@ -10,6 +10,7 @@ from sparsify.codegen.given_weights import is_kept
 from sparsify.codegen.layout_costs import NO_PATTERNS, Access, ReadLayout, read_layout
 from sparsify.weight_pattern import DENSE, Pattern
 
+NEAR_BYTES = 2**20  # of weights that stay in the cache of a core, or nearly so
 WANTED_MACS = 1.6  # what a product of a restricted gather costs, in those of a dense one
 BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
@@ -73,6 +74,11 @@ def count_work(
 def _access(kernel: ir.Kernel, weight: ir.Weight, is_product: bool, rows: float) -> Access:
     places = kernel.population_size(weight.senders if is_product else weight.receivers)
     return Access(places, BYTES[weight.dtype], is_product, rows)
+
+
+def are_weights_far(kernel: ir.Kernel) -> bool:
+    """Whether weights come from beyond a core's own cache, so that to ask for them early helps."""
+    return sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights) > NEAR_BYTES
 
 
 def count_pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:

@@ -24,18 +24,19 @@ _KEYWORDS = """
 # What skeletons, fixed headers and standard headers say at the places where model names appear.
 _SKELETON = """
     AHEAD ALL Ahead Arena BLOCK Bits Blocks Call Columns DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events
-    GROUP KeptRuns KeptSenders MaskedRows One Only Own Payload RING Ring Rows Runtime SOURCE_BLOCK
-    Share Shared THREADS TILE Team VECTOR_BYTES Values Vector WARP WIDTH Words active add_count
-    add_row_steps ahead append arena arrange as_bits b band batch before blockDim blockIdx blocks_of
-    body bytes call chunk columns common context convert copy_values count count_active count_events
-    errno error fetch_row fetch_step first found gamma gather gather_all gather_dense gather_events
-    gather_kept gather_restricted gather_runs gather_wanted gridDim group has_finite_payloads helper
-    helpers here i inputs int16_t int32_t int64_t int8_t is_finite is_wild item j0 j1 jn k
-    keep_wanted lane_of last leader leaders left list_events load mark mask_bytes measure measured
-    memory most n next now number own pack place pointers pool row rows rows_here run runtime scan
-    share shared shared_memory signgam size_t slot sparsify spins spread start std step steps store
-    store_bits strides t team thread threadIdx threads tile uint16_t uint32_t uint64_t uint8_t
-    unpack warpSize warp_of warp_sum width wild_from wild_rows words_of y0 y1 yn
+    FAR GROUP KeptRuns KeptSenders MaskedRows One Only Own Payload RING Ring Rows Runtime
+    SOURCE_BLOCK Share Shared THREADS TILE Team VECTOR_BYTES Values Vector WARP WIDTH Words active
+    add_count add_row_steps ahead append arena arrange as_bits b band batch before blockDim blockIdx
+    blocks_of body bytes call chunk columns common context convert copy_values count count_active
+    count_events errno error fetch_row fetch_step first found gamma gather gather_all gather_dense
+    gather_events gather_kept gather_restricted gather_runs gather_wanted gridDim group
+    has_finite_payloads helper helpers here i inputs int16_t int32_t int64_t int8_t is_finite
+    is_wild item j0 j1 jn k keep_wanted lane_of last leader leaders left list_events load mark
+    mask_bytes measure measured memory most n next now number own pack place pointers pool row rows
+    rows_here run runtime scan share shared shared_memory signgam size_t slot sparsify spins spread
+    start std step steps store store_bits strides t team thread threadIdx threads tile uint16_t
+    uint32_t uint64_t uint8_t unpack warpSize warp_of warp_sum width wild_from wild_rows words_of y0
+    y1 yn
 """
 
 # What skeletons append to the name of a value.

@@ -108,6 +108,15 @@ def test_recurrent_lif(strategy: str, tile: int, threads: int) -> None:
     assert 0.02 < active / senders < 0.3, "the data do not exercise the kernel"
 
 
+def test_weights_from_afar() -> None:
+    """Those of later events are asked for while earlier ones are added, up to the last event."""
+    for inputs, is_far in ((570, False), (580, True)):
+        kernel = lif(inputs, 300)
+        launch = load(kernel, schedule(kernel, "rows-per-thread"))
+        assert f"FAR = {str(is_far).lower()};" in launch.source.text
+        compare(launch, kernel, lif_data(kernel, 5, 3), 5, 3)
+
+
 @pytest.mark.parametrize("strategy", OF_INPUTS)
 def test_time_runs_backwards(strategy: str) -> None:
     """Odd and even numbers of steps: the copies of a state alternate from the first that runs."""

@@ -12,6 +12,7 @@ using namespace sparsify;
 
 constexpr int64_t N_HIDDEN = 70;  // neurons of hidden
 constexpr int64_t TILE = 64;  // receivers whose sums stay in registers
+constexpr bool FAR = false;  // whether weights lie beyond a core's own cache
 constexpr int64_t GROUP = 64;  // batch rows carried through time at once
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -121,7 +122,7 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
     for (int64_t row = 0; row < rows; ++row) arrange(own.fired_blocks, row, own.fired_values + row * N_HIDDEN, 0, N_HIDDEN);
     active[0] += count_events(own.fired_events, rows);
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      gather_events<TILE>(own.excitation_sum, call.w + first * N_HIDDEN, own.fired_events, rows);
+      gather_events<TILE, FAR>(own.excitation_sum, call.w + first * N_HIDDEN, own.fired_events, rows);
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_HIDDEN)
           hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.excitation_sum + row * TILE);

@@ -12,6 +12,7 @@ using namespace sparsify;
 constexpr int64_t N_INPUTS = 70;  // neurons of inputs
 constexpr int64_t N_HIDDEN = 130;  // neurons of hidden
 constexpr int64_t TILE = 64;  // receivers whose sums stay in registers
+constexpr bool FAR = false;  // whether weights lie beyond a core's own cache
 constexpr int64_t GROUP = 64;  // batch rows carried through time at once
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -89,7 +90,7 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
   const float* const v_from = own.v + row * N_HIDDEN + first;
   float* const v_to = own.v + row * N_HIDDEN + first;
   float* const spikes_to = call.spikes + t * call.spikes_t + b * call.spikes_b + first;
-  alignas(64) float s_tile[TILE];
+  const float* const s_tile = spikes_to;
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     const float drive = drive_sum[i];
@@ -103,7 +104,6 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
     const float drop = spike * 1.0f;
     const float rest = charged - drop;
     spikes_to[i] = spike;
-    s_tile[i] = spike;
     v_to[i] = rest;  // for the next step
   }
   if (t + 1 == call.steps)
@@ -123,7 +123,7 @@ void run_products(const Call& call, const Rows& own, const Ahead& ahead,
     for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
     active[0] += count_events(own.x_events, rows);
     for (int64_t first = 0; first < N_HIDDEN; first += TILE)
-      gather_events<TILE>(ahead.drive_sum + (RING * first + slot * TILE) * call.group, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
+      gather_events<TILE, FAR>(ahead.drive_sum + (RING * first + slot * TILE) * call.group, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
   }
 }
 
@@ -180,7 +180,7 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
     active[1] += count_events(own.s_events[now], rows);
     clear(own.s_events[next], rows);
     for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      gather_events<TILE>(own.recurrent_sum, call.w_rec + first * N_HIDDEN, own.s_events[now], rows);  // self.rec(s)
+      gather_events<TILE, FAR>(own.recurrent_sum, call.w_rec + first * N_HIDDEN, own.s_events[now], rows);  // self.rec(s)
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_HIDDEN)
           hidden_step(call, own, t, start + row, row, now, next, first, TILE, ahead.drive_sum + (RING * first + slot * TILE) * call.group + row * TILE, own.recurrent_sum + row * TILE);

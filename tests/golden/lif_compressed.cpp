@@ -15,6 +15,7 @@ using namespace sparsify;
 constexpr int64_t N_INPUTS = 70;  // neurons of inputs
 constexpr int64_t N_HIDDEN = 130;  // neurons of hidden
 constexpr int64_t TILE = 64;  // receivers whose sums stay in registers
+constexpr bool FAR = false;  // whether weights lie beyond a core's own cache
 constexpr int64_t GROUP = 64;  // batch rows carried through time at once
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -90,7 +91,7 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
   const float* const v_from = shared.v + row * N_HIDDEN + first;
   float* const v_to = shared.v + row * N_HIDDEN + first;
   float* const spikes_to = call.spikes + t * call.spikes_t + b * call.spikes_b + first;
-  alignas(64) float s_tile[TILE];
+  const float* const s_tile = spikes_to;
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     const float drive = drive_sum[i];
@@ -104,7 +105,6 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
     const float drop = spike * 1.0f;
     const float rest = charged - drop;
     spikes_to[i] = spike;
-    s_tile[i] = spike;
     v_to[i] = rest;  // for the next step
   }
   if (t + 1 == call.steps)

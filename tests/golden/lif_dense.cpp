@@ -11,6 +11,7 @@ using namespace sparsify;
 constexpr int64_t N_INPUTS = 70;  // neurons of inputs
 constexpr int64_t N_HIDDEN = 130;  // neurons of hidden
 constexpr int64_t TILE = 32;  // receivers whose sums stay in registers
+constexpr bool FAR = false;  // whether weights lie beyond a core's own cache
 constexpr int64_t GROUP = 64;  // batch rows carried through time at once
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -71,7 +72,7 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
   const double* const v_from = own.v + row * N_HIDDEN + first;
   double* const v_to = own.v + row * N_HIDDEN + first;
   double* const spikes_to = call.spikes + t * call.spikes_t + b * call.spikes_b + first;
-  alignas(64) double s_tile[TILE];
+  const double* const s_tile = spikes_to;
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     const double drive = drive_sum[i];
@@ -85,7 +86,6 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Rows& own, int64_t t, i
     const double drop = spike * 1.0;
     const double rest = charged - drop;
     spikes_to[i] = spike;
-    s_tile[i] = spike;
     v_to[i] = rest;  // for the next step
   }
   if (t + 1 == call.steps)

@@ -11,6 +11,7 @@ using namespace sparsify;
 
 constexpr int64_t N_HIDDEN = 130;  // neurons of hidden
 constexpr int64_t TILE = 64;  // receivers whose sums stay in registers
+constexpr bool FAR = false;  // whether weights lie beyond a core's own cache
 constexpr int64_t GROUP = 64;  // batch rows carried through time at once
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -86,7 +87,7 @@ SPARSIFY_INLINE void hidden_step_2(const Call& call, const Rows& own, int64_t t,
   float* const d_to = own.d + row * N_HIDDEN + first;
   float* const currents_to = call.currents + t * call.currents_t + b * call.currents_b + first;
   float* const products_to = call.products + t * call.products_t + b * call.products_b + first;
-  alignas(64) float d_tile[TILE];
+  const float* const d_tile = currents_to;
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     const float returned = returned_sum[i];
@@ -99,7 +100,6 @@ SPARSIFY_INLINE void hidden_step_2(const Call& call, const Rows& own, int64_t t,
     const float d_new = decayed + passed;
     currents_to[i] = d_new;
     products_to[i] = returned;
-    d_tile[i] = d_new;
     d_to[i] = d_new;  // for the next step
   }
   if (t == 0)

@@ -12,6 +12,7 @@ using namespace sparsify;
 constexpr int64_t N_INPUTS = 70;  // neurons of inputs
 constexpr int64_t N_HIDDEN = 130;  // neurons of hidden
 constexpr int64_t TILE = 64;  // receivers whose sums stay in registers
+constexpr bool FAR = false;  // whether weights lie beyond a core's own cache
 constexpr int64_t GROUP = 64;  // batch rows carried through time at once
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -87,7 +88,7 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
   const float* const v_from = shared.v + row * N_HIDDEN + first;
   float* const v_to = shared.v + row * N_HIDDEN + first;
   float* const spikes_to = call.spikes + t * call.spikes_t + b * call.spikes_b + first;
-  alignas(64) float s_tile[TILE];
+  const float* const s_tile = spikes_to;
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     const float drive = drive_sum[i];
@@ -101,7 +102,6 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
     const float drop = spike * 1.0f;
     const float rest = charged - drop;
     spikes_to[i] = spike;
-    s_tile[i] = spike;
     v_to[i] = rest;  // for the next step
   }
   if (t == 0)
@@ -134,7 +134,7 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
     arrivals.arrive();  // has finished the step before
     for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE)
-      gather_events<TILE>(own.drive_sum + rows * first, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
+      gather_events<TILE, FAR>(own.drive_sum + rows * first, call.w_in + first * N_INPUTS, own.x_events, rows);  // self.fc(x)
     fetch_mask(shared.s_active[now], mask_bytes(N_HIDDEN));
     arrivals.await();  // all have finished the step before
     for (int64_t row = 0; row < rows; ++row)
@@ -142,7 +142,7 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
     active[0] += count_events(own.x_events, rows);
     active[1] += count_events(own.s_events, rows);
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      gather_events<TILE>(own.recurrent_sum, call.w_rec + first * N_HIDDEN, own.s_events, rows);  // self.rec(s)
+      gather_events<TILE, FAR>(own.recurrent_sum, call.w_rec + first * N_HIDDEN, own.s_events, rows);  // self.rec(s)
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_HIDDEN)
           hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.drive_sum + rows * first + row * TILE, own.recurrent_sum + row * TILE);

@@ -12,6 +12,7 @@ using namespace sparsify;
 constexpr int64_t N_ONE = 140;  // neurons of one
 constexpr int64_t N_TWO = 33;  // neurons of two
 constexpr int64_t TILE = 64;  // receivers whose sums stay in registers
+constexpr bool FAR = false;  // whether weights lie beyond a core's own cache
 constexpr int64_t GROUP = 64;  // batch rows carried through time at once
 
 // Element (t, b, n) of a tensor is at [t * _t + b * _b + n].
@@ -98,7 +99,7 @@ SPARSIFY_INLINE void one_step(const Call& call, const Shared& shared, const Own&
 SPARSIFY_INLINE void two_step(const Call& call, const Shared& shared, const Own& own, int64_t t, int64_t b,
     int64_t row, int64_t now, int64_t next, int64_t first, int64_t width, const float* forward_sum) {
   float* const out_to = call.out + t * call.out_t + b * call.out_b + first;
-  alignas(64) float h_tile[TILE];
+  const float* const h_tile = out_to;
   SPARSIFY_LANES
   for (int64_t i = 0; i < width; ++i) {
     const float forward = forward_sum[i];
@@ -106,7 +107,6 @@ SPARSIFY_INLINE void two_step(const Call& call, const Shared& shared, const Own&
     const float half = squashed * 0.5f;
     const float new_2 = half < float(0) ? float(0) : half;
     out_to[i] = new_2;
-    h_tile[i] = new_2;
   }
   mark(shared.h_active[next] + row * mask_bytes(N_TWO), h_tile, first, width);
   convert(shared.h_values[next] + row * N_TWO + first, h_tile, width);
@@ -136,7 +136,7 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
       unpack(own.h_events, row, shared.h_active[now] + row * mask_bytes(N_TWO), shared.h_values[now] + row * N_TWO);
     active[0] += count_events(own.h_events, rows);
     for (int64_t first = my_one.begin; first < my_one.end; first += TILE) {
-      gather_events<TILE>(own.back_sum, call.w_back + first * N_TWO, own.h_events, rows);
+      gather_events<TILE, FAR>(own.back_sum, call.w_back + first * N_TWO, own.h_events, rows);
       for (int64_t row = 0; row < rows; ++row) {
         if (first + TILE <= N_ONE)
           one_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.back_sum + row * TILE);
