@@ -251,7 +251,7 @@ PyObject* call_repeater(PyObject* self, PyObject* const* arguments, size_t count
   if (PyVectorcall_NARGS(count) != repeater.sequences + 1) Py_RETURN_NONE;
   PyObject* const results = repeater.call(arguments[0] == Py_True, arguments + 1);
   if (results != nullptr) return results;
-  if (PyErr_ExceptionMatches(PyExc_MemoryError)) return nullptr;
+  if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_MemoryError)) return nullptr;
   PyErr_Clear();  // the long way says what is wrong
   Py_RETURN_NONE;
 }

@@ -121,7 +121,8 @@ class Prepared:
         self._pack = struct.Struct(f"{len(operands) + len(packings) + len(examples)}Q").pack
         self._asked: Asked = [(), b""]
         self._spared: dict[frozenset[int], Spared] = {}
-        self._repeaters: dict[frozenset[int], Repeater] = {}  # by what is unread
+        self._repeaters: dict[frozenset[int], Repeater | None] = {}  # by what is unread
+        self._may_be_native = True
 
     def __call__(
         self,
@@ -141,11 +142,10 @@ class Prepared:
             if results is not None:
                 return list(results)
         outputs = self._call(tensors, looked, unread)
-        if outputs is not None and repeater is None and native_call() is not None:
+        if outputs is not None and unread not in self._repeaters and native_call() is not None:
             places = [(0, index) for index in range(len(tensors))]
             made = self.repeater(tensors, places, [*range(len(outputs))], unread)
-            if made is not None:
-                self._repeaters[unread] = made
+            self._repeaters[unread] = made
         return outputs
 
     def repeater(
@@ -161,13 +161,14 @@ class Prepared:
         the outputs ``returned``.
         """
         native = native_call()
-        if native is None:
+        if native is None or not self._may_be_native:
             return None
         weights = []
         for weight, tensor in zip(self._weights, tensors[self._operands :], strict=True):
             *rows, readable = as_rows(tensor)
-            if readable is not tensor:
-                return None  # it cannot be read where it lies
+            if readable is not tensor:  # it was copied to be read
+                self._may_be_native = False
+                return None
             weights.append((weight.contents, weight.content, *rows))
         outputs, _, made = self._spared.get(unread) or self._spare(unread)
         anew = {place for place, _ in made}

@@ -101,6 +101,20 @@ def test_what_it_cannot_read_is_left_to_python(
         spikes(launch, {**tensors, "w_in": tensors["w_in"].to_sparse()})
 
 
+def test_a_weight_that_is_copied_to_be_read_is_left_to_python(
+    launch: CppLaunchable, tensors: dict[str, Tensor], native: list[int]
+) -> None:
+    """And it is copied for that once."""
+    apart = torch.zeros(2 * HIDDEN, 3 * INPUTS)[::2, ::3]
+    apart.copy_(tensors["w_in"])
+    wanted = spikes(launch, tensors)
+    for _ in range(3):
+        assert torch.equal(spikes(launch, {**tensors, "w_in": apart}), wanted)
+    assert native == []
+    prepared = launch._prepared[STEPS, BATCH]
+    assert prepared._repeaters == {frozenset(): None} and not prepared._may_be_native
+
+
 def test_layouts_are_equal_where_all_of_them_is() -> None:
     native = load_native_call() or load_native_call.__wrapped__()
     assert native is not None
