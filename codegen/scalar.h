@@ -38,6 +38,14 @@ template <class To>
 SPARSIFY_INLINE To cast(bool a) {
   return To(int(a));
 }
+// Of two bools as numbers: of bools GCC may make branches, and does not vectorise what has branches.
+SPARSIFY_INLINE bool either(bool a, bool b) {
+#if defined(__CUDACC_RTC__)
+  return a | b;
+#else
+  return (a ? 1.0f : 0.0f) + (b ? 1.0f : 0.0f) != 0.0f;
+#endif
+}
 SPARSIFY_INLINE float absolute(float a) { return SPARSIFY_BUILTIN(fabsf)(a); }
 SPARSIFY_INLINE double absolute(double a) { return SPARSIFY_BUILTIN(fabs)(a); }
 SPARSIFY_INLINE float square_root(float a) { return SPARSIFY_BUILTIN(sqrtf)(a); }

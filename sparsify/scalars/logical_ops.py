@@ -81,7 +81,7 @@ LOGICAL: tuple[ScalarOp, ...] = (
         "logical",
         ("bool",),
         np.logical_or,
-        "{0} | {1}",
+        "sparsify::either({0}, {1})",
         ("aten.logical_or.default", "aten.bitwise_or.Tensor", "aten.__or__.Tensor"),
     ),
     ScalarOp(
