@@ -6,14 +6,13 @@ Only ``load`` needs the machine that the code is for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
 from sparsify import ir
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.native_call import Repeater
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.errors import Refusal
@@ -44,6 +43,20 @@ class Binary:
     source: Source
     kernel: ir.Kernel
     schedule: ir.Schedule
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of one call, and what is sparse in it.
+
+    ``activity`` is the share of active senders of each Gather, or of wanted sums where one is
+    restricted. ``patterns`` are those of weights, by name: one that has none gains by no layout.
+    """
+
+    steps: int
+    batch: int
+    activity: Mapping[str, float]
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,20 +190,8 @@ class Strategy(Protocol):
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str: ...
 
-    def predict(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        *,
-        steps: int,
-        batch: int,
-        activity: Mapping[str, float],
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    ) -> Cost:
-        """The cost of a call, given the share of active senders of each Gather.
-
-        Of restricted ones, the share of wanted sums. ``patterns`` are those of weights, by name.
-        """
+    def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
+        """The cost of a call."""
 
 
 class Backend(Protocol):

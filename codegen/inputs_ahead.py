@@ -8,18 +8,16 @@ several steps at once, as rows of one product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost, GatherWork
+from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.cell_text import C_TYPES
 from sparsify.codegen.given_weights import gathers_ahead
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import Field, array, write_struct
 from sparsify.codegen.rows_per_thread import GROUP, RowsPerThread, RowsText
 from sparsify.errors import Refusal
-from sparsify.weight_pattern import Pattern
 
 STEPS = 8  # that are taken at once, at most; see ``ahead.h``
 RING = 4 * STEPS  # steps that helpers may be ahead
@@ -47,19 +45,8 @@ class InputsAhead(RowsPerThread):
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return _AheadText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
 
-    def predict(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        *,
-        steps: int,
-        batch: int,
-        activity: Mapping[str, float],
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    ) -> Cost:
-        work = super().predict(
-            kernel, schedule, steps=steps, batch=batch, activity=activity, patterns=patterns
-        )
+    def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
+        work, batch = super().predict(kernel, schedule, workload), workload.batch
         ahead = gathers_ahead(kernel, schedule)
         is_ahead = [gather.result in ahead for gather in kernel.gathers]
         pairs = list(zip(work.gathers, is_ahead, strict=True))
@@ -67,7 +54,7 @@ class InputsAhead(RowsPerThread):
             work,
             gathers=tuple(part for part, early in pairs if not early),
             gathers_beside=tuple(_in_blocks(part, batch) for part, early in pairs if early),
-            barriers=HANDED_ON * steps * -(-batch // GROUP),
+            barriers=HANDED_ON * workload.steps * -(-batch // GROUP),
         )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from sparsify import ir
 from sparsify.codegen.compressed import CHUNK
 from sparsify.weight_pattern import Pattern
 
-NO_PATTERNS: Mapping[str, Pattern] = MappingProxyType({})
 INDEX_BYTES = 2.0
 
 # Operations in those of dense rows, which are vectors in registers. Measured on Zen 4 cores, where

@@ -8,16 +8,14 @@ that the time that word takes from core to core is not lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.given_weights import gathers_ahead, kept_ahead, shared_bands
 from sparsify.codegen.kernel_text import KernelText
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import (
     Field,
     array,
@@ -36,7 +34,6 @@ from sparsify.codegen.usage import (
     wide_tile,
 )
 from sparsify.errors import Refusal
-from sparsify.weight_pattern import Pattern
 
 GROUP = 64  # at most, because a set of rows is one word
 PARTS = 8  # tiles that a layer should have, for threads to share them
@@ -61,32 +58,15 @@ class NeuronsPerThread:
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return _SharedText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
 
-    def predict(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        *,
-        steps: int,
-        batch: int,
-        activity: Mapping[str, float],
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    ) -> Cost:
+    def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
         usage = find_usage(kernel, schedule)
         meetings = bool(usage.of_kind("state")) + len(meeting_phases(usage.kernel, schedule))
         tile = self.tile(kernel, schedule)
-        groups = -(-batch // GROUP)
-        work = count_work(
-            kernel,
-            schedule,
-            steps=steps,
-            batch=batch,
-            activity=activity,
-            groups=groups,
-            patterns=patterns,
-        )
+        groups = -(-workload.batch // GROUP)
+        work = count_work(kernel, schedule, workload, groups)
         return replace(
             work,
-            barriers=float(steps * groups * meetings),
+            barriers=float(workload.steps * groups * meetings),
             parts=max(-(-p.size // tile) for p in kernel.populations),
             is_divided=True,
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from sparsify import ir
-from sparsify.codegen.backend import Cost, GatherWork
+from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.given_weights import is_kept
-from sparsify.codegen.layout_costs import NO_PATTERNS, Access, ReadLayout, read_layout
-from sparsify.weight_pattern import DENSE, Pattern
+from sparsify.codegen.layout_costs import Access, ReadLayout, read_layout
+from sparsify.weight_pattern import DENSE
 
 NEAR_BYTES = 2**20  # of weights that stay in the cache of a core, or nearly so
 WANTED_MACS = 1.6  # what a product of a restricted gather costs, in those of a dense one
@@ -18,21 +16,17 @@ BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat1
 def count_work(
     kernel: ir.Kernel,
     schedule: ir.Schedule,
-    *,
-    steps: int,
-    batch: int,
-    activity: Mapping[str, float],
+    workload: Workload,
     groups: int,
-    patterns: Mapping[str, Pattern] = NO_PATTERNS,
+    *,
     read: ReadLayout = read_layout,
 ) -> Cost:
     """What a call does on any backend, without barriers and undivided.
 
     The rows are in so many ``groups``, each of which reads a weight row that it touches once while
-    it is cached. ``activity`` is the share of active senders, or of wanted sums where a Gather is
-    restricted. ``patterns`` are those of weights with layouts: none that is missing gains by one.
-    ``read`` says what a weight takes in its layout.
+    it is cached. ``read`` says what a weight takes in its layout.
     """
+    steps, batch, patterns = workload.steps, workload.batch, workload.patterns
     how = dict(schedule.gathers)
     weights = {w.name: w for w in kernel.weights}
     rows = batch / max(1, groups)
@@ -43,7 +37,7 @@ def count_work(
         weight = weights[gather.weight]
         pairs = count_pairs(kernel, weight)
         is_dense = how[gather.result] == "dense"
-        share = 1.0 if is_dense else min(1.0, max(0.0, activity[gather.result]))
+        share = 1.0 if is_dense else min(1.0, max(0.0, workload.activity[gather.result]))
         access = _access(kernel, weight, is_dense or gather.only is not None, rows)
         known = weight.name in patterns
         layout = schedule.layout_of(weight.name) if known else ir.DENSE_ROWS

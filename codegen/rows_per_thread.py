@@ -6,16 +6,15 @@ while the event lists of these rows are walked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cell_text import C_TYPES, Places
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.kernel_text import KernelText
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.memory_text import (
     Field,
     array,
@@ -27,7 +26,6 @@ from sparsify.codegen.memory_text import (
 from sparsify.codegen.predict_cost import count_work
 from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
 from sparsify.errors import Refusal
-from sparsify.weight_pattern import Pattern
 
 GROUP = 64  # at most, because a set of rows is one word
 
@@ -55,26 +53,9 @@ class RowsPerThread:
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule, entry: str) -> str:
         return RowsText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
 
-    def predict(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        *,
-        steps: int,
-        batch: int,
-        activity: Mapping[str, float],
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    ) -> Cost:
-        work = count_work(
-            kernel,
-            schedule,
-            steps=steps,
-            batch=batch,
-            activity=activity,
-            groups=-(-batch // GROUP),
-            patterns=patterns,
-        )
-        return replace(work, parts=max(1, batch))
+    def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
+        work = count_work(kernel, schedule, workload, groups=-(-workload.batch // GROUP))
+        return replace(work, parts=max(1, workload.batch))
 
 
 class RowsText(KernelText):

@@ -15,13 +15,12 @@ from sparsify.choosing.binaries import Binaries
 from sparsify.choosing.candidates import (
     CLOSE,
     Predictor,
-    Workload,
     find_candidates,
     first_of_each_label,
 )
 from sparsify.choosing.choose import Task, choose_region, is_slower
 from sparsify.choosing.chooser import Chooser
-from sparsify.codegen.backend import Cost, GatherWork
+from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.cost_model import CALL_SECONDS, Rates, calibrate_rates
 from sparsify.codegen.cpp import CppBackend
 from sparsify.compiling.compile_recording import Compiler, find_tasks, lower_scans, run_pipeline

@@ -11,9 +11,10 @@ import torch
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.choosing.candidates import Predictor, Workload, find_candidates
+from sparsify.choosing.candidates import Predictor, find_candidates
 from sparsify.choosing.rechoose import Rechooser
 from sparsify.choosing.seldom import EVERY
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
@@ -35,8 +36,8 @@ def predictor(
     pattern: Pattern, activity: float = 0.1, size: int = 2048, rates: Rates = RATES
 ) -> Predictor:
     kernel = product(size, size)
-    workload = Workload(100, 1, {"y": activity})
-    return Predictor(kernel, workload, CppBackend(rates), patterns={"w": pattern})
+    workload = Workload(100, 1, {"y": activity}, {"w": pattern})
+    return Predictor(kernel, workload, CppBackend(rates))
 
 
 def kinds(found: Predictor) -> list[str]:
@@ -109,9 +110,9 @@ def test_weights_that_are_alike_are_laid_out_alike() -> None:
     # Of a core that adds fewer kept weights of these than dense ones, and reads them faster.
     rates = Rates(1.2e11, event_adds=2.1e10, dense_macs=3.8e10, pointwise=2e9, far_bytes=5.8e10)
     kernel = three_products(1024)
-    workload = Workload(100, 1, {g.result: 1.0 for g in kernel.gathers})
     patterns = {w.name: scattered(0.02) for w in kernel.weights}
-    found = Predictor(kernel, workload, CppBackend(rates), patterns=patterns)
+    workload = Workload(100, 1, {g.result: 1.0 for g in kernel.gathers}, patterns)
+    found = Predictor(kernel, workload, CppBackend(rates))
     best = found.candidates({g.result: "dense" for g in kernel.gathers})[0]
     assert {best.schedule.layout_of(w.name).kind for w in kernel.weights} == {"compressed-rows"}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cuda.device import H100, MIB
 from sparsify.codegen.cuda.predict_cost import predict_cost, predict_seconds
 from sparsify.codegen.cuda.rates import H100_RATES
@@ -24,9 +24,7 @@ def cost_of(how: str = "event", share: float = 0.05, neurons: int = H, **given: 
     return predict_cost(
         kernel,
         ir.Schedule("row-per-block", tuple((g.result, how) for g in kernel.gathers)),  # type: ignore[misc]
-        steps=STEPS,
-        batch=B,
-        activity={g.result: share for g in kernel.gathers},
+        Workload(STEPS, B, {g.result: share for g in kernel.gathers}),
         limits=H100,
         **{**options, **given},  # type: ignore[arg-type]
     )
@@ -50,9 +48,7 @@ def test_a_weight_that_is_read_twice_is_there_once() -> None:
         count_work(
             each,
             schedule(each, "row-per-block"),
-            steps=STEPS,
-            batch=B,
-            activity={gather.result: 0.1 for gather in each.gathers},
+            Workload(STEPS, B, {gather.result: 0.1 for gather in each.gathers}),
             groups=B,
         )
         for each in (kernel, twice)
@@ -136,9 +132,7 @@ def test_steps_of_a_product_without_states_wait_together() -> None:
     cost = predict_cost(
         kernel,
         schedule(kernel, "row-per-block"),
-        steps=STEPS,
-        batch=B,
-        activity={g.result: 0.1 for g in kernel.gathers},
+        Workload(STEPS, B, {g.result: 0.1 for g in kernel.gathers}),
         limits=H100,
         rows_per_block=1,
         blocks=STEPS * B // 2,
@@ -153,9 +147,7 @@ def test_nothing_to_do_takes_a_launch() -> None:
     cost = predict_cost(
         kernel,
         schedule(kernel, "row-per-block"),
-        steps=0,
-        batch=0,
-        activity={g.result: 0.1 for g in kernel.gathers},
+        Workload(0, 0, {g.result: 0.1 for g in kernel.gathers}),
         limits=H100,
         rows_per_block=1,
         blocks=0,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparsify import ir
-from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.backend import Launchable, Source, Workload
 from sparsify.codegen.cuda import kernel_text, packing
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import (
@@ -393,13 +393,13 @@ def test_predicted_costs() -> None:
     activity = {"drive": 0.1, "recurrent": 0.5}
     strategy = RowPerBlock(H100)
     plan = schedule(kernel, ROW)
-    cost = strategy.predict(kernel, plan, steps=10, batch=300, activity=activity)
+    cost = strategy.predict(kernel, plan, Workload(10, 300, activity))
     pairs = 0.1 * 100 * 200 + 0.5 * 200 * 200
     assert cost.event_adds == pytest.approx(3000 * pairs)
     assert (cost.parts, cost.meets, cost.weights_from) == (300, "block", "l2")
     assert cost.barriers == 2 * 10 * 1  # two in a step; all rows run side by side
     alone = product(100, 200)
-    cost = strategy.predict(alone, schedule(alone, ROW), steps=10, batch=3, activity={"y": 0.1})
+    cost = strategy.predict(alone, schedule(alone, ROW), Workload(10, 3, {"y": 0.1}))
     assert cost.parts == 30  # steps run side by side, too
 
 
@@ -409,7 +409,7 @@ def test_a_device_has_more_rows_at_once_the_less_memory_a_block_takes() -> None:
     plan = schedule(kernel, ROW)
     activity = {"drive": 0.1, "recurrent": 0.5}
     parts = [
-        RowPerBlock(limits).predict(kernel, plan, steps=10, batch=9999, activity=activity).parts
+        RowPerBlock(limits).predict(kernel, plan, Workload(10, 9999, activity)).parts
         for limits in (small, large)
     ]
     assert parts == [2 * 132, 9 * 132]

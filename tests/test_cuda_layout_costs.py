@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sparsify import ir
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.cuda.device import H100
 from sparsify.codegen.cuda.layout_costs import event_clocks, read_layout
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
@@ -39,14 +40,9 @@ def seconds(strategy: RowPerBlock | NeuronsPerGrid, layout: ir.Layout, how: How 
     pattern = TWO_OF_FOUR if layout.width == 4 else TENTH
     if layout != ir.DENSE_ROWS:
         plan = replace(plan, layouts=tuple((w.name, layout) for w in kernel.weights))
-    cost = strategy.predict(
-        kernel,
-        plan,
-        steps=STEPS,
-        batch=1,
-        activity={g.result: 0.1 for g in kernel.gathers},
-        patterns={w.name: pattern for w in kernel.weights},
-    )
+    activity = {g.result: 0.1 for g in kernel.gathers}
+    workload = Workload(STEPS, 1, activity, {w.name: pattern for w in kernel.weights})
+    cost = strategy.predict(kernel, plan, workload)
     return predict_seconds(cost, H100) / STEPS
 
 

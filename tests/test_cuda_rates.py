@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.device import A100, H100
 from sparsify.codegen.cuda.rates import H100_RATES, VARIABLE, measured_rates, rates_of
@@ -76,9 +77,7 @@ def test_the_environment_names_the_results(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv(VARIABLE, value)
         backend = CudaBackend(EmulatedDevice(), H100)
         strategy = next(s for s in backend.strategies if s.name == plan.strategy)
-        cost = strategy.predict(
-            kernel, plan, steps=1000, batch=1, activity={"drive": 0.1, "recurrent": 0.1}
-        )
+        cost = strategy.predict(kernel, plan, Workload(1000, 1, {"drive": 0.1, "recurrent": 0.1}))
         seconds.append(backend.seconds(cost))
     # 0.4 us longer at each barrier; a launch that is half a microsecond shorter. Both take some
     # 2 ms, which a dozen operations round by 2e-19 each.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsify import ir
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.cuda import find_shape as search
 from sparsify.codegen.cuda.device import A100, H100, RTX5090, Limits
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerCluster, NeuronsPerGrid
@@ -35,9 +36,7 @@ def microseconds_per_step(
     assert strategy.why_not(kernel, plan) is None
     active = {gather.result: activity for gather in kernel.gathers}
     seconds = [
-        predict_seconds(
-            strategy.predict(kernel, plan, steps=steps, batch=batch, activity=active), H100
-        )
+        predict_seconds(strategy.predict(kernel, plan, Workload(steps, batch, active)), H100)
         for steps in (1000, 2000)
     ]
     return (seconds[1] - seconds[0]) / 1000 * 1e6
@@ -207,9 +206,9 @@ def test_one_half_of_the_rows_waits_while_the_other_is_computed() -> None:
     plan = schedule(kernel, "neurons-per-grid")
     team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
     assert (shape.warps, team.paired_from(shape)) == (16, 8)  # four blocks of senders a row
-    cost = GRID.predict(kernel, plan, steps=10, batch=64, activity={"drive": 0.1, "recurrent": 0.1})
+    cost = GRID.predict(kernel, plan, Workload(10, 64, {"drive": 0.1, "recurrent": 0.1}))
     assert cost.hidden_clocks == cost.clocks / 2 > 0
-    alone = GRID.predict(kernel, plan, steps=10, batch=1, activity={"drive": 0.1, "recurrent": 0.1})
+    alone = GRID.predict(kernel, plan, Workload(10, 1, {"drive": 0.1, "recurrent": 0.1}))
     assert alone.hidden_clocks == 0
     assert team.paired_from(replace(shape, rows=6)) is None
     in_cluster = schedule(lif(4, 512), "neurons-per-cluster")

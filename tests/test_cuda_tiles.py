@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsify import ir
-from sparsify.codegen.backend import Launchable, Source
+from sparsify.codegen.backend import Launchable, Source, Workload
 from sparsify.codegen.cuda import nvrtc
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.dense_tiles import DenseTiles
@@ -381,7 +381,7 @@ def test_prediction() -> None:
     def macs(kernel: ir.Kernel, batch: int) -> float:
         strategy, activity = DenseTiles(H100), {g.result: 0.1 for g in kernel.gathers}
         plan = dense(kernel)
-        return strategy.predict(kernel, plan, steps=10, batch=batch, activity=activity).dense_macs
+        return strategy.predict(kernel, plan, Workload(10, batch, activity)).dense_macs
 
     assert macs(kernel, 1) == macs(kernel, 16) == macs(kernel, 32) / 2
     pairs = 1724 / 1024

@@ -11,9 +11,10 @@ import torch
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.choosing.candidates import Predictor, Workload
+from sparsify.choosing.candidates import Predictor
 from sparsify.choosing.rechoose import Rechooser
 from sparsify.choosing.seldom import EVERY
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
@@ -98,7 +99,8 @@ def test_weights_that_are_pruned_later_get_another_layout() -> None:
     size, batch = 2048, 2
     kernel, rng = product(size, size), np.random.default_rng(0)
     backend = CudaBackend(EmulatedDevice("forward", checks=False))
-    predictor = Predictor(kernel, Workload(100, 128, {"y": 0.02}), backend, patterns={"w": DENSE})
+    workload = Workload(100, 128, {"y": 0.02}, {"w": DENSE})
+    predictor = Predictor(kernel, workload, backend)
 
     def load(kernel: ir.Kernel, schedule: ir.Schedule) -> Any:
         return backend.load(backend.compile(kernel, schedule))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsify import ir
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.inputs_ahead import STEPS
 from sparsify.codegen.launch import CppLaunchable
@@ -94,9 +95,7 @@ def test_blocks_of_steps_read_weights_once() -> None:
     kernel = lif(70, 256)
     plan, activity = schedule(kernel, "inputs-ahead", "dense"), {"drive": 0.1, "recurrent": 0.1}
     costs = {
-        batch: find_strategy("inputs-ahead").predict(
-            kernel, plan, steps=16, batch=batch, activity=activity
-        )
+        batch: find_strategy("inputs-ahead").predict(kernel, plan, Workload(16, batch, activity))
         for batch in (1, 2, 8, 16)
     }
     matrix = 4 * 70 * 256
@@ -104,7 +103,7 @@ def test_blocks_of_steps_read_weights_once() -> None:
     assert read == [16 / STEPS, 16 / STEPS * 2, 16, 16]
     assert costs[1].gathers[0].weight_bytes == 16 * 4 * 256 * 256
     events = find_strategy("inputs-ahead").predict(
-        kernel, schedule(kernel, "inputs-ahead"), steps=16, batch=1, activity=activity
+        kernel, schedule(kernel, "inputs-ahead"), Workload(16, 1, activity)
     )
     assert events.gathers_beside[0].weight_bytes == pytest.approx(16 * 0.1 * matrix)
 

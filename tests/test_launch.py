@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsify import ir
-from sparsify.codegen.backend import Launchable
+from sparsify.codegen.backend import Launchable, Workload
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.given_weights import gathers_ahead
 from sparsify.codegen.strategies import find_strategy
@@ -204,21 +204,17 @@ def test_predicted_costs() -> None:
     activity = {"drive": 0.1, "recurrent": 0.5}
     event, dense = (schedule(kernel, "rows-per-thread", how) for how in ("event", "dense"))
     rows = find_strategy("rows-per-thread")
-    cost = rows.predict(kernel, event, steps=10, batch=1, activity=activity)
+    cost = rows.predict(kernel, event, Workload(10, 1, activity))
     pairs = 0.1 * 100 * 200 + 0.5 * 200 * 200
     assert cost.event_adds == pytest.approx(10 * pairs)  # floats of sums, in any order
     assert cost.weight_bytes == pytest.approx(40 * pairs)
     assert (cost.dense_macs, cost.pointwise, cost.barriers, cost.parts) == (0, 2000, 0, 1)
-    cost = rows.predict(kernel, dense, steps=10, batch=6, activity=activity)
+    cost = rows.predict(kernel, dense, Workload(10, 6, activity))
     assert (cost.dense_macs, cost.event_adds, cost.parts) == (60 * 300 * 200, 0, 6)
     assert cost.weight_bytes == 10 * 300 * 200 * 4
-    cost = find_strategy("neurons-per-thread").predict(
-        kernel, event, steps=10, batch=1, activity=activity
-    )
+    cost = find_strategy("neurons-per-thread").predict(kernel, event, Workload(10, 1, activity))
     assert (cost.barriers, cost.parts) == (10, 4)
-    ahead = find_strategy("inputs-ahead").predict(
-        kernel, event, steps=10, batch=1, activity=activity
-    )
+    ahead = find_strategy("inputs-ahead").predict(kernel, event, Workload(10, 1, activity))
     assert ahead.event_adds == cost.event_adds
     assert [g.event_adds for g in ahead.gathers_beside] == [pytest.approx(10 * 0.1 * 100 * 200)]
     assert [g.event_adds for g in ahead.gathers] == [pytest.approx(10 * 0.5 * 200 * 200)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.predict_cost import WANTED_MACS
 from sparsify.codegen.strategies import find_strategy
@@ -298,7 +299,7 @@ def test_kernels_compute_what_one_of_several_masks_wants(strategy: str, how: How
     assert 0 < wanted < v.numel()
     assert launch.events == {g.result: (wanted, v.numel()) for g in kernel.gathers}
     share = {g.result: wanted / v.numel() for g in kernel.gathers}
-    cost = find_strategy(strategy).predict(kernel, plan, steps=STEPS, batch=B, activity=share)
+    cost = find_strategy(strategy).predict(kernel, plan, Workload(STEPS, B, share))
     macs = len(share) * H * (wanted * WANTED_MACS if how == "event" else v.numel())
     assert cost.dense_macs == pytest.approx(macs)
 

@@ -11,7 +11,7 @@ import torch
 
 from sparsify import ir
 from sparsify.check_ir import why_malformed_kernel
-from sparsify.codegen.backend import Launchable
+from sparsify.codegen.backend import Launchable, Workload
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.predict_cost import WANTED_MACS
 from sparsify.codegen.strategies import find_strategy
@@ -257,9 +257,7 @@ def test_the_cost_follows_the_share_that_is_wanted(strategy: str) -> None:
     def predict(how: How, share: float) -> float:
         return (
             find_strategy(strategy)
-            .predict(
-                kernel, schedule(kernel, strategy, how), steps=2, batch=4, activity={"y": share}
-            )
+            .predict(kernel, schedule(kernel, strategy, how), Workload(2, 4, {"y": share}))
             .dense_macs
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.find_shape import Pace, with_resident
 from sparsify.codegen.cuda.frame_text import packed_name
@@ -38,11 +38,9 @@ from sparsify.codegen.cuda.team_shape import (
 from sparsify.codegen.cuda.team_shape import widths as find_widths
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.cuda.team_text import TeamText
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.usage import Source, Usage, find_usage
 from sparsify.errors import Refusal
 from sparsify.scalars.halves import HALVES
-from sparsify.weight_pattern import Pattern
 
 TENSOR_CORES_SINCE = (8, 0)  # compute capability, with bfloat16
 TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 16, 8, 16
@@ -99,19 +97,8 @@ class DenseTiles(NeuronsPerGrid):
                 found, best = filled, gained
         return found or list(tile_shapes(kernel, width[0]))[-1]
 
-    def predict(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        *,
-        steps: int,
-        batch: int,
-        activity: Mapping[str, float],
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    ) -> Cost:
-        cost = super().predict(
-            kernel, schedule, steps=steps, batch=batch, activity=activity, patterns=patterns
-        )
+    def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
+        cost, batch = super().predict(kernel, schedule, workload), workload.batch
         team = self.team(kernel, schedule)
         factor = BINARY_COST if parts_of(team) == 1 else REAL_COST
         factor = HALF_COST if weight_dtype(kernel) in HALVES else factor

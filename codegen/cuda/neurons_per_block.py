@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.find_shape import Pace, find_shape, pace_of
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name
@@ -21,10 +21,8 @@ from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
 from sparsify.codegen.cuda.team_masks import why_not_layouts
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_text import TeamText
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.usage import find_usage, why_not_gather
 from sparsify.errors import Refusal
-from sparsify.weight_pattern import Pattern
 
 CLUSTERS_SINCE = (9, 0)  # compute capability
 COUNTER_WORDS = 64  # of the counters of a team: two lines of the second cache, see barrier.cuh
@@ -122,28 +120,16 @@ class _NeuronsPerBlock:
     def grid(self, teams: int, shape: Shape, shared_bytes: int) -> Grid:
         raise NotImplementedError
 
-    def predict(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        *,
-        steps: int,
-        batch: int,
-        activity: Mapping[str, float],
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    ) -> Cost:
+    def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
         team = self.team(kernel, schedule)
         shape = self.shape(kernel, schedule)
-        pace = pace_of(team, shape, batch, self.limits)
-        clocks = self.step_clocks(team, shape, pace, activity)
+        pace = pace_of(team, shape, workload.batch, self.limits)
+        clocks = self.step_clocks(team, shape, pace, workload.activity)
         is_resident = shape.resident >= {packed_name(p, team.symbols) for p in team.packings}
         return predict_cost(
             kernel,
             schedule,
-            steps=steps,
-            batch=batch,
-            activity=activity,
-            patterns=patterns,
+            workload,
             limits=self.limits,
             rows_per_block=pace.rows,
             blocks=pace.teams * shape.blocks,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost, Meeting, MemoryLevel
+from sparsify.codegen.backend import Cost, Meeting, MemoryLevel, Workload
 from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.layout_costs import read_layout
 from sparsify.codegen.cuda.rates import H100_RATES, Rates
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.predict_cost import BYTES, count_pairs, count_work
-from sparsify.weight_pattern import Pattern
 
 OPERAND_BYTES: dict[ir.DType, float] = {
     **BYTES,
@@ -27,10 +24,8 @@ OPERAND_BYTES: dict[ir.DType, float] = {
 def predict_cost(
     kernel: ir.Kernel,
     schedule: ir.Schedule,
+    workload: Workload,
     *,
-    steps: int,
-    batch: int,
-    activity: Mapping[str, float],
     limits: Limits,
     rows_per_block: int,
     blocks: int,
@@ -40,9 +35,8 @@ def predict_cost(
     side_by_side: int | None = None,
     step_clocks: float = 0.0,
     hidden_clocks: float = 0.0,
-    patterns: Mapping[str, Pattern] = NO_PATTERNS,
 ) -> Cost:
-    """The cost of a call, given the share of active senders, or of wanted sums, of each Gather.
+    """The cost of a call.
 
     ``rows_per_block`` batch rows share a weight row that is read while they take the same step.
     Where ``weights_from`` is None, weights come from the L2 cache if all of them fit in it. Those
@@ -51,17 +45,9 @@ def predict_cost(
     meet no others, else one; further ones wait after them. ``step_clocks`` are those that the
     busiest block takes for a step at least, and ``hidden_clocks`` a part of them, see ``Cost``.
     """
+    steps, batch = workload.steps, workload.batch
     groups = -(-batch // max(1, rows_per_block)) if batch else 0
-    work = count_work(
-        kernel,
-        schedule,
-        steps=steps,
-        batch=batch,
-        activity=activity,
-        groups=groups,
-        patterns=patterns,
-        read=read_layout,
-    )
+    work = count_work(kernel, schedule, workload, groups, read=read_layout)
     resident = sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
     source: MemoryLevel = weights_from or ("l2" if resident <= limits.l2_bytes else "hbm")
     if side_by_side is None:

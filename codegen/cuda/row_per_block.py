@@ -10,18 +10,16 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 
 from sparsify import ir
-from sparsify.codegen.backend import Cost
+from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cuda.device import H100, Grid, Limits
 from sparsify.codegen.cuda.layout_costs import event_clocks
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.row_text import RowText
 from sparsify.codegen.cuda.step_clocks import LIST_CLOCKS, latency_of
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared, why_not_words
-from sparsify.codegen.layout_costs import NO_PATTERNS
 from sparsify.codegen.slots import counted
 from sparsify.codegen.usage import why_not_gather
 from sparsify.errors import Refusal
-from sparsify.weight_pattern import Pattern
 
 AHEAD = 8  # weights of a receiver that are asked for at once, see gather.cuh
 
@@ -61,32 +59,21 @@ class RowPerBlock:
 
         return Plan(text.members(), blocks, text.scratch(), elements, kept=text.kept)
 
-    def predict(
-        self,
-        kernel: ir.Kernel,
-        schedule: ir.Schedule,
-        *,
-        steps: int,
-        batch: int,
-        activity: Mapping[str, float],
-        patterns: Mapping[str, Pattern] = NO_PATTERNS,
-    ) -> Cost:
+    def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
         threads, shared, barriers = _measured(kernel, schedule)
+        steps, batch = workload.steps, workload.batch
         rows = batch if kernel.states else batch * steps
         together = self.limits.threads_per_multiprocessor // threads
         together = min(together, self.limits.shared_per_multiprocessor // (shared or 1))
         return predict_cost(
             kernel,
             schedule,
-            steps=steps,
-            batch=batch,
-            activity=activity,
-            patterns=patterns,
+            workload,
             limits=self.limits,
             rows_per_block=1,
             blocks=min(max(1, rows), self.limits.multiprocessors * max(1, together)),
             meets="block",
-            step_clocks=_step_clocks(kernel, schedule, activity),
+            step_clocks=_step_clocks(kernel, schedule, workload.activity),
             barriers_per_step=barriers / (1 if kernel.states else max(1, steps)),
         )
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import ir
-from sparsify.choosing.candidates import How, Predictor, Workload
+from sparsify.choosing.candidates import How, Predictor
+from sparsify.codegen.backend import Workload
 from sparsify.errors import CompileError
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 

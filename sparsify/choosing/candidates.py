@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sparsify import ir
-from sparsify.codegen.backend import Backend, Strategy
+from sparsify.codegen.backend import Backend, Strategy, Workload
 from sparsify.codegen.predict_cost import BYTES, count_pairs
 from sparsify.errors import Refusal
 from sparsify.plan import RegionPlan
 from sparsify.products.layouts import Layouts, layouts_of, scattered
-from sparsify.weight_pattern import Pattern
 
 How = Literal["event", "dense"]
 Label = Literal["event", "dense", "parameters", "both"]
@@ -22,15 +21,6 @@ CLEARLY_FASTER = 1.2  # a prediction this much better moves calls of another siz
 HOPELESS = 8.0  # a candidate predicted to be this much slower is not compiled
 SAME = 1.02  # strategies predicted within this factor do the same work in another order
 FAR_WEIGHTS = 3 << 20  # bytes of weights from which on it matters in whose cache each lies
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The sizes of one call, and the share of active senders of each Gather."""
-
-    steps: int
-    batch: int
-    activity: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,6 @@ class Candidate:
 class Predictor:
     """Predicts the schedules of one kernel on one backend under one workload.
 
-    ``patterns`` are those of the kernel's weights, by name; what has none keeps dense rows.
     ``pinned`` are the layouts that a plan decides. ``is_gradient``: patterns are those of weights
     as the model has them, with receivers and senders exchanged.
     """
@@ -57,7 +46,6 @@ class Predictor:
     workload: Workload
     backend: Backend
     region_plan: RegionPlan | None = None
-    patterns: Mapping[str, Pattern] = field(default_factory=dict)
     pinned: Layouts = ()
     is_gradient: bool = False
     # What was asked before: for another workload or pattern, a kernel is taken as it was.
@@ -93,7 +81,7 @@ class Predictor:
     ) -> ir.Schedule:
         """One weight after the other gets the layout under which the call is the fastest."""
         for weight in self.kernel.weights:
-            pattern = self.patterns.get(weight.name)
+            pattern = self.workload.patterns.get(weight.name)
             if pattern is None or weight.name in dict(self.pinned):
                 continue
             along = self._reads_along(weight, schedule)
@@ -148,7 +136,7 @@ class Predictor:
 
     def better_strategy(self, known: ir.Schedule, steps: int, batch: int) -> ir.Schedule | None:
         """``known`` under the strategy that is clearly faster for a call of these sizes, if any."""
-        workload = Workload(steps, batch, self.workload.activity)
+        workload = replace(self.workload, steps=steps, batch=batch)
         predictor = replace(self, workload=workload, region_plan=None, pinned=())
         found = predictor.candidates(dict(known.gathers), known.layouts)
         candidates = {c.schedule.strategy: c for c in found}
@@ -187,8 +175,9 @@ class Predictor:
         plain = replace(self, pinned=((weight, ir.DENSE_ROWS),)).seconds(gathers)
 
         def wins(density: float) -> bool:
-            patterns = {**self.patterns, weight: scattered(density)}
-            return replace(self, patterns=patterns, pinned=()).seconds(gathers) < plain
+            patterns = {**self.workload.patterns, weight: scattered(density)}
+            moved = replace(self.workload, patterns=patterns)
+            return replace(self, workload=moved, pinned=()).seconds(gathers) < plain
 
         return _bisect(wins)
 
@@ -204,14 +193,7 @@ class Predictor:
 
     def _seconds(self, strategy: Strategy, schedule: ir.Schedule) -> float:
         if schedule not in self._predicted:
-            cost = strategy.predict(
-                self.kernel,
-                schedule,
-                steps=self.workload.steps,
-                batch=self.workload.batch,
-                activity=self.workload.activity,
-                patterns=self.patterns,
-            )
+            cost = strategy.predict(self.kernel, schedule, self.workload)
             self._predicted[schedule] = self.backend.seconds(cost)
         return self._predicted[schedule]
 

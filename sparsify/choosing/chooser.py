@@ -11,13 +11,13 @@ from sparsify.choosing.candidates import (
     Candidate,
     How,
     Predictor,
-    Workload,
     find_candidates,
     first_of_each_label,
 )
 from sparsify.choosing.choose import Choice, Task, choose_region
 from sparsify.choosing.rechoose import Rechooser
 from sparsify.choosing.rendered import Rendered
+from sparsify.codegen.backend import Workload
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import CompileError, Refusal
 from sparsify.graphs.loops import BACKWARD
@@ -146,7 +146,7 @@ class Chooser:
             gathers: dict[str, How] = dict(candidates[0].schedule.gathers)
             at = predictor.break_even(gathers, each.result)
             self.break_even[task.name, each.result] = at
-            pattern = predictor.patterns.get(each.weight)
+            pattern = predictor.workload.patterns.get(each.weight)
             if pattern is not None and layouts_of(pattern, along=False):
                 at = predictor.break_even_density(gathers, each.weight)
                 self.break_even_density[task.name, each.result] = at
@@ -183,13 +183,12 @@ class Chooser:
         activity = {g.result: UNMEASURED_ACTIVITY for g in task.lowered.kernel.gathers}
         activity |= {site.gather: 1.0 for site in task.lowered.sites if not site.event}
         activity |= {gather: share for gather, share in measured.items() if share is not None}
-        workload = Workload(int(task.operands[0]), task.batch, activity)
+        patterns = self._by_weight(task, {p.gather: p.product.pattern for p in self._of(task)})
         return Predictor(
             task.lowered.kernel,
-            workload,
+            Workload(int(task.operands[0]), task.batch, activity, patterns),
             self.binaries.backend,
             self.plan.regions.get(task.name),
-            self._by_weight(task, {p.gather: p.product.pattern for p in self._of(task)}),
             tuple(self._by_weight(task, self._pinned_layouts(task)).items()),
             BACKWARD in task.name,
         )

@@ -32,7 +32,7 @@ class Rechooser:
         self._suited: dict[ir.Schedule, Launchable] = {}  # one serves several sizes of calls
         self._contents: dict[str, Contents] = {}
         self._counted: dict[str, int] = {}  # contents of weights
-        self.densities = {name: p.density for name, p in predictor.patterns.items()}
+        self.densities = {name: p.density for name, p in predictor.workload.patterns.items()}
 
     def suited(self, steps: int, batch: int) -> Launchable | None:
         """What is clearly faster than ``base`` for calls of these sizes, if anything is."""
@@ -66,15 +66,16 @@ class Rechooser:
                 is_new = True
                 density = density_of(weight)
                 self.densities[name] = density
-                if has_moved(self._predictor.patterns[name].density, density):
+                if has_moved(self._predictor.workload.patterns[name].density, density):
                     moved[name] = find_pattern(
                         weight.t() if self._predictor.is_gradient else weight
                     )
         self._calls.found(is_new)
         if not moved:
             return False
-        patterns = {**self._predictor.patterns, **moved}
-        self._predictor = replace(self._predictor, patterns=patterns, pinned=())
+        known = self._predictor.workload
+        workload = replace(known, patterns={**known.patterns, **moved})
+        self._predictor = replace(self._predictor, workload=workload, pinned=())
         better = self._predictor.better_layouts(self.base.schedule)
         if better is not None:
             self.base, self._suited = self._load(self.base.kernel, better), {}
