@@ -70,3 +70,37 @@ def test_products_of_one_line_and_module_have_reasons_of_their_own() -> None:
     assert report["first"].location == report["second"].location
     assert (report["first"].code, report["second"].code) == ("no-event", "unsupported-layout")
     assert report["second"].reason == "Convolutions have no event kernel."
+
+
+class Columns(nn.Module):
+    """States [neurons, batch], or, as the reason says, the batch in dim 0."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.wi, self.wr = nn.Parameter(torch.rand(6, 3)), nn.Parameter(torch.randn(6, 6))
+        self.batch_first = batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.new_zeros(x.shape[1], 6) if self.batch_first else x.new_zeros(6, x.shape[1])
+        z, out = v, []
+        for x_t in x:
+            if self.batch_first:
+                v = 0.5 * v + F.linear(x_t, self.wi) + F.linear(z, self.wr)
+            else:
+                v = 0.5 * v + self.wi @ x_t.t() + self.wr @ z
+            z = (v > 1).to(v.dtype)
+            out.append(z)
+        return torch.stack(out)
+
+
+def test_weights_on_the_left_of_columns_are_sites_with_a_reason() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(5, 2, 3)
+    fast: Any = sparsify.sparsify(Columns(False), x, timing=False)
+    for site in (fast.report["wi"], fast.report["wr"]):
+        assert (site.decision, site.code) == ("kept", "unsupported-layout")
+        assert site.reason == "A weight multiplies columns, [neurons, batch], from the left."
+        assert site.location is not None and "self.wr @ z" in site.location.code
+    assert fast.report["wr"].dense_operations == 5 * 2 * 6 * 6
+    fast = sparsify.sparsify(Columns(True), x, timing=False)
+    assert fast.report["wr"].decision == "event"

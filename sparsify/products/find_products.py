@@ -11,7 +11,7 @@ from torch import fx
 
 from sparsify.errors import Location
 from sparsify.graph_meta import Source
-from sparsify.passes.classify_ops import untransposed
+from sparsify.passes.classify_ops import is_stored, untransposed
 from sparsify.passes.rnn_cells import PACKED, recurrent_op
 from sparsify.weight_pattern import Pattern
 
@@ -27,6 +27,7 @@ WEIGHT_ARGUMENT: dict[object, int] = {
     aten.bmm.default: 1,
     aten.baddbmm.default: 2,
 }
+BY_RECEIVERS = (aten.linear.default, aten.mv.default, aten.addmv.default)  # read weights [R, S]
 MOST_WEIGHT_NODES = 64  # of the computation from stored tensors to a weight
 
 
@@ -83,8 +84,16 @@ def weights_of(node: fx.Node) -> list[fx.Node]:
         return [w for w in tensors if len(w.meta["val"].shape) == 2]
     if node.target not in WEIGHT_ARGUMENT:
         return []
-    weight = node.args[WEIGHT_ARGUMENT[node.target]]
+    weight = node.args[0 if is_turned(node) else WEIGHT_ARGUMENT[node.target]]
     return [weight] if isinstance(weight, fx.Node) else []
+
+
+def is_turned(node: fx.Node) -> bool:
+    """Whether a weight multiplies activations from the left, ``w @ z`` with z [N, B]."""
+    if node.target is not aten.mm.default:
+        return False
+    left, right = node.all_input_nodes[0], node.all_input_nodes[-1]
+    return is_stored(left) and not is_stored(right)
 
 
 def name_weights(graph: fx.Graph) -> None:
@@ -137,7 +146,9 @@ def _product(
     base = layer_name(path)
     names[base] = names.get(base, 0) + 1
     name = base if names[base] == 1 else f"{base}#{names[base]}"
-    measured = [a for node, _ in uses if (a := node.meta.get("activity")) is not None]
+    # What is measured is the left operand.
+    plain = [node for node, _ in uses if not is_turned(node)]
+    measured = [a for node in plain if (a := node.meta.get("activity")) is not None]
     activity = math.fsum(measured) / len(measured) if measured else None
     operations = math.fsum(_operations(node, weight) for node, weight in uses)
     nodes = tuple(node for node, _ in uses)
@@ -168,6 +179,6 @@ def _operations(node: fx.Node, weight: fx.Node) -> float:
     result = math.prod(node.meta["val"].shape)
     if node.target is aten.convolution.default:
         return float(result * math.prod(shape[1:]))
-    if node.target in (aten.linear.default, aten.mv.default, aten.addmv.default):
+    if node.target in BY_RECEIVERS or is_turned(node):
         return float(result * shape[-1])
     return float(result * shape[-2 if len(shape) > 1 else -1])

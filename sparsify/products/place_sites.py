@@ -12,7 +12,7 @@ from torch import fx
 from sparsify.errors import Location, Refusal
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.rnn_cells import recurrent_op
-from sparsify.products.find_products import Product, layer_name
+from sparsify.products.find_products import Product, is_turned, layer_name
 from sparsify.scans.lowered import Lowered, LoweredSite
 from sparsify.scans.scan import Scan
 
@@ -51,6 +51,8 @@ def why_kept(
 ) -> Refusal:
     """Why a product has no Gather: the refusal of its Scan, of its loop, or of its operand."""
     refusals = list(declined)
+    if (turned := _why_turned(product, graph)) is not None:
+        return turned
     scan = _scan_of(product, graph)
     if scan is not None and isinstance(refusal := lowered.get(scan), Refusal):
         return refusal
@@ -122,6 +124,22 @@ def _is_batched(product: Product, graph: fx.GraphModule) -> bool:
 
 def _where(product: Product) -> tuple[str, Location | None]:
     return product.module, product.location
+
+
+def _why_turned(product: Product, graph: fx.GraphModule) -> Refusal | None:
+    """What is said of a weight that multiplies from the left still, see ``turn_products``."""
+    if not any(map(is_turned, product.nodes)):
+        return None
+    bodies = [m.body.graph for _, m in graph.named_children() if isinstance(m, Scan)]
+    nodes = (node for found in (graph.graph, *bodies) for node in found.nodes)
+    if not any(_place(node) == _where(product) and is_turned(node) for node in nodes):
+        return None
+    reason = "A weight multiplies columns, [neurons, batch], from the left."
+    remedy = (
+        "Keep the batch in dim 0 of everything that a step computes: F.linear(z, w) with z "
+        "[batch, neurons] in place of w @ z."
+    )
+    return Refusal("unsupported-layout", reason, remedy, product.location)
 
 
 def _why_looked_up(product: Product, graph: fx.GraphModule) -> Refusal | None:

@@ -16,11 +16,10 @@ from sparsify.graph_meta import TensorInfo
 from sparsify.passes.classify_ops import draws_random, untransposed
 from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import find_activations
-from sparsify.products.find_products import weights_of
+from sparsify.products.find_products import BY_RECEIVERS, is_turned, weights_of
 from sparsify.weight_pattern import Pattern, find_pattern
 
 aten = torch.ops.aten
-BY_RECEIVERS = (aten.linear.default, aten.mv.default, aten.addmv.default)  # read weights [R, S]
 
 
 def note_patterns(graph: fx.Graph, operands: Sequence[Tensor]) -> None:
@@ -39,7 +38,8 @@ def note_patterns(graph: fx.Graph, operands: Sequence[Tensor]) -> None:
                 values.note(weight)
             if len(weights) == 1 and recurrent_op(node) is None:
                 matrix, swapped = untransposed(weights[0])
-                swapped ^= len(matrix.meta["val"].shape) == 2 and node.target not in BY_RECEIVERS
+                by_receivers = node.target in BY_RECEIVERS or is_turned(node)
+                swapped ^= len(matrix.meta["val"].shape) == 2 and not by_receivers
                 if matrix in values.numbers and matrix.meta["val"].dtype.is_floating_point:
                     node.meta["pattern"] = values.pattern(matrix, swapped)
 
