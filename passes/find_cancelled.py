@@ -6,6 +6,8 @@ A straight-through estimator is written so: its value is the event, its gradient
 
 The sum is zero where all that is left is. Elsewhere it is so up to rounding, and NaN where ``s`` is
 not finite, so nothing is known of its payload.
+
+A mask of zeros and ones makes a choice of a sum in the same way: ``m * new + (1 - m) * old``.
 """
 
 from __future__ import annotations
@@ -34,6 +36,27 @@ def left_of_sum(node: fx.Node) -> list[fx.Node] | None:
             if terms[other][0] == -sign and _is_same(term, terms[other][1], MOST_NODES):
                 return [t for i, (_, t) in enumerate(terms) if i not in (index, other)]
     return None
+
+
+def chosen_by_mask(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(m, a, b) of a sum ``m * a + (1 - m) * b``; None for others."""
+    if node.target is not aten.add.Tensor or not _is_plain(node):
+        return None
+    for first, second in (node.all_input_nodes, node.all_input_nodes[::-1]):
+        for complement, other in _factors(second):
+            if complement.target is aten.rsub.Scalar and complement.args[1:] == (1,):
+                for mask, taken in _factors(first):
+                    if _is_same(mask, complement.args[0], MOST_NODES):
+                        return mask, taken, other
+    return None
+
+
+def _factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The two factors of a product of tensors, in both orders."""
+    if node.target is aten.mul.Tensor and len(node.all_input_nodes) == 2:
+        first, second = node.all_input_nodes
+        yield first, second
+        yield second, first
 
 
 def _terms(node: object, sign: int, depth: int) -> Iterator[tuple[int, fx.Node]]:

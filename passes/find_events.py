@@ -39,7 +39,7 @@ from sparsify.passes.event_rules import (
     same,
 )
 from sparsify.passes.event_table import STARTS, SUMS, rule_of
-from sparsify.passes.find_cancelled import left_of_sum
+from sparsify.passes.find_cancelled import chosen_by_mask, left_of_sum
 from sparsify.passes.result import PassResult
 from sparsify.passes.without_gradients import is_application
 from sparsify.scans.scan import Scan
@@ -89,7 +89,9 @@ class _Finder:
         is_noise = draws_random(node) and node.target is not aten.bernoulli.default
         if rule is None or is_noise or not node.args:
             return DENSE
-        left = left_of_sum(node)
+        left, choice = left_of_sum(node), chosen_by_mask(node)
+        if choice is not None and self.operand(choice[0]).payload == "binary":
+            return join(self.operand(choice[1]), self.operand(choice[2]))
         fact = rule(node, self.operand) if left is None else self._left(node, left)
         return (fact, DENSE) if node.target in POOLS else fact
 
@@ -118,7 +120,8 @@ class _Finder:
         """Derive the body's facts until no carry's changes."""
         args: Any = node.args
         inits, xs, consts = (self._given(group) for group in args[1:])
-        self.summed |= find_sums(scan)
+        outside = dict(zip(scan.placeholders[scan.carries :], [*xs, *consts], strict=True))
+        self.summed |= find_sums(scan, outside)
         places = zip(scan.placeholders[scan.carries :], [*args[2], *args[3]], strict=True)
         self.fixed |= {place for place, argument in places if argument in self.fixed}
         carried = inits
@@ -147,14 +150,20 @@ class _Finder:
         return [f"{origin}: {_describe(fact)}" for origin, fact in found.items()]
 
 
-def find_sums(scan: Scan) -> set[fx.Node]:
+def find_sums(scan: Scan, outside: Mapping[fx.Node, Fact]) -> set[fx.Node]:
     """Body values that are added up over the steps: soon they are zero nowhere.
 
     They lie on a cycle through a carry and an addition that no threshold and no product cuts.
+    ``outside`` has the facts of what comes from outside of the loop.
     """
     graph: nx.DiGraph[fx.Node] = nx.DiGraph()
+    choices: set[fx.Node] = set()
     for node in scan.body.graph.nodes:
-        if rule_of(node.target) is not None and not _cuts(node):
+        choice = chosen_by_mask(node)
+        if choice is not None and _is_mask(choice[0], outside):
+            choices.add(node)
+            graph.add_edges_from((operand, node) for operand in choice[1:])
+        elif rule_of(node.target) is not None and not _cuts(node):
             graph.add_edges_from((operand, node) for operand in _sources(node))
     carries = scan.placeholders[: scan.carries]
     graph.add_edges_from(
@@ -163,9 +172,16 @@ def find_sums(scan: Scan) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for component in nx.strongly_connected_components(graph):
         is_cycle = len(component) > 1  # a carry is on every one
-        if is_cycle and any(rule_of(node.target) in SUMS for node in component):
+        if is_cycle and any(rule_of(node.target) in SUMS for node in component - choices):
             found |= component
     return found
+
+
+def _is_mask(node: fx.Node, outside: Mapping[fx.Node, Fact]) -> bool:
+    """True for a view of zeros and ones from outside of the loop."""
+    while rule_of(node.target) is same:
+        node = node.all_input_nodes[0]
+    return outside.get(node, DENSE).payload == "binary"
 
 
 def _cuts(node: fx.Node) -> bool:

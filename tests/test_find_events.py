@@ -88,7 +88,7 @@ EVENTS: tuple[tuple[Callable[[Tensor], Any], Payload], ...] = (
     (lambda x: (x > 1).float() + torch.sigmoid(4 * x) - torch.sigmoid(4 * x).detach(), "real"),
     (lambda x: ((x > 1).float() - torch.sigmoid(x)).detach() + torch.sigmoid(x), "real"),
     (lambda x: x - (x - F.relu(x)).detach(), "real"),
-    (lambda x: (x.clamp(0, 4).round() + (x > 0).float() * (x - x.detach())), "real"),
+    (lambda x: x.clamp(0, 4).round() + (x > 0).float() * (x - x.detach()), "real"),
 )
 DENSE: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: x,
@@ -172,6 +172,22 @@ def test_payloads_of_loops_join_the_initial_value_and_the_new_one() -> None:
     assert kind(products_of(loop(multi_spike))["w1"]) == (True, "integer")
     assert kind(products_of(two_exchanges)["w2"]) == (True, "real")
     assert kind(products_of(two_exchanges)["w1"]) == (True, "real")
+
+
+@pytest.mark.parametrize("is_mask", [True, False])
+def test_a_mask_chooses_between_new_and_old_spikes(is_mask: bool) -> None:
+    def padded(tape: Tape, x: Tensor) -> Tensor:
+        v = z = torch.zeros(B, H)
+        given = x[:, :, :1]
+        kept = (given > 0).float() if is_mask else given
+        for t in tape.loop(range(x.size(0))):
+            m = kept[t]
+            new_v, new_z = lif(v, x[t] + F.linear(z, W1))
+            v, z = m * new_v + (1 - m) * v, m * new_z + (1 - m) * z
+        return z
+
+    expected = (True, "binary") if is_mask else (False, "real")
+    assert kind(products_of(padded)["w1"]) == expected
 
 
 def test_a_state_that_the_caller_gives_may_hold_anything_at_first() -> None:
