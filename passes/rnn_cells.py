@@ -171,9 +171,11 @@ PACKED: dict[object, object] = {
     aten.gru.data: aten.gru.input,
     aten.lstm.data: aten.lstm.input,
 }
+# By identity: every node is asked, and the hash of an operation is slow.
+_RECURRENT = frozenset(map(id, (*CELLS, *PACKED)))
 
 
 def recurrent_op(node: fx.Node) -> object | None:
     """The operation of a recurrent layer of torch, whatever it runs under; None for other nodes."""
     target = bare(node.target)
-    return target if target in CELLS or target in PACKED else None
+    return target if id(target) in _RECURRENT else None
