@@ -27,34 +27,31 @@ struct Prepared {
 
 enum Outcome : int { kDone = 0, kNoMemory = 1, kWritten = 2 };
 
-// Questions that the threads of a kernel's team share out when their parts are done: the last ones
-// begin, since others are often still at work. Each takes as long as a few steps of a small layer.
+// Questions that the threads of a kernel's team take one by one when their parts are done, so that none
+// waits for another one's. Each takes as long as a few steps of a small layer.
 class Asked {
  public:
   Asked(const Question* questions, int64_t count) : questions_(questions), count_(count) {}
 
   // Called when no thread is asking any more.
   bool are_unwritten() {
-    if (!is_asked_) ask(0, 1);
+    ask();  // where no team was formed
     return are_unwritten_;
   }
   Aside aside() {
-    return {[](void* asked, int thread, int threads) {
-              static_cast<Asked*>(asked)->ask(thread, threads);
-            },
-            this};
+    return {[](void* asked) { static_cast<Asked*>(asked)->ask(); }, this};
   }
 
  private:
-  void ask(int thread, int threads) {
-    is_asked_.store(true, std::memory_order_relaxed);
-    for (int64_t i = threads - 1 - thread; i < count_; i += threads)
+  void ask() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)
       if (!questions_[i].is_unwritten()) are_unwritten_.store(false, std::memory_order_relaxed);
   }
 
   const Question* questions_;
   const int64_t count_;
-  std::atomic<bool> is_asked_{false}, are_unwritten_{true};
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> are_unwritten_{true};
 };
 
 // What the next team that this thread forms does aside.

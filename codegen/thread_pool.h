@@ -48,7 +48,7 @@ class ThreadPool {
     if (threads <= 1 || busy_.exchange(true, std::memory_order_acquire)) {
       Barrier nobody_waits{};
       body(context, Team{0, 1, &nobody_waits});
-      if (aside != nullptr) aside->run(aside->context, 0, 1);
+      if (aside != nullptr) aside->run(aside->context);
       return;
     }
     barrier_.spins = threads <= usable_cores() ? kPausesBeforeYield : 0;

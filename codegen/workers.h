@@ -30,7 +30,7 @@ inline int64_t now_ns() {
 
 // What the threads of a team share out when their parts of the body are done.
 struct Aside {
-  void (*run)(void* context, int thread, int threads);
+  void (*run)(void* context);
   void* context;
 };
 
@@ -50,7 +50,7 @@ inline void run_member(const Job& job, int thread, int threads) {
   std::fesetenv(&job.environment);
   job.body(job.context, Team{thread, threads, job.barrier});
   std::fesetenv(&own);
-  if (job.aside != nullptr) job.aside->run(job.aside->context, thread, threads);
+  if (job.aside != nullptr) job.aside->run(job.aside->context);
 }
 
 class Worker {
