@@ -14,7 +14,6 @@ from sparsify.codegen.backend import Binary, Cost, Launchable, Source
 from sparsify.codegen.cost_model import Rates, calibrate_rates
 from sparsify.codegen.cpp_outer_product import CppOuterProducts
 from sparsify.codegen.launch import CppLaunchable
-from sparsify.codegen.native_call import load_native_call
 from sparsify.codegen.plain_names import PLAIN, with_plain_names
 from sparsify.codegen.strategies import STRATEGIES, find_strategy
 from sparsify.codegen.toolchain import (
@@ -47,10 +46,8 @@ class CppBackend:
         return runtime.why_unavailable()
 
     def libraries(self, schedules: Iterable[ir.Schedule]) -> Sequence[Callable[[], object]]:
-        # Begun by a first call, it would run beside what is timed.
-        always: tuple[Callable[[], object], ...] = (load_native_call,)
         is_any_pruned = any(schedule.layouts for schedule in schedules)
-        return (*always, runtime.load_compressing) if is_any_pruned else always
+        return (runtime.load_compressing,) if is_any_pruned else ()
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         check_kernel(kernel)

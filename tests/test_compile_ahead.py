@@ -19,7 +19,7 @@ from sparsify.api import sparsify
 from sparsify.checking.pending_check import threads
 from sparsify.choosing.binaries import NICENESS, READY_SECONDS, Binaries, unlike
 from sparsify.choosing.choose import SLOW_SECONDS
-from sparsify.codegen import cpp_outer_product, native_call, runtime, toolchain
+from sparsify.codegen import cpp_outer_product, runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
 from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
@@ -62,7 +62,6 @@ class Recurrent(nn.Module):
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the compiler is asked for, by the folder that it works in; with an empty cache."""
     runtime.load_runtime()  # once in a process
-    native_call.load_native_call()
     asked: list[str] = []
     run = toolchain.run_limited
 
