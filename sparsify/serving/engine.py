@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify import ir
-from sparsify.autocast import autocast_off, is_any_on
-from sparsify.call_conditions import is_intercepted, needs_grad, why_observed
-from sparsify.checking.pending_check import PendingCheck, threads
+from sparsify.call_conditions import is_intercepted, why_observed
+from sparsify.checking.pending_check import threads
 from sparsify.choosing.describe_sites import describe_kept
 from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.backend import Backend, Binary
@@ -36,12 +35,11 @@ from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.recording.settle import settled
 from sparsify.serving.backends import Compilers, tensors_of
 from sparsify.serving.call_key import call_key
-from sparsify.serving.check_speed import keep_all, why_not_faster
+from sparsify.serving.compile_entry import EntryCompiler
 from sparsify.serving.entry import Entry, find_thinned, newest, skip_looks
 from sparsify.serving.failures import (
     OUT_OF_MEMORY,
     Failed,
-    explained_by,
     record_or_run,
     refuse_failure,
     refuse_memory,
@@ -49,7 +47,6 @@ from sparsify.serving.failures import (
 )
 from sparsify.serving.kernel_views import KernelView, view_kernels
 from sparsify.serving.last_call import MISSED, LastCall, may_be_repeated
-from sparsify.serving.layout import Layout
 from sparsify.serving.merge_entries import with_entry
 from sparsify.serving.notices import Misses, Notices
 from sparsify.serving.plans import Plans
@@ -83,6 +80,7 @@ class Engine:
         self.original, self.options = model, options
         self._plans = Plans(plan or Plan())
         self._compilers = Compilers(options, backends)
+        self._entry_compiler = EntryCompiler(model, options, self._compilers, self._plans)
         self.entries: tuple[Entry, ...] = ()
         self._frozen = False
         self.last_call: LastCall | None = None  # what is asked first
@@ -357,33 +355,9 @@ class Engine:
             self._originals.add(call_key(self.original, args, kwargs))
             self._notices.note(WITHOUT_ROWS)
             return
-        check = PendingCheck(self.original, recording, args, kwargs)
-        if is_any_on():  # the model runs under it, what compiles does not
-            check.run()
+        entry = self._entry_compiler.compile(recording, args, kwargs, self.entries)
         operands = recording.calling.operands(args, kwargs)
-        is_trained = needs_grad(operands)
-        compiler = self._compilers.serving((str(i), t) for i, t in enumerate(operands))
-        if isinstance(compiler, Refusal):
-            raise TraceError(f"{compiler.reason} {compiler.remedy}")
-        compiler.binaries.begin()
-        backend = compiler.binaries.backend
-        plan = self._plans.for_call(backend, is_trained)
-        like = [e for e in self.entries if bool(e.required) == is_trained and e.backend is backend]
-        earlier = {site.name: site for e in like for site in e.compiled.sites}
-        with explained_by(check.run), autocast_off():
-            compiled = compiler.compile(recording, operands, plan, earlier, check)
-        check.run()
         self._refused = None
-        if not like:  # other recordings of a model may lack sites that the first one has
-            plan.check_sites(site.name for site in compiled.sites)
-        entry = Entry(compiled, operands, Layout(operands))
-        is_timed = self.options.timing and backend.is_timed and not compiled.runs_original
-        if is_timed and not compiled.placements.keys() <= plan.sites.keys():
-            refusal = why_not_faster(self.original, entry, args, kwargs, check.seconds)
-            if refusal is not None:
-                compiled = keep_all(compiled, refusal)
-                entry = Entry(compiled, operands, Layout(operands))
-        self._plans.adopt(backend, compiled.plan, is_trained)
         entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
         if entries is self.entries:
             self.confirmations += 1
@@ -392,7 +366,7 @@ class Engine:
             self.entries, self.recordings = entries, self.recordings + 1
         for reason in apart:
             self._notices.note(f"sizes are compiled one by one: {reason}")
-        if self.options.strict and (refusal := first_refusal(compiled.sites)) is not None:
+        if self.options.strict and (refusal := first_refusal(entry.compiled.sites)) is not None:
             raise RefusedError(refusal)
         self.freeze(self._frozen)
 
