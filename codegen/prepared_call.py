@@ -158,10 +158,10 @@ class Prepared:
         """What makes calls like one with ``tensors`` natively, if that can be.
 
         ``places`` say where it finds each tensor: in which sequence, and where there. It returns
-        the outputs ``returned``.
+        the outputs ``returned``. None, too, for ``tensors`` that ``__call__`` does not take.
         """
         native = native_call()
-        if native is None or not self._may_be_native:
+        if native is None or not self._may_be_native or not self._takes(tensors):
             return None
         weights = []
         for weight, tensor in zip(self._weights, tensors[self._operands :], strict=True):
@@ -189,6 +189,11 @@ class Prepared:
             [(output, place not in anew) for place, output in enumerate(outputs)],
             list(returned),
         )
+
+    def _takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether they lie as the kernel reads them: one that does not is copied for its call."""
+        addresses = [tensor.data_ptr() for tensor in tensors[self._operands :]]
+        return [Given.of(t) for t in tensors] == self._given and addresses == self._addresses
 
     def _call(
         self,

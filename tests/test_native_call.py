@@ -115,6 +115,22 @@ def test_a_weight_that_is_copied_to_be_read_is_left_to_python(
     assert prepared._repeaters == {frozenset(): None} and not prepared._may_be_native
 
 
+def test_an_operand_that_is_copied_for_its_call_is_left_to_python(
+    launch: CppLaunchable, tensors: dict[str, Tensor], native: list[int]
+) -> None:
+    """What was prepared for others of its size reads neurons that lie side by side."""
+    places = [(0, place) for place in range(len(launch._names))]
+    for _ in range(2):
+        wanted = spikes(launch, tensors)
+    for name in ("x", "v0"):
+        unlike = {**tensors, name: tensors[name].mT.contiguous().mT}
+        assert torch.equal(spikes(launch, unlike), wanted)
+        for given, is_taken in ((tensors, True), (unlike, False)):
+            in_order = [given[each] for each in (*launch._operands, *launch._weights)]
+            found = launch.repeater(in_order, STEPS, BATCH, places, [0], frozenset())
+            assert (found is not None) == is_taken
+
+
 def test_layouts_are_equal_where_all_of_them_is() -> None:
     native = load_native_call() or load_native_call.__wrapped__()
     assert native is not None

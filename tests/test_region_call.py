@@ -136,6 +136,26 @@ def test_freezing_and_its_end_are_seen_at_once(fast: Any, model: RecurrentNet) -
     assert not torch.equal(model(x), before)
 
 
+def test_states_in_another_order_in_memory(native: list[int]) -> None:
+    """A kernel is called with a copy of them, and natively with those that lie as it reads them."""
+
+    class Cell(RecurrentNet):
+        def forward(self, x: Tensor, v: Tensor | None = None) -> Tensor:
+            assert v is not None
+            for x_t in x:
+                v = self.beta * v + self.inp(x_t) + self.rec((v > 1.0).to(v.dtype))
+            return v
+
+    x, v = spikes(6, 3), torch.ones(3, 16)
+    v[1:, ::2] = 2.0
+    model = Cell().eval()
+    fast: Any = cast(Any, model).sparsify(x, v, timing=False)
+    assert regions(fast)
+    for state in [v, v, v, *[v.t().contiguous().t()] * 5, v]:
+        assert torch.equal(fast(x, state), model(x, state))
+    assert native
+
+
 def test_weights_that_need_gradients_are_not_taken(fast: Any, model: RecurrentNet) -> None:
     x = spikes(6, 3)
     with torch.enable_grad():
