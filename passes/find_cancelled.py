@@ -13,6 +13,7 @@ A mask of zeros and ones makes a choice of a sum in the same way: ``m * new + (1
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -42,16 +43,21 @@ def chosen_by_mask(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(m, a, b) of a sum ``m * a + (1 - m) * b``; None for others."""
     if node.target is not aten.add.Tensor or not _is_plain(node):
         return None
-    for first, second in (node.all_input_nodes, node.all_input_nodes[::-1]):
+    for first, second in (node.args, node.args[::-1]):
         for complement, other in _factors(second):
-            if complement.target is aten.rsub.Scalar and complement.args[1:] == (1,):
+            if _is_complement(complement):
                 for mask, taken in _factors(first):
                     if _is_same(mask, complement.args[0], MOST_NODES):
                         return mask, taken, other
     return None
 
 
-def _factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _is_complement(node: fx.Node) -> bool:
+    """``1 - m``, of which nothing is scaled."""
+    return node.target is aten.rsub.Scalar and node.args[1:] == (1,) and not node.kwargs
+
+
+def _factors(node: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
     """The two factors of a product of tensors, in both orders."""
     if node.target is aten.mul.Tensor and len(node.all_input_nodes) == 2:
         first, second = node.all_input_nodes

@@ -48,6 +48,14 @@ def kind(fact: Fact) -> tuple[bool, Payload]:
     return fact.event, fact.payload
 
 
+def twice(x: Tensor) -> Tensor:
+    return x + x
+
+
+def chosen(mask: Tensor, x: Tensor, y: Tensor, scale: float = 1) -> Tensor:
+    return mask * x + torch.rsub(mask, 1, alpha=scale) * y
+
+
 EVENTS: tuple[tuple[Callable[[Tensor], Any], Payload], ...] = (
     (lambda x: (x > 1).float(), "binary"),
     (lambda x: x >= W0[:, :4].sum(), "binary"),
@@ -57,6 +65,8 @@ EVENTS: tuple[tuple[Callable[[Tensor], Any], Payload], ...] = (
     (lambda x: -(x > 1).float(), "constant"),
     (lambda x: (x > 1).float() / 0.5, "constant"),
     (lambda x: (x > 1).float() + (x > 2).float(), "integer"),
+    (lambda x: twice((x > 1).float()), "integer"),
+    (lambda x: chosen((x > 1).float(), (x > 0).float(), (x > 2).float()), "binary"),
     (lambda x: torch.sign(x) * (x.abs() > 1), "integer"),
     (lambda x: torch.trunc(x) * (x > 0), "integer"),
     (lambda x: torch.floor(F.relu(x)), "integer"),
@@ -112,6 +122,7 @@ DENSE: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: (x > 1).float() + torch.sigmoid(x) + torch.sigmoid(x),
     lambda x: torch.sub(x + F.relu(x), x, alpha=0.5),
     lambda x: torch.tanh(x) + x - x.detach(),
+    lambda x: twice(x),
 )
 
 
@@ -127,6 +138,11 @@ def test_events(function: Callable[[Tensor], Any], payload: Payload) -> None:
 def test_dense_values(function: Callable[[Tensor], Any]) -> None:
     [fact] = facts_of(function)
     assert not fact.event
+
+
+def test_a_scaled_mask_chooses_nothing() -> None:
+    [fact] = facts_of(lambda x: chosen((x > 1).float(), (x > 0).float(), (x > 2).float(), 2))
+    assert fact.payload != "binary"
 
 
 def test_zeros_are_known_to_be_zeros() -> None:
