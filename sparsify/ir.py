@@ -78,11 +78,25 @@ class Output:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Const:
-    """A literal. Floats are rounded to the dtype of the statement that uses them."""
+    """A literal. Floats are rounded to the dtype of the statement that uses them.
+
+    0.0 and -0.0 are two literals, and a kernel with the one is another than with the other; NaN
+    is one.
+    """
 
     value: float | int | bool
+
+    @cached_property
+    def _written(self) -> tuple[type, str]:
+        return type(self.value), repr(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Const) and self._written == other._written
+
+    def __hash__(self) -> int:
+        return hash(self._written)
 
 
 Ref = str  # a State (old value), Operand, or the result of an earlier Let or Gather

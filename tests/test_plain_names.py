@@ -1,14 +1,20 @@
-"""Kernels that differ in names only are one for a compiler."""
+"""Kernels that differ in names only are one for a compiler; those that differ in more are not."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel
 from sparsify.codegen.plain_names import with_plain_names
+from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
+from sparsify.serving.engine import Engine
 from tests.example_kernels import (
     STRATEGIES,
     lif,
@@ -18,6 +24,7 @@ from tests.example_kernels import (
     schedule,
     two_layers,
 )
+from tests.small_nets import RecurrentNet, spike, spikes
 
 KERNELS = {"lif": lif(7, 13), "gradient": lif_gradient(13), "layers": two_layers(14, 3)}
 
@@ -73,3 +80,31 @@ def test_what_is_computed_is_not_forgotten() -> None:
     assert with_plain_names(exchanged, events(exchanged)) != with_plain_names(
         lif(7, 13), events(lif(7, 13))
     )
+
+
+def test_literals_are_what_is_written() -> None:
+    alike = ((0.0, 0), (0.0, -0.0), (1, 1.0), (1, True))
+    assert not any(ir.Const(one) == ir.Const(other) for one, other in alike)
+    assert {ir.Const(0.5), ir.Const(math.nan)} == {ir.Const(0.5), ir.Const(float("nan"))}
+
+
+@pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
+def test_a_kernel_with_another_zero_is_another_one() -> None:
+    class Silent(RecurrentNet):
+        zero = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            v, outputs = torch.zeros(x.size(1), 16), []
+            for x_t in x:
+                v = 0.5 * v + self.inp(x_t) + self.rec(spike(v - 1.0))
+                outputs.append(torch.where(v > 1.0, v, self.zero))
+            return torch.stack(outputs)
+
+    model, x = Silent().eval(), spikes(6, 3)
+    with torch.no_grad():
+        fast: Any = cast(Any, model).sparsify(x, timing=False)
+        assert cast(Engine, fast.compiled).compiled.regions
+        for zero in (0.0, -0.0):
+            model.zero = zero
+            fast(x)  # recorded
+            assert torch.equal(1 / fast(x), 1 / model(x))
