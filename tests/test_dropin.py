@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 import threading
 import warnings
@@ -350,6 +351,32 @@ def test_state_in_buffers_goes_on_from_call_to_call() -> None:
     for _ in range(4):
         assert torch.equal(run(fast), run(reference))
         assert torch.equal(ours.v, reference.v)
+
+
+class ListedStates(RecurrentNet):
+    """Keeps its states in a list, in whose place each call puts another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states = [torch.zeros(3, HIDDEN), torch.zeros(3, HIDDEN)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, z = self.states
+        for x_t in x:
+            v = self.beta * v + self.inp(x_t) + self.rec(z)
+            z = (v > 1.0).to(v.dtype)
+            v = v - z
+        self.states = [v, z]
+        return v
+
+
+def test_an_example_leaves_no_trace_in_a_list_that_is_replaced() -> None:
+    model = ListedStates().eval()
+    held, states = model.states, [*model.states]
+    fast = sparsify(model, X, timing=False)
+    assert engine_of(fast).is_compiled
+    assert model.states is held and all(map(operator.is_, held, states))
+    assert not any(state.any() for state in states)
 
 
 def test_the_first_call_records_when_there_is_no_example() -> None:

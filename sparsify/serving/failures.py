@@ -75,13 +75,17 @@ def record_or_run(
     ``before`` was taken of the model; with ``restore`` the model is left as it was.
     """
     try:
-        return record(model, args, kwargs, restore=restore)
+        recorded = record(model, args, kwargs, restore=restore)
     except SparsifyError:
         raise
     except Exception as error:
         if not is_own(error):
             raise
         failure = describe_failure(error, "while recording")
+    else:
+        if restore:
+            before.put_back()  # lists of states that others took the place of, too
+        return recorded
     # What torch raises passes lines of ours too. Then the model alone raises it as well.
     before.put_back()
     result = model.forward(*args, **kwargs)
