@@ -84,8 +84,9 @@ def _erase_idle_views(graph: fx.Graph) -> list[str]:
 
 
 def _is_by_idle_view(node: fx.Node) -> bool:
-    beside = (*node.all_input_nodes, *node.users)
-    return node.target is aten.mm.default and any(map(_is_idle, beside))
+    if node.target is not aten.mm.default:
+        return False
+    return any(map(_is_idle, (*node.all_input_nodes, *node.users)))
 
 
 def _is_idle(node: fx.Node) -> bool:
@@ -100,10 +101,8 @@ def _is_idle(node: fx.Node) -> bool:
 
 
 def _may_change(node: fx.Node) -> bool:
-    if _is_by_idle_view(node):
-        return True
     if node.target is aten.mm.default:
-        return _find_bias(node) is not None or may_turn(node)
+        return _is_by_idle_view(node) or _find_bias(node) is not None or may_turn(node)
     return node.target is aten.bmm.default or _is_vector(node)
 
 

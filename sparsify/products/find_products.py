@@ -27,6 +27,8 @@ WEIGHT_ARGUMENT: dict[object, int] = {
     aten.bmm.default: 1,
     aten.baddbmm.default: 2,
 }
+# By identity: every node is asked, and the hash of an operation is slow.
+_ARGUMENT = {id(operation): place for operation, place in WEIGHT_ARGUMENT.items()}
 BY_RECEIVERS = (aten.linear.default, aten.mv.default, aten.addmv.default)  # read weights [R, S]
 MOST_WEIGHT_NODES = 64  # of the computation from stored tensors to a weight
 
@@ -82,9 +84,10 @@ def weights_of(node: fx.Node) -> list[fx.Node]:
     if recurrent is not None:
         tensors: Any = node.args[3] if recurrent in PACKED else node.args[2]
         return [w for w in tensors if len(w.meta["val"].shape) == 2]
-    if node.target not in WEIGHT_ARGUMENT:
+    place = _ARGUMENT.get(id(node.target))
+    if place is None:
         return []
-    weight = node.args[0 if is_turned(node) else WEIGHT_ARGUMENT[node.target]]
+    weight = node.args[0 if is_turned(node) else place]
     return [weight] if isinstance(weight, fx.Node) else []
 
 
@@ -93,7 +96,7 @@ def is_turned(node: fx.Node) -> bool:
     if node.target is not aten.mm.default:
         return False
     left, right = node.all_input_nodes[0], node.all_input_nodes[-1]
-    return is_stored(left) and not is_stored(right)
+    return not is_stored(right) and is_stored(left)  # a weight is found sooner than none
 
 
 def name_weights(graph: fx.Graph) -> None:
