@@ -12,17 +12,18 @@ from sparsify.recording.recording import Args, Kwargs
 
 
 def call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
-    """Modes and the layouts of the arguments. Calls of one key can differ in all else."""
+    """Modes and the kinds of the arguments. Calls of one key can differ in all else."""
     modes = (model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     if kwargs or not all(isinstance(argument, Tensor) for argument in args):
-        return modes, _any_layouts(args, kwargs)
-    return modes, tuple([(argument.dtype, argument.device, argument.shape) for argument in args])
+        return modes, _any_kinds(args, kwargs)
+    return modes, tuple([_kind(argument) for argument in args])
 
 
-def _any_layouts(args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.layout, tensor.dtype, tensor.device, tensor.shape
+
+
+def _any_kinds(args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
     leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-    layouts = tuple(
-        (leaf.dtype, leaf.device, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
-        for leaf in leaves
-    )
-    return layouts, str(structure)
+    kinds = tuple(_kind(leaf) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+    return kinds, str(structure)
