@@ -240,3 +240,31 @@ def test_compile_of_a_module_is_kept(fast: Any, monkeypatch: pytest.MonkeyPatch)
     assert fast(spikes(6, 3)) == "compiled"
     fast._compiled_call_impl = None
     assert isinstance(fast(spikes(6, 3)), Tensor)
+
+
+def test_a_call_that_the_class_gets_later_is_made() -> None:
+    class Later(RecurrentNet):
+        pass
+
+    later = Later().eval()
+    repeated_later, x = repeated(later), spikes(6, 3)
+    cast(Any, Later).__call__ = lambda self, x: nn.Module.__call__(self, x) + 1.0
+    assert torch.equal(repeated_later(x), later(x))
+    assert torch.equal(later(x), later.forward(x) + 1.0)
+
+
+class Own(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("other", [lambda x: x.as_subclass(Own), lambda x: x.to_sparse()])
+def test_calls_are_repeated_after_one_that_only_the_original_takes(
+    fast: Any, model: nn.Module, long_calls: list[Any], other: Callable[[Tensor], Tensor]
+) -> None:
+    x = spikes(6, 3)
+    with pytest.warns(UserWarning, match="runs its original operations"):
+        assert torch.equal(fast(other(x)).as_subclass(Tensor), model(x))
+    for _ in range(3):
+        fast(x)
+    long_calls.clear()
+    assert torch.equal(fast(x), model(x)) and not long_calls

@@ -58,14 +58,13 @@ class Sparsified:
     def _call_sooner(self, *args: Any, **kwargs: Any) -> Any:
         """``nn.Module.__call__``, which finds no hooks where a call is like the last one."""
         module = cast(Any, self)
-        if not (
-            is_compiled_around() or module._compiled_call_impl or nn.Module.__call__ is not CALL
-        ):
+        call = type(self._engine.original).__call__
+        if not (is_compiled_around() or module._compiled_call_impl or call is not CALL):
             last_call = self._engine.last_call
             result = MISSED if last_call is None else last_call(args, kwargs)
             if result is not MISSED:
                 return result
-        return nn.Module.__call__(module, *args, **kwargs)
+        return call(module, *args, **kwargs)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` asks first. Raises SparsifyError: scripts have no kernels."""
