@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,14 +67,18 @@ class PackedWeight:
             return current
         # Before packing: a write in between is then found at the next call.
         content = self.contents.look(weight) if content is None else content
+        is_torn = False
         if current and current.layout[:-1] == layout[:-1] and current.content == content:
             if current.layout == layout:
                 return current
             packed = current.packed
         else:
             packed = self._pack(weight, band)
+            # What is written in between may be taken back before the next call.
+            is_torn = _has_other_writers(weight) and self.contents.look(weight) != content
         # The tensor is kept so that its memory is not given to another that looks the same.
-        current = self.current = Current(layout, content, weight.detach(), packed)
+        current = Current(layout, content, weight.detach(), packed)
+        self.current = None if is_torn else current
         return current
 
     def _pack(self, weight: torch.Tensor, band: int) -> Packed:
@@ -81,3 +86,9 @@ class PackedWeight:
         if isinstance(self._form, int):
             return self._runtime.pack(weight, self._form)
         return self._runtime.compress(weight, replace(self._form, band=band or self._form.band))
+
+
+def _has_other_writers(weight: torch.Tensor) -> bool:
+    """Whether other threads or processes may write to it at any time."""
+    is_shared: bool = weight.is_shared()  # type: ignore[no-untyped-call]
+    return is_shared or threading.active_count() > 1

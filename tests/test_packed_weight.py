@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from sparsify.codegen.packed_weight import PackedWeight
-from sparsify.codegen.runtime import Runtime, load_runtime
+from sparsify.codegen.runtime import Packed, Runtime, load_runtime
 from tests.packing import pack_slowly, random_tensor
 from tests.threads import run_at_once, torch_threads
 
@@ -130,6 +131,31 @@ def test_unchanged_weight_is_packed_once(runtime: Runtime, monkeypatch: pytest.M
     assert cached.get(weight).packed is packed
     assert cached.get(weight.clone()).packed is packed  # a new address with the same content
     assert cached.get(weight.clone().detach()).packed is packed
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_write_beside_packing_that_is_taken_back_leaves_nothing(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+) -> None:
+    """By another thread, or by another process where the memory is shared."""
+    weight, pack, done = random_tensor((6, 6)), Runtime.pack, threading.Event()
+    if is_shared:
+        weight.share_memory_()  # type: ignore[no-untyped-call]
+
+    def pack_beside_writes(self: Runtime, given: torch.Tensor, tile: int) -> Packed:
+        weight.neg_()
+        return pack(self, given, tile)
+
+    cached = PackedWeight(runtime, 8)
+    writer = threading.Thread(target=done.wait)
+    if not is_shared:
+        writer.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "pack", pack_beside_writes)
+        cached.get(weight)
+    done.set()
+    weight.neg_()
+    assert torch.equal(cached.get(weight).packed.tiles, pack_slowly(weight, 8))
 
 
 def test_frozen_weight_is_not_read(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
