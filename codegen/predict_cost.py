@@ -72,7 +72,12 @@ def _access(kernel: ir.Kernel, weight: ir.Weight, is_product: bool, rows: float)
 
 def are_weights_far(kernel: ir.Kernel) -> bool:
     """Whether weights come from beyond a core's own cache, so that to ask for them early helps."""
-    return sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights) > NEAR_BYTES
+    return weight_bytes(kernel) > NEAR_BYTES
+
+
+def weight_bytes(kernel: ir.Kernel) -> int:
+    """Of all weights, whole."""
+    return sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
 
 
 def count_pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:

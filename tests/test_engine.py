@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.api import sparsify
 from sparsify.checking.check_recording import Repetition
@@ -18,6 +17,7 @@ from sparsify.plan import Plan
 from sparsify.products.report import Report
 from sparsify.serving.engine import Engine
 from sparsify.serving.explain_model import explain
+from tests.counted_operations import CountedOperations
 from tests.small_nets import HIDDEN, RecurrentNet, fill_dyadic, spike, spikes
 
 X = spikes()
@@ -239,23 +239,13 @@ def test_a_warning_names_the_line_of_the_call() -> None:
     assert {Path(w.filename).name for w in (*raised, *called)} == {Path(__file__).name}
 
 
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_under_a_mode_or_a_transform_the_original_runs() -> None:
     model = RecurrentNet().eval()
     fast = sparsify(model, X, timing=False)
     with torch.no_grad():
-        with Counter() as counted:
+        with CountedOperations() as counted:
             model(X)
-        with Counter() as seen:
+        with CountedOperations() as seen:
             fast(X)
         assert seen.count == counted.count > 0
         plain = TanhNet().eval()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.serving.engine import Engine
+from tests.counted_operations import CountedOperations
 from tests.natively import WAYS, call_in
 from tests.small_nets import RecurrentNet, spikes
 
@@ -154,20 +154,8 @@ def test_hooks_that_are_added_fire(fast: Any, register: str, is_global: bool) ->
     assert fired.count(fast) == 3
 
 
-class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations of torch."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_mode_sees_the_operations_of_the_original(fast: Any) -> None:
-    with Seen() as seen:
+    with CountedOperations() as seen:
         fast(spikes(6, 3))
     assert seen.count > 50
 

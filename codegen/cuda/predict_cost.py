@@ -10,7 +10,7 @@ from sparsify.codegen.backend import Cost, Meeting, MemoryLevel, Workload
 from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.layout_costs import read_layout
 from sparsify.codegen.cuda.rates import H100_RATES, Rates
-from sparsify.codegen.predict_cost import BYTES, count_pairs, count_work
+from sparsify.codegen.predict_cost import BYTES, count_work, weight_bytes
 
 OPERAND_BYTES: dict[ir.DType, float] = {
     **BYTES,
@@ -48,7 +48,7 @@ def predict_cost(
     steps, batch = workload.steps, workload.batch
     groups = -(-batch // max(1, rows_per_block)) if batch else 0
     work = count_work(kernel, schedule, workload, groups, read=read_layout)
-    resident = sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
+    resident = weight_bytes(kernel)
     source: MemoryLevel = weights_from or ("l2" if resident <= limits.l2_bytes else "hbm")
     if side_by_side is None:
         side_by_side = blocks if meets == "block" else 1

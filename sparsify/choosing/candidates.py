@@ -8,7 +8,7 @@ from typing import Literal
 
 from sparsify import ir
 from sparsify.codegen.backend import Backend, Strategy, Workload
-from sparsify.codegen.predict_cost import BYTES, count_pairs
+from sparsify.codegen.predict_cost import weight_bytes
 from sparsify.errors import Refusal
 from sparsify.plan import RegionPlan
 from sparsify.products.layouts import Layouts, layouts_of, scattered
@@ -107,9 +107,7 @@ class Predictor:
         Small weights lie in the caches of all cores, whichever of them reads what, and restricted
         products read theirs once for many rows.
         """
-        widths = {w.name: BYTES[w.dtype] for w in self.kernel.weights}
-        stored = sum(count_pairs(self.kernel, w) * widths[w.name] for w in self.kernel.weights)
-        is_far = stored > FAR_WEIGHTS and not self.is_gradient
+        is_far = weight_bytes(self.kernel) > FAR_WEIGHTS and not self.is_gradient
         if is_far or self.backend.name != "cpp":
             return list(candidates)
         found: list[Candidate] = []

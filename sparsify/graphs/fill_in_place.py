@@ -12,6 +12,7 @@ After, one tensor in place of three::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,24 +34,21 @@ def fill_in_place(graph: fx.Graph) -> None:
 
 def fill_selected(base: Tensor, part: Tensor, *where: Any) -> Tensor:
     """What ``select_scatter`` returns; ``base`` itself where that can be."""
-    if _is_differentiated(base, part):
-        filled: Tensor = aten.select_scatter.default(base, part, *where)
-        return filled
-    aten.select.int(base, *where).copy_(part)
-    return base
+    return _fill(aten.select_scatter.default, aten.select.int, base, part, where)
 
 
 def fill_slice(base: Tensor, part: Tensor, *where: Any) -> Tensor:
     """What ``slice_scatter`` returns; ``base`` itself where that can be."""
-    if _is_differentiated(base, part):
-        filled: Tensor = aten.slice_scatter.default(base, part, *where)
+    return _fill(aten.slice_scatter.default, aten.slice.Tensor, base, part, where)
+
+
+def _fill(scatter: Any, view: Any, base: Tensor, part: Tensor, where: Sequence[Any]) -> Tensor:
+    """``scatter`` where it is differentiated, else a write to ``view``."""
+    if torch.is_grad_enabled() and (base.requires_grad or part.requires_grad):
+        filled: Tensor = scatter(base, part, *where)
         return filled
-    aten.slice.Tensor(base, *where).copy_(part)
+    view(base, *where).copy_(part)
     return base
-
-
-def _is_differentiated(base: Tensor, part: Tensor) -> bool:
-    return torch.is_grad_enabled() and (base.requires_grad or part.requires_grad)
 
 
 FILLING = {
