@@ -8,7 +8,7 @@ from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.given_weights import given_weights
 from sparsify.codegen.predict_cost import are_weights_far
-from sparsify.codegen.usage import UINT16_SENDERS, WIDE_TILES, Source
+from sparsify.codegen.usage import UINT16_SENDERS, WIDE_TILES, Source, has_convolution
 from sparsify.codegen.writer import Writer
 
 MOST_ORIGIN = 400  # characters: the end of a long path names the file
@@ -64,6 +64,7 @@ def _headers(kernel: ir.Kernel, schedule: ir.Schedule) -> list[str]:
         found.append("kept_products.h")
     if any(weight.layout.kind == "masked-rows" for weight in given):
         found.append("masked_rows.h")
+    found += ["convolve.h"] if has_convolution(kernel) else []
     return found
 
 
@@ -89,8 +90,7 @@ def write_call(
             w.line(f"const {kind}* {name};{tail}", note)
         for given in given_weights(kernel, schedule):
             weight = given.weight
-            receivers = kernel.population_size(weight.receivers)
-            senders = kernel.population_size(weight.senders)
+            receivers, senders = kernel.weight_shape(weight)
             note = f"[{receivers}, {senders}] {weight.note}".rstrip()
             w.line(f"{given.kind()} {given.name(symbols)};", f"{note}, {given.note()}")
         for output in kernel.outputs:

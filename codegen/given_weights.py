@@ -9,7 +9,7 @@ from typing import Literal
 from sparsify import ir
 from sparsify.codegen.cell_text import MEMORY_TYPES, Symbols
 from sparsify.codegen.compressed import WIDEST_BAND, WIDEST_LINE, Form
-from sparsify.codegen.usage import SOURCE_BLOCK, packings
+from sparsify.codegen.usage import SOURCE_BLOCK, channels_at_once, packings
 
 KEPT = ("compressed-rows", "block-rows")
 
@@ -44,6 +44,9 @@ class GivenWeight:
     def note(self) -> str:
         if self.is_kept:
             return f"{self.layout} of what is not zero, by {_other(self.by)}"
+        if self.weight.convolution is not None:
+            channels = channels_at_once(self.weight.convolution)
+            return f"packed as [tile][tap][{channels} channels]"
         order = "[tile][sender][TILE]"
         if self.by == "senders":
             order = "[block][receiver][SOURCE_BLOCK]"
@@ -52,6 +55,8 @@ class GivenWeight:
 
     def form(self, tile: int) -> int | Form:
         """How ``PackedWeight`` packs the matrix ``[places, lines]``."""
+        if self.weight.convolution is not None:
+            return channels_at_once(self.weight.convolution)
         width = tile if self.by == "receivers" else SOURCE_BLOCK
         if self.layout.kind == "dense-rows":
             return width
@@ -70,13 +75,19 @@ def is_kept(schedule: ir.Schedule, gather: ir.Gather) -> bool:
     return schedule.layout_of(gather.weight).kind in KEPT
 
 
+def is_whole(kernel: ir.Kernel, schedule: ir.Schedule, gather: ir.Gather) -> bool:
+    """Whether all sums of a thread are computed before its neurons run, and not tile by tile."""
+    is_convolution = kernel.weight(gather.weight).convolution is not None
+    return is_convolution or is_kept(schedule, gather)
+
+
 def gathers_ahead(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:
     """The results of products that read nothing but what a step is given, which others do not."""
     timed = {operand.name for operand in kernel.operands if "T" in operand.axes}
     late = {
         g.source
         for g in kernel.gathers
-        if g.source not in timed or g.only is not None or is_kept(schedule, g)
+        if g.source not in timed or g.only is not None or is_whole(kernel, schedule, g)
     }
     return frozenset(g.result for g in kernel.gathers if g.source not in late)
 

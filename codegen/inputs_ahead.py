@@ -16,7 +16,8 @@ from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.cell_text import C_TYPES
 from sparsify.codegen.given_weights import gathers_ahead
 from sparsify.codegen.memory_text import Field, array, write_struct
-from sparsify.codegen.rows_per_thread import GROUP, RowsPerThread, RowsText
+from sparsify.codegen.rows_per_thread import RowsPerThread, RowsText
+from sparsify.codegen.usage import GROUP, has_convolution
 from sparsify.errors import Refusal
 
 STEPS = 8  # that are taken at once, at most; see ``ahead.h``
@@ -37,6 +38,9 @@ class InputsAhead(RowsPerThread):
     name = "inputs-ahead"
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
+        if has_convolution(kernel):
+            reason = "The sums of a convolution are too many to be kept for steps ahead."
+            return Refusal("unsupported-layout", reason)
         refusal = super().why_not(kernel, schedule)
         if refusal is None and not gathers_ahead(kernel, schedule):
             refusal = Refusal("no-gain", "No product of this kernel reads inputs alone.")

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, Cell, Places, Symbols, start_phases
+from sparsify.codegen.convolution_text import call_of, windows_fields
 from sparsify.codegen.frame_text import operand_row
-from sparsify.codegen.given_weights import given_weights, is_kept, whole_values
+from sparsify.codegen.given_weights import given_weights, is_kept, is_whole, whole_values
 from sparsify.codegen.memory_text import Field, array
 from sparsify.codegen.usage import Source, find_usage
 from sparsify.codegen.writer import Writer
@@ -158,25 +159,29 @@ class KernelText(ABC):
         """The loop over tiles of the receivers ``begin`` to ``end``, and the rows at hand.
 
         One gather at a time for all rows, so that only one tile of weights has to stay cached.
-        Those whose weights are kept compute all of the sums before.
+        Convolutions, and those whose weights are kept, compute all of the sums before.
         """
         gathers = phase.gathers
-        kept = [g for g in gathers if is_kept(self.schedule, g)]
-        for gather in kept:
-            if gather.result not in self.kept_ahead:
+        whole = [g for g in gathers if is_whole(self.kernel, self.schedule, g)]
+        for gather in whole:
+            if not is_kept(self.schedule, gather):
+                self._write_convolution(gather, begin, end)
+            elif gather.result not in self.kept_ahead:
                 self.write_kept(gather, begin, end)
         with self.w.block(f"for (int64_t first = {begin}; first < {end}; first += TILE)"):
             for gather in gathers:
-                if gather not in kept and gather.result not in self.ahead:
+                if gather not in whole and gather.result not in self.ahead:
                     self.write_gather(gather)
             size = self.symbols.sizes[phase.population]
-            at = {g.result: f"row * {size} + first" if g in kept else "row * TILE" for g in gathers}
+            at = {
+                g.result: f"row * {size} + first" if g in whole else "row * TILE" for g in gathers
+            }
             sums = [f"{self.sums(gather)} + {at[gather.result]}" for gather in gathers]
             with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
                 self._write_cell_call(phase, function, sums)
 
     def sums(self, gather: ir.Gather) -> str:
-        """Where the sums of a tile lie, ``[rows, TILE]``; of kept weights, all of a row."""
+        """Where the sums of a tile lie, ``[rows, TILE]``; of those computed before, all."""
         return f"own.{self.symbols.values[gather.result]}_sum"
 
     def write_gather(self, gather: ir.Gather) -> None:
@@ -236,6 +241,15 @@ class KernelText(ABC):
         given = f"{given}, {self._wanted(gather, '0')}, rows, {begin}, {end}"
         self.w.line(f"{self._count(gather)} += gather_kept_restricted({given});", gather.note)
 
+    def _write_convolution(self, gather: ir.Gather, begin: str, end: str) -> None:
+        """All sums of a thread through the weights of a convolution."""
+        is_dense = gather.result in self.usage.dense
+        read = self.places().events[gather.source]
+        if is_dense:
+            read = ", ".join(self.dense_source(self.usage.sources[gather.source]))
+        call = call_of(gather, self.kernel, self.symbols, self.sums(gather), read, is_dense)
+        self.w.line(f"{call}, {begin}, {end});", gather.note)
+
     def _lanes(self, source: Source) -> str:
         return f"own.{self.name(source)}_lanes"
 
@@ -254,15 +268,15 @@ class KernelText(ABC):
         return fields
 
     def sum_fields(self) -> list[Field]:
-        """Sums of gathers: one tile of receivers, or all where they are kept or come early."""
-        fields = []
+        """Sums of gathers: one tile of receivers, or all that come before neurons run."""
+        fields = windows_fields(self.usage, self.symbols)
         for gather in self.summed:
             weight = self.kernel.weight(gather.weight)
             size = self.symbols.sizes[weight.receivers]
             kind, count, note = C_TYPES[self.usage.dtypes[gather.result]], "TILE", "[rows, TILE]"
             if gather.result in self.ahead:
                 count, note = f"({size} + TILE)", "[tile][rows, TILE]"
-            if is_kept(self.schedule, gather):
+            if is_whole(self.kernel, self.schedule, gather):
                 count = size
                 note = f"[rows, {self.kernel.population_size(weight.receivers)}]"
             name = f"{self.symbols.values[gather.result]}_sum"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from sparsify.codegen.given_weights import given_weights
 from sparsify.codegen.native_call import Repeater
 from sparsify.codegen.neurons_per_thread import NeuronsPerThread
 from sparsify.codegen.packed_weight import Current, PackedWeight
+from sparsify.codegen.predict_cost import count_pairs
 from sparsify.codegen.prepared_call import (
     Native,
     Prepared,
@@ -101,7 +101,10 @@ class CppLaunchable:
         self._weights = [weight.name for weight in kernel.weights]
         self._names = {*self._operands, *self._weights}
         self._work = sum(kernel.population_size(phase.population) for phase in kernel.phases)
-        self._work += sum(math.prod(w.shape) for w in variant.weights) // PAIRS_PER_NEURON
+        self._work += (
+            sum(count_pairs(kernel, kernel.weight(w.name)) for w in variant.weights)
+            // PAIRS_PER_NEURON
+        )
         self._variants = {frozenset[str](): variant}
         self._prepared: dict[tuple[int, int], Prepared] = {}  # by steps and batch
         strided = (*self._slots.operands, *self._slots.outputs)
@@ -307,12 +310,12 @@ class CppLaunchable:
         slots = []
         for given in given_weights(self.kernel, schedule):
             weight, by_senders = given.weight, given.by == "senders"
-            receivers = self.kernel.population_size(weight.receivers)
+            receivers, senders = self.kernel.weight_shape(weight)
             form, contents = given.form(self._tile), self._contents[weight.name]
             slots.append(
                 _PackedSlot(
                     weight.name,
-                    (receivers, self.kernel.population_size(weight.senders)),
+                    (receivers, senders),
                     TORCH_DTYPES[weight.dtype],
                     PackedWeight(self._runtime, form, contents, by_senders),
                     receivers if given.is_kept and not by_senders else 0,

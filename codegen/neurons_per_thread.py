@@ -13,6 +13,7 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cell_text import C_TYPES, Places
+from sparsify.codegen.convolution_text import write_maps
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.given_weights import gathers_ahead, kept_ahead, shared_bands
 from sparsify.codegen.kernel_text import KernelText
@@ -30,12 +31,12 @@ from sparsify.codegen.usage import (
     default_tile,
     emitted,
     find_usage,
+    group_of,
     why_not_gather,
     wide_tile,
 )
 from sparsify.errors import Refusal
 
-GROUP = 64  # at most, because a set of rows is one word
 PARTS = 8  # tiles that a layer should have, for threads to share them
 
 _PARAMETERS = (
@@ -62,7 +63,7 @@ class NeuronsPerThread:
         usage = find_usage(kernel, schedule)
         meetings = bool(usage.of_kind("state")) + len(meeting_phases(usage.kernel, schedule))
         tile = self.tile(kernel, schedule)
-        groups = -(-workload.batch // GROUP)
+        groups = -(-workload.batch // group_of(kernel))
         work = count_work(kernel, schedule, workload, groups)
         return replace(
             work,
@@ -98,8 +99,10 @@ class _SharedText(KernelText):
         }
         write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile, ["arrivals.h"])
         self.w.line(
-            f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
+            f"constexpr int64_t GROUP = {group_of(self.kernel)};",
+            "batch rows carried through time at once",
         )
+        write_maps(self.w, self.kernel, self.symbols)
         write_call(self.w, self.kernel, self.schedule, self.symbols, ["int64_t group;"])
         note = "What all threads see: states, and the activity that neurons exchange."
         write_struct(self.w, "Shared", note, self._shared_fields())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sparsify import ir
 from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.given_weights import is_kept
@@ -9,6 +11,7 @@ from sparsify.codegen.layout_costs import Access, ReadLayout, read_layout
 from sparsify.weight_pattern import DENSE
 
 NEAR_BYTES = 2**20  # of weights that stay in the cache of a core, or nearly so
+CONVOLVED = 1.7  # what an addition of a convolution costs, in those of other products of events
 WANTED_MACS = 1.6  # what a product of a restricted gather costs, in those of a dense one
 BYTES: dict[ir.DType, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
@@ -44,10 +47,12 @@ def count_work(
         reading = read(layout, patterns.get(weight.name, DENSE), access)
         products = steps * batch * share * pairs * reading.operations
         touched = 1.0 - (1.0 - share) ** rows
-        read_bytes = steps * groups * touched * pairs * reading.bytes
+        held = count_weights(kernel, weight) * reading.bytes
+        read_bytes = steps * groups * touched * held
         is_selective = gather.only is not None and not is_dense
-        resident[weight.name, is_selective] = pairs * reading.bytes
+        resident[weight.name, is_selective] = held
         if not is_dense and gather.only is None:
+            products *= CONVOLVED if weight.convolution is not None else 1.0
             found.append(GatherWork(read_bytes, event_adds=products))
             continue
         if not is_dense:
@@ -77,9 +82,15 @@ def are_weights_far(kernel: ir.Kernel) -> bool:
 
 def weight_bytes(kernel: ir.Kernel) -> int:
     """Of all weights, whole."""
-    return sum(count_pairs(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
+    return sum(count_weights(kernel, w) * BYTES[w.dtype] for w in kernel.weights)
+
+
+def count_weights(kernel: ir.Kernel, weight: ir.Weight) -> int:
+    return math.prod(kernel.weight_shape(weight))
 
 
 def count_pairs(kernel: ir.Kernel, weight: ir.Weight) -> int:
-    """How many pairs of a receiver and a sender ``weight`` connects."""
+    """How many pairs of a receiver and a sender ``weight`` connects, windows taken to be full."""
+    if weight.convolution is not None:
+        return kernel.population_size(weight.receivers) * weight.convolution.taps
     return kernel.population_size(weight.receivers) * kernel.population_size(weight.senders)

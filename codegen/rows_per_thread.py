@@ -1,7 +1,7 @@
 """Strategy: each thread carries its own batch rows through time; nothing is exchanged.
 
 A thread takes up to GROUP rows together, so that a tile of weights stays in the second-level cache
-while the event lists of these rows are walked.
+while the event lists of these rows are walked; one of convolutions, whose sums are many.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cell_text import C_TYPES, Places
+from sparsify.codegen.convolution_text import write_maps
 from sparsify.codegen.frame_text import write_call, write_entry, write_head
 from sparsify.codegen.kernel_text import KernelText
 from sparsify.codegen.memory_text import (
@@ -24,10 +25,8 @@ from sparsify.codegen.memory_text import (
     write_struct,
 )
 from sparsify.codegen.predict_cost import count_work
-from sparsify.codegen.usage import Source, default_tile, emitted, why_not_gather
+from sparsify.codegen.usage import Source, default_tile, emitted, group_of, why_not_gather
 from sparsify.errors import Refusal
-
-GROUP = 64  # at most, because a set of rows is one word
 
 _PARAMETERS = (
     "const Call& call, const Rows& own, int64_t t, int64_t b, int64_t row,\n"
@@ -54,7 +53,8 @@ class RowsPerThread:
         return RowsText(kernel, schedule, self.tile(kernel, schedule)).render(entry)
 
     def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
-        work = count_work(kernel, schedule, workload, groups=-(-workload.batch // GROUP))
+        groups = -(-workload.batch // group_of(kernel))
+        work = count_work(kernel, schedule, workload, groups)
         return replace(work, parts=max(1, workload.batch))
 
 
@@ -76,8 +76,10 @@ class RowsText(KernelText):
     def render(self, entry: str) -> str:
         write_head(self.w, self.kernel, self.schedule, self.symbols, self.tile, self.headers)
         self.w.line(
-            f"constexpr int64_t GROUP = {GROUP};", "batch rows carried through time at once"
+            f"constexpr int64_t GROUP = {group_of(self.kernel)};",
+            "batch rows carried through time at once",
         )
+        write_maps(self.w, self.kernel, self.symbols)
         write_call(self.w, self.kernel, self.schedule, self.symbols, self.members)
         note = "What a thread keeps of the rows that it carries through time."
         write_struct(self.w, "Rows", note, self._fields())

@@ -14,6 +14,8 @@ UINT16_SENDERS = 65536
 SOURCE_BLOCK = 128  # senders whose weights lie together for a restricted product
 TILES = (16, 32, 64, 128)  # multiples of every vector, divisors of a block of 256 senders
 WIDE_TILES = (1024, 512, 256)  # whose rows are long runs of memory, summed in parts
+GROUP = 64  # batch rows carried through time at once: at most, because a set of rows is one word
+CHANNELS = (16, 32)  # of receivers of a convolution at one place: their sums stay in registers
 WIDE_LAYER, WIDE_PARTS = 4096, 8  # receivers, and tiles, that a layer has at least
 
 
@@ -96,6 +98,23 @@ def find_usage(kernel: ir.Kernel, schedule: ir.Schedule) -> Usage:
     )
 
 
+def channels_at_once(convolution: ir.Convolution) -> int:
+    """The width of tiles in which the weights of a convolution are packed."""
+    return next((c for c in CHANNELS if convolution.channels[1] <= c), CHANNELS[-1])
+
+
+def has_convolution(kernel: ir.Kernel) -> bool:
+    return any(weight.convolution is not None for weight in kernel.weights)
+
+
+def group_of(kernel: ir.Kernel) -> int:
+    """How many batch rows are carried through time at once, at most.
+
+    The sums of a convolution are as many as its receivers, and its weights few.
+    """
+    return 1 if has_convolution(kernel) else GROUP
+
+
 def selective_gathers(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:
     """The results of restricted Gathers that compute wanted sums alone."""
     how = dict(schedule.gathers)
@@ -150,7 +169,7 @@ def wide_tile(kernel: ir.Kernel, schedule: ir.Schedule) -> int | None:
     """
     if schedule.layouts or any(how == "dense" for _, how in schedule.gathers):
         return None
-    if any(gather.only is not None for gather in kernel.gathers):
+    if has_convolution(kernel) or any(gather.only is not None for gather in kernel.gathers):
         return None
     sizes = [kernel.population_size(weight.receivers) for weight in kernel.weights]
 
@@ -170,6 +189,10 @@ def why_not_gather(kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
     scheduled = [result for result, _ in schedule.gathers]
     if sorted(scheduled) != sorted(names):
         raise ValueError(f"the schedule names gathers {scheduled}, the kernel has {sorted(names)}")
+    for weight in kernel.weights:
+        if weight.convolution is not None and weight.name in dict(schedule.layouts):
+            reason = f"The zeros of {weight.name!r}, of a convolution, are not left out."
+            return Refusal("unsupported-layout", reason, "Read every weight of it.")
     weights = {w.name: computed(w.dtype) for w in kernel.weights}
     dtype_of: dict[str, str] = {}
     for gather in kernel.gathers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from sparsify import ir
@@ -73,6 +74,10 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
     for weight in kernel.weights:
         if weight.dtype not in (*FLOATS, *HALVES):
             return f"weight {weight.name!r} is {weight.dtype}"
+        if weight.convolution is not None and weight.receivers in populations:
+            sizes = populations[weight.receivers], populations.get(weight.senders)
+            if reason := _why_bad_convolution(weight.convolution, sizes):
+                return f"weight {weight.name!r}: {reason}"
     for output in kernel.outputs:
         if output.axes not in (("T", "B", "N"), ("B", "N")):
             return f"output {output.name!r} has axes {output.axes}"
@@ -89,6 +94,20 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
     if unknown := next((name for name in named if name not in populations), None):
         return f"no population {unknown!r}"
     return _why_bad_inits(kernel)
+
+
+def _why_bad_convolution(convolution: ir.Convolution, sizes: tuple[int, int | None]) -> str | None:
+    """``sizes`` are the neurons of receivers and of senders."""
+    positive = (convolution.window, convolution.stride, convolution.dilation)
+    if min(min(pair) for pair in positive) < 1 or min(convolution.padding) < 0:
+        return f"{convolution} has a window, stride, dilation or padding that is no such thing"
+    if min(convolution.receivers) < 1:
+        return f"the window of {convolution} is larger than the map"
+    senders, receivers = convolution.channels
+    maps = receivers * math.prod(convolution.receivers), senders * math.prod(convolution.senders)
+    if maps != sizes:
+        return f"its maps have {maps} neurons, the populations {sizes}"
+    return None
 
 
 def _why_bad_inits(kernel: ir.Kernel) -> str | None:
@@ -189,6 +208,8 @@ class _Scope:
         if gather.only is not None:
             if weight.dtype in HALVES:
                 return "a restricted gather reads a weight of halves"
+            if weight.convolution is not None:
+                return "a restricted gather reads a convolution"
             if reason := self._why_bad_only(gather.only, population):
                 return reason
         self._define(gather.result, dtype, population)

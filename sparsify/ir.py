@@ -43,15 +43,56 @@ class Operand:
     note: str = ""  # for the reader of generated code: the model's name of it
 
 
+Pair = tuple[int, int]  # of rows and columns
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Which senders a receiver reads: those of all channels that lie under its window.
+
+    Neurons of a population are those of ``channels`` maps of ``rows`` times ``columns``, in this
+    order. Rows and columns beyond the senders' own, of the padding, hold no neurons. A convolution
+    along one dim has one row.
+    """
+
+    channels: Pair  # of senders and of receivers
+    senders: Pair  # rows and columns of a map
+    window: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @property
+    def receivers(self) -> Pair:
+        """Rows and columns of a map of receivers."""
+        rows, columns = (
+            (size + 2 * pad - spread * (window - 1) - 1) // step + 1
+            for size, pad, spread, window, step in zip(
+                self.senders, self.padding, self.dilation, self.window, self.stride, strict=True
+            )
+        )
+        return rows, columns
+
+    @property
+    def taps(self) -> int:
+        """How many senders are under a window that lies within the map."""
+        return self.channels[0] * self.window[0] * self.window[1]
+
+
 @dataclass(frozen=True)
 class Weight:
-    """A matrix ``[receivers, senders]`` (populations) of floats that a Gather reads."""
+    """A matrix ``[receivers, senders]`` (populations) of floats that a Gather reads.
+
+    That of a ``convolution`` is ``[channels of receivers, taps]``, where a tap is one of
+    ``[channels of senders, rows of the window, columns of the window]`` in this order.
+    """
 
     name: str
     receivers: str
     senders: str
     dtype: DType
     note: str = ""
+    convolution: Convolution | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +240,12 @@ class Kernel:
 
     def weight(self, name: str) -> Weight:
         return next(w for w in self.weights if w.name == name)
+
+    def weight_shape(self, weight: Weight) -> Pair:
+        """Of the matrix that is given."""
+        if weight.convolution is not None:
+            return weight.convolution.channels[1], weight.convolution.taps
+        return self.population_size(weight.receivers), self.population_size(weight.senders)
 
     @cached_property
     def gathers(self) -> tuple[Gather, ...]:

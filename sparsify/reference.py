@@ -26,8 +26,9 @@ def run_reference(
     """Run ``kernel`` for ``steps`` time steps and ``batch`` rows.
 
     ``tensors`` holds operands with their axes in the order T, B, N, and weights
-    ``[receivers, senders]``. Returns the outputs, ``[T, B, N]`` or ``[B, N]``; those that are bits,
-    operands too, are uint8 ``[T, B, ceil(N / 8)]``. Halves are float32 here, given and returned.
+    of the shapes that ``ir.Weight`` states. Returns the outputs, ``[T, B, N]`` or ``[B, N]``; those
+    that are bits, operands too, are uint8 ``[T, B, ceil(N / 8)]``. Halves are float32 here, given
+    and returned.
     Raises ValueError for a malformed kernel, and for zero steps where an output is the last
     step's value.
     """
@@ -51,6 +52,29 @@ def gather(weight: Array, source: Array) -> Array:
             block = np.where(active, block + weight[:, s] * payload, block)
         total = total + block
     return total
+
+
+@np.errstate(all="ignore")
+def convolve(weight: Array, source: Array, convolution: ir.Convolution) -> Array:
+    """``[channels, taps]`` and ``[B, S]`` to ``[B, R]``, in the order that ``ir.Gather`` states."""
+    (senders, receivers), (rows, columns) = convolution.channels, convolution.window
+    padding = [(0, 0), (0, 0), *((pad, pad) for pad in convolution.padding)]
+    maps = np.pad(source.reshape(-1, senders, *convolution.senders), padding)
+    maps = maps.astype(weight.dtype)
+    taps = weight.reshape(receivers, senders, rows, columns)
+    total = np.zeros((len(source), receivers, *convolution.receivers), weight.dtype)
+    for row, column, channel in np.ndindex(rows, columns, senders):
+        firsts = row * convolution.dilation[0], column * convolution.dilation[1]
+        under = (
+            slice(first, first + step * (count - 1) + 1, step)
+            for first, step, count in zip(
+                firsts, convolution.stride, convolution.receivers, strict=True
+            )
+        )
+        payload = maps[(slice(None), slice(channel, channel + 1), *under)]
+        added = total + taps[:, channel, row, column, None, None] * payload
+        total = np.where(payload != 0, added, total)
+    return total.reshape(len(source), -1)
 
 
 @np.errstate(all="ignore")
@@ -114,8 +138,11 @@ class _Interpreter:
                 where[...] = self._full(value, self.stored[output], shape)
 
     def _gather(self, statement: ir.Gather) -> Array:
-        source = self.values[statement.source]
-        total = gather(self.tensors[statement.weight], source)
+        source, matrix = self.values[statement.source], self.tensors[statement.weight]
+        convolution = self.kernel.weight(statement.weight).convolution
+        if convolution is not None:
+            return convolve(matrix, source, convolution)
+        total = gather(matrix, source)
         if statement.only is None:
             return total
         keep = wanted(self.values[statement.only], source, self.dtypes[statement.result])
