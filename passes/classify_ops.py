@@ -26,13 +26,14 @@ RESHAPES = (
 )
 # Parts of one tensor: free views too.
 SLICES = (aten.select.int, aten.slice.Tensor)
+CONVOLUTION = aten.convolution.default
 # Linear products and the argument index of the activation; the other operands are weights.
 PRODUCTS: dict[object, int] = {
     aten.mm.default: 0,
     aten.addmm.default: 1,
     aten.linear.default: 0,
     aten.matmul.default: 0,
-    aten.convolution.default: 0,
+    CONVOLUTION: 0,
 }
 
 MOST_DENSITY = 0.5  # of a weight that counts as sparse: above, hardly any kernel gains by its zeros

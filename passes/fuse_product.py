@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.passes.classify_ops import (
+    CONVOLUTION,
     PRODUCTS,
     keep_measured,
     order_of,
@@ -152,12 +153,16 @@ def fused_scan(
 
 
 def lone_scan(product: fx.Node) -> tuple[Scan, tuple[fx.Node, ...]]:
-    """A Scan whose one step is the product of rows ``[B, N]``, and its consts."""
+    """A Scan whose one step is the product of rows ``[B, N]``, and its consts.
+
+    A convolution reads its maps as they are.
+    """
     operand = product_operand(product)
     assert operand is not None
     shape = operand.meta["val"].shape
     graph = fx.Graph()
-    info = with_shape(operand.meta["val"], (math.prod(shape[:-1]), shape[-1]))
+    rows = shape if product.target is CONVOLUTION else (math.prod(shape[:-1]), shape[-1])
+    info = with_shape(operand.meta["val"], rows)
     x = _placeholder(graph, operand, "x_0", info)
     weights: dict[fx.Node, fx.Node] = {}
     added = _add_weights(graph, product, weights)
@@ -196,6 +201,8 @@ def _write_product(
             args[index] = inside(argument)
     args[operand_index] = x
     shape = (*x.meta["val"].shape[:-1], product.meta["val"].shape[-1])
+    if product.target is CONVOLUTION:
+        shape = tuple(product.meta["val"].shape)
     info = with_shape(product.meta["val"], shape, contiguous_stride(shape))
     result = call(graph, product.target, tuple(args), info, product)
     result.kwargs = dict(product.kwargs)

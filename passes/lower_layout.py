@@ -2,7 +2,8 @@
 
 In a body of rank-2 values dim 0 is the batch. Values of conv layers ``[B, C, H, W]`` have three
 neuron dims, those of an unbatched model none but neurons, and a kept time dim ``[1, B, N]`` is
-batch. What decides: a product has one neuron dim, pointwise operations align dims at the right.
+batch. What decides: a product has one neuron dim, or those of a convolution; pointwise operations
+align dims at the right.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.passes.classify_ops import TRANSPOSES, product_operand
+from sparsify.passes.classify_ops import CONVOLUTION, TRANSPOSES, product_operand
 from sparsify.passes.lower_ops import FILLS, VIEWS
 from sparsify.passes.lower_refusals import refuse
 from sparsify.scans.scan import Scan
@@ -162,12 +163,12 @@ def find_constants(scan: Scan, nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _find_tails(layout: Layout) -> Refusal | None:
-    """Products have one neuron dim; views carry the number over; the rest has one batch dim."""
+    """Products say how many are neurons; views carry that over; the rest has one batch dim."""
     tails, root = layout.tails, layout.groups.root
     for node in layout.live:
         operand = product_operand(node)
         if operand is not None:
-            tails[root(node)] = tails[root(operand)] = 1
+            tails[root(node)] = tails[root(operand)] = neuron_dims(node)
     views = _view_pairs(layout)
     ranks: dict[fx.Node, int] = {}
     shapes: dict[fx.Node, Shape] = {}
@@ -183,6 +184,15 @@ def _find_tails(layout: Layout) -> Refusal | None:
         if group not in tails:
             tails[group] = _default_tail(shapes[group])
     return _why_not_views(layout, views)
+
+
+def neuron_dims(product: fx.Node) -> int:
+    """How many dims of what a product reads and gives are neurons: channels and maps, or one."""
+    if product.target is not CONVOLUTION:
+        return 1
+    weight = product.args[1]
+    assert isinstance(weight, fx.Node)
+    return len(shape_of(weight)) - 1
 
 
 def _default_tail(shape: Shape) -> int:

@@ -7,7 +7,8 @@ import math
 from torch import fx
 
 from sparsify import ir
-from sparsify.passes.classify_ops import untransposed
+from sparsify.passes.classify_ops import CONVOLUTION, untransposed
+from sparsify.passes.lower_convolution import convolution_of
 from sparsify.passes.lower_layout import Layout, Shape, shape_of
 from sparsify.passes.lower_names import Names, layer_name, source_name
 from sparsify.passes.lower_ops import DTYPES
@@ -73,10 +74,20 @@ class Operands:
             return "x", index - self.scan.carries
         return "const", index - self.scan.carries - self.scan.xs
 
-    def add_operand(self, place: fx.Node, population: str, dims: Shape, wish: str = "") -> str:
-        """Declare the operand that ``place`` is to ``population``, whose neurons are ``dims``."""
+    def add_operand(
+        self,
+        place: fx.Node,
+        population: str,
+        dims: Shape,
+        wish: str = "",
+        shape: Shape | None = None,
+    ) -> str:
+        """Declare the operand that ``place`` is to ``population``, whose neurons are ``dims``.
+
+        ``shape`` is given where dims of one element are appended to its own: to a bias of channels.
+        """
         role, index = self.role_of(place)
-        axes, lead, views = self._axes(place, dims, role)
+        axes, lead, views = self._axes(place, dims, role, shape or shape_of(place))
         wish = wish or (source_name(place) if role == "const" else place.name)
         name = self.names.new(wish, f"{wish}_{population}")
         note = f"{source_name(place)} [{', '.join(axes)}]"
@@ -86,6 +97,7 @@ class Operands:
         owner = population if "N" in axes else None
         self.operands[name] = ir.Operand(name, axes, owner, dtype, note)
         neurons = dims if "expand" in views else ()
+        views = views if shape is None else ("channels", *views)
         self.bindings.append(Binding(name, role, index, views, lead, neurons))
         return name
 
@@ -96,9 +108,8 @@ class Operands:
         raise Refused(refuse("unsupported-layout", reason, "Save its bools as they are.", place))
 
     def _axes(
-        self, place: fx.Node, neurons: Shape, role: Role
+        self, place: fx.Node, neurons: Shape, role: Role, shape: Shape
     ) -> tuple[tuple[ir.Axis, ...], int, tuple[View, ...]]:
-        shape = shape_of(place)
         lead = max(0, len(shape) - len(neurons))
         if role != "const" and self.layout.tail(place) == 0:
             lead = len(shape)  # a view gives it its neuron dim: one value for each row
@@ -143,19 +154,22 @@ class Operands:
     # ---- weights
 
     def weight(self, product: fx.Node, node: fx.Node, receivers: str, senders: str) -> ir.Weight:
-        """Declare the matrix that ``product`` multiplies with, ``[receivers, senders]``."""
+        """Declare the matrix that ``product`` multiplies with, as ``ir.Weight`` has it."""
+        is_convolution = product.target is CONVOLUTION
         matrix, swapped = untransposed(node)
         # mm takes [S, R], linear takes [R, S]
-        transposed = swapped == (str(product.target) == "aten.linear.default")
-        key = (f"{matrix.name} {transposed}", receivers, senders)
+        by_receivers = is_convolution or str(product.target) == "aten.linear.default"
+        transposed = swapped == by_receivers
+        shape = convolution_of(product) if is_convolution else None
+        key = (f"{matrix.name} {transposed} {shape}", receivers, senders)
         if key not in self.weights:
             path = source_name(matrix)
             layer = path.removesuffix(".weight").rsplit(".", 1)[-1]
             name = self.names.new(f"{layer}_weight" if path.endswith(".weight") else layer)
             dtype = DTYPES[matrix.meta["val"].dtype]
-            self.weights[key] = ir.Weight(name, receivers, senders, dtype, note=path)
+            self.weights[key] = ir.Weight(name, receivers, senders, dtype, path, shape)
             _, index = self.role_of(matrix)
-            self.bindings.append(
-                Binding(name, "const", index, ("transpose",) if transposed else (), lead=0)
-            )
+            views: tuple[View, ...] = ("transpose",) if transposed else ()
+            views = ("flatten",) if is_convolution else views
+            self.bindings.append(Binding(name, "const", index, views, lead=0))
         return self.weights[key]

@@ -21,7 +21,7 @@ from torch import fx
 from sparsify import ir
 from sparsify.check_ir import why_malformed_kernel
 from sparsify.errors import Refusal
-from sparsify.passes.classify_ops import TRANSPOSES, product_operand
+from sparsify.passes.classify_ops import CONVOLUTION, TRANSPOSES, product_operand
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_cell import NodeCell, literal
 from sparsify.passes.lower_layout import (
@@ -84,6 +84,7 @@ class _Lowerer:
         self.names = self.operands.names
         self.assigned = assigned_names(layout.live)
         self.values: dict[tuple[fx.Node, str, Shape], ir.Arg] = {}
+        self.channels: dict[tuple[fx.Node, str, Shape], ir.Arg] = {}
         self.placed: list[Placed] = []
         self.states: dict[fx.Node, ir.State] = {}
         self.sites: list[LoweredSite] = []
@@ -226,7 +227,18 @@ class _Lowerer:
         module, location = node.meta.get("module") or "", node.meta.get("location")
         event, activity = fact is not None and fact.event, node.meta.get("activity")
         self.sites.append(LoweredSite(result, matrix.note, module, location, event, activity))
+        if node.target is CONVOLUTION and bias is not None:
+            level = self._channels(bias, population, self.layout.neurons(node))
+            return cell.stored(cell.let("add", level, result))
         return cell.stored(self._affine(cell, result, bias))
+
+    def _channels(self, bias: fx.Node, population: str, dims: Shape) -> ir.Arg:
+        """The bias of a convolution, one element a channel."""
+        key = (bias, population, dims)
+        if key not in self.channels:
+            shape = (*shape_of(bias), *[1] * (len(dims) - 1))
+            self.channels[key] = self.operands.add_operand(bias, population, dims, shape=shape)
+        return self.channels[key]
 
     def _bits_of(self, value: fx.Node) -> fx.Node | None:
         """The bits that ``value`` has as floats: events are listed of them as they are."""

@@ -30,7 +30,7 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan, erase_unused
-from sparsify.passes.classify_ops import MOST_DENSITY, PRODUCTS, product_operand
+from sparsify.passes.classify_ops import CONVOLUTION, MOST_DENSITY, PRODUCTS, product_operand
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.fuse_product import find_chain, fused_scan, lone_scan, moved_views
 from sparsify.passes.lower_refusals import refuse
@@ -49,8 +49,7 @@ def scan_products(gm: fx.GraphModule) -> PassResult:
     """Move every product of events into the loop that reads it, or into one of its own.
 
     A product stays, with a refusal that names its line, if it reads no events and has no sparse
-    weight, if it is a convolution or a product of two activations, or if its loop could not become
-    a kernel.
+    weight, if it is a product of two activations, or if its loop could not become a kernel.
     """
     graph = copy_graph(gm.graph)
     modules: dict[str, nn.Module] = dict(gm.named_children())
@@ -85,10 +84,6 @@ def why_not_take(product: fx.Node, activations: set[fx.Node]) -> Refusal | None:
     if product.target in BATCHED_PRODUCTS or any(w in activations for w in (weight, bias)):
         reason = "It multiplies two values that both depend on the input."
         remedy = "Only products with weights become events; it runs as before."
-        return refuse("unsupported-layout", reason, remedy, product)
-    if product.target is aten.convolution.default:
-        reason = "Convolutions have no event kernel."
-        remedy = "It runs as before; nn.Linear layers become events."
         return refuse("unsupported-layout", reason, remedy, product)
     return None
 
@@ -174,14 +169,16 @@ class _Mover:
         if isinstance(lowered, Refusal):
             return lowered
         with self.graph.inserting_before(product):
-            rows = self._rows(operand, shape)
+            rows = self._rows(operand, shape, product)
             info = with_shape(rows.meta["val"], (1, *rows.meta["val"].shape))
             x = call(self.graph, aten.unsqueeze.default, (rows, 0), info, product)
             meta = {key: product.meta.get(key) for key in ("location", "module", "loops")}
             [y] = call_scan(self.graph, self.modules, scan, (1, (), (x,), consts), meta)
             info = with_shape(product.meta["val"], y.meta["val"].shape[1:])
             result = call(self.graph, aten.select.int, (y, 0, 0), info, product)
-            if len(shape) != 2:
+            if product.target is CONVOLUTION:
+                result = self._laid_out(result, product)
+            elif len(shape) != 2:
                 full = list(product.meta["val"].shape)
                 info = with_shape(product.meta["val"], full)
                 result = call(self.graph, aten.reshape.default, (result, full), info, product)
@@ -189,8 +186,17 @@ class _Mover:
         self.done.append(f"{product.meta.get('location')}: made a loop of its own")
         return None
 
-    def _rows(self, operand: fx.Node, shape: tuple[int, ...]) -> fx.Node:
-        if len(shape) == 2:
+    def _laid_out(self, result: fx.Node, product: fx.Node) -> fx.Node:
+        """The maps in the order of memory in which eager has them, which may be channels last."""
+        info = product.meta["val"]
+        if info.stride == result.meta["val"].stride or len(info.shape) != 4:
+            return result
+        copy = call(self.graph, aten.clone.default, (result,), info, product)
+        copy.kwargs = {"memory_format": torch.channels_last}
+        return copy
+
+    def _rows(self, operand: fx.Node, shape: tuple[int, ...], product: fx.Node) -> fx.Node:
+        if len(shape) == 2 or product.target is CONVOLUTION:
             return operand
         rows = [-1, shape[-1]]
         count = 1

@@ -10,12 +10,14 @@ from torch import fx
 
 from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import (
+    CONVOLUTION,
     PRODUCTS,
     TRANSPOSES,
     draws_random,
     product_operand,
     untransposed,
 )
+from sparsify.passes.lower_convolution import why_not_convolution
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, FILLS, POWERS, ROWS
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.without_gradients import is_application
@@ -146,10 +148,8 @@ def _unsupported(node: fx.Node) -> Refusal:
 
 
 def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
-    if node.target is aten.convolution.default:
-        reason = "A convolution inside of the loop has no kernel."
-        remedy = "The loop runs as torch operations; nn.Linear layers become events."
-        return refuse("unsupported-layout", reason, remedy, node)
+    if node.target is CONVOLUTION and (refusal := why_not_convolution(node)) is not None:
+        return refusal
     operand = product_operand(node)
     weight, bias = product_weights(node)
     for other in (weight, bias):
@@ -163,9 +163,22 @@ def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     if weight is None or untransposed(weight)[0].op != "placeholder":
         reason = f"The weight of {node.name} is computed in every step."
         return refuse("unsupported-op", reason, "Compute the weight before the loop.", node)
+    if node.target is CONVOLUTION:
+        return _why_not_weights(node, weight, bias)
     if len(weight.meta["val"].shape) != 2 or not weight.meta["val"].dtype.is_floating_point:
         reason = f"The weight of {node.name} is no matrix of floats."
         return refuse("unsupported-layout", reason, "Use a matrix as nn.Linear does.", node)
+    return None
+
+
+def _why_not_weights(node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> Refusal | None:
+    """What a convolution reads is given as it is: kernels align it with maps."""
+    if any(given is not None and given.op != "placeholder" for given in (weight, bias)):
+        reason = f"The weight or the bias of {node.name} is computed in every step."
+        return refuse("unsupported-op", reason, "Compute it before the loop.", node)
+    if not weight.meta["val"].dtype.is_floating_point:
+        reason = f"The weight of {node.name} has no floats."
+        return refuse("unsupported-layout", reason, "Use floats as nn.Conv2d does.", node)
     return None
 
 

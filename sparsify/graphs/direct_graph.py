@@ -120,11 +120,10 @@ def _writing(chunks: TimeChunks) -> fx.GraphModule:
         with graph.inserting_after(after):
             after = place = graph.placeholder(f"into_{number}")
         loop, index = y.args[:2]
-        if y.target is not operator.getitem or len(loop.args) != 4:
+        region = modules.get(str(loop.target)) if y.target is operator.getitem else None
+        if not isinstance(region, Region) or len(loop.args) != 4:
             continue
         name = f"{loop.target}_into"
-        region = modules[str(loop.target)]
-        assert isinstance(region, Region)
         modules[name] = _Into(region, index)
         loop.target, loop.args = name, (place, *loop.args)
     return fx.GraphModule(modules, graph, class_name="Writing")

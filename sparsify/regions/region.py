@@ -52,7 +52,11 @@ class Fetch:
         """The operand with axes T, B, N, and contiguous neurons; a view where that is possible."""
         views = self.binding.views
         if self.operand is None:
+            if "flatten" in views:
+                return tensor.flatten(1)
             return tensor.t() if "transpose" in views else tensor
+        if "channels" in views:
+            tensor = tensor.reshape(-1, *[1] * (len(self.binding.neurons or (0, 0, 0)) - 1))
         axes = self.operand.axes
         if self.binding.role == "x" and tensor.shape[0] != steps:
             tensor = tensor[:steps]

@@ -9,7 +9,7 @@ from sparsify import ir
 from sparsify.errors import Location
 
 Role = Literal["carry", "x", "const"]
-View = Literal["transpose", "flatten", "expand"]
+View = Literal["transpose", "channels", "flatten", "expand"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,10 @@ class Binding:
     """Where a tensor of the kernel comes from: operand ``index`` of ``role``, through ``views``.
 
     ``"transpose"``: a weight ``[S, R]`` as ``[R, S]``; ``"flatten"``: the batch dims as one and the
-    neuron dims as one, those that the kernel's operand lacks dropped; ``"expand"``: the neuron dims
-    broadcast to ``neurons`` before that. ``lead`` of the tensor's dims (without time) are batch.
+    neuron dims as one, those that the kernel's operand lacks dropped, or the weight of a
+    convolution with all dims but the first as one; ``"expand"``: the neuron dims broadcast to
+    ``neurons`` before that; ``"channels"``: a bias whose elements are those of channels. ``lead``
+    of the tensor's dims (without time) are batch.
     """
 
     name: str
