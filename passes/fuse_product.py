@@ -18,6 +18,7 @@ from sparsify.passes.classify_ops import (
     product_operand,
     untransposed,
 )
+from sparsify.passes.lower_layout import neuron_dims
 from sparsify.passes.tensor_info import (
     call,
     contiguous_stride,
@@ -61,12 +62,12 @@ class Fused:
 def find_chain(product: fx.Node, modules: Mapping[str, nn.Module]) -> Chain | None:
     """Follow the product's result through views of its rows into the xs of one Scan."""
     views: list[fx.Node] = []
-    value = product
+    value, dims = product, neuron_dims(product)
     while len(value.users) == 1:
         [user] = value.users
         if user.op == "call_module" and isinstance(modules[str(user.target)], Scan):
             return Chain(tuple(views), value, user) if _is_x_only(value, user) else None
-        if not _keeps_neurons(user, value):
+        if not _keeps_neurons(user, value, dims):
             return None
         views.append(user)
         value = user
@@ -80,15 +81,15 @@ def _is_x_only(value: fx.Node, reader: fx.Node) -> bool:
     return list(xs).count(value) == 1 and value not in elsewhere
 
 
-def _keeps_neurons(view: fx.Node, value: fx.Node) -> bool:
-    """True for a view that leaves the last dim alone, so that it commutes with the product."""
+def _keeps_neurons(view: fx.Node, value: fx.Node, dims: int) -> bool:
+    """True for a view that leaves the last ``dims`` alone, so that it commutes with the product."""
     if view.target not in (*RESHAPES, *REORDERS):
         return False
     shape, before = view.meta["val"].shape, value.meta["val"].shape
-    if not shape or not before or shape[-1] != before[-1]:
+    if min(len(shape), len(before)) < dims or shape[-dims:] != before[-dims:]:
         return False
     if view.target in REORDERS:
-        return order_of(view)[-1] == len(before) - 1
+        return order_of(view)[-dims:] == list(range(len(before)))[-dims:]
     return math.prod(shape) == math.prod(before) and 0 not in before
 
 
@@ -96,9 +97,10 @@ def moved_views(graph: fx.Graph, product: fx.Node, views: Sequence[fx.Node]) -> 
     """The views of a product's result, of its operand instead."""
     value = product_operand(product)
     assert value is not None
-    neurons = value.meta["val"].shape[-1]
+    dims = neuron_dims(product)
+    neurons = value.meta["val"].shape[-dims:]
     for view in views:
-        shape = (*view.meta["val"].shape[:-1], neurons)
+        shape = (*view.meta["val"].shape[:-dims], *neurons)
         if view.target in REORDERS:
             order = order_of(view)
             info = permuted(value.meta["val"], order)
@@ -126,7 +128,7 @@ def fused_scan(
     steps, carries = args[:2]
     xs, consts = list(args[2]), list(args[3])
     index = xs.index(value)
-    if len(x.meta["val"].shape) != 3:
+    if len(x.meta["val"].shape) != 2 + neuron_dims(product):
         return None  # the body's product takes rows [B, N]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -200,9 +202,8 @@ def _write_product(
         if index != operand_index and isinstance(argument, fx.Node):
             args[index] = inside(argument)
     args[operand_index] = x
-    shape = (*x.meta["val"].shape[:-1], product.meta["val"].shape[-1])
-    if product.target is CONVOLUTION:
-        shape = tuple(product.meta["val"].shape)
+    dims = neuron_dims(product)
+    shape = (*x.meta["val"].shape[:-dims], *product.meta["val"].shape[-dims:])
     info = with_shape(product.meta["val"], shape, contiguous_stride(shape))
     result = call(graph, product.target, tuple(args), info, product)
     result.kwargs = dict(product.kwargs)

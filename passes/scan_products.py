@@ -42,6 +42,7 @@ from sparsify.passes.why_not_lower import product_weights
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
+MOST_CONVOLVED = 0.3  # the activity up to which a convolution of events gains, or nearly so
 BATCHED_PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 
 
@@ -98,6 +99,17 @@ def reads_events(product: fx.Node) -> bool:
     return is_event or is_mostly_zeros(product.meta.get("activity"))
 
 
+def may_fuse(product: fx.Node) -> bool:
+    """True if it is to be computed in the loop that reads it.
+
+    A loop that got no kernel computes its products step by step. Of a convolution that loses more
+    than events gain at a high activity.
+    """
+    activity = product.meta.get("activity")
+    is_busy = activity is not None and activity > MOST_CONVOLVED
+    return reads_events(product) and not (product.target is CONVOLUTION and is_busy)
+
+
 def has_sparse_weight(product: fx.Node) -> bool:
     """True if so many of its weights were zero in the example that leaving them out may gain."""
     pattern = product.meta.get("pattern")
@@ -132,7 +144,7 @@ class _Mover:
     def move(self, product: fx.Node) -> None:
         refusal = why_not_take(product, self.activations)
         if refusal is None:
-            fused = reads_events(product) and self._fuse(product)
+            fused = may_fuse(product) and self._fuse(product)
             refusal = None if fused else self._stand_alone(product)
         if refusal is not None:
             self.declined.append(refusal)
