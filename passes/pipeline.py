@@ -8,7 +8,7 @@ from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
 from sparsify.passes.look_up_products import look_up_products
 from sparsify.passes.read_single_parts import read_single_parts
-from sparsify.passes.result import PassResult
+from sparsify.passes.result import Pass, PassResult
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.set_apart import set_apart
@@ -27,7 +27,12 @@ def split_products(gm: fx.GraphModule) -> PassResult:
     return split_time(gm, lambda _: True)
 
 
-PIPELINE = (
+def scan_matrix_products(gm: fx.GraphModule) -> PassResult:
+    """``scan_products`` for kernels that compute no convolutions."""
+    return scan_products(gm, convolutions=False)
+
+
+PIPELINE: tuple[Pass, ...] = (
     expand_rnn,
     read_single_parts,
     unify_products,
@@ -41,4 +46,8 @@ PIPELINE = (
     scan_products,
     find_events,
     look_up_products,
+)
+
+WITHOUT_CONVOLUTIONS: tuple[Pass, ...] = tuple(
+    scan_matrix_products if each is scan_products else each for each in PIPELINE
 )

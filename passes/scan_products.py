@@ -33,6 +33,7 @@ from sparsify.passes.call_scan import call_scan, erase_unused
 from sparsify.passes.classify_ops import CONVOLUTION, MOST_DENSITY, PRODUCTS, product_operand
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.fuse_product import find_chain, fused_scan, lone_scan, moved_views
+from sparsify.passes.lower_convolution import STAYS
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.result import PassResult
@@ -46,17 +47,21 @@ MOST_CONVOLVED = 0.3  # the activity up to which a convolution of events gains, 
 BATCHED_PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 
 
-def scan_products(gm: fx.GraphModule) -> PassResult:
+def scan_products(gm: fx.GraphModule, convolutions: bool = True) -> PassResult:
     """Move every product of events into the loop that reads it, or into one of its own.
 
     A product stays, with a refusal that names its line, if it reads no events and has no sparse
     weight, if it is a product of two activations, or if its loop could not become a kernel.
+    Without ``convolutions`` these stay, too.
     """
     graph = copy_graph(gm.graph)
     modules: dict[str, nn.Module] = dict(gm.named_children())
     mover = _Mover(graph, modules)
     for node in list(graph.nodes):
-        if node.target in PRODUCTS or node.target in BATCHED_PRODUCTS:
+        if node.target is CONVOLUTION and not convolutions and skips_zeros(node):
+            reason = "Only calls without gradients on the CPU have event kernels of convolutions."
+            mover.declined.append(refuse("unsupported-layout", reason, STAYS, node))
+        elif node.target in PRODUCTS or node.target in BATCHED_PRODUCTS:
             mover.move(node)
     if not mover.done:
         return PassResult(gm, [], mover.declined)

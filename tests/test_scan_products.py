@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -145,14 +146,40 @@ def test_a_product_of_two_activations_stays() -> None:
     assert result.done == []
 
 
-def test_a_convolution_of_events_stays() -> None:
-    kernel = dyadic(2, 1, 3, 3)
+def test_a_convolution_of_events_gets_a_loop_of_its_own() -> None:
+    kernel, bias, x = dyadic(2, 1, 3, 3), dyadic(2), dyadic(2, 1, 4, 4)
     recorded = record_unrolled(
-        lambda tape, x: F.conv2d((x > 0).float(), kernel), [dyadic(2, 1, 4, 4)], {"kernel": kernel}
+        lambda tape, x: F.conv2d((x > 0).float(), kernel, bias), [x], {"kernel": kernel, "b": bias}
     )
-    [refusal] = scan_products(find_events(recorded.graph).graph).declined
-    assert refusal.code == "unsupported-layout"
-    assert "Convolutions" in refusal.reason
+    annotated = find_events(recorded.graph).graph
+    result = scan_products(annotated)
+    assert (len(result.done), result.declined) == (1, [])
+    assert any(node.op == "call_module" for node in result.graph.graph.nodes)
+    stays = scan_products(annotated, convolutions=False)
+    [refusal] = stays.declined
+    assert (stays.done, refusal.code) == ([], "unsupported-layout")
+    assert "without gradients on the CPU" in refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("convolve", "shape", "weight", "said"),
+    [
+        (F.conv_transpose2d, (2, 1, 4, 4), (1, 2, 3, 3), "Transposed convolutions"),
+        (partial(F.conv2d, groups=2), (2, 2, 4, 4), (2, 1, 3, 3), "in 2 groups"),
+        (F.conv3d, (2, 1, 4, 4, 4), (2, 1, 3, 3, 3), "along 3 dims"),
+    ],
+)
+def test_convolutions_without_a_kernel_stay(
+    convolve: Any, shape: tuple[int, ...], weight: tuple[int, ...], said: str
+) -> None:
+    kernel = dyadic(*weight)
+    recorded = record_unrolled(
+        lambda tape, x: convolve((x > 0).float(), kernel), [dyadic(*shape)], {"kernel": kernel}
+    )
+    result = scan_products(find_events(recorded.graph).graph)
+    [refusal] = result.declined
+    assert (result.done, refusal.code) == ([], "unsupported-layout")
+    assert said in refusal.reason
 
 
 def test_zeros_before_any_event_are_no_events() -> None:

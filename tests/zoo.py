@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import RefusalCode
+from tests import zoo_convolutional as convolutional
 from tests import zoo_feedforward as feedforward
 from tests import zoo_gated as gated
 from tests import zoo_pruned as pruned
@@ -109,6 +110,16 @@ ENTRIES = (
         gain=2.2,
         layout="batch first",
     ),
+    Entry("convolved steps", convolutional.ConvolvedSteps, events=("conv2", "fc"), gain=0.6),
+    Entry(
+        "convolved layers, normed",
+        convolutional.ConvolvedLayers,
+        events=("conv2", "fc"),
+        gain=0.9,
+        grid=None,
+    ),
+    Entry("strided maps", convolutional.StridedMaps, events=("conv2", "conv3"), gain=0.9),
+    Entry("recurrent maps", convolutional.RecurrentMaps, events=("recur",), gain=0.6),
     Entry("delayed reset", feedforward.DelayedReset, events=("fc2",)),
     Entry(
         "four deep", feedforward.FourDeep, events=("linears.1", "linears.2", "linears.3"), gain=2.2

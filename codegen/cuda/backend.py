@@ -23,6 +23,7 @@ from sparsify.codegen.cuda.rates import Rates, rates_of
 from sparsify.codegen.cuda.strategies import make_strategies
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.outer_product import OuterProducts
+from sparsify.codegen.usage import has_convolution
 from sparsify.codegen.writer import Names
 from sparsify.errors import Refusal
 
@@ -80,6 +81,9 @@ class CudaBackend:
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
         check_kernel(kernel)
+        if has_convolution(kernel):
+            reason = "Convolutions have no event kernel on CUDA."
+            return Refusal("unsupported-layout", reason, "It runs as before; on the CPU it has.")
         return self._strategy(schedule).why_not(kernel, schedule)
 
     def render(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Source:

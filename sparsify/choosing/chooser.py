@@ -159,6 +159,9 @@ class Chooser:
             decision = self.plan.sites.get(site)
             if decision in ("event", "dense"):
                 pinned[gather] = "event" if decision == "event" else "dense"
+        for each in task.lowered.kernel.gathers:
+            if task.lowered.kernel.weight(each.weight).convolution is not None:
+                pinned.setdefault(each.result, "event")  # torch has the dense ones
         backend = self.binaries.backend
         # An emulator is there to run the kernels of events, not to gain by them.
         if not backend.is_timed and not isinstance(backend, Rendered):

@@ -37,6 +37,7 @@ from sparsify.graphs.loops import (
     with_regions,
     without_kernels,
 )
+from sparsify.graphs.put_back_products import put_back_products
 from sparsify.options import Options
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.expansion import Eager
@@ -46,7 +47,7 @@ from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.own_memory import own_memory
 from sparsify.passes.pack_events import pack_events
 from sparsify.passes.part_results import join_results, part_results
-from sparsify.passes.pipeline import PIPELINE
+from sparsify.passes.pipeline import PIPELINE, WITHOUT_CONVOLUTIONS
 from sparsify.passes.result import Pass, PassResult
 from sparsify.passes.rnn_cells import recurrent_op
 from sparsify.passes.scan_products import skips_zeros
@@ -109,7 +110,10 @@ class Compiler:
         undifferentiated: dict[str, Refusal] = {}
         took: Mapping[str, float] = {}
         is_trained = needs_grad(operands)
-        around = (part_results, *PIPELINE, join_results) if is_trained else PIPELINE
+        # Their gradients are torch's, and the kernels of events those of processors.
+        has_convolutions = not is_trained and self.binaries.backend.eager == "cpu"
+        passes = PIPELINE if has_convolutions else WITHOUT_CONVOLUTIONS
+        around = (part_results, *passes, join_results) if is_trained else passes
         stages = run_pipeline(recording.graph, around)
         if is_trained:
             joined = join_slices(stages[-1].graph)
@@ -162,6 +166,7 @@ class Compiler:
         rows = Rows(placements, choices, refused, even, densities)
         done = tuple(f"{name} runs as one kernel" for name in regions)
         installed = with_regions(graph, regions, self.binaries.backend.outer_products)
+        installed = installed if is_trained else put_back_products(installed)
         if regions and not is_trained:
             changing, backend = recording.calling.changing, self.binaries.backend.name
             installed = keep_weights(unpack_kept(installed), changing, backend)

@@ -1,0 +1,63 @@
+"""Convolutions as Gathers: their sizes, and which have no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from sparsify import ir
+from sparsify.errors import Refusal
+from sparsify.passes.lower_layout import shape_of
+from sparsify.passes.lower_refusals import refuse
+
+STAYS = "It runs as before."
+
+
+def convolution_of(product: fx.Node) -> ir.Convolution:
+    """The sizes of ``aten.convolution`` along one or two dims."""
+    operand, weight, _, stride, padding, dilation, *_ = _args(product)
+    receivers, senders, *window = shape_of(weight)
+    maps = shape_of(operand)[-len(window) :]
+    return ir.Convolution(
+        (senders, receivers),
+        _pair(maps, 1, len(window)),
+        _pair(window, 1, len(window)),
+        _pair(stride, 1, len(window)),
+        _pair(padding, 0, len(window)),
+        _pair(dilation, 1, len(window)),
+    )
+
+
+def why_not_convolution(product: fx.Node) -> Refusal | None:
+    """Which form of a convolution has no kernel."""
+    operand, weight, _, _, _, _, transposed, _, groups = _args(product)
+    dims = len(shape_of(weight)) - 2
+    if transposed:
+        reason = "Transposed convolutions have no event kernel."
+        return refuse("unsupported-layout", reason, STAYS, product)
+    if groups != 1:
+        reason = f"It is a convolution in {groups} groups, in which an event reaches few neurons."
+        return refuse("unsupported-layout", reason, STAYS, product)
+    if dims not in (1, 2):
+        reason = f"Convolutions along {dims} dims have no event kernel, those along 1 or 2 have."
+        return refuse("unsupported-layout", reason, STAYS, product)
+    if len(shape_of(operand)) != dims + 2:
+        reason = "It is a convolution without a batch."
+        return refuse("unsupported-layout", reason, "Give it a batch of one.", product)
+    if 0 in (*shape_of(operand)[1:], *shape_of(weight), *shape_of(product)[1:]):
+        reason = "It is a convolution of nothing."
+        return refuse("unsupported-layout", reason, STAYS, product)
+    return None
+
+
+def _args(product: fx.Node) -> Any:
+    return product.args
+
+
+def _pair(sizes: Sequence[int], missing: int, dims: int) -> ir.Pair:
+    """Of rows and columns; one size stands for all dims, and one dim has one row."""
+    full = list(sizes) * dims if len(sizes) == 1 else list(sizes)
+    first, second = ([missing] * (2 - dims) + full)[:2]
+    return int(first), int(second)
