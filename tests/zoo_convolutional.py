@@ -22,7 +22,7 @@ class ConvolvedSteps(nn.Module):
         self.conv1 = nn.Conv2d(1, 6, 3, padding=1)
         self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
         self.fc = nn.Linear(8 * 2 * 3, 10)
-        self.spike = FastSigmoid.apply
+        self.spike: Any = FastSigmoid.apply
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mem1 = x.new_zeros(x.shape[1], 6, ROWS, COLUMNS)
