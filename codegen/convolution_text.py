@@ -23,7 +23,9 @@ def write_maps(w: Writer, kernel: ir.Kernel, symbols: Symbols) -> None:
             continue
         given = weight.convolution
         pairs = (
-            ("rows", "columns", given.senders),
+            ("from_rows", "from_columns", given.senders),
+            ("pool_rows", "pool_columns", given.pooling),
+            ("rows", "columns", given.maps),
             ("to_rows", "to_columns", given.receivers),
             ("window_rows", "window_columns", given.window),
             ("stride_rows", "stride_columns", given.stride),
@@ -59,7 +61,7 @@ def call_of(
 ) -> str:
     """The call that computes sums; ``read`` are the events, or an address and a distance of rows.
 
-    It lacks the range of receivers.
+    It lacks the range of receivers, and gives the number of active senders.
     """
     weight = kernel.weight(gather.weight)
     assert weight.convolution is not None

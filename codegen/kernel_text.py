@@ -117,8 +117,8 @@ class KernelText(ABC):
         """
         events = self.places().events
         for index, gather in enumerate(self.kernel.gathers):
-            if gather not in gathers:
-                continue
+            if gather not in gathers or self._is_convolution(gather):
+                continue  # which counts what is left of events after pooling
             if gather.only is not None:
                 self._write_wild(gather)
                 continue
@@ -248,7 +248,10 @@ class KernelText(ABC):
         if is_dense:
             read = ", ".join(self.dense_source(self.usage.sources[gather.source]))
         call = call_of(gather, self.kernel, self.symbols, self.sums(gather), read, is_dense)
-        self.w.line(f"{call}, {begin}, {end});", gather.note)
+        self.w.line(f"{self._count(gather)} += {call}, {begin}, {end});", gather.note)
+
+    def _is_convolution(self, gather: ir.Gather) -> bool:
+        return self.kernel.weight(gather.weight).convolution is not None
 
     def _lanes(self, source: Source) -> str:
         return f"own.{self.name(source)}_lanes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -94,6 +95,8 @@ def lead(axes: tuple[ir.Axis, ...]) -> tuple[ir.Axis, ...]:
 def counted(kernel: ir.Kernel, gather: ir.Gather) -> int:
     """How many senders a Gather has, or how many sums, if it is restricted."""
     weight = kernel.weight(gather.weight)
+    if weight.convolution is not None:
+        return weight.convolution.channels[0] * math.prod(weight.convolution.maps)
     return kernel.population_size(weight.senders if gather.only is None else weight.receivers)
 
 

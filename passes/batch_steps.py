@@ -14,6 +14,7 @@ from sparsify.passes.classify_ops import (
     RESHAPES,
     SLICES,
     TRANSPOSES,
+    is_of_rows,
     is_pointwise,
     keep_measured,
     order_of,
@@ -33,6 +34,8 @@ def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
         return _can_batch_product(node, invariant)
     if node.target in RESHAPES or node.target in REDUCTIONS or is_part(node):
         return True
+    if is_of_rows(node):
+        return all(other in invariant for other in node.all_input_nodes[1:])
     if not is_pointwise(node):
         return False
     # Invariant operands align with the trailing dims, so they must not have more of them.
@@ -81,6 +84,8 @@ def batch_step(
     batcher = _Batcher(graph, node, steps, stacked, constant)
     if product_operand(node) is not None:
         return batcher.product()
+    if is_of_rows(node):
+        return batcher.of_rows()
     if is_part(node):
         return batcher.part()
     if node.target in REDUCTIONS:
@@ -183,6 +188,13 @@ class _Batcher:
         """
         operand = product_operand(self.node)
         assert operand is not None
+        return self._by_rows(operand, PRODUCTS[self.node.target])
+
+    def of_rows(self) -> fx.Node:
+        """The same of what computes rows one by one."""
+        return self._by_rows(self.node.all_input_nodes[0], 0)
+
+    def _by_rows(self, operand: fx.Node, place: int) -> fx.Node:
         value = self.stacked(operand)
         assert value is not None
         swapped = _is_batch_first(value.meta["val"])
@@ -191,7 +203,7 @@ class _Batcher:
         for index, argument in enumerate(args):
             if isinstance(argument, fx.Node) and argument is not operand:
                 args[index] = self.constant(argument)
-        args[PRODUCTS[self.node.target]] = folded
+        args[place] = folded
         rows = self.steps * self.shape[0]
         info = with_shape(self.node.meta["val"], (rows, *self.shape[1:]))
         result = call(self.graph, self.node.target, tuple(args), info, self.node)

@@ -50,6 +50,20 @@ REDUCTIONS = (
     aten.mean.default,
 )
 
+# What computes every row of the batch by itself, from several of its neurons or with parameters of
+# channels; see ``single_results``. No kernel has them but where a convolution is beside them.
+POOL = aten.max_pool2d.default
+OF_ROWS = (POOL, aten.avg_pool2d.default, aten.batch_norm.default)
+
+
+def is_of_rows(node: fx.Node) -> bool:
+    """True for pools, and norms in eval mode, of ``[B, C, ...]``."""
+    if node.target not in OF_ROWS:
+        return False
+    is_norm = node.target is aten.batch_norm.default
+    rank = len(node.meta["val"].shape)
+    return rank > 1 and node.args[5] is False if is_norm else rank == 4
+
 
 def draws_random(node: fx.Node) -> bool:
     """True for ops that read the random state; their number and order must stay."""
@@ -117,8 +131,8 @@ def keep_measured(made: fx.Node, product: fx.Node) -> fx.Node:
 
 
 def coupled_operand(node: fx.Node) -> fx.Node | None:
-    """What a product or a reduction reads of several neurons, or None for every other op."""
-    if node.op == "call_function" and node.target in REDUCTIONS:
+    """What a product, a reduction or a pool reads of several neurons; None for every other op."""
+    if node.op == "call_function" and (node.target in REDUCTIONS or is_of_rows(node)):
         return node.all_input_nodes[0]
     return product_operand(node)
 

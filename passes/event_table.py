@@ -101,6 +101,7 @@ RULES: dict[object, Rule] = {
     **_overloads(same, "roll", "repeat", "expand", "expand_as", "broadcast_to", "as_strided"),
     **_overloads(same, "clone", "contiguous", "detach", "alias", "lift_fresh", "positive"),
     **_overloads(same, "unbind", "split", "split_with_sizes", "chunk", "diagonal", "unfold"),
+    **_overloads(keep_zero, "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     **_overloads(same, "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices"),
     **_overloads(same, "dropout", "feature_dropout"),  # in eval mode; find_events checks
     **_overloads(gather_parts, "stack", "cat", "hstack", "vstack"),

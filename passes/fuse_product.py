@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from sparsify.passes.classify_ops import (
     CONVOLUTION,
+    POOL,
     PRODUCTS,
     keep_measured,
     order_of,
     product_operand,
     untransposed,
 )
+from sparsify.passes.lower_convolution import pools_events
 from sparsify.passes.lower_layout import neuron_dims
 from sparsify.passes.tensor_info import (
     call,
@@ -51,6 +53,30 @@ class Chain:
     views: tuple[fx.Node, ...]
     value: fx.Node
     reader: fx.Node
+
+
+class PooledBefore(NamedTuple):
+    """What a product reads: ``source``, through a pool of its events if there is one."""
+
+    source: fx.Node
+    pool: fx.Node | None
+
+
+def pooled_before(product: fx.Node) -> PooledBefore:
+    """Follow the operand of a convolution through views of its rows to a pool of events."""
+    operand = product_operand(product)
+    assert operand is not None
+    value, dims = operand, neuron_dims(product)
+    while product.target is CONVOLUTION and len(value.users) == 1:
+        if value.target is POOL:
+            if len(value.meta["val"].shape) == 1 + dims and pools_events(value):
+                return PooledBefore(value.all_input_nodes[0], value)
+            break
+        before = value.all_input_nodes[0]
+        if value.target not in RESHAPES or not _keeps_neurons(value, before, dims):
+            break
+        value = before
+    return PooledBefore(operand, None)
 
 
 @dataclass(frozen=True)
@@ -95,9 +121,7 @@ def _keeps_neurons(view: fx.Node, value: fx.Node, dims: int) -> bool:
 
 def moved_views(graph: fx.Graph, product: fx.Node, views: Sequence[fx.Node]) -> fx.Node:
     """The views of a product's result, of its operand instead."""
-    value = product_operand(product)
-    assert value is not None
-    dims = neuron_dims(product)
+    value, dims = pooled_before(product).source, neuron_dims(product)
     neurons = value.meta["val"].shape[-dims:]
     for view in views:
         shape = (*view.meta["val"].shape[:-dims], *neurons)
@@ -159,8 +183,7 @@ def lone_scan(product: fx.Node) -> tuple[Scan, tuple[fx.Node, ...]]:
 
     A convolution reads its maps as they are.
     """
-    operand = product_operand(product)
-    assert operand is not None
+    operand = pooled_before(product).source
     shape = operand.meta["val"].shape
     graph = fx.Graph()
     rows = shape if product.target is CONVOLUTION else (math.prod(shape[:-1]), shape[-1])
@@ -201,9 +224,14 @@ def _write_product(
     for index, argument in enumerate(args):
         if index != operand_index and isinstance(argument, fx.Node):
             args[index] = inside(argument)
-    args[operand_index] = x
     dims = neuron_dims(product)
-    shape = (*x.meta["val"].shape[:-dims], *product.meta["val"].shape[-dims:])
+    rows = x.meta["val"].shape[:-dims]
+    if (pool := pooled_before(product).pool) is not None:
+        info = with_shape(pool.meta["val"], (*rows, *pool.meta["val"].shape[-dims:]))
+        x = call(graph, pool.target, (x, *pool.args[1:]), info, pool)
+        copy_meta(x, pool, "fact")
+    args[operand_index] = x
+    shape = (*rows, *product.meta["val"].shape[-dims:])
     info = with_shape(product.meta["val"], shape, contiguous_stride(shape))
     result = call(graph, product.target, tuple(args), info, product)
     result.kwargs = dict(product.kwargs)

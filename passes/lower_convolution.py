@@ -9,6 +9,7 @@ from torch import fx
 
 from sparsify import ir
 from sparsify.errors import Refusal
+from sparsify.passes.classify_ops import CONVOLUTION, POOL, product_operand
 from sparsify.passes.lower_layout import shape_of
 from sparsify.passes.lower_refusals import refuse
 
@@ -17,9 +18,10 @@ STAYS = "It runs as before."
 
 def convolution_of(product: fx.Node) -> ir.Convolution:
     """The sizes of ``aten.convolution`` along one or two dims."""
-    operand, weight, _, stride, padding, dilation, *_ = _args(product)
+    _, weight, _, stride, padding, dilation, *_ = _args(product)
     receivers, senders, *window = shape_of(weight)
-    maps = shape_of(operand)[-len(window) :]
+    source, pool = source_of(product)
+    maps = shape_of(source)[-len(window) :]
     return ir.Convolution(
         (senders, receivers),
         _pair(maps, 1, len(window)),
@@ -27,7 +29,32 @@ def convolution_of(product: fx.Node) -> ir.Convolution:
         _pair(stride, 1, len(window)),
         _pair(padding, 0, len(window)),
         _pair(dilation, 1, len(window)),
+        (1, 1) if pool is None else _pair(_args(pool)[1], 1, 2),
     )
+
+
+def source_of(product: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """What a product reads, and the pool through which it does, if its Gather is to pool events."""
+    operand = product_operand(product)
+    assert operand is not None
+    if product.target is CONVOLUTION and operand.target is POOL and pools_events(operand):
+        return operand.all_input_nodes[0], operand
+    return operand, None
+
+
+def pools_events(pool: fx.Node) -> bool:
+    """Whether a max-pool makes of binary events those of blocks that lie side by side."""
+    operand, size, *rest = _args(pool)
+    stride, padding, dilation, ceil = (*rest, *([], 0, 1, False)[len(rest) :])[:4]
+    fact = operand.meta.get("fact")
+    is_binary = fact is not None and fact.event and fact.payload == "binary"
+    is_of_blocks = not stride or _pair(stride, 1, 2) == _pair(size, 1, 2)
+    is_plain = _pair(_listed(padding), 0, 2) == (0, 0) and _pair(_listed(dilation), 1, 2) == (1, 1)
+    return is_binary and is_of_blocks and is_plain and not ceil
+
+
+def _listed(size: Any) -> Sequence[int]:
+    return [size] if isinstance(size, int) else list(size)
 
 
 def why_not_convolution(product: fx.Node) -> Refusal | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sparsify.errors import Refusal
-from sparsify.passes.classify_ops import CONVOLUTION, TRANSPOSES, product_operand
+from sparsify.passes.classify_ops import CONVOLUTION, POOL, TRANSPOSES, product_operand
 from sparsify.passes.lower_ops import FILLS, VIEWS
 from sparsify.passes.lower_refusals import refuse
 from sparsify.scans.scan import Scan
@@ -106,6 +106,7 @@ def is_view(node: fx.Node) -> bool:
 def is_cellwise(node: fx.Node) -> bool:
     """True for ops that work neuron by neuron, with broadcasting."""
     others = is_view(node) or node.target in FILLS or product_operand(node) is not None
+    others = others or node.target is POOL
     return node.op == "call_function" and not others
 
 
@@ -169,6 +170,8 @@ def _find_tails(layout: Layout) -> Refusal | None:
         operand = product_operand(node)
         if operand is not None:
             tails[root(node)] = tails[root(operand)] = neuron_dims(node)
+        elif node.target is POOL:
+            tails[root(node.all_input_nodes[0])] = tails[root(node)] = len(shape_of(node)) - 1
     views = _view_pairs(layout)
     ranks: dict[fx.Node, int] = {}
     shapes: dict[fx.Node, Shape] = {}
@@ -244,7 +247,8 @@ def _find_fixed(layout: Layout) -> None:
         follows = follows and all(i in floating for i in node.all_input_nodes)
         if (is_x or follows) and layout.size(node) == 1:
             floating.add(node)
-    layout.fixed = {n for n in layout.live if n not in floating and n.op != "output"}
+    found = {n for n in layout.live if n not in floating and n.op != "output"}
+    layout.fixed = {n for n in found if n.target is not POOL}  # convolutions pool what they read
 
 
 def _find_batch(layout: Layout) -> Refusal | None:

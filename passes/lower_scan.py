@@ -24,6 +24,7 @@ from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import CONVOLUTION, TRANSPOSES, product_operand
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_cell import NodeCell, literal
+from sparsify.passes.lower_convolution import source_of
 from sparsify.passes.lower_layout import (
     Layout,
     Shape,
@@ -209,9 +210,8 @@ class _Lowerer:
 
     def _gather(self, cell: NodeCell, population: str) -> ir.Arg:
         node = cell.node
-        source = product_operand(node)
+        source, _ = source_of(node)
         weight, bias = product_weights(node)
-        assert source is not None
         assert weight is not None
         fact = source.meta.get("fact")
         source = self._bits_of(source) or source

@@ -9,7 +9,13 @@ import networkx as nx  # type: ignore[import-untyped]
 from torch import fx
 
 from sparsify.passes.batch_steps import can_batch, is_part
-from sparsify.passes.classify_ops import REDUCTIONS, coupled_operand, draws_random, product_operand
+from sparsify.passes.classify_ops import (
+    REDUCTIONS,
+    coupled_operand,
+    draws_random,
+    is_of_rows,
+    product_operand,
+)
 from sparsify.passes.time_levels import TimeLevels
 
 
@@ -95,7 +101,7 @@ class Partition:
                     continue
                 reduced.add(node)
                 self.batched.add(node)
-            elif node.target in REDUCTIONS or hoist_products(node):
+            elif node.target in REDUCTIONS or is_of_rows(node) or hoist_products(node):
                 feeding = self._batchable(operand)
                 if feeding is not None:
                     self.batched |= {node, *feeding}

@@ -12,6 +12,7 @@ from sparsify.passes.result import Pass, PassResult
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.set_apart import set_apart
+from sparsify.passes.single_results import single_results
 from sparsify.passes.split_gates import split_gates
 from sparsify.passes.split_operands import split_operands
 from sparsify.passes.split_time import split_time
@@ -33,6 +34,7 @@ def scan_matrix_products(gm: fx.GraphModule) -> PassResult:
 
 
 PIPELINE: tuple[Pass, ...] = (
+    single_results,
     expand_rnn,
     read_single_parts,
     unify_products,
@@ -49,5 +51,7 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 WITHOUT_CONVOLUTIONS: tuple[Pass, ...] = tuple(
-    scan_matrix_products if each is scan_products else each for each in PIPELINE
+    scan_matrix_products if each is scan_products else each
+    for each in PIPELINE
+    if each is not single_results
 )

@@ -32,7 +32,13 @@ from sparsify.errors import Refusal
 from sparsify.passes.call_scan import call_scan, erase_unused
 from sparsify.passes.classify_ops import CONVOLUTION, MOST_DENSITY, PRODUCTS, product_operand
 from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.fuse_product import find_chain, fused_scan, lone_scan, moved_views
+from sparsify.passes.fuse_product import (
+    find_chain,
+    fused_scan,
+    lone_scan,
+    moved_views,
+    pooled_before,
+)
 from sparsify.passes.lower_convolution import STAYS
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.lower_scan import lower_scan
@@ -178,8 +184,7 @@ class _Mover:
 
     def _stand_alone(self, product: fx.Node) -> Refusal | None:
         """Make the product a loop without states of its own: one step, all rows at once."""
-        operand = product_operand(product)
-        assert operand is not None
+        operand = pooled_before(product).source
         shape = tuple(operand.meta["val"].shape)
         scan, consts = lone_scan(product)
         lowered = lower_scan(scan, "product")

@@ -11,13 +11,14 @@ from torch import fx
 from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import (
     CONVOLUTION,
+    POOL,
     PRODUCTS,
     TRANSPOSES,
     draws_random,
     product_operand,
     untransposed,
 )
-from sparsify.passes.lower_convolution import why_not_convolution
+from sparsify.passes.lower_convolution import source_of, why_not_convolution
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, FILLS, POWERS, ROWS
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.without_gradients import is_application
@@ -119,6 +120,8 @@ def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
         return _why_not_product(node, consts)
     if node.target in TRANSPOSES:
         return _why_not_transpose(node, consts)
+    if node.target is POOL and all(source_of(user)[1] is node for user in node.users):
+        return None
     if node.target is aten.pow.Tensor_Scalar and node.args[1] not in POWERS:
         reason = f"The power {node.args[1]} is none of {', '.join(map(str, POWERS))}."
         return refuse("unsupported-op", reason, "Write it as products.", node)

@@ -98,10 +98,10 @@ def _why_bad_declarations(kernel: ir.Kernel) -> str | None:
 
 def _why_bad_convolution(convolution: ir.Convolution, sizes: tuple[int, int | None]) -> str | None:
     """``sizes`` are the neurons of receivers and of senders."""
-    positive = (convolution.window, convolution.stride, convolution.dilation)
+    positive = (convolution.window, convolution.stride, convolution.dilation, convolution.pooling)
     if min(min(pair) for pair in positive) < 1 or min(convolution.padding) < 0:
         return f"{convolution} has a window, stride, dilation or padding that is no such thing"
-    if min(convolution.receivers) < 1:
+    if min(*convolution.receivers, *convolution.maps) < 1:
         return f"the window of {convolution} is larger than the map"
     senders, receivers = convolution.channels
     maps = receivers * math.prod(convolution.receivers), senders * math.prod(convolution.senders)
@@ -202,6 +202,9 @@ class _Scope:
         operand = self.operands.get(gather.source)
         if operand is not None and operand.axes not in (("T", "B", "N"), ("B", "N")):
             return f"source {gather.source!r} has axes {operand.axes}"
+        is_pooled = weight.convolution is not None and weight.convolution.pooling != (1, 1)
+        if is_pooled and gather.payload != "binary":
+            return "only binary sources are pooled"
         dtype, sent = computed(weight.dtype), computed(self.dtypes[gather.source])
         if sent in FLOATS and sent != dtype:
             return "source and weight have different float dtypes"

@@ -53,6 +53,9 @@ class Convolution:
     Neurons of a population are those of ``channels`` maps of ``rows`` times ``columns``, in this
     order. Rows and columns beyond the senders' own, of the padding, hold no neurons. A convolution
     along one dim has one row.
+
+    With ``pooling`` the window lies on maps of blocks of so many rows and columns of senders, each
+    of them active where a sender is; senders that fill no block are left out. Payloads are binary.
     """
 
     channels: Pair  # of senders and of receivers
@@ -61,6 +64,12 @@ class Convolution:
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    pooling: Pair = (1, 1)
+
+    @property
+    def maps(self) -> Pair:
+        """Rows and columns of what windows lie on."""
+        return self.senders[0] // self.pooling[0], self.senders[1] // self.pooling[1]
 
     @property
     def receivers(self) -> Pair:
@@ -68,7 +77,7 @@ class Convolution:
         rows, columns = (
             (size + 2 * pad - spread * (window - 1) - 1) // step + 1
             for size, pad, spread, window, step in zip(
-                self.senders, self.padding, self.dilation, self.window, self.stride, strict=True
+                self.maps, self.padding, self.dilation, self.window, self.stride, strict=True
             )
         )
         return rows, columns

@@ -58,9 +58,9 @@ def gather(weight: Array, source: Array) -> Array:
 def convolve(weight: Array, source: Array, convolution: ir.Convolution) -> Array:
     """``[channels, taps]`` and ``[B, S]`` to ``[B, R]``, in the order that ``ir.Gather`` states."""
     (senders, receivers), (rows, columns) = convolution.channels, convolution.window
+    source = _pooled(source.reshape(-1, senders, *convolution.senders), convolution)
     padding = [(0, 0), (0, 0), *((pad, pad) for pad in convolution.padding)]
-    maps = np.pad(source.reshape(-1, senders, *convolution.senders), padding)
-    maps = maps.astype(weight.dtype)
+    maps = np.pad(source, padding).astype(weight.dtype)
     taps = weight.reshape(receivers, senders, rows, columns)
     total = np.zeros((len(source), receivers, *convolution.receivers), weight.dtype)
     for row, column, channel in np.ndindex(rows, columns, senders):
@@ -75,6 +75,16 @@ def convolve(weight: Array, source: Array, convolution: ir.Convolution) -> Array
         added = total + taps[:, channel, row, column, None, None] * payload
         total = np.where(payload != 0, added, total)
     return total.reshape(len(source), -1)
+
+
+def _pooled(source: Array, convolution: ir.Convolution) -> Array:
+    """``[B, channels, rows, columns]`` of blocks, active where one of their senders is."""
+    (rows, columns), (high, wide) = convolution.maps, convolution.pooling
+    if (high, wide) == (1, 1):
+        return source
+    cut = source[:, :, : rows * high, : columns * wide]
+    blocks: Array = cut.reshape(*source.shape[:2], rows, high, columns, wide).any((3, 5))
+    return blocks
 
 
 @np.errstate(all="ignore")

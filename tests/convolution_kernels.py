@@ -86,7 +86,7 @@ def recurrent_maps(channels: int, maps: ir.Pair) -> ir.Kernel:
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> ir.Convolution:
+def convolutions(draw: st.DrawFn, pooling: bool = False) -> ir.Convolution:
     """Odd sizes, windows that reach beyond the map, and channels around tiles."""
 
     def pair(*sizes: int) -> ir.Pair:
@@ -99,8 +99,9 @@ def convolutions(draw: st.DrawFn) -> ir.Convolution:
         pair(1, 2, 3),
         pair(0, 1, 2),
         pair(1, 2),
+        draw(st.sampled_from(((1, 1), (1, 1), (2, 2), (2, 3)))) if pooling else (1, 1),
     )
-    assume(min(convolution.receivers) >= 1)
+    assume(min(*convolution.receivers, *convolution.maps) >= 1)
     return convolution
 
 

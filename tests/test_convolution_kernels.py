@@ -27,7 +27,7 @@ SAME = ir.Convolution((3, 20), (6, 19), (3, 3), padding=(1, 1))
 
 def of_torch(weight: Array, source: Array, convolution: ir.Convolution) -> Array:
     (senders, receivers), given = convolution.channels, convolution
-    maps = torch.from_numpy(source).view(-1, senders, *given.senders)
+    maps = F.max_pool2d(torch.from_numpy(source).view(-1, senders, *given.senders), given.pooling)
     taps = torch.from_numpy(weight).view(receivers, senders, *given.window)
     found = F.conv2d(maps, taps, None, given.stride, given.padding, given.dilation)
     result: Array = found.flatten(1).numpy()
@@ -35,14 +35,16 @@ def of_torch(weight: Array, source: Array, convolution: ir.Convolution) -> Array
 
 
 @settings(deadline=None, max_examples=60)
-@given(convolution=convolutions(), seed=st.integers(0, 2**16))
+@given(convolution=convolutions(pooling=True), seed=st.integers(0, 2**16))
 def test_the_reference_is_torchs_convolution(convolution: ir.Convolution, seed: int) -> None:
     """Products are multiples of 2**-10 below 1, so up to 75 of them add exactly in any order."""
     rng = np.random.default_rng(seed)
-    kernel = leaky_maps(convolution)
+    is_pooled = convolution.pooling != (1, 1)
+    kernel = leaky_maps(convolution, payload="binary" if is_pooled else "real")
     check_kernel(kernel)
     shape = (2, kernel.population_size("inputs"))
     source = rng.integers(-16, 17, shape) * (rng.random(shape) < 0.3) / 32
+    source = (source > 0) / 1 if is_pooled else source
     weight = rng.integers(-16, 17, kernel.weight_shape(kernel.weights[0])) / 32
     source, weight = source.astype("float32"), weight.astype("float32")
     assert np.array_equal(
@@ -54,7 +56,7 @@ def test_the_reference_is_torchs_convolution(convolution: ir.Convolution, seed: 
 @pytest.mark.usefixtures("all_threads_for_small_work")
 @settings(COMPILED, max_examples=10)
 @given(
-    convolution=convolutions(),
+    convolution=convolutions(pooling=True),
     dtype=st.sampled_from(("float32", "float32", "float64", "bfloat16")),
     strategy=st.sampled_from(STRATEGIES),
     seed=st.integers(0, 2**16),
@@ -63,7 +65,8 @@ def test_random_convolutions(
     convolution: ir.Convolution, dtype: ir.DType, strategy: str, seed: int
 ) -> None:
     half = dtype == "bfloat16"
-    kernel = leaky_maps(convolution, dtype, source="float32" if half else dtype)
+    payload: ir.Payload = "real" if convolution.pooling == (1, 1) else "binary"
+    kernel = leaky_maps(convolution, dtype, payload, "float32" if half else dtype)
     launch = load(kernel, schedule(kernel, strategy))
     for steps, batch, threads, activity in ((3, 5, 2, 0.2), (2, 3, 1, 1.0), (2, 1, 2, 0.0)):
         torch.set_num_threads(threads)
@@ -76,14 +79,15 @@ def test_random_convolutions(
 @compiled
 @pytest.mark.usefixtures("all_threads_for_small_work")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_events_of_bools(strategy: str) -> None:
-    kernel = leaky_maps(SAME, payload="binary", source="bool")
+@pytest.mark.parametrize("pooling", [(1, 1), (2, 2)])
+def test_events_of_bools(strategy: str, pooling: ir.Pair) -> None:
+    kernel = leaky_maps(replace(SAME, pooling=pooling), payload="binary", source="bool")
     torch.set_num_threads(2)
     launch = load(kernel, schedule(kernel, strategy))
-    compare(launch, kernel, convolution_data(kernel, 3, 4, 0.2), 3, 4)
-    active, senders = launch.events["drive"]
-    assert senders == 3 * 4 * 3 * 6 * 19
-    assert 0.05 < active / senders < 0.2, "the data do not exercise the kernel"
+    data = convolution_data(kernel, 3, 4, 0.2)
+    compare(launch, kernel, data, 3, 4)
+    blocks = F.max_pool2d(torch.from_numpy(data["x"]).float().view(12, 3, 6, 19), pooling)
+    assert launch.events["drive"] == (int(blocks.count_nonzero()), blocks.numel())
 
 
 @compiled
@@ -103,15 +107,18 @@ def test_recurrent_convolutions(strategy: str, threads: int) -> None:
 
 @compiled
 @pytest.mark.parametrize("how", ["event", "dense"])
-@pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_weights_that_are_not_finite_reach_what_is_under_the_window(value: float, how: How) -> None:
+@pytest.mark.parametrize(("value", "pooling"), [(np.inf, (1, 1)), (np.nan, (2, 2))])
+def test_weights_that_are_not_finite_reach_what_is_under_the_window(
+    value: float, how: How, pooling: ir.Pair
+) -> None:
     """What torch gives: neurons of the map times the weight, zero or not, and no padding."""
-    kernel = leaky_maps(SAME)
+    convolution = replace(SAME, pooling=pooling)
+    kernel = leaky_maps(convolution, payload="binary")
     data = convolution_data(kernel, 1, 3, 0.2)
     data["w"][2, 4] = value
     launch = load(kernel, schedule(kernel, "rows-per-thread", how))
     got = launch({n: torch.from_numpy(v) for n, v in data.items()}, steps=1, batch=3)
-    wanted = of_torch(data["w"], data["x"][0], SAME) + 0.5 * data["v0"]
+    wanted = of_torch(data["w"], data["x"][0], convolution) + 0.5 * data["v0"]
     # Sums of at most 27 terms below 10 that are rounded to 24 bits each.
     assert np.allclose(got["charges"][0].numpy(), wanted, atol=27 * 10 * 2**-24, equal_nan=True)
     assert np.isnan(wanted).any() and np.isfinite(wanted).any()

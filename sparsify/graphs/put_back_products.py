@@ -12,6 +12,7 @@ After::
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -46,8 +47,8 @@ def _is_lone_product(scan: Scan) -> bool:
 
 
 def _put_back(graph: fx.Graph, node: fx.Node, scan: Scan) -> None:
-    _, _, xs, consts = node.args
-    assert isinstance(xs, tuple) and isinstance(consts, tuple)
+    args: Any = node.args
+    _, _, xs, consts = args
     with graph.inserting_before(node):
         steps = [
             call(graph, aten.select.int, (x, 0, 0), without_dim(x.meta["val"], 0), node) for x in xs

@@ -131,6 +131,10 @@ def max_pool_with_indices(p: Precision, x: Bounded, *args: Any) -> tuple[Bounded
     return Bounded(value, error, p.dtype), Bounded(indices, EXACT, torch.int64)
 
 
+def max_pool(p: Precision, x: Bounded, *args: Any) -> Bounded:
+    return max_pool_with_indices(p, x, *args)[0]
+
+
 def extreme_of_dim(target: Any) -> Any:
     def row(p: Precision, x: Bounded, *args: Any) -> tuple[Bounded, Bounded]:
         value, indices = target(x.value, *args)
