@@ -21,7 +21,7 @@ from torch import fx
 from sparsify import ir
 from sparsify.check_ir import why_malformed_kernel
 from sparsify.errors import Refusal
-from sparsify.passes.classify_ops import CONVOLUTION, TRANSPOSES, product_operand
+from sparsify.passes.classify_ops import CONVOLUTION, POOL, TRANSPOSES, product_operand
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_cell import NodeCell, literal
 from sparsify.passes.lower_convolution import source_of
@@ -241,14 +241,23 @@ class _Lowerer:
         return self.channels[key]
 
     def _bits_of(self, value: fx.Node) -> fx.Node | None:
-        """The bits that ``value`` has as floats: events are listed of them as they are."""
+        """The bits that ``value`` has as floats: events are listed of them as they are.
+
+        Views of maps have the neurons in the same order.
+        """
         packed = self.operands.packed
-        is_cast = value.target is torch.ops.aten._to_copy.default
-        return value.all_input_nodes[0] if is_cast and value.all_input_nodes[0] in packed else None
+        while value.target in VIEWS:
+            value = value.all_input_nodes[0]
+        if value.target is torch.ops.aten._to_copy.default:
+            value = value.all_input_nodes[0]
+        return value if value in packed else None
 
     def _is_read_as_bits(self, value: fx.Node) -> bool:
         return self._bits_of(value) is not None and all(
-            product_operand(user) is value and user.all_input_nodes.count(value) == 1
+            self._is_read_as_bits(user)
+            if user.target in VIEWS
+            else user.target is POOL
+            or (product_operand(user) is value and user.all_input_nodes.count(value) == 1)
             for user in value.users
         )
 

@@ -31,7 +31,7 @@ def single_results(gm: fx.GraphModule) -> PassResult:
     if not any(_has_one_reader(node) for node in gm.graph.nodes):
         return PassResult(gm)
     graph = copy_graph(gm.graph)
-    done = []
+    done: dict[str, None] = {}
     for node in list(graph.nodes):
         if not _has_one_reader(node):
             continue
@@ -43,10 +43,11 @@ def single_results(gm: fx.GraphModule) -> PassResult:
             given = args if is_pool else (*args, False)
             single = call(graph, target, given, part.meta["val"], node)
         part.replace_all_uses_with(single)
-        done.append(f"{node.meta.get('location')}: {node.name} has one result")
+        kind = "pool" if is_pool else "norm"
+        done[f"{node.meta.get('location')}: only one result of a {kind} is read"] = None
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
-    return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
+    return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), list(done))
 
 
 def _has_one_reader(node: fx.Node) -> bool:

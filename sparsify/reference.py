@@ -83,8 +83,8 @@ def _pooled(source: Array, convolution: ir.Convolution) -> Array:
     if (high, wide) == (1, 1):
         return source
     cut = source[:, :, : rows * high, : columns * wide]
-    blocks: Array = cut.reshape(*source.shape[:2], rows, high, columns, wide).any((3, 5))
-    return blocks
+    blocks = cut.reshape(*source.shape[:2], rows, high, columns, wide).any((3, 5))
+    return np.asarray(blocks)
 
 
 @np.errstate(all="ignore")

@@ -41,6 +41,7 @@ from sparsify.graphs.put_back_products import put_back_products
 from sparsify.options import Options
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.expansion import Eager
+from sparsify.passes.flatten_maps import flatten_maps
 from sparsify.passes.join_slices import join_slices
 from sparsify.passes.limit_surrogates import limit_surrogates
 from sparsify.passes.lower_scan import lower_scan
@@ -216,9 +217,14 @@ def limit(graph: fx.GraphModule, window: float | None) -> tuple[Stage, ...]:
 
 
 def pack(graph: fx.GraphModule) -> tuple[Stage, ...]:
-    """The stage in which loops hand spikes to one another as bits, if some do."""
-    result = pack_events(graph)
-    return (Stage("pack_events", result.graph, tuple(result.done)),) if result.done else ()
+    """The stages in which loops hand spikes to one another as bits, if some do."""
+    flat = flatten_maps(graph)
+    result = pack_events(flat.graph)
+    stages = (
+        Stage("flatten_maps", flat.graph, tuple(flat.done)),
+        Stage("pack_events", result.graph, tuple(result.done)),
+    )
+    return tuple(stage for stage in stages if stage.done) if result.done else ()
 
 
 def stage_notes(stage: Stage) -> tuple[str, ...]:
