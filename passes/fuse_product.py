@@ -72,8 +72,10 @@ def pooled_before(product: fx.Node) -> PooledBefore:
             if len(value.meta["val"].shape) == 1 + dims and pools_events(value):
                 return PooledBefore(value.all_input_nodes[0], value)
             break
+        if value.target not in RESHAPES:
+            break
         before = value.all_input_nodes[0]
-        if value.target not in RESHAPES or not _keeps_neurons(value, before, dims):
+        if not _keeps_neurons(value, before, dims):
             break
         value = before
     return PooledBefore(operand, None)

@@ -1,0 +1,191 @@
+"""Convolutional models: what becomes events, and what is left to torch, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparsify
+from sparsify.codegen.cuda.backend import CudaBackend
+from sparsify.passes.flatten_maps import flatten_maps
+from sparsify.passes.single_results import single_results
+from tests.convolution_kernels import leaky_maps
+from tests.example_kernels import schedule
+from tests.test_convolution_kernels import SAME
+from tests.zoo_convolutional import ConvolvedSteps, RecurrentMaps
+
+EVENTS = sparsify.Plan({"conv": "event"})
+
+
+class Thresholded(nn.Module):
+    """One convolution of events, and what is done with them before."""
+
+    def __init__(self, *, pool: str = "", **options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 16, 3, padding=1, **options)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = (x > 0.8).to(x.dtype)
+        if self.pool == "max":
+            z = F.max_pool2d(z, 2)
+        if self.pool == "overlapping":
+            z = F.max_pool2d(z, 3, stride=1)
+        if self.pool == "mean":
+            z = F.avg_pool2d(z, 2)
+        result: Tensor = self.conv(z)
+        return result
+
+
+def compiled(model: nn.Module, x: Tensor, plan: sparsify.Plan = EVENTS) -> Any:
+    return sparsify.sparsify(model.eval(), x, plan=plan, timing=False)
+
+
+@pytest.mark.parametrize("pool", ["", "max", "overlapping", "mean"])
+@torch.no_grad()
+def test_pooled_events(pool: str) -> None:
+    """Blocks of binary events are pooled by the kernel, the rest by torch."""
+    torch.manual_seed(0)
+    model, x = Thresholded(pool=pool), torch.rand(3, 4, 9, 7)
+    fast = compiled(model, x)
+    sparsify.verify(model, fast, x, events=1)
+    targets = {str(node.target) for node in fast.graph.graph.nodes}
+    pools = {"aten.max_pool2d.default", "aten.avg_pool2d.default"} & targets
+    assert bool(pools) == (pool in ("overlapping", "mean"))
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same_values_and_strides() -> None:
+    torch.manual_seed(0)
+    model = Thresholded().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(3, 4, 8, 8).to(memory_format=torch.channels_last)
+    fast = compiled(model, x)
+    assert fast.report["conv"].decision == "event"
+    expected, got = model(x), fast(x)
+    # Sums of at most 36 terms below 1 that are rounded to 24 bits each.
+    assert torch.allclose(got, expected, rtol=0, atol=36 * 2**-24)
+    assert got.stride() == expected.stride() != got.contiguous().stride()
+
+
+@torch.no_grad()
+def test_weights_that_become_infinite() -> None:
+    torch.manual_seed(0)
+    model, x = Thresholded(), torch.rand(3, 4, 8, 8)
+    fast = compiled(model, x)
+    model.conv.weight[1, 2, 0, 1] = torch.inf
+    got, expected = fast(x), model(x)
+    assert torch.equal(got.isnan(), expected.isnan()) and bool(expected.isnan().any())
+    assert torch.equal(got.isinf(), expected.isinf())
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_seen_in_any_layout() -> None:
+    torch.manual_seed(0)
+    model = Thresholded().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(3, 4, 8, 8)
+    fast = compiled(model, x)
+    fast(x)
+    model.conv.weight.data[3] = 0.5
+    # Sums of at most 36 terms below 1 that are rounded to 24 bits each.
+    assert torch.allclose(fast(x), model(x), rtol=0, atol=36 * 2**-24)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"groups": 2}, "in 2 groups"), ({"padding_mode": "circular"}, "")],
+)
+@torch.no_grad()
+def test_forms_of_convolutions(options: dict[str, Any], said: str) -> None:
+    torch.manual_seed(0)
+    model, x = Thresholded(**options), torch.rand(3, 4, 8, 8)
+    fast = compiled(model, x)
+    site = fast.report["conv"]
+    assert (
+        (site.code == "unsupported-layout" and said in site.reason)
+        if said
+        else (site.decision == "event")
+    )
+    sparsify.verify(model, fast, x)
+
+
+def test_training_runs_torchs_convolutions() -> None:
+    torch.manual_seed(0)
+    for model, name in ((ConvolvedSteps(), "conv2"), (RecurrentMaps(), "recur")):
+        x = (torch.rand(4, 3, 24) < 0.4).float()
+        fast: Any = sparsify.sparsify(model, x, timing=False)
+        gradients = []
+        for run in (model, fast):
+            model.zero_grad()
+            run(x)[0].sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert len(gradients[0]) == len(gradients[1]) > 2
+        for one, other in zip(*gradients, strict=True):
+            # The same operations in chunks of time: 2**-16 leaves 8 bits to some 100 sums.
+            assert torch.allclose(one, other, rtol=2**-16, atol=2**-16)
+        site = fast.report[name]
+        assert site.code == "unsupported-layout" and "gradient" in site.reason
+
+
+def test_cuda_has_no_convolutions() -> None:
+    kernel = leaky_maps(SAME)
+    backend = CudaBackend(_nowhere())
+    refusal = backend.why_not(kernel, schedule(kernel, "row-per-block"))
+    assert refusal is not None and refusal.code == "unsupported-layout"
+
+
+def _nowhere() -> Any:
+    class Nowhere:
+        name, type = "cuda", "cuda"
+
+    return Nowhere()
+
+
+@torch.no_grad()
+def test_spikes_of_maps_are_handed_on_as_bits() -> None:
+    torch.manual_seed(0)
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(1, 8, 3, padding=1)
+            self.second = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = x.new_zeros(x.shape[1], 8, 8, 8)
+            u = x.new_zeros(x.shape[1], 8, 4, 4)
+            out = []
+            for x_t in x:
+                v = 0.5 * v + self.first(x_t)
+                z = (v > 0.5).to(x.dtype)
+                v = v - z
+                u = 0.5 * u + self.second(F.max_pool2d(z, 2))
+                s = (u > 0.5).to(x.dtype)
+                u = u - s
+                out.append(s)
+            return torch.stack(out)
+
+    model, x = Deep().eval(), (torch.rand(5, 3, 1, 8, 8) < 0.1).float()
+    fast: Any = sparsify.sparsify(model, x, timing=False)
+    assert [stage.name for stage in fast.stages if "flatten_maps" in stage.name]
+    assert any("unpack(own." in kernel.source for kernel in fast.kernels.values())
+    sparsify.verify(model, fast, x, events=2)
+    assert flatten_maps(fast.stages[-2].graph).done == []
+
+
+def test_only_single_results_are_called_so() -> None:
+    """Indices of a pool that are read stay, and so does a norm in training mode."""
+
+    class Indices(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return F.max_pool2d(x, 2, return_indices=True)
+
+    with torch.no_grad():
+        fast: Any = sparsify.sparsify(Indices(), torch.rand(2, 1, 4, 4), timing=False)
+        graph = fast.stages[0].graph
+        assert single_results(graph).done == []
+        again = single_results(single_results(graph).graph)
+        assert again.done == []
