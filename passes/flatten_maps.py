@@ -93,17 +93,26 @@ def _flatten(graph: fx.Graph, y: fx.Node, readings: list[Reading], scans: dict[s
         xs = list(args[2])
         name = str(reading.reader.target)
         scans[name] = _reading_rows(scans[name], reading.index, neurons)
-        xs[reading.index] = y
-        if lead != info.shape[:2]:
-            shape = [*lead, row]
-            with graph.inserting_before(reading.reader):
-                row_info = with_shape(y.meta["val"], shape)
-                view = call(graph, aten.reshape.default, (y, shape), row_info, reading.reader)
-            xs[reading.index] = view
+        with graph.inserting_before(reading.reader):
+            xs[reading.index] = _led_by(graph, y, lead, reading.reader)
         reading.reader.args = (args[0], args[1], tuple(xs), *args[3:])
     for view in dict.fromkeys(v for reading in readings for v in reversed(reading.views)):
         if not view.users:
             graph.erase_node(view)
+
+
+def _led_by(graph: fx.Graph, y: fx.Node, lead: Shape, reader: fx.Node) -> fx.Node:
+    """``y`` ``[T, B, N]`` with other dims in front of its neurons."""
+    info = y.meta["val"]
+    steps, batch, row = info.shape
+    if lead == (steps, batch):
+        return y
+    if lead != (1, steps * batch):
+        shape = [*lead, row]
+        return call(graph, aten.reshape.default, (y, shape), with_shape(info, shape), reader)
+    rows = with_shape(info, (steps * batch, row))
+    flat = call(graph, aten.flatten.using_ints, (y, 0, 1), rows, reader)
+    return call(graph, aten.unsqueeze.default, (flat, 0), with_shape(info, (*lead, row)), reader)
 
 
 def _with_rows(scan: Scan, index: int) -> Scan:

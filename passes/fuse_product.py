@@ -14,6 +14,7 @@ from sparsify.passes.classify_ops import (
     CONVOLUTION,
     POOL,
     PRODUCTS,
+    is_of_rows,
     keep_measured,
     order_of,
     product_operand,
@@ -21,6 +22,7 @@ from sparsify.passes.classify_ops import (
 )
 from sparsify.passes.lower_convolution import pools_events
 from sparsify.passes.lower_layout import neuron_dims
+from sparsify.passes.scale_of_norm import Scale, write_scaled
 from sparsify.passes.tensor_info import (
     call,
     contiguous_stride,
@@ -48,11 +50,15 @@ CallArgs = tuple[Any, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Chain:
-    """``value``, the last of ``views`` of a product, is read by the Scan ``reader`` only."""
+    """``value``, the last of ``views`` of a product, is read by the Scan ``reader`` only.
+
+    Among the views there may be a ``norm`` of eval mode.
+    """
 
     views: tuple[fx.Node, ...]
     value: fx.Node
     reader: fx.Node
+    norm: fx.Node | None = None
 
 
 class PooledBefore(NamedTuple):
@@ -90,16 +96,26 @@ class Fused:
 def find_chain(product: fx.Node, modules: Mapping[str, nn.Module]) -> Chain | None:
     """Follow the product's result through views of its rows into the xs of one Scan."""
     views: list[fx.Node] = []
+    norm: fx.Node | None = None
     value, dims = product, neuron_dims(product)
     while len(value.users) == 1:
         [user] = value.users
         if user.op == "call_module" and isinstance(modules[str(user.target)], Scan):
-            return Chain(tuple(views), value, user) if _is_x_only(value, user) else None
-        if not _keeps_neurons(user, value, dims):
+            return Chain(tuple(views), value, user, norm) if _is_x_only(value, user) else None
+        if norm is None and _normalises(user, value, dims):
+            norm = user
+        elif _keeps_neurons(user, value, dims):
+            views.append(user)
+        else:
             return None
-        views.append(user)
         value = user
     return None
+
+
+def _normalises(node: fx.Node, value: fx.Node, dims: int) -> bool:
+    """Whether it is a norm of eval mode of the channels of what a product gives."""
+    is_norm = node.target is aten.batch_norm.default and is_of_rows(node)
+    return is_norm and node.args[0] is value and len(value.meta["val"].shape) == 1 + dims
 
 
 def _is_x_only(value: fx.Node, reader: fx.Node) -> bool:
@@ -147,13 +163,15 @@ def _reshaped(graph: fx.Graph, value: fx.Node, shape: tuple[int, ...], like: fx.
 
 
 def fused_scan(
-    scan: Scan, reader: fx.Node, value: fx.Node, x: fx.Node, product: fx.Node
+    scan: Scan, chain: Chain, x: fx.Node, product: fx.Node, scale: Scale | None = None
 ) -> Fused | None:
-    """``scan`` with the product in its body: it reads ``x`` instead of ``value``."""
-    args: Any = reader.args
+    """``scan`` with the product in its body, and the ``scale`` of a norm: it reads ``x`` instead of
+    the chain's value.
+    """
+    args: Any = chain.reader.args
     steps, carries = args[:2]
     xs, consts = list(args[2]), list(args[3])
-    index = xs.index(value)
+    index = xs.index(chain.value)
     if len(x.meta["val"].shape) != 2 + neuron_dims(product):
         return None  # the body's product takes rows [B, N]
     graph = fx.Graph()
@@ -167,7 +185,11 @@ def fused_scan(
             copies[place] = graph.node_copy(place)
     weights = {node: copies[places[scan.carries + scan.xs + i]] for i, node in enumerate(consts)}
     added = _add_weights(graph, product, weights)
-    copies[replaced] = _write_product(graph, product, inner, weights)
+    given = [_placeholder(graph, n, n.name, n.meta["val"]) for n in scale or ()]
+    result = _write_product(graph, product, inner, weights)
+    if scale is not None and chain.norm is not None:
+        result = write_scaled(graph, result, Scale(*given), chain.norm)
+    copies[replaced] = result
     for node in scan.body.graph.nodes:
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], copies.__getitem__))
@@ -175,7 +197,7 @@ def fused_scan(
             copies[node] = graph.node_copy(node, copies.__getitem__)
     body = fx.GraphModule(nn.Module(), graph, class_name="Body")
     xs[index] = x
-    consts += added
+    consts += [*added, *(scale or ())]
     fused = Scan(body, scan.carries, scan.xs, len(consts), scan.location, scan.reverse)
     return Fused(fused, (steps, tuple(carries), tuple(xs), tuple(consts)))
 

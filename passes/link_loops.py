@@ -135,7 +135,9 @@ def origin_of(y: fx.Node) -> tuple[fx.Node, int]:
 def seen_through(graph: fx.Graph, reading: Reading, value: fx.Node) -> fx.Node:
     """``value`` through the views of a reading, which leave the last dim alone."""
     with graph.inserting_before(reading.reader):
-        for view in filter(keeps_rows, reading.views):
+        for view in reading.views:
+            if view.target not in RESHAPES:  # a cast
+                continue
             info = value.meta["val"]
             shape = [*view.meta["val"].shape[:-1], info.shape[-1]]
             args = (value, shape)

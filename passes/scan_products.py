@@ -40,9 +40,11 @@ from sparsify.passes.fuse_product import (
     pooled_before,
 )
 from sparsify.passes.lower_convolution import STAYS
+from sparsify.passes.lower_layout import neuron_dims
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.result import PassResult
+from sparsify.passes.scale_of_norm import scale_of
 from sparsify.passes.split_time import is_mostly_zeros
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.why_not_lower import product_weights
@@ -170,7 +172,9 @@ class _Mover:
         assert isinstance(old, Scan)
         with self.graph.inserting_before(reader):
             x = moved_views(self.graph, product, chain.views)
-        fused = fused_scan(old, reader, chain.value, x, product)
+            norm = chain.norm
+            scale = scale_of(self.graph, norm, neuron_dims(product)) if norm is not None else None
+        fused = fused_scan(old, chain, x, product, scale)
         if fused is None or isinstance(lower_scan(fused.scan, "fused"), Refusal):
             return False
         name = next(

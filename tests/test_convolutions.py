@@ -189,3 +189,52 @@ def test_only_single_results_are_called_so() -> None:
         assert single_results(graph).done == []
         again = single_results(single_results(graph).graph)
         assert again.done == []
+
+
+class NormedLayers(nn.Module):
+    """Layer by layer: products of events, each with a norm behind it."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.conv_norm = nn.BatchNorm2d(6, affine=affine)
+        self.fc = nn.Linear(6 * 16, 20)
+        self.fc_norm = nn.BatchNorm1d(20, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, batch = x.shape[:2]
+        z = (x > 0.8).to(x.dtype)
+        current = self.conv_norm(self.conv(z.flatten(0, 1))).view(steps, batch, 6, 4, 4)
+        spikes = self.fire(current).flatten(2)
+        drive = self.fc_norm(self.fc(spikes.flatten(0, 1))).view(steps, batch, 20)
+        return self.fire(drive)
+
+    def fire(self, current: Tensor) -> Tensor:
+        v = torch.zeros_like(current[0])
+        out = []
+        for current_t in current:
+            v = 0.5 * v + current_t
+            s = (v > 0.5).to(v.dtype)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@torch.no_grad()
+def test_norms_are_computed_in_the_loop_behind_them(affine: bool) -> None:
+    torch.manual_seed(0)
+    model, x = NormedLayers(affine).eval(), torch.rand(5, 3, 2, 4, 4)
+    for norm in (model.conv_norm, model.fc_norm):
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.1, 2)
+        if affine:
+            norm.weight.normal_()
+            norm.bias.normal_()
+    plan = sparsify.Plan({"conv": "event", "fc": "event"})
+    fast = compiled(model, x, plan)
+    sparsify.verify(model, fast, x, events=2)
+    assert "batch_norm" not in fast.code
+    model.conv_norm.running_var.mul_(4)  # type: ignore[union-attr]
+    sparsify.verify(model, fast, x, events=2)
