@@ -29,7 +29,7 @@ from sparsify.graphs.foresee_products import likely_products
 from sparsify.options import Options
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.serving import check_speed
-from sparsify.serving import engine as engine_module
+from sparsify.serving import recordings
 from sparsify.serving.engine import Engine
 from sparsify.serving.failures import record_or_run
 from tests.example_kernels import product, renamed
@@ -277,7 +277,7 @@ def test_an_example_is_recorded_on_the_cores_that_no_compiler_has(
         return record_or_run(*args, **options)
 
     is_recorded, ran = threading.Event(), list[int]()
-    monkeypatch.setattr(engine_module, "record_or_run", record)
+    monkeypatch.setattr(recordings, "record_or_run", record)
     with threads(2), torch.no_grad():
         engine = Engine(Recurrent(), Options(timing=False), None, {"cpu": Slow(RATES)})
         engine.compile_example((torch.rand(3, 2, NEURONS),), {})
