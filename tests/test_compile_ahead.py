@@ -23,13 +23,13 @@ from sparsify.codegen import cpp_outer_product, runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
 from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.native_call import load_native_call
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import CompileError, Refusal
 from sparsify.graphs.foresee_products import likely_products
 from sparsify.options import Options
 from sparsify.regions.outer_product import OuterProduct
-from sparsify.serving import check_speed
-from sparsify.serving import recordings
+from sparsify.serving import check_speed, recordings
 from sparsify.serving.engine import Engine
 from sparsify.serving.failures import record_or_run
 from tests.example_kernels import product, renamed
@@ -61,7 +61,8 @@ class Recurrent(nn.Module):
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the compiler is asked for, by the folder that it works in; with an empty cache."""
-    runtime.load_runtime()  # once in a process
+    runtime.load_runtime()  # once in a process, and so is the next
+    load_native_call()
     asked: list[str] = []
     run = toolchain.run_limited
 
