@@ -165,7 +165,7 @@ class Escapes(TorchFunctionMode):
     def _deepcopy(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch does by copying memory, for tensors that have nothing else."""
         tensor, memo = args
-        if type(tensor) is not Tensor or vars(tensor):
+        if type(tensor) is not Tensor or vars(tensor) or not tensor.is_leaf:
             return func(tensor, memo)
         if id(tensor) not in memo:
             copied = tensor.detach().clone()
