@@ -386,7 +386,7 @@ class RecordedStates(RecurrentNet):
         super().__init__()
         self.seen: dict[str, Tensor] = {}
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor) -> Any:
         v = z = x.new_zeros(x.shape[1], HIDDEN)
         self.seen["spikes"] = x.new_zeros(x.shape[0], x.shape[1], HIDDEN)
         for t, x_t in enumerate(x):

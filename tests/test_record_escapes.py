@@ -129,8 +129,8 @@ def test_deep_copies_of_what_has_a_gradient_raise_as_in_eager() -> None:
 
 
 def test_copies_of_other_kinds_of_tensors_are_made_by_torch() -> None:
-    tagged = X.clone().as_subclass(type("Tagged", (Tensor,), {}))
-    tagged.note = "kept"  # type: ignore[attr-defined]
+    tagged: Any = X.clone().as_subclass(type("Tagged", (Tensor,), {}))
+    tagged.note = "kept"
     made: list[Any] = []
 
     def forward(x: Tensor) -> Tensor:

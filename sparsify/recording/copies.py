@@ -25,12 +25,13 @@ def recorded_copies() -> Iterator[None]:
     thread = threading.get_ident()
 
     def shallow_copy(tensor: Tensor) -> Tensor:
-        kind = type(tensor)
+        kind: Any = type(tensor)
         if kind is Tensor and not vars(tensor) and threading.get_ident() == thread:
             return tensor.data.requires_grad_(tensor.requires_grad)
         reduce = dispatch_table.get(kind)
-        parts: Any = tensor.__reduce_ex__(4) if reduce is None else reduce(tensor)
-        return _COPIES._reconstruct(tensor, None, *parts)  # type: ignore[no-any-return]
+        parts = kind.__reduce_ex__(tensor, 4) if reduce is None else reduce(tensor)
+        copied: Tensor = _COPIES._reconstruct(tensor, None, *parts)
+        return copied
 
     _CLASS.__copy__ = shallow_copy
     try:
