@@ -79,6 +79,7 @@ class _Run:
             histories = self.recorder.record_gradients(self.before)
             self.applications = Applications(self.recorder, histories)
             self.positions.watcher = self.applications
+        self.escapes = Escapes(self.recorder, self.reads.rules)
 
     def record(self) -> Recording | Unrecorded:
         try:
@@ -104,11 +105,10 @@ class _Run:
             )
         reads = self.reads
         try:
-            escapes = Escapes(self.recorder, reads.rules)
             with ExitStack() as stack:
                 for patch in (uncompiled(), reads.lengths(), recorded_copies()):
                     stack.enter_context(patch)
-                with self.positions, self.recorder, escapes:
+                with self.positions, self.recorder, self.escapes:
                     result = self.model.forward(*self.args, **self.kwargs)
             self._pin_what_backward_decides_by()
         finally:
