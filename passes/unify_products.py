@@ -9,8 +9,9 @@ After::
 
     h = reshape(addmm(b, reshape(x, [B * T, K]), t(w)), [B, T, N])
 
-A vector is a batch of one row. A cast of an operand, as autocast makes it of views, is made of what
-they are views of. Views that change nothing, as those of ``tensordot``, are taken out.
+Sums of multiples, ``(x.unsqueeze(1) * w).sum(-1)``, are such products. A vector is a batch of one
+row. A cast of an operand, as autocast makes it of views, is made of what they are views of. Views
+that change nothing, as those of ``tensordot``, are taken out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import fx
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES, keep_measured, order_of
 from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.find_summed_products import find_summed_products, match_summed
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import (
     behind_views,
@@ -49,8 +51,11 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     idle = _erase_idle_views(graph)
+    summed = find_summed_products(graph)
     united = turn_products(graph)
     done = idle + [f"{node.meta.get('location')}: the weight is on the right" for node in united]
+    done += [f"{node.meta.get('location')}: a sum of multiples is a product" for node in summed]
+    united += summed
     for node in list(graph.nodes):
         if _is_vector(node):
             _as_row(graph, node)
@@ -103,7 +108,7 @@ def _is_idle(node: fx.Node) -> bool:
 def _may_change(node: fx.Node) -> bool:
     if node.target is aten.mm.default:
         return _is_by_idle_view(node) or _find_bias(node) is not None or may_turn(node)
-    return node.target is aten.bmm.default or _is_vector(node)
+    return node.target is aten.bmm.default or _is_vector(node) or match_summed(node) is not None
 
 
 def _is_vector(node: fx.Node) -> bool:

@@ -39,6 +39,9 @@ UNIFIED: tuple[tuple[Function, str], ...] = (
     (lambda x: W0 @ x[0, 0] + BIAS, "aten.addmm.default"),
     (lambda x: W0.t() @ x[0, 0], "aten.mm.default"),
     (lambda x: torch.addmv(BIAS, W0, x[0, 0]), "aten.addmm.default"),
+    (lambda x: (x[0].unsqueeze(1) * W0).sum(-1), "aten.mm.default"),
+    (lambda x: torch.sum(W0[None] * x[0][:, None, :], dim=2) + BIAS, "aten.addmm.default"),
+    (lambda x: (x[0][..., None] * W0).sum(1), "aten.mm.default"),
 )
 
 
@@ -63,6 +66,10 @@ LEFT: tuple[Function, ...] = (
     lambda x: torch.add(x[0] @ W0, BIAS, alpha=2),
     lambda x: torch.addmv(BIAS, W0, x[0, 0], beta=2),
     lambda x: (x[0] @ W0) + BIAS[:1],
+    lambda x: (x[0].unsqueeze(1).bfloat16() * W0.bfloat16()).sum(-1),  # every term is rounded
+    lambda x: (x[0].unsqueeze(1) * W0).sum(0),
+    lambda x: (x[0].unsqueeze(1) * W0).sum(-1, keepdim=True),
+    lambda x: (x[0].unsqueeze(1) * x[1].unsqueeze(2)).sum(-1),
 )
 
 
