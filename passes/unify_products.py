@@ -66,6 +66,8 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
             done.append(f"{node.meta.get('location')}: one product instead of one a batch")
     modules = dict(gm.named_children())
     straighten_views(graph, united)
+    turned = straighten_views(graph, [n for n in graph.nodes if _is_turned_around(n)])
+    done += [f"{node.meta.get('location')}: columns of one are rows" for node in turned]
     done += _erase_idle_views(graph)
     erase_unused(graph, modules)
     for node in list(graph.nodes):
@@ -88,6 +90,16 @@ def _erase_idle_views(graph: fx.Graph) -> list[str]:
     return [f"{view.meta.get('location')}: {view.name} changes nothing" for view in idle]
 
 
+def _is_turned_around(node: fx.Node) -> bool:
+    """A product in a loop whose rows were columns, as ``w @ x.unsqueeze(-1)`` is computed."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or not node.meta.get("loops"):
+        return False
+    rows: Any = node.args[-2]
+    while rows.target in RESHAPES:
+        rows = rows.all_input_nodes[0]
+    return rows.target in TRANSPOSES
+
+
 def _is_by_idle_view(node: fx.Node) -> bool:
     if node.target is not aten.mm.default:
         return False
@@ -106,6 +118,8 @@ def _is_idle(node: fx.Node) -> bool:
 
 
 def _may_change(node: fx.Node) -> bool:
+    if _is_turned_around(node):
+        return True
     if node.target is aten.mm.default:
         return _is_by_idle_view(node) or _find_bias(node) is not None or may_turn(node)
     return node.target is aten.bmm.default or _is_vector(node) or match_summed(node) is not None

@@ -150,6 +150,27 @@ def rows_that_are_turned(tape: Tape, x: Tensor) -> Tensor:
     return torch.stack(out)
 
 
+def columns_of_one(tape: Tape, x: Tensor) -> Tensor:
+    v, out = torch.zeros(B, H), []
+    for x_t in tape.loop(x.unbind(0)):
+        z = (v > 1).to(v.dtype)
+        v = v * 0.5 + torch.matmul(W0, z.unsqueeze(-1)).squeeze(-1) + x_t
+        out.append(v)
+    return torch.stack(out)
+
+
+def test_columns_of_one_are_rows_in_a_loop() -> None:
+    found = record_unrolled(columns_of_one, [dyadic(4, B, H)], WEIGHTS)
+    unified = unify_products(found.graph)
+    products = [n for n in unified.graph.graph.nodes if n.target is aten.mm.default]
+    assert len(products) == 4
+    for product in products:
+        assert product.args[0].target in (aten._to_copy.default, aten.full.default)
+        assert all(user.target is aten.add.Tensor for user in product.users)
+    assert_same(unified.graph(*found.operands), found.results)
+    assert unify_products(unified.graph).done == []
+
+
 def test_a_loop_gets_no_copies_of_turned_results() -> None:
     found = record_unrolled(neurons_first, [dyadic(4, B, H)], WEIGHTS)
     assert unify_products(found.graph).graph is found.graph
