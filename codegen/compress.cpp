@@ -28,12 +28,11 @@ void sparsify_fill_kept(const Runtime* runtime, const void* words, int word_byte
 }
 
 void sparsify_fill_masked(const Runtime* runtime, const void* words, int word_bytes,
-                          const int64_t* shape, int64_t tile, const uint32_t* starts,
-                          uint8_t* masks, void* weights, int threads) {
+                          const int64_t* shape, int64_t tile, uint32_t* starts, void* lines,
+                          int threads) {
   teams = runtime;
   with_matrix(words, word_bytes, shape, 0, [&](const auto& from) {
-    auto* const to = static_cast<FloatOf<decltype(from)>*>(weights);
-    fill_masked(from, tile, starts, masks, to, threads);
+    fill_masked(from, tile, starts, static_cast<FloatOf<decltype(from)>*>(lines), threads);
   });
 }
 

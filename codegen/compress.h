@@ -203,21 +203,51 @@ void fill_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, bool 
   });
 }
 
-// The same for tiles of `tile` places with a bit for each: masks[tiles][lines + 1][tile / 8].
+// How many words a tile's line begins with: a bit for each of its places.
 template <class Word>
-void fill_masked(const Matrix<Word>& from, int64_t tile, const uint32_t* starts, uint8_t* masks,
-                 Word* weights, int threads) {
-  prefer_large_pages(weights, count_units(from, tile, starts) * int64_t(sizeof(Word)));
+constexpr int64_t mask_words(int64_t tile) {
+  return (tile / 8 + int64_t(sizeof(Word)) - 1) / int64_t(sizeof(Word));
+}
+
+// Whether half a vector of 64 bytes, or of 16 halves, is too small for the weights of all its lanes.
+template <class Word>
+bool is_full(const Word* mask, int64_t tile) {
+  constexpr int kLanes = sizeof(Word) == 8 ? 8 : 16;
+  for (int64_t place = 0; place < tile; place += kLanes) {
+    uint16_t bits = 0;
+    std::memcpy(&bits, reinterpret_cast<const char*>(mask) + place / 8, kLanes / 8);
+    if (__builtin_popcount(bits) > kLanes / 2) return true;
+  }
+  return false;
+}
+
+constexpr uint32_t kFull = 1u << 31;
+
+// Fills in the lines of tiles of `tile` places: a mask, and the weights of those whose bits are set.
+// `starts` counted weights; it gets where lines begin, and which of them are full.
+template <class Word>
+void fill_masked(const Matrix<Word>& from, int64_t tile, uint32_t* starts, Word* words,
+                 int threads) {
+  const int64_t mask = mask_words<Word>(tile), tiles = (from.places + tile - 1) / tile;
+  const int64_t count = count_units(from, tile, starts) + tiles * from.lines * mask;
+  prefer_large_pages(words, count * int64_t(sizeof(Word)));
   divide_lines(from, threads, [&](int64_t first, int64_t last) {
     for (int64_t base = 0; base < from.places; base += tile) {
-      const Matrix<Word> part = band_of(from, base, tile);
-      const int64_t before = base / tile * (from.lines + 1);
-      std::memset(masks + (before + first) * tile / 8, 0, (last - first) * tile / 8);
+      const int64_t before = base / tile * from.lines;  // lines of other tiles
+      uint32_t* const own = starts + before + base / tile;
+      const int64_t end = last < from.lines ? last : last + 1;
+      for (int64_t line = first; line < end; ++line) own[line] += uint32_t((before + line) * mask);
+      for (int64_t line = first; line < last; ++line)
+        std::memset(words + own[line], 0, mask * sizeof(Word));
       uint32_t found[kLinesAtOnce] = {};
+      const Matrix<Word> part = band_of(from, base, tile);
       each_kept(part, first, last, 1, found, [&](int64_t line, int64_t place, uint32_t n) {
-        masks[(before + line) * tile / 8 + place / 8] |= uint8_t(1 << place % 8);
-        weights[starts[before + line] + n] = part.at(line, place);
+        Word* const to = words + own[line];
+        reinterpret_cast<uint8_t*>(to)[place / 8] |= uint8_t(1 << place % 8);
+        to[mask + n] = part.at(line, place);
       });
+      for (int64_t line = first; line < last; ++line)
+        if (is_full(words + own[line], tile)) own[line] |= kFull;
     }
   });
 }

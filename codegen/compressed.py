@@ -12,6 +12,7 @@ from sparsify import ir
 CHUNK = 16  # weights of a unit that are kept one by one, see kept_rows.h
 WIDEST_BAND = 4096  # receivers whose sums stay in the first cache, see kept_rows.h
 WIDEST_LINE = 32768  # senders of a band: their numbers take 16 bits
+MOST_WORDS = 2**31  # of masked rows
 HEAD = 6  # 64-bit words: band, lines, places, and where three arrays begin
 EXPONENTS = {  # bits that are all set in infinities and NaN
     torch.float16: 0x7C00,
@@ -67,7 +68,7 @@ class Compressor:
         self._fill_kept.argtypes = [*matrix, LONG, LONG, INT, *[POINTER] * 3, INT]
         self._fill_kept.restype = None
         self._fill_masked = library["sparsify_fill_masked"]
-        self._fill_masked.argtypes = [*matrix, LONG, *[POINTER] * 3, INT]
+        self._fill_masked.argtypes = [*matrix, LONG, POINTER, POINTER, INT]
         self._fill_masked.restype = None
 
     def pack(self, weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, bool]:
@@ -86,29 +87,29 @@ class Compressor:
             *given, EXPONENTS[weight.dtype], form.band, run, together, starts.data_ptr(), threads
         )
         units = int(starts[-1])
-        if form.is_masked:
-            kept, beside = units, bands * (lines + 1) * form.band // 8
+        beside = chunks = 0
+        if form.is_masked:  # a line's mask lies before its weights
+            kept = units + bands * lines * -(-form.band // (8 * size))
+            if kept >= MOST_WORDS:
+                raise ValueError(f"masked-rows of {kept} words: where lines begin takes 31 bits")
         elif run > 1:
             kept, beside = units * run, 2 * units
         else:  # the places of a chunk lie before its weights
-            kept, beside = units * CHUNK, 0
-        chunks = 2 * kept if beside == 0 else 0
-        packed, (at, weights) = _lay_out(
+            kept, chunks = units * CHUNK, 2 * units * CHUNK
+        packed, (first, at, weights) = _lay_out(
             (form.band, lines, places), starts, beside, kept * size + chunks, chunks > 0
         )
         if form.is_masked:
-            self._fill_masked(*given, form.band, starts.data_ptr(), at, weights, threads)
+            self._fill_masked(*given, form.band, first, weights, threads)
         else:
-            self._fill_kept(
-                *given, form.band, run, form.apart, starts.data_ptr(), at, weights, threads
-            )
+            self._fill_kept(*given, form.band, run, form.apart, first, at, weights, threads)
         return packed, bool(all_finite)
 
 
 def _lay_out(
     sizes: tuple[int, int, int], starts: torch.Tensor, beside: int, weights: int, chunks: bool
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Room for what is packed, with its head and ``starts``, and the addresses of the rest.
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Room for what is packed, with its head and ``starts``, and the addresses of its arrays.
 
     Behind the weights there is as much as a vector has, because whole vectors are read.
     """
@@ -124,4 +125,4 @@ def _lay_out(
     packed[: HEAD * 8] = head.view(torch.uint8)
     packed[places[1] : places[1] + lengths[1]] = starts.view(torch.uint8)
     address = packed.data_ptr()
-    return packed, (address + at, address + first)
+    return packed, (address + places[1], address + at, address + first)

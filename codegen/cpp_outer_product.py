@@ -27,6 +27,7 @@ from sparsify.codegen.toolchain import (
     compile_shared_library,
     load_library,
     read_source,
+    unsplit_loops,
 )
 
 # Listing an event takes as long as adding it to so many receivers, as measured.
@@ -200,7 +201,7 @@ def compile_function(value: str, source: str) -> Path:
     headers = {file: read_source(file) for file in HEADERS}
     entry = _entry(value, source)
     text = TEXT.format(value=value, source=source, entry=entry)
-    return compile_shared_library(text, entry, headers=headers)
+    return compile_shared_library(text, entry, headers=headers, options=unsplit_loops())
 
 
 def _entry(value: str, source: str) -> str:

@@ -7,7 +7,7 @@ namespace sparsify {
 
 constexpr int CHUNK = 16;           // weights of a unit that are kept one by one
 constexpr int WIDEST_BAND = 4096;   // receivers whose sums stay in the first cache
-constexpr int ROWS_AHEAD = 2;       // events between asking for a line and adding it
+constexpr int ROWS_AHEAD = 4;       // events between asking for a line and adding it
 
 // A weight as compress.h packs it. A line holds what a sender sends, or what a receiver gets. Its
 // units are those of a band of places first: chunks of CHUNK weights with a place each if RUN is 1,

@@ -69,9 +69,9 @@ SPARSIFY_INLINE void store(F* to, Vector<F> value) {
 }
 
 #if defined(__AVX512F__)
-// Zeros in a register of their own. Expansions and compressions wait for what was in the register that
-// they write, also where they put zeros there: one after the other into the same one they take five
-// cycles each instead of 1.3 (Zen 4). `bits` is what differs from one to the next.
+// Zeros in a register of their own. A compression waits for what was in the register that it writes,
+// also where it puts zeros there: one after the other into the same one they take five cycles each
+// instead of 1.3 (Zen 4). `bits` is what differs from one to the next.
 template <class V>
 SPARSIFY_INLINE V own_zeros(uint32_t bits) {
   V zeros;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,15 +15,18 @@ INDEX_BYTES = 2.0
 # Operations in those of dense rows, which are vectors in registers. Measured on Zen 4 cores, where
 # dense rows add 22 and multiply 38 weights in a nanosecond: a kept weight is added in 0.36 ns and
 # multiplied in 0.21 ns. A line that is added takes 10 ns before it begins: processors do not
-# foresee how long it is. 16 places of a mask take 0.9 ns, and 0.08 ns more for each weight there.
+# foresee how long it is. 16 places of a mask take 0.7 ns, 0.04 ns more for each weight there, and
+# 0.4 ns more in lines of a tile where more than half of some 16 places are kept.
 ADDED = 7.8  # a weight with a place of its own, and as many on top of every line of what is added:
 ADDED_LINE = 27.0
 KEPT = 9.0  # a product with one of them, and as many on top of every line of what is multiplied:
 LINE = 10.0
 SHARED = 2.0  # a product with one of them that several batch rows take part in
 RUN = 40.0  # on top of a run's own
-PLACE = 1.25  # a bit of a mask
-EXPANDED = 1.7  # a weight that a bit says is there
+PLACE = 0.95  # a bit of a mask
+EXPANDED = 0.9  # a weight that a bit says is there
+FULL = 0.5  # on top of each place of a line whose vectors are read whole
+LANES, VECTORS = 16, 16  # places of a vector, vectors of a line
 SHARED_ROWS = 8  # from so many on, batch rows are lanes of one product
 
 
@@ -57,7 +61,7 @@ def read_layout(layout: ir.Layout, pattern: Pattern, access: Access) -> Reading:
     if layout.kind == "dense-rows":
         return Reading(1.0, float(element))
     if layout.kind == "masked-rows":
-        expanding = PLACE + EXPANDED * pattern.density
+        expanding = PLACE + EXPANDED * pattern.density + FULL * _full_lines(pattern)
         shared = expanding / max(1.0, access.rows) + 1.0
         operations = shared if access.is_product else expanding
         return Reading(operations, pattern.density * element + 1 / 8)
@@ -71,3 +75,18 @@ def read_layout(layout: ir.Layout, pattern: Pattern, access: Access) -> Reading:
     each = SHARED if access.rows >= SHARED_ROWS else KEPT
     operations = (filled + LINE / places) * each
     return Reading(operations, filled * (element + INDEX_BYTES))
+
+
+def _full_lines(pattern: Pattern) -> float:
+    """The share of masked lines in which more than half of the places of some vector are kept.
+
+    Weights are taken to be kept at random, but for those of N:M patterns, which are at most a half.
+    """
+    if pattern.n_of_m is not None:
+        return 0.0
+    kept, half = pattern.density, LANES // 2
+    at_most = sum(
+        math.comb(LANES, count) * kept**count * (1 - kept) ** (LANES - count)
+        for count in range(half + 1)
+    )
+    return 1.0 - min(1.0, at_most) ** VECTORS

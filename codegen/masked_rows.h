@@ -7,13 +7,14 @@
 namespace sparsify {
 
 // A weight as compress.h packs it, in tiles of PLACES places of each line, which is what a sender
-// sends or a receiver gets.
+// sends or a receiver gets. A tile's line is its mask, and its weights behind that.
 template <class W, int PLACES>
 struct Masked {
+  static constexpr int MASK = (PLACES / 8 + int(sizeof(W)) - 1) / int(sizeof(W));  // in words
+  static constexpr uint32_t FULL = 1u << 31;  // of some vector more than half of the lanes are kept
   int64_t lines;
-  const uint32_t* starts;  // [tiles][lines + 1], of weights
-  const uint8_t* masks;    // [tiles][lines + 1][PLACES / 8]
-  const W* weights;        // and as many behind the last one as a vector has
+  const uint32_t* starts;  // [tiles][lines + 1], in words, and whether a line is FULL
+  const W* words;          // and as many behind the last one as a vector has
   int64_t fetched;         // bytes of a tile's line, on average: what is asked for ahead of it
 
   Masked() = default;
@@ -22,14 +23,13 @@ struct Masked {
     const char* const bytes = static_cast<const char*>(packed);
     lines = head[1];
     starts = reinterpret_cast<const uint32_t*>(bytes + head[3]);
-    masks = reinterpret_cast<const uint8_t*>(bytes + head[4]);
-    weights = reinterpret_cast<const W*>(bytes + head[5]);
+    words = reinterpret_cast<const W*>(bytes + head[5]);
     const int64_t parts = (head[2] + PLACES - 1) / PLACES * (lines + 1);
     fetched = parts ? int64_t(starts[parts - 1]) * int64_t(sizeof(W)) / parts + 32 : 0;
   }
-  // The line of the tile that begins at place `first`.
-  int64_t at(int64_t first, int64_t line) const { return first / PLACES * (lines + 1) + line; }
-  const uint8_t* mask(int64_t at) const { return masks + at * (PLACES / 8); }
+  // The lines of the tile that begins at place `first`.
+  const uint32_t* starts_of(int64_t first) const { return starts + first / PLACES * (lines + 1); }
+  const W* line(uint32_t start) const { return words + (start & ~FULL); }
 };
 
 // The bits of a vector's lanes.
@@ -44,24 +44,39 @@ SPARSIFY_INLINE uint32_t lane_bits(const uint8_t* mask, int vector) {
   return uint32_t(mask[lane / 8] >> lane % 8) & ((1u << WIDTH<F>) - 1);
 }
 
-// Consecutive weights in the lanes whose bits are set, zero in the others. They are read first: an
-// expansion that reads them itself takes five cycles.
+// Whether half a vector of weights is read where that has all of a vector's lanes: a whole one lies in
+// two lines of the cache nearly always.
+template <class W>
+constexpr bool READS_HALF = VECTOR_BYTES == 64 && sizeof(W) > 2;
+
+// Consecutive weights in the lanes whose bits are set, zero in the others.
 #if defined(__AVX512F__)
-template <class W>
-SPARSIFY_INLINE Vector<float> expand(const float*, const W* from, uint32_t bits) {
-  Vector<float> some = load(from);
-  asm("" : "+v"(some));
-  return __builtin_ia32_expandsf512_mask(some, own_zeros<Vector<float>>(bits), uint16_t(bits));
+template <bool FULL, class W>
+SPARSIFY_INLINE auto load_kept(const W* from) {
+  if constexpr (FULL || !READS_HALF<W>) {
+    return load(from);
+  } else {
+    Vector<W> some;
+    asm("vmovups %1, %t0" : "=v"(some) : "m"(*reinterpret_cast<const W(*)[WIDTH<W> / 2]>(from)));
+    return some;
+  }
 }
-template <class W>
-SPARSIFY_INLINE Vector<double> expand(const double*, const W* from, uint32_t bits) {
-  Vector<double> some = load(from);
-  asm("" : "+v"(some));
-  return __builtin_ia32_expanddf512_mask(some, own_zeros<Vector<double>>(bits), uint8_t(bits));
+// An expansion waits for what was in the register that it writes, so it writes the one that it reads.
+SPARSIFY_INLINE void expand_lanes(Vector<float>& some, uint32_t bits) {
+  asm("vexpandps %0, %0%{%1%}%{z%}" : "+v"(some) : "Yk"(uint16_t(bits)));
+}
+SPARSIFY_INLINE void expand_lanes(Vector<double>& some, uint32_t bits) {
+  asm("vexpandpd %0, %0%{%1%}%{z%}" : "+v"(some) : "Yk"(uint8_t(bits)));
+}
+template <bool FULL, class F, class W>
+SPARSIFY_INLINE Vector<F> expand(const W* from, uint32_t bits) {
+  Vector<F> some = load_kept<FULL>(from);
+  expand_lanes(some, bits);
+  return some;
 }
 #else
-template <class F, class W>
-SPARSIFY_INLINE Vector<F> expand(const F*, const W* from, uint32_t bits) {
+template <bool FULL, class F, class W>
+SPARSIFY_INLINE Vector<F> expand(const W* from, uint32_t bits) {
   Vector<F> result = {};
   SPARSIFY_UNROLL
   for (int i = 0; i < WIDTH<F>; ++i) {
@@ -73,50 +88,54 @@ SPARSIFY_INLINE Vector<F> expand(const F*, const W* from, uint32_t bits) {
 }
 #endif
 
-// All weights of a line in a tile.
-template <class F, class W, int PLACES>
-SPARSIFY_INLINE void expand_line(F* to, const Masked<W, PLACES>& weight, int64_t first,
-                                 int64_t line) {
-  const int64_t at = weight.at(first, line);
-  const uint8_t* mask = weight.mask(at);
-  const W* from = weight.weights + weight.starts[at];
+// Calls visit(v, weights) for the vectors of a tile's line.
+template <bool FULL, class F, int PLACES, class W, class Visit>
+SPARSIFY_INLINE void each_vector(const W* line, Visit visit) {
+  const uint8_t* mask = reinterpret_cast<const uint8_t*>(line);
+  const W* from = line + Masked<W, PLACES>::MASK;
   asm("" : "+r"(mask));  // else compilers keep an address for the bits of every vector
   SPARSIFY_UNROLL
   for (int v = 0; v < PLACES / WIDTH<F>; ++v) {
     const uint32_t bits = lane_bits<F>(mask, v);
-    store(to + v * WIDTH<F>, expand(to, from, bits));
-    from += __builtin_popcount(bits);
+    visit(v, expand<FULL, F>(from, bits));
+    uint32_t counted = bits;
+    asm("" : "+r"(counted));  // else 16 bits are counted, into a part of a register
+    from += __builtin_popcount(counted);
   }
 }
+template <class F, int PLACES, class W, class Visit>
+SPARSIFY_INLINE void each_vector(const Masked<W, PLACES>& weight, uint32_t start, Visit visit) {
+  if (!READS_HALF<W> || start & Masked<W, PLACES>::FULL)
+    each_vector<true, F, PLACES>(weight.line(start), visit);
+  else
+    each_vector<false, F, PLACES>(weight.line(start), visit);
+}
+
+// All weights of a line in a tile.
+template <class F, class W, int PLACES>
+SPARSIFY_INLINE void expand_line(F* to, const Masked<W, PLACES>& weight, uint32_t start) {
+  each_vector<F>(weight, start, [&](int v, Vector<F> weights) __attribute__((always_inline)) {
+    store(to + v * WIDTH<F>, weights);
+  });
+}
+
+constexpr int LINES_AHEAD = 8;  // events between asking for a line and adding it
 
 // As sum_events.
 template <int TILE, int VECTORS, bool PAYLOAD, class Index, class F, class W>
 SPARSIFY_INLINE void sum_masked(Vector<F> (&sum)[VECTORS], const Masked<W, TILE>& weight,
                                 int64_t first, const BlockEvents<Index, F>& events) {
   const auto [index, payload, begin, end, last] = events;
-  const int64_t tile = weight.at(first, 0);
-  const uint32_t* const starts = weight.starts + tile;
-  const uint8_t* const masks = weight.mask(tile);
+  const uint32_t* const starts = weight.starts_of(first);
   for (int32_t k = begin; k < end; ++k) {
-    const int64_t soon = index[k + AHEAD < last ? k + AHEAD : last];
-    const int64_t later = index[k + 2 * AHEAD < last ? k + 2 * AHEAD : last];
-    const char* const asked = reinterpret_cast<const char*>(weight.weights + starts[soon]);
+    const uint32_t soon = starts[index[k + LINES_AHEAD < last ? k + LINES_AHEAD : last]];
+    const char* const asked = reinterpret_cast<const char*>(weight.line(soon));
     for (int64_t byte = 0; byte < weight.fetched; byte += 64) __builtin_prefetch(asked + byte);
-    __builtin_prefetch(starts + later);
-    __builtin_prefetch(masks + later * (TILE / 8));
-    const uint8_t* mask = masks + index[k] * (TILE / 8);
-    const W* from = weight.weights + starts[index[k]];
-    asm("" : "+r"(mask));  // as above
-    SPARSIFY_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      const uint32_t bits = lane_bits<F>(mask, v);
-      const Vector<F> weights = expand(payload, from, bits);
-      from += __builtin_popcount(bits);
-      if constexpr (PAYLOAD)
-        sum[v] += weights * payload[k];
-      else
-        sum[v] += weights;
-    }
+    const F value = PAYLOAD ? payload[k] : F(1);
+    const auto add = [&](int v, Vector<F> weights) __attribute__((always_inline)) {
+      sum[v] += PAYLOAD ? weights * value : weights;
+    };
+    each_vector<F>(weight, starts[index[k]], add);
   }
 }
 
@@ -153,9 +172,10 @@ inline void gather_masked_dense(F* sums, const Masked<W, TILE>& weight, int64_t 
                                 const F* source, int64_t source_row, int64_t rows,
                                 int64_t senders) {
   alignas(64) F panel[PANEL * TILE];
+  const uint32_t* const starts = weight.starts_of(first);
   for (int64_t s = 0; s < senders; s += PANEL) {
     const int64_t some = senders - s < PANEL ? senders - s : PANEL;
-    for (int64_t i = 0; i < some; ++i) expand_line(panel + i * TILE, weight, first, s + i);
+    for (int64_t i = 0; i < some; ++i) expand_line(panel + i * TILE, weight, starts[s + i]);
     dense_panel<TILE>(sums, panel, source + s, source_row, rows, some, s == 0);
   }
 }
@@ -167,7 +187,7 @@ struct MaskedPanels {
   F* line;  // [SOURCE_BLOCK]
 
   SPARSIFY_INLINE const F* operator()(int64_t sender, int64_t receiver) const {
-    expand_line(line, weight, sender, receiver);
+    expand_line(line, weight, weight.starts_of(sender)[receiver]);
     return line;
   }
 };

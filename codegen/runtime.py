@@ -10,7 +10,12 @@ from functools import cache
 import torch
 
 from sparsify.codegen.compressed import EXPONENTS, Compressor, Form, matrix_of
-from sparsify.codegen.toolchain import compile_shared_library, load_library, read_source
+from sparsify.codegen.toolchain import (
+    compile_shared_library,
+    load_library,
+    read_source,
+    unsplit_loops,
+)
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.write_watch import Watcher, WriteWatch
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
@@ -181,7 +186,8 @@ def load_runtime() -> Runtime:
     Raises CompileError and BackendUnavailable like ``compile_shared_library``.
     """
     headers = {file: read_source(file) for file in HEADERS}
-    path = compile_shared_library(read_source("runtime.cpp"), "runtime", headers=headers)
+    text, options = read_source("runtime.cpp"), unsplit_loops()
+    path = compile_shared_library(text, "runtime", headers=headers, options=options)
     return Runtime(load_library(path))
 
 

@@ -17,6 +17,7 @@ WIDE_TILES = (1024, 512, 256)  # whose rows are long runs of memory, summed in p
 GROUP = 64  # batch rows carried through time at once: at most, because a set of rows is one word
 CHANNELS = (16, 32)  # of receivers of a convolution at one place: their sums stay in registers
 WIDE_LAYER, WIDE_PARTS = 4096, 8  # receivers, and tiles, that a layer has at least
+MASKED_TILE, MASKED_PARTS = 256, 4  # of masked rows, whose sums take half of the registers
 
 
 @dataclass(frozen=True)
@@ -166,18 +167,28 @@ def wide_tile(kernel: ir.Kernel, schedule: ir.Schedule) -> int | None:
     What an active sender sends then lies in long runs and few pages: of 4096 or 8192 receivers it
     is read in three quarters of the time or less. Rows that share weights which lie in caches lose
     by it. Up to four threads get as much as each other, or nearly so.
+
+    Masked rows gain by fewer lines, each of which takes a while before it begins.
     """
-    if schedule.layouts or any(how == "dense" for _, how in schedule.gathers):
+    if any(how == "dense" for _, how in schedule.gathers):
         return None
     if has_convolution(kernel) or any(gather.only is not None for gather in kernel.gathers):
         return None
     sizes = [kernel.population_size(weight.receivers) for weight in kernel.weights]
 
-    def fits(tile: int, size: int) -> bool:
+    def fits(tile: int, least: int, size: int) -> bool:
         filled = -(-size // (4 * tile)) * 4 * tile
-        return size >= max(WIDE_LAYER, WIDE_PARTS * tile) and 16 * filled <= 17 * size
+        return size >= least and 16 * filled <= 17 * size
 
-    return next((t for t in WIDE_TILES if sizes and all(fits(t, size) for size in sizes)), None)
+    def fit(tile: int, least: int) -> bool:
+        return bool(sizes) and all(fits(tile, least, size) for size in sizes)
+
+    if schedule.layouts:
+        masked = any(layout.kind == "masked-rows" for _, layout in schedule.layouts)
+        wide = any(weight.dtype == "float64" for weight in kernel.weights)
+        is_fit = masked and not wide and fit(MASKED_TILE, MASKED_PARTS * MASKED_TILE)
+        return MASKED_TILE if is_fit else None
+    return next((t for t in WIDE_TILES if fit(t, max(WIDE_LAYER, WIDE_PARTS * t))), None)
 
 
 def why_not_gather(kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:

@@ -7,6 +7,7 @@ from torch import fx
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
 from sparsify.passes.look_up_products import look_up_products
+from sparsify.passes.read_delays import read_delays
 from sparsify.passes.read_single_parts import read_single_parts
 from sparsify.passes.result import Pass, PassResult
 from sparsify.passes.roll_loops import roll_loops
@@ -37,6 +38,7 @@ PIPELINE: tuple[Pass, ...] = (
     single_results,
     expand_rnn,
     read_single_parts,
+    read_delays,
     unify_products,
     split_operands,
     split_gates,

@@ -25,13 +25,18 @@ aten = torch.ops.aten
 VIEWS = (*RESHAPES, *TRANSPOSES, aten.expand.default, aten.squeeze.dims, aten.squeeze.default)
 
 
-def straighten_views(graph: fx.Graph, products: Iterable[fx.Node]) -> None:
-    """Straighten the views that the operands of ``products`` come through, and their results."""
+def straighten_views(graph: fx.Graph, products: Iterable[fx.Node]) -> list[fx.Node]:
+    """Straighten the views that the operands of ``products`` come through, and their results.
+
+    Returns the products around which there was something to straighten.
+    """
+    changed = []
     for product in products:
-        for operand in product.all_input_nodes:
-            _straighten(graph, uncast(operand))
-        for end in list(_ends(product)):
-            _straighten(graph, end)
+        ends = [*map(uncast, product.all_input_nodes), *_ends(product)]
+        straightened = [end for end in ends if _straighten(graph, end)]
+        if straightened:
+            changed.append(product)
+    return changed
 
 
 def uncast(node: fx.Node) -> fx.Node:
@@ -73,27 +78,28 @@ def behind_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _straighten(graph: fx.Graph, end: fx.Node) -> None:
+def _straighten(graph: fx.Graph, end: fx.Node) -> bool:
     base, length = end, 0
     while base.target in VIEWS:
         base, length = base.all_input_nodes[0], length + 1
     info: Any = base.meta.get("val")
     shape = tuple(end.meta["val"].shape)
     if length < 2 or not hasattr(info, "shape"):
-        return
+        return False
     # What a call returns keeps its strides.
     if any(user.op == "output" for user in end.users) and not _is_contiguous(end):
-        return
+        return False
     ordered = torch.empty(tuple(info.shape), device="meta")
     viewed = follow_views(end, base, ordered)
     if viewed is None or not viewed.is_contiguous() or viewed.numel() != ordered.numel():
-        return
+        return False
     if shape == tuple(info.shape):
         end.replace_all_uses_with(base)
-        return
+        return True
     with graph.inserting_before(end):
         made = with_shape(end.meta["val"], shape)
         end.replace_all_uses_with(call(graph, aten.reshape.default, (base, list(shape)), made, end))
+    return True
 
 
 def _is_contiguous(node: fx.Node) -> bool:

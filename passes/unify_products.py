@@ -9,8 +9,9 @@ After::
 
     h = reshape(addmm(b, reshape(x, [B * T, K]), t(w)), [B, T, N])
 
-A vector is a batch of one row. A cast of an operand, as autocast makes it of views, is made of what
-they are views of. Views that change nothing, as those of ``tensordot``, are taken out.
+Sums of multiples, ``(x.unsqueeze(1) * w).sum(-1)``, are such products. A vector is a batch of one
+row. A cast of an operand, as autocast makes it of views, is made of what they are views of. Views
+that change nothing, as those of ``tensordot``, are taken out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import fx
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES, keep_measured, order_of
 from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.find_summed_products import find_summed_products, match_summed
 from sparsify.passes.result import PassResult
 from sparsify.passes.straighten_views import (
     behind_views,
@@ -49,8 +51,11 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     idle = _erase_idle_views(graph)
+    summed = find_summed_products(graph)
     united = turn_products(graph)
     done = idle + [f"{node.meta.get('location')}: the weight is on the right" for node in united]
+    done += [f"{node.meta.get('location')}: a sum of multiples is a product" for node in summed]
+    united += summed
     for node in list(graph.nodes):
         if _is_vector(node):
             _as_row(graph, node)
@@ -61,6 +66,8 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
             done.append(f"{node.meta.get('location')}: one product instead of one a batch")
     modules = dict(gm.named_children())
     straighten_views(graph, united)
+    turned = straighten_views(graph, [n for n in graph.nodes if _is_turned_around(n)])
+    done += [f"{node.meta.get('location')}: columns of one are rows" for node in turned]
     done += _erase_idle_views(graph)
     erase_unused(graph, modules)
     for node in list(graph.nodes):
@@ -83,6 +90,16 @@ def _erase_idle_views(graph: fx.Graph) -> list[str]:
     return [f"{view.meta.get('location')}: {view.name} changes nothing" for view in idle]
 
 
+def _is_turned_around(node: fx.Node) -> bool:
+    """A product in a loop whose rows were columns, as ``w @ x.unsqueeze(-1)`` is computed."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or not node.meta.get("loops"):
+        return False
+    rows: Any = node.args[-2]
+    while rows.target in RESHAPES:
+        rows = rows.all_input_nodes[0]
+    return rows.target in TRANSPOSES
+
+
 def _is_by_idle_view(node: fx.Node) -> bool:
     if node.target is not aten.mm.default:
         return False
@@ -101,9 +118,11 @@ def _is_idle(node: fx.Node) -> bool:
 
 
 def _may_change(node: fx.Node) -> bool:
+    if _is_turned_around(node):
+        return True
     if node.target is aten.mm.default:
         return _is_by_idle_view(node) or _find_bias(node) is not None or may_turn(node)
-    return node.target is aten.bmm.default or _is_vector(node)
+    return node.target is aten.bmm.default or _is_vector(node) or match_summed(node) is not None
 
 
 def _is_vector(node: fx.Node) -> bool:

@@ -84,6 +84,10 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         lif_gradient(300),
         schedule(lif_gradient(300), "dense-tiles", "dense"),
     ),
+    "half_gates_event_tiles": (
+        egru(1350, "float16", "float16"),
+        schedule(egru(1350, "float16", "float16"), "event-tiles", "dense"),
+    ),
     "two_layers_cluster": (
         two_layers(140, 33),
         ir.Schedule("neurons-per-cluster", (("back", "event"), ("forward", "dense"))),

@@ -191,6 +191,30 @@ class Izhikevich(nn.Module):
         return torch.stack(out), u * math.exp(-1)
 
 
+class Delays(nn.Module):
+    """Spikes arrive after three steps, from a ring of buffers; others after each of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.rec = layer(IN, HIDDEN), layer(HIDDEN, HIDDEN, bias=False)
+        self.taps = nn.Parameter(torch.randn(2, HIDDEN, HIDDEN) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.new_zeros(x.shape[1], HIDDEN)
+        ring, line = x.new_zeros(3, *v.shape), x.new_zeros(2, *v.shape)
+        out = []
+        for t in range(x.shape[0]):
+            taps = sum(line[d] @ self.taps[d] for d in range(2))
+            v = 0.9 * v + self.fc(x[t]) + self.rec(ring[t % 3]) + taps
+            z = spike(v - 1)
+            v = v - z
+            ring = ring.clone()
+            ring[t % 3] = z
+            line = torch.cat((z[None], line[:-1]))
+            out.append(z)
+        return torch.stack(out)
+
+
 class StraightThrough(nn.Module):
     """The value of a spike with the gradient of a sigmoid, which is added and taken away again."""
 
@@ -250,5 +274,6 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "DeltaGRU": (DeltaGRU, ("wh",)),
     "Izhikevich": (Izhikevich, ("rec",)),
     "container": (Container, ("rc", "ro")),
+    "delays": (Delays, ("rec", "taps")),
     "straight-through": (StraightThrough, ("rec", "ro")),
 }

@@ -23,8 +23,10 @@ from sparsify.choosing.chooser import Chooser
 from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.cost_model import CALL_SECONDS, Rates, calibrate_rates
 from sparsify.codegen.cpp import CppBackend
-from sparsify.compiling.compile_recording import Compiler, find_tasks, lower_scans, run_pipeline
+from sparsify.compiling.compile_recording import Compiler
 from sparsify.compiling.compiled import Compiled
+from sparsify.compiling.lower_scans import find_tasks, lower_scans
+from sparsify.compiling.stages import run_pipeline
 from sparsify.graphs.loops import capture, find_scans
 from sparsify.options import Options
 from sparsify.plan import Plan, RegionPlan

@@ -52,14 +52,21 @@ def test_few_weights_that_are_left_are_compressed() -> None:
 
 
 def test_zeros_anywhere_gain_up_to_the_density_at_which_they_were_measured_to() -> None:
-    """1024 receivers of 2048 senders, 9 % active, took 18 us as events on one core. Of 50 % of the
-    weights masks took 19 us, of 30 % 16 us, of 20 % 14 us, and lists of 10 % 9 us.
+    """A step of 2048 neurons, of which 9 % were active, took 17 us as events on two cores. Masks of
+    50 % of the weights took 16 us, of 30 % 15 us, of 20 % 11 us and of 10 % 10.3 us where their
+    rows were cached, lists of 20 % 17 us and of 10 % 10.6 us, and less than masks where not.
     """
-    left = {"compressed-rows": 0.1, "masked-rows": 0.3, "dense-rows": 0.6}
-    for layout, density in left.items():
+    left = {
+        0.1: "compressed-rows",
+        0.2: "masked-rows",
+        0.3: "masked-rows",
+        0.5: "masked-rows",
+        0.7: "dense-rows",
+    }
+    for density, layout in left.items():
         assert kinds(predictor(scattered(density), 0.09, rates=ZEN_4))[0] == layout
     found = predictor(scattered(0.1), 0.09, rates=ZEN_4)
-    assert 0.3 < found.break_even_density({"y": "event"}, "w") < 0.5
+    assert 0.5 < found.break_even_density({"y": "event"}, "w") < 0.65
 
 
 def test_what_is_left_in_blocks_or_groups_is_kept_so() -> None:

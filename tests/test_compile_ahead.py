@@ -23,13 +23,13 @@ from sparsify.codegen import cpp_outer_product, runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
 from sparsify.codegen.cost_model import Rates
 from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.native_call import load_native_call
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import CompileError, Refusal
 from sparsify.graphs.foresee_products import likely_products
 from sparsify.options import Options
 from sparsify.regions.outer_product import OuterProduct
-from sparsify.serving import check_speed
-from sparsify.serving import engine as engine_module
+from sparsify.serving import check_speed, recordings
 from sparsify.serving.engine import Engine
 from sparsify.serving.failures import record_or_run
 from tests.example_kernels import product, renamed
@@ -61,7 +61,8 @@ class Recurrent(nn.Module):
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the compiler is asked for, by the folder that it works in; with an empty cache."""
-    runtime.load_runtime()  # once in a process
+    runtime.load_runtime()  # once in a process, and so is the next
+    load_native_call()
     asked: list[str] = []
     run = toolchain.run_limited
 
@@ -277,7 +278,7 @@ def test_an_example_is_recorded_on_the_cores_that_no_compiler_has(
         return record_or_run(*args, **options)
 
     is_recorded, ran = threading.Event(), list[int]()
-    monkeypatch.setattr(engine_module, "record_or_run", record)
+    monkeypatch.setattr(recordings, "record_or_run", record)
     with threads(2), torch.no_grad():
         engine = Engine(Recurrent(), Options(timing=False), None, {"cpu": Slow(RATES)})
         engine.compile_example((torch.rand(3, 2, NEURONS),), {})

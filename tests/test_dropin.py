@@ -379,6 +379,37 @@ def test_an_example_leaves_no_trace_in_a_list_that_is_replaced() -> None:
     assert not any(state.any() for state in states)
 
 
+class RecordedStates(RecurrentNet):
+    """Rockpool: what a call saw is written into a dict, in whose place it puts an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Any:
+        v = z = x.new_zeros(x.shape[1], HIDDEN)
+        self.seen["spikes"] = x.new_zeros(x.shape[0], x.shape[1], HIDDEN)
+        for t, x_t in enumerate(x):
+            v = self.beta * v + self.inp(x_t) + self.rec(z)
+            z = (v > 1.0).to(v.dtype)
+            v = v - z
+            self.seen["spikes"][t] = z
+        seen, self.seen = self.seen, {}
+        return copy.copy(v), seen
+
+
+def test_a_dict_that_forward_fills_and_gives_away_is_one_of_each_call() -> None:
+    torch.manual_seed(0)
+    model = RecordedStates().eval()
+    fast = sparsify(model, timing=False)
+    with torch.no_grad():
+        for _ in range(3):
+            (v, seen), (wanted, wanted_seen) = fast(X), copy.deepcopy(model)(X)
+            assert torch.equal(v, wanted) and torch.equal(seen["spikes"], wanted_seen["spikes"])
+            assert seen["spikes"].any() and not model.seen
+    assert engine_of(fast).recordings == 1
+
+
 def test_the_first_call_records_when_there_is_no_example() -> None:
     ours, reference = StatefulNet(), StatefulNet()
     fast = sparsify(ours.eval(), timing=False)

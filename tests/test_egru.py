@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.compiling.compile_recording import run_pipeline
+from sparsify.compiling.stages import run_pipeline
 from sparsify.graphs.loops import find_regions
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.recording.record import record

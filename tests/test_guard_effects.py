@@ -188,6 +188,16 @@ def state_of(model: Counting) -> tuple[Any, ...]:
     return (own, slots, TOTAL, dict(CACHE), inside, reset, last)
 
 
+def test_python_s_own_marks_of_functions_are_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An abstract method is marked so; code that sets attributes by computed names ran, too."""
+    monkeypatch.setattr(change_by_name, "__isabstractmethod__", True, raising=False)
+    monkeypatch.setattr(change_by_name, "kept", 1, raising=False)
+    model = Counting(change_by_name)
+    del model.ticks
+    told = [str(effect) for effect in watched(model, X).side_effects(())]
+    assert len(told) == 1 and "changed model.calls" in told[0], told
+
+
 def test_the_line_is_named() -> None:
     (effect,) = watched(Counting(count), X).side_effects(())
     assert effect.location is not None

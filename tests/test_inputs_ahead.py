@@ -134,7 +134,11 @@ def test_large_layers_have_wide_tiles_that_threads_can_share() -> None:
     }
     assert tile(4096, tile=128) == 128
     assert tile(4096, gathers=(("drive", "event"), ("recurrent", "dense"))) == 128
-    assert tile(4096, layouts=(("w", ir.Layout("masked-rows")),)) == 128
+    assert tile(4096, layouts=(("w_rec", ir.Layout("compressed-rows")),)) == 128
+    masked = (("w_rec", ir.Layout("masked-rows")),)
+    sizes = (512, 1000, 1024, 2048, 4096)
+    assert [tile(size, layouts=masked) for size in sizes] == [64, 64, 256, 256, 256]
+    assert tile(4096, layouts=masked, gathers=(("drive", "event"), ("recurrent", "dense"))) == 128
 
 
 @pytest.mark.parametrize("strategy", ["rows-per-thread", "inputs-ahead"])

@@ -18,7 +18,7 @@ from sparsify.reference import Array, run_reference
 from tests.example_kernels import STRATEGIES, How, lif, lif_data, product, schedule
 from tests.random_kernels import COMPILED, Drawn, draw_data, kernels
 from tests.random_layouts import LAYOUTS, prune, with_layouts
-from tests.test_kernels import assert_same_bits, compare, load
+from tests.test_kernels import BACKEND, assert_same_bits, compare, load
 
 pytestmark = [
     pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler"),
@@ -96,6 +96,24 @@ def test_every_width_and_density(layout: ir.Layout, how: How) -> None:
             x = np.random.default_rng(batch).integers(-3, 4, (2, batch, senders)).astype("float32")
             w = kept((receivers, senders), density)
             compare(launch, kernel, {"x": x, "w": w}, 2, batch)
+
+
+def test_masked_lines_of_wide_tiles_full_and_not() -> None:
+    """Tiles of 256 receivers. Every sender keeps another share, so that some lines have more than
+    half of the places of a vector, and others of the same tile have not.
+    """
+    torch.set_num_threads(2)
+    kernel, senders = product(300, 1024), np.arange(300)
+    plan = replace(
+        schedule(kernel, "neurons-per-thread"), layouts=(("w", ir.Layout("masked-rows")),)
+    )
+    assert "TILE = 256;" in BACKEND.render(kernel, plan).text
+    launch = load(kernel, plan)
+    w = kept((1024, 300), 1.0) * (np.random.default_rng(1).random((1024, 300)) < senders / 299)
+    w[:, 7] = np.arange(1024) % 2 * w[:, 299]  # half of every vector, and not more
+    for batch in (1, 3):
+        x = np.random.default_rng(batch).integers(-1, 2, (2, batch, 300)).astype("float32")
+        compare(launch, kernel, {"x": x, "w": w.astype("float32")}, 2, batch)
 
 
 @pytest.mark.parametrize("how", ["event", "dense"])

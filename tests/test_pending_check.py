@@ -19,7 +19,7 @@ from sparsify.checking.pending_check import PendingCheck, threads
 from sparsify.choosing.binaries import Binaries
 from sparsify.codegen.backend import Binary
 from sparsify.codegen.cpp import CppBackend
-from sparsify.compiling import compile_recording
+from sparsify.compiling import stages
 from sparsify.errors import CompileError, TraceError
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
@@ -114,7 +114,7 @@ def test_what_passes_stumble_over_is_a_recording_that_does_not_repeat(
     def stumble(*_: object) -> None:
         raise LookupError("no such node")
 
-    monkeypatch.setattr(compile_recording, "run_pipeline", stumble)
+    monkeypatch.setattr(stages, "run_pipeline", stumble)
     ran = checks(monkeypatch, "all of it differs")
     with pytest.raises(TraceError, match="all of it differs"):
         sparsify(Recurrent().eval(), X, timing=False)
@@ -148,7 +148,7 @@ def test_what_two_runs_keep_is_counted_without_views() -> None:
 @pytest.mark.parametrize("limit", ["MOST_OPERATIONS", "MOST_BYTES"])
 def test_large_models_are_checked_first(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     order: list[str] = []
-    pipeline = compile_recording.run_pipeline
+    pipeline = stages.run_pipeline
 
     def repeat(*args: Any, **options: Any) -> Repetition:
         order.append("check")
@@ -159,7 +159,7 @@ def test_large_models_are_checked_first(monkeypatch: pytest.MonkeyPatch, limit: 
         return pipeline(*args)
 
     monkeypatch.setattr(pending_check, "repeat", repeat)
-    monkeypatch.setattr(compile_recording, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(stages, "run_pipeline", run_pipeline)
     model = Recurrent()
     sparsify(model, X, timing=False)
     assert order == ["passes", "check"]

@@ -42,6 +42,9 @@ OTHERS: dict[str, Layer] = {
     "another dim": lambda v: fired(v.unsqueeze(0)[:, 0].expand(B, H)),
     "two parts": lambda v: torch.stack([fired(v), v], 1)[:, 0],
     "views": lambda v: fired(v.view(1, B, H)[0]),
+    "a sum of two": lambda v: fired(v.view(B, H // 2, 2).sum(2)).repeat(1, 2),
+    "a sum of a first dim": lambda v: fired(v.unsqueeze(0).sum(0)),
+    "a count": lambda v: (v > 0.25).unsqueeze(2).sum(2).float(),
 }
 
 
@@ -54,6 +57,22 @@ def test_a_step_that_is_wrapped_is_read_itself(layer: Layer) -> None:
     assert not [node for node in result.graph.graph.nodes if node.target in gone]
     assert_same(result.graph(*found.operands), found.results)
     assert read_single_parts(result.graph).graph is result.graph
+
+
+SUMS: dict[str, Layer] = {
+    "one synapse": lambda v: fired(v.unsqueeze(-1) * 0.5).sum(2),
+    "kept": lambda v: fired(v.unsqueeze(-1).sum(-1, keepdim=True).view(B, H)),
+    "negative zeros": lambda v: (1 / v.abs().mul(-0.0).view(B, H, 1).sum(2)).clamp(-1, 1),
+}
+
+
+@pytest.mark.parametrize("layer", SUMS.values(), ids=SUMS)
+def test_a_sum_of_one_element_is_the_element(layer: Layer) -> None:
+    found = recorded(layer)
+    result = read_single_parts(found.graph)
+    assert len(result.done) >= STEPS
+    assert not [n for n in result.graph.graph.nodes if n.target is aten.sum.dim_IntList]
+    assert_same(result.graph(*found.operands), found.results)
 
 
 @pytest.mark.parametrize("layer", OTHERS.values(), ids=OTHERS)

@@ -82,9 +82,9 @@ def test_escapes_are_refused_with_the_line(name: str) -> None:
 
 
 def test_the_line_is_the_users_and_not_that_of_pythons_library() -> None:
-    error = refused(of(lambda x: x * len(copy.copy(x))), X.clone())
+    error = refused(of(lambda x: x * len(copy.copy(nn.Parameter(x)))), X.clone())
     assert error.location is not None
-    assert (error.location.file, "copy.copy(x)" in error.location.code) == (__file__, True)
+    assert (error.location.file, "copy.copy(nn" in error.location.code) == (__file__, True)
 
 
 ALLOWED: dict[str, Function] = {
@@ -102,6 +102,10 @@ ALLOWED: dict[str, Function] = {
     "numpy scalar": lambda x: x * np.float32(0.1) + np.float64(0.1) * x,  # type: ignore[operator]
     "einsum": lambda x: torch.einsum("ij,kj->ik", x, x),
     "one_hot": lambda x: x * torch.nn.functional.one_hot(x.argmax(1), num_classes=3),
+    "copy": lambda x: copy.copy(x * 2) + x,
+    "copies share memory": lambda x: (y := x * 2) + copy.copy(y[1:]).add_(1).sum() + y,
+    "copied input": lambda x: copy.copy(x),
+    "copied container": lambda x: copy.copy([x, x * 2])[1],
     "deepcopy": lambda x: copy.deepcopy(x * 2).add_(1) + x,
     "linear": lambda x: torch.nn.functional.linear(x, BEFORE, BEFORE[:, 0]),
     "no grad": lambda x: torch.no_grad()(lambda y: y * 2)(x) + x,
@@ -116,6 +120,26 @@ ALLOWED: dict[str, Function] = {
 @pytest.mark.parametrize("name", ALLOWED)
 def test_what_is_no_escape_is_recorded(name: str) -> None:
     check(of(ALLOWED[name]), X.clone())
+
+
+def test_deep_copies_of_what_has_a_gradient_raise_as_in_eager() -> None:
+    x = X.clone().requires_grad_()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="deepcopy protocol"):
+        record(of(lambda x: copy.deepcopy(x * 2)), (x,), {})
+
+
+def test_copies_of_other_kinds_of_tensors_are_made_by_torch() -> None:
+    tagged: Any = X.clone().as_subclass(type("Tagged", (Tensor,), {}))
+    tagged.note = "kept"
+    made: list[Any] = []
+
+    def forward(x: Tensor) -> Tensor:
+        made.append(copy.copy(tagged))
+        return x * 2
+
+    record(of(forward), (X,), {})
+    assert type(made[0]) is type(tagged) and made[0].note == "kept"
+    assert made[0].data_ptr() == tagged.data_ptr()
 
 
 def test_a_class_beyond_the_number_of_classes_raises_as_in_eager() -> None:

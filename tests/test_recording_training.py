@@ -68,6 +68,15 @@ class LIF(nn.Module):
         return torch.stack(out)
 
 
+def test_copies_of_tensors_end_gradients_as_in_eager() -> None:
+    def forward(model: Weighted, x: Tensor) -> Tensor:
+        y = x @ model.weight
+        return y * copy.copy(y) + copy.copy(y.detach() * 3)
+
+    check(Weighted(forward), X)
+    assert not hasattr(Tensor, "__copy__")
+
+
 @pytest.mark.parametrize("name", SURROGATES)
 def test_surrogates(name: str) -> None:
     recording = check(LIF(SURROGATES[name]), STEPS)

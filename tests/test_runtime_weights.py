@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
+from sparsify.codegen import compressed
 from sparsify.codegen import runtime as runtime_module
 from sparsify.codegen.compressed import Form
 from sparsify.codegen.runtime import Runtime, load_runtime
@@ -337,4 +338,15 @@ def test_only_weights_without_their_zeros_need_the_library_for_those(
     monkeypatch.setattr(runtime_module, "load_compressing", load)
     assert runtime.pack(weight, 8).all_finite
     with pytest.raises(AssertionError, match="it was loaded"):
+        runtime.compress(weight, form)
+
+
+def test_masked_rows_that_31_bits_do_not_count_are_an_error(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.ones(16, 3)
+    form = Form(ir.Layout("masked-rows"), 16, apart=False)
+    assert runtime.compress(weight, form).all_finite
+    monkeypatch.setattr(compressed, "MOST_WORDS", 16 * 3 + 3)  # the weights, and a mask a line
+    with pytest.raises(ValueError, match="masked-rows of 51 words: where lines begin takes 31"):
         runtime.compress(weight, form)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.recording.backward_sizes import find_decision
-from sparsify.serving import engine
+from sparsify.serving import recordings
 from tests.small_nets import RecurrentNet, spikes
 from tests.test_sizes import engine_of
 
@@ -137,7 +137,7 @@ def test_a_backward_that_decides_by_sizes_is_recorded_at_each() -> None:
 
 def test_a_model_that_waits_for_another_thread_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread waits for whoever records, which is the model that waits for the thread."""
-    monkeypatch.setattr(engine, "PATIENCE", 0.2)
+    monkeypatch.setattr(recordings, "PATIENCE", 0.2)
 
     class Waiting(nn.Module):
         def __init__(self) -> None:

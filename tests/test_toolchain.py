@@ -23,6 +23,7 @@ from sparsify.codegen.toolchain import (
     find_compiler,
     load_library,
     run_limited,
+    unsplit_loops,
     why_unavailable,
 )
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
@@ -151,6 +152,19 @@ def test_flags_forbid_contraction_and_fast_math() -> None:
     # -fno-fast-math sets several options anew: those that are meant must come after it.
     assert flags.index("-fno-fast-math") < flags.index("-ffp-contract=off")
     assert not {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"} & set(flags)
+
+
+def test_only_gcc_is_told_to_leave_loops_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, wanted in (
+        ("c++ (Debian 12.2.0) 12.2.0\nCopyright (C) 2022 Free Software Foundation, Inc.", 1),
+        ("Debian clang version 14.0.6\nTarget: x86_64-pc-linux-gnu", 0),
+    ):
+        found = Compiler(("c++",), version)
+        monkeypatch.setattr(toolchain, "find_compiler", lambda found=found: found)
+        assert unsplit_loops() == ("-fno-split-loops",) * wanted
+    refused = Refusal("backend-unavailable", "There is none.")
+    monkeypatch.setattr(toolchain, "find_compiler", lambda: refused)
+    assert unsplit_loops() == ()
 
 
 FLUSH_PROBE = """

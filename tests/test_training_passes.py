@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.compiling.compile_recording import lower_forward, run_pipeline
 from sparsify.compiling.compiled import Stage
+from sparsify.compiling.lower_scans import lower_forward
+from sparsify.compiling.stages import run_pipeline
 from sparsify.errors import Refusal
 from sparsify.ir import Let
 from sparsify.passes.find_events import find_events

@@ -39,6 +39,9 @@ UNIFIED: tuple[tuple[Function, str], ...] = (
     (lambda x: W0 @ x[0, 0] + BIAS, "aten.addmm.default"),
     (lambda x: W0.t() @ x[0, 0], "aten.mm.default"),
     (lambda x: torch.addmv(BIAS, W0, x[0, 0]), "aten.addmm.default"),
+    (lambda x: (x[0].unsqueeze(1) * W0).sum(-1), "aten.mm.default"),
+    (lambda x: torch.sum(W0[None] * x[0][:, None, :], dim=2) + BIAS, "aten.addmm.default"),
+    (lambda x: (x[0][..., None] * W0).sum(1), "aten.mm.default"),
 )
 
 
@@ -63,6 +66,10 @@ LEFT: tuple[Function, ...] = (
     lambda x: torch.add(x[0] @ W0, BIAS, alpha=2),
     lambda x: torch.addmv(BIAS, W0, x[0, 0], beta=2),
     lambda x: (x[0] @ W0) + BIAS[:1],
+    lambda x: (x[0].unsqueeze(1).bfloat16() * W0.bfloat16()).sum(-1),  # every term is rounded
+    lambda x: (x[0].unsqueeze(1) * W0).sum(0),
+    lambda x: (x[0].unsqueeze(1) * W0).sum(-1, keepdim=True),
+    lambda x: (x[0].unsqueeze(1) * x[1].unsqueeze(2)).sum(-1),
 )
 
 
@@ -141,6 +148,27 @@ def rows_that_are_turned(tape: Tape, x: Tensor) -> Tensor:
         v = v * 0.5 + (W0 @ (v > 1).to(v.dtype).t()).t() + x_t
         out.append(v)
     return torch.stack(out)
+
+
+def columns_of_one(tape: Tape, x: Tensor) -> Tensor:
+    v, out = torch.zeros(B, H), []
+    for x_t in tape.loop(x.unbind(0)):
+        z = (v > 1).to(v.dtype)
+        v = v * 0.5 + torch.matmul(W0, z.unsqueeze(-1)).squeeze(-1) + x_t
+        out.append(v)
+    return torch.stack(out)
+
+
+def test_columns_of_one_are_rows_in_a_loop() -> None:
+    found = record_unrolled(columns_of_one, [dyadic(4, B, H)], WEIGHTS)
+    unified = unify_products(found.graph)
+    products = [n for n in unified.graph.graph.nodes if n.target is aten.mm.default]
+    assert len(products) == 4
+    for product in products:
+        assert product.args[0].target in (aten._to_copy.default, aten.full.default)
+        assert all(user.target is aten.add.Tensor for user in product.users)
+    assert_same(unified.graph(*found.operands), found.results)
+    assert unify_products(unified.graph).done == []
 
 
 def test_a_loop_gets_no_copies_of_turned_results() -> None:

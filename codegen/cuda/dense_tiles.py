@@ -13,6 +13,7 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cell_text import MEMORY_TYPES
+from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.find_shape import Pace, with_resident
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
@@ -60,20 +61,8 @@ class DenseTiles(NeuronsPerGrid):
     stand_in = "plain products stand for those of tensor cores"
 
     def why_not(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Refusal | None:
-        if self.limits.capability < TENSOR_CORES_SINCE:
-            has = ".".join(map(str, self.limits.capability))
-            reason = f"bfloat16 needs compute capability 8.0; {self.limits.name} has {has}."
-            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
-        how = dict(schedule.gathers)
-        events = [g.result for g in kernel.gathers if how.get(g.result) != "dense"]
-        if events:
-            reason = f"Tensor cores multiply whole tiles, and {events[0]!r} is to read events."
-            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for events.")
-        if schedule.layouts:
-            name, layout = schedule.layouts[0]
-            reason = f"Tensor cores multiply whole tiles, and {name!r} is to be read in {layout}."
-            return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for layouts.")
-        refusal = why_not_dtypes(find_usage(kernel, schedule))
+        refusal = why_not_tiles(kernel, schedule, self.limits)
+        refusal = refusal or why_not_dtypes(find_usage(kernel, schedule))
         return refusal or super().why_not(kernel, schedule)
 
     def team(self, kernel: ir.Kernel, schedule: ir.Schedule) -> TeamKernel:
@@ -120,6 +109,24 @@ class DenseTiles(NeuronsPerGrid):
             return StepClocks(total)
         total += paired_clocks(team, shape, rows)
         return StepClocks(2 * total, total)
+
+
+def why_not_tiles(kernel: ir.Kernel, schedule: ir.Schedule, limits: Limits) -> Refusal | None:
+    """Refuse devices without tensor cores for all halves, and sums of anything but whole tiles."""
+    if limits.capability < TENSOR_CORES_SINCE:
+        has = ".".join(map(str, limits.capability))
+        reason = f"bfloat16 needs compute capability 8.0; {limits.name} has {has}."
+        return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
+    how = dict(schedule.gathers)
+    events = [g.result for g in kernel.gathers if how.get(g.result) != "dense"]
+    if events:
+        reason = f"Tensor cores multiply whole tiles, and {events[0]!r} is to read events."
+        return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for events.")
+    if schedule.layouts:
+        name, layout = schedule.layouts[0]
+        reason = f"Tensor cores multiply whole tiles, and {name!r} is to be read in {layout}."
+        return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for layouts.")
+    return None
 
 
 def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:

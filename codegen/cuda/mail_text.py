@@ -50,6 +50,11 @@ class MailText:
                 self.w.line(f"clear<Team>(told.{mail.name}_mail{place}[team.rank]);")
             self.w.line(f"unsigned long long {mail.name}_found = 0;", "events, by this lane")
 
+    def write_first(self, span: Span) -> None:
+        """Send what states are at first, of a half."""
+        self.w.line("team.expect(half);")
+        self.write_arrival(span, "0")
+
     def write_arrival(self, span: Span, slot: str, warps: str = "AllWarps") -> None:
         """Warps come to the barrier, and one of them sends what its neurons have become."""
         self.w.comment(TOLD)
@@ -59,14 +64,18 @@ class MailText:
 
     def _write_sending(self, mail: Mail, span: Span, slot: str) -> None:
         """Send what its neurons have become."""
+        place = f"told.{mail.name}_mail[{slot}][{span.half}][team.rank]"
+        mine = self.team.mine[mail.source.population]
+        given = f"{place}, {mine}, {span.low}, {span.high}, {self.value(mail)}"
+        self.w.line(f"send<Team>({given});")
+
+    def value(self, mail: Mail) -> str:
+        """The function from a row and a neuron of the slice to what is sent of it."""
         population, own = mail.source.population, mail.source
         phases = [phase for phase in self.team.kernel.phases if phase.population == population]
         told = [pair for ph in phases for pair in published(ph, self.team.usage, self.team.symbols)]
         member = next(member for source, member in told if source == own)
-        place = f"told.{mail.name}_mail[{slot}][{span.half}][team.rank]"
-        value = f"[&](int row, int i) {{ return {self.team.neuron(population)}.{member}; }}"
-        given = f"{place}, {self.team.mine[population]}, {span.low}, {span.high}, {value}"
-        self.w.line(f"send<Team>({given});")
+        return f"[&](int row, int i) {{ return {self.team.neuron(population)}.{member}; }}"
 
     def write_counts(self) -> None:
         """How many events a lane has counted, of all that reads them."""

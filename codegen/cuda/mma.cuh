@@ -72,11 +72,11 @@ struct Element<float> {
 // ---- tiles, of which each lane has a part: with lane = 4 g + t ----
 
 // Rows g and g + 8, each with senders 2t, 2t + 1 and then 2t + 8, 2t + 9.
-struct LeftTile {
+struct alignas(16) LeftTile {
   uint32_t near[2], far[2];  // [row]
 };
 // Receiver g, with senders 2t, 2t + 1 and then 2t + 8, 2t + 9.
-struct RightTile {
+struct alignas(8) RightTile {
   uint32_t near, far;
 };
 // Rows g and g + 8, each with receivers 2t and 2t + 1.

@@ -88,7 +88,7 @@ def clocks_of_step(
     last, warps = team.kernel.phases[-1], team.neuron_warps(shape)
     sums = sum(_clocks_of_phase(team, shape, rows, i, activity) for i in range(_phases(team)))
     sums += sum(cell_clocks(team, shape, rows, phase) for phase in team.kernel.phases[:-1])
-    neurons, mail = _work_of_cells(team, shape, rows, last, warps), Work(0.0, 0.0)
+    neurons, mail = work_of_cells(team, shape, rows, last, warps), Work(0.0, 0.0)
     for each in team.mails(shape):
         neurons += sending(each, rows)
         share = activity.get(team.readers(each.source)[0].result, 1.0)
@@ -133,10 +133,10 @@ def _clocks_of_phase(
 
 def cell_clocks(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase) -> float:
     """Of the neurons of a slice: what a warp waits for, or what all of them issue."""
-    return _work_of_cells(team, shape, rows, phase, shape.warps).clocks
+    return work_of_cells(team, shape, rows, phase, shape.warps).clocks
 
 
-def _work_of_cells(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase, warps: int) -> Work:
+def work_of_cells(team: TeamKernel, shape: Shape, rows: int, phase: ir.Phase, warps: int) -> Work:
     words = team.words_of_neurons(phase, shape, rows)
     operations = sum(isinstance(statement, ir.Let) for statement in phase.body)
     issued = CELL_ISSUED + OPERATION_ISSUED * operations + FUNCTION_ISSUED * functions_of(phase)

@@ -55,6 +55,8 @@ class Together:
 class TeamKernel:
     """A kernel and its schedule, for teams of any shape."""
 
+    memory: type[TeamMemory] = TeamMemory
+
     def __init__(self, kernel: ir.Kernel, schedule: ir.Schedule, together: Together) -> None:
         self.kernel, self.schedule, self.together = kernel, schedule, together
         self.symbols = Symbols.of(kernel)
@@ -263,7 +265,7 @@ class TeamKernel:
             if any(self._is_event(g) for g in phase.gathers if g.source == source.name)
             and self.mail_of(source, shape) is None
         }
-        return TeamMemory(
+        return self.memory(
             *given,
             shape,
             self.widths,

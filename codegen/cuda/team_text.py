@@ -29,6 +29,7 @@ class TeamText:
     """One rendering of a kernel, for a team of a given shape."""
 
     headers: tuple[str, ...] = ("group_sums.cuh",)
+    mail_headers: tuple[str, ...] = ("mail_sums.cuh",)
 
     def __init__(self, team: TeamKernel, shape: Shape) -> None:
         self.w = Writer()
@@ -41,7 +42,7 @@ class TeamText:
     def render(self, entry: str) -> str:
         w, team = self.w, self.team
         masks = ("masked_slice.cuh",) if team.kept(self.shape) else ()
-        mail = ("mail_sums.cuh",) if self.mail.mails else ()
+        mail = self.mail_headers if self.mail.mails else ()
         headers = (self.together.header, *self.headers, *masks, *mail)
         write_head(w, self.kernel, team.schedule, team.symbols, headers)
         self._write_sizes()
@@ -97,8 +98,7 @@ class TeamText:
         for population, mine in team.mine.items():
             size, width = team.size(population), team.widths[population]
             w.line(f"const Slice<{size}, {width}> {mine}(team.rank);")
-        for packing in team.packings:
-            write_weight(w, team, self.shape, packing)
+        self._write_weights()
         if self.kernel.gathers:
             w.line(f"unsigned long long active[{len(self.kernel.gathers)}] = {{}};")
             if not self.mail.counts_all:
@@ -107,6 +107,10 @@ class TeamText:
         self.mail.write_begin()
         if self.shape.resident and meets_later:
             w.line("__syncthreads();", "the weights are there")
+
+    def _write_weights(self) -> None:
+        for packing in self.team.packings:
+            write_weight(self.w, self.team, self.shape, packing)
 
     # -- loops -------------------------------------------------------------------------------
 
@@ -119,11 +123,7 @@ class TeamText:
         with w.block(f"for (int64_t start = team.team * group; {rounds})"):
             w.line("const int64_t left = call.batch - start;")
             w.line("const int rows = left < group ? int(left) : int(group);")
-            if self.together.is_cluster:
-                w.line("team.meet();", "all have begun, and finished the rows before")
-            else:
-                note = "all have finished the rows before"
-                w.line("if (start >= team.teams * group && !team.meet()) return;", note)
+            self._write_meeting()
             if self.kernel.states:
                 self._write_starts()
             if self.paired_from is not None:
@@ -131,6 +131,14 @@ class TeamText:
                 return
             with self._steps():
                 self._write_step()
+
+    def _write_meeting(self) -> None:
+        """Before the first step of some rows."""
+        if self.together.is_cluster:
+            self.w.line("team.meet();", "all have begun, and finished the rows before")
+        else:
+            note = "all have finished the rows before"
+            self.w.line("if (start >= team.teams * group && !team.meet()) return;", note)
 
     def _write_halves(self) -> None:
         """The steps, where rows are many: of either half while the other is waited for."""
@@ -157,11 +165,10 @@ class TeamText:
 
     def _write_overlapped(self) -> None:
         """Its mail is sorted before it begins, while the last neurons of the other are computed."""
-        w, last = self.w, len(self.kernel.phases) - 1
+        last = len(self.kernel.phases) - 1
         self.mail.write_receive()
         with self._each_half():
-            w.line("team.expect(half);")
-            self.mail.write_arrival(self.span, "0")
+            self.mail.write_first(self.span)
         self.mail.write_first_receipt()
         with self._steps(), self._each_half():
             for index, phase, sums in self._phases():

@@ -34,17 +34,17 @@ import sparsify
 from sparsify.bench import wait_for_devices
 from sparsify.checking.pending_check import PendingCheck
 from sparsify.choosing.chooser import Chooser
-from sparsify.compiling import compile_recording
-from sparsify.serving import compile_entry, engine
+from sparsify.compiling import compile_recording, stages
+from sparsify.serving import compile_entry, recordings
 
 INPUTS, RATE, CALIBRATED_STEPS = 700, 0.02, 100
 EAGER_CALLS = 3
 KINDS = ("inference", "training")
 # What is timed: functions by the name under which they are called, the inner ones apart.
 STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("record", engine, "record_or_run"),
+    ("record", recordings, "record_or_run"),
     ("check", PendingCheck, "run"),
-    ("passes", compile_recording, "run_pipeline"),
+    ("passes", stages, "run_pipeline"),
     ("differentiate", compile_recording, "differentiate"),
     ("capture", compile_recording, "capture"),
     ("compile", Chooser, "begin"),

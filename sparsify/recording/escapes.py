@@ -80,6 +80,7 @@ class Escapes(TorchFunctionMode):
     def __init__(self, recorder: Recorder, rules: Mapping[Any, Rule] | None = None) -> None:
         super().__init__()
         self._recorder = recorder
+        self._is_free = not _has_kernels()
         self._rules: dict[Any, Rule] = dict(rules or {})
         self._rules.update(dict.fromkeys(REVEALING, self._reveal))
         self._rules.update(dict.fromkeys(REFUSED, self._refuse))
@@ -93,7 +94,7 @@ class Escapes(TorchFunctionMode):
             self._rules[GRAD] = self._gradient
 
     def __enter__(self) -> Self:
-        self._modes = None if _has_kernels() else torch._C._len_torch_dispatch_stack()
+        self._modes = torch._C._len_torch_dispatch_stack() if self._is_free else None
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -115,19 +116,16 @@ class Escapes(TorchFunctionMode):
         for argument in (*args, *kwargs.values()) if kwargs else args:
             if type(argument) not in WITHOUT_CODE:
                 return func(*args, **(kwargs or {}))
-        return self._untraced(func, args, kwargs or {})
-
-    def _untraced(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Call what runs no Python but ours and torch's, of which nothing is to be noticed."""
-        positions = self._recorder.positions
+        # What runs no Python but ours and torch's, and of that nothing is to be noticed.
+        positions = recorder.positions
         is_first = positions.pause()
         try:
             if torch._C._len_torch_dispatch_stack() == self._modes:
-                return func(*args, **kwargs)
+                return func(*args, **(kwargs or {}))
         finally:
             if is_first:
                 positions.resume()
-        return func(*args, **kwargs)  # a mode or a kernel of the user's is Python, too
+        return func(*args, **(kwargs or {}))  # a mode or a kernel of the user's is Python, too
 
     def _refuse(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._recorder.fail(REFUSED.get(func) or REFUSED_IN_TRAINING[func])
@@ -165,7 +163,7 @@ class Escapes(TorchFunctionMode):
     def _deepcopy(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch does by copying memory, for tensors that have nothing else."""
         tensor, memo = args
-        if type(tensor) is not Tensor or vars(tensor):
+        if type(tensor) is not Tensor or vars(tensor) or not tensor.is_leaf:
             return func(tensor, memo)
         if id(tensor) not in memo:
             copied = tensor.detach().clone()

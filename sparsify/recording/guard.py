@@ -156,11 +156,13 @@ class Seen:
             waiting += [self._walk.functions[key][0].value for key in new]
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        code = frame.f_code
-        if self._foreign is not None:
-            if event == "return" and frame is self._foreign:
+        if event == "return":  # most of all events are none of those that matter
+            if frame is self._foreign:
                 self._foreign = None
             return
+        if self._foreign is not None:
+            return
+        code = frame.f_code
         if event == "c_call":
             if id(code) in self._walk.users and _is_outside(arg):
                 self._reached_out.setdefault(arg.__name__, (code.co_filename, frame.f_lineno))

@@ -159,7 +159,8 @@ def _held(owner: Node, walk: Walk) -> Iterator[tuple[How, Any, Any]]:
     skipped = TORCH_FIELDS if owner.kind == "module" else frozenset(("__builtins__",))
     computed = walk.anything and owner.kind != "pymodule"
     for name, value in instance_dict(owner.value).items():
-        if (computed or name in names) and name not in skipped:
+        is_named = name in names or (computed and not name.startswith("__"))
+        if is_named and name not in skipped:
             yield "attribute", name, value
     if owner.kind == "object":
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -14,6 +15,7 @@ from sparsify.recording.reachable import Place, read, rebind, walk
 
 # Forward seldom writes to parameters, and then to thresholds and decays, not to matrices.
 LARGEST_PARAMETER = 2**16
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque)
 
 
 class Snapshot:
@@ -26,6 +28,7 @@ class Snapshot:
         self._model, self._arguments = model, arguments
         self._places = list(walk([("", model)]))
         states = [place.value for place in self._places]
+        self._containers = [(held, _copied(held)) for held in states if type(held) in _CONTAINERS]
         self._states = set(map(id, states))
         held = states + pytree.tree_leaves(arguments)
         self._contents = [
@@ -42,11 +45,14 @@ class Snapshot:
         """
         same = {id(held[0]) for held in self._contents if not self._is_written(*held)}
         after = Snapshot(self._model, self._arguments, same)
+        after._containers += [(held, _copied(held)) for held, _ in self._containers]
         self._contents = [copied for copied in self._contents if id(copied[0]) not in same]
         return after
 
     def put_back(self) -> None:
         torch.set_rng_state(self._random)
+        for container, content in self._containers:
+            _refill(container, content)
         for place in self._places:
             _put_back(place)
         with torch.no_grad():
@@ -77,6 +83,21 @@ def _can_change(value: object) -> TypeGuard[Tensor]:
     if not isinstance(value, Tensor) or value.is_inference():
         return False
     return not isinstance(value, nn.Parameter) or value.numel() <= LARGEST_PARAMETER
+
+
+def _copied(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Forward may have filled what nothing of the model holds any more."""
+    if isinstance(container, dict):
+        if container.keys() != content.keys():
+            container.clear()
+            container.update(content)
+    elif len(container) != len(content):
+        container.clear()
+        container.extend(content)
 
 
 def _put_back(place: Place) -> None:

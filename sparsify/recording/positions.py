@@ -101,20 +101,20 @@ class Positions:
         """
         if self._caller is not None:
             return False
-        self._caller = sys._getframe(2)
         if _CHEAP_PAUSE:
             self._profiler = sys.getprofile()
             sys.setprofile(None)  # first: it would be told of the other calls
             if sys.gettrace() is not self._tracer:  # as below, but no call that is traced
                 self.was_disturbed = True
             sys.settrace(None)
+        self._caller = sys._getframe(2)
         return True
 
     def resume(self) -> None:
         self._caller = None
         if _CHEAP_PAUSE:
-            sys.setprofile(self._profiler)
             sys.settrace(self._tracer)
+            sys.setprofile(self._profiler)  # last, for the same reason
 
     def _look_for_disturbance(self) -> None:
         self.was_disturbed = self.was_disturbed or sys.gettrace() is not self._tracer

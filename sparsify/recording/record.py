@@ -19,6 +19,7 @@ from sparsify.recording.applications import Applications
 from sparsify.recording.backward_sizes import find_decision
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.conclusion import Conclusion
+from sparsify.recording.copies import recorded_copies
 from sparsify.recording.environment import saved_hooks
 from sparsify.recording.escapes import Escapes
 from sparsify.recording.guard import Seen, watch
@@ -78,6 +79,7 @@ class _Run:
             histories = self.recorder.record_gradients(self.before)
             self.applications = Applications(self.recorder, histories)
             self.positions.watcher = self.applications
+        self.escapes = Escapes(self.recorder, self.reads.rules)
 
     def record(self) -> Recording | Unrecorded:
         try:
@@ -103,9 +105,11 @@ class _Run:
             )
         reads = self.reads
         try:
-            escapes = Escapes(self.recorder, reads.rules)
-            with uncompiled(), reads.lengths(), self.positions, self.recorder, escapes:
-                result = self.model.forward(*self.args, **self.kwargs)
+            with ExitStack() as stack:
+                for patch in (uncompiled(), reads.lengths(), recorded_copies()):
+                    stack.enter_context(patch)
+                with self.positions, self.recorder, self.escapes:
+                    result = self.model.forward(*self.args, **self.kwargs)
             self._pin_what_backward_decides_by()
         finally:
             reads.close(self.model)

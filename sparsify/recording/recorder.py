@@ -35,6 +35,8 @@ from sparsify.recording.traced_size import plain
 from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current, fitting
 from sparsify.recording.writes import part_of_list, write
 
+# What stands in a graph as it is given; other kinds of numbers are looked at.
+LITERALS = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 NOT_SAID = ("pin_memory", "non_blocking")  # keyword arguments that do not change the result
 FREED_BYTES = 64 * 2**20  # results after which memory that they have left is given back
 
@@ -134,7 +136,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.fail(str(reason))
         finally:
             self.is_busy = False
-        return call.run()
+        return call.result if call.has_run else call.run()
 
     def fail(self, reason: str) -> None:
         """Note why the run cannot be recorded, with the line; the first reason stays."""
@@ -218,7 +220,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = self.values.add_result(result, node)
         if value is None:
             raise CannotRecord(f"{call.op} returns memory of its arguments")
-        self._made_bytes += result.nbytes
+        if self.histories is None:  # else autograd keeps them
+            self._made_bytes += result.nbytes
         if self._made_bytes > FREED_BYTES:
             self._made_bytes = 0
             free_memory()
@@ -260,17 +263,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def lower_all(self, call: Call) -> tuple[list[Any], dict[str, Any]]:
         """The call's arguments as nodes and literals."""
         args = [self.lower(argument) for argument in call.args]
-        kwargs = {
-            name: self.lower(argument)
-            for name, argument in call.kwargs.items()
-            if name not in NOT_SAID
-        }
-        return args, kwargs
+        if not call.kwargs:
+            return args, {}
+        said = {name: given for name, given in call.kwargs.items() if name not in NOT_SAID}
+        return args, {name: self.lower(argument) for name, argument in said.items()}
 
     def lower(self, argument: Any) -> Any:
+        if type(argument) in LITERALS:
+            return argument
         if isinstance(argument, Tensor):
             value = self.value_of(argument)
-            self._depend_on(value.origin)
+            if value.origin is not NO_ORIGIN:
+                self._depend_on(value.origin)
             node = self.read(value)
             if self.histories is not None:
                 self.histories.check(node, argument)

@@ -86,6 +86,9 @@ class Values:
 
     def __init__(self) -> None:
         self._values: dict[int, tuple[_Watched, Value]] = {}
+        # Tensors die while the user's code runs, which is traced: what a builtin does then is not.
+        self._dead: list[_Watched] = []
+        self._note_death = self._dead.append
         self._memories: dict[int, Memory] = {}
         self._left: list[Memory] = []  # by all known tensors, a moment ago
         self.made = 0  # how many memories there have been
@@ -93,6 +96,8 @@ class Values:
         self.is_closed: Callable[[], bool] | None = None  # where gradients are recorded
 
     def get(self, tensor: Tensor) -> Value | None:
+        if self._dead:
+            self._forget_dead()
         found = self._values.get(id(tensor))
         return found[1] if found is not None else None
 
@@ -101,6 +106,8 @@ class Values:
         return self._memories.get(storage._cdata) or self._add_memory(storage, placeholder)
 
     def _add_memory(self, storage: torch.UntypedStorage, placeholder: fx.Node | None) -> Memory:
+        if self._dead:
+            self._forget_dead()
         if self._left:
             self._forget_memories()
         memory = self._memories[storage._cdata] = Memory(placeholder, storage, self.made)
@@ -130,11 +137,13 @@ class Values:
 
     def bind(self, tensor: Tensor, value: Value) -> None:
         """From now on ``tensor`` has this value."""
+        if self._dead:
+            self._forget_dead()
         key = id(tensor)
         before = self._values.get(key)
         if before is not None:
             before[1].memory.tensors -= 1
-        watched = _Watched(tensor, self._forget)
+        watched = _Watched(tensor, self._note_death)
         watched.key = key
         self._values[key] = (watched, value)
         value.memory.tensors += 1
@@ -168,15 +177,17 @@ class Values:
         self.bind(tensor, value)
         return value
 
-    def _forget(self, watched: _Watched) -> None:
-        # Runs while the user's code does, which is traced: operators cost less than calls.
-        key = watched.key
-        if key in self._values and self._values[key][0] is watched:
-            memory = self._values[key][1].memory
-            del self._values[key]
-            memory.tensors -= 1
-            if memory.tensors == 0:
-                self._left += (memory,)
+    def _forget_dead(self) -> None:
+        """Forget tensors that are gone, before another one is looked up that has their identity."""
+        while self._dead:
+            watched = self._dead.pop()
+            found = self._values.get(watched.key)
+            if found is not None and found[0] is watched:
+                memory = found[1].memory
+                del self._values[watched.key]
+                memory.tensors -= 1
+                if memory.tensors == 0:
+                    self._left.append(memory)
 
 
 Emit = Callable[..., fx.Node]

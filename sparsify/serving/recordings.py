@@ -1,0 +1,303 @@
+"""What was recorded of a model and compiled; how a call that none of it serves is recorded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.call_conditions import why_observed
+from sparsify.checking.pending_check import threads
+from sparsify.choosing.describe_sites import describe_kept
+from sparsify.codegen.backend import Backend
+from sparsify.compiling.compile_recording import summarize
+from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
+from sparsify.free_memory import free_memory
+from sparsify.graphs.foresee_products import likely_products
+from sparsify.options import Options, is_disabled
+from sparsify.plan import Plan
+from sparsify.products.find_products import is_without_rows
+from sparsify.products.refused_sites import first_refusal
+from sparsify.products.report import Site
+from sparsify.recording.keep_state import Snapshot
+from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
+from sparsify.recording.settle import settled
+from sparsify.serving.backends import Compilers, tensors_of
+from sparsify.serving.call_key import call_key
+from sparsify.serving.compile_entry import EntryCompiler
+from sparsify.serving.entry import Entry, find_thinned, newest
+from sparsify.serving.failures import (
+    OUT_OF_MEMORY,
+    Failed,
+    record_or_run,
+    refuse_failure,
+    refuse_memory,
+    run_bounded,
+)
+from sparsify.serving.merge_entries import with_entry
+from sparsify.serving.notices import Misses, Notices
+from sparsify.serving.plans import Plans
+from sparsify.uncollected import seldom_collected
+
+CONFIRMED = "other sizes than those recorded are recorded once: the model does the same there"
+WITHOUT_ROWS = "a call without rows runs the original, and decides nothing"
+MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
+MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
+COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
+# Seconds to wait for it: the model that another thread records may itself wait for this call.
+PATIENCE = 5.0
+
+
+class Recordings:
+    """The compiled recordings of a model, and why there are no more of them.
+
+    A model that is moved to another device is recorded again there, for the backend of that device.
+    ``backends`` by type of device are those of ``make_backends`` if None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        plan: Plan | None = None,
+        backends: Mapping[str, Backend] | None = None,
+    ) -> None:
+        self.original, self.options = model, options
+        self.plans = Plans(plan or Plan())
+        self.compilers = Compilers(options, backends)
+        self._entry_compiler = EntryCompiler(model, options, self.compilers, self.plans)
+        self.entries: tuple[Entry, ...] = ()
+        self.frozen = False
+        self.notices = Notices(type(model).__name__)
+        self._misses = Misses()
+        self.made = 0
+        self.confirmations = 0  # recordings that were what a graph for all sizes is
+        self.refused: Refusal | None = None  # why nothing can be compiled for now
+        self._given_up: Refusal | None = None  # why nothing more will be recorded
+        self._unsettled: set[object] = set()  # keys of calls that changed state, to be tried again
+        self._originals: set[object] = set()  # keys of calls that are known to run the original
+        self.failure: CompileError | None = None  # the last bug of ours that was met
+
+    def compile_example(self, args: Args, kwargs: Kwargs, gradients: bool | None = None) -> None:
+        """Record and compile now, leaving the model as it was.
+
+        ``gradients`` says whether it is a call of training; if None, it is one if gradients are
+        enabled and the model is in training mode. Raises TraceError if the model cannot be
+        recorded, RefusedError under ``strict``.
+        """
+        if is_disabled():
+            return
+        with COMPILING:
+            refusal = self._why_not_compile(args, kwargs)
+            if refusal is not None:
+                self._refuse(refusal)
+                return
+            if gradients is None:
+                # In eval mode an example is one of inference, even where gradients are enabled.
+                gradients = torch.is_grad_enabled() and self.original.training
+            with torch.set_grad_enabled(gradients), self.compilers.ending_early():
+                error = self._compile_restored(args, kwargs)
+                if error is not None and error.may_settle:
+                    with settled(self.original, args, kwargs):
+                        error = self._compile_restored(args, kwargs)
+                if error is not None:
+                    raise error
+
+    def _compile_restored(self, args: Args, kwargs: Kwargs) -> TraceError | None:
+        """Record and compile a call that leaves nothing behind; returns why it could not be."""
+        before = Snapshot(self.original)  # arguments that forward writes are put back by record
+        # Nobody is given the result, so that one core may be left to a compiler.
+        with threads(torch.get_num_threads() - self._begin_compiling(args, kwargs)):
+            recorded = self._run_recorded(args, kwargs, before, restore=True)
+        if isinstance(recorded, Unrecorded):
+            return recorded.error
+        if isinstance(recorded, Recording):
+            recorded = replace(recorded, result=summarize(recorded.result))
+            self._try_adopt(recorded, args, kwargs)
+        return None
+
+    def _begin_compiling(self, args: Args, kwargs: Kwargs) -> int:
+        """Begin with what a recording of this call may need; returns how many compilers run."""
+        tensors = dict(tensors_of(self.original, args, kwargs))
+        compiler = self.compilers.serving(tensors.items())
+        if isinstance(compiler, Refusal) or torch.get_num_threads() == 1:
+            return 0
+        likely = likely_products(tensors.values()) if torch.is_grad_enabled() else []
+        return int(compiler.binaries.begin_likely(likely))
+
+    def record_missed(self, args: Args, kwargs: Kwargs) -> tuple[Entry | None, Any]:
+        """Record and compile a call that nothing serves.
+
+        Returns what serves it, if another thread has compiled it meanwhile, or else its result.
+        """
+        refusal = self._given_up
+        if refusal is None and self.refused is not None:
+            refusal = self._why_not_compile(args, kwargs)
+        if refusal is not None:
+            self.notices.say(refusal)
+            return None, self.original.forward(*args, **kwargs)
+        if not COMPILING.acquire(timeout=PATIENCE):
+            return None, self.original.forward(*args, **kwargs)
+        try:
+            entry = self.entry_for(args, kwargs)
+            return entry, self._record(args, kwargs) if entry is None else None
+        finally:
+            COMPILING.release()
+
+    def _record(self, args: Args, kwargs: Kwargs) -> Any:
+        """Run the original under the recorder and compile what it did; returns its result."""
+        refusal = self._why_not_compile(args, kwargs) or self._why_too_many(args, kwargs)
+        if refusal is not None:
+            self._refuse(refusal)
+            return self.original.forward(*args, **kwargs)
+        before = Snapshot(self.original, (args, kwargs))
+        recorded = self._run_recorded(args, kwargs, before, restore=False)
+        if isinstance(recorded, Failed):
+            return recorded.result
+        if isinstance(recorded, Unrecorded):
+            self._give_up(recorded.error, args, kwargs)
+            return recorded.result
+        after = before.now()
+        try:
+            before.put_back()  # the recording holds for the state that it started from
+            if recorded.guard.matches(args, kwargs):
+                self._try_adopt(recorded, args, kwargs)
+            else:
+                changed = recorded.guard.explain(args, kwargs)
+                what = f"forward changes what its recording depends on: {changed}"
+                self._give_up(TraceError(what, may_settle=True), args, kwargs)
+        except TraceError as error:
+            self._give_up(error, args, kwargs)
+        finally:
+            after.put_back()
+        return recorded.result
+
+    def _run_recorded(
+        self, args: Args, kwargs: Kwargs, before: Snapshot, restore: bool
+    ) -> Recording | Unrecorded | Failed:
+        recorded = record_or_run(self.original, args, kwargs, before, restore)
+        if isinstance(recorded, Failed):
+            self._fail(recorded.failure, args, kwargs)
+        return recorded
+
+    def _try_adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
+        try:
+            with self.compilers.ending_early():
+                failure = run_bounded(
+                    lambda: self._adopt(recording, args, kwargs), "while compiling"
+                )
+        except OUT_OF_MEMORY as error:
+            self._originals.add(call_key(self.original, args, kwargs))
+            self._refuse(refuse_memory(error))
+            return
+        finally:
+            free_memory()  # what checks and timing left
+        if failure is not None:
+            self._fail(failure, args, kwargs)
+
+    def _fail(self, failure: CompileError, args: Args, kwargs: Kwargs) -> None:
+        """Remember a bug and run such calls as the original; raises it under ``strict``."""
+        self.failure = failure
+        self._originals.add(call_key(self.original, args, kwargs))
+        if self.options.strict:
+            raise failure
+        self._refuse(refuse_failure(failure))
+
+    @seldom_collected()
+    def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
+        """Compile a recording and put it to use; TraceError if it does not repeat the model."""
+        free_memory()  # what recording left
+        if is_without_rows(recording.graph.graph):
+            self._originals.add(call_key(self.original, args, kwargs))
+            self.notices.note(WITHOUT_ROWS)
+            return
+        entry = self._entry_compiler.compile(recording, args, kwargs, self.entries)
+        operands = recording.calling.operands(args, kwargs)
+        self.refused = None
+        entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
+        if entries is self.entries:
+            self.confirmations += 1
+            self.notices.note(CONFIRMED)
+        else:
+            self.entries, self.made = entries, self.made + 1
+        for reason in apart:
+            self.notices.note(f"sizes are compiled one by one: {reason}")
+        if self.options.strict and (refusal := first_refusal(entry.compiled.sites)) is not None:
+            raise RefusedError(refusal)
+        self.freeze(self.frozen)
+
+    def _why_not_compile(self, args: Args, kwargs: Kwargs) -> Refusal | None:
+        compiler = self.compilers.serving(tensors_of(self.original, args, kwargs))
+        if isinstance(compiler, Refusal):
+            return compiler
+        return compiler.binaries.backend.why_unavailable() or why_observed(self.original)
+
+    def _why_too_many(self, args: Args, kwargs: Kwargs) -> Refusal | None:
+        if not self.entries or any(e.may_confirm(args, kwargs) for e in self.entries):
+            return None
+        reason = newest(self.entries).why_miss(args, kwargs)
+        self.notices.note(f"recorded again: {reason}")
+        refusal = self._misses.why_too_many(reason)
+        if refusal is not None:
+            self.entries = self.entries[-MOST_KEPT:]
+            self._given_up = refusal
+        return refusal
+
+    def _give_up(self, error: TraceError, args: Args, kwargs: Kwargs) -> None:
+        key = call_key(self.original, args, kwargs)
+        if error.may_settle and key not in self._unsettled:
+            self._unsettled.add(key)  # what a first call sets up, the next one finds
+            return
+        self._originals.add(key)
+        self._refuse(Refusal("unsupported-op", f"The model cannot be recorded. {error}"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.refused = refusal
+        if self.options.strict:
+            raise RefusedError(refusal)
+        self.notices.say(refusal)
+
+    def sites(self) -> tuple[Site, ...]:
+        """The newest decision of every site of the model."""
+        if self.entries and self.refused is None:
+            return newest(self.entries).compiled.sites
+        return describe_kept(self.original, self.refused) if self.refused else ()
+
+    def has_set_up(self) -> bool:
+        """Whether a call was left to the original, for what only a first one does."""
+        return bool(self._unsettled)
+
+    def entry_for(self, args: Args, kwargs: Kwargs) -> Entry | None:
+        """What would serve this call, also where nothing was replaced; None if it is unknown."""
+        return next((entry for entry in self.entries if not entry.why_miss(args, kwargs)), None)
+
+    def runs_original(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether calls like this one are known to run the original."""
+        return bool(self._originals) and call_key(self.original, args, kwargs) in self._originals
+
+    def run_original(self, args: Args, kwargs: Kwargs) -> Any:
+        """Run a call that nothing is gained for; its like are recognised sooner from now on."""
+        if len(self._originals) >= MOST_ORIGINALS:
+            self._originals.clear()
+        self._originals.add(call_key(self.original, args, kwargs))
+        return self.original.forward(*args, **kwargs)
+
+    def freeze(self, frozen: bool) -> None:
+        self.frozen = frozen
+        for entry in self.entries:
+            entry.compiled.freeze(frozen)
+
+    def reopen_thinned(self) -> None:
+        """Forget what was decided for weights of which many became zero since."""
+        entry, thinned = find_thinned(self.entries, self.original, self.plans.given)
+        if entry is None:
+            return
+        self.entries = tuple(other for other in self.entries if other is not entry)
+        self._originals.clear()
+        self.plans.reopen(entry.backend, thinned)
+        for site, density in thinned.items():
+            self.notices.note(f"decided again: {density:.1%} of {site} is left")
