@@ -13,6 +13,7 @@ from sparsify.codegen.cell_text import literal
 from sparsify.codegen.cpp import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.writer import Names, comment_text
+from tests.convolution_kernels import leaky_maps
 from tests.example_kernels import (
     STRATEGIES,
     gate_of_bits,
@@ -26,6 +27,7 @@ from tests.half_kernels import half_lif
 
 GOLDEN = Path(__file__).parent / "golden"
 PRUNED = (("w_in", ir.Layout("masked-rows")), ("w_rec", ir.Layout("compressed-rows")))
+POOLED_MAPS = ir.Convolution((8, 40), (16, 16), (3, 3), padding=(1, 1), pooling=(2, 2))
 CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "lif_rows": (lif(70, 130), schedule(lif(70, 130), "rows-per-thread")),
     "lif_neurons": (lif(70, 130), schedule(lif(70, 130), "neurons-per-thread")),
@@ -37,6 +39,10 @@ CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     "half_lif": (
         half_lif(70, 130, "float16"),
         schedule(half_lif(70, 130, "float16"), "neurons-per-thread"),
+    ),
+    "pooled_maps": (
+        leaky_maps(POOLED_MAPS, payload="binary", source="bits"),
+        schedule(leaky_maps(POOLED_MAPS), "rows-per-thread"),
     ),
     "lif_reversed": (
         replace(lif(70, 130), reverse=True),
