@@ -26,8 +26,8 @@ _SKELETON = """
     AHEAD ALL Ahead Arena BLOCK Bits Blocks Call Columns DENSE_BLOCK DENSE_ROWS DENSE_VECTORS Events
     FAR GROUP KeptRuns KeptSenders MaskedRows One Only Own Payload RING Ring Rows Runtime
     SOURCE_BLOCK STRIP Share Shared TAPS_AT_ONCE THREADS TILE Taps TapsAnywhere Team VECTOR_BYTES
-    Values Vector WARP WIDTH Windows Words active convolve_dense convolve_events convolve_row put_taps
-    sum_taps
+    Values Vector WARP WIDTH Windows Words active convolve_dense convolve_events convolve_row
+    put_taps sum_taps
     add_count add_row_steps ahead append arena arrange as_bits b band batch before blockDim blockIdx
     blocks_of body bytes call chunk columns common context convert copy_values count count_active
     count_events errno error fetch_row fetch_step first found gamma gather gather_all gather_dense

@@ -28,13 +28,11 @@ aten = torch.ops.aten
 
 def single_results(gm: fx.GraphModule) -> PassResult:
     """Replace max-pools without indices, and batch norms of eval mode without statistics."""
-    if not any(_has_one_reader(node) for node in gm.graph.nodes):
+    if not _find(gm.graph):  # long recordings are not copied, or walked, for nothing
         return PassResult(gm)
     graph = copy_graph(gm.graph)
     done: dict[str, None] = {}
-    for node in list(graph.nodes):
-        if not _has_one_reader(node):
-            continue
+    for node in _find(graph):
         [part] = node.users
         args: Any = node.args
         is_pool = node.target is aten.max_pool2d_with_indices.default
@@ -48,6 +46,12 @@ def single_results(gm: fx.GraphModule) -> PassResult:
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
     return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), list(done))
+
+
+def _find(graph: fx.Graph) -> list[fx.Node]:
+    targets = (aten.max_pool2d_with_indices.default, aten.native_batch_norm.default)
+    found = [n for t in targets for n in graph.find_nodes(op="call_function", target=t)]
+    return [node for node in found if _has_one_reader(node)]
 
 
 def _has_one_reader(node: fx.Node) -> bool:
