@@ -32,7 +32,7 @@ from sparsify.codegen.cuda.team_clocks import paired_clocks, work_of_cells
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_shape import WARP, Shape, blocks_of
 
-# Instructions, counted in what the assembler makes for sm_90: of a warp that sends, and for each
+# Instructions, estimated by what the assembler makes for sm_90: of a warp that sends, and for each
 # line of a slice; of one that asks for a line and looks at it twice, and puts its events into a
 # tile; 32 lanes clear 16 bytes each.
 SENT_ISSUED, SENT_LINE_ISSUED, LINE_ISSUED, PUT_ISSUED, CLEARED_ISSUED = 40, 4, 8, 10, 2
