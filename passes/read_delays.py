@@ -183,11 +183,23 @@ def _find(part: _Part, depth: int) -> fx.Node | _Part | None:
         if not _steps(part.buffer) or part.buffer.target is aten.full.default:
             return part
         found = _before(part)
+        source = found.buffer if isinstance(found, _Part) else found
+        if source is not None and _is_apart(source, part.buffer):
+            return None
         if not isinstance(found, _Part):
             is_from_outside = found is None and len(_steps(part.buffer)) < depth
             return part if is_from_outside else found
         part = found
     return None
+
+
+def _is_apart(source: fx.Node, buffer: fx.Node) -> bool:
+    """Whether ``buffer`` casts what is put into it, or holds what a loop inside of its loop made.
+
+    A layer's spikes of all steps are read as a whole, also where a loop goes through the layers.
+    """
+    is_cast = source.meta["val"].dtype != buffer.meta["val"].dtype
+    return is_cast or len(_steps(source)) > len(_steps(buffer))
 
 
 def _before(part: _Part) -> fx.Node | _Part | None:

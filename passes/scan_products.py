@@ -52,6 +52,7 @@ from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 MOST_CONVOLVED = 0.3  # the activity up to which a convolution of events gains, or nearly so
+BUSY = 0.5  # the activity from which on torch's convolution of all neurons is taken to win
 BATCHED_PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 
 
@@ -85,8 +86,9 @@ def why_not_take(product: fx.Node, activations: set[fx.Node]) -> Refusal | None:
     if fact is not None and fact.payload == "zero":
         reason = "It reads zeros only, before any event can have come."
         return refuse("no-event", reason, "Nothing is lost.", product)
-    if not skips_zeros(product):
-        activity = product.meta.get("activity")
+    is_convolution = product.target is CONVOLUTION
+    activity = product.meta.get("activity")
+    if not (reads_events(product) if is_convolution else skips_zeros(product)):
         measured = "" if activity is None else f" and {activity:.0%} of them are not zero"
         reason = f"It reads values that pass no threshold{measured}."
         remedy = (
@@ -94,6 +96,10 @@ def why_not_take(product: fx.Node, activations: set[fx.Node]) -> Refusal | None:
             "most of its weights are pruned."
         )
         return refuse("no-event", reason, remedy, product)
+    if is_convolution and activity is not None and activity > BUSY:
+        reason = f"{activity:.0%} of what the convolution reads is active."
+        remedy = "Nothing is lost: torch's product of all neurons is faster than adding up so many."
+        return refuse("no-gain", reason, remedy, product)
     weight, bias = product_weights(product)
     if product.target in BATCHED_PRODUCTS or any(w in activations for w in (weight, bias)):
         reason = "It multiplies two values that both depend on the input."

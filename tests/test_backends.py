@@ -129,7 +129,9 @@ def test_every_backend_keeps_its_kernels_and_decisions(monkeypatch: pytest.Monke
     model.double()
     assert torch.equal(run(fast, X.double()), run(model, X.double()))
     assert [entry.backend for entry in engine.entries] == [first, second]
-    (made,) = ({kernel for kernel, _ in each.made} for each in engine._recorded.compilers.binaries[1:])
+    (made,) = (
+        {kernel for kernel, _ in each.made} for each in engine._recorded.compilers.binaries[1:]
+    )
     assert made and all(w.dtype == "float64" for kernel in made for w in kernel.weights)
     model.float()
     recordings = engine.recordings

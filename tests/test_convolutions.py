@@ -30,7 +30,7 @@ class Thresholded(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        z = (x > 0.8).to(x.dtype)
+        z = (x > 0.95).to(x.dtype)
         if self.pool == "max":
             z = F.max_pool2d(z, 2)
         if self.pool == "overlapping":
@@ -238,3 +238,18 @@ def test_norms_are_computed_in_the_loop_behind_them(affine: bool) -> None:
     assert "batch_norm" not in fast.code
     model.conv_norm.running_var.mul_(4)  # type: ignore[union-attr]
     sparsify.verify(model, fast, x, events=2)
+
+
+@torch.no_grad()
+def test_busy_and_pruned_convolutions_stay() -> None:
+    """More active senders than adding up gains by, and zeros of weights, which are not left out."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(2, 4, 3)
+    first.weight[:, :, 1:] = 0
+    first.bias = nn.Parameter(torch.full((4,), 4.0))
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    fast: Any = sparsify.sparsify(model, torch.rand(2, 2, 8, 8), timing=False)
+    assert [(s.name, s.decision, s.code) for s in fast.report.sites] == [
+        ("0", "kept", "no-event"),
+        ("2", "kept", "no-gain"),
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +21,22 @@ from sparsify.codegen.cuda.headers import headers_for
 from sparsify.codegen.cuda.occupancy import resident_blocks, why_not_resident
 from sparsify.codegen.cuda.strategy import CudaStrategy
 from sparsify.codegen.emulator.device import SCHEDULES, EmulatedDevice, Schedule
+from sparsify.options import Options
+from sparsify.plan import Plan, PlanDecision, RegionPlan
 from sparsify.reference import Array, run_reference
 from sparsify.scalars.halves import HALVES, to_dtype
+from sparsify.serving.engine import Engine
+from sparsify.serving.install import install
+from sparsify.verification.model import verify
 from tests.cuda_wheels import needs_nvrtc
 from tests.edited_kernels import ORDERS, Case, edited
+from tests.emulated import OnlyStrategies
 from tests.emulated_kernels import compare, needs_emulator, run
 from tests.example_kernels import lif, lif_gradient, schedule, two_layers
 from tests.gated_kernels import egru
 from tests.half_kernels import half_lif
 from tests.without_barriers import ORDERING, without_each_barrier
+from tests.zoo import ENTRIES
 
 NAME = "event-tiles"
 
@@ -106,6 +114,46 @@ def test_more_weights_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(launch, kernel, data, steps, batch)
     active, senders = launch.events["q_z"]
     assert 0.4 < active / senders < 0.9  # more than a line of the eight of a slice
+
+
+@needs_emulator
+@pytest.mark.parametrize("order", SCHEDULES)
+def test_outputs_of_bits(order: Schedule) -> None:
+    """Blocks own whole bytes of them; other threads compute neurons than send them."""
+    kernel, data, steps, batch = gates(90, 11, "bfloat16")
+    (phase,) = kernel.phases
+    fired = ir.Output("fired", ("T", "B", "N"), "hidden", "bits")
+    kernel = replace(
+        kernel,
+        phases=(replace(phase, body=(*phase.body, ir.Store("fired", "fires"))),),
+        outputs=(*kernel.outputs, fired),
+    )
+    text = text_of(kernel, small(6), 16)
+    assert "BLOCKS = 6" in text and "NeuronWarps::meet();" in text
+    compare(load(kernel, small(6), order, 16), kernel, data, steps, batch)
+    chosen = EventTiles(small(7)).shape(kernel, dense(kernel))
+    assert chosen.slices["hidden"] % 8 == 0
+
+
+@needs_emulator
+@pytest.mark.parametrize("way", ["autocast", "cast"])
+def test_a_network_is_verified(way: str) -> None:
+    """Under autocast events are cast to halves by a phase of their own."""
+    entry = next(entry for entry in ENTRIES if entry.name == "EGRU")
+    model, x = entry.model().eval(), entry.inputs(steps=3)
+    if way == "cast":
+        model, x = model.bfloat16(), x.bfloat16()
+    sites: dict[str, PlanDecision] = {"rnns.0.kernel": "dense", "rnns.0.recurrent_kernel": "dense"}
+    backend = OnlyStrategies("random", [NAME, "row-per-block"])
+    plan = Plan(sites, {"scan_0": RegionPlan(NAME)})
+    engine = Engine(model, Options(timing=False), plan, {"cpu": backend})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        fast: Any = install(engine)
+        verify(model, fast, x, events=0, must_replace=True)
+    view = engine.kernels["scan_0"]
+    assert view.schedule.strategy == NAME and len(view.kernel.phases) == 1 + (way == "autocast")
+    note = "scan_0: plain products stand for those of tensor cores on the emulator"
+    assert note in str(engine.report)
 
 
 @needs_emulator

@@ -126,5 +126,19 @@ def test_other_reads_stay(name: str) -> None:
     assert len(reads) >= STEPS - 1
 
 
+def test_a_layer_s_spikes_of_all_steps_are_read_as_a_whole() -> None:
+    def model(tape: Tape, x: Tensor) -> Tensor:
+        for _ in tape.loop(range(2)):
+            v, out = torch.zeros(B, H), []
+            for x_t in tape.loop(x.unbind(0)):
+                v = 0.5 * v + F.linear(x_t, W1)
+                out.append((v > 0.25).float())
+            x = torch.stack(out)
+        return x
+
+    found = record_unrolled(model, [dyadic(STEPS, B, H)], WEIGHTS)
+    assert read_delays(found.graph).graph is found.graph
+
+
 def test_the_pass_stands_before_loops_are_rolled() -> None:
     assert PIPELINE.index(read_delays) < PIPELINE.index(roll_loops)

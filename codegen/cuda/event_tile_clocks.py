@@ -32,7 +32,7 @@ from sparsify.codegen.cuda.team_clocks import paired_clocks, work_of_cells
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_shape import WARP, Shape, blocks_of
 
-# Instructions, counted in what the assembler makes for sm_90: of a warp that sends, and for each
+# Instructions, estimated by what the assembler makes for sm_90: of a warp that sends, and for each
 # line of a slice; of one that asks for a line and looks at it twice, and puts its events into a
 # tile; 32 lanes clear 16 bytes each.
 SENT_ISSUED, SENT_LINE_ISSUED, LINE_ISSUED, PUT_ISSUED, CLEARED_ISSUED = 40, 4, 8, 10, 2
@@ -49,7 +49,7 @@ def cycle_of_tiles(
     What a row waits for are its sums, its neurons, and its mail. Of two halves a block makes the
     sums of one, then computes and sends its neurons while it hears the mail of the other.
     """
-    (phase,), (mail,) = team.kernel.phases, team.mails(shape)
+    phase, (mail,) = team.kernel.phases[-1], team.mails(shape)
     assert isinstance(mail, TileMail)
     rows, own, senders = pace.at_once, own_weights(team.kernel, shape), team.neuron_warps(shape)
     share = activity.get(team.kernel.gathers[0].result, 1.0)
@@ -107,7 +107,7 @@ def _full_lines(neurons: int, share: float) -> float:
 
 def _neurons(team: TeamKernel, shape: Shape, rows: int) -> Work:
     """Of a half: what warps have added up is added, and what the next half is given asked for."""
-    (phase,), warps = team.kernel.phases, team.neuron_warps(shape)
+    phase, warps = team.kernel.phases[-1], team.neuron_warps(shape)
     words, gathers = team.words_of_neurons(phase, shape, rows), len(team.kernel.gathers)
     parts = words * gathers * shape.warps
     in_blocks = 2 * words * gathers * blocks_of(team.kernel.population_size(phase.population))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sparsify import ir
 from sparsify.codegen.cuda.struct_text import Array
 from sparsify.codegen.cuda.team_mail import Mail
-from sparsify.codegen.cuda.team_shape import WARP, Shape, words_of
+from sparsify.codegen.cuda.team_shape import BYTE, WARP, Shape, granule, round_up, words_of
 
 TILE_RECEIVERS, TILE_SENDERS, TILE_ROWS = 16, 16, 8
 MOST_ROWS = 2 * TILE_ROWS  # of a team: one half is computed while it waits for the other
@@ -32,7 +32,7 @@ class OwnWeights:
 
 
 def own_weights(kernel: ir.Kernel, shape: Shape) -> OwnWeights:
-    (phase,) = kernel.phases
+    phase = kernel.phases[-1]
     senders = kernel.population_size(kernel.weights[0].senders)
     turns = -(-senders // (TILE_SENDERS * shape.warps))
     down = -(-len(kernel.gathers) * shape.slices[phase.population] // TILE_RECEIVERS)
@@ -41,11 +41,16 @@ def own_weights(kernel: ir.Kernel, shape: Shape) -> OwnWeights:
 
 
 def tile_shapes(kernel: ir.Kernel, schedule: ir.Schedule, most_blocks: int) -> Iterator[Shape]:
-    """Teams whose blocks own so few neurons that five bits say which, see flagged_mail.cuh."""
-    (phase,) = kernel.phases
+    """Teams whose blocks own so few neurons that five bits say which, see flagged_mail.cuh.
+
+    Whole bytes, if the kernel writes bits.
+    """
+    phase = kernel.phases[-1]
     neurons = kernel.population_size(phase.population)
     fewest = -(-neurons // most_blocks)
-    wished = [schedule.tile] if schedule.tile else range(fewest, max(fewest, WARP) + 1)
+    multiple = BYTE if granule(kernel) == BYTE else 1
+    first = round_up(fewest, multiple)
+    wished = [schedule.tile] if schedule.tile else range(first, max(first, WARP) + 1, multiple)
     for width in wished:
         yield Shape(-(-neurons // width), {phase.population: width}, MOST_ROWS, WARPS)
 

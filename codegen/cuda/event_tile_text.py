@@ -47,9 +47,16 @@ class EventTileMemory(TeamMemory):
 
 
 class EventTileKernel(TeamKernel):
-    """All rows in tiles of eight, all of what is told as mail."""
+    """All rows in tiles of eight, all of what is told as mail.
+
+    A phase before the sums, which makes of states what is told, is computed at the end of the step
+    before, and once of what states are at first.
+    """
 
     memory = EventTileMemory
+
+    def all_meetings(self) -> list[int]:
+        return [0]
 
     def paired_from(self, shape: Shape) -> int:
         return TILE_ROWS + 1
@@ -137,7 +144,7 @@ class EventTileMailText(MailText):
         """Send what neurons have become, by the warps that have computed them."""
         w, (mail,) = self.w, self.mails
         mine, kind = self.team.mine[mail.source.population], self.team.kernel.weights[0].dtype
-        (phase,) = self.team.kernel.phases
+        phase = self.team.kernel.phases[-1]
         is_computed_alike = fills_words(self.team, self.shape, phase) or mail.slice == WARP
         if not is_computed_alike:
             w.line(f"{warps}::meet();", "all that is sent is there")
@@ -150,7 +157,7 @@ class EventTileMailText(MailText):
 class EventTileText(TeamText):
     """Text with sums by tiles of events."""
 
-    headers = ()
+    headers = ("events.cuh",)
     mail_headers = ("event_tiles.cuh",)
 
     def __init__(self, team: TeamKernel, shape: Shape) -> None:
@@ -164,7 +171,7 @@ class EventTileText(TeamText):
 
     def _write_sizes(self) -> None:
         super()._write_sizes()
-        width, many = self.team.widths[self.kernel.phases[0].population], len(self.kernel.gathers)
+        width, many = self.team.widths[self.kernel.phases[-1].population], len(self.kernel.gathers)
         self.w.line(f"constexpr int COLUMNS = {many} * {width};", "receivers of a block")
 
     def _write_weights(self) -> None:
@@ -198,7 +205,8 @@ class EventTileText(TeamText):
 
     def _write_overlapped(self) -> None:
         """Mail of a half comes while neurons of the other are computed."""
-        (phase,), (function,), mail = self.kernel.phases, self.team.symbols.phases, self.own_mail
+        phase, function = self.kernel.phases[-1], self.team.symbols.phases[-1]
+        mail = self.own_mail
         mail.write_receive()
         mail.write_clear()
         with self._each_half():
@@ -231,6 +239,16 @@ class EventTileText(TeamText):
 
     def _write_told(self, source: Source, value: str) -> None:
         """Events alone are told, once all neurons are computed."""
+
+    def _write_ready(self, phase: ir.Phase) -> None:
+        """What is told of states that have changed."""
+        population, team = phase.population, self.team
+        for function in team.symbols.phases[:-1]:
+            given = ["call", team.neuron(population)]
+            given += [f"{self.inputs[population].struct}{{}}"] if population in self.inputs else []
+            given += ["0", "b", "n"]
+            is_told = "here && is_left" if phase in self.kernel.phases else "here"
+            self.w.line(f"if ({is_told}) {function}({', '.join(given)});", "for the next step")
 
 
 class EventTileSums(TeamSums):

@@ -95,8 +95,12 @@ def _quickest(kernel: ir.Kernel, schedule: ir.Schedule, limits: Limits, most_blo
 def _why_not_told(usage: Usage) -> str:
     """Why the neurons of a kernel do not all add up, once in a step, what they tell each other."""
     kernel, sources = usage.kernel, list(usage.sources.values())
-    if len(kernel.phases) != 1 or len(sources) != 1 or sources[0].kind != "state":
+    *before, last = kernel.phases
+    is_of_state = len(sources) == 1 and sources[0].kind == ("let" if before else "state")
+    if not is_of_state or len(before) > 1 or not all(_is_of_states(ph, kernel) for ph in before):
         return f"Not all sums of kernel {kernel.name!r} are those of one state, once in a step."
+    if any(phase.population != last.population for phase in before):
+        return f"Kernel {kernel.name!r} computes several populations."
     source, dtype = sources[0], kernel.weights[0].dtype
     if any(gather.only is not None for gather in kernel.gathers):
         return f"Tensor cores multiply whole tiles, and sums of {source.name!r} are restricted."
@@ -107,3 +111,15 @@ def _why_not_told(usage: Usage) -> str:
     if source.value_dtype != dtype:
         return f"{source.name!r} is {source.value_dtype}, and is multiplied with {dtype}."
     return ""
+
+
+def _is_of_states(phase: ir.Phase, kernel: ir.Kernel) -> bool:
+    """Whether a phase computes values of states alone, which may be done a step earlier."""
+    known = {state.name for state in kernel.states}
+    for statement in phase.body:
+        if not isinstance(statement, ir.Let):
+            return False
+        if not all(isinstance(arg, ir.Const) or arg in known for arg in statement.args):
+            return False
+        known.add(statement.result)
+    return True

@@ -296,11 +296,15 @@ class TeamText:
             w.line(f"if (here) {function}({', '.join(given)});")
             for source, member in published(phase, self.usage, team.symbols):
                 self._write_told(source, f"{own}.{member}")
+            self._write_ready(phase)
             for output in bits_of(phase, self.usage):
                 name = team.symbols.outputs[output.name]
                 place = f"call.{name} + t * call.{name}_t + b * call.{name}_b"
                 end = f"{mine}.first + {mine}.size"
                 w.line(f"store_bits({place}, n, {end}, here && {own}.{name});")
+
+    def _write_ready(self, phase: ir.Phase) -> None:
+        """What else is computed of a neuron once a phase is."""
 
     def _write_fetches(self) -> None:
         """Ask for what neurons are given in this step, before the others are waited for."""

@@ -28,7 +28,11 @@ FAILURES = (RuntimeError, AssertionError, ValueError, TypeError, SparsifyError)
 
 @dataclass(frozen=True)
 class Forward:
-    """What is measured: ``network`` is ``lif``, ``egru``, ``feed-forward`` or ``convolutional``."""
+    """What is measured.
+
+    ``network`` is ``lif``, ``egru``, the same of float16 ``egru-half``, ``feed-forward`` or
+    ``convolutional``.
+    """
 
     network: str
     hidden: int
@@ -65,6 +69,9 @@ def make_network(case: Forward) -> tuple[Any, Tensor]:
     trains = spike_trains(case.steps, case.batch, case.inputs, INPUT_RATE)
     if case.network == "egru":
         return _make_egru(case)
+    if case.network == "egru-half":
+        model, x = _make_egru(case)
+        return model.half(), x.half()
     if case.network == "convolutional":
         return _make_convolutional(case)
     model = (Recurrent if case.network == "lif" else FeedForward)(case.inputs, case.hidden).eval()

@@ -24,6 +24,7 @@ VERIFIED = (
     Check("model", Forward("lif", 1024, 16, 0.05, 50)),
     Check("model", Forward("egru", 590, 16, 0.1, 50)),
     Check("model", Forward("egru", 1350, 16, 0.1, 5)),
+    Check("model", Forward("egru-half", 590, 16, 0.1, 5)),
     Check("graph", Forward("lif", 512, 4, 0.05, 20)),
     Check("streams", Forward("lif", 333, 3, 0.1, 20)),
     Check("move", Forward("lif", 256, 16, 0.05, 20)),
@@ -39,6 +40,9 @@ LIF = tuple(
 EGRU = tuple(
     Forward("egru", hidden, batch, activity)
     for activity, batch, hidden in product((0.1, 0.05, 0.01), (16, 1, 128), (1350, 590, 2048))
+)
+EGRU_HALF = tuple(
+    Forward("egru-half", hidden, batch, 0.1) for batch, hidden in product((16, 1), (1350, 590))
 )
 TRAINED = (
     Size("recurrent", 1024, 128, 100),
@@ -81,6 +85,7 @@ def make_sections() -> list[Section]:
         Section("machine", (None,), lambda place, _: dict(measure_machine(place)), 20),
         Section("lif", LIF, forward, 130),
         Section("egru", EGRU, forward, 75),
+        Section("egru-half", EGRU_HALF, forward, 15),
         Section("training", TRAINED, training, 80),
         Section("feed-forward", LAYERED, forward, 20),
         Section("torch.compile", COMPILED, partial(measure_compiled, rounds=ROUNDS), 60),
@@ -97,6 +102,7 @@ def make_quick_sections() -> list[Section]:
         "machine": (None,),
         "lif": tuple(Forward("lif", 40, 2, share, 4, inputs=20) for share in (0.1, 0.3)),
         "egru": (Forward("egru", 33, 2, 0.1, 3),),
+        "egru-half": (Forward("egru-half", 33, 2, 0.1, 3),),
         "training": (Size("recurrent", 16, 4, 3),),
         "feed-forward": (
             Forward("feed-forward", 24, 2, 0.1, 3, inputs=20),

@@ -16,7 +16,7 @@ def tables(sections: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         yield "the device's constants: " + ", ".join(
             f"{name} {value:.3g}" for name, value in row.items() if name.endswith(("_us", "per_s"))
         )
-    for name in ("lif", "egru", "feed-forward"):
+    for name in ("lif", "egru", "egru-half", "feed-forward"):
         for row in _measured(sections.get(name, ())):
             yield _forward_line(row)
     for row in sections.get("training", ()):

@@ -17,7 +17,7 @@ from sparsify.codegen.plain_names import with_plain_names
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 CACHED_SECONDS = 0.1  # what is in the cache is there by then; what is not takes longer
-READY_SECONDS = 0.03  # so is what all kernels need
+READY_SECONDS = 0.1  # so is what all kernels need; measured: 7 to 60 ms, a compiler takes 500
 NICENESS = 5  # added to that of compilers beside a check: two of them share the other core
 Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
 Key = tuple[ir.Kernel, ir.Schedule]

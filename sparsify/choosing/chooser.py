@@ -155,21 +155,21 @@ class Chooser:
     def _pinned(self, task: Task) -> dict[str, How]:
         """The Gathers that are decided before any is predicted."""
         pinned: dict[str, How] = {}
-        for site, gather in self._sites(task).items():
-            decision = self.plan.sites.get(site)
+        for each in self._of(task):  # several are of one site: gates of a product
+            decision = self.plan.sites.get(each.product.name)
             if decision in ("event", "dense"):
-                pinned[gather] = "event" if decision == "event" else "dense"
-        for each in task.lowered.kernel.gathers:
-            if task.lowered.kernel.weight(each.weight).convolution is not None:
-                pinned.setdefault(each.result, "event")  # torch has the dense ones
+                pinned[each.gather] = "event" if decision == "event" else "dense"
+        for gather in task.lowered.kernel.gathers:
+            if task.lowered.kernel.weight(gather.weight).convolution is not None:
+                pinned.setdefault(gather.result, "event")  # torch has the dense ones
         backend = self.binaries.backend
         # An emulator is there to run the kernels of events, not to gain by them.
         if not backend.is_timed and not isinstance(backend, Rendered):
             sites = task.lowered.sites
             reads_events = {s.gather for s in sites if s.event or is_mostly_zeros(s.activity)}
-            for each in task.lowered.kernel.gathers:
-                if each.result in reads_events or each.only is not None:
-                    pinned.setdefault(each.result, "event")
+            for gather in task.lowered.kernel.gathers:
+                if gather.result in reads_events or gather.only is not None:
+                    pinned.setdefault(gather.result, "event")
         return pinned
 
     def _why_no_candidate(self, task: Task) -> Refusal:

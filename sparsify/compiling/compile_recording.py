@@ -39,6 +39,7 @@ from sparsify.graphs.loops import (
     without_kernels,
 )
 from sparsify.graphs.put_back_products import put_back_products
+from sparsify.graphs.reuse_memory import reuse_memory
 from sparsify.options import Options
 from sparsify.passes.expansion import Eager
 from sparsify.passes.result import PassResult
@@ -107,8 +108,8 @@ class Compiler:
         regions = {name: c.region for name, c in choices.items() if c.region is not None}
         installed = self._install(recording, graph, regions, is_trained)
         regions = find_regions(installed) if regions and not is_trained else regions
-        chunked = PassResult(installed) if is_trained else chunk_time(installed)
-        if chunked.done:
+        chunked = self._economize(installed, is_trained)
+        if chunked.done and not is_trained:
             scanned = without_kernels(compute_weights(chunked.graph))
             stages = (*stages, Stage("chunk_time", scanned, tuple(chunked.done)))
         whole = [p.name for p in products if any("whole" in node.meta for node in p.nodes)]
@@ -193,6 +194,11 @@ class Compiler:
         if not regions:
             return installed
         return keep_weights(unpack_kept(installed), recording.calling.changing, backend.name)
+
+    def _economize(self, installed: fx.GraphModule, is_trained: bool) -> PassResult:
+        """``installed`` with less memory for what is between kernels."""
+        name = self.binaries.backend.name
+        return reuse_memory(installed, name) if is_trained else chunk_time(installed)
 
     @property
     def _eager(self) -> Eager:

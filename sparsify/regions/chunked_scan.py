@@ -22,6 +22,7 @@ from sparsify.scans.scan import Scan
 CHUNK_BYTES = 8 * 2**20
 SMALL_CHUNK_BYTES = 2 * 2**20
 GPU_CHUNK_BYTES = 32 * 2**20
+NOWHERE: Mapping[int, Tensor | None] = {}
 
 
 class ChunkedScan(nn.Module):
@@ -51,25 +52,31 @@ class ChunkedScan(nn.Module):
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
         activations: Sequence[Activation],
+        into: Mapping[int, Tensor | None] = NOWHERE,
     ) -> tuple[Tensor, ...]:
-        """Activations are ``[T, ..., S]``, or what a loop carries, as OuterProducts take it."""
+        """Activations are ``[T, ..., S]``, or what a loop carries, as OuterProducts take it.
+
+        The ys that no product reads are written to what ``into`` has for them, by their number,
+        which may be the memory of an x that the loop is through with where it writes.
+        """
         now = tuple(carries)
         sums: list[Tensor | None] = [None for _ in self.products]
         is_first = True
-        whole: dict[int, Tensor] = {}
+        whole = {index: y for index, y in into.items() if y is not None}
         for start, stop in self._chunks(steps, carries, activations):
-            into = {index: y[start:stop] for index, y in whole.items()}
+            places = {index: y[start:stop] for index, y in whole.items()}
             given = stop - start, now, [x[start:stop] for x in xs], consts
-            values = self._run_chunk(*given, into=None if is_first else into)
+            values = self._run_chunk(*given, places, is_first)
             is_first = False
             now, ys = values[: len(now)], values[len(now) :]
             del values
-            self._keep(whole, into, ys, steps, start)
+            self._keep(whole, places, ys, steps, start)
             for number, read in enumerate(self.reads):
                 part = _part(activations[number], start, stop)
                 sums[number] = self.products[number](ys[read], part, sums[number])
             del ys  # before the next ones are made
-        return (*now, *whole.values(), *(total for total in sums if total is not None))
+        kept = [whole[index] for index in sorted(whole)]
+        return (*now, *kept, *(total for total in sums if total is not None))
 
     def with_run(self, run: Scan | Region) -> ChunkedScan:
         """The same products beside another executor of the loop."""
@@ -122,16 +129,19 @@ class ChunkedScan(nn.Module):
         carries: Sequence[Tensor],
         xs: Sequence[Tensor],
         consts: Sequence[Tensor],
-        into: Mapping[int, Tensor] | None,
+        places: Mapping[int, Tensor],
+        is_first: bool,
     ) -> tuple[Tensor, ...]:
-        """The results of one chunk; ``into`` is None for the first, and may get ys of others."""
+        """The results of one chunk; ``places`` may get some of the ys."""
         run = self.run
-        if into is None or isinstance(run, Scan):
+        if isinstance(run, Scan):
             results: tuple[Tensor, ...] = run(steps, carries, xs, consts)
             return results
+        into = {len(carries) + index: y for index, y in places.items()}
+        if is_first:
+            return run.call(steps, carries, xs, consts, into=into)
         # The weights are those of the first chunk, so that they need be looked at only once.
-        places = {len(carries) + index: y for index, y in into.items()}
-        return run.again(steps, carries, xs, consts, places)
+        return run.again(steps, carries, xs, consts, into)
 
     def _keep(
         self,

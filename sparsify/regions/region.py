@@ -161,14 +161,24 @@ class Region(nn.Module):
         consts: Sequence[Tensor],
         unread: frozenset[int] = frozenset(),
         again: bool = False,
+        into: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """``forward``. Outputs ``unread`` of the kernel may hold anything.
 
-        ``again``: the weights are those of the last call, unchanged.
+        ``again``: the weights are those of the last call, unchanged. Results of which ``into`` has
+        a tensor, by their index, are written to it where that can be: the result is then that very
+        tensor.
         """
         frozen = again or self.frozen or self.settled
+        if into:
+            return self._run(steps, carries, xs, consts, frozen, self._outputs(into))
         results = self._run_again(unread, steps, carries, xs, consts, frozen)
         return results or self._run(steps, carries, xs, consts, frozen)
+
+    def is_plain(self, result: int) -> bool:
+        """True if an output of the kernel is the result as it is."""
+        returned, _, is_plain = self._returned[result]
+        return is_plain and returned.carry is None
 
     @property
     def weight_consts(self) -> tuple[int, ...]:
@@ -186,17 +196,11 @@ class Region(nn.Module):
         consts: Sequence[Tensor],
         into: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """``forward``, where the weights are those of the last call, unchanged.
+        """``call``, where the weights are those of the last call, unchanged."""
+        return self._run(steps, carries, xs, consts, True, self._outputs(into or {}))
 
-        Results of which ``into`` has a tensor, by their index, are written to it where that can be:
-        the result is then that very tensor.
-        """
-        outputs = {
-            returned.output: into[index]
-            for index, (returned, _, is_plain) in enumerate(self._returned)
-            if into and index in into and is_plain
-        }
-        return self._run(steps, carries, xs, consts, True, outputs)
+    def _outputs(self, into: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        return {self._returned[i][0].output: y for i, y in into.items() if self.is_plain(i)}
 
     def _run(
         self,

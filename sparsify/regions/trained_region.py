@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._autograd import _get_current_graph_task_keep_graph as is_graph_kept
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from torch._C._functorch import is_legacy_batchedtensor
 
 from sparsify.autocast import autocast_off
@@ -30,6 +32,24 @@ TWICE = Refusal(
 )
 
 
+# Of an operand that is overwritten: less takes no longer to make anew than to tell where it lies.
+REUSED_BYTES = 2**20
+SPENT = (
+    "Trying to differentiate the same results a second time: a first backward() was interrupted "
+    "when what was saved had been overwritten. Run the model again, or use retain_graph=True."
+)
+
+
+@dataclass(frozen=True)
+class Reused:
+    """An operand that nobody else reads: what is ``saved`` and then the gradient of the x take its
+    memory.
+    """
+
+    x: int
+    saved: int
+
+
 @dataclass(frozen=True)
 class Linked:
     """What a call is given beside the operands, see ``Links``."""
@@ -45,6 +65,7 @@ class TrainedRegion(nn.Module):
     ``run`` computes the results of ``parts.forward``, and ``backward`` the gradients as
     ``parts.backward`` does. Operands of which others require grad than those of ``required``, and
     calls without gradients, run the Scan itself. ``links`` say what else is taken and returned.
+    ``backward`` takes as many places for gradients as there are ``reused`` operands.
     """
 
     def __init__(
@@ -55,10 +76,12 @@ class TrainedRegion(nn.Module):
         run: Scan | Region,
         backward: fx.GraphModule,
         links: Links = NO_LINKS,
+        reused: Sequence[Reused] = (),
     ) -> None:
         super().__init__()
         self.scan, self.parts, self.required = scan, parts, required
         self.run, self.backward, self.links = run, backward, links
+        self.reused = tuple(reused)
         self.by_torch = False
         self.results = len(scan.results)
         self.places = places_of(scan)
@@ -159,23 +182,34 @@ class TrainedRegion(nn.Module):
         """The same with others that compute results and gradients."""
         return TrainedRegion(self.scan, self.parts, self.required, run, backward, self.links)
 
+    def reusing(self, reused: Sequence[Reused], backward: fx.GraphModule) -> TrainedRegion:
+        """The same with operands that it overwrites; ``backward`` takes places for gradients."""
+        known = self.scan, self.parts, self.required, self.run
+        return TrainedRegion(*known, backward, self.links, reused)
+
     def without_executors(self) -> TrainedRegion:
         """The same, differentiated by torch step by step."""
         region = self.with_executors(self.parts.forward, self.parts.backward)
         region.by_torch = True
         return region
 
-    def gradients(self, known: Mapping[Input, Tensor], live: set[int]) -> list[Tensor | None]:
+    def gradients(
+        self, known: Mapping[Input, Tensor], live: set[int], is_last: bool = False
+    ) -> list[Tensor | None]:
         """The gradient of every operand, then of what is linked.
 
         None where no result in ``live`` depends on it. The gradient of an operand whose product is
-        computed elsewhere is that of its stand-in.
+        computed elsewhere is that of its stand-in. ``is_last``: nobody reads what was saved again.
         """
         # Kernels cannot read what vmap passes, as is_grads_batched=True lets it.
         is_batched = is_intercepted() or any(map(is_legacy_batchedtensor, known.values()))
         backward = self.parts.backward if is_batched else self.backward
+        given = [known[place] for place in self.parts.inputs]
+        places = (
+            [known["saved", r.saved] for r in self.reused] if is_last and not is_batched else []
+        )
         with autocast_off():  # backward() may be called under it
-            found = backward(*(known[place] for place in self.parts.inputs))
+            found = backward(*given, *places)
         by_place = dict(zip(self.parts.outputs, found, strict=True))
         wanted = {place for result, place in self.parts.reaches if result in live}
         by_place = {place: d for place, d in by_place.items() if place in wanted}
@@ -193,9 +227,17 @@ class _TrainedScan(torch.autograd.Function):
         count = len(region.places)
         operands, linked = tensors[:count], tensors[count:]
         carries, xs, consts = region.split(operands)
-        computed = region.run(steps, carries, region.xs_of(xs, linked), consts)
+        read = region.xs_of(xs, linked)
+        places = _places(region, steps, read)
+        if places and isinstance(region.run, Region):
+            computed = region.run.call(steps, carries, read, consts, into=places)
+        else:
+            computed = region.run(steps, carries, read, consts)
         values, known = region.arrange(computed, operands, linked)
         ctx.region = region
+        # Hooks may keep what is saved, or give it to several.
+        ctx.owns_saved = top_hooks(True) is None
+        ctx.is_spent = False
         ctx.kept = [place for place in region.parts.inputs if place in known]
         ctx.save_for_backward(*(known[place] for place in ctx.kept))
         ctx.shapes = [_blank(value) for value in region.gradient_places(values)]
@@ -213,7 +255,22 @@ class _TrainedScan(torch.autograd.Function):
             gradient = d_results[i]
             known["d_result", i] = blank_zeros(*shape) if gradient is None else gradient
         live = {i for i, gradient in enumerate(d_results) if gradient is not None}
-        return None, None, *region.gradients(known, live)
+        if ctx.is_spent:
+            raise RuntimeError(SPENT)
+        is_last = ctx.owns_saved and not is_graph_kept() and bool(region.reused)
+        ctx.is_spent = is_last
+        return None, None, *region.gradients(known, live, is_last)
+
+
+def _places(region: TrainedRegion, steps: int, xs: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Operands that results may be written to, by the number of the result."""
+    found = {}
+    for reused in region.reused:
+        x = xs[reused.x]
+        is_whole = x.dim() == 3 and len(x) == steps and x.stride(-1) == 1 and 0 not in x.stride()
+        if is_whole and x.nbytes >= REUSED_BYTES:
+            found[region.results + reused.saved] = x.detach()
+    return found
 
 
 def places_of(scan: Scan) -> list[Operand]:

@@ -13,6 +13,7 @@ from sparsify.compiling.keep_weights import compute_weights, keep_weights
 from sparsify.errors import Refusal
 from sparsify.graphs.chunk_time import chunk_time
 from sparsify.graphs.loops import find_regions, with_modules, without_kernels
+from sparsify.graphs.reuse_memory import reuse_memory
 from sparsify.passes.generalize import find_fit, generalize
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.serving.entry import Entry, Origin, sources
@@ -83,7 +84,8 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
     graph = with_modules(found.graph, general.replacing(found.graph))
     if not first.required:
         graph = keep_weights(graph, first.calling.changing, first.backend.name)
-    unchunked, graph = graph, graph if first.required else chunk_time(graph).graph
+    unchunked, backend = graph, first.backend.name
+    graph = (reuse_memory(graph, backend) if first.required else chunk_time(graph)).graph
     compiled = replace(
         ours,
         stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),

@@ -2,6 +2,7 @@
 // event-tiles; gathers: q_z = dense, q_r = dense, q_g = dense
 
 #include "barrier.cuh"
+#include "events.cuh"
 #include "event_tiles.cuh"
 
 namespace {
