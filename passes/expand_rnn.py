@@ -39,8 +39,8 @@ aten = torch.ops.aten
 
 def expand_rnn(gm: fx.GraphModule) -> PassResult:
     """Expand every recurrent op that gains by it; refuse the others, naming the line."""
-    refused = {node: why for node in gm.graph.nodes if (why := why_not_expand(node)) is not None}
-    targets = [node for node in gm.graph.nodes if bare(node.target) in CELLS]
+    targets = [node for node in gm.graph.nodes if recurrent_op(node) is not None]
+    refused = {node: why for node in targets if (why := why_not_expand(node)) is not None}
     declined = list(refused.values())
     if all(node in refused for node in targets):
         return PassResult(gm, [], declined)

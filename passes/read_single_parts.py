@@ -53,10 +53,12 @@ def read_single_parts(gm: fx.GraphModule) -> PassResult:
 
 def _find_wrapped(node: fx.Node) -> fx.Node | None:
     """What ``node`` is the only part of a sequence of; None for other nodes."""
+    if node.target not in (aten.select.int, operator.getitem):
+        return None
     args: Any = node.args
     if node.target is aten.select.int:
         sequence, dim, _ = args
-    elif node.target is operator.getitem and args[0].target is aten.unbind.int:
+    elif args[0].target is aten.unbind.int:
         sequence, dim = (*args[0].args, 0)[:2]
     else:
         return None

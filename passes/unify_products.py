@@ -40,6 +40,11 @@ from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
+# What products are spelled as, or end with; all else is not looked at twice.
+SPELLED = (
+    *(aten.mm.default, aten.addmm.default, aten.bmm.default),
+    *(aten.mv.default, aten.addmv.default, aten.sum.dim_IntList),
+)
 
 
 def unify_products(gm: fx.GraphModule) -> PassResult:
@@ -47,7 +52,7 @@ def unify_products(gm: fx.GraphModule) -> PassResult:
 
     Where the weight is on the left, the product is turned first.
     """
-    if not any(map(_may_change, gm.graph.nodes)):
+    if not any(node.target in SPELLED and _may_change(node) for node in gm.graph.nodes):
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     idle = _erase_idle_views(graph)

@@ -23,7 +23,7 @@ from sparsify.serving.engine import Engine
 
 # Long enough that a loop has the rounds that a short one spends on its ends.
 FEW, MANY = 50, 150
-MOST_OF_PASSES = 50  # measured: 35 and 40
+MOST_OF_PASSES = 50  # measured: 38 and 46
 MOST_OF_CHECKS = 12  # measured: 9
 MOST_FOLLOWED = 12  # calls and returns of an operation that is recorded; measured: 10
 
