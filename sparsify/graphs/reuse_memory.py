@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.codegen.overwriting import may_overwrite
-from sparsify.passes.classify_ops import may_be_view
+from sparsify.passes.classify_ops import RESHAPES, SLICES, TRANSPOSES
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.regions.chunked_scan import ChunkedScan
@@ -35,6 +35,9 @@ aten = torch.ops.aten
 Modules = Mapping[str, nn.Module]
 # They make a tensor of their own, which their gradients do not read.
 MAKERS = (aten.embedding.default, aten.addmm.default, aten.mm.default)
+# Views in which every element lies at a place of its own: in windows, and where a tensor is
+# expanded, several share one.
+VIEWS = (*RESHAPES, *SLICES, *TRANSPOSES, aten.split_with_sizes.default)
 
 
 def reuse_memory(gm: fx.GraphModule, backend: str) -> PassResult:
@@ -85,7 +88,7 @@ def _reuse(node: fx.Node, region: TrainedRegion, modules: Modules) -> TrainedReg
     gradient = _Gradient(region)
     reused: list[Reused] = []
     for x, operand in enumerate(xs):
-        is_read_again = ("x", x) in parts.inputs or xs.count(operand) > 1
+        is_read_again = ("x", x) in parts.inputs or _count(node, operand) > 1
         if is_read_again or not _is_given_away(operand, modules):
             continue
         for saved in range(parts.saved):
@@ -113,10 +116,20 @@ def _is_given_away(node: fx.Node, modules: Modules) -> bool:
         found = _result_of(node, modules)
         if found is not None:
             return _is_alone(node) and found.is_stacked and not found.is_kept
-        if not may_be_view(node) or (node.target is operator.getitem and not _is_alone(node)):
+        if node.target is operator.getitem:
+            if not _is_alone(node):
+                return False
+        elif node.target not in VIEWS:
             return False
         node = node.all_input_nodes[0]
     return False
+
+
+def _count(call: fx.Node, value: fx.Node) -> int:
+    """How many of the operands of a call are ``value``."""
+    operands: list[fx.Node] = []
+    fx.node.map_arg(call.args, operands.append)
+    return operands.count(value)
 
 
 def _is_alone(element: fx.Node) -> bool:
@@ -176,8 +189,8 @@ class _Gradient:
         call, result = written
         value = self.inputs[self.region.parts.inputs.index(place)]
         xs: Any = call.args[2]
-        if list(value.users) != [call] or sum(operand is value for operand in xs) != 1:
-            return False
+        if list(value.users) != [call] or value not in xs or _count(call, value) != 1:
+            return False  # products read it, too, after the loop
         return _fits(self._loop(call).run, xs.index(value), result)
 
     def with_places(self, reused: list[Reused]) -> fx.GraphModule:
