@@ -69,11 +69,10 @@ def _can_flatten(y: fx.Node, readings: list[Reading], scans: dict[str, Scan]) ->
 
 
 def _form_of(reading: Reading, row: int) -> tuple[Shape, Shape] | None:
-    """The dims of what is read, those in front of ``row`` neurons and those of these."""
+    """The dims of what is read, those of time and batch and those of ``row`` neurons."""
     args: Any = reading.reader.args
     shape = shape_of(args[2][reading.index])
-    at = (at for at in range(len(shape) - 1, 1, -1) if math.prod(shape[at:]) == row)
-    return next(((shape[:i], shape[i:]) for i in at), None)
+    return (shape[:2], shape[2:]) if math.prod(shape[2:]) == row else None
 
 
 def _flatten(graph: fx.Graph, y: fx.Node, readings: list[Reading], scans: dict[str, Scan]) -> None:

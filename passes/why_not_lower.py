@@ -120,7 +120,7 @@ def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
         return _why_not_product(node, consts)
     if node.target in TRANSPOSES:
         return _why_not_transpose(node, consts)
-    if node.target is POOL and all(source_of(user)[1] is node for user in node.users):
+    if node.target is POOL and all(_reads_through(node, user) for user in node.users):
         return None
     if node.target is aten.pow.Tensor_Scalar and node.args[1] not in POWERS:
         reason = f"The power {node.args[1]} is none of {', '.join(map(str, POWERS))}."
@@ -131,6 +131,11 @@ def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     if node.target in EXPANSIONS or node.target in FILLS or str(node.target) in ROWS:
         return None
     return _unsupported(node)
+
+
+def _reads_through(pool: fx.Node, user: fx.Node) -> bool:
+    """Whether ``user`` is a convolution that pools what it reads itself."""
+    return product_operand(user) is not None and source_of(user)[1] is pool
 
 
 def _unsupported(node: fx.Node) -> Refusal:

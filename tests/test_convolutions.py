@@ -176,6 +176,50 @@ def test_spikes_of_maps_are_handed_on_as_bits() -> None:
     assert flatten_maps(fast.stages[-2].graph).done == []
 
 
+@torch.no_grad()
+def test_pooled_events_that_are_padded_before_the_next_step() -> None:
+    """Such a pool is no convolution's own, and the loop runs as torch operations."""
+    torch.manual_seed(0)
+
+    class Padded(Thresholded):
+        def forward(self, x: Tensor) -> Tensor:
+            v = z = x.new_zeros(x.shape[1], 4, 6, 6)
+            for x_t in x:
+                pooled = F.pad(F.max_pool2d(z, 2), (1, 2, 2, 1))
+                v = 0.5 * v + x_t + self.conv(pooled)
+                z = (v > 0.9).to(v.dtype)
+                v = v - z
+            return v
+
+    model, x = Padded(), torch.rand(4, 3, 4, 6, 6)
+    model.conv = nn.Conv2d(4, 4, 3, padding=1)
+    fast = compiled(model, x)
+    assert "max_pool2d" in fast.report["conv"].reason
+    sparsify.verify(model, fast, x)
+
+
+@torch.no_grad()
+def test_maps_that_are_read_with_a_dim_of_one_in_front() -> None:
+    """It belongs to the neurons: a loop has one dim of batch."""
+    torch.manual_seed(0)
+
+    class Grouped(Thresholded):
+        def forward(self, x: Tensor) -> Tensor:
+            current = super().forward(x.flatten(0, 1))
+            spikes: Tensor = self.fire(current.view(*x.shape[:2], *current.shape[1:]))
+            spikes = self.fire(spikes.unsqueeze(2))
+            return spikes
+
+        fire: Any = NormedLayers.fire
+
+    model, x = Grouped(bias=False), torch.rand(4, 3, 4, 5, 5)
+    model.conv.weight.copy_((model.conv.weight * 16).round() / 2)
+    fast = compiled(model, x)
+    assert fast.report["conv"].decision == "event"
+    assert any("flatten_maps" in stage.name for stage in fast.stages)
+    assert torch.equal(fast(x), model(x)) and bool(fast(x).any())
+
+
 def test_only_single_results_are_called_so() -> None:
     """Indices of a pool that are read stay, and so does a norm in training mode."""
 
