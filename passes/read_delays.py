@@ -23,9 +23,10 @@ import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
+from sparsify.passes.compare_layouts import can_stand_for
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
-from sparsify.passes.tensor_info import call, contiguous_stride, without_dim
+from sparsify.passes.tensor_info import call, contiguous_stride, with_shape, without_dim
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -54,9 +55,14 @@ def read_delays(gm: fx.GraphModule) -> PassResult:
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     made: dict[_Part, fx.Node] = {}
+    values: dict[fx.Node, fx.Node] = {}  # of reads, which other buffers may hold
     done = []
     for node, found in _resolved(graph):
         value = found if isinstance(found, fx.Node) else _read(graph, found, made)
+        before = values.get(value, value)
+        if can_stand_for(before.meta["val"], node):
+            value = before
+        values[node] = value
         node.replace_all_uses_with(value)
         done.append(f"{node.meta.get('location')}: {node.name} is {value.name}")
     for node in list(graph.nodes):
@@ -81,8 +87,17 @@ def _resolved(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node | _Part]]:
     return [
         (node, value)
         for node, part, value in found
-        if value is not None and (value != part or part.buffer in later)
+        if value is not None
+        and (value != part or part.buffer in later)
+        and can_stand_for(_info_of(value), node)
     ]
+
+
+def _info_of(value: fx.Node | _Part) -> Any:
+    if isinstance(value, fx.Node):
+        return value.meta["val"]
+    info = without_dim(value.buffer.meta["val"], value.dim)
+    return with_shape(info, info.shape) if value.buffer.target is aten.full.default else info
 
 
 def _stack_after(graph: fx.Graph, node: fx.Node, made: dict[_Part, fx.Node]) -> fx.Node | None:
@@ -260,11 +275,13 @@ def _joined(part: _Part) -> fx.Node | _Part | None:
     values, dim = (*args, 0)[:2]
     if dim % len(node.meta["val"].shape) != part.dim:
         return None
-    dtype = node.meta["val"].dtype
-    if any(value.meta["val"].dtype != dtype for value in values):
+    infos = [node.meta["val"], *(value.meta["val"] for value in values)]
+    if len({info.dtype for info in infos}) > 1:
         return None  # they are cast
     if node.target is aten.stack.default:
         return values[part.index]  # type: ignore[no-any-return]
+    if len({len(info.shape) for info in infos}) > 1:
+        return None  # an empty tensor of one dim joins with all
     index = part.index
     for value in values:
         size = value.meta["val"].shape[part.dim]

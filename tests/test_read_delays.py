@@ -140,5 +140,63 @@ def test_a_layer_s_spikes_of_all_steps_are_read_as_a_whole() -> None:
     assert read_delays(found.graph).graph is found.graph
 
 
+def test_what_is_returned_keeps_its_strides() -> None:
+    def model(tape: Tape, x: Tensor) -> list[Tensor]:
+        v, buffer = torch.zeros(B, H), torch.zeros(B, H, DELAY)
+        for t in tape.loop(range(x.size(0))):
+            buffer = buffer.clone()
+            buffer[..., t % DELAY] = v
+            taken = buffer[..., t % DELAY]
+            v = 0.5 * v + x[t] + F.linear(taken, W1)
+        return [v, taken]
+
+    found = record_unrolled(model, [dyadic(STEPS, B, H)], WEIGHTS)
+    result = read_delays(found.graph)
+    assert len(result.done) >= STEPS
+    assert_same(result.graph(*found.operands), found.results)
+
+
+def test_views_of_parts_stay_where_what_was_put_there_is_transposed() -> None:
+    def model(tape: Tape, x: Tensor) -> Tensor:
+        v, buffer, out = torch.zeros(H, B), torch.zeros(DELAY, B, H), []
+        for t in tape.loop(range(x.size(0))):
+            rows = buffer[-1].view(-1).view(B, H)
+            v = 0.5 * v + (x[t] + F.linear(rows, W1)).t()
+            buffer = torch.cat([v.t()[None], buffer[:-1]])
+            out.append(rows)
+        return torch.stack(out)
+
+    found = record_unrolled(model, [dyadic(STEPS, B, H)], WEIGHTS)
+    assert_same(read_delays(found.graph).graph(*found.operands), found.results)
+
+
+def test_an_empty_tensor_joins_with_all() -> None:
+    def model(tape: Tape, x: Tensor) -> Tensor:
+        v, buffer = torch.zeros(B, H), torch.zeros(B, H, DELAY)
+        for t in tape.loop(range(x.size(0))):
+            v = 0.5 * v + x[t] + F.linear(buffer[..., 0], W1)
+            buffer = torch.cat([torch.zeros(0), buffer[..., 1:], v.unsqueeze(-1)], -1)
+        return v
+
+    found = record_unrolled(model, [dyadic(STEPS, B, H)], WEIGHTS)
+    assert_same(read_delays(found.graph).graph(*found.operands), found.results)
+
+
+def test_a_delay_of_a_delay_is_a_longer_one() -> None:
+    def model(tape: Tape, x: Tensor) -> Tensor:
+        v, first, second = torch.zeros(B, H), torch.zeros(2, B, H), torch.zeros(2, B, H)
+        for t in tape.loop(range(x.size(0))):
+            v = 0.5 * v + x[t] + F.linear(second[-1], W1)
+            second = torch.cat([first[-1].unsqueeze(0), second[:-1]])
+            first = torch.cat([v.unsqueeze(0), first[:-1]])
+        return v
+
+    found = record_unrolled(model, [dyadic(STEPS, B, H)], WEIGHTS)
+    result = read_delays(found.graph)
+    rolled = roll_loops(result.graph)
+    assert rolled.done, rolled.declined
+    assert_same(rolled.graph(*found.operands), found.results)
+
+
 def test_the_pass_stands_before_loops_are_rolled() -> None:
     assert PIPELINE.index(read_delays) < PIPELINE.index(roll_loops)
