@@ -23,6 +23,7 @@ from sparsify.passes.classify_ops import (
 from sparsify.passes.tensor_info import call, copy_meta, packed, permuted, with_shape
 
 aten = torch.ops.aten
+OF_ONE_RANK = (torch.channels_last, torch.channels_last_3d)
 
 
 def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
@@ -156,7 +157,9 @@ class _Batcher:
 
     def pointwise(self) -> fx.Node:
         args = fx.map_arg(self.node.args, self._aligned)
-        kwargs = fx.map_arg(self.node.kwargs, self._aligned)
+        kwargs = dict(fx.map_arg(self.node.kwargs, self._aligned))
+        if kwargs.get("memory_format") in OF_ONE_RANK:  # values of all steps have one dim more
+            del kwargs["memory_format"]
         shape = (self.steps, *self.shape)
         values = [self.stacked(operand) for operand in self.node.all_input_nodes]
         strides = [v.meta["val"].stride for v in values if v and v.meta["val"].shape == shape]

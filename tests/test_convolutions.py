@@ -71,6 +71,29 @@ def test_channels_last_gives_the_same_values_and_strides() -> None:
     assert got.stride() == expected.stride() != got.contiguous().stride()
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@torch.no_grad()
+def test_spikes_that_are_made_channels_last_in_a_step(steps: int) -> None:
+    """Those of all steps at once have a dim too many for that format."""
+    torch.manual_seed(0)
+
+    class Steps(Thresholded):
+        def forward(self, x: Tensor) -> Tensor:
+            v = torch.zeros_like(x[0])
+            out = []
+            for x_t in x:
+                v = 0.5 * v + x_t
+                z = (v > 0.9).to(v.dtype)
+                v = v - z
+                out.append(self.conv(z.to(memory_format=torch.channels_last)))
+            return torch.stack(out)
+
+    model, x = Steps(), torch.rand(steps, 3, 4, 6, 6)
+    fast = compiled(model, x)
+    assert fast.report["conv"].decision == "event"
+    sparsify.verify(model, fast, x, events=1)
+
+
 @torch.no_grad()
 def test_weights_that_become_infinite() -> None:
     torch.manual_seed(0)
