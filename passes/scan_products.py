@@ -51,6 +51,7 @@ from sparsify.passes.why_not_lower import product_weights
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
+VIEW = aten.view.default
 MOST_CONVOLVED = 0.3  # the activity up to which a convolution of events gains, or nearly so
 BUSY = 0.5  # the activity from which on torch's convolution of all neurons is taken to win
 BATCHED_PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
@@ -74,9 +75,28 @@ def scan_products(gm: fx.GraphModule, convolutions: bool = True) -> PassResult:
             mover.move(node)
     if not mover.done:
         return PassResult(gm, [], mover.declined)
+    if mover.has_convolutions:
+        _reshape_for_views(graph, modules)
     erase_unused(graph, modules)
     moved = fx.GraphModule(modules, graph, class_name=type(gm).__name__)
     return PassResult(moved, mover.done, mover.declined)
+
+
+def _reshape_for_views(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Maps that were channels last come from loops as they are not, which only views mind."""
+    _reshape(graph)
+    for name, scan in modules.items():
+        if isinstance(scan, Scan) and scan.body.graph.find_nodes(op="call_function", target=VIEW):
+            inner = copy_graph(scan.body.graph)
+            _reshape(inner)
+            body = fx.GraphModule(nn.Module(), inner, class_name=type(scan.body).__name__)
+            counts = (scan.carries, scan.xs, scan.consts)
+            modules[name] = Scan(body, *counts, scan.location, scan.reverse)
+
+
+def _reshape(graph: fx.Graph) -> None:
+    for view in graph.find_nodes(op="call_function", target=VIEW):
+        view.target = aten.reshape.default
 
 
 def why_not_take(product: fx.Node, activations: set[fx.Node]) -> Refusal | None:
@@ -158,6 +178,7 @@ class _Mover:
         self.graph, self.modules = graph, modules
         self.activations = find_activations(graph)
         self.done: list[str] = []
+        self.has_convolutions = False
         self.declined: list[Refusal] = []
 
     def move(self, product: fx.Node) -> None:
@@ -165,6 +186,7 @@ class _Mover:
         if refusal is None:
             fused = may_fuse(product) and self._fuse(product)
             refusal = None if fused else self._stand_alone(product)
+            self.has_convolutions |= refusal is None and product.target is CONVOLUTION
         if refusal is not None:
             self.declined.append(refusal)
 

@@ -95,6 +95,24 @@ def test_spikes_that_are_made_channels_last_in_a_step(steps: int) -> None:
 
 
 @torch.no_grad()
+def test_views_of_what_eager_has_channels_last() -> None:
+    """Loops give maps in the order of their dims, of which such a view is a copy."""
+    torch.manual_seed(0)
+
+    class Viewed(Thresholded):
+        def forward(self, x: Tensor) -> Tensor:
+            currents = [super(Viewed, self).forward(x_t) for x_t in x]
+            return torch.stack([c.permute(0, 2, 3, 1).view(x.shape[1], -1) for c in currents])
+
+    model = Viewed().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(4, 3, 4, 6, 6)
+    fast = compiled(model, x)
+    assert fast.report["conv"].decision == "event"
+    # Sums of at most 36 terms below 1 that are rounded to 24 bits each.
+    assert torch.allclose(fast(x), model(x), rtol=0, atol=36 * 2**-24)
+
+
+@torch.no_grad()
 def test_weights_that_become_infinite() -> None:
     torch.manual_seed(0)
     model, x = Thresholded(), torch.rand(3, 4, 8, 8)
