@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.plan import Plan
+from tests.test_dropin import runs_kernels_of
 from tests.training_harness import (
     assert_close,
     assert_same_gradients,
@@ -166,6 +167,21 @@ def test_checkpointing(reentrant: bool) -> None:
 
     assert_same_gradients(loss(fast), loss(eager))
     assert_trained(fast, ENTRY.sites)
+
+
+def test_a_call_with_hooks_leaves_others_their_kernels() -> None:
+    _, fast = both()
+    x = ENTRY.inputs()
+
+    def update() -> Tensor:
+        result: Tensor = fast(x)
+        weighted_sum(result).backward()
+        return result
+
+    update()
+    with torch.autograd.graph.save_on_cpu(), pytest.warns(UserWarning, match="saved_tensors_hooks"):
+        update()
+    assert runs_kernels_of(fast, update)
 
 
 def test_evaluation_in_between() -> None:

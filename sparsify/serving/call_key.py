@@ -8,12 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.autocast import autocast, is_any_on
+from sparsify.recording.environment import saved_hooks
 from sparsify.recording.recording import Args, Kwargs
 
 
 def call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
     """Modes and the kinds of the arguments. Calls of one key can differ in all else."""
-    modes = (model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    modes = (
+        *(model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        saved_hooks(True) is not None,
+        autocast() if is_any_on() else (),
+    )
     if kwargs or not all(isinstance(argument, Tensor) for argument in args):
         return modes, _any_kinds(args, kwargs)
     return modes, tuple([_kind(argument) for argument in args])
