@@ -21,16 +21,21 @@ _WRONG = re.compile(r"(?i)function (\w+)Backward returned an (invalid gradient|i
 
 
 def why_not_body(scan: Scan) -> Refusal | None:
-    """A loop inside of the loop, or a convolution, has no gradient here."""
+    """A loop inside of the loop has no gradient here."""
     for node in scan.body.graph.nodes:
         if node.op in ("call_module", "get_attr"):
             reason = "The step of the loop runs another loop, and only innermost ones have kernels."
             remedy = "Its gradient is computed by torch, step by step."
             return refuse("unsupported-op", reason, remedy, node)
-        if node.target is CONVOLUTION:
-            reason = "The gradient of a convolution is torch's, of all neurons."
-            remedy = "Training runs the loop as before; calls without gradients run it as events."
-            return refuse("unsupported-layout", reason, remedy, node)
+    return None
+
+
+def why_not_trained(scan: Scan) -> Refusal | None:
+    """A convolution, whose gradient has no kernel."""
+    for node in scan.body.graph.find_nodes(op="call_function", target=CONVOLUTION):
+        reason = "The gradient of a convolution is torch's, of all neurons."
+        remedy = "Training runs the loop as before; calls without gradients run it as events."
+        return refuse("unsupported-layout", reason, remedy, node)
     return None
 
 

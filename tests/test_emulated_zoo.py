@@ -26,7 +26,7 @@ from tests.emulated import (
 from tests.training_nets import net
 from tests.zoo import ENTRIES, Entry
 
-COMPILED = [entry for entry in ENTRIES if entry.code is None]
+COMPILED = [entry for entry in ENTRIES if entry.code is None and entry.on_cuda]
 LONG = ("nn.LSTM, pruned", "GRUCell, pruned")  # a minute each: before a release only
 # One of each kind of loop: a kernel of its own for the weights' gradients, gates, two layers.
 TRAINED = ("step by step", "recurrent", "LISTA", "second order", "EGRU of EvNN")

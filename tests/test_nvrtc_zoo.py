@@ -22,7 +22,7 @@ from sparsify.serving.engine import Engine
 from tests.cuda_wheels import needs_nvrtc
 from tests.zoo import ENTRIES, Entry
 
-COMPILED = [entry for entry in ENTRIES if entry.code is None]
+COMPILED = [entry for entry in ENTRIES if entry.code is None and entry.on_cuda]
 
 
 def sources(entry: Entry, limits: Limits, *, all_strategies: bool) -> Iterator[Source]:

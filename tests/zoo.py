@@ -39,7 +39,7 @@ class Entry:
     ``grid`` is the power of two that dyadic weights are multiples of, None where the arithmetic
     cannot be exact (an exponential, a tanh). After ``recordings`` a graph must serve all sizes:
     two, and one more where the first call leaves an attribute behind, or where each length has a
-    kernel of its own.
+    kernel of its own. ``on_cuda`` says whether CUDA has kernels for ``events``, too.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Entry:
     grid: float | None = 2**-6
     keeps_state: bool = False
     recordings: int = 2
+    on_cuda: bool = True
 
     @property
     def is_static(self) -> bool:
@@ -110,16 +111,35 @@ ENTRIES = (
         gain=2.2,
         layout="batch first",
     ),
-    Entry("convolved steps", convolutional.ConvolvedSteps, events=("conv2", "fc"), gain=0.6),
+    Entry(
+        "convolved steps",
+        convolutional.ConvolvedSteps,
+        events=("conv2", "fc"),
+        gain=0.6,
+        on_cuda=False,
+    ),
     Entry(
         "convolved layers, normed",
         convolutional.ConvolvedLayers,
         events=("conv2", "fc"),
         gain=0.9,
         grid=None,
+        on_cuda=False,
     ),
-    Entry("strided maps", convolutional.StridedMaps, events=("conv2", "conv3"), gain=0.9),
-    Entry("recurrent maps", convolutional.RecurrentMaps, events=("recur",), gain=0.6),
+    Entry(
+        "strided maps",
+        convolutional.StridedMaps,
+        events=("conv2", "conv3"),
+        gain=0.9,
+        on_cuda=False,
+    ),
+    Entry(
+        "recurrent maps",
+        convolutional.RecurrentMaps,
+        events=("recur",),
+        gain=0.6,
+        on_cuda=False,
+    ),
     Entry("delayed reset", feedforward.DelayedReset, events=("fc2",)),
     Entry(
         "four deep", feedforward.FourDeep, events=("linears.1", "linears.2", "linears.3"), gain=2.2

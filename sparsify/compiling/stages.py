@@ -20,6 +20,7 @@ from sparsify.passes.pack_events import pack_events
 from sparsify.passes.part_results import join_results, part_results
 from sparsify.passes.pipeline import PIPELINE, WITHOUT_CONVOLUTIONS
 from sparsify.passes.result import Pass
+from sparsify.passes.why_not_differentiate import why_not_trained
 from sparsify.scans.lowered import Lowered
 
 
@@ -87,11 +88,14 @@ def differentiate(
 
     Also returns the Scans that need gradients and have none, with the reasons.
     """
-    wanted = {
+    found = {
         name: scan
         for name, scan in find_scans(graph).items()
         if isinstance(lower_forward(scan, name), Lowered)
     }
+    untrained = {name: why for name, scan in found.items() if (why := why_not_trained(scan))}
+    wanted = {name: scan for name, scan in found.items() if name not in untrained}
     differentiated, refused = differentiate_scans(graph, operands, wanted)
-    done = tuple(f"{name} has its gradient beside it" for name in wanted if name not in refused)
+    refused = {**untrained, **refused}
+    done = tuple(f"{name} has its gradient beside it" for name in found if name not in refused)
     return Stage("differentiate", differentiated, done, tuple(refused.values())), refused
