@@ -21,11 +21,10 @@ from torch import fx, nn
 
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.fuse_product import RESHAPES
-from sparsify.passes.link_loops import Reading, find_readings, origin_of
+from sparsify.passes.link_loops import Reading, by_y, find_readings, origin_of
 from sparsify.passes.lower_layout import Shape, shape_of
-from sparsify.passes.pack_links import is_read_by_loops_only
+from sparsify.passes.pack_links import hands_on_spikes
 from sparsify.passes.result import PassResult
-from sparsify.passes.save_values import is_binary
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.scans.scan import Scan
 
@@ -36,11 +35,8 @@ def flatten_maps(gm: fx.GraphModule) -> PassResult:
     """Flatten every y ``[T, B, C, ...]`` of 0 and 1 that other loops alone read, by rows."""
     graph = copy_graph(gm.graph)
     scans = {name: m for name, m in gm.named_children() if isinstance(m, Scan)}
-    by_y: dict[fx.Node, list[Reading]] = {}
-    for reading in find_readings(graph, scans, _is_reshape):
-        by_y.setdefault(reading.y, []).append(reading)
     done = []
-    for y, readings in by_y.items():
+    for y, readings in by_y(find_readings(graph, scans, _is_reshape)).items():
         if not _can_flatten(y, readings, scans):
             continue
         _flatten(graph, y, readings, scans)
@@ -56,14 +52,10 @@ def _is_reshape(value: fx.Node) -> bool:
 
 
 def _can_flatten(y: fx.Node, readings: list[Reading], scans: dict[str, Scan]) -> bool:
-    writer, index = origin_of(y)
-    scan = scans[str(writer.target)]
+    writer, _ = origin_of(y)
     return (
-        index >= scan.carries
-        and len(shape_of(y)) > 3
-        and [user for user in writer.users if user.args[1] == index] == [y]
-        and is_binary(scan.results[index])
-        and is_read_by_loops_only(y, readings)
+        len(shape_of(y)) > 3
+        and hands_on_spikes(y, readings, scans[str(writer.target)])
         and all(_form_of(reading, math.prod(shape_of(y)[2:])) for reading in readings)
     )
 
@@ -126,7 +118,7 @@ def _with_rows(scan: Scan, index: int) -> Scan:
         flat = call(graph, aten.flatten.using_ints, (value, 1), with_shape(info, shape), value)
     flat.meta["fact"] = value.meta.get("fact")
     output.args = ((*results[:index], flat, *results[index + 1 :]),)
-    return _with_graph(scan, graph)
+    return scan.with_graph(graph)
 
 
 def _reading_rows(scan: Scan, x: int, neurons: tuple[int, ...]) -> Scan:
@@ -143,10 +135,4 @@ def _reading_rows(scan: Scan, x: int, neurons: tuple[int, ...]) -> Scan:
         maps = call(graph, aten.unflatten.int, args, with_shape(info, info.shape), place)
     maps.meta["fact"] = place.meta.get("fact")
     place.replace_all_uses_with(maps, delete_user_cb=lambda user: user is not maps)
-    return _with_graph(scan, graph)
-
-
-def _with_graph(scan: Scan, graph: fx.Graph) -> Scan:
-    body = fx.GraphModule(nn.Module(), graph, class_name=type(scan.body).__name__)
-    counts = (scan.carries, scan.xs, scan.consts)
-    return Scan(body, *counts, scan.location, scan.reverse)
+    return scan.with_graph(graph)

@@ -69,9 +69,7 @@ def limit_surrogates(gm: fx.GraphModule, width: float) -> PassResult:
         limited = [_limit(graph, node, width) for node in uses]
         declined += [refusal for refusal in limited if isinstance(refusal, Refusal)]
         done += [text for text in limited if isinstance(text, str)]
-        body = fx.GraphModule(scan.body, graph, class_name="Body")
-        counts = (scan.carries, scan.xs, scan.consts)
-        scans[name] = Scan(body, *counts, scan.location, scan.reverse)
+        scans[name] = scan.with_graph(graph)
     if not done:
         return PassResult(gm, [], declined)
     modules = {**dict(gm.named_children()), **scans}

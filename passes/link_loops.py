@@ -17,7 +17,7 @@ After::
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,14 @@ def find_readings(
                 x = x.all_input_nodes[0]
             if x.target is operator.getitem and _is_call(x.args[0], loops):
                 yield Reading(node, index, x, tuple(reversed(views)))
+
+
+def by_y(readings: Iterable[Reading]) -> dict[fx.Node, list[Reading]]:
+    """All readings of each y."""
+    found: dict[fx.Node, list[Reading]] = {}
+    for reading in readings:
+        found.setdefault(reading.y, []).append(reading)
+    return found
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,19 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.link_loops import Reading, find_readings, keeps_rows, origin_of, seen_through
+from sparsify.passes.link_loops import (
+    Reading,
+    by_y,
+    find_readings,
+    keeps_rows,
+    origin_of,
+    seen_through,
+)
 from sparsify.passes.lower_layout import shape_of
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.pack_links import is_read_by_loops_only
+from sparsify.passes.pack_links import hands_on_spikes
 from sparsify.passes.pack_saved import LEAST_NEURONS, packed_info, unpacking, writing_bits
 from sparsify.passes.result import PassResult
-from sparsify.passes.save_values import is_binary
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
@@ -39,11 +45,8 @@ def pack_events(gm: fx.GraphModule) -> PassResult:
     """Pack every y of 0 and 1 that other loops alone read, if kernels can write and read bits."""
     graph = copy_graph(gm.graph)
     scans = {name: m for name, m in gm.named_children() if isinstance(m, Scan)}
-    by_y: dict[fx.Node, list[Reading]] = {}
-    for reading in find_readings(graph, scans, _is_view):
-        by_y.setdefault(reading.y, []).append(reading)
     done = []
-    for y, readings in by_y.items():
+    for y, readings in by_y(find_readings(graph, scans, _is_view)).items():
         changed = _with_bits(y, readings, scans) if _can_pack(y, readings, scans) else None
         if changed is None:
             continue
@@ -63,17 +66,11 @@ def _is_view(value: fx.Node) -> bool:
     return is_cast or keeps_rows(value)
 
 
-def _can_pack(y: fx.Node, readings: Sequence[Reading], scans: dict[str, Scan]) -> bool:
+def _can_pack(y: fx.Node, readings: list[Reading], scans: dict[str, Scan]) -> bool:
     writer, index = origin_of(y)
     scan = scans[str(writer.target)]
-    result = scan.results[index]
-    return (
-        index >= scan.carries
-        and [user for user in writer.users if user.args[1] == index] == [y]
-        and is_binary(result)
-        and shape_of(result)[-1] >= LEAST_NEURONS
-        and is_read_by_loops_only(y, list(readings))
-    )
+    is_handed_on = hands_on_spikes(y, readings, scan)
+    return is_handed_on and shape_of(scan.results[index])[-1] >= LEAST_NEURONS
 
 
 def _with_bits(

@@ -19,13 +19,14 @@ from typing import Any
 
 from torch import fx
 
-from sparsify.passes.link_loops import Reading, origin_of
+from sparsify.passes.link_loops import Reading, by_y, origin_of
 from sparsify.passes.lower_layout import shape_of
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.pack_saved import LEAST_NEURONS, reading_bits, writing_bits
 from sparsify.passes.save_values import is_binary
 from sparsify.scans.differentiated import Differentiated
 from sparsify.scans.lowered import Lowered
+from sparsify.scans.scan import Scan
 
 
 def find_packed(
@@ -35,11 +36,8 @@ def find_packed(
 
     Also returns ``parts`` as they write and read them.
     """
-    found: dict[fx.Node, list[Reading]] = {}
-    for reading in readings:
-        found.setdefault(reading.y, []).append(reading)
     changed, packed = dict(parts), {}
-    for y, own in found.items():
+    for y, own in by_y(readings).items():
         taken = _with_bits(y, own, changed) if _can_pack(y, own, parts) else None
         if taken is not None:
             changed, packed[y] = taken, own
@@ -50,14 +48,10 @@ def _can_pack(y: fx.Node, readings: list[Reading], parts: Mapping[str, Different
     writer, index = origin_of(y)
     forward = parts[str(writer.target)].forward
     result = forward.results[index]
-    is_y = index >= forward.carries and result.meta["val"].dtype.is_floating_point
-    same = [user for user in writer.users if user.args[1] == index]
     return (
-        is_y
-        and same == [y]
-        and is_binary(result)
+        hands_on_spikes(y, readings, forward)
+        and result.meta["val"].dtype.is_floating_point
         and shape_of(result)[-1] >= LEAST_NEURONS
-        and is_read_by_loops_only(y, readings)
     )
 
 
@@ -78,6 +72,17 @@ def _with_bits(
             return None
         changed[reader] = reads
     return changed
+
+
+def hands_on_spikes(y: fx.Node, readings: list[Reading], writer: Scan) -> bool:
+    """Whether ``writer`` stacks 0 and 1 as ``y``, for ``readings`` alone."""
+    call, index = origin_of(y)
+    return (
+        index >= writer.carries
+        and [user for user in call.users if user.args[1] == index] == [y]
+        and is_binary(writer.results[index])
+        and is_read_by_loops_only(y, readings)
+    )
 
 
 def is_read_by_loops_only(y: fx.Node, readings: list[Reading]) -> bool:

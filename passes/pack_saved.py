@@ -188,7 +188,7 @@ def unpacking(scan: Scan, taken: Set[int]) -> Scan:
             mask = node.meta.get("only")
             if mask is not None and mask.node is place:
                 node.meta["only"] = Mask(bools, mask.inverted)
-    return _with_graph(scan, graph)
+    return scan.with_graph(graph)
 
 
 def _cast(bools: fx.Node, info: Any) -> fx.Node:
@@ -212,7 +212,7 @@ def writing_bits(scan: Scan, packed: Set[int]) -> Scan:
                 value = _cast(value, with_shape(info, info.shape, dtype=torch.bool))
             results[index] = call(graph, pack_bits, (value,), packed_info(info), value)
     end.args = (tuple(results),)
-    return _with_graph(scan, graph)
+    return scan.with_graph(graph)
 
 
 def packed_info(info: Any) -> Any:
@@ -228,9 +228,3 @@ def _copied(scan: Scan) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     move_masks(copies)
     return graph, copies
-
-
-def _with_graph(scan: Scan, graph: fx.Graph) -> Scan:
-    body = fx.GraphModule(nn.Module(), graph, class_name=type(scan.body).__name__)
-    counts = (scan.carries, scan.xs, scan.consts)
-    return Scan(body, *counts, scan.location, scan.reverse)

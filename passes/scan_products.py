@@ -89,9 +89,7 @@ def _reshape_for_views(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         if isinstance(scan, Scan) and scan.body.graph.find_nodes(op="call_function", target=VIEW):
             inner = copy_graph(scan.body.graph)
             _reshape(inner)
-            body = fx.GraphModule(nn.Module(), inner, class_name=type(scan.body).__name__)
-            counts = (scan.carries, scan.xs, scan.consts)
-            modules[name] = Scan(body, *counts, scan.location, scan.reverse)
+            modules[name] = scan.with_graph(inner)
 
 
 def _reshape(graph: fx.Graph) -> None:

@@ -11,7 +11,7 @@ After::
 
 from __future__ import annotations
 
-from torch import fx, nn
+from torch import fx
 
 from sparsify.recording.application import Application
 from sparsify.scans.scan import Scan
@@ -33,6 +33,4 @@ def without_gradients(scan: Scan) -> Scan:
             copies[node] = copies[node.all_input_nodes[0]]
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    body = fx.GraphModule(nn.Module(), graph, class_name=type(scan.body).__name__)
-    counts = (scan.carries, scan.xs, scan.consts)
-    return Scan(body, *counts, scan.location, scan.reverse)
+    return scan.with_graph(graph)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from sparsify.passes.find_masks import Mask
 from sparsify.passes.lower_layout import shape_of
@@ -68,11 +68,8 @@ def without_packing(scan: Scan) -> Unpacked:
         if copy.target is pack_bits and not copy.users:
             graph.erase_node(copy)
     move_masks(copies)
-    body = fx.GraphModule(nn.Module(), graph, class_name=type(scan.body).__name__)
-    counts = (scan.carries, scan.xs, scan.consts)
-    unpacked = Scan(body, *counts, scan.location, scan.reverse)
     places = {copies[x] for x in xs if any(n.target is unpack_bits for n in x.users)}
-    return Unpacked(unpacked, frozenset(places), ys)
+    return Unpacked(scan.with_graph(graph), frozenset(places), ys)
 
 
 def move_masks(copies: dict[fx.Node, fx.Node]) -> None:

@@ -83,6 +83,11 @@ class Scan(nn.Module):
         """The body nodes whose values are the new carries, then the ys."""
         return output_values(self.body.graph)
 
+    def with_graph(self, graph: fx.Graph) -> Scan:
+        """The same loop with ``graph`` as its step."""
+        body = fx.GraphModule(self.body, graph, class_name=type(self.body).__name__)
+        return Scan(body, self.carries, self.xs, self.consts, self.location, self.reverse)
+
     def times(self, steps: int) -> range:
         """The steps in the order in which they run."""
         return range(steps - 1, -1, -1) if self.reverse else range(steps)
