@@ -87,6 +87,19 @@ def may_be_view(node: fx.Node) -> bool:
     return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
+def element_of(node: fx.Node) -> tuple[fx.Node, int, Any] | None:
+    """A tensor, a dim of it and an index there, of which ``node`` is the element."""
+    if node.target not in (aten.select.int, operator.getitem):
+        return None
+    args: Any = node.args
+    if node.target is aten.select.int:
+        return args[0], args[1], args[2]
+    if args[0].target is not aten.unbind.int:
+        return None
+    sequence, dim = (*args[0].args, 0)[:2]
+    return sequence, dim, args[1]
+
+
 def order_of(transpose: fx.Node) -> list[int]:
     """The order of dims of one of ``TRANSPOSES``, as ``permute`` takes it."""
     rank = len(transpose.all_input_nodes[0].meta["val"].shape)

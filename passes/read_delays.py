@@ -15,14 +15,14 @@ is read as a whole after the loop, as a state that goes on, it is stacked of wha
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
+from sparsify.passes.classify_ops import element_of
 from sparsify.passes.compare_layouts import can_stand_for
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
@@ -51,14 +51,20 @@ class _Part:
 def read_delays(gm: fx.GraphModule) -> PassResult:
     """Let reads of single parts of buffers read what was put there, inside of loops."""
     is_stored = any(node.target in STORES and _steps(node) for node in gm.graph.nodes)
-    if not is_stored or not _resolved(gm.graph):
+    resolved = _resolved(gm.graph) if is_stored else []
+    if not resolved:
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
+    copies = dict(zip(gm.graph.nodes, graph.nodes, strict=True))
     made: dict[_Part, fx.Node] = {}
     values: dict[fx.Node, fx.Node] = {}  # of reads, which other buffers may hold
     done = []
-    for node, found in _resolved(graph):
-        value = found if isinstance(found, fx.Node) else _read(graph, found, made)
+    for read, found in resolved:
+        node = copies[read]
+        if isinstance(found, _Part):
+            value = _read(graph, replace(found, buffer=copies[found.buffer]), made)
+        else:
+            value = copies[found]
         before = values.get(value, value)
         if can_stand_for(before.meta["val"], node):
             value = before
@@ -170,15 +176,8 @@ def _dim_of(node: fx.Node) -> int | None:
 
 def _part_read(node: fx.Node) -> _Part | None:
     """What ``node``, in a loop, reads a single part of."""
-    args: Any = node.args
-    if not _steps(node):
-        return None
-    if node.target is aten.select.int:
-        return _part(*args)
-    if node.target is operator.getitem and args[0].target is aten.unbind.int:
-        sequence, dim = (*args[0].args, 0)[:2]
-        return _part(sequence, dim, args[1])
-    return None
+    element = element_of(node) if _steps(node) else None
+    return None if element is None else _part(*element)
 
 
 def _part(buffer: fx.Node, dim: int, index: Any) -> _Part | None:

@@ -20,13 +20,13 @@ After::
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparsify.passes.call_scan import erase_unused
+from sparsify.passes.classify_ops import element_of
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
@@ -53,17 +53,10 @@ def read_single_parts(gm: fx.GraphModule) -> PassResult:
 
 def _find_wrapped(node: fx.Node) -> fx.Node | None:
     """What ``node`` is the only part of a sequence of; None for other nodes."""
-    if node.target not in (aten.select.int, operator.getitem):
-        return None
-    args: Any = node.args
-    if node.target is aten.select.int:
-        sequence, dim, _ = args
-    elif args[0].target is aten.unbind.int:
-        sequence, dim = (*args[0].args, 0)[:2]
-    else:
-        return None
-    if not node.meta.get("loops"):
-        return None  # a sequence of one step, which is another one with other sizes
+    element = element_of(node)
+    if element is None or not node.meta.get("loops"):
+        return None  # or a sequence of one step, which is another one with other sizes
+    sequence, dim, _ = element
     rank = len(sequence.meta["val"].shape)
     made: Any = (*sequence.args, 0, 0)
     if sequence.target is aten.unsqueeze.default:
