@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsify.codegen.backend import Cost, GatherWork
+from sparsify.codegen.cache import Recipe, write_text
+from sparsify.codegen.toolchain import cpu_identity, current_cache
+from sparsify.errors import BackendUnavailable
 
 # Rates of the kernels relative to what is calibrated, as measured on AVX-512 cores: event adds ran
 # at 41 G/s and fused dense products at 73 G/s where torch's product of large matrices ran at 100.
@@ -22,6 +27,7 @@ BARRIER_SECONDS = 0.7e-6
 NEAR_BYTES = 1.5 * 2**20  # weights that stay in a core's own cache
 FAR_ELEMENTS = 4 * 2**20  # of an array that does not
 SIDE = 384  # of the product that is timed: its operands stay in the second-level cache
+KEPT = "rates.json"
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,26 @@ class Rates:
 
 @cache
 def calibrate_rates() -> Rates:
-    """The rates of this machine, measured once per process in about 20 ms."""
+    """The rates of this machine, measured once in about 20 ms and kept beside the kernels.
+
+    No two measurements are the same, and predictions that lie close together would have a later
+    process compile other kernels than those that are in the cache.
+    """
+    parts = {"measured": "1", "CPU": cpu_identity(), "torch": torch.__version__}
+    recipe = Recipe("rates", parts, {}, KEPT, KEPT, _keep_rates)
+    try:
+        path = current_cache().get(recipe)
+        return Rates(**json.loads(path.read_bytes()))
+    except (BackendUnavailable, OSError):  # no folder can be used, or it was removed just now
+        return measure_rates()
+
+
+def _keep_rates(folder: Path) -> None:
+    write_text(folder / KEPT, json.dumps(asdict(measure_rates())))
+
+
+def measure_rates() -> Rates:
+    """The rates of one thread at this moment."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from sparsify.choosing.candidates import (
 )
 from sparsify.choosing.choose import Task, choose_region, is_slower
 from sparsify.choosing.chooser import Chooser
+from sparsify.codegen import cost_model
 from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.cost_model import CALL_SECONDS, Rates, calibrate_rates
 from sparsify.codegen.cpp import CppBackend
@@ -27,6 +29,7 @@ from sparsify.compiling.compile_recording import Compiler
 from sparsify.compiling.compiled import Compiled
 from sparsify.compiling.lower_scans import find_tasks, lower_scans
 from sparsify.compiling.stages import run_pipeline
+from sparsify.errors import BackendUnavailable
 from sparsify.graphs.loops import capture, find_scans
 from sparsify.options import Options
 from sparsify.plan import Plan, RegionPlan
@@ -190,6 +193,23 @@ def test_rates_are_calibrated_once_and_plausible() -> None:
     # Any processor that runs torch is within these, a busy one too.
     assert 1e7 < rates.event_adds < rates.dense_macs < 1e13
     assert 1e7 < rates.pointwise < rates.weight_bytes < 1e13
+
+
+def test_rates_are_kept_beside_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    in_a_process = calibrate_rates.__wrapped__
+    kept = in_a_process()
+    monkeypatch.setattr(cost_model, "measure_rates", lambda: RATES)
+    assert in_a_process() == kept != RATES
+
+
+def test_rates_are_measured_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_folder() -> None:
+        raise BackendUnavailable("no folder is fit")
+
+    monkeypatch.setattr(cost_model, "current_cache", no_folder)
+    monkeypatch.setattr(cost_model, "measure_rates", lambda: RATES)
+    assert calibrate_rates.__wrapped__() is RATES
 
 
 def test_arithmetic_of_one_gather_does_not_hide_the_memory_of_another() -> None:
