@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.errors import RefusedError
 from sparsify.passes.part_results import RESULT
 from tests.surrogates import ATan, Rect
 from tests.test_linked_loops import Layers, compiled, example, made
@@ -88,6 +89,52 @@ def test_hooks_on_returned_spikes(kind: type[Layers], surrogate: Any) -> None:
             found = use(module(x))
             pairs.append({**parameter_gradients(model), **found})
         assert_same_gradients(pairs[0], pairs[1])
+
+
+class EveryStep(Layers):
+    """Spikes of single steps, which the readout and later steps read, and readings of steps."""
+
+    def forward(self, x: Tensor) -> Any:
+        steps = self.steps(x)
+        return [self.read([step]) for step in steps], steps
+
+
+def keep(spikes: Tensor) -> None:
+    spikes.retain_grad()
+
+
+def watch(spikes: Tensor) -> None:
+    spikes.register_hook(lambda d: None)
+
+
+@pytest.mark.parametrize("ask", [keep, watch])
+def test_a_hook_on_the_spikes_of_a_step_is_an_error(ask: Callable[[Tensor], None]) -> None:
+    """It would see a part of the gradient: later steps are in the kernel, with what they read."""
+    model, x = made(EveryStep), example()
+    fast, _ = compiled(model, x)
+    for _ in range(3):  # also where calls are repeated
+        readings, spikes = fast(x)
+        ask(spikes[1])
+        with pytest.raises(RefusedError, match="a single step sees gradients from outside") as told:
+            weighted_sum(readings).backward()
+        refusal = told.value.refusal
+        assert refusal.code == "observed" and refusal.location is not None
+        assert "spike" in refusal.location.code
+
+
+def test_hooks_on_readings_of_single_steps_see_all() -> None:
+    """Nothing in the model reads them."""
+    model, x = made(EveryStep), example()
+    fast, _ = compiled(model, x)
+    pairs = []
+    for module in (fast, model):
+        model.zero_grad(set_to_none=True)
+        readings, spikes = module(x)
+        readings[1].retain_grad()
+        readings[2].register_hook(lambda d: 2 * d)
+        weighted_sum((readings, spikes)).backward()
+        pairs.append({**parameter_gradients(model), "reading": readings[1].grad})
+    assert_same_gradients(pairs[0], pairs[1])
 
 
 def test_a_result_that_nothing_else_reads_is_the_loops() -> None:

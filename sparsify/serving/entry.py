@@ -21,6 +21,7 @@ from sparsify.plan import GRADIENT, Plan
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
 from sparsify.serving.general_modules import GeneralModules
 from sparsify.serving.layout import Layout
+from sparsify.serving.watch_results import watching
 from sparsify.training_step import requirement
 
 MOST_REFUTED = 8  # sizes that are unlike others, after which new ones are misses like all
@@ -49,7 +50,8 @@ class Entry:
         self.required = requirement(operands)
         codes = {site.code for site in compiled.sites}
         self.takes_all = compiled.runs_original and bool(codes) and not codes & SIZE_DECIDES
-        self.forward = direct(compiled.graph)
+        forward = direct(compiled.graph)
+        self.forward = watching(forward, compiled) if self.required else forward
         self.origin = origin
         self.refuted = 0  # recordings of other sizes that were not what this is there
         self.is_exception = False  # one of these
