@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel, read_dtype, value_dtypes
+from sparsify.scalars.fused import fused
 from sparsify.scalars.halves import computed, to_dtype
 from sparsify.scalars.scalar_ops import SCALAR_OPS, operand_dtypes
 
@@ -21,9 +22,14 @@ Array = npt.NDArray[Any]
 
 
 def run_reference(
-    kernel: ir.Kernel, tensors: Mapping[str, Array], *, steps: int, batch: int
+    kernel: ir.Kernel,
+    tensors: Mapping[str, Array],
+    *,
+    steps: int,
+    batch: int,
+    is_fused: bool = False,
 ) -> dict[str, Array]:
-    """Run ``kernel`` for ``steps`` time steps and ``batch`` rows.
+    """Run ``kernel`` for ``steps`` time steps and ``batch`` rows; ``is_fused`` is as on CUDA.
 
     ``tensors`` holds operands with their axes in the order T, B, N, and weights
     of the shapes that ``ir.Weight`` states. Returns the outputs, ``[T, B, N]`` or ``[B, N]``; those
@@ -36,11 +42,11 @@ def run_reference(
     if steps == 0 and any("T" not in output.axes for output in kernel.outputs):
         raise ValueError("zero steps: an output without a T axis has no last step")
     with np.errstate(all="ignore"):
-        return _Interpreter(kernel, tensors, steps, batch).run()
+        return _Interpreter(kernel, tensors, steps, batch, is_fused).run()
 
 
 @np.errstate(all="ignore")
-def gather(weight: Array, source: Array) -> Array:
+def gather(weight: Array, source: Array, is_fused: bool = False) -> Array:
     """``[R, S]`` and ``[B, S]`` to ``[B, R]``, added in the order that ``ir.Gather`` states."""
     receivers, senders = weight.shape
     total = np.zeros((len(source), receivers), weight.dtype)
@@ -49,7 +55,12 @@ def gather(weight: Array, source: Array) -> Array:
         for s in range(start, min(start + ir.GATHER_BLOCK, senders)):
             active = (source[:, s] != 0)[:, None]
             payload = source[:, s].astype(weight.dtype)[:, None]
-            block = np.where(active, block + weight[:, s] * payload, block)
+            if is_fused:
+                column, each = np.broadcast_arrays(weight[:, s], payload)
+                added = fused(column, each, block)
+            else:
+                added = block + weight[:, s] * payload
+            block = np.where(active, added, block)
         total = total + block
     return total
 
@@ -96,9 +107,15 @@ def wanted(only: Array, source: Array, dtype: ir.DType) -> Array:
 
 class _Interpreter:
     def __init__(
-        self, kernel: ir.Kernel, tensors: Mapping[str, Array], steps: int, batch: int
+        self,
+        kernel: ir.Kernel,
+        tensors: Mapping[str, Array],
+        steps: int,
+        batch: int,
+        is_fused: bool,
     ) -> None:
         self.kernel = kernel
+        self.is_fused = is_fused
         self.tensors = tensors
         self.steps = steps
         self.batch = batch
@@ -152,7 +169,7 @@ class _Interpreter:
         convolution = self.kernel.weight(statement.weight).convolution
         if convolution is not None:
             return convolve(matrix, source, convolution)
-        total = gather(matrix, source)
+        total = gather(matrix, source, self.is_fused)
         if statement.only is None:
             return total
         keep = wanted(self.values[statement.only], source, self.dtypes[statement.result])

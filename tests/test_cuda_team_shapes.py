@@ -60,18 +60,19 @@ def test_small_batches_of_what_fits_shared_memory_take_two_microseconds() -> Non
 def test_weights_of_a_gated_layer_fill_the_shared_memory_of_the_device() -> None:
     """Slices of 11 neurons: 123 blocks with 174 KiB of weights each, and sixteen rows.
 
-    For eight of them a block is sent 1296 events and adds them to 32 sums, four lists at a time, a
-    warp's turn being 60 + 8.5 * 48 instructions: twelve turns are 1.0 us. The 33rd sums are added
-    by lanes that have a list each, 0.15 us. Then mail of the other eight rows arrives and is sorted
-    in 0.7 us, while three warps compute the neurons. The barrier is over before the other eight
-    have taken as long. Both halves are 3.9 us. docs/cuda.md says what 2.6 us would take.
+    For eight of them a block is sent 1296 events and adds them to 32 sums, four lists at a time:
+    each event reads all banks of shared memory once, and so do zeros that fill up 48 lists to
+    multiples of four, 0.8 us. The 33rd sums are added by lanes that have a list each, 0.15 us. Then
+    mail of the other eight rows arrives and is sorted in 0.7 us, while three warps compute the
+    neurons. The barrier is over before the other eight have taken as long. Both halves are 3.6 us.
+    docs/cuda.md says what 2.6 us would take.
     """
     kernel, plan = egru(1350), schedule(egru(1350), "neurons-per-grid")
     team, shape = GRID.team(kernel, plan), GRID.shape(kernel, plan)
     assert (shape.blocks, shape.slices, shape.rows) == (123, {"hidden": 11}, 16)
     assert shape.resident == {"r_z", "r_r", "r_g"} and shape.warps == 16
     assert team.paired_from(shape) == 6
-    assert 3.7 < microseconds_per_step(GRID, kernel, 16, 0.12) < 4.1
+    assert 3.4 < microseconds_per_step(GRID, kernel, 16, 0.12) < 3.8
     assert (team.neuron_warps(shape), shape.warps) == (3, 16)  # 88 neurons of a half
     wide = step_clocks(team, replace(shape, resident=frozenset()), 16, ACTIVE)
     assert step_clocks(team, shape, 16, ACTIVE) < 0.6 * wide  # one by one
@@ -167,13 +168,6 @@ def test_predictions_are_those_of_the_page() -> None:
     assert rows == [f"{each:.1f}" for each in took]
     fired = {f"{microseconds_per_step(GRID, lif(4, n), 4, 0.05):.1f}" for n in (256, 512, 1024)}
     assert fired == set(re.findall(r"\| 5 % \| ([0-9.]+) \|", page))
-
-
-def test_products_of_float16_are_added_with_one_rounding() -> None:
-    """Where the events are float16 as well: they have no more than 22 bits."""
-    wide, narrow = egru(1350, "float16"), egru(1350, "float16", told="float16")
-    took = [microseconds_per_step(GRID, kernel, 16, 0.12) for kernel in (wide, narrow)]
-    assert took[1] < 0.9 * took[0]
 
 
 @pytest.mark.parametrize(

@@ -33,21 +33,24 @@ struct Rows {
 // The payload of an event: 1, or the sender's value.
 struct One {
   template <class F>
-  static SPARSIFY_INLINE F times(F weight, int) {
-    return weight;
+  static SPARSIFY_INLINE F add(F sum, F weight, int) {
+    return sum + weight;
   }
 };
 template <class F>
 struct Payload {
   const F* values;
   SPARSIFY_INLINE explicit Payload(const F* values) : values(values) {}
-  SPARSIFY_INLINE F times(F weight, int sender) const { return weight * values[sender]; }
+  SPARSIFY_INLINE F add(F sum, F weight, int sender) const {
+    return fused(weight, values[sender], sum);
+  }
 };
 
 // sums[k] = sum over the active senders of payload * weight[sender][receiver k].
 //
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
-// Nothing is contracted (--fmad=false): every backend and every batch size gets the same bits.
+// A product is added with one rounding, as eager's are on CUDA; nothing else is contracted (--fmad=false):
+// every strategy and every batch size gets the same bits.
 // AHEAD weights are asked for before the first of them is added.
 template <class Weights, int PER, int THREADS, class F, int SENDERS, class Payloads>
 SPARSIFY_INLINE void gather_events(F (&sums)[PER], const Weights& weight,
@@ -61,19 +64,19 @@ SPARSIFY_INLINE void gather_events(F (&sums)[PER], const Weights& weight,
     const int end = block * BLOCK + events.counts[block];
     F sum[PER] = {};
     for (int e = block * BLOCK; e < end; e += AHEAD) {
-      F added[AHEAD][PER];
+      int senders[AHEAD];
+      F weights[AHEAD][PER];
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
-        const int sender = events.index[e + a < end ? e + a : end - 1];
+        senders[a] = events.index[e + a < end ? e + a : end - 1];
 #pragma unroll
-        for (int k = 0; k < PER; ++k)
-          added[a][k] = payload.times(weight(sender, columns.at[k]), sender);
+        for (int k = 0; k < PER; ++k) weights[a][k] = weight(senders[a], columns.at[k]);
       }
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a)
         if (e + a < end)
 #pragma unroll
-          for (int k = 0; k < PER; ++k) sum[k] += added[a][k];
+          for (int k = 0; k < PER; ++k) sum[k] = payload.add(sum[k], weights[a][k], senders[a]);
     }
 #pragma unroll
     for (int k = 0; k < PER; ++k) sums[k] += sum[k];
@@ -109,7 +112,7 @@ SPARSIFY_INLINE void gather_all(F (&sums)[PER], const Weights& weight,
     const bool closes = sender % BLOCK == BLOCK - 1 || sender == SENDERS - 1;
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
-      sum[k] += weight(sender, columns.at[k]) * value;
+      sum[k] = fused(weight(sender, columns.at[k]), value, sum[k]);
       sums[k] += closes ? sum[k] : F(0);
       sum[k] = closes ? F(0) : sum[k];
     }

@@ -41,12 +41,6 @@ struct alignas(sizeof(W) * PER) Several {
   W of[PER];
 };
 
-// The product of two has 22 bits, and is neither too large nor too small for a float32.
-template <class T>
-constexpr bool IS_HALF = false;
-template <>
-constexpr bool IS_HALF<float16> = true;
-
 // Byte j of a word.
 SPARSIFY_INLINE uint32_t byte_of(uint32_t word, int j) { return __byte_perm(word, 0, 0x4440u + j); }
 
@@ -60,8 +54,8 @@ SPARSIFY_INLINE uint32_t hidden_multiple(int bytes) {
 // The weight of the list's first sender and of the lane's first receiver is the one at `first`.
 //
 // Behind the end of a list are events with a payload of 0: what began at +0 never becomes -0, and adding
-// a zero changes nothing. Products that are EXACT, as those with 1 are, are added with one rounding.
-template <int COLUMNS, bool HAS_PAYLOADS, bool IS_EXACT, int PER, class W, class F>
+// a zero changes nothing.
+template <int COLUMNS, bool HAS_PAYLOADS, int PER, class W, class F>
 SPARSIFY_INLINE void add_list(F (&sum)[PER], const uint32_t* events, const Payloads<F>* payloads,
                               int count, int longest, const W* weights, int first) {
   const char* const from =
@@ -88,13 +82,13 @@ SPARSIFY_INLINE void add_list(F (&sum)[PER], const uint32_t* events, const Paylo
 #pragma unroll
       for (int p = 0; p < PER; ++p) {
         const F own = weight[j].of[p];
-        sum[p] = IS_EXACT ? fused(own, payload.of[j], sum[p]) : sum[p] + own * payload.of[j];
+        sum[p] = fused(own, payload.of[j], sum[p]);
       }
     payload = next;
   }
 }
 
-// sums[row][block][i] = sum over the events of payload * weight, ascending, from +0, nothing contracted:
+// sums[row][block][i] = sum over the events of payload * weight, ascending, from +0, as gather_events:
 // for rows low .. high - 1 and all blocks of SENDERS, which the groups of all warps take in turn.
 //
 // `source_of(row)` is whom a row hears. Weights are finite; those of receivers behind the last one of the
@@ -106,7 +100,6 @@ SPARSIFY_INLINE int add_groups(F (&sums)[ROWS][BLOCKS][COLUMNS],
   typedef Groups<COLUMNS, W> By;
   static_assert(Lists::LISTS == By::MANY, "as Division has it");
   constexpr int PARTS = BLOCK / Lists::SENDERS;  // one, or there is one pass
-  constexpr bool IS_EXACT = !Lists::HAS_VALUES || IS_HALF<W> && IS_HALF<decltype(source_of(0)(0))>;
   const int items = high * BLOCKS, apart = warps_of();
   const int group = By::group(), lane = By::lane(group);
   int found = 0;
@@ -138,7 +131,7 @@ SPARSIFY_INLINE int add_groups(F (&sums)[ROWS][BLOCKS][COLUMNS],
       for (int pass = 0; pass < By::PASSES; ++pass) {
         const int i = (pass * WARP + lane) * By::PER;
         const bool here = i < COLUMNS;
-        add_list<COLUMNS, Lists::HAS_VALUES, IS_EXACT>(sum, lists.of[group].index, lists.of[group].payload, count,
+        add_list<COLUMNS, Lists::HAS_VALUES>(sum, lists.of[group].index, lists.of[group].payload, count,
                                              longest, weights.weights, begin * COLUMNS + (here ? i : 0));
         if (part < PARTS - 1) continue;
 #pragma unroll

@@ -57,7 +57,7 @@ SPARSIFY_INLINE void gather_runs(F (&sums)[PER],
 #pragma unroll 1
     for (int e = block * BLOCK; e < end; e += AHEAD) {
       int counts[AHEAD], places[AHEAD];
-      F added[AHEAD];
+      F weights[AHEAD];
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a)
         counts[a] = e + a < end ? runs.count(events.index[e + a], band) : 0;
@@ -66,14 +66,18 @@ SPARSIFY_INLINE void gather_runs(F (&sums)[PER],
         if (lane_of() < counts[a]) {
           const int sender = events.index[e + a];
           places[a] = runs.place(sender, band, lane_of());
-          added[a] = payload.times(runs.weight(sender, band, lane_of()), sender);
+          weights[a] = runs.weight(sender, band, lane_of());
         }
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
-        if (lane_of() < counts[a]) own[places[a]] += added[a];
+        if (lane_of() < counts[a]) {
+          F& sum = own[places[a]];
+          sum = payload.add(sum, weights[a], events.index[e + a]);
+        }
         for (int i = WARP + lane_of(); i < counts[a]; i += WARP) {
           const int sender = events.index[e + a];
-          own[runs.place(sender, band, i)] += payload.times(runs.weight(sender, band, i), sender);
+          F& sum = own[runs.place(sender, band, i)];
+          sum = payload.add(sum, runs.weight(sender, band, i), sender);
         }
         __syncwarp();  // the sender is added
       }

@@ -6,19 +6,21 @@
 namespace sparsify {
 
 // Adds the events of a group's list to its sums, as add_list; it begins at `at`. All weights are behind
-// `from`. Behind the end of its list a group adds the first weights, times 0.
-template <bool IS_EXACT, class W, class Lists, int PER>
+// `from`, and finite. Behind the end of its list a group adds what it has read last, times 0; or the first
+// weights, if they are halves: these are read fast, and leave no registers for what was read before.
+template <class W, class Lists, int PER>
 SPARSIFY_INLINE void add_mailed(float (&sum)[PER], const Lists& lists, int at, int count, int longest,
                                 const char* from) {
   int quad = count > 0 ? at : Lists::END;
   Offsets offset = lists.offset[quad];
   Payloads<float> payload = lists.payload[quad];
+  Several<W, PER> weight[AT_ONCE] = {};
 #pragma unroll 2
   for (int k = 0; k < longest; k += AT_ONCE) {
-    Several<W, PER> weight[AT_ONCE];
+    if (sizeof(W) < sizeof(float) || k < count)
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; ++j)
-      weight[j] = *reinterpret_cast<const Several<W, PER>*>(from + offset.of[j]);
+      for (int j = 0; j < AT_ONCE; ++j)
+        weight[j] = *reinterpret_cast<const Several<W, PER>*>(from + offset.of[j]);
     quad = k + AT_ONCE < count ? quad + 1 : Lists::END;
     offset = lists.offset[quad];
     const Payloads<float> next = lists.payload[quad];  // is asked for before these are added
@@ -27,7 +29,7 @@ SPARSIFY_INLINE void add_mailed(float (&sum)[PER], const Lists& lists, int at, i
 #pragma unroll
       for (int p = 0; p < PER; ++p) {
         const float own = weight[j].of[p];
-        sum[p] = IS_EXACT ? fused(own, payload.of[j], sum[p]) : sum[p] + own * payload.of[j];
+        sum[p] = fused(own, payload.of[j], sum[p]);
       }
     payload = next;
   }
@@ -49,7 +51,7 @@ struct ListOf {
 
 // sums[low + row][block][i], for rows from .. to - 1 of the lists; as add_groups. Groups of a warp have
 // lists of one block of senders where they can: these are of like lengths, which the last block's are not.
-template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
+template <class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
 SPARSIFY_INLINE void add_sorted(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
                                 const Lists& lists, int low, int from, int to, bool alone) {
   typedef typename Weights::Stored W;
@@ -74,8 +76,8 @@ SPARSIFY_INLINE void add_sorted(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weig
       const bool here = i < GROUPED;
       const int at = hidden_multiple((own.block * BLOCK * GROUPED + (here ? i : 0)) * int(sizeof(W)));
       float sum[By::PER] = {};
-      add_mailed<IS_EXACT, W>(sum, lists, own.begin, count, longest,
-                              reinterpret_cast<const char*>(weights.weights) + at);
+      add_mailed<W>(sum, lists, own.begin, count, longest,
+                    reinterpret_cast<const char*>(weights.weights) + at);
 #pragma unroll
       for (int p = 0; p < By::PER; ++p)
         if (here && has_item) sums[low + own.row][own.block][i + p] = sum[p];
@@ -85,7 +87,7 @@ SPARSIFY_INLINE void add_sorted(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weig
 
 // The same of the columns that lie apart: a lane has a list for itself. Warps take these in reverse: the
 // last ones have no groups where lists are few.
-template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
+template <class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
 SPARSIFY_INLINE void add_apart(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
                                const Lists& lists, int low, int from, int to, bool alone) {
   typedef typename Weights::Stored W;
@@ -107,7 +109,7 @@ SPARSIFY_INLINE void add_apart(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weigh
         for (int p = 0; p < APART; ++p) {
           const uint32_t s = offset.of[j] / (GROUPED * uint32_t(sizeof(W)));
           const float weight = from_here[s * APART + p];
-          sum[p] = IS_EXACT ? fused(weight, payload.of[j], sum[p]) : sum[p] + weight * payload.of[j];
+          sum[p] = fused(weight, payload.of[j], sum[p]);
         }
     }
 #pragma unroll
@@ -116,28 +118,27 @@ SPARSIFY_INLINE void add_apart(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weigh
 }
 
 // Both.
-template <bool IS_EXACT, class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
+template <class Lists, int ROWS, int BLOCKS, int COLUMNS, class Weights>
 SPARSIFY_INLINE void add_lists(float (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
                                const Lists& lists, int low, int from, int to, bool alone) {
-  add_sorted<IS_EXACT>(sums, weights, lists, low, from, to, alone);
+  add_sorted(sums, weights, lists, low, from, to, alone);
   if constexpr (COLUMNS > Weights::GROUPED)
-    add_apart<IS_EXACT>(sums, weights, lists, low, from, to, alone);
+    add_apart(sums, weights, lists, low, from, to, alone);
 }
 
 // sums[row][block][i] = sum over the events of payload * weight, as add_groups, of the lists that are there,
-// for rows low .. high - 1 of a half, where payloads are what a Value may be. Rows that do not fit are
-// sorted again, one by one. By all warps of a block.
-template <class Team, class All, class Value, int TEAM, int HELD, int SENDERS, int ROOM, int STRIDE,
+// for rows low .. high - 1 of a half. Rows that do not fit are sorted again, one by one. By all warps of a
+// block.
+template <class Team, class All, int TEAM, int HELD, int SENDERS, int ROOM, int STRIDE,
           class F, int ROWS, int BLOCKS, int COLUMNS, class Weights, int SLICE>
 SPARSIFY_INLINE void add_mail(F (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& weights,
                               MailLists<TEAM, HELD, SENDERS, ROOM, STRIDE>& lists,
                               const Mail<HELD, SLICE>* mail, int low, int high) {
   typedef typename Weights::Stored W;
   static_assert(STRIDE == Weights::GROUPED * int(sizeof(W)), "lists say where weights are");
-  constexpr bool IS_EXACT = IS_HALF<W> && IS_HALF<Value>;
   const int rows = high - low;
   if (lists.fits()) {
-    add_lists<IS_EXACT>(sums, weights, lists, low, 0, rows, false);
+    add_lists(sums, weights, lists, low, 0, rows, false);
     return;
   }
   const Received<Team, All, SENDERS, HELD, SLICE> received(mail);
@@ -145,7 +146,7 @@ SPARSIFY_INLINE void add_mail(F (&sums)[ROWS][BLOCKS][COLUMNS], const Weights& w
     if (row > 0) __syncthreads();  // the lists before are added
     put_all<Team, All, true>(lists, mail, received, row, row + 1);
     __syncthreads();  // the lists of a row are there
-    add_lists<IS_EXACT>(sums, weights, lists, low, row, row + 1, true);
+    add_lists(sums, weights, lists, low, row, row + 1, true);
   }
 }
 

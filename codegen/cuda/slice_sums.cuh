@@ -93,7 +93,7 @@ template <int SLICE, class F, class Weights>
 struct Product {
   F* sums;
   Weights weight;
-  F sum[MINE<SLICE>], added[AT_ONCE][MINE<SLICE>];
+  F sum[MINE<SLICE>], weights[AT_ONCE][MINE<SLICE>];
 
   SPARSIFY_INLINE void start() {
 #pragma unroll
@@ -101,19 +101,19 @@ struct Product {
   }
   SPARSIFY_INLINE void load(int j, int s, const int (&receiver)[MINE<SLICE>]) {
 #pragma unroll
-    for (int m = 0; m < MINE<SLICE>; ++m) added[j][m] = weight(s, receiver[m]);
-  }
-  SPARSIFY_INLINE void multiply(int j, F payload) {
-#pragma unroll
-    for (int m = 0; m < MINE<SLICE>; ++m) added[j][m] = added[j][m] * payload;
+    for (int m = 0; m < MINE<SLICE>; ++m) weights[j][m] = weight(s, receiver[m]);
   }
   SPARSIFY_INLINE void clear(int j) {
 #pragma unroll
-    for (int m = 0; m < MINE<SLICE>; ++m) added[j][m] = F(0);
+    for (int m = 0; m < MINE<SLICE>; ++m) weights[j][m] = F(0);
   }
   SPARSIFY_INLINE void add(int j) {
 #pragma unroll
-    for (int m = 0; m < MINE<SLICE>; ++m) sum[m] = sum[m] + added[j][m];
+    for (int m = 0; m < MINE<SLICE>; ++m) sum[m] = sum[m] + weights[j][m];
+  }
+  SPARSIFY_INLINE void add(int j, F payload) {
+#pragma unroll
+    for (int m = 0; m < MINE<SLICE>; ++m) sum[m] = fused(weights[j][m], payload, sum[m]);
   }
   SPARSIFY_INLINE void store(int first, int width) {
 #pragma unroll
@@ -129,7 +129,7 @@ SPARSIFY_INLINE Product<SLICE, F, Weights> product_of(F* sums, const Weights& we
   return {sums, weight};
 }
 
-// sums[i] = sum over the events of payload * weight, ascending, from +0, nothing contracted: of all
+// sums[i] = sum over the events of payload * weight, ascending, from +0, as gather_events: of all
 // `products`, whose weights are finite.
 //
 // What began at +0 never becomes -0: adding a zero for an event that is missing changes nothing.
@@ -153,14 +153,14 @@ SPARSIFY_INLINE void add_events(const BlockEvents<F, HAS_PAYLOADS>& events, int 
       if constexpr (HAS_PAYLOADS) {
         const Payloads<F> payload = events.payload[k / AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) (products.multiply(j, payload.of[j]), ...);
+        for (int j = 0; j < AT_ONCE; ++j) (products.add(j, payload.of[j]), ...);
       } else {
 #pragma unroll
         for (int j = 1; j < AT_ONCE; ++j)
           if (k + j >= count) (products.clear(j), ...);
-      }
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) (products.add(j), ...);
+        for (int j = 0; j < AT_ONCE; ++j) (products.add(j), ...);
+      }
     }
     (products.store(first, width), ...);
   }

@@ -199,7 +199,7 @@ def _clocks_of_sums(
         words = len(events) * words_of(shape.slices[phase.population])
         fours = -(-active // AT_ONCE)
         converted = CONVERTED_ISSUED.get(team.weight(events[0]).dtype, 0)
-        of_event = EVENT_ISSUED + words * (2 + converted + (events[0].payload == "real"))
+        of_event = EVENT_ISSUED + words * (2 + converted)
         issued += _listed(events[0], senders) + fours * (FOUR_EVENTS_ISSUED + AT_ONCE * of_event)
         clocks += LIST_CLOCKS + fours * FOUR_EVENTS_CLOCKS
     for gather in gathers:
@@ -251,12 +251,12 @@ def _added(
     is_mail: bool = False,
 ) -> _Added:
     """Sums of so many ``items``, lists of ``active`` events, of which a warp takes some at once."""
-    division, is_real = grouped.division, grouped.gathers[0].payload == "real"
+    division, has_payloads = grouped.division, grouped.gathers[0].payload == "real"
     busy = SCHEDULERS * -(-items // (SCHEDULERS * together))  # turns, were all as busy as the most
     fours = parts * division.passes * _fours(active / parts, together, share)
-    of_weight = 1 + (is_real and not grouped.is_exact) + CONVERTED_ISSUED.get(grouped.dtype, 0)
+    of_weight = 1 + CONVERTED_ISSUED.get(grouped.dtype, 0)
     of_event = (MAILED_ISSUED if is_mail else EVENT_ISSUED) + division.per * of_weight
-    of_event += not is_real
+    of_event += not has_payloads
     of_four = FOUR_MAILED_ISSUED if is_mail else FOUR_EVENTS_ISSUED
     issued = busy * (GROUPS_ISSUED + fours * (of_four + AT_ONCE * of_event))
     # Groups that do not begin where memory is read from meet in a bank now and then.
@@ -264,7 +264,9 @@ def _added(
     lanes = division.lanes if division.many > 1 else min(32, division.lanes)
     waves = together * lanes * division.per * size / WAVE_BYTES
     waves += 0.0 if lanes * division.per * size % WAVE_BYTES == 0 else 0.5 * (together - 1)
-    read = -(-items // together) * fours * AT_ONCE * max(1.0, waves)
+    # Lists of mail that have ended read nothing, or halves.
+    reading = _fours(active, 1, share) if is_mail and size > 2 else fours
+    read = -(-items // together) * reading * AT_ONCE * max(1.0, waves)
     clocks = turns * (GROUPS_CLOCKS + fours * FOUR_EVENTS_CLOCKS)
     if grouped.apart:  # 32 lists of a warp, which read anywhere
         fours = _fours(active, WARP, share)

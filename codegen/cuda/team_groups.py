@@ -75,5 +75,4 @@ class Grouped:
     bundle: Bundle | None
     division: Division
     dtype: ir.DType  # of the weights
-    is_exact: bool = False  # products have no more bits than a float32
     apart: int = 0  # columns that lanes add up for themselves, a list each

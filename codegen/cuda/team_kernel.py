@@ -169,8 +169,7 @@ class TeamKernel:
             apart = bundle.apart(columns)
             columns = bundle.columns(columns)[1] - apart
         division = Division(columns, BYTES[first.dtype])
-        is_exact = first.dtype == source.value_dtype == "float16"
-        return Grouped(gathers, bundle, division, first.dtype, is_exact, apart)
+        return Grouped(gathers, bundle, division, first.dtype, apart)
 
     def lists(self, phase: ir.Phase, source: Source, shape: Shape) -> EventLists:
         """The lists by which a phase adds up the events of a source."""

@@ -92,8 +92,8 @@ class TeamSums:
     def _write_mail(self, mail: Mail, sums: str, span: str, notes: list[str]) -> None:
         """The same of mail, which has been sorted and counted where warps have had time for it."""
         lists, told = f"shared.{mail.name}_lists", f"told.{mail.name}_mail[now][{self.span.half}]"
-        types = f"Team, AllWarps, {told_type(mail.source)}"
-        self.w.line(f"add_mail<{types}>({sums}, {lists}, {told}, {span});", ", ".join(notes))
+        given = f"{sums}, {lists}, {told}, {span}"
+        self.w.line(f"add_mail<Team, AllWarps>({given});", ", ".join(notes))
 
     def _write_all(self, source: Source, grouped: Grouped) -> None:
         """The same products of all senders."""

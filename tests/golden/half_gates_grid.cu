@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
             return ToldValues<Team, float>{told.y_values[now][row]};
           };
           if (r_z_finite && r_r_finite && r_g_finite) {
-            add_mail<Team, AllWarps, float>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.y_lists, told.y_mail[now][half], low, high);
+            add_mail<Team, AllWarps>(shared.y_to_hidden_sum, y_to_hidden_slice, shared.y_lists, told.y_mail[now][half], low, high);
           }
           else {
             // 0 * inf is NaN.
