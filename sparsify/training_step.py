@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from sparsify.arrangement import leaves_of
 
 SEED = 1  # of the gradients of the results
 
@@ -68,8 +69,7 @@ def random_gradients(result: Any) -> list[Tensor]:
 
 
 def _differentiable(result: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [leaf for leaf in leaves_of(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def _random_like(result: Tensor, index: int) -> Tensor:

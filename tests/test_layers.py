@@ -14,6 +14,7 @@ OPTIONAL = {"sklearn", "tqdm", "jax", "pytest", "cupy", "cupy_backends"}
 # Modules that stand alone, and packages in the order in which they may know one another.
 VOCABULARY = {
     "sparsify",
+    "sparsify.arrangement",
     "sparsify.autocast",
     "sparsify.bench",
     "sparsify.call_conditions",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.arrangement import map_tensors, take_apart
 from sparsify.autocast import autocast_off
 from sparsify.bench import wait_for_devices
 from sparsify.call_conditions import needs_grad
@@ -192,7 +193,7 @@ def _run(
             for tensor, version in zip(tensors, versions, strict=True)
         ]
         outcome = result, dict(model.named_buffers()), written
-        values = pytree.tree_map_only(Tensor, Fingerprint.of, outcome)
+        values = map_tensors(Fingerprint.of, outcome)
         is_fresh = required == [tensor.requires_grad for tensor in tensors]
         is_fresh = is_fresh and all(tensor is None for tensor in written)
         return _Outcome(values, is_fresh, gradients, seconds)
@@ -208,10 +209,10 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _compare(got: Any, expected: Any) -> str:
-    ours, our_structure = pytree.tree_flatten(got)
-    theirs, structure = pytree.tree_flatten(expected)
-    if our_structure != structure:
-        return f"it returns {our_structure} where the model returns {structure}"
+    ours, arrangement = take_apart(got, whole=(Fingerprint,))
+    theirs, expected_arrangement = take_apart(expected, whole=(Fingerprint,))
+    if arrangement != expected_arrangement:
+        return f"it returns {arrangement} where the model returns {expected_arrangement}"
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(a, Fingerprint) and isinstance(b, Fingerprint):
             differs = a.why_not(b)

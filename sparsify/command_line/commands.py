@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.api import sparsify
+from sparsify.arrangement import leaves_of
 from sparsify.bench import measure_pairs
 from sparsify.choosing.rendered import Rendered
 from sparsify.codegen.backend import Backend
@@ -200,7 +201,7 @@ def _pick(named: Mapping[str, Any], name: str, kind: str) -> Any:
 
 
 def _check_layouts(eager: Any, kernels: Any) -> None:
-    pairs = zip(pytree.tree_leaves(eager), pytree.tree_leaves(kernels), strict=True)
+    pairs = zip(leaves_of(eager), leaves_of(kernels), strict=True)
     for a, b in pairs:
         if isinstance(a, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
             raise AssertionError(f"{list(b.shape)} {b.dtype} instead of {list(a.shape)} {a.dtype}")

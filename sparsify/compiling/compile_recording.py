@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from sparsify.arrangement import map_tensors
 from sparsify.call_conditions import needs_grad
 from sparsify.checking.pending_check import PendingCheck, threads
 from sparsify.choosing.binaries import Binaries
@@ -28,6 +28,7 @@ from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
 from sparsify.graphs.chunk_time import chunk_time
 from sparsify.graphs.differentiate_scans import measure_gradients
+from sparsify.graphs.few_steps import run_steps, with_few_steps
 from sparsify.graphs.foresee_products import foresee_products
 from sparsify.graphs.loops import (
     call_layouts,
@@ -166,16 +167,20 @@ class Compiler:
         if self.binaries.is_cold:
             chooser.begin(find_tasks(scans, call_layouts(graph), forward))
         with self._beside_compilers() as is_alone:
-            captured = capture(graph, operands)
+            captured = capture(with_few_steps(graph) if self._is_timed else graph, operands)
             measure_gradients(scans, captured.calls)
-        took = captured.seconds if is_alone else {}
         gradients = lower_scans(scans, self._eager, gradients=True)
         lowered = in_order(scans, {**forward, **gradients})
         chooser.placements = [*chooser.placements, *place_gradients(chooser.placements, lowered)]
         tasks = find_tasks(scans, captured.calls, lowered)
         chooser.prepare(tasks, foresee_products(graph), check.run if check else None)
+        if is_alone:
+            took = captured.seconds
+            tasks = [replace(t, original_seconds=_of_all(t, took.get(t.name))) for t in tasks]
+        if self._is_timed and any(run_steps(task.steps) < task.steps for task in tasks):
+            choose_in_turn(chooser, tasks, graph, operands)
         for task in tasks:
-            chooser.choose(replace(task, original_seconds=took.get(task.name)))
+            chooser.choose(task)
         return {task.name: chooser.choices[task.name] for task in tasks}
 
     def _install(
@@ -199,6 +204,10 @@ class Compiler:
         """``installed`` with less memory for what is between kernels."""
         name = self.binaries.backend.name
         return reuse_memory(installed, name) if is_trained else chunk_time(installed)
+
+    @property
+    def _is_timed(self) -> bool:
+        return self.binaries.backend.is_timed
 
     @property
     def _eager(self) -> Eager:
@@ -230,32 +239,31 @@ def describe_rows(
 def choose_in_turn(
     chooser: Chooser, tasks: Sequence[Task], graph: fx.GraphModule, operands: Sequence[Tensor]
 ) -> None:
-    """Run ``graph``, and decide every task when its Scan is called: no operands are kept.
+    """Run ``graph``, and the gradients in it, and decide every task when its Scan is called: no
+    operands are kept.
 
     A kernel that was chosen for its speed makes the operands of later ones.
     """
     waiting = {task.name: task for task in tasks if task.name not in chooser.choices}
 
-    def visit(name: str, call: tuple[Any, ...]) -> Callable[..., Any] | None:
-        chooser.choose(replace(waiting[name], operands=call))
-        region = chooser.choices[name].region
-        if region is None or not chooser.binaries.backend.is_timed:
-            return None
-        return _uncounted(region)
+    def visit(name: str, call: tuple[Any, ...]) -> Region | None:
+        if name in waiting:
+            chooser.choose(replace(waiting[name], operands=call))
+        choice = chooser.choices.get(name)
+        return choice.region if choice is not None and chooser.binaries.backend.is_timed else None
 
     if waiting:
         visit_calls(graph, operands, visit, waiting)
+    for choice in chooser.choices.values():
+        if choice.region is not None:
+            choice.region.launchable.reset_events()  # they are counted for the user's calls
 
 
-def _uncounted(region: Region) -> Callable[..., Any]:
-    def run(*call: Any) -> Any:
-        values = region(*call)
-        region.launchable.reset_events()  # they are counted for the user's calls
-        return values
-
-    return run
+def _of_all(task: Task, seconds: float | None) -> float | None:
+    """What all steps of a loop take of which few took so long."""
+    return None if seconds is None else seconds * task.steps / run_steps(task.steps)
 
 
 def summarize(result: Any) -> Any:
     """``result`` with infos for tensors: what a second recording is compared with."""
-    return pytree.tree_map_only(Tensor, TensorInfo.of, result)
+    return map_tensors(TensorInfo.of, result, whole=(TensorInfo,))

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from sparsify.arrangement import Arrangement
 from sparsify.recording.reachable import Place, Route, walk
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.recording.sources import Fetch, Origin, fetcher, name_of
@@ -43,7 +43,7 @@ class Structure:
     """Leaves and how they are put together."""
 
     leaves: tuple[Leaf, ...]
-    spec: pytree.TreeSpec
+    arrangement: Arrangement
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,9 @@ def _outputs_only(structure: Structure) -> int | list[int] | None:
     found = [leaf.index for leaf in structure.leaves if isinstance(leaf, FromGraph)]
     if len(found) < len(structure.leaves):
         return None
-    if structure.spec.is_leaf():
+    if structure.arrangement.is_leaf:
         return found[0]
-    is_flat = all(child.is_leaf() for child in structure.spec.children())
-    return found if structure.spec.type is tuple and is_flat else None
+    return found if structure.arrangement.is_flat_tuple else None
 
 
 def _build(structure: Structure, values: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
@@ -173,9 +172,9 @@ def _build(structure: Structure, values: Sequence[Tensor], given: Sequence[Tenso
             leaves.append(values[leaf.index])
         else:
             leaves.append(given[leaf.index] if isinstance(leaf, FromCall) else leaf.value)
-    if structure.spec.is_leaf():
+    if structure.arrangement.is_leaf:
         return leaves[0]
-    return pytree.tree_unflatten(leaves, structure.spec)
+    return structure.arrangement.put_together(leaves)
 
 
 def _needs_operands(structure: Structure) -> bool:

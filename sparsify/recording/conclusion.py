@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from sparsify.arrangement import Arrangement, is_made_again, objects_of, take_apart
 from sparsify.recording.calling import (
     FromCall,
     FromGraph,
@@ -31,7 +31,7 @@ from sparsify.recording.values import Memory
 aten = torch.ops.aten
 _ORDER = ("input", "parameter", "buffer", "attribute", "constant")
 _LITERALS = tuple(kind for kind in ATOMS if kind is not Tensor)
-Parts = tuple[list[Leaf | fx.Node], pytree.TreeSpec]  # a placeholder's node stands for its tensor
+Parts = tuple[list[Leaf | fx.Node], Arrangement]  # a placeholder's node stands for its tensor
 
 
 class Conclusion:
@@ -54,10 +54,12 @@ class Conclusion:
         self._owners: dict[fx.Node, Memory] = {}
         self._kept: list[Tensor] = []  # ids stay unique
         recorder.writer.leave_user_code()
-        placed = self._place(*pytree.tree_flatten(result), repeat=True)
+        placed = self._place(*take_apart(result), repeat=True)
+        places = list(walk([("", model)]))
+        _check_kept(result, places)
         bound = [
-            (found.place, self._place(found.leaves, found.structure, repeat=False))
-            for found in find_rebound(known.places, list(walk([("", model)])))
+            (found.place, self._place(found.leaves, found.arrangement, repeat=False))
+            for found in find_rebound(known.places, places)
         ]
         self.bound = [place for place, _ in bound]
         self._check_arguments(*call)
@@ -74,9 +76,9 @@ class Conclusion:
         index_of = {node: index for index, node in enumerate(operands)}
 
         def structure(parts: Parts) -> Structure:
-            leaves, spec = parts
+            leaves, arrangement = parts
             fixed = (FromCall(index_of[p]) if isinstance(p, fx.Node) else p for p in leaves)
-            return Structure(tuple(fixed), spec)
+            return Structure(tuple(fixed), arrangement)
 
         tensors = (self._recorder.placeholders[node] for node in operands)
         return ModelCalling(
@@ -103,8 +105,8 @@ class Conclusion:
             if reason:
                 raise CannotRecord(reason)
 
-    def _place(self, leaves: list[Any], spec: pytree.TreeSpec, repeat: bool) -> Parts:
-        return [self._leaf(leaf, repeat) for leaf in leaves], spec
+    def _place(self, leaves: list[Any], arrangement: Arrangement, repeat: bool) -> Parts:
+        return [self._leaf(leaf, repeat) for leaf in leaves], arrangement
 
     def _leaf(self, leaf: Any, repeat: bool) -> Leaf | fx.Node:
         """Where a leaf comes from at a later call; with ``repeat`` it is an output in any case."""
@@ -205,6 +207,16 @@ class Conclusion:
             if first is not node:
                 first.prepend(node)
         return found
+
+
+def _check_kept(result: Any, places: list[Place]) -> None:
+    kept = {id(place.value): place.path for place in places if is_made_again(place.value)}
+    for found in objects_of(result) if kept else ():
+        if id(found) in kept:
+            raise CannotRecord(
+                f"forward returns the object of {type(found).__name__} that {kept[id(found)]} is, "
+                "and a call in its place would return another one. Return a copy of it"
+            )
 
 
 def _is_view(node: fx.Node) -> bool:

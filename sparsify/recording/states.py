@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparsify.arrangement import Arrangement, take_apart
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.reachable import ATOMS, Place
 
@@ -20,7 +21,7 @@ class Rebound:
 
     place: Place
     leaves: list[Any]
-    structure: Any
+    arrangement: Arrangement
 
 
 def find_rebound(before: list[Place], after: list[Place]) -> Iterator[Rebound]:
@@ -53,10 +54,10 @@ def _rebound(place: Place, old: Place | None) -> Rebound:
         raise CannotRecord(f"forward appends the tensor {place.path} to a list that outlives it")
     if isinstance(place.owner, tuple):
         raise CannotRecord(f"forward changes {place.path}, which is in a tuple")
-    leaves, structure = pytree.tree_flatten(place.value)
+    leaves, arrangement = take_apart(place.value)
     if not all(isinstance(leaf, ATOMS) for leaf in leaves):
         raise CannotRecord(f"forward binds {place.path} to an object with tensors in it")
-    return Rebound(place, leaves, structure)
+    return Rebound(place, leaves, arrangement)
 
 
 def _holds_tensor(value: object) -> bool:

@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from sparsify.arrangement import leaves_of
 from sparsify.compiling.compiled import Compiled, Stage
 from sparsify.compiling.keep_weights import compute_weights, keep_weights
 from sparsify.errors import Refusal
+from sparsify.graph_meta import TensorInfo
 from sparsify.graphs.chunk_time import chunk_time
 from sparsify.graphs.loops import find_regions, with_modules, without_kernels
 from sparsify.graphs.reuse_memory import reuse_memory
@@ -159,5 +161,5 @@ def _why_not_merge(first: Entry, second: Entry) -> str:
 
 def _leaves(entry: Entry) -> list[object]:
     """What the model returns beside tensors."""
-    flat = torch.utils._pytree.tree_leaves(entry.compiled.recording.result)
+    flat = leaves_of(entry.compiled.recording.result, whole=(TensorInfo,))
     return [leaf for leaf in flat if not hasattr(leaf, "dtype")]

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from sparsify.arrangement import leaves_of, map_tensors
 from sparsify.autocast import autocast_off
 from sparsify.call_conditions import needs_grad
 from sparsify.comparing.figures import RegionFigures, StageFigures, Verification
@@ -207,7 +207,7 @@ class _Check:
 
     def _check_any_gradient(self) -> None:
         with keep_state(self.engine.original, (self.call.args, self.call.kwargs)):
-            results = pytree.tree_leaves(self._call_fast())
+            results = leaves_of(self._call_fast())
         if not any(isinstance(result, Tensor) and result.requires_grad for result in results):
             raise MismatchError("gradients are to be checked, and no result of the model has any")
 
@@ -220,7 +220,7 @@ class _Check:
     def _run(self, model: nn.Module, function: Callable[[], Any]) -> Outcome:
         """Call ``function`` and put back what it changes in ``model`` and in the arguments."""
         with keep_state(model, (self.call.args, self.call.kwargs)):
-            result = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), function())
+            result = map_tensors(lambda t: t.detach().clone(), function())
             return Outcome(result, _state(model))
 
     def _operands(self, compiled: Compiled) -> list[Tensor]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from sparsify.arrangement import take_apart_named
 from sparsify.comparing.figures import ResultFigures
 from sparsify.comparing.values import Place, check_equal, is_same
+from sparsify.recording.reachable import ATOMS
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,15 @@ def _check_leaf(place: Place, got: Any, expected: Any) -> int:
     if isinstance(expected, Tensor) and isinstance(got, Tensor):
         check_equal(place, got, expected)
         return expected.numel()
-    if got != expected:
+    is_value = isinstance(expected, ATOMS)  # other objects may be equal to themselves only
+    if type(got) is not type(expected) or (is_value and got != expected):
         raise place.error(f"is {got!r}, expected {expected!r}", value=got, expected=expected)
     return 0
 
 
 def _named_leaves(result: Any) -> tuple[list[tuple[str, Any]], str]:
-    leaves, structure = pytree.tree_flatten_with_path(result)
-    return [(f"result{pytree.keystr(path)}", leaf) for path, leaf in leaves], str(structure)
+    leaves, arrangement = take_apart_named(result, "result")
+    return leaves, str(arrangement)
 
 
 def compare_results(kernels: Any, eager: Any) -> tuple[ResultFigures, ...]:
