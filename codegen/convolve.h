@@ -138,7 +138,7 @@ SPARSIFY_INLINE void sum_taps(F* sums, const W* weight, const int32_t* taps, con
     for (int v = 0; v < VECTORS; ++v) {
       const Vector<F> weights = load(from + v * WIDTH<F>);
       if constexpr (PAYLOAD)
-        sum[v] += weights * payload[k];
+        sum[v] = fused(weights, payload[k], sum[v]);
       else
         sum[v] += weights;
     }

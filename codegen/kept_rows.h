@@ -103,14 +103,14 @@ SPARSIFY_INLINE void add_unit(F* sums, const uint16_t* places, const W* weights,
   if constexpr (RUN > 1) {
     F* const to = sums + int64_t(*places) * RUN;
     SPARSIFY_LANES
-    for (int i = 0; i < RUN; ++i) to[i] += PAYLOAD ? F(weights[i]) * payload : F(weights[i]);
+    for (int i = 0; i < RUN; ++i)
+      to[i] = PAYLOAD ? fused(F(weights[i]), payload, to[i]) : to[i] + F(weights[i]);
   } else {
     each_few<F>(places, weights, [&](int, auto values, const uint64_t* at) {
-      if (PAYLOAD) values *= payload;
       Few<F> some;
       SPARSIFY_UNROLL
       for (int k = 0; k < FEW; ++k) some[k] = sums[at[k]];
-      some += values;
+      some = PAYLOAD ? fused(values, payload - Few<F>{}, some) : some + values;
       SPARSIFY_UNROLL
       for (int k = 0; k < FEW; ++k) sums[at[k]] = some[k];
     });
@@ -138,7 +138,7 @@ __attribute__((noinline)) void add_to_all(F* sums, const Kept<W, RUN>& from, uin
   for (int64_t unit = first; unit < end; ++unit)
     for (int i = 0; i < Kept<W, RUN>::WEIGHTS; ++i)
       line[from.place(from.places_of(unit), i)] = F(from.weights_of(unit)[i]);
-  for (int64_t i = 0; i < width; ++i) sums[i] += line[i] * payload;
+  for (int64_t i = 0; i < width; ++i) sums[i] = fused(line[i], payload, sums[i]);
 }
 
 // Sums the events of a block.

@@ -143,6 +143,7 @@ SPARSIFY_INLINE Share share(int64_t neurons, const Team& team) {
 }  // namespace sparsify
 
 #include "events.h"
+#include "fused.h"
 
 namespace sparsify {
 
@@ -170,7 +171,7 @@ SPARSIFY_INLINE void sum_events(Vector<F> (&sum)[VECTORS], const W* weight,
     for (int v = 0; v < VECTORS; ++v) {
       const Vector<F> weights = load(from + v * WIDTH<F>);
       if constexpr (PAYLOAD)
-        sum[v] += weights * payload[k];
+        sum[v] = fused(weights, payload[k], sum[v]);
       else
         sum[v] += weights;
     }
@@ -202,7 +203,8 @@ SPARSIFY_INLINE void add_block(F* sums, const W* weight, const BlockEvents<Index
 // sums[row][r] = sum over the events of `row` of payload * weight[event][r], for TILE receivers.
 //
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
-// Nothing is contracted (-ffp-contract=off): every backend and every batch size gets the same bits.
+// A product is added with one rounding, and nothing else is contracted (-ffp-contract=off): every
+// backend and every batch size gets the same bits.
 // All rows walk a block before the next one, so that its weights are fetched once if they come from FAR.
 template <int TILE, bool FAR, class Index, class F, class W>
 void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int64_t rows) {
@@ -214,39 +216,6 @@ void gather_events(F* sums, const W* weight, const Events<Index, F>& events, int
       for (int64_t row = 1; row < rows; ++row)
         add_block<TILE, false>(to + row * TILE, weight + part, events.at(row, block), block == 0);
     }
-}
-
-// weight * payload + sum in vectors of any size, with one rounding where the processor can.
-template <class V>
-SPARSIFY_INLINE V fused(V weight, V payload, V sum) {
-#if __has_builtin(__builtin_elementwise_fma)
-  return __builtin_elementwise_fma(weight, payload, sum);
-#else
-  [[maybe_unused]] constexpr bool IS_FLOAT = sizeof(V{}[0]) == 4;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64 && IS_FLOAT)
-    return __builtin_ia32_vfmaddps512_mask(weight, payload, sum, -1, 4);
-  if constexpr (sizeof(V) == 64 && !IS_FLOAT)
-    return __builtin_ia32_vfmaddpd512_mask(weight, payload, sum, -1, 4);
-#endif
-#if defined(__FMA__)
-  if constexpr (sizeof(V) == 32 && IS_FLOAT)
-    return __builtin_ia32_vfmaddps256(weight, payload, sum);
-  if constexpr (sizeof(V) == 32 && !IS_FLOAT)
-    return __builtin_ia32_vfmaddpd256(weight, payload, sum);
-  if constexpr (sizeof(V) == 16 && IS_FLOAT)
-    return __builtin_ia32_vfmaddps(weight, payload, sum);
-  if constexpr (sizeof(V) == 16 && !IS_FLOAT)
-    return __builtin_ia32_vfmaddpd(weight, payload, sum);
-#endif
-  return weight * payload + sum;
-#endif
-}
-SPARSIFY_INLINE Vector<float> fused(Vector<float> weight, float payload, Vector<float> sum) {
-  return fused(weight, payload - Vector<float>{}, sum);
-}
-SPARSIFY_INLINE Vector<double> fused(Vector<double> weight, double payload, Vector<double> sum) {
-  return fused(weight, payload - Vector<double>{}, sum);
 }
 
 // ROWS batch rows times COLUMNS vectors of receivers, over some senders; adds to `sums`.
@@ -308,7 +277,7 @@ SPARSIFY_INLINE void dense_panel(F* sums, const W* weight, const F* source, int6
 }
 
 // sums[row][r] = sum over all senders of source[row][s] * weight[s][r], for TILE receivers.
-// The order of additions is free here and products are fused: compared by a bound, not by bits.
+// The order of additions is free here: compared by a bound, not by bits.
 template <int TILE, class F, class W>
 inline void gather_dense(F* sums, const W* weight, const F* source, int64_t source_row,
                          int64_t rows, int64_t senders) {

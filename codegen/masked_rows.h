@@ -133,7 +133,7 @@ SPARSIFY_INLINE void sum_masked(Vector<F> (&sum)[VECTORS], const Masked<W, TILE>
     for (int64_t byte = 0; byte < weight.fetched; byte += 64) __builtin_prefetch(asked + byte);
     const F value = PAYLOAD ? payload[k] : F(1);
     const auto add = [&](int v, Vector<F> weights) __attribute__((always_inline)) {
-      sum[v] += PAYLOAD ? weights * value : weights;
+      sum[v] = PAYLOAD ? fused(weights, value, sum[v]) : sum[v] + weights;
     };
     each_vector<F>(weight, starts[index[k]], add);
   }

@@ -29,6 +29,7 @@ KERNEL_HEADERS = (
     "ahead.h",
     "arrivals.h",
     "events.h",
+    "fused.h",
     "scalar.h",
     "halves.h",
     "half_vectors.h",

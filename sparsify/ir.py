@@ -175,9 +175,9 @@ class Gather:
     ``source`` is a State (its old value), an Operand with axes (T,)B,N, or a result of an earlier
     phase. Only senders with ``source != 0`` (NaN counts) are added, in ascending order within
     blocks of 256 sender indices, each block from +0, then the block sums in ascending order, from
-    +0; every product and sum is rounded to the weight's dtype, on CUDA sums alone: a product is
-    added with one rounding, as eager's are there. ``binary`` promises that sources are 0 or 1.
-    Through a weight of halves all of this is float32, the result as well.
+    +0; a product is added with one rounding to the weight's dtype, as by ``fma``. ``binary``
+    promises that sources are 0 or 1. Through a weight of halves all of this is float32, the result
+    as well.
 
     A restricted Gather names in ``only`` a value ``[B, R]`` of the receivers: a State (its old
     value), an Operand with axes (T,)B,N, or a result of an earlier phase. What has ``only == 0`` is

@@ -27,9 +27,8 @@ def run_reference(
     *,
     steps: int,
     batch: int,
-    is_fused: bool = False,
 ) -> dict[str, Array]:
-    """Run ``kernel`` for ``steps`` time steps and ``batch`` rows; ``is_fused`` is as on CUDA.
+    """Run ``kernel`` for ``steps`` time steps and ``batch`` rows.
 
     ``tensors`` holds operands with their axes in the order T, B, N, and weights
     of the shapes that ``ir.Weight`` states. Returns the outputs, ``[T, B, N]`` or ``[B, N]``; those
@@ -42,11 +41,11 @@ def run_reference(
     if steps == 0 and any("T" not in output.axes for output in kernel.outputs):
         raise ValueError("zero steps: an output without a T axis has no last step")
     with np.errstate(all="ignore"):
-        return _Interpreter(kernel, tensors, steps, batch, is_fused).run()
+        return _Interpreter(kernel, tensors, steps, batch).run()
 
 
 @np.errstate(all="ignore")
-def gather(weight: Array, source: Array, is_fused: bool = False) -> Array:
+def gather(weight: Array, source: Array) -> Array:
     """``[R, S]`` and ``[B, S]`` to ``[B, R]``, added in the order that ``ir.Gather`` states."""
     receivers, senders = weight.shape
     total = np.zeros((len(source), receivers), weight.dtype)
@@ -55,12 +54,7 @@ def gather(weight: Array, source: Array, is_fused: bool = False) -> Array:
         for s in range(start, min(start + ir.GATHER_BLOCK, senders)):
             active = (source[:, s] != 0)[:, None]
             payload = source[:, s].astype(weight.dtype)[:, None]
-            if is_fused:
-                column, each = np.broadcast_arrays(weight[:, s], payload)
-                added = fused(column, each, block)
-            else:
-                added = block + weight[:, s] * payload
-            block = np.where(active, added, block)
+            block = np.where(active, fused(weight[:, s], payload, block), block)
         total = total + block
     return total
 
@@ -83,7 +77,7 @@ def convolve(weight: Array, source: Array, convolution: ir.Convolution) -> Array
             )
         )
         payload = maps[(slice(None), slice(channel, channel + 1), *under)]
-        added = total + taps[:, channel, row, column, None, None] * payload
+        added = fused(taps[:, channel, row, column, None, None], payload, total)
         total = np.where(payload != 0, added, total)
     return total.reshape(len(source), -1)
 
@@ -112,10 +106,8 @@ class _Interpreter:
         tensors: Mapping[str, Array],
         steps: int,
         batch: int,
-        is_fused: bool,
     ) -> None:
         self.kernel = kernel
-        self.is_fused = is_fused
         self.tensors = tensors
         self.steps = steps
         self.batch = batch
@@ -169,7 +161,7 @@ class _Interpreter:
         convolution = self.kernel.weight(statement.weight).convolution
         if convolution is not None:
             return convolve(matrix, source, convolution)
-        total = gather(matrix, source, self.is_fused)
+        total = gather(matrix, source)
         if statement.only is None:
             return total
         keep = wanted(self.values[statement.only], source, self.dtypes[statement.result])

@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """All outputs, with those of the reference."""
     launch.reset_events()
-    wanted = run_reference(kernel, data, steps=steps, batch=batch, is_fused=True)
+    wanted = run_reference(kernel, data, steps=steps, batch=batch)
     got = run(launch, data, steps, batch)
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -49,8 +49,8 @@ struct Payload {
 // sums[k] = sum over the active senders of payload * weight[sender][receiver k].
 //
 // Order of additions: ascending within a block of 256 senders, then the block sums, each from +0.
-// A product is added with one rounding, as eager's are on CUDA; nothing else is contracted (--fmad=false):
-// every strategy and every batch size gets the same bits.
+// A product is added with one rounding, and nothing else is contracted (--fmad=false): every backend
+// and every batch size gets the same bits.
 // AHEAD weights are asked for before the first of them is added.
 template <class Weights, int PER, int THREADS, class F, int SENDERS, class Payloads>
 SPARSIFY_INLINE void gather_events(F (&sums)[PER], const Weights& weight,

@@ -17,7 +17,8 @@ SPLITTER = 2.0**27 + 1  # of the 53 bits of a float64, in halves whose products 
 
 
 def fused(weight: Array, payload: Array, total: Array) -> Array:
-    """``total + weight * payload`` of arrays of one dtype, float32 or float64."""
+    """``total + weight * payload`` of arrays of one dtype, float32 or float64, that broadcast."""
+    weight, payload, total = np.broadcast_arrays(weight, payload, total)
     if total.dtype == np.float32:
         product = weight.astype("float64") * payload  # of 48 bits
         return _rounded_to_odd(*_sum(product, total.astype("float64"))).astype("float32")
