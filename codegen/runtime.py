@@ -13,8 +13,8 @@ from sparsify.codegen.compressed import EXPONENTS, Compressor, Form, matrix_of
 from sparsify.codegen.toolchain import (
     compile_shared_library,
     load_library,
+    only_gcc,
     read_source,
-    unsplit_loops,
 )
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.write_watch import Watcher, WriteWatch
@@ -32,6 +32,9 @@ HEADERS = (
 COMPRESS_HEADERS = ("compress.h", "square.h", "weights.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
+# Of loops that run no further than a condition holds GCC makes two, which takes it a sixth of its
+# time and gains nothing, as measured of packing.
+UNSPLIT = "-fno-split-loops"
 IMPORTED_BY = os.getpid()
 
 
@@ -186,8 +189,8 @@ def load_runtime() -> Runtime:
     Raises CompileError and BackendUnavailable like ``compile_shared_library``.
     """
     headers = {file: read_source(file) for file in HEADERS}
-    text, options = read_source("runtime.cpp"), unsplit_loops()
-    path = compile_shared_library(text, "runtime", headers=headers, options=options)
+    text = read_source("runtime.cpp")
+    path = compile_shared_library(text, "runtime", headers=headers, options=only_gcc(UNSPLIT))
     return Runtime(load_library(path))
 
 
