@@ -29,9 +29,9 @@ TOKENS = 96
 class Size:
     """What is measured; ``activity`` and ``inside`` are shares of units that are aimed at.
 
-    ``network`` is ``recurrent``, ``feed-forward``, ``convolutional``, where ``hidden`` are channels,
-    or ``egru``; ``inside`` is how many units are within the window of a compact surrogate,
-    ``surrogate`` is ``atan`` or ``triangle``.
+    ``network`` is ``recurrent``, ``feed-forward``, ``egru`` or ``convolutional``, of which
+    ``hidden`` are channels; ``inside`` is how many units are within the window of a compact
+    surrogate, ``surrogate`` is ``atan`` or ``triangle``.
     """
 
     network: str
