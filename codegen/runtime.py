@@ -22,6 +22,7 @@ from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 HEADERS = (
+    "lateness.h",
     "prepared_call.h",
     "square.h",
     "thread_pool.h",
@@ -75,6 +76,8 @@ class Runtime:
         self.addresses = [ctypes.cast(f, POINTER).value or 0 for f in (self.call, self._hash)]
         """Of what an extension calls itself."""
         self._uses_openmp = library["sparsify_uses_openmp"]
+        self._ignore_lateness = library["sparsify_ignore_lateness"]
+        self._ignore_lateness.argtypes, self._ignore_lateness.restype = [INT], None
         if functions := openmp_of_torch():
             use_openmp = library["sparsify_use_openmp"]
             use_openmp.argtypes, use_openmp.restype = [POINTER] * len(OPENMP), None
@@ -84,6 +87,13 @@ class Runtime:
     def shares_threads(self) -> bool:
         """True if kernels run on the threads of torch's OpenMP, False if on their own."""
         return bool(self._uses_openmp())
+
+    def ignore_lateness(self, is_ignored: bool) -> None:
+        """Form teams also while their threads are late, as where others use the cores.
+
+        Otherwise the caller's thread runs such a kernel alone for a while, with the same results.
+        """
+        self._ignore_lateness(is_ignored)
 
     def content_hash(self, tensor: torch.Tensor) -> int:
         """64 bits of the elements of a CPU tensor; it differs if any one element differs.
