@@ -1,0 +1,93 @@
+"""Gradients of convolutions that read spikes: as torch's, of any convolution and layout."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from sparsify import ir
+from sparsify.regions.convolution_gradient import ConvolutionGradient
+from sparsify.regions.sender_gradient import SenderGradient
+from sparsify.saved_bits import pack_bits
+from tests.convolution_kernels import convolutions
+
+SAME = ir.Convolution((3, 20), (6, 19), (3, 3), padding=(1, 1))
+
+
+def dyadic(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Small multiples of 1/8: some thousand sums of their products are exact in float32."""
+    return torch.randint(-8, 9, shape).to(dtype) / 8
+
+
+def operands(
+    convolution: ir.Convolution, leading: tuple[int, ...], activity: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``d``, spikes and a weight."""
+    senders, receivers = convolution.channels
+    d = dyadic((*leading, receivers, *convolution.receivers))
+    z = (torch.rand(*leading, senders, *convolution.senders) < activity).float()
+    return d, z, dyadic((receivers, senders, *convolution.window))
+
+
+def of_autograd(
+    convolution: ir.Convolution, d: Tensor, z: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and senders."""
+    w, z = w.clone().requires_grad_(), z.clone().requires_grad_()
+    maps = functional.max_pool2d(z.flatten(0, -4), convolution.pooling)
+    y = functional.conv2d(
+        maps, w, None, convolution.stride, convolution.padding, convolution.dilation
+    )
+    of_w, of_z = torch.autograd.grad(y, (w, z), d.flatten(0, -4))
+    return of_w, of_z
+
+
+def bits_of(z: Tensor) -> Tensor:
+    return pack_bits(z.flatten(-3))
+
+
+@settings(deadline=None, max_examples=60)
+@given(convolution=convolutions(pooling=True), seed=st.integers(0, 2**16))
+def test_gradients_are_torchs(convolution: ir.Convolution, seed: int) -> None:
+    torch.manual_seed(seed)
+    d, z, w = operands(convolution, (2, 3))
+    of_w, of_z = of_autograd(convolution, d, z, w)
+    assert torch.equal(ConvolutionGradient(convolution)(d, z), of_w)
+    assert torch.equal(ConvolutionGradient(convolution).of_bits()(d, bits_of(z)), of_w)
+    assert torch.equal(SenderGradient(convolution)(d, w, z), of_z)
+    assert torch.equal(SenderGradient(convolution).of_bits()(d, w, bits_of(z)), of_z)
+
+
+def test_rows_are_added_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsify.regions.convolution_gradient.UNPACKED_VALUES", 1000)
+    d, z, w = operands(SAME, (7, 3))
+    of_w, of_z = of_autograd(SAME, d, z, w)
+    total = torch.ones_like(of_w)
+    assert ConvolutionGradient(SAME)(d, z, total) is total and torch.equal(total, of_w + 1)
+    assert torch.equal(SenderGradient(SAME)(d, w), of_z)
+
+
+def test_no_rows_give_zeros() -> None:
+    d, z, w = operands(SAME, (0, 3))
+    assert torch.equal(ConvolutionGradient(SAME)(d, z), torch.zeros_like(w))
+    assert SenderGradient(SAME)(d, w).shape == z.shape
+
+
+def test_operands_that_do_not_fit_are_an_error() -> None:
+    d, z, _ = operands(SAME, (2, 3))
+    with pytest.raises(
+        ValueError, match=r"reads maps \[\.\.\., 3, 6, 19\], not \[2, 3, 3, 6, 18\]"
+    ):
+        ConvolutionGradient(SAME)(d, z[..., :18])
+    with pytest.raises(
+        ValueError, match=r"gradient of \[2, 3, 20, 6, 19\] was expected, not \[3, 2"
+    ):
+        ConvolutionGradient(SAME)(d.transpose(0, 1), z)
+    with pytest.raises(ValueError, match=f"bits of {prod((3, 6, 19))} neurons"):
+        ConvolutionGradient(SAME, packed=True)(d, z)
