@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +16,15 @@ from sparsify.regions.convolution_gradient import ConvolutionGradient
 from sparsify.regions.sender_gradient import SenderGradient
 from sparsify.saved_bits import pack_bits
 from tests.convolution_kernels import convolutions
+from tests.threads import torch_threads
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Other processes do not keep torch's threads from meeting."""
+    with torch_threads(1):
+        yield
+
 
 SAME = ir.Convolution((3, 20), (6, 19), (3, 3), padding=(1, 1))
 
@@ -81,13 +90,9 @@ def test_no_rows_give_zeros() -> None:
 
 def test_operands_that_do_not_fit_are_an_error() -> None:
     d, z, _ = operands(SAME, (2, 3))
-    with pytest.raises(
-        ValueError, match=r"reads maps \[\.\.\., 3, 6, 19\], not \[2, 3, 3, 6, 18\]"
-    ):
+    with pytest.raises(ValueError, match=r"\(3, 6, 19\)\], not \[2, 3, 3, 6, 18\]"):
         ConvolutionGradient(SAME)(d, z[..., :18])
-    with pytest.raises(
-        ValueError, match=r"gradient of \[2, 3, 20, 6, 19\] was expected, not \[3, 2"
-    ):
+    with pytest.raises(ValueError, match=r"of \(2, 3, 20, 6, 19\) is not \[3, 2, 20"):
         ConvolutionGradient(SAME)(d.transpose(0, 1), z)
-    with pytest.raises(ValueError, match=f"bits of {prod((3, 6, 19))} neurons"):
+    with pytest.raises(ValueError, match="bits of 342 neurons"):
         ConvolutionGradient(SAME, packed=True)(d, z)
