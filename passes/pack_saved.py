@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import Refusal
+from sparsify.passes.backward_graph import PRODUCTS
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_masks import Mask
 from sparsify.passes.lower_layout import find_constants, find_layout, find_live, shape_of
@@ -30,6 +31,7 @@ from sparsify.passes.tensor_info import call, cast, with_shape
 from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.passes.without_packing import move_masks
 from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.convolution_backward import ReadGradient, WeightGradient
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
 from sparsify.scans.differentiated import Differentiated
@@ -125,8 +127,10 @@ def _can_read(user: fx.Node, place: fx.Node, modules: dict[str, nn.Module]) -> b
     if user.op != "call_module":
         return False
     module, args = modules[str(user.target)], user.args
-    if isinstance(module, OuterProduct):
-        return args[1] is place and args[0] is not place and module.senders is None
+    if isinstance(module, PRODUCTS):
+        return args[1] is place and args[0] is not place and not _reads_bits(module)
+    if isinstance(module, ReadGradient):
+        return args[2] is place and place not in args[:2] and not module.packed
     scan = module.scan if isinstance(module, ChunkedScan) else module
     if not isinstance(scan, Scan):
         return False
@@ -144,8 +148,10 @@ def _groups(user: fx.Node) -> tuple[Any, Any, Any, Any]:
 
 def _reading_bits(user: fx.Node, module: nn.Module, packed: Collection[fx.Node]) -> nn.Module:
     """``module`` as it takes bits from the placeholders ``packed``."""
-    if isinstance(module, OuterProduct):
+    if isinstance(module, PRODUCTS):
         return _of_bits(module, user.args[1], packed)
+    if isinstance(module, ReadGradient):
+        return module.of_bits()
     _, _, xs, _ = _groups(user)
     taken = {index for index, x in enumerate(xs) if x in packed}
     if isinstance(module, Scan):
@@ -160,10 +166,16 @@ def _reading_bits(user: fx.Node, module: nn.Module, packed: Collection[fx.Node])
 
 
 def _of_bits(product: nn.Module, activation: Any, packed: Collection[fx.Node]) -> nn.Module:
-    assert isinstance(product, OuterProduct)
+    assert isinstance(product, PRODUCTS)
     if activation not in packed:
         return product
+    if isinstance(product, WeightGradient):
+        return product.of_bits()
     return product.of_bits(shape_of(activation)[-1])
+
+
+def _reads_bits(product: OuterProduct | WeightGradient) -> bool:
+    return product.packed if isinstance(product, WeightGradient) else product.senders is not None
 
 
 def unpacking(scan: Scan, taken: Set[int]) -> Scan:

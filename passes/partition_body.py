@@ -17,6 +17,9 @@ from sparsify.passes.classify_ops import (
     product_operand,
 )
 from sparsify.passes.time_levels import TimeLevels
+from sparsify.regions.convolution_backward import sender_gradient
+
+_AT_ONCE = (*REDUCTIONS, sender_gradient)  # for all steps, wherever they can be
 
 
 @dataclass(eq=False)
@@ -101,11 +104,11 @@ class Partition:
                     continue
                 reduced.add(node)
                 self.batched.add(node)
-            elif node.target in REDUCTIONS or is_of_rows(node) or hoist_products(node):
+            elif node.target in _AT_ONCE or is_of_rows(node) or hoist_products(node):
                 feeding = self._batchable(operand)
                 if feeding is not None:
                     self.batched |= {node, *feeding}
-                    reduced |= {node} if node.target in REDUCTIONS else set()
+                    reduced |= {node} if node.target in _AT_ONCE else set()
 
     def _batchable(self, node: fx.Node) -> set[fx.Node] | None:
         """What must be batched so that ``node`` is had for all steps; None if that cannot be."""
