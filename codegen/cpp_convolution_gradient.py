@@ -32,8 +32,9 @@ from sparsify.codegen.writer import Writer
 BREAK_EVEN = 0.5  # measured: 0.6 to 1
 PLACES = 384  # of 16 channels each: what a unit reads of ``d`` stays in the first cache
 TILE = 16  # receiving channels that are copied together
+WIDEST_POOL = 64  # columns of blocks that the gradient of a pool has a kernel for: one word
 ITEMS = 16  # tiles times parts
-HEADERS = (*OUTER_HEADERS, "strips.h", "convolution_gradient.h")
+HEADERS = (*OUTER_HEADERS, "strips.h", "convolution_gradient.h", "pool_gradient.h")
 ENTRY = "convolution_gradient_of"
 
 
@@ -48,6 +49,16 @@ class Call(ctypes.Structure):
         ("adds", ctypes.c_int64),
         ("most", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("threads", "active", "seen")),
+    )
+
+
+class PoolCall(ctypes.Structure):
+    """``PoolCall`` of pool_gradient.h; strides are in elements."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("d", "y", "out")),
+        *((name, ctypes.c_int64) for name in ("first", "rows", "all_rows")),
+        *((name, ctypes.c_int64) for name in ("y_run", "y_outer", "y_inner", "threads")),
     )
 
 
@@ -180,34 +191,66 @@ def add_events(
     return Ended(outcome, call.active, call.seen)
 
 
+def unpool(
+    d: Tensor, y: Tensor, result: Tensor, first: int, convolution: ir.Convolution, *, packed: bool
+) -> None:
+    """Write the gradient of the senders of some batch rows to ``result`` from row ``first`` on.
+
+    ``d`` is that of the blocks that the convolution's windows lie on, ``[rows, Ci, *maps]``; ``y``
+    are the senders, bools ``[rows, Ci, H, W]`` or, if ``packed``, bits of the flattened maps.
+    ``result`` is a contiguous ``[all rows, Ci, H, W]`` of the dtype of ``d``.
+
+    Raises TypeError for tensors whose memory cannot be read, and what ``compile_shared_library``
+    raises.
+    """
+    source, readable = source_of(check_readable(y), d.dtype, packed)
+    blocks = check_readable(d).contiguous()
+    right = rows_of(readable if packed else readable.flatten(-3))
+    call = PoolCall(
+        *(blocks.data_ptr(), right.tensor.data_ptr(), result.data_ptr()),
+        *(first, len(d), len(result)),
+        *(right.run, right.outer, right.inner),
+        torch.get_num_threads(),
+    )
+    function = load_function(convolution, VALUES[d.dtype], source, "unpool_of")
+    function(load_runtime().table, ctypes.byref(call))
+
+
 @cache
-def load_function(convolution: ir.Convolution, value: str, source: str) -> Any:
+def load_function(convolution: ir.Convolution, value: str, source: str, entry: str = ENTRY) -> Any:
     """The kernel for ``d`` of ``value`` and what is read of ``source``, compiled if need be."""
-    function = getattr(load_library(compile_function(convolution, value, source)), ENTRY)
+    function = getattr(load_library(compile_function(convolution, value, source)), entry)
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
     return function
 
 
 def compile_function(convolution: ir.Convolution, value: str, source: str) -> Path:
-    """The library with that kernel, from the cache if it was compiled before."""
+    """The library with kernels for both gradients, from the cache if it was compiled before."""
     headers = {file: read_source(file) for file in HEADERS}
-    text = render_function(convolution, value, source)
+    text = render_functions(convolution, value, source)
     return compile_shared_library(text, ENTRY, headers=headers, options=unsplit_loops())
 
 
-def render_function(convolution: ir.Convolution, value: str, source: str) -> str:
+def render_functions(convolution: ir.Convolution, value: str, source: str) -> str:
     w = Writer()
-    w.comment(f"The gradient of a convolution's weight of {value}, from an activity of {source}.")
+    w.comment(f"Gradients of a convolution, of {value}, that reads an activity of {source}.")
     w.line('#include "convolution_gradient.h"')
+    w.line('#include "pool_gradient.h"')
     w.line()
     w.line("using namespace sparsify;")
     w.line()
-    unit = Unit.of(convolution)
+    unit, types = Unit.of(convolution), f"Map, {value}, {source}"
     with w.block("struct Map", "};"):
         write_sizes(w, convolution)
         w.line(f"static constexpr int64_t strip_rows = {unit.strip}, group = {unit.group};")
     w.line()
     w.line('extern "C" __attribute__((visibility("default")))')
     with w.block(f"int {ENTRY}(const Runtime* runtime, ConvolutionCall* call)"):
-        w.line(f"return convolution_gradient<Map, {value}, {source}>(runtime, call);")
+        w.line(f"return convolution_gradient<{types}>(runtime, call);")
+    if convolution.pooling != (1, 1) and convolution.pooling[1] <= WIDEST_POOL:
+        w.line()
+        w.line('extern "C" __attribute__((visibility("default")))')
+        with w.block("int unpool_of(const Runtime* runtime, const PoolCall* call)"):
+            w.line(f"unpool<{types}>(runtime, call);")
+            w.line("return 0;")
     return w.text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify import ir
+from sparsify.codegen import cpp_convolution_gradient as cpp
 from sparsify.regions.convolution_gradient import ConvolutionGradient
 from sparsify.regions.sender_gradient import SenderGradient
 from sparsify.saved_bits import pack_bits
@@ -70,7 +72,6 @@ def test_gradients_are_torchs(convolution: ir.Convolution, seed: int) -> None:
     assert torch.equal(ConvolutionGradient(convolution)(d, z), of_w)
     assert torch.equal(ConvolutionGradient(convolution).of_bits()(d, bits_of(z)), of_w)
     assert torch.equal(SenderGradient(convolution)(d, w, z), of_z)
-    assert torch.equal(SenderGradient(convolution).of_bits()(d, w, bits_of(z)), of_z)
 
 
 def test_rows_are_added_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +97,47 @@ def test_operands_that_do_not_fit_are_an_error() -> None:
         ConvolutionGradient(SAME)(d.transpose(0, 1), z)
     with pytest.raises(ValueError, match="bits of 342 neurons"):
         ConvolutionGradient(SAME, packed=True)(d, z)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        SAME,
+        replace(SAME, pooling=(2, 2)),
+        replace(SAME, senders=(7, 150), pooling=(2, 2)),  # blocks of several words
+        replace(SAME, senders=(13, 20), pooling=(4, 3)),
+        replace(SAME, senders=(1, 150), window=(1, 3), padding=(0, 1), pooling=(1, 70)),
+    ],
+)
+@pytest.mark.parametrize("activity", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_pools(
+    convolution: ir.Convolution, activity: float, dtype: torch.dtype
+) -> None:
+    d, z, w = (t.to(dtype) for t in operands(convolution, (2, 3), activity))
+    _, of_z = of_autograd(convolution, d, z, w)
+    gradient = SenderGradient(convolution)
+    for threads in (1, 2):
+        with torch_threads(threads):
+            assert torch.equal(gradient.of_bits()(d, w, bits_of(z)), of_z)
+            assert torch.equal(gradient(d, w, z.bool()), of_z)
+
+
+def test_pools_that_a_kernel_does_not_read() -> None:
+    """Values that are no spikes, and where there is no compiler."""
+    pooled = replace(SAME, pooling=(2, 2))
+    d, z, w = operands(pooled, (2, 3))
+    counts = z * torch.randint(1, 5, z.shape)
+    _, of_counts = of_autograd(pooled, d, counts, w)
+    assert torch.equal(SenderGradient(pooled)(d, w, counts), of_counts)
+    with pytest.raises(ValueError, match="depends on what was read"):
+        SenderGradient(pooled)(d, w)
+
+
+def test_pools_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(cpp, "load_function", cpp.load_function.__wrapped__)
+    pooled = replace(SAME, pooling=(2, 2))
+    d, z, w = operands(pooled, (2, 3))
+    _, of_z = of_autograd(pooled, d, z, w)
+    assert torch.equal(SenderGradient(pooled)(d, w, z.bool()), of_z)
