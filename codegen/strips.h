@@ -6,6 +6,9 @@
 
 #include "outer_tiles.h"
 
+// Of a loop whose bounds compilers know, and would make many times as much code of.
+#define SPARSIFY_NOT_UNROLLED _Pragma("GCC unroll 1")
+
 namespace sparsify {
 
 constexpr int64_t CHANNEL_TILE = 16;  // receiving channels that lie together
@@ -67,7 +70,7 @@ SPARSIFY_INLINE uint64_t bits_from(const uint8_t* row, int64_t bytes, int64_t fi
     std::memcpy(&low, row + byte, 8);
     high = row[byte + 8];
   } else {
-    for (int64_t i = 0; i < 8 && byte + i < bytes; ++i) low |= uint64_t(row[byte + i]) << 8 * i;
+    for (int64_t i = byte; i < bytes; ++i) low |= uint64_t(row[i]) << 8 * (i - byte);
   }
   const uint64_t word = low >> shift | (shift ? uint64_t(high) << (64 - shift) : 0);
   return count < 64 ? word & ((uint64_t(1) << count) - 1) : word;
@@ -127,7 +130,8 @@ struct Places {
 
   // Lists a strip of some batch rows, and returns how many senders are active.
   template <class Source, class Element>
-  int64_t list(const Matrix<Element>& y, int64_t first, int64_t rows, int64_t strip) const {
+  __attribute__((noinline)) int64_t list(const Matrix<Element>& y, int64_t first, int64_t rows,
+                                         int64_t strip) const {
     int64_t end = 0;
     for (int64_t c = 0; c < Map::channels; ++c) {
       Run* const of_channel = runs + c * S::CLASSES;
@@ -212,35 +216,40 @@ SPARSIFY_INLINE bool copy_channels_last(F* to, const F* from, int64_t channels) 
   using Row = typename RowOf<Word>::anywhere;
   typedef F Lanes __attribute__((vector_size(sizeof(Row))));
   constexpr int64_t TILE = CHANNEL_TILE, n = Square<Word>::n;
-  Lanes others{};  // the difference of a value that is not finite from itself is NaN
+  Lanes others[4] = {};  // the difference of a value that is not finite from itself is NaN
   F other = 0;
-  const int64_t squares = COUNT < n ? 0 : channels / n * n;
-  for (int64_t c = 0; c < squares; c += n)
-    for (int64_t x = 0; x < COUNT; x += n) {
-      const int64_t at = COUNT - x < n ? COUNT - n : x;  // the last square may overlap the one before
+  const bool squares = COUNT >= n && channels >= n;
+  SPARSIFY_NOT_UNROLLED
+  for (int64_t c = 0; squares && c < channels; c += n)
+    SPARSIFY_NOT_UNROLLED
+    for (int64_t x = 0; x < COUNT; x += n) {  // the last squares may overlap those before
+      const int64_t row = channels - c < n ? channels - n : c, at = COUNT - x < n ? COUNT - n : x;
       Square<Word> square;
       for (int64_t i = 0; i < n; ++i) {
-        square.rows[i] = *reinterpret_cast<const Row*>(from + (c + i) * MAP + at);
+        square.rows[i] = *reinterpret_cast<const Row*>(from + (row + i) * MAP + at);
         const Lanes values = reinterpret_cast<Lanes>(square.rows[i]);
-        others += values - values;
+        others[i % 4] += values - values;
       }
       square.transpose();
       for (int64_t i = 0; i < n; ++i)
-        *reinterpret_cast<Row*>(to + (at + i) * TILE + c) = square.rows[i];
+        *reinterpret_cast<Row*>(to + (at + i) * TILE + row) = square.rows[i];
     }
-  for (int64_t c = squares; c < channels; ++c)
+  SPARSIFY_NOT_UNROLLED
+  for (int64_t c = 0; !squares && c < channels; ++c)
+    SPARSIFY_NOT_UNROLLED
     for (int64_t x = 0; x < COUNT; ++x) {
       to[x * TILE + c] = from[c * MAP + x];
       other += from[c * MAP + x] - from[c * MAP + x];
     }
-  for (int64_t i = 0; i < n; ++i) other += others[i];
+  const Lanes sum = (others[0] + others[1]) + (others[2] + others[3]);
+  for (int64_t i = 0; i < n; ++i) other += sum[i];
   return other == F(0);
 }
 
 // Copies what a strip's senders read of `channel` and the next ones to [ROWS][COLUMNS][TILE], channels
 // last and zeros where no receiver is. Returns whether all of it is finite.
 template <class Map, class F>
-bool copy_strip(F* to, const F* row, int64_t strip, int64_t channel) {
+__attribute__((noinline)) bool copy_strip(F* to, const F* row, int64_t strip, int64_t channel) {
   typedef Strips<Map> S;
   constexpr int64_t TILE = CHANNEL_TILE, MAP = Map::to_rows * Map::to_columns;
   constexpr int64_t LEFT = S::LEFT < 0 ? -S::LEFT : 0, SKIPPED = S::LEFT < 0 ? 0 : S::LEFT;
