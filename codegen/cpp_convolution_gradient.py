@@ -32,7 +32,7 @@ from sparsify.codegen.writer import Writer
 BREAK_EVEN = 0.5  # measured: 0.6 to 1
 PLACES = 384  # of 16 channels each: what a unit reads of ``d`` stays in the first cache
 TILE = 16  # receiving channels that are copied together
-WIDEST_POOL = 64  # columns of blocks that the gradient of a pool has a kernel for: one word
+WIDEST_POOL = 32  # columns of blocks that the gradient of a pool has a kernel for
 ITEMS = 16  # tiles times parts
 HEADERS = (*OUTER_HEADERS, "strips.h", "convolution_gradient.h", "pool_gradient.h")
 ENTRY = "convolution_gradient_of"
