@@ -50,6 +50,9 @@ def rolled_stages(
         stages = run_pipeline(recorded, (part_results, *passes, join_results))
         joined = join_slices(stages[-1].graph)
         stages = (*stages, Stage("join_slices", joined.graph, tuple(joined.done)))
+        flat = flatten_maps(joined.graph)
+        if flat.done:
+            stages = (*stages, Stage("flatten_maps", flat.graph, tuple(flat.done)))
         stages = (*stages, *limit(stages[-1].graph, window))
     owned = own_memory(stages[-1].graph, recorded.graph)
     if owned.done:
