@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from sparsify.interpreter import Interpreter
 from sparsify.passes.classify_ops import POOL
+from sparsify.passes.lower_convolution import pools_events
 from sparsify.passes.part_convolutions import part_convolutions
 from sparsify.passes.simplify_joint import erase_dead, simplify_joint
 from sparsify.passes.trace_operations import Tracer, trace_operations
@@ -123,9 +124,10 @@ def trace_joint(
 
 
 def _pooled(graph: fx.Graph, kept: Sequence[fx.Node]) -> set[fx.Node]:
-    """What the pools of the step give, which are of blocks of binary values in kernels."""
+    """What those pools of the step give of which convolutions compute the gradient, too."""
     returned: Any = graph.output_node().args[0]
-    return {value for node, value in zip(kept, returned, strict=False) if node.target is POOL}
+    pairs = zip(kept, returned, strict=False)
+    return {value for node, value in pairs if node.target is POOL and pools_events(node)}
 
 
 def _join_applications(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:

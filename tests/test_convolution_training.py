@@ -1,6 +1,6 @@
 """Convolutional networks in training: which gradients are kernels', and that they are eager's.
 
-Graphs are compared as torch runs them, in float64; ``test_training_zoo.py`` has kernels.
+Most graphs are compared as torch runs them, in float64; ``test_training_zoo.py`` has kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from sparsify.regions.sender_gradient import SenderGradient
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
 from tests.recorded_gradients import gradients_of, leaves_of, recorded, tensors_in
-from tests.training_harness import MOST_RELATIVE
+from tests.training_harness import (
+    MOST_RELATIVE,
+    assert_same_gradients,
+    assert_trained,
+    sparsify_training,
+)
+from tests.training_harness import gradients_of as of_training
 from tests.zoo_training import EventGate
 
 MAPS = (4, 3, 2, 8, 8)  # steps, batch, channels, rows and columns
@@ -176,16 +182,17 @@ def trained(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, Sequence[Tenso
     return stage.graph, operands, deliver
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """No gradient is compiled here."""
     monkeypatch.setattr(EventSum, "_run_events", lambda *_: (Ran("dense"), None))
     monkeypatch.setattr(SenderGradient, "_has_kernel", lambda *_: False)
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("of_input", [False, True])
 @pytest.mark.parametrize("name", NETS)
-def test_gradients_are_those_of_eager(name: str, of_input: bool) -> None:
+def test_graphs_have_the_gradients_of_eager(name: str, of_input: bool) -> None:
     build, shape, convolutions = NETS[name]
     torch.manual_seed(0)
     model = build().double()
@@ -213,6 +220,24 @@ def test_gradients_are_those_of_eager(name: str, of_input: bool) -> None:
     inner = [each for r in regions for each in r.backward.modules() if isinstance(each, Scan)]
     targets = {n.target for scan in inner for n in scan.body.graph.nodes}
     assert not targets & {weight_gradient, sender_gradient}
+
+
+def test_kernels_sum_events() -> None:
+    """Of values and of bits, of all steps and in chunks."""
+    torch.manual_seed(0)
+    model = Layers(
+        *(nn.Conv2d(2, 24, 3, padding=1), Neurons()),
+        *(nn.Conv2d(24, 40, (3, 2), stride=2, padding=(2, 1), dilation=(2, 1)), Neurons(Smooth)),
+    ).double()
+    x = (torch.rand(8, 6, 2, 16, 16) < 0.1).double()
+    fast = sparsify_training(model, x)
+    for _ in range(2):
+        assert_same_gradients(of_training(fast, x), of_training(model, x))
+    assert_trained(fast, ("layers.0", "layers.2"))
+    graph = fast.compiled.entries[-1].compiled.graph
+    found = [each for each in graph.modules() if isinstance(each, WeightGradient)]
+    assert {each.packed for each in found} == {False, True}
+    assert all(each.gradient.runs["event"] > 0 for each in found)
 
 
 def test_spikes_between_convolutions_are_bits() -> None:
