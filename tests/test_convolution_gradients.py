@@ -141,3 +141,14 @@ def test_pools_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     d, z, w = operands(pooled, (2, 3))
     _, of_z = of_autograd(pooled, d, z, w)
     assert torch.equal(SenderGradient(pooled)(d, w, z.bool()), of_z)
+
+
+def test_the_gradient_of_the_gradient_of_a_pool_is_torchs() -> None:
+    small = ir.Convolution((2, 3), (4, 6), (3, 2), padding=(1, 1), pooling=(2, 2))
+    d, z, w = (t.double() for t in operands(small, (2,)))
+    gradient = SenderGradient(small)
+    assert torch.autograd.gradcheck(
+        lambda d, w: gradient(d, w, z.bool()), (d.requires_grad_(), w.requires_grad_())
+    )
+    d = d.detach()
+    assert gradient(d, w, z.bool()).requires_grad

@@ -22,9 +22,6 @@ class SenderGradient(nn.Module):
     ``packed``, bits of the flattened maps. The gradient of a block then goes to its first active
     sender in row-major order, to the first of all where none is active; senders that fill no block
     get 0. Without pooling ``z`` is not read.
-
-    ``only`` names senders whose gradient matters, bools or bits like ``z``: that of others may be
-    left 0.
     """
 
     def __init__(self, convolution: ir.Convolution, packed: bool = False) -> None:
@@ -36,9 +33,7 @@ class SenderGradient(nn.Module):
         """The same gradient where ``z`` comes as bits."""
         return SenderGradient(self.convolution, packed=True)
 
-    def forward(
-        self, d: Tensor, w: Tensor, z: Tensor | None = None, only: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, d: Tensor, w: Tensor, z: Tensor | None = None) -> Tensor:
         convolution = self.convolution
         senders, receivers = convolution.channels
         rows = d.reshape(-1, receivers, *convolution.receivers)
@@ -49,7 +44,7 @@ class SenderGradient(nn.Module):
             raise ValueError("the gradient of a pool depends on what was read")
         else:
             z = z.reshape(len(rows), *(z.shape[-1:] if self.packed else z.shape[-3:]))
-        by_kernel = z is not None and self._has_kernel(d, z)
+        by_kernel = z is not None and self._has_kernel(d, w, z)
         for some in row_chunks(len(rows), senders * prod(convolution.senders)):
             back = backward_of_maps(rows[some], w, convolution)
             if z is None:
@@ -58,10 +53,11 @@ class SenderGradient(nn.Module):
                 result[some] = unpooled(back, z[some], convolution, self.packed)
         return result.view(*d.shape[:-3], senders, *convolution.senders)
 
-    def _has_kernel(self, d: Tensor, z: Tensor) -> bool:
+    def _has_kernel(self, d: Tensor, w: Tensor, z: Tensor) -> bool:
         is_known = d.dtype in VALUES and (self.packed or z.dtype is torch.bool)
         is_known = is_known and self.convolution.pooling[1] <= WIDEST_POOL
-        return is_known and d.is_cpu and not self._unavailable and not why_dense(d, z)
+        is_known = is_known and d.is_cpu and not self._unavailable
+        return is_known and not why_dense(d, z) and not why_dense(w, z)
 
     def _unpooled(self, back: Tensor, z: Tensor, result: Tensor, first: int) -> bool:
         """Whether the kernel has written some rows."""
