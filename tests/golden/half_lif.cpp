@@ -122,8 +122,8 @@ bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, shared, own, t, start + row, row, now, next, first, TILE);
         else

@@ -122,8 +122,8 @@ bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, shared, own, t, start + row, row, now, next, first, TILE);
         else
@@ -148,8 +148,8 @@ bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
     active[0] += count_events(own.x_events, rows);
     active[1] += count_events(own.s_events, rows);
     gather_kept_events(own.recurrent_sum, N_HIDDEN, call.w_rec, own.s_events, rows, my_hidden.begin, my_hidden.end);  // self.rec(s)
-    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE, own.drive_sum + rows * first + row * TILE, own.recurrent_sum + row * N_HIDDEN + first);
         else

@@ -121,8 +121,8 @@ bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = my_two.begin; first < my_two.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_two.begin; first < my_two.end; first += TILE) {
         two_start(call, shared, own, t, start + row, row, now, next, first, N_TWO);
       }
     }
