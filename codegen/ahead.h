@@ -44,9 +44,9 @@ struct Ring {
                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return number;
   }
-  int64_t await_block(int64_t at_once, int64_t end, int64_t& known, int spins) const {
+  int64_t await_block(int64_t at_once, int64_t end, int64_t& known, const Team& team) const {
     int64_t number = FULL;
-    wait_until([&] { return (number = take(at_once, end, known)) != FULL; }, spins);
+    wait_until([&] { return (number = take(at_once, end, known)) != FULL; }, team);
     return number;
   }
   // A block of steps by the number of the first one.

@@ -21,24 +21,27 @@ def write_maps(w: Writer, kernel: ir.Kernel, symbols: Symbols) -> None:
     for weight in kernel.weights:
         if weight.convolution is None:
             continue
-        given = weight.convolution
-        pairs = (
-            ("from_rows", "from_columns", given.senders),
-            ("pool_rows", "pool_columns", given.pooling),
-            ("rows", "columns", given.maps),
-            ("to_rows", "to_columns", given.receivers),
-            ("window_rows", "window_columns", given.window),
-            ("stride_rows", "stride_columns", given.stride),
-            ("padding_rows", "padding_columns", given.padding),
-            ("dilation_rows", "dilation_columns", given.dilation),
-        )
         w.line()
         w.comment(f"The maps that {weight.note or weight.name} reads, and those that it makes.")
         with w.block(f"struct {map_name(weight, symbols)}", "};"):
-            channels, to_channels = given.channels
-            w.line(f"static constexpr int64_t channels = {channels}, to_channels = {to_channels};")
-            for rows, columns, (first, second) in pairs:
-                w.line(f"static constexpr int64_t {rows} = {first}, {columns} = {second};")
+            write_sizes(w, weight.convolution)
+
+
+def write_sizes(w: Writer, given: ir.Convolution) -> None:
+    """The members of a struct of sizes."""
+    channels, to_channels = given.channels
+    w.line(f"static constexpr int64_t channels = {channels}, to_channels = {to_channels};")
+    for rows, columns, (first, second) in (
+        ("from_rows", "from_columns", given.senders),
+        ("pool_rows", "pool_columns", given.pooling),
+        ("rows", "columns", given.maps),
+        ("to_rows", "to_columns", given.receivers),
+        ("window_rows", "window_columns", given.window),
+        ("stride_rows", "stride_columns", given.stride),
+        ("padding_rows", "padding_columns", given.padding),
+        ("dilation_rows", "dilation_columns", given.dilation),
+    ):
+        w.line(f"static constexpr int64_t {rows} = {first}, {columns} = {second};")
 
 
 def windows_fields(usage: Usage, symbols: Symbols) -> list[Field]:

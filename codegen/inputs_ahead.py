@@ -102,7 +102,7 @@ class _AheadText(RowsText):
 
     @property
     def parameters(self) -> str:
-        more = "const Ahead& ahead, int64_t before, int spins"
+        more = "const Ahead& ahead, int64_t before, const Team& team"
         return f"{super().parameters}, {more}"
 
     @property
@@ -199,7 +199,7 @@ class _AheadText(RowsText):
                 w.line("if (other == ahead.ring.FULL || other == end) return false;")
                 w.line("run_block(call, own, ahead, active, start, rows, before, other);")
                 w.line("return ahead.ring.is_ready(number);")
-            w.line("wait_until(is_ready, spins);")
+            w.line("wait_until(is_ready, team);")
         w.line("const bool ends = (number + 1) % call.at_once == 0;")
         self._write_fetches()
         self.write_scans(self.late)
@@ -225,7 +225,6 @@ class _AheadText(RowsText):
         with w.block("void run(void* context, const Team& team)"):
             w.line("const Call& call = *static_cast<const Call*>(context);")
             w.line("const int most = team.threads < 2 ? 1 : team.threads / 2;")
-            w.line("const int spins = team.barrier->spins;")
             w.line("const int leaders = most < call.leaders ? most : int(call.leaders);")
             w.line("const int leader = team.thread % leaders;", "whose rows this thread works for")
             w.line("const bool leads = team.thread < leaders;")
@@ -242,11 +241,11 @@ class _AheadText(RowsText):
             w.line("int64_t read = 0;", "steps, as far as a helper knows")
             with self.groups():
                 with w.indented("if (leads)"):
-                    w.line("run_rows(call, own, active, start, here, ahead, before, spins);")
+                    w.line("run_rows(call, own, active, start, here, ahead, before, team);")
                 with w.block("else"):
                     w.line("const int64_t end = before + call.steps;")
                     w.line("int64_t number;")
-                    await_block = "ahead.ring.await_block(call.at_once, end, read, spins)"
+                    await_block = "ahead.ring.await_block(call.at_once, end, read, team)"
                     with w.indented(f"while ((number = {await_block}) < end)"):
                         given = "call, own, ahead, active, start, here, before, number"
                         w.line(f"run_block({given});")

@@ -168,16 +168,17 @@ class KernelText(ABC):
                 self._write_convolution(gather, begin, end)
             elif gather.result not in self.kept_ahead:
                 self.write_kept(gather, begin, end)
-        with self.w.block(f"for (int64_t first = {begin}; first < {end}; first += TILE)"):
-            for gather in gathers:
-                if gather not in whole and gather.result not in self.ahead:
-                    self.write_gather(gather)
-            size = self.symbols.sizes[phase.population]
-            at = {
-                g.result: f"row * {size} + first" if g in whole else "row * TILE" for g in gathers
-            }
-            sums = [f"{self.sums(gather)} + {at[gather.result]}" for gather in gathers]
-            with self.w.block("for (int64_t row = 0; row < rows; ++row)"):
+        tiled = [g for g in gathers if g not in whole and g.result not in self.ahead]
+        size = self.symbols.sizes[phase.population]
+        at = {g.result: f"row * {size} + first" if g in whole else "row * TILE" for g in gathers}
+        sums = [f"{self.sums(gather)} + {at[gather.result]}" for gather in gathers]
+        tiles = f"for (int64_t first = {begin}; first < {end}; first += TILE)"
+        rows = "for (int64_t row = 0; row < rows; ++row)"
+        outer, inner = (tiles, rows) if tiled else (rows, tiles)  # what lies together, one by one
+        with self.w.block(outer):
+            for gather in tiled:
+                self.write_gather(gather)
+            with self.w.block(inner):
                 self._write_cell_call(phase, function, sums)
 
     def sums(self, gather: ir.Gather) -> str:

@@ -177,15 +177,14 @@ class _SharedText(KernelText):
         w = self.w
         w.line()
         w.comment("Rows start .. start + rows of the batch, through all time steps.")
+        w.comment("False where the caller goes on alone.")
         head = (
-            "void run_rows(const Call& call, const Team& team, Arrivals& arrivals,\n"
-            "              const Shared& shared, const Own& own, int64_t* active,\n"
-            "              int64_t start, int64_t rows)"
+            "bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,\n"
+            "              const Own& own, int64_t* active, int64_t start, int64_t rows)"
         )
         with w.block(head):
-            for population in dict.fromkeys(phase.population for phase in self.kernel.phases):
-                size, mine = self.symbols.sizes[population], self.mine[population]
-                w.line(f"const Share {mine} = {self._share(population, size)};")
+            for population, mine in self._populations():
+                w.line(f"Share {mine} = {self._share(population)};")
             if self.kernel.states:
                 w.comment("Every state gets its initial value.")
                 with w.block(""):
@@ -193,16 +192,30 @@ class _SharedText(KernelText):
                     for phase, function in self.starts():
                         self._write_phase(phase, function)
             with self.steps():
+                if self.usage.exchanges:
+                    self._write_parting()
                 if self.usage.of_kind("state"):
                     self.w.line("arrivals.arrive();", "has finished the step before")
                 self.write_scans(self.usage.of_kind("operand"))
                 self._write_step()
+            w.line("return true;")
 
-    def _share(self, population: str, size: str) -> str:
-        given = shared_bands(self.weights, population)
+    def _populations(self) -> list[tuple[str, str]]:
+        """What this kernel computes, and what a thread's share of it is called."""
+        names = dict.fromkeys(phase.population for phase in self.kernel.phases)
+        return [(name, self.mine[name]) for name in names]
+
+    def _share(self, population: str) -> str:
+        given, size = shared_bands(self.weights, population), self.symbols.sizes[population]
         if given is None:
-            return f"share<TILE>({size}, team)"
-        return f"share_bands({size}, call.{given.name(self.symbols)}.band, team)"
+            return f"share<TILE>({size}, arrivals.team())"
+        return f"share_bands({size}, call.{given.name(self.symbols)}.band, arrivals.team())"
+
+    def _write_parting(self) -> None:
+        with self.w.block("if (arrivals.parts())"):
+            self.w.line("if (!arrivals.part()) return false;")
+            for population, mine in self._populations():
+                self.w.line(f"{mine} = {self._share(population)};")
 
     def _write_step(self) -> None:
         states = self.usage.of_kind("state")
@@ -264,7 +277,8 @@ class _SharedText(KernelText):
         with w.block("void run(void* context, const Team& team)"):
             w.line("const Call& call = *static_cast<const Call*>(context);")
             w.line("Arena common(call.memory);")
-            w.line("Arrivals arrivals(common, team);")
+            w.line("const int64_t groups = (call.batch + call.group - 1) / call.group;")
+            w.line("Arrivals arrivals(common, team, groups * call.steps);")
             w.line("const Shared shared(common, call.group);")
             w.line("const int64_t before = common.used() + team.thread * Own::bytes(call.group);")
             w.line("Arena arena(call.memory + before);")
@@ -275,7 +289,8 @@ class _SharedText(KernelText):
                     w.line("if (start) arrivals.meet();", "all have finished the rows before")
                 w.line("const int64_t left = call.batch - start;")
                 w.line("const int64_t rows = left < call.group ? left : call.group;")
-                w.line("run_rows(call, team, arrivals, shared, own, active, start, rows);")
+                given = "call, arrivals, shared, own, active, start, rows"
+                w.line(f"if (!run_rows({given})) break;")
             if gathers:
                 self._write_common_counts()
                 with w.indented(f"for (int k = 0; k < {gathers}; ++k)"):

@@ -135,6 +135,13 @@ struct Outer {
   }
 };
 
+// One of `sampled` rows that are spread over all of them.
+SPARSIFY_INLINE int64_t sampled_row(int64_t i, int64_t sampled, int64_t rows) {
+  // Multiples of the golden section: no period of the batch or of time lies in them.
+  const uint64_t fraction = uint32_t(i) * 2654435769u;
+  return sampled == rows ? i : int64_t(fraction * uint64_t(rows) >> 32);
+}
+
 // Counts the active values of rows spread over all of y.
 template <class Source>
 void sample_activity(OuterCall& call) {
@@ -144,9 +151,7 @@ void sample_activity(OuterCall& call) {
   const int64_t sampled = call.rows < SAMPLED_ROWS ? call.rows : SAMPLED_ROWS;
   call.active = 0, call.seen = sampled * call.senders;
   for (int64_t i = 0; i < sampled; ++i) {
-    // Multiples of the golden section: no period of the batch or of time lies in them.
-    const uint64_t fraction = uint32_t(i) * 2654435769u;
-    const int64_t row = sampled == call.rows ? i : int64_t(fraction * uint64_t(call.rows) >> 32);
+    const int64_t row = sampled_row(i, sampled, call.rows);
     for (int64_t s = 0; s < call.senders; s += GROUP) {
       const int64_t count = call.senders - s < GROUP ? call.senders - s : GROUP;
       call.active += __builtin_popcountll(Activity<Source>::word(y[row], s, count));

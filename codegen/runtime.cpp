@@ -34,6 +34,9 @@ void sparsify_use_openmp(decltype(OpenMP::parallel) parallel, decltype(OpenMP::t
 
 int sparsify_uses_openmp() { return pool->uses_openmp(); }
 
+// Teams are formed however late their threads are, which tests of teams want.
+void sparsify_ignore_lateness(int is_ignored) { Lateness::ignore(is_ignored != 0); }
+
 uint64_t sparsify_hash(const unsigned char* rows, int64_t count, int64_t row_bytes,
                        int64_t stride_bytes, int threads) {
   return hash_rows(rows, count, row_bytes, stride_bytes, threads);

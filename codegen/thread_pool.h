@@ -12,6 +12,7 @@
 #include <atomic>
 #include <new>
 
+#include "lateness.h"
 #include "runtime.h"
 #include "workers.h"
 
@@ -19,6 +20,7 @@ namespace sparsify {
 namespace {
 
 constexpr int kPausesBeforeYield = 1000;
+constexpr int kMostUneven = 3;
 
 inline int usable_cores() {
 #if defined(__linux__)
@@ -44,21 +46,29 @@ class ThreadPool {
   // Never inlined: the body would be compiled twice, once for a team of one.
   __attribute__((noinline)) void parallel(Body body, void* context, int threads,
                                           const Aside* aside = nullptr) {
+    const int64_t began_ns = threads > 1 ? now_ns() : 0;
     // Busy may also mean that this is a member of the running team.
-    if (threads <= 1 || busy_.exchange(true, std::memory_order_acquire)) {
+    if (threads <= 1 || !lateness_.allows(body, began_ns) ||
+        busy_.exchange(true, std::memory_order_acquire)) {
       Barrier nobody_waits{};
       body(context, Team{0, 1, &nobody_waits});
       if (aside != nullptr) aside->run(aside->context);
       return;
     }
     barrier_.spins = threads <= usable_cores() ? kPausesBeforeYield : 0;
-    Job job{body, context, threads, &barrier_, {}, aside};
+    barrier_.lost_ns = 0;
+    Job job{body, context, threads, &barrier_, {}, aside, 0};
     std::fegetenv(&job.environment);
     if (openmp_.parallel != nullptr) {
       run_openmp(job);
     } else {
       workers_.run(job);
     }
+    const int64_t now = now_ns(), own_ns = job.caller_done_ns - began_ns;
+    // Shares differ, but hardly so much that others work for longer than a few times that.
+    const int64_t late_ns = now - job.caller_done_ns - kMostUneven * own_ns;
+    const int64_t lost_ns = barrier_.lost_ns + (late_ns > 0 ? late_ns : 0);
+    lateness_.note(body, threads, now, now - began_ns, lost_ns);
     busy_.store(false, std::memory_order_release);
   }
 
@@ -82,6 +92,7 @@ class ThreadPool {
 
   std::atomic<bool> busy_{false};
   OpenMP openmp_{};
+  Lateness lateness_;
   Workers workers_;
   Barrier barrier_{};
 };

@@ -148,15 +148,11 @@ def compile_flags() -> tuple[str, ...]:
     return ("-std=c++17", "-O3", target, *exact, *unread, own, "-fPIC", "-shared")
 
 
-def unsplit_loops() -> tuple[str, ...]:
-    """Options for code with many loops, of which some run no further than a condition holds.
-
-    GCC makes two of each, which takes it a sixth of its time and gains nothing, as measured of
-    outer products and of packing. Clang does not know the option, nor the pass.
-    """
+def only_gcc(*options: str) -> tuple[str, ...]:
+    """``options`` where the compiler is GCC; others may not know them."""
     compiler = find_compiler()
     is_gcc = isinstance(compiler, Compiler) and "Free Software Foundation" in compiler.version
-    return ("-fno-split-loops",) if is_gcc else ()
+    return options if is_gcc else ()
 
 
 @cache

@@ -111,9 +111,10 @@ def has_convolution(kernel: ir.Kernel) -> bool:
 def group_of(kernel: ir.Kernel) -> int:
     """How many batch rows are carried through time at once, at most.
 
-    The sums of a convolution are as many as its receivers, and its weights few.
+    The sums of a convolution are as many as its receivers, and its weights few. Without weights
+    rows have nothing in common, and the states of one stay cached from step to step.
     """
-    return 1 if has_convolution(kernel) else GROUP
+    return 1 if has_convolution(kernel) or not kernel.gathers else GROUP
 
 
 def selective_gathers(kernel: ir.Kernel, schedule: ir.Schedule) -> frozenset[str]:

@@ -5,7 +5,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <time.h>
 
 #include <atomic>
 #include <cfenv>
@@ -22,12 +21,6 @@ constexpr int64_t kSpinBeforeSleepNs = 100'000;
 constexpr int kPausesPerClockRead = 32;
 constexpr int kMostWorkers = 1023;
 
-inline int64_t now_ns() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * INT64_C(1'000'000'000) + now.tv_nsec;
-}
-
 // What the threads of a team share out when their parts of the body are done.
 struct Aside {
   void (*run)(void* context);
@@ -42,6 +35,7 @@ struct Job {
   // The caller's: whether denormals are flushed must not depend on who computes a row.
   std::fenv_t environment;
   const Aside* aside;  // or null
+  mutable int64_t caller_done_ns;
 };
 
 inline void run_member(const Job& job, int thread, int threads) {
@@ -51,6 +45,7 @@ inline void run_member(const Job& job, int thread, int threads) {
   job.body(job.context, Team{thread, threads, job.barrier});
   std::fesetenv(&own);
   if (job.aside != nullptr) job.aside->run(job.aside->context);
+  if (thread == 0) job.caller_done_ns = now_ns();
 }
 
 class Worker {

@@ -35,7 +35,7 @@ _SKELETON = """
     has_finite_payloads helper helpers here i inputs int16_t int32_t int64_t int8_t is_finite
     is_wild item j0 j1 jn k keep_wanted lane_of last leader leaders left list_events load mark
     mask_bytes measure measured memory most n next now number own pack place pointers pool row rows
-    rows_here run runtime scan share shared shared_memory signgam size_t slot sparsify spins spread
+    rows_here run runtime scan share shared shared_memory signgam size_t slot sparsify spread
     start std step steps store store_bits strides t team thread threadIdx threads tile uint16_t
     uint32_t uint64_t uint8_t unpack warpSize warp_of warp_sum width wild_from wild_rows words_of y0
     y1 yn

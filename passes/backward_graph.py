@@ -22,19 +22,23 @@ from torch import fx, nn
 
 from sparsify.passes.backward_body import BackwardBody, name_of_gradient
 from sparsify.passes.call_scan import call_scan
-from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.classify_ops import CONVOLUTION, POOL, product_operand
 from sparsify.passes.joint_graph import JointGraph
 from sparsify.passes.leave_loop import Leaving
 from sparsify.passes.lower_names import Names
+from sparsify.passes.lower_ops import VIEWS
 from sparsify.passes.save_values import is_binary
 from sparsify.passes.scan_products import reads_events
 from sparsify.passes.tensor_info import call, copy_meta, with_shape
+from sparsify.regions.convolution_backward import WeightGradient
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.scans.carried import carried
 from sparsify.scans.differentiated import Input, Operand
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
+PRODUCTS = (OuterProduct, WeightGradient)
+_BEFORE = (*VIEWS, POOL)  # what convolutions read through
 CARRIED = "carried"  # what the steps started with, by the index of the carry: see find_carried
 
 
@@ -271,21 +275,32 @@ class _Writer:
         fact = activation.meta.get("fact")
         event = fact is not None and fact.event and fact.payload != "zero"
         event = event or (reader is not None and reads_events(reader))
-        name = f"outer_product_{sum(isinstance(m, OuterProduct) for m in self.modules.values())}"
+        name = f"outer_product_{sum(isinstance(m, PRODUCTS) for m in self.modules.values())}"
         measured = None if reader is None else reader.meta.get("activity")
-        self.modules[name] = OuterProduct(event, activity=measured)
+        if product.sizes:
+            self.modules[name] = WeightGradient(product.sizes, event, activity=measured)
+        else:
+            self.modules[name] = OuterProduct(event, activity=measured)
         result = self.graph.create_node("call_module", name, (d_values, values), name=name)
         if reader is not None:
             copy_meta(result, reader, "location", "module", "activity")
         info, sizes = node.meta["val"], [f.meta["val"].shape[-1] for f in (d, activation)]
         result.meta["loops"] = ()
-        result.meta["val"] = with_shape(info, sizes)
+        result.meta["val"] = info if product.sizes else with_shape(info, sizes)
         if not product.swapped:
             return result
         return call(self.graph, aten.t.default, (result,), info, node)
 
 
 def _forward_product(scan: Scan, activations: set[fx.Node]) -> fx.Node | None:
-    """A product of the step that reads one of ``activations``."""
-    nodes = scan.body.graph.nodes
-    return next((node for node in nodes if product_operand(node) in activations), None)
+    """A product of the step that reads one of ``activations``, or views or pools of it."""
+    for node in scan.body.graph.nodes:
+        read = product_operand(node)
+        if read is None:
+            continue
+        while read not in activations and node.target is CONVOLUTION and read.target in _BEFORE:
+            read = read.all_input_nodes[0]
+        if read in activations:
+            product: fx.Node = node
+            return product
+    return None

@@ -21,6 +21,7 @@ from sparsify.passes.classify_ops import (
     product_operand,
 )
 from sparsify.passes.tensor_info import call, copy_meta, packed, permuted, with_shape
+from sparsify.regions.convolution_backward import sender_gradient
 
 aten = torch.ops.aten
 OF_ONE_RANK = (torch.channels_last, torch.channels_last_3d)
@@ -37,6 +38,8 @@ def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
         return True
     if is_of_rows(node):
         return all(other in invariant for other in node.all_input_nodes[1:])
+    if node.target is sender_gradient:
+        return node.args[1] in invariant
     if not is_pointwise(node):
         return False
     # Invariant operands align with the trailing dims, so they must not have more of them.
@@ -87,6 +90,8 @@ def batch_step(
         return batcher.product()
     if is_of_rows(node):
         return batcher.of_rows()
+    if node.target is sender_gradient:
+        return batcher.of_senders()
     if is_part(node):
         return batcher.part()
     if node.target in REDUCTIONS:
@@ -196,6 +201,15 @@ class _Batcher:
     def of_rows(self) -> fx.Node:
         """The same of what computes rows one by one."""
         return self._by_rows(self.node.all_input_nodes[0], 0)
+
+    def of_senders(self) -> fx.Node:
+        """The gradient of what a convolution reads, which takes any leading axes."""
+        d, weight, read, *sizes = self.node.args
+        assert isinstance(d, fx.Node) and isinstance(weight, fx.Node)
+        z = self.stacked(read) if isinstance(read, fx.Node) else None
+        args = (self.stacked(d), self.constant(weight), z, *sizes)
+        info = with_shape(self.node.meta["val"], (self.steps, *self.shape))
+        return call(self.graph, sender_gradient, args, info, self.node)
 
     def _by_rows(self, operand: fx.Node, place: int) -> fx.Node:
         value = self.stacked(operand)

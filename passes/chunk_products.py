@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import fx, nn
 
+from sparsify.passes.backward_graph import PRODUCTS
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_origins import find_origins
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
 from sparsify.regions.chunked_scan import ChunkedScan
-from sparsify.regions.outer_product import OuterProduct
 from sparsify.scans.scan import Scan
 
 
@@ -75,7 +75,7 @@ def _find_products(
 
 def _is_product(user: fx.Node, part: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """An outer product of ``part`` with the same time axis in its activation."""
-    if user.op != "call_module" or not isinstance(modules[str(user.target)], OuterProduct):
+    if user.op != "call_module" or not isinstance(modules[str(user.target)], PRODUCTS):
         return False
     operands: Any = user.args
     d, activation = operands

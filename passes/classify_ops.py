@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.tensor_info import copy_meta
+from sparsify.regions.convolution_backward import sender_gradient
 
 aten = torch.ops.aten
 
@@ -145,7 +146,8 @@ def keep_measured(made: fx.Node, product: fx.Node) -> fx.Node:
 
 def coupled_operand(node: fx.Node) -> fx.Node | None:
     """What a product, a reduction or a pool reads of several neurons; None for every other op."""
-    if node.op == "call_function" and (node.target in REDUCTIONS or is_of_rows(node)):
+    is_coupled = node.target in REDUCTIONS or node.target is sender_gradient or is_of_rows(node)
+    if node.op == "call_function" and is_coupled:
         return node.all_input_nodes[0]
     return product_operand(node)
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.passes.backward_graph import CARRIED, BackwardGraph, write_backward
+from sparsify.passes.call_gradients import call_gradients
 from sparsify.passes.chunk_products import chunk_products
 from sparsify.passes.copy_graph import copy_into
 from sparsify.passes.find_carried import find_carried
@@ -92,7 +93,7 @@ def write_gradient(draft: Draft, private: Collection[int] = ()) -> Differentiate
     """
     joint = draft.joint
     saved, written = _write_parts(joint, draft.required, draft.steps, private)
-    backward = set_apart(split_time(written.graph, _hoist).graph).graph
+    backward = call_gradients(set_apart(split_time(written.graph, _hoist).graph).graph)
     parts = Differentiated(
         _write_forward(joint, saved),
         len(saved),

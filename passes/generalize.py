@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, permutations
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -25,30 +25,13 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.passes.encode_nodes import Number, encode, leaves, rebuild
+from sparsify.passes.fit_sizes import Dim, Formula, SizeClass, formulas_of
 
 aten = torch.ops.aten
-Dim = tuple[int, int]  # (index of the placeholder, dim)
 SameModule = Callable[[nn.Module, nn.Module], bool]
-MAX_SCALE, MAX_OFFSET = 4, 4  # bounds of formulas with both, and of offsets inside products
 MOST_PARTS = 8  # of a length that a model may cut
 CUTS = (aten.slice.Tensor, aten.select.int)
 REMEDY = "Every new size is recorded anew; kernels that are the same are reused."
-
-
-@dataclass(frozen=True)
-class _Formula:
-    """``scale * n + offset``, or ``scale * n * (m + shift)``; ``factors`` index the classes."""
-
-    factors: tuple[int, ...]
-    scale: int
-    offset: int
-    shift: int = 0
-
-    def of(self, sizes: Sequence[int]) -> int:
-        """Its value where the classes have these sizes."""
-        first, *others = (sizes[index] for index in self.factors)
-        product = first * (others[0] + self.shift) if others else first
-        return self.scale * product + self.offset
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class Generalized:
     shapes: tuple[tuple[int, ...], ...]
     classes: tuple[tuple[Dim, ...], ...]
     first: fx.GraphModule = field(repr=False)
-    formulas: Mapping[tuple[fx.Node, int], _Formula] = field(repr=False)
+    formulas: Mapping[tuple[fx.Node, int], Formula] = field(repr=False)
 
     @property
     def varying(self) -> frozenset[Dim]:
@@ -112,13 +95,6 @@ class Generalized:
         if {key: pair for key, pair in expected.items() if pair[0] != pair[1]} != differing:
             return "Sizes enter in another way than in two other recordings."
         return None
-
-
-@dataclass(frozen=True)
-class _Class:
-    dims: tuple[Dim, ...]
-    first: int
-    second: int
 
 
 class _Differs(Exception):
@@ -188,7 +164,7 @@ def _shape(placeholder: fx.Node) -> tuple[int, ...]:
     return tuple(getattr(placeholder.meta.get("val"), "shape", ()))
 
 
-def _find_classes(placeholders: Sequence[tuple[fx.Node, fx.Node]]) -> list[_Class]:
+def _find_classes(placeholders: Sequence[tuple[fx.Node, fx.Node]]) -> list[SizeClass]:
     """Group the dims that differ by their two sizes."""
     found: dict[tuple[int, int], list[Dim]] = {}
     for index, (node, other) in enumerate(placeholders):
@@ -199,10 +175,10 @@ def _find_classes(placeholders: Sequence[tuple[fx.Node, fx.Node]]) -> list[_Clas
         for dim, sizes in enumerate(zip(ours, theirs, strict=True)):
             if sizes[0] != sizes[1]:
                 found.setdefault(sizes, []).append((index, dim))
-    return [_Class(tuple(dims), *sizes) for sizes, dims in found.items()]
+    return [SizeClass(tuple(dims), *sizes) for sizes, dims in found.items()]
 
 
-def _check_products(classes: Sequence[_Class]) -> None:
+def _check_products(classes: Sequence[SizeClass]) -> None:
     """A product of sizes that is the same in both recordings would pass for a constant."""
     for n, m in combinations(classes, 2):
         if n.first * m.first == n.second * m.second:
@@ -263,62 +239,20 @@ def _differing_numbers(
         raise _Differs(reason, node)
 
 
-def _find_formula(a: int, b: int, classes: Sequence[_Class], node: fx.Node) -> _Formula:
+def _find_formula(a: int, b: int, classes: Sequence[SizeClass], node: fx.Node) -> Formula:
     """The formula in the sizes that gives ``a`` here and ``b`` in the other graph."""
     # Two recordings cannot tell formulas apart that agree on both, so there must be only one.
-    found = _formulas_of(a, b, classes)
+    found = formulas_of(a, b, classes)
     if len(found) == 1:
         return found.pop()
     how = "in more than one way" if found else "in no simple way"
     raise _Differs(f"{a} and {b} follow from the sizes {how}.", node)
 
 
-def find_fit(
-    a: int, b: int, first: Sequence[int], second: Sequence[int]
-) -> Callable[[Sequence[int]], int] | None:
-    """What gives ``a`` where the classes have the ``first`` sizes, and ``b`` at the ``second``.
-
-    Takes the sizes of all classes. None if there is no formula, or more than one.
-    """
-    if a == b:
-        return lambda sizes: a
-    found = _formulas_of(a, b, [_Class((), *sizes) for sizes in zip(first, second, strict=True)])
-    return found.pop().of if len(found) == 1 else None
-
-
-def _formulas_of(a: int, b: int, classes: Sequence[_Class]) -> set[_Formula]:
-    return {f for find in (_of_one_size, _of_two_sizes) for f in find(a, b, classes)}
-
-
-def _of_one_size(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
-    for index, c in enumerate(classes):
-        scale, rest = divmod(b - a, c.second - c.first)
-        offset = a - scale * c.first
-        simple = scale == 1 or offset == 0
-        small = abs(scale) <= MAX_SCALE and abs(offset) <= MAX_OFFSET
-        if rest == 0 and scale != 0 and (simple or small):
-            yield _Formula((index,), scale, offset)
-
-
-def _of_two_sizes(a: int, b: int, classes: Sequence[_Class]) -> Iterator[_Formula]:
-    """``scale * n * (m + shift)``, as the rows of a padded batch are."""
-    for (i, n), (j, m) in permutations(enumerate(classes), 2):
-        first, second = n.first * m.first, n.second * m.second
-        if first == 0 or second == 0:
-            continue
-        if i < j and a % first == 0 and a * second == b * first:
-            yield _Formula((i, j), a // first, 0)
-        if a % n.first or b % n.second:
-            continue
-        shift = a // n.first - m.first
-        if shift and abs(shift) <= MAX_OFFSET and shift == b // n.second - m.second:
-            yield _Formula((i, j), 1, 0, shift)
-
-
 def _write(
     gm: fx.GraphModule,
-    classes: Sequence[_Class],
-    formulas: dict[tuple[fx.Node, int], _Formula],
+    classes: Sequence[SizeClass],
+    formulas: dict[tuple[fx.Node, int], Formula],
 ) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -339,7 +273,7 @@ def _write(
 def _replace_numbers(
     copy: fx.Node,
     node: fx.Node,
-    formulas: dict[tuple[fx.Node, int], _Formula],
+    formulas: dict[tuple[fx.Node, int], Formula],
     sizes: _Sizes,
 ) -> None:
     values: list[Any] = list(leaves(copy))
@@ -354,19 +288,19 @@ class _Sizes:
     """Nodes that compute sizes, each once."""
 
     def __init__(
-        self, graph: fx.Graph, placeholders: list[fx.Node], classes: Sequence[_Class]
+        self, graph: fx.Graph, placeholders: list[fx.Node], classes: Sequence[SizeClass]
     ) -> None:
         self.graph = graph
         self.placeholders = placeholders
         self.classes = classes
-        self.known: dict[_Formula, fx.Node] = {}
+        self.known: dict[Formula, fx.Node] = {}
 
-    def compute(self, formula: _Formula) -> fx.Node:
+    def compute(self, formula: Formula) -> fx.Node:
         if formula not in self.known:
             self.known[formula] = self._write(formula)
         return self.known[formula]
 
-    def _write(self, formula: _Formula) -> fx.Node:
+    def _write(self, formula: Formula) -> fx.Node:
         if formula.offset:
             base = self.compute(replace(formula, offset=0))
             return self.graph.call_function(operator.add, (base, formula.offset))
@@ -375,7 +309,7 @@ class _Sizes:
             return self.graph.call_function(operator.mul, (base, formula.scale))
         if len(formula.factors) > 1:
             first, second = formula.factors
-            parts = (_Formula((first,), 1, 0), _Formula((second,), 1, formula.shift))
+            parts = (Formula((first,), 1, 0), Formula((second,), 1, formula.shift))
             return self.graph.call_function(operator.mul, tuple(map(self.compute, parts)))
         index, dim = self.classes[formula.factors[0]].dims[0]
         return self.graph.call_function(aten.sym_size.int, (self.placeholders[index], dim))

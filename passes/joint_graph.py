@@ -23,6 +23,9 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.interpreter import Interpreter
+from sparsify.passes.classify_ops import POOL
+from sparsify.passes.lower_convolution import pools_events
+from sparsify.passes.part_convolutions import part_convolutions
 from sparsify.passes.simplify_joint import erase_dead, simplify_joint
 from sparsify.passes.trace_operations import Tracer, trace_operations
 from sparsify.passes.without_gradients import is_application
@@ -99,6 +102,8 @@ def trace_joint(
     graph = trace_operations(joint, examples)
     simplify_joint(graph)
     _join_applications(graph, kept)
+    part_convolutions(graph, _pooled(graph, kept))
+    erase_dead(graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     [output] = [node for node in graph.nodes if node.op == "output"]
     returned: Any = output.args[0]
@@ -116,6 +121,13 @@ def trace_joint(
         values,
         dict(zip(reached, returned[len(kept) :], strict=True)),
     )
+
+
+def _pooled(graph: fx.Graph, kept: Sequence[fx.Node]) -> set[fx.Node]:
+    """What those pools of the step give of which convolutions compute the gradient, too."""
+    returned: Any = graph.output_node().args[0]
+    pairs = zip(kept, returned, strict=False)
+    return {value for node, value in pairs if node.target is POOL and pools_events(node)}
 
 
 def _join_applications(graph: fx.Graph, kept: Sequence[fx.Node]) -> None:

@@ -23,6 +23,7 @@ from torch import fx
 
 from sparsify.passes.classify_ops import RESHAPES, SLICES, TRANSPOSES, order_of
 from sparsify.passes.lower_ops import fill_of
+from sparsify.regions.convolution_backward import Sizes, weight_gradient
 
 aten = torch.ops.aten
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
@@ -44,12 +45,16 @@ _FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 @dataclass(frozen=True)
 class Factors:
-    """``mm(t(d), activation)``, or with ``swapped`` ``mm(t(activation), d)``, its transpose."""
+    """``mm(t(d), activation)``, or with ``swapped`` ``mm(t(activation), d)``, its transpose.
+
+    That of a convolution is ``weight_gradient(d, activation, *sizes)``.
+    """
 
     d: fx.Node
     activation: fx.Node
     swapped: bool
     waits: bool  # the activation is the same in every step, so that ``d`` is added up first
+    sizes: Sizes = ()
 
 
 @dataclass
@@ -109,6 +114,10 @@ class _Finder:
         return node.target in SUMS or any(self._reduces(operand) for operand in operands)
 
     def _outer_product(self, node: fx.Node) -> Factors | None:
+        if node.target is weight_gradient:
+            d, activation, *sizes = node.args
+            assert isinstance(d, fx.Node) and isinstance(activation, fx.Node)
+            return Factors(d, activation, False, False, tuple(sizes))
         if node.target is not aten.mm.default:
             return None
         first, second = node.args

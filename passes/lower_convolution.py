@@ -10,7 +10,7 @@ from torch import fx
 from sparsify import ir
 from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import CONVOLUTION, POOL, product_operand
-from sparsify.passes.lower_layout import shape_of
+from sparsify.passes.lower_layout import Shape, shape_of
 from sparsify.passes.lower_refusals import refuse
 
 STAYS = "It runs as before."
@@ -19,16 +19,27 @@ STAYS = "It runs as before."
 def convolution_of(product: fx.Node) -> ir.Convolution:
     """The sizes of ``aten.convolution`` along one or two dims."""
     _, weight, _, stride, padding, dilation, *_ = _args(product)
-    receivers, senders, *window = shape_of(weight)
     source, pool = source_of(product)
-    maps = shape_of(source)[-len(window) :]
+    return sized(shape_of(weight), shape_of(source), (stride, padding, dilation), pool)
+
+
+def sized(
+    weight: Shape, maps: Shape, options: Sequence[Sequence[int]], pool: fx.Node | None
+) -> ir.Convolution:
+    """The convolution of what has the shape ``maps``, through ``pool`` if there is one.
+
+    ``options`` are stride, padding and dilation.
+    """
+    receivers, senders, *window = weight
+    stride, padding, dilation = options
+    dims = len(window)
     return ir.Convolution(
         (senders, receivers),
-        _pair(maps, 1, len(window)),
-        _pair(window, 1, len(window)),
-        _pair(stride, 1, len(window)),
-        _pair(padding, 0, len(window)),
-        _pair(dilation, 1, len(window)),
+        _pair(maps[-dims:], 1, dims),
+        _pair(window, 1, dims),
+        _pair(stride, 1, dims),
+        _pair(padding, 0, dims),
+        _pair(dilation, 1, dims),
         (1, 1) if pool is None else _pair(_args(pool)[1], 1, 2),
     )
 
@@ -44,13 +55,18 @@ def source_of(product: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 def pools_events(pool: fx.Node) -> bool:
     """Whether a max-pool makes of binary events those of blocks that lie side by side."""
-    operand, size, *rest = _args(pool)
-    stride, padding, dilation, ceil = (*rest, *([], 0, 1, False)[len(rest) :])[:4]
-    fact = operand.meta.get("fact")
+    fact = pool.all_input_nodes[0].meta.get("fact")
     is_binary = fact is not None and fact.event and fact.payload == "binary"
-    is_of_blocks = not stride or _pair(stride, 1, 2) == _pair(size, 1, 2)
+    return is_binary and is_of_blocks(pool)
+
+
+def is_of_blocks(pool: fx.Node) -> bool:
+    """Whether a pool takes blocks that lie side by side."""
+    _, size, *rest = _args(pool)
+    stride, padding, dilation, ceil = (*rest, *([], 0, 1, False)[len(rest) :])[:4]
+    is_side_by_side = not stride or _pair(stride, 1, 2) == _pair(size, 1, 2)
     is_plain = _pair(_listed(padding), 0, 2) == (0, 0) and _pair(_listed(dilation), 1, 2) == (1, 1)
-    return is_binary and is_of_blocks and is_plain and not ceil
+    return is_side_by_side and is_plain and not ceil
 
 
 def _listed(size: Any) -> Sequence[int]:

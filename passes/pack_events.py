@@ -70,7 +70,8 @@ def _can_pack(y: fx.Node, readings: list[Reading], scans: dict[str, Scan]) -> bo
     writer, index = origin_of(y)
     scan = scans[str(writer.target)]
     is_handed_on = hands_on_spikes(y, readings, scan)
-    return is_handed_on and shape_of(scan.results[index])[-1] >= LEAST_NEURONS
+    shape = shape_of(scan.results[index])
+    return is_handed_on and len(shape) == 2 and shape[-1] >= LEAST_NEURONS
 
 
 def _with_bits(

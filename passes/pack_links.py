@@ -51,6 +51,7 @@ def _can_pack(y: fx.Node, readings: list[Reading], parts: Mapping[str, Different
     return (
         hands_on_spikes(y, readings, forward)
         and result.meta["val"].dtype.is_floating_point
+        and len(shape_of(result)) == 2
         and shape_of(result)[-1] >= LEAST_NEURONS
     )
 

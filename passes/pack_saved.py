@@ -14,6 +14,7 @@ of ``scan_0``, which lowering makes a matter of memory (``without_packing.py``):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Set
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import Refusal
+from sparsify.passes.backward_graph import PRODUCTS
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.find_masks import Mask
 from sparsify.passes.lower_layout import find_constants, find_layout, find_live, shape_of
@@ -30,6 +32,7 @@ from sparsify.passes.tensor_info import call, cast, with_shape
 from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.passes.without_packing import move_masks
 from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.convolution_backward import ReadGradient, WeightGradient
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
 from sparsify.scans.differentiated import Differentiated
@@ -41,6 +44,8 @@ LEAST_NEURONS = 128  # of a row: fewer save little memory, and packing them take
 
 def pack_saved(parts: Differentiated) -> Differentiated:
     """Pack every saved bool ``[T, B, N]`` that loops and outer products alone read.
+
+    Those of maps ``[T, B, C, H, W]`` become the bits of rows.
 
     Loops that no kernel computes read bools: unpacking is an operation more of each step there.
     """
@@ -95,12 +100,14 @@ def _given_bits(
     for node in {user: None for place in packed for user in place.users}:
         modules[str(node.target)] = _reading_bits(node, modules[str(node.target)], packed)
     for place in packed:
-        place.meta["val"] = packed_info(place.meta["val"])
+        place.meta["val"] = packed_info(place.meta["val"], 2)
     return fx.GraphModule(modules, graph, class_name=type(backward).__name__)
 
 
 def find_rows(scan: Scan) -> set[fx.Node]:
-    """The values ``[B, N]`` of the step that a kernel has for all rows and enough neurons."""
+    """The values ``[B, N]`` or ``[B, C, H, W]`` of the step that a kernel has for all rows and
+    enough neurons.
+    """
     live = find_live(scan)
     if why_not_operations(live, find_constants(scan, live)) is not None:
         return set()
@@ -110,7 +117,7 @@ def find_rows(scan: Scan) -> set[fx.Node]:
     return {
         node
         for node in layout.fixed
-        if layout.tail(node) == 1
+        if layout.tail(node) > 0
         and layout.lead(node) == (layout.batch,)
         and layout.size(node) >= LEAST_NEURONS
     }
@@ -125,8 +132,10 @@ def _can_read(user: fx.Node, place: fx.Node, modules: dict[str, nn.Module]) -> b
     if user.op != "call_module":
         return False
     module, args = modules[str(user.target)], user.args
-    if isinstance(module, OuterProduct):
-        return args[1] is place and args[0] is not place and module.senders is None
+    if isinstance(module, PRODUCTS):
+        return args[1] is place and args[0] is not place and not _reads_bits(module)
+    if isinstance(module, ReadGradient):
+        return args[2] is place and place not in args[:2] and not module.packed
     scan = module.scan if isinstance(module, ChunkedScan) else module
     if not isinstance(scan, Scan):
         return False
@@ -144,8 +153,10 @@ def _groups(user: fx.Node) -> tuple[Any, Any, Any, Any]:
 
 def _reading_bits(user: fx.Node, module: nn.Module, packed: Collection[fx.Node]) -> nn.Module:
     """``module`` as it takes bits from the placeholders ``packed``."""
-    if isinstance(module, OuterProduct):
+    if isinstance(module, PRODUCTS):
         return _of_bits(module, user.args[1], packed)
+    if isinstance(module, ReadGradient):
+        return module.of_bits()
     _, _, xs, _ = _groups(user)
     taken = {index for index, x in enumerate(xs) if x in packed}
     if isinstance(module, Scan):
@@ -160,10 +171,16 @@ def _reading_bits(user: fx.Node, module: nn.Module, packed: Collection[fx.Node])
 
 
 def _of_bits(product: nn.Module, activation: Any, packed: Collection[fx.Node]) -> nn.Module:
-    assert isinstance(product, OuterProduct)
+    assert isinstance(product, PRODUCTS)
     if activation not in packed:
         return product
+    if isinstance(product, WeightGradient):
+        return product.of_bits()
     return product.of_bits(shape_of(activation)[-1])
+
+
+def _reads_bits(product: OuterProduct | WeightGradient) -> bool:
+    return product.packed if isinstance(product, WeightGradient) else product.senders is not None
 
 
 def unpacking(scan: Scan, taken: Set[int]) -> Scan:
@@ -175,14 +192,21 @@ def unpacking(scan: Scan, taken: Set[int]) -> Scan:
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for place in (xs[index] for index in sorted(taken)):
         info = place.meta["val"]
-        with graph.inserting_before(first):
-            bools = call(graph, unpack_bits, (place, info.shape[-1]), info, place)
         known = {key: value for key, value in place.meta.items() if key != "role"}
-        bools.meta.update(known | {"val": with_shape(info, info.shape, dtype=torch.bool)})
+        rows = (info.shape[0], math.prod(info.shape[1:]))
+        bools_info = with_shape(info, info.shape, dtype=torch.bool)
+        with graph.inserting_before(first):
+            rows_info = with_shape(bools_info, rows)
+            unpacked = bools = call(graph, unpack_bits, (place, rows[1]), rows_info, place)
+            bools.meta.update(known | {"val": rows_info})
+            if len(info.shape) > 2:
+                args = (unpacked, 1, list(info.shape[1:]))
+                bools = call(graph, aten.unflatten.int, args, bools_info, place)
+                bools.meta.update(known | {"val": bools_info})
         values = bools if info.dtype is torch.bool else _cast(bools, info)
-        place.meta["val"] = packed_info(info)
+        place.meta["val"] = packed_info(info, 1)
         for user in list(place.users):
-            if user is not bools:
+            if user is not unpacked:
                 user.replace_input_with(place, values)
         for node in graph.nodes:
             mask = node.meta.get("only")
@@ -210,14 +234,18 @@ def writing_bits(scan: Scan, packed: Set[int]) -> Scan:
         with graph.inserting_before(end):
             if info.dtype is not torch.bool:
                 value = _cast(value, with_shape(info, info.shape, dtype=torch.bool))
-            results[index] = call(graph, pack_bits, (value,), packed_info(info), value)
+            if len(info.shape) > 2:
+                rows = (info.shape[0], math.prod(info.shape[1:]))
+                flat = with_shape(value.meta["val"], rows)
+                value = call(graph, aten.flatten.using_ints, (value, 1), flat, value)
+            results[index] = call(graph, pack_bits, (value,), packed_info(info, 1), value)
     end.args = (tuple(results),)
     return scan.with_graph(graph)
 
 
-def packed_info(info: Any) -> Any:
-    """The tensor info of the bits of values ``[..., N]``."""
-    *rows, neurons = info.shape
+def packed_info(info: Any, leading: int = -1) -> Any:
+    """The tensor info of the bits of values with so many dims before those of neurons."""
+    rows, neurons = info.shape[:leading], math.prod(info.shape[leading:])
     return with_shape(info, (*rows, packed_size(neurons)), dtype=torch.uint8)
 
 

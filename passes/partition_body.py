@@ -11,12 +11,16 @@ from torch import fx
 from sparsify.passes.batch_steps import can_batch, is_part
 from sparsify.passes.classify_ops import (
     REDUCTIONS,
+    RESHAPES,
     coupled_operand,
     draws_random,
     is_of_rows,
     product_operand,
 )
 from sparsify.passes.time_levels import TimeLevels
+from sparsify.regions.convolution_backward import sender_gradient
+
+_AT_ONCE = (*REDUCTIONS, sender_gradient)  # for all steps, wherever they can be
 
 
 @dataclass(eq=False)
@@ -90,22 +94,27 @@ class Partition:
     def _find_batched(self, hoist_products: Callable[[fx.Node], bool]) -> None:
         levels = self.levels
         reduced: set[fx.Node] = set()  # reductions, and what is made of them and of nothing else
+        pooled: set[fx.Node] = set()  # pools and norms, and views of them
         for node in levels.nodes:
             if node in levels.recurrent or node in levels.invariant:
                 continue
             if not can_batch(node, levels.invariant):
                 continue
             operand = coupled_operand(node)
-            if operand is None:
+            if node.target in RESHAPES and node.all_input_nodes[0] in pooled:
+                pooled.add(node)
+                self.batched.add(node)
+            elif operand is None:
                 if not all(i in reduced or i in levels.invariant for i in node.all_input_nodes):
                     continue
                 reduced.add(node)
                 self.batched.add(node)
-            elif node.target in REDUCTIONS or is_of_rows(node) or hoist_products(node):
+            elif node.target in _AT_ONCE or is_of_rows(node) or hoist_products(node):
                 feeding = self._batchable(operand)
                 if feeding is not None:
                     self.batched |= {node, *feeding}
-                    reduced |= {node} if node.target in REDUCTIONS else set()
+                    reduced |= {node} if node.target in _AT_ONCE else set()
+                    pooled |= {node} if is_of_rows(node) else set()
 
     def _batchable(self, node: fx.Node) -> set[fx.Node] | None:
         """What must be batched so that ``node`` is had for all steps; None if that cannot be."""

@@ -53,7 +53,5 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 WITHOUT_CONVOLUTIONS: tuple[Pass, ...] = tuple(
-    scan_matrix_products if each is scan_products else each
-    for each in PIPELINE
-    if each is not single_results
+    scan_matrix_products if each is scan_products else each for each in PIPELINE
 )

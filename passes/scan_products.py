@@ -69,7 +69,7 @@ def scan_products(gm: fx.GraphModule, convolutions: bool = True) -> PassResult:
     mover = _Mover(graph, modules)
     for node in list(graph.nodes):
         if node.target is CONVOLUTION and not convolutions and skips_zeros(node):
-            reason = "Only calls without gradients on the CPU have event kernels of convolutions."
+            reason = "Event kernels of convolutions are for the CPU."
             mover.declined.append(refuse("unsupported-layout", reason, STAYS, node))
         elif node.target in PRODUCTS or node.target in BATCHED_PRODUCTS:
             mover.move(node)

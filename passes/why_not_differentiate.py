@@ -9,6 +9,7 @@ from torch import fx
 
 from sparsify.errors import Refusal, TraceError
 from sparsify.passes.classify_ops import CONVOLUTION, draws_random
+from sparsify.passes.find_origins import find_origins
 from sparsify.passes.joint_graph import JointGraph
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.without_gradients import is_application
@@ -31,11 +32,13 @@ def why_not_body(scan: Scan) -> Refusal | None:
 
 
 def why_not_trained(scan: Scan) -> Refusal | None:
-    """A convolution, whose gradient has no kernel."""
+    """A convolution of the own state, whose gradient would be computed in every step."""
+    carries = set(scan.placeholders[: scan.carries])
     for node in scan.body.graph.find_nodes(op="call_function", target=CONVOLUTION):
-        reason = "The gradient of a convolution is torch's, of all neurons."
-        remedy = "Training runs the loop as before; calls without gradients run it as events."
-        return refuse("unsupported-layout", reason, remedy, node)
+        if carries & find_origins(node.all_input_nodes[:1]):
+            reason = "The convolution reads the loop's own state, and the gradient has no kernel."
+            remedy = "Training runs the loop as before; calls without gradients run it as events."
+            return refuse("unsupported-layout", reason, remedy, node)
     return None
 
 

@@ -159,7 +159,12 @@ def test_of_strategies_that_are_predicted_to_be_the_same_the_first_is_compiled(
     assert found.unlike([*near, *dense]) == [near[0], dense[0]]
     monkeypatch.setattr("sparsify.choosing.candidates.FAR_WEIGHTS", 0)
     assert found.unlike(near) == near
-    assert replace(found, is_gradient=True).unlike(near) == near[:1]
+    gradients = replace(found, is_gradient=True)
+    assert gradients.unlike(near) == near[:1]
+    slower = [replace(c, predicted_seconds=first * 1.09**i) for i, c in enumerate(every[:2])]
+    assert gradients.unlike(slower) == slower[:1]
+    slower = [replace(c, predicted_seconds=first * 1.11**i) for i, c in enumerate(every[:2])]
+    assert gradients.unlike(slower) == slower
 
 
 def test_of_loops_that_take_little_one_kernel_of_a_kind_is_compiled(

@@ -241,6 +241,39 @@ def test_kernels_that_were_begun_with_are_compiled_once() -> None:
     assert sorted(asked) == [("a", niceness()), ("b", beside), ("c", beside)]
 
 
+def test_what_runs_beside_compilers_has_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves it to them when it has ended, or failed."""
+    is_checked, both = threading.Event(), threading.Barrier(2, timeout=PATIENCE_S)
+    running: list[bool] = []
+
+    class Counted(CppBackend):
+        def why_not_ready(self) -> Refusal | None:
+            return None
+
+        def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
+            running.append(is_checked.is_set())
+            is_checked.wait(PATIENCE_S)
+            both.wait()  # on two cores
+            return Binary(Path(), Source("", "", ""), kernel, schedule)
+
+    def check(compilers: int) -> None:
+        assert compilers == 2
+        time.sleep(0.05)  # a second compiler would be running by now
+        is_checked.set()
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    kernel, binaries = product(8, 8), Binaries(Counted(RATES))
+    wanted = [(kernel, ir.Schedule(name, (("y", "event"),))) for name in "ab"]
+    assert binaries.compile_all(wanted, meanwhile=check) is None
+    assert running == [False, True]
+
+    def fail(compilers: int) -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        Binaries(Counted(RATES)).compile_all([], meanwhile=fail)
+
+
 @pytest.mark.skipif(toolchain.why_unavailable() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("begun", [False, True])
 def test_layers_that_are_equal_are_compiled_once(compiled: list[str], begun: bool) -> None:

@@ -16,7 +16,8 @@ from sparsify.passes.single_results import single_results
 from tests.convolution_kernels import leaky_maps
 from tests.example_kernels import schedule
 from tests.test_convolution_kernels import SAME
-from tests.zoo_convolutional import ConvolvedSteps, RecurrentMaps
+from tests.training_harness import assert_same_gradients, gradients_of, sparsify_training
+from tests.zoo_convolutional import RecurrentMaps
 
 EVENTS = sparsify.Plan({"conv": "event"})
 
@@ -153,22 +154,13 @@ def test_forms_of_convolutions(options: dict[str, Any], said: str) -> None:
     sparsify.verify(model, fast, x)
 
 
-def test_training_runs_torchs_convolutions() -> None:
+def test_gradients_of_the_own_state_are_torchs() -> None:
     torch.manual_seed(0)
-    for model, name in ((ConvolvedSteps(), "conv2"), (RecurrentMaps(), "recur")):
-        x = (torch.rand(4, 3, 24) < 0.4).float()
-        fast: Any = sparsify.sparsify(model, x, timing=False)
-        gradients = []
-        for run in (model, fast):
-            model.zero_grad()
-            run(x)[0].sum().backward()
-            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        assert len(gradients[0]) == len(gradients[1]) > 2
-        for one, other in zip(*gradients, strict=True):
-            # The same operations in chunks of time: 2**-16 leaves 8 bits to some 100 sums.
-            assert torch.allclose(one, other, rtol=2**-16, atol=2**-16)
-        site = fast.report[name]
-        assert site.code == "unsupported-layout" and "gradient" in site.reason
+    model, x = RecurrentMaps().double(), (torch.rand(4, 3, 24) < 0.4).double()
+    fast = sparsify_training(model, x)
+    assert_same_gradients(gradients_of(fast, x), gradients_of(model, x))
+    site = fast.report["recur"]
+    assert site.code == "unsupported-layout" and "own state" in site.reason
 
 
 def test_cuda_has_no_convolutions() -> None:

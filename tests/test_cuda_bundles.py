@@ -14,7 +14,7 @@ from sparsify.codegen.cuda.device import H100, KIB, STATED, Limits
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.cuda.headers import headers_for
 from sparsify.codegen.emulator.device import EmulatedDevice
-from sparsify.reference import Array
+from sparsify.reference import Array, run_reference
 from tests.cuda_wheels import needs_nvrtc
 from tests.emulated_kernels import compare, exact, needs_emulator
 from tests.example_kernels import schedule
@@ -51,6 +51,9 @@ def test_sums_have_the_bits_of_the_reference(strategy: str) -> None:
     compare(launch, kernel, given, STEPS, BATCH)
     active, of = launch.events["q_r"]
     assert 0.02 * of < active < 0.5 * of and launch.events["q_z"] == launch.events["q_g"]
+    rounded = run_reference(kernel, given, steps=STEPS, batch=BATCH)["out"]
+    one_rounding = run_reference(kernel, given, steps=STEPS, batch=BATCH, is_fused=True)["out"]
+    assert not np.array_equal(rounded, one_rounding), "products could be rounded unseen"
     # Of weights that are not all finite, every sender is added: in another order, so of one step
     # whose sums are exact.
     rng = np.random.default_rng(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -462,6 +464,61 @@ def test_keyword_and_nested_arguments_are_named() -> None:
     got = call(recording, *given[0], scale=given[1])
     assert same(got, forward(given[0][0], given[0][1], given[1]))
     assert got[1][0][1] is given[0][1][0][1]
+
+
+def waits(self: Any, x: Tensor) -> Tensor:
+    self.waiting.append(x * 2)
+    return x
+
+
+def boxes(self: Any, x: Tensor) -> Tensor:
+    self.box = SimpleBox(x * 2)
+    return x
+
+
+class SimpleBox:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "forward, told",
+    [
+        (waits, "to a deque that outlives it. Return it, or bind a new deque in forward"),
+        (boxes, "forward binds box to an object with tensors in it. Bind a tuple"),
+        (lambda self, x: SimpleBox(x * 2), "forward returns an object of SimpleBox"),
+    ],
+)
+def test_the_line_of_a_tensor_that_a_call_cannot_leave_where_forward_does(
+    forward: Any, told: str
+) -> None:
+    with torch.no_grad():
+        found = record(Of(forward, waiting=deque()), (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert told in str(found.error)
+    assert found.error.location is not None and "x * 2" in found.error.location.code
+
+
+@dataclass(slots=True)
+class SlottedState:
+    v: Tensor
+    steps: int = 0
+
+
+def test_a_state_that_is_a_dataclass() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.state = SlottedState(0.5 * self.state.v + x)
+        return torch.relu(self.state.v)
+
+    model: Any = Of(forward, state=SlottedState(X.clone()))
+    with torch.no_grad():
+        recording = recorded(model, X)
+        model.state, v = SlottedState(X.clone()), X
+        for step in range(3):
+            x = X + step
+            got = call(recording, x)
+            v = 0.5 * v + x
+            assert same(got, torch.relu(v)) and same(model.state.v, v)
 
 
 def test_results_that_cannot_be_made_again_are_refused() -> None:

@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "retain_grad": (retained, "retain_grad() is called inside forward", "h.retain_grad()"),
     "hook": (hooked, "a hook is put on a tensor inside forward", "register_hook"),
     "grad_fn": (maker_of, "grad_fn", "h.grad_fn is None"),
-    "a leaf of its own": (own_leaf, "requires_grad is set inside forward", ""),
+    "a leaf of its own": (own_leaf, "requires_grad is set inside forward", "v * 2"),
     "requires_grad_": (sets_requires_grad, "forward sets requires_grad of scale", ""),
 }
 

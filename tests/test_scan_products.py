@@ -158,7 +158,7 @@ def test_a_convolution_of_events_gets_a_loop_of_its_own() -> None:
     stays = scan_products(annotated, convolutions=False)
     [refusal] = stays.declined
     assert (stays.done, refusal.code) == ([], "unsupported-layout")
-    assert "without gradients on the CPU" in refusal.reason
+    assert "for the CPU" in refusal.reason
 
 
 @pytest.mark.parametrize(

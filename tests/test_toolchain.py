@@ -22,8 +22,8 @@ from sparsify.codegen.toolchain import (
     features_of,
     find_compiler,
     load_library,
+    only_gcc,
     run_limited,
-    unsplit_loops,
     why_unavailable,
 )
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
@@ -154,17 +154,17 @@ def test_flags_forbid_contraction_and_fast_math() -> None:
     assert not {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"} & set(flags)
 
 
-def test_only_gcc_is_told_to_leave_loops_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_gcc_are_given_to_no_other_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, wanted in (
         ("c++ (Debian 12.2.0) 12.2.0\nCopyright (C) 2022 Free Software Foundation, Inc.", 1),
         ("Debian clang version 14.0.6\nTarget: x86_64-pc-linux-gnu", 0),
     ):
         found = Compiler(("c++",), version)
         monkeypatch.setattr(toolchain, "find_compiler", lambda found=found: found)
-        assert unsplit_loops() == ("-fno-split-loops",) * wanted
+        assert only_gcc("-fpeel-loops") == ("-fpeel-loops",) * wanted
     refused = Refusal("backend-unavailable", "There is none.")
     monkeypatch.setattr(toolchain, "find_compiler", lambda: refused)
-    assert unsplit_loops() == ()
+    assert only_gcc("-fpeel-loops") == ()
 
 
 FLUSH_PROBE = """

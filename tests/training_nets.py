@@ -128,10 +128,7 @@ ROUNDED = "EGRU of eighths"  # weights and inputs have gradients that are zero, 
 # Where training differs from inference: the sites that kernels run, and why they run none.
 IN_TRAINING: dict[str, tuple[tuple[str, ...], RefusalCode | None]] = {
     "tanh by hand": (("inp", "rec"), None),  # nothing is silent, but the dense loop is fused
-    # Convolutions are torch's in training.
-    "convolved steps": (("fc",), None),
-    "convolved layers, normed": (("fc",), None),
-    "strided maps": ((), "unsupported-layout"),
+    # The gradient of a convolution of the own state has no kernel.
     "recurrent maps": ((), "unsupported-layout"),
 }
 

@@ -49,6 +49,7 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("capture", compile_recording, "capture"),
     ("compile", Chooser, "begin"),
     ("compile", Chooser, "prepare"),
+    ("time", compile_recording, "choose_in_turn"),
     ("time", Chooser, "choose"),
     ("time", compile_entry, "why_not_faster"),
 )

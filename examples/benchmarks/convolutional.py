@@ -2,10 +2,12 @@
 
 python examples/benchmarks/convolutional.py                         # the table of sizes
 python examples/benchmarks/convolutional.py --channels 64 --activity 0.02 0.05 0.1 0.2
+python examples/benchmarks/convolutional.py --training              # forward, loss and backward
 
 Three convolutions of 3 x 3 with leaky neurons on maps of 32 x 32 events of two polarities, halved
 twice by max-pools or strides, and a linear readout. "hoisted" is PyTorch with each convolution
-computed for all steps at once, also with channels last or with bfloat16 products.
+computed for all steps at once, also with channels last or with bfloat16 products. In training the
+surrogate is a triangle of half-width 1.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from command_line import save
 from torch import Tensor, nn
+from torch.nn import functional
 
 import sparsify
 from sparsify.bench import measure_pairs
@@ -52,6 +55,21 @@ SIZES = (
 )
 
 
+class Spike(torch.autograd.Function):
+    """1 above threshold; the gradient is a triangle around it."""
+
+    @staticmethod
+    def forward(ctx: Any, above: Tensor) -> Tensor:
+        ctx.save_for_backward(above)
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (above,) = ctx.saved_tensors
+        result: Tensor = grad * torch.relu(1 - above.abs())
+        return result
+
+
 class Net(nn.Module):
     """Leaky integrate-and-fire neurons behind three convolutions."""
 
@@ -63,7 +81,7 @@ class Net(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
         self.conv3 = nn.Conv2d(channels, 2 * channels, 3, stride=stride, padding=1)
         self.readout = nn.Linear(2 * channels * (SIDE // 4) ** 2, 10)
-        self.thresholds = nn.Parameter(torch.ones(3))
+        self.thresholds = nn.Parameter(torch.ones(3), requires_grad=False)
         with torch.no_grad():
             for weight in self.parameters():
                 weight.copy_(torch.round(weight / GRID) * GRID)
@@ -81,8 +99,8 @@ class Net(nn.Module):
 
     def fire(self, v: Tensor | None, current: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         v = current if v is None else DECAY * v + current
-        z = (v > self.thresholds[layer]).to(v.dtype)
-        return v - z * self.thresholds[layer], z
+        z: Tensor = Spike.apply(v - self.thresholds[layer])
+        return v - z.detach() * self.thresholds[layer], z
 
 
 class Hoisted(Net):
@@ -135,20 +153,29 @@ def draw(size: Size, steps: int, batch: int) -> Tensor:
     return (torch.rand(steps, batch, 2, SIDE, SIDE) < INPUT_RATE).float()
 
 
-def measure(size: Size, rounds: int, *, compiled: bool = False) -> dict[str, Any]:
+def measure(
+    size: Size, rounds: int, *, compiled: bool = False, training: bool = False
+) -> dict[str, Any]:
     """Measure everything, print a table and return its figures."""
     torch.manual_seed(0)
     model = Net(size).eval()
-    shares = calibrate(model, draw(size, 10, 2), size.activity)
+    with torch.no_grad():
+        shares = calibrate(model, draw(size, 10, 2), size.activity)
     inputs = [draw(size, size.steps, size.batch) for _ in range(EXAMPLES)]
     print(
         f"\n{size.channels} channels, {'pooled' if size.pooled else 'strided'}, batch "
         f"{size.batch}, {size.steps} steps; {', '.join(f'{share:.1%}' for share in shares)} fire"
     )
-    fast: Any = sparsify.sparsify(model, inputs[0])
-    print(fast.report)
-    functions = {EAGER: model, **dense_peers(model, size, compiled), FAST: fast}
-    timings = measure_pairs(functions, rounds, inputs=inputs, check=check_outputs)
+    with torch.set_grad_enabled(training):
+        fast: Any = sparsify.sparsify(model, inputs[0])
+        functions = {EAGER: model, **dense_peers(model, size, compiled), FAST: fast}
+        check = check_outputs
+        if training:
+            functions = {name: train_step(each) for name, each in functions.items()}
+            functions[FAST](inputs[0])  # what training runs is compiled when it is called
+            check = check_gradients
+        print(fast.report)
+        timings = measure_pairs(functions, rounds, inputs=inputs, check=check)
     print(timings)
     dense = [name for name in functions if name not in (EAGER, FAST)]
     best = min(dense, key=timings.median_ms)
@@ -157,6 +184,7 @@ def measure(size: Size, rounds: int, *, compiled: bool = False) -> dict[str, Any
         print(f"sparsify over {name}: {timings.ratio(name, FAST)}")
     return {
         **asdict(size),
+        "training": training,
         "shares": shares,
         "median_ms": {name: timings.median_ms(name) for name in timings.seconds},
         "over": {name: asdict(timings.ratio(name, FAST)) for name in timings.seconds},
@@ -176,6 +204,35 @@ def dense_peers(model: Net, size: Size, compiled: bool) -> dict[str, Callable[[T
 
     peers: dict[str, Callable[[Tensor], Tensor]] = {HOISTED: hoisted, LAST: last, HALF: half}
     return {**peers, COMPILED: torch.compile(hoisted)} if compiled else peers
+
+
+def train_step(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], list[Tensor]]:
+    """Forward, loss and backward; returns the gradients of what takes some."""
+
+    def step(x: Tensor) -> list[Tensor]:
+        labels = torch.arange(x.shape[1]) % 10
+        loss = functional.cross_entropy(module(x) / len(x), labels)
+        return list(torch.autograd.grad(loss, weights))
+
+    weights = [p for p in owner_of(module).parameters() if p.requires_grad]
+    return step
+
+
+def owner_of(function: Any) -> nn.Module:
+    """The module that a peer runs."""
+    if isinstance(function, nn.Module):
+        return function
+    [owner] = [c.cell_contents for c in function.__closure__]
+    assert isinstance(owner, nn.Module)
+    return owner
+
+
+def check_gradients(outputs: Mapping[str, Any]) -> None:
+    """All spikes are equal, so gradients are, but for the order of some thousand additions."""
+    for name in EQUAL:
+        for got, expected in zip(outputs[name], outputs[EAGER], strict=True):
+            distance = float((got - expected).norm())
+            assert distance <= 1e-3 * float(expected.norm()), f"{name} is {distance:.3g} away"
 
 
 def check_outputs(outputs: Mapping[str, Any]) -> None:
@@ -209,13 +266,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", help="samples a call")
     parser.add_argument("--activity", type=float, nargs="+", help="share of neurons that fire")
     parser.add_argument("--strided", action="store_true", help="strides in place of max-pools")
+    parser.add_argument("--training", action="store_true", help="forward, loss and backward")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args(argv)
     rounds = 3 if args.quick else args.rounds
-    with torch.no_grad():
-        figures = [measure(size, rounds, compiled=args.compile) for size in _sizes(args)]
+    options = {"compiled": args.compile, "training": args.training}
+    figures = [measure(size, rounds, **options) for size in _sizes(args)]
     save(args.json, figures=figures)
 
 

@@ -50,6 +50,7 @@ TRAINED = (
     Size("recurrent", 256, 128, 100),
     Size("recurrent", 1024, 128, 100, "atan"),
     Size("feed-forward", 1000, 128, 25),
+    Size("convolutional", 16, 32, 25),
     Size("recurrent", 2048, 128, 100),
     Size("recurrent", 1024, 32, 100),
     Size("feed-forward", 1000, 128, 25, "atan"),
@@ -103,7 +104,7 @@ def make_quick_sections() -> list[Section]:
         "lif": tuple(Forward("lif", 40, 2, share, 4, inputs=20) for share in (0.1, 0.3)),
         "egru": (Forward("egru", 33, 2, 0.1, 3),),
         "egru-half": (Forward("egru-half", 33, 2, 0.1, 3),),
-        "training": (Size("recurrent", 16, 4, 3),),
+        "training": (Size("recurrent", 16, 4, 3), Size("convolutional", 4, 2, 3)),
         "feed-forward": (
             Forward("feed-forward", 24, 2, 0.1, 3, inputs=20),
             Forward("convolutional", 4, 1, 0.1, 2),

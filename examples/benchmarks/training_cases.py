@@ -10,6 +10,7 @@ import torch
 from networks import spike_trains
 from torch import Tensor
 from training_networks import (
+    ConvolutionalClassifier,
     EGRULanguageModel,
     FeedForwardClassifier,
     RecurrentClassifier,
@@ -17,7 +18,8 @@ from training_networks import (
     loss_of,
 )
 
-Model = RecurrentClassifier | FeedForwardClassifier | EGRULanguageModel
+Classifier = RecurrentClassifier | FeedForwardClassifier | ConvolutionalClassifier
+Model = Classifier | EGRULanguageModel
 Batch = tuple[Tensor, Tensor]
 BATCHES = 4  # that take turns
 TOKENS = 96
@@ -27,8 +29,9 @@ TOKENS = 96
 class Size:
     """What is measured; ``activity`` and ``inside`` are shares of units that are aimed at.
 
-    ``network`` is ``recurrent``, ``feed-forward`` or ``egru``; ``inside`` is how many units are
-    within the window of a compact surrogate, ``surrogate`` is ``atan`` or ``triangle``.
+    ``network`` is ``recurrent``, ``feed-forward``, ``egru`` or ``convolutional``, of which
+    ``hidden`` are channels; ``inside`` is how many units are within the window of a compact
+    surrogate, ``surrogate`` is ``atan`` or ``triangle``.
     """
 
     network: str
@@ -55,6 +58,13 @@ class Case:
     inside: float
 
 
+CLASSIFIERS: Mapping[str, type[Classifier]] = {
+    "recurrent": RecurrentClassifier,
+    "feed-forward": FeedForwardClassifier,
+    "convolutional": ConvolutionalClassifier,
+}
+
+
 def make_case(size: Size) -> Case:
     torch.manual_seed(0)
     model: Model
@@ -65,8 +75,7 @@ def make_case(size: Size) -> Case:
         calibrate_layers(model, batches[0][0][:, :16], size)
     else:
         inputs, classes, rate = (700, 20, 0.02) if size.network == "recurrent" else (784, 10, 0.1)
-        kind = RecurrentClassifier if size.network == "recurrent" else FeedForwardClassifier
-        model = kind(inputs, size.hidden, classes)
+        model = CLASSIFIERS[size.network](inputs, size.hidden, classes)
         model.surrogate = size.surrogate
         x = [spike_trains(size.steps, size.batch, inputs, rate) for _ in range(BATCHES)]
         rows = 1 if size.network == "recurrent" else size.steps
@@ -75,7 +84,7 @@ def make_case(size: Size) -> Case:
         calibrate(model, x[0][:, :16], size)
     above = distances(model, batches[0][0])
     units = [module for module in model.modules() if isinstance(module, Thresholded)]
-    widths = [unit.width for unit in units for _ in range(size.steps)]
+    widths = [unit.width for unit in units for _ in range(len(above) // len(units))]
     within = [float((a.abs() < w).float().mean()) for a, w in zip(above, widths, strict=True)]
     inside = 1.0 if size.surrogate == "atan" else sum(within) / len(within)
     activity = sum(float((a > 0).float().mean()) for a in above) / len(above)
@@ -100,12 +109,12 @@ def distances(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
     return seen
 
 
-def calibrate(model: RecurrentClassifier | FeedForwardClassifier, x: Tensor, size: Size) -> None:
+def calibrate(model: Classifier, x: Tensor, size: Size) -> None:
     """Choose the threshold for ``size.activity`` and the window for ``size.inside``."""
     low, high = 0.0, 64.0
     for _ in range(12):
         model.theta = (low + high) / 2
-        above = torch.stack(distances(model, x))
+        above = torch.cat([each.flatten() for each in distances(model, x)])
         if float((above > 0).float().mean()) > size.activity:
             low = model.theta
         else:

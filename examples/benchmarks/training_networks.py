@@ -149,6 +149,37 @@ class FeedForwardClassifier(Thresholded):
         return torch.stack(logits)
 
 
+class ConvolutionalClassifier(Thresholded):
+    """Two convolutions with LIF neurons and max-pools behind them, step by step."""
+
+    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.theta, self.wide = 1.0, math.isqrt(inputs)
+        self.first = nn.Conv2d(1, hidden, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2)
+        self.out = nn.Linear(hidden * (self.wide // 4) ** 2, classes, bias=False)
+        with torch.no_grad():
+            self.first.weight.mul_(4)
+            self.second.weight.mul_(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[T, B, classes]`` of spikes ``[T, B, inputs]``, which are square maps."""
+        v = w = x.new_zeros(())
+        read = x.new_zeros(x.shape[1], self.out.out_features)
+        logits = []
+        for x_t in x.unflatten(2, (1, self.wide, self.wide)):
+            v = LEAK * v + self.first(x_t)
+            z = self.spike(v - self.theta)
+            v = v - z * self.theta
+            w = LEAK * w + self.second(self.pool(z))
+            s = self.spike(w - self.theta)
+            w = w - s * self.theta
+            read = LEAK * read + self.out(self.pool(s).flatten(1))
+            logits.append(read)
+        return torch.stack(logits)
+
+
 class EGRULayer(Thresholded):
     """An event-based gated recurrent unit in the form of EvNN: one exchange of events a step."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from sparsify import ir
@@ -18,7 +18,7 @@ from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 CACHED_SECONDS = 0.1  # what is in the cache is there by then; what is not takes longer
 READY_SECONDS = 0.1  # so is what all kernels need; measured: 7 to 60 ms, a compiler takes 500
-NICENESS = 5  # added to that of compilers beside a check: two of them share the other core
+NICENESS = 5  # added to that of compilers beside a check: other work may leave both one core
 Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
 Key = tuple[ir.Kernel, ir.Schedule]
 
@@ -90,9 +90,13 @@ class Binaries:
         why nothing can run here, if so. Raises CompileError.
         """
         missing = [key for key in dict.fromkeys(wanted) if key not in self.made]
+        first, cores = None if meanwhile is None else _stand_back, os.cpu_count() or 1
+        keeps = meanwhile is not None and cores > 1
         # What takes longest comes first, so that all cores end together.
-        first = None if meanwhile is None else _stand_back
-        with ThreadPoolExecutor(os.cpu_count() or 1, initializer=first) as pool:
+        with (
+            ThreadPoolExecutor(cores, initializer=first) as pool,
+            _core_kept(pool) if keeps else nullcontext(),
+        ):
             early = {kind: made for kind, made in self._early.items() if not made.cancel()}
             libraries = self.backend.libraries(schedule for _, schedule in missing)
             others = [pool.submit(library) for library in libraries]
@@ -161,11 +165,22 @@ def _statements(key: Key) -> int:
     return sum(len(phase.body) for phase in kernel.phases)
 
 
-def _stand_back() -> None:
-    """Give compilers that this thread starts less of a core than what runs beside them needs.
+@contextmanager
+def _core_kept(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Inside, one worker of ``pool`` does nothing: its core is that of what runs beside the pool.
 
     All cores are busy until both have ended, but one thread cannot make up for what it lost.
     """
+    ended = threading.Event()
+    pool.submit(ended.wait)
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _stand_back() -> None:
+    """Give compilers that this thread starts less of a core than what runs beside them needs."""
     with suppress(OSError):  # other systems know no priority of a thread
         thread = threading.get_native_id()
         niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS

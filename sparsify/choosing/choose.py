@@ -81,6 +81,10 @@ class Task:
     original_seconds: float | None = None
 
     @property
+    def steps(self) -> int:
+        return int(self.operands[0])
+
+    @property
     def batch(self) -> int:
         _, carries, xs, consts = self.operands
         return batch_of(self.lowered, {"carry": carries, "x": xs, "const": consts})

@@ -27,6 +27,7 @@ from sparsify.passes.without_packing import without_packing
 from sparsify.regions.region import Region
 from sparsify.regions.sized_launchable import SizedLaunchable
 from sparsify.rounding.bounded import Precision, exact
+from sparsify.rounding.draws import same_draws
 from sparsify.rounding.error_bounds import Bounds, ErrorBounds
 from sparsify.saved_bits import pack_bits, unpack_bits
 
@@ -51,8 +52,10 @@ def check_regions(
     """
     with torch.no_grad():
         checker = _Checker(compiled, most_undecided, progress)
-        results = checker.run(*operands)
-        expected = scanned(*operands)
+        with same_draws(operands):
+            results = checker.run(*operands)
+        with same_draws(operands):
+            expected = scanned(*operands)
     for index, (got, wanted) in enumerate(zip(results, expected, strict=True)):
         place = Place("the Scans of the compiled graph against the stage before", f"output {index}")
         check_equal(place, got, wanted)

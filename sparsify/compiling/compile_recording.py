@@ -192,11 +192,8 @@ class Compiler:
     ) -> fx.GraphModule:
         """``graph`` with kernels in the place of Scans, and weights that inference keeps packed."""
         backend = self.binaries.backend
-        installed = with_regions(graph, regions, backend.outer_products)
-        if is_trained:
-            return installed
-        installed = put_back_products(installed)
-        if not regions:
+        installed = put_back_products(with_regions(graph, regions, backend.outer_products))
+        if is_trained or not regions:
             return installed
         return keep_weights(unpack_kept(installed), recording.calling.changing, backend.name)
 

@@ -46,9 +46,13 @@ def rolled_stages(
     if not is_trained:
         stages = run_pipeline(recorded, PIPELINE if eager == "cpu" else WITHOUT_CONVOLUTIONS)
     else:
-        stages = run_pipeline(recorded, (part_results, *WITHOUT_CONVOLUTIONS, join_results))
+        passes = PIPELINE if eager == "cpu" else WITHOUT_CONVOLUTIONS
+        stages = run_pipeline(recorded, (part_results, *passes, join_results))
         joined = join_slices(stages[-1].graph)
         stages = (*stages, Stage("join_slices", joined.graph, tuple(joined.done)))
+        flat = flatten_maps(joined.graph)
+        if flat.done:
+            stages = (*stages, Stage("flatten_maps", flat.graph, tuple(flat.done)))
         stages = (*stages, *limit(stages[-1].graph, window))
     owned = own_memory(stages[-1].graph, recorded.graph)
     if owned.done:

@@ -29,6 +29,8 @@ from sparsify.scans.scan import Scan
 
 BACKWARD = ".backward."
 SEED = 0  # of the gradients that stand for those of a loss
+# Is told what a loop is called with, and may say what runs in its place.
+Visit = Callable[[str, tuple[Any, ...]], Region | None]
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,14 @@ def capture(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Captured:
     Gradients of results are random numbers, zero for results that nothing reads: which elements of
     the others' gradients are zero does not depend on more.
     """
-    run = _Capture(graph)
+    captured = Captured({}, {}, {})
+
+    def note(name: str, call: tuple[Any, ...]) -> None:
+        captured.calls[name] = call
+
     with torch.no_grad():
-        run.run(*operands)
-    return Captured(run.calls, run.gradients, run.seconds)
+        _Visitor(graph, note, captured=captured).run(*operands)
+    return captured
 
 
 def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
@@ -91,14 +97,12 @@ def call_layouts(graph: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
 
 
 def visit_calls(
-    graph: fx.GraphModule,
-    operands: Sequence[Tensor],
-    visit: Callable[[str, tuple[Any, ...]], Callable[..., Any] | None],
-    names: Collection[str],
+    graph: fx.GraphModule, operands: Sequence[Tensor], visit: Visit, names: Collection[str]
 ) -> None:
-    """Run ``graph`` and show ``visit`` what every Scan among ``names`` is called with.
+    """Run ``graph`` as ``capture`` does, and show ``visit`` what every loop is called with.
 
-    What it returns runs in the Scan's place, if it is not None. Nothing runs after the last one.
+    The Region that it returns runs in the loop's place, if it is not None. Nothing runs after the
+    last one of ``names``.
     """
     with torch.no_grad():
         _Visitor(graph, visit, names).run(*operands)
@@ -175,79 +179,96 @@ def _with_kernels(
     return module.with_executors(regions[name], backward)
 
 
-class _Capture(Interpreter):
-    """Unless ``is_whole``, nothing runs from the last loop on: what it is called with is known."""
+class _Visitor(Interpreter):
+    """Nothing runs once all ``wanted`` loops were visited, if they are given.
 
-    def __init__(self, graph: fx.GraphModule, is_whole: bool = True) -> None:
+    ``prefix`` is what names of the graph's loops begin with.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        visit: Visit,
+        wanted: Collection[str] | None = None,
+        prefix: str = "",
+        captured: Captured | None = None,
+    ) -> None:
         super().__init__(graph)
-        self.is_whole = is_whole
-        self.waiting = {name for name, _ in _find_loops(graph)}
-        self.calls: dict[str, tuple[Any, ...]] = {}
-        self.gradients: dict[str, dict[Input, Tensor]] = {}
-        self.seconds: dict[str, float] = {}
+        self.visit, self.prefix, self.captured = visit, prefix, captured
+        self.waiting = None if wanted is None else set(wanted)
         self.node: fx.Node | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.waiting is not None and not self.waiting
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
-        return super().run_node(n) if self.is_whole or self.waiting else None
+        return None if self.is_over else super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
-        if isinstance(module, (Scan, ChunkedScan)):
-            self.calls[target] = args[:4]
-            self.waiting.discard(target)
-            if not self.is_whole and not self.waiting:
-                return None
-        if isinstance(module, Scan):
-            return self._timed(target, module, args)
-        if not isinstance(module, TrainedRegion):
+        if isinstance(module, TrainedRegion):
+            return self._call_trained(target, module, *args)
+        if not isinstance(module, (Scan, ChunkedScan)):
             return super().call_module(target, args, kwargs)
-        steps, carries, xs, consts, *linked = args
+        region = self._arrive(target, args[:4])
+        if self.is_over:
+            return None
+        if isinstance(module, ChunkedScan):
+            return (module.with_run(region) if region is not None else module)(*args)
+        return self._timed(target, region or module, args)
+
+    def _call_trained(
+        self, target: str, module: TrainedRegion, steps: int, *operands: Any
+    ) -> tuple[Tensor, ...] | None:
+        carries, xs, consts, *linked = operands
         given = steps, carries, module.xs_of(xs, linked), consts
-        computed = self._timed(target, module.run, given)
+        region = self._arrive(target, given)
+        if self.is_over:
+            return None
+        computed = self._timed(target, region or module.run, given)
         values, known = module.arrange(computed, (*carries, *xs, *consts), linked)
+        self._visit_gradient(target, module, values, known)
+        return values
+
+    def _visit_gradient(
+        self,
+        target: str,
+        module: TrainedRegion,
+        values: Sequence[Tensor],
+        known: dict[Input, Tensor],
+    ) -> None:
+        prefix = f"{self.prefix}{target}{BACKWARD}"
+        inner = {f"{prefix}{name}" for name, _ in _find_loops(module.backward)}
+        if self.waiting is not None and self.waiting.isdisjoint(inner):
+            return
         assert self.node is not None
         read = set(used_outputs(self.node)) - module.links.quiet
         for i, result in enumerate(module.gradient_places(values)):
             known["d_result", i] = _random_like(result, 1.0 if i in read else 0.0)
-        self.gradients[target] = known
-        inner = _Capture(module.backward, is_whole=False)
-        inner.run(*(known[place] for place in module.parts.inputs))
-        start = f"{target}{BACKWARD}"
-        self.calls |= {f"{start}{name}": call for name, call in inner.calls.items()}
-        self.seconds |= {f"{start}{name}": took for name, took in inner.seconds.items()}
-        return values
+        if self.captured is not None:
+            self.captured.gradients[target] = known
+        visitor = _Visitor(module.backward, self.visit, inner, prefix, self.captured)
+        visitor.run(*(known[place] for place in module.parts.inputs))
+        if self.waiting is not None:
+            self.waiting -= inner
+
+    def _arrive(self, target: str, call: tuple[Any, ...]) -> Region | None:
+        name = f"{self.prefix}{target}"
+        if self.waiting is not None:
+            self.waiting.discard(name)
+        return self.visit(name, call)
 
     def _timed(self, target: str, run: nn.Module, args: tuple[Any, ...]) -> Any:
-        self.calls[target] = args
         wait_for_devices()
         start = time.perf_counter()
         values = run(*args)
         wait_for_devices()
-        self.seconds[target] = time.perf_counter() - start
+        if self.captured is not None:
+            took = time.perf_counter() - start
+            self.captured.seconds[f"{self.prefix}{target}"] = took
         return values
-
-
-class _Visitor(Interpreter):
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        visit: Callable[[str, tuple[Any, ...]], Callable[..., Any] | None],
-        names: Collection[str],
-    ) -> None:
-        super().__init__(graph)
-        self.visit = visit
-        self.waiting = set(names)
-
-    def run_node(self, n: fx.Node) -> Any:
-        return super().run_node(n) if self.waiting else None
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target not in self.waiting:
-            return super().call_module(target, args, kwargs)
-        run = self.visit(target, args) or self.fetch_attr(target)
-        self.waiting.remove(target)
-        return run(*args) if self.waiting else None
 
 
 def _random_like(result: Tensor, scale: float) -> Tensor:

@@ -17,7 +17,14 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class CannotRecord(Exception):
-    """Internal: why the run cannot be recorded; caught by the recorder."""
+    """Internal: why the run cannot be recorded; caught by the recorder.
+
+    ``of``: the tensor that it is about where the run is over; the user is told where it was made.
+    """
+
+    def __init__(self, reason: str, of: Tensor | None = None) -> None:
+        super().__init__(reason)
+        self.of = of
 
 
 class Call:

@@ -24,7 +24,7 @@ from sparsify.recording.reachable import ATOMS, Place, walk
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.recording.sources import KnownTensors
-from sparsify.recording.states import find_rebound
+from sparsify.recording.states import find_rebound, tensor_in
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 from sparsify.recording.values import Memory
 
@@ -115,8 +115,9 @@ class Conclusion:
                 kind = type(leaf).__name__
                 raise CannotRecord(
                     f"forward returns an object of {kind}, which cannot be made again. Return a "
-                    "tuple, list, dict or named tuple, or register the class with "
-                    "torch.utils._pytree.register_pytree_node"
+                    "tuple, list, dict, named tuple or dataclass, or register the class with "
+                    "torch.utils._pytree.register_pytree_node",
+                    tensor_in(leaf),
                 )
             return Literal(leaf)
         value = self._recorder.value_of(leaf)
@@ -138,7 +139,8 @@ class Conclusion:
         if is_own and tensor.requires_grad and not histories.has(node):
             raise CannotRecord(
                 "forward returns or keeps a tensor whose gradient goes to one that it made itself "
-                "(requires_grad is set inside forward); make that one before the call"
+                "(requires_grad is set inside forward); make that one before the call",
+                tensor,
             )
         return histories.settle(node, tensor)
 

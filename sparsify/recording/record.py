@@ -131,7 +131,7 @@ class _Run:
             call = self.args, self.kwargs
             return Conclusion(self.recorder, self.known, self.model, call, result)
         except CannotRecord as reason:
-            self.recorder.error = TraceError(str(reason))
+            self.recorder.error = TraceError(str(reason), self.recorder.line_of(reason.of))
             return None
 
     def _outcome(

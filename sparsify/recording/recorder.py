@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.autocast import Autocast, autocast
-from sparsify.errors import TraceError
+from sparsify.errors import Location, TraceError
 from sparsify.free_memory import free_memory
 from sparsify.recording.calls import Call, CannotRecord, check_plain, why_not_reveal
 from sparsify.recording.graph_writer import GraphWriter, Places
@@ -142,6 +142,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note why the run cannot be recorded, with the line; the first reason stays."""
         if self.error is None:
             self.error = TraceError(reason, self.positions.here().location)
+
+    def line_of(self, tensor: Tensor | None) -> Location | None:
+        """Where the run made ``tensor``."""
+        value = self.values.get(tensor) if tensor is not None else None
+        return value.node.meta["location"] if value is not None else None
 
     def record_gradients(self, before: Before) -> Histories:
         """Give the graph the run's gradients; ``before``: see ``Histories``."""

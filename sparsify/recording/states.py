@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from sparsify.arrangement import Arrangement, take_apart
+from sparsify.arrangement import Arrangement, leaves_of, take_apart
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.reachable import ATOMS, Place
 
@@ -40,7 +39,7 @@ def find_rebound(before: list[Place], after: list[Place]) -> Iterator[Rebound]:
         if id(place.owner) not in owners:
             continue  # inside of something new, which is bound as a whole
         had = old is not None and isinstance(old.value, Tensor)
-        if had or _holds_tensor(place.value):
+        if had or tensor_in(place.value) is not None:
             yield _rebound(place, old)
     remaining = {id(p.owner) for p in after} | {id(p.value) for p in after}
     for key, place in known.items():
@@ -51,21 +50,32 @@ def find_rebound(before: list[Place], after: list[Place]) -> Iterator[Rebound]:
 
 def _rebound(place: Place, old: Place | None) -> Rebound:
     if old is None and isinstance(place.owner, (list, deque)):
-        raise CannotRecord(f"forward appends the tensor {place.path} to a list that outlives it")
+        kind = type(place.owner).__name__
+        raise CannotRecord(
+            f"forward appends the tensor {place.path} to a {kind} that outlives it. Return it, or "
+            f"bind a new {kind} in forward",
+            tensor_in(place.value),
+        )
     if isinstance(place.owner, tuple):
-        raise CannotRecord(f"forward changes {place.path}, which is in a tuple")
+        held = tensor_in(place.value)
+        raise CannotRecord(f"forward changes {place.path}, which is in a tuple", held)
     leaves, arrangement = take_apart(place.value)
     if not all(isinstance(leaf, ATOMS) for leaf in leaves):
-        raise CannotRecord(f"forward binds {place.path} to an object with tensors in it")
+        raise CannotRecord(
+            f"forward binds {place.path} to an object with tensors in it. Bind a tuple, list, dict "
+            "or dataclass",
+            tensor_in(place.value),
+        )
     return Rebound(place, leaves, arrangement)
 
 
-def _holds_tensor(value: object) -> bool:
+def tensor_in(value: object) -> Tensor | None:
     if isinstance(value, ATOMS):
-        return isinstance(value, Tensor)
-    if isinstance(value, (list, tuple, dict, deque)):
-        return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-    return any(isinstance(v, Tensor) for v in getattr(value, "__dict__", {}).values())
+        return value if isinstance(value, Tensor) else None
+    held = leaves_of(value)
+    if held and held[0] is value:  # an object whose parts are not known
+        held = list(getattr(value, "__dict__", {}).values())
+    return next((one for one in held if isinstance(one, Tensor)), None)
 
 
 def _has_key(place: Place) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.codegen.outer_product import OuterProducts
+from sparsify.regions.convolution_backward import WeightGradient
 from sparsify.regions.outer_product import Activation, OuterProduct
 from sparsify.regions.region import Region
 from sparsify.scans.scan import Scan
@@ -105,7 +107,7 @@ class ChunkedScan(nn.Module):
         is_cuda = any(carry.is_cuda for carry in carries)
         nodes = [self.scan.results[self.scan.carries + read] for read in set(self.reads)]
         infos = [node.meta["val"] for node in nodes]
-        bytes_a_step = sum(rows * i.shape[-1] * i.dtype.itemsize for i in infos)
+        bytes_a_step = sum(rows * _values(i.shape) * i.dtype.itemsize for i in infos)
         chunk_bytes = GPU_CHUNK_BYTES if is_cuda else self._chunk_bytes(activations)
         count = max(1, min(steps, steps * bytes_a_step // chunk_bytes))
         edges = [steps * i // count for i in range(count + 1)]
@@ -118,8 +120,11 @@ class ChunkedScan(nn.Module):
         given = zip(self.products, self.reads, activations, strict=True)
         for product, read, activation in given:
             values = activation if isinstance(activation, Tensor) else activation[1]
-            bits = product.senders if isinstance(product, OuterProduct) else None
             info = self.scan.results[self.scan.carries + read].meta["val"]
+            if isinstance(product, WeightGradient):
+                totals += product.values * info.dtype.itemsize
+                continue
+            bits = product.senders if isinstance(product, OuterProduct) else None
             totals += info.shape[-1] * info.dtype.itemsize * (bits or values.shape[-1])
         return min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, totals))
 
@@ -161,6 +166,11 @@ class ChunkedScan(nn.Module):
             if index not in whole:
                 whole[index] = y.new_empty((steps, *y.shape[1:]))
             whole[index][start : start + len(y)] = y
+
+
+def _values(shape: Sequence[int]) -> int:
+    """Of the neurons of a row: maps have three dims."""
+    return prod(shape[1:]) if len(shape) > 2 else shape[-1]
 
 
 def _part(activation: Activation, start: int, stop: int) -> Activation:

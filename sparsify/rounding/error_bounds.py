@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.interpreter import Interpreter
 from sparsify.rounding.bounded import Bounded, Precision, exact, is_exact, move, stack, unbounded
+from sparsify.rounding.draws import same_draws
 from sparsify.rounding.halves import HALVES, UNKNOWN, in_halves
 from sparsify.rounding.rows import COUPLING, DECIDING, ROWS
 from sparsify.scans.scan import Scan
@@ -129,7 +130,9 @@ class ErrorBounds(Interpreter):
     def _result_dtype(self, node: fx.Node, args: Any, kwargs: Any) -> torch.dtype:
         if node not in self._dtypes:
             plain, named = _swap((args, kwargs), _rounded)
-            result = pytree.tree_leaves(node.target(*plain, **named))[0]  # type: ignore[operator]
+            tensors = [t for t in pytree.tree_leaves((plain, named)) if isinstance(t, Tensor)]
+            with same_draws(tensors):
+                result = pytree.tree_leaves(node.target(*plain, **named))[0]  # type: ignore[operator]
             self._dtypes[node] = result.dtype
         return self._dtypes[node]
 

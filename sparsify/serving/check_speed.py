@@ -59,7 +59,13 @@ def why_not_faster(
     call = "A training step" if entry.required else "A call"
     reason = f"{call} took {ms:.3g} ms compiled and {eager_ms:.3g} ms as the original."
     facts = {"compiled_ms": ms, "original_ms": eager_ms}
-    return Refusal("no-gain", reason, REMEDY, None, facts)
+    declined = (refusal for stage in entry.compiled.stages for refusal in stage.declined)
+    unrolled = next((refusal for refusal in declined if refusal.code == "not-rolled"), None)
+    if unrolled is None:
+        return Refusal("no-gain", reason, REMEDY, None, facts)
+    # Every step is a kernel of its own then, which is the reason as a rule.
+    reason += f" The loop in {unrolled.location} was not rolled up: {unrolled.reason}"
+    return Refusal("no-gain", reason, unrolled.remedy, None, facts)
 
 
 def keep_all(compiled: Compiled, refusal: Refusal) -> Compiled:

@@ -11,10 +11,13 @@ from sparsify.graphs.loops import with_modules, without_kernels
 from sparsify.passes.backward_graph import has_time
 from sparsify.passes.generalize import Generalized, generalize
 from sparsify.regions.chunked_scan import ChunkedScan
+from sparsify.regions.convolution_backward import ReadGradient, WeightGradient
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.regions.region import Region
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
+
+GRADIENTS = (WeightGradient, ReadGradient)
 
 
 class GeneralModules:
@@ -57,6 +60,9 @@ class GeneralModules:
             return self._trained(first, second)
         if isinstance(first, OuterProduct) and isinstance(second, OuterProduct):
             is_same = (first.event, first.senders) == (second.event, second.senders)
+            return first if is_same else None
+        if isinstance(first, GRADIENTS) and type(first) is type(second):
+            is_same = (first.sizes, first.packed) == (second.sizes, second.packed)
             return first if is_same else None
         if isinstance(first, ChunkedScan) and isinstance(second, ChunkedScan):
             return self._chunked(first, second)
@@ -141,5 +147,5 @@ def _steps(region: TrainedRegion) -> list[object]:
     return [
         node.args[0]
         for node in calls
-        if not isinstance(graph.get_submodule(str(node.target)), OuterProduct)
+        if not isinstance(graph.get_submodule(str(node.target)), (OuterProduct, *GRADIENTS))
     ]

@@ -20,6 +20,7 @@ from sparsify.comparing.figures import StageFigures
 from sparsify.comparing.values import Place, check_equal, check_layout, check_within
 from sparsify.compiling.compiled import Stage
 from sparsify.rounding.bounded import Bounded
+from sparsify.rounding.draws import same_draws
 from sparsify.rounding.error_bounds import Bounds, bound_errors
 from sparsify.rounding.widened import widen, widened
 
@@ -56,7 +57,8 @@ def _check_in_float64(stages: Sequence[Stage], operands: Sequence[Tensor]) -> li
     if not others:
         return []
     wide = [widen(t) for t in operands]
-    bounds = bound_errors(widened(reference.graph), wide)
+    with same_draws(wide):
+        bounds = bound_errors(widened(reference.graph), wide)
     figures = []
     for stage in others:
         results = _run(widened(stage.graph), wide)
@@ -128,5 +130,6 @@ def _pass_name(stage: Stage) -> str:
 
 
 def _run(graph: fx.GraphModule, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    returned = graph(*operands)
+    with same_draws(operands):
+        returned = graph(*operands)
     return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)

@@ -111,12 +111,16 @@ SPARSIFY_INLINE void hidden_step_2(const Call& call, const Shared& shared, const
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
-              const Shared& shared, const Own& own, int64_t* active,
-              int64_t start, int64_t rows) {
-  const Share my_hidden = share<TILE>(N_HIDDEN, team);
+// False where the caller goes on alone.
+bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
+              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+  Share my_hidden = share<TILE>(N_HIDDEN, arrivals.team());
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
+    if (arrivals.parts()) {
+      if (!arrivals.part()) return false;
+      my_hidden = share<TILE>(N_HIDDEN, arrivals.team());
+    }
     for (int64_t row = 0; row < rows; ++row) unpack(own.fired_events, row, call.fired + t * call.fired_t + (start + row) * call.fired_b);
     for (int64_t row = 0; row < rows; ++row) spread(own.fired_values + row * N_HIDDEN, call.fired + t * call.fired_t + (start + row) * call.fired_b, N_HIDDEN);
     for (int64_t row = 0; row < rows; ++row) arrange(own.fired_blocks, row, own.fired_values + row * N_HIDDEN, 0, N_HIDDEN);
@@ -144,12 +148,14 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
       }
     }
   }
+  return true;
 }
 
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
-  Arrivals arrivals(common, team);
+  const int64_t groups = (call.batch + call.group - 1) / call.group;
+  Arrivals arrivals(common, team, groups * call.steps);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
@@ -159,7 +165,7 @@ void run(void* context, const Team& team) {
     if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, arrivals, shared, own, active, start, rows);
+    if (!run_rows(call, arrivals, shared, own, active, start, rows)) break;
   }
   if (team.thread > 0) active[0] = 0;  // all have counted the same events
   for (int k = 0; k < 3; ++k)

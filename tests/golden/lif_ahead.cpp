@@ -139,13 +139,13 @@ void run_block(const Call& call, const Rows& own, const Ahead& ahead,
 
 // Rows start .. start + rows of the batch, through all time steps.
 void run_rows(const Call& call, const Rows& own, int64_t* active,
-              int64_t start, int64_t rows, const Ahead& ahead, int64_t before, int spins) {
+              int64_t start, int64_t rows, const Ahead& ahead, int64_t before, const Team& team) {
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
     clear(own.s_events[next], rows);
-    for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, own, t, start + row, row, now, next, first, TILE);
         else
@@ -168,7 +168,7 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
         run_block(call, own, ahead, active, start, rows, before, other);
         return ahead.ring.is_ready(number);
       };
-      wait_until(is_ready, spins);
+      wait_until(is_ready, team);
     }
     const bool ends = (number + 1) % call.at_once == 0;
     if (call.at_once > 1) {
@@ -195,7 +195,6 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   const int most = team.threads < 2 ? 1 : team.threads / 2;
-  const int spins = team.barrier->spins;
   const int leaders = most < call.leaders ? most : int(call.leaders);
   const int leader = team.thread % leaders;  // whose rows this thread works for
   const bool leads = team.thread < leaders;
@@ -213,11 +212,11 @@ void run(void* context, const Team& team) {
   for (int64_t start = first; start < last; start += call.group) {
     const int64_t here = last - start < call.group ? last - start : call.group;
     if (leads)
-      run_rows(call, own, active, start, here, ahead, before, spins);
+      run_rows(call, own, active, start, here, ahead, before, team);
     else {
       const int64_t end = before + call.steps;
       int64_t number;
-      while ((number = ahead.ring.await_block(call.at_once, end, read, spins)) < end)
+      while ((number = ahead.ring.await_block(call.at_once, end, read, team)) < end)
         run_block(call, own, ahead, active, start, here, before, number);
     }
     before += (call.steps + call.at_once - 1) / call.at_once * call.at_once;  // blocks of steps begin there

@@ -101,8 +101,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, own, t, start + row, row, now, next, first, TILE);
         else

@@ -113,8 +113,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, own, t, start + row, row, now, next, first, TILE);
         else
@@ -125,8 +125,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   for (int64_t step = 0; step < call.steps; ++step) {
     const int64_t t = call.steps - 1 - step;  // the last step runs first
     const int64_t now = step & 1, next = now ^ 1;
-    for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_step(call, own, t, start + row, row, now, next, first, TILE);
         else

@@ -117,8 +117,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, own, t, start + row, row, now, next, first, TILE);
         else
@@ -129,8 +129,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   for (int64_t step = 0; step < call.steps; ++step) {
     const int64_t t = call.steps - 1 - step;  // the last step runs first
     const int64_t now = step & 1, next = now ^ 1;
-    for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_step(call, own, t, start + row, row, now, next, first, TILE);
         else
@@ -139,8 +139,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
     }
     const uint64_t returned_wild = wild_rows(own.d_values[now], N_HIDDEN, rows, N_HIDDEN);
     active[0] += gather_kept_restricted(own.returned_sum, N_HIDDEN, call.w_rec_blocks, Values<float>{own.d_values[now], N_HIDDEN, returned_wild, own.d_lanes}, Only(own.near, N_HIDDEN, returned_wild, N_HIDDEN, 0), rows, 0, N_HIDDEN);  // self.rec(s)
-    for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_HIDDEN; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_step_2(call, own, t, start + row, row, now, next, first, TILE, own.returned_sum + row * N_HIDDEN + first);
         else

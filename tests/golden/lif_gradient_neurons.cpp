@@ -120,15 +120,15 @@ SPARSIFY_INLINE void hidden_step_2(const Call& call, const Shared& shared, const
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
-              const Shared& shared, const Own& own, int64_t* active,
-              int64_t start, int64_t rows) {
-  const Share my_hidden = share<TILE>(N_HIDDEN, team);
+// False where the caller goes on alone.
+bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
+              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+  Share my_hidden = share<TILE>(N_HIDDEN, arrivals.team());
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, shared, own, t, start + row, row, now, next, first, TILE);
         else
@@ -139,10 +139,14 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
   for (int64_t step = 0; step < call.steps; ++step) {
     const int64_t t = call.steps - 1 - step;  // the last step runs first
     const int64_t now = step & 1, next = now ^ 1;
+    if (arrivals.parts()) {
+      if (!arrivals.part()) return false;
+      my_hidden = share<TILE>(N_HIDDEN, arrivals.team());
+    }
     arrivals.arrive();  // has finished the step before
     arrivals.await();  // all have finished the step before
-    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_step(call, shared, own, t, start + row, row, now, next, first, TILE);
         else
@@ -160,12 +164,14 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
       }
     }
   }
+  return true;
 }
 
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
-  Arrivals arrivals(common, team);
+  const int64_t groups = (call.batch + call.group - 1) / call.group;
+  Arrivals arrivals(common, team, groups * call.steps);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
@@ -175,7 +181,7 @@ void run(void* context, const Team& team) {
     if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, arrivals, shared, own, active, start, rows);
+    if (!run_rows(call, arrivals, shared, own, active, start, rows)) break;
   }
   for (int k = 0; k < 1; ++k)
     __atomic_fetch_add(call.active + k, active[k], __ATOMIC_RELAXED);

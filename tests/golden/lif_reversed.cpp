@@ -112,15 +112,15 @@ SPARSIFY_INLINE void hidden_step(const Call& call, const Shared& shared, const O
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
-              const Shared& shared, const Own& own, int64_t* active,
-              int64_t start, int64_t rows) {
-  const Share my_hidden = share<TILE>(N_HIDDEN, team);
+// False where the caller goes on alone.
+bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
+              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+  Share my_hidden = share<TILE>(N_HIDDEN, arrivals.team());
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE) {
         if (first + TILE <= N_HIDDEN)
           hidden_start(call, shared, own, t, start + row, row, now, next, first, TILE);
         else
@@ -131,6 +131,10 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
   for (int64_t step = 0; step < call.steps; ++step) {
     const int64_t t = call.steps - 1 - step;  // the last step runs first
     const int64_t now = step & 1, next = now ^ 1;
+    if (arrivals.parts()) {
+      if (!arrivals.part()) return false;
+      my_hidden = share<TILE>(N_HIDDEN, arrivals.team());
+    }
     arrivals.arrive();  // has finished the step before
     for (int64_t row = 0; row < rows; ++row) scan(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
     for (int64_t first = my_hidden.begin; first < my_hidden.end; first += TILE)
@@ -151,12 +155,14 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
       }
     }
   }
+  return true;
 }
 
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
-  Arrivals arrivals(common, team);
+  const int64_t groups = (call.batch + call.group - 1) / call.group;
+  Arrivals arrivals(common, team, groups * call.steps);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
@@ -166,7 +172,7 @@ void run(void* context, const Team& team) {
     if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, arrivals, shared, own, active, start, rows);
+    if (!run_rows(call, arrivals, shared, own, active, start, rows)) break;
   }
   if (team.thread > 0) return;  // all have counted the same events
   for (int k = 0; k < 2; ++k)

@@ -102,8 +102,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = 0; first < N_MAPS; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_MAPS; first += TILE) {
         maps_start(call, own, t, start + row, row, now, next, first, TILE);
       }
     }
@@ -112,8 +112,8 @@ void run_rows(const Call& call, const Rows& own, int64_t* active,
     const int64_t now = t & 1, next = now ^ 1;
     for (int64_t row = 0; row < rows; ++row) unpack(own.x_events, row, call.x + t * call.x_t + (start + row) * call.x_b);
     active[0] += convolve_events<32>(own.drive_sum, call.w, own.drive_windows, own.x_events, rows, 0, N_MAPS);  // self.conv(x)
-    for (int64_t first = 0; first < N_MAPS; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = 0; first < N_MAPS; first += TILE) {
         maps_step(call, own, t, start + row, row, now, next, first, TILE, own.drive_sum + row * N_MAPS + first);
       }
     }

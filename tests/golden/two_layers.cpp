@@ -113,22 +113,27 @@ SPARSIFY_INLINE void two_step(const Call& call, const Shared& shared, const Own&
 }
 
 // Rows start .. start + rows of the batch, through all time steps.
-void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
-              const Shared& shared, const Own& own, int64_t* active,
-              int64_t start, int64_t rows) {
-  const Share my_one = share<TILE>(N_ONE, team);
-  const Share my_two = share<TILE>(N_TWO, team);
+// False where the caller goes on alone.
+bool run_rows(const Call& call, Arrivals& arrivals, const Shared& shared,
+              const Own& own, int64_t* active, int64_t start, int64_t rows) {
+  Share my_one = share<TILE>(N_ONE, arrivals.team());
+  Share my_two = share<TILE>(N_TWO, arrivals.team());
   // Every state gets its initial value.
   {
     const int64_t t = 0, now = 1, next = 0;
-    for (int64_t first = my_two.begin; first < my_two.end; first += TILE) {
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t first = my_two.begin; first < my_two.end; first += TILE) {
         two_start(call, shared, own, t, start + row, row, now, next, first, N_TWO);
       }
     }
   }
   for (int64_t t = 0; t < call.steps; ++t) {
     const int64_t now = t & 1, next = now ^ 1;
+    if (arrivals.parts()) {
+      if (!arrivals.part()) return false;
+      my_one = share<TILE>(N_ONE, arrivals.team());
+      my_two = share<TILE>(N_TWO, arrivals.team());
+    }
     arrivals.arrive();  // has finished the step before
     fetch_mask(shared.h_active[now], mask_bytes(N_TWO));
     arrivals.await();  // all have finished the step before
@@ -154,12 +159,14 @@ void run_rows(const Call& call, const Team& team, Arrivals& arrivals,
       }
     }
   }
+  return true;
 }
 
 void run(void* context, const Team& team) {
   const Call& call = *static_cast<const Call*>(context);
   Arena common(call.memory);
-  Arrivals arrivals(common, team);
+  const int64_t groups = (call.batch + call.group - 1) / call.group;
+  Arrivals arrivals(common, team, groups * call.steps);
   const Shared shared(common, call.group);
   const int64_t before = common.used() + team.thread * Own::bytes(call.group);
   Arena arena(call.memory + before);
@@ -169,7 +176,7 @@ void run(void* context, const Team& team) {
     if (start) arrivals.meet();  // all have finished the rows before
     const int64_t left = call.batch - start;
     const int64_t rows = left < call.group ? left : call.group;
-    run_rows(call, team, arrivals, shared, own, active, start, rows);
+    if (!run_rows(call, arrivals, shared, own, active, start, rows)) break;
   }
   if (team.thread > 0) return;  // all have counted the same events
   for (int k = 0; k < 2; ++k)

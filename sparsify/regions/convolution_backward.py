@@ -1,0 +1,146 @@
+"""Both gradients of a convolution as graphs call them: of maps along one dim or two, or their rows.
+
+``sizes`` are the fields of an ``ir.Convolution``, behind the number of dims that maps have: graphs
+hold numbers. What a convolution reads, ``z``, may have its maps ``[..., C, H, W]`` flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsify import ir
+from sparsify.regions.convolution_gradient import ConvolutionGradient
+from sparsify.regions.sender_gradient import SenderGradient
+
+Sizes = tuple[Any, ...]
+
+
+def sizes_of(convolution: ir.Convolution, dims: int) -> Sizes:
+    """What ``read_sizes`` makes the convolution of again."""
+    return (dims, *astuple(convolution))
+
+
+def read_sizes(sizes: Sequence[Any]) -> ir.Convolution:
+    pairs = [(int(first), int(second)) for first, second in sizes[1:]]
+    return ir.Convolution(*pairs)
+
+
+def weight_gradient(d: Tensor, z: Tensor, *sizes: Any) -> Tensor:
+    """The gradient of a convolution's weight, summed over all leading axes of ``d``."""
+    result: Tensor = WeightGradient(sizes)(d, z)
+    return result
+
+
+def sender_gradient(d: Tensor, w: Tensor, z: Tensor | None, *sizes: Any) -> Tensor:
+    """The gradient of what a convolution reads, before it pools that."""
+    result: Tensor = ReadGradient(sizes)(d, w, z)
+    return result
+
+
+class WeightGradient(nn.Module):
+    """``weight_gradient`` of one convolution: ``d [..., Co, *], z [..., Ci, *] -> [Co, Ci, *]``.
+
+    ``event`` says that ``z`` is mostly zero; if ``packed`` it comes as bits of its rows.
+    ``activity`` is the share of active values on an example, if known.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        event: bool = False,
+        packed: bool = False,
+        activity: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.sizes, self.activity = sizes, activity
+        self.gradient = ConvolutionGradient(read_sizes(sizes), event, packed)
+
+    @property
+    def dims(self) -> int:
+        return int(self.sizes[0])
+
+    @property
+    def event(self) -> bool:
+        return self.gradient.event
+
+    @property
+    def packed(self) -> bool:
+        return self.gradient.packed
+
+    @property
+    def values(self) -> int:
+        """How many weights there are."""
+        convolution = self.gradient.convolution
+        return convolution.channels[1] * convolution.taps
+
+    def of_bits(self) -> WeightGradient:
+        """The same gradient where ``z`` comes as bits."""
+        return WeightGradient(self.sizes, self.event, True, self.activity)
+
+    def forward(self, d: Tensor, z: Tensor, total: Tensor | None = None) -> Tensor:
+        """It is added to ``total``, in place, if that is given."""
+        convolution = self.gradient.convolution
+        maps = maps_of_receivers(d, convolution, self.dims)
+        read = read_of(z, maps, convolution, self.packed)
+        if self.dims == 2:
+            result: Tensor = self.gradient(maps, read, total)
+            return result
+        whole = None if total is None else total.unsqueeze(2)
+        result = self.gradient(maps, read, whole)
+        return result.squeeze(2) if total is None else total
+
+    def extra_repr(self) -> str:
+        return f"{self.sizes}"
+
+
+class ReadGradient(nn.Module):
+    """``sender_gradient`` of one convolution: ``d [..., Co, *], w, z -> [..., Ci, *]``.
+
+    If ``packed``, ``z`` comes as bits of its rows.
+    """
+
+    def __init__(self, sizes: Sizes, packed: bool = False) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.gradient = SenderGradient(read_sizes(sizes), packed)
+
+    @property
+    def dims(self) -> int:
+        return int(self.sizes[0])
+
+    @property
+    def packed(self) -> bool:
+        return self.gradient.packed
+
+    def of_bits(self) -> ReadGradient:
+        """The same gradient where ``z`` comes as bits."""
+        return ReadGradient(self.sizes, True)
+
+    def forward(self, d: Tensor, w: Tensor, z: Tensor | None = None) -> Tensor:
+        convolution = self.gradient.convolution
+        maps = maps_of_receivers(d, convolution, self.dims)
+        read = None if z is None else read_of(z, maps, convolution, self.packed)
+        if self.dims == 2:
+            result: Tensor = self.gradient(maps, w, read)
+            return result
+        result = self.gradient(maps, w.unsqueeze(2), read)
+        return result.squeeze(-2)
+
+    def extra_repr(self) -> str:
+        return f"{self.sizes}"
+
+
+def maps_of_receivers(d: Tensor, convolution: ir.Convolution, dims: int) -> Tensor:
+    """``d`` as ``[..., C, H, W]``."""
+    leading = d.shape[: d.dim() - dims - 1]
+    return d.reshape(*leading, convolution.channels[1], *convolution.receivers)
+
+
+def read_of(z: Tensor, d: Tensor, convolution: ir.Convolution, packed: bool) -> Tensor:
+    """``z`` as ``[..., C, H, W]`` with the leading axes of ``d``; as its bits if ``packed``."""
+    maps = z.shape[-1:] if packed else (convolution.channels[0], *convolution.senders)
+    return z.reshape(*d.shape[:-3], *maps)
