@@ -22,10 +22,11 @@ from sparsify.codegen.cpp_outer_product import SMALL_PRODUCT, Ended, Outcome
 from sparsify.codegen.outer_product import VALUES, Product, rows_of, source_of
 from sparsify.codegen.runtime import check_readable, load_runtime
 from sparsify.codegen.toolchain import (
+    UNSPLIT,
     compile_shared_library,
     load_library,
+    only_gcc,
     read_source,
-    unsplit_loops,
 )
 from sparsify.codegen.writer import Writer
 
@@ -228,7 +229,7 @@ def compile_function(convolution: ir.Convolution, value: str, source: str) -> Pa
     """The library with kernels for both gradients, from the cache if it was compiled before."""
     headers = {file: read_source(file) for file in HEADERS}
     text = render_functions(convolution, value, source)
-    return compile_shared_library(text, ENTRY, headers=headers, options=unsplit_loops())
+    return compile_shared_library(text, ENTRY, headers=headers, options=only_gcc(UNSPLIT))
 
 
 def render_functions(convolution: ir.Convolution, value: str, source: str) -> str:

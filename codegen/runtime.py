@@ -11,6 +11,7 @@ import torch
 
 from sparsify.codegen.compressed import EXPONENTS, Compressor, Form, matrix_of
 from sparsify.codegen.toolchain import (
+    UNSPLIT,
     compile_shared_library,
     load_library,
     only_gcc,
@@ -33,9 +34,6 @@ HEADERS = (
 COMPRESS_HEADERS = ("compress.h", "square.h", "weights.h")
 WORDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
-# Of loops that run no further than a condition holds GCC makes two, which takes it a sixth of its
-# time and gains nothing, as measured of packing.
-UNSPLIT = "-fno-split-loops"
 IMPORTED_BY = os.getpid()
 
 
