@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparsify import ir
 from sparsify.codegen.convolution_text import write_sizes
+from sparsify.codegen.cpp_event_sum import CppEventSum, Ended, Outcome
 from sparsify.codegen.cpp_outer_product import HEADERS as OUTER_HEADERS
-from sparsify.codegen.cpp_outer_product import SMALL_PRODUCT, Ended, Outcome
 from sparsify.codegen.outer_product import VALUES, Product, rows_of, source_of
 from sparsify.codegen.runtime import check_readable, load_runtime
 from sparsify.codegen.toolchain import (
@@ -98,32 +98,15 @@ def count_parts(convolution: ir.Convolution, units: int) -> int:
     return min(units, max(1, ITEMS // tiles))
 
 
-class CppConvolutionKernel:
-    """Computes the gradients of one convolution's weight on the processor.
-
-    Rows are sampled at each call: too many events, and a ``d`` that is not finite (eager's 0 * inf
-    is NaN), are left to torch.
-    """
+class CppConvolutionKernel(CppEventSum):
+    """Computes the gradients of one convolution's weight on the processor."""
 
     def __init__(self, convolution: ir.Convolution) -> None:
+        super().__init__()
         self.convolution = convolution
-        self.reset_events()
-
-    def reset_events(self) -> None:
-        self._active = self._seen = 0
-
-    @property
-    def events(self) -> tuple[int, int]:
-        return self._active, self._seen
 
     def why_not(self, d: Tensor, activity: Tensor, senders: int) -> str:
-        if not d.is_cpu or not activity.is_cpu:
-            return "a tensor is not on the CPU"
-        if d.dtype not in VALUES:
-            return f"there is no kernel for {d.dtype}"
-        if d.numel() * self.convolution.taps < SMALL_PRODUCT:
-            return "the product is small"
-        return ""
+        return self.why_not_read(d, activity, d.numel() * self.convolution.taps)
 
     def __call__(
         self, d: Tensor, activity: Tensor, senders: int, *, packed: bool, total: Tensor | None
@@ -132,23 +115,14 @@ class CppConvolutionKernel:
         result = total
         if result is None:
             result = d.new_empty(channels[1], channels[0], *convolution.window)
-        most = BREAK_EVEN
         ended = add_events(
             *(d, activity, result, convolution),
             packed=packed,
-            most=most,
+            most=BREAK_EVEN,
             adds_to_result=total is not None,
         )
-        active, seen = ended.active, ended.seen
         values = d.shape[:-3].numel() * channels[0] * prod(convolution.maps)
-        self._active += round(active / seen * values)  # a sample stands for all values
-        self._seen += values
-        if ended.outcome is Outcome.TOO_ACTIVE:
-            reason = f"{active / seen:.1%} of the activation is active, more than {most:.1%}"
-            return Product(None, active, seen, reason)
-        if ended.outcome is Outcome.NOT_FINITE:
-            return Product(None, active, seen, "skipping a zero would skip 0 * inf")
-        return Product(result, active, seen)
+        return self.product(ended, result, values, BREAK_EVEN)
 
 
 def add_events(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.codegen.cost_model import EVENT_ADDS_PER_MAC
+from sparsify.codegen.cpp_event_sum import SMALL_PRODUCT, CppEventSum, Ended, Outcome
 from sparsify.codegen.outer_product import (
     VALUES,
     Foreseen,
@@ -32,7 +32,6 @@ from sparsify.codegen.toolchain import (
 
 # Listing an event takes as long as adding it to so many receivers, as measured.
 RECEIVERS_PER_LISTING = 40
-SMALL_PRODUCT = 1 << 21  # multiplications that take no longer than calling the kernel
 HEADERS = (
     *KERNEL_HEADERS,
     *("square.h", "outer_activity.h", "outer_lists.h", "outer_tiles.h", "outer_product.h"),
@@ -56,24 +55,6 @@ extern "C" __attribute__((visibility("default"))) int {entry}(const Runtime* run
 """
 
 
-class Outcome(IntEnum):
-    """What became of a call; the numbers are those of outer_product.h."""
-
-    DONE = 0
-    NOT_FINITE = 1  # skipping a zero would have skipped 0 * inf
-    TOO_ACTIVE = 2
-    NO_MEMORY = 3
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a call of the kernel ended: of a sample of the rows unless all of them were added."""
-
-    outcome: Outcome
-    active: int
-    seen: int
-
-
 class Call(ctypes.Structure):
     """``OuterCall`` of outer_product.h; strides are in elements."""
 
@@ -88,50 +69,19 @@ class Call(ctypes.Structure):
     )
 
 
-class CppOuterKernel:
-    """Computes the gradients of one weight on the processor.
-
-    Rows are sampled at each call: too many events, and a ``d`` that is not finite (eager's 0 * inf
-    is NaN), are left to a dense product.
-    """
-
-    def __init__(self) -> None:
-        self.reset_events()
-
-    def reset_events(self) -> None:
-        self._active = self._seen = 0
-
-    @property
-    def events(self) -> tuple[int, int]:
-        return self._active, self._seen
+class CppOuterKernel(CppEventSum):
+    """Computes the gradients of one weight on the processor."""
 
     def why_not(self, d: Tensor, activity: Tensor, senders: int) -> str:
-        if not d.is_cpu or not activity.is_cpu:
-            return "a tensor is not on the CPU"
-        if d.dtype not in VALUES:
-            return f"there is no kernel for {d.dtype}"
-        if d.numel() * senders < SMALL_PRODUCT:
-            return "the product is small"
-        return ""
+        return self.why_not_read(d, activity, d.numel() * senders)
 
     def __call__(
         self, d: Tensor, activity: Tensor, senders: int, *, packed: bool, total: Tensor | None
     ) -> Product:
         result = d.new_empty(d.shape[-1], senders) if total is None else total
-        most = break_even(d.shape[-1])
-        ended = add_events(
-            d, activity, result, packed=packed, most=most, adds_to_result=total is not None
-        )
-        active, seen = ended.active, ended.seen
-        values = d.shape[:-1].numel() * senders
-        self._active += round(active / seen * values)  # a sample stands for all values
-        self._seen += values
-        if ended.outcome is Outcome.TOO_ACTIVE:
-            reason = f"{active / seen:.1%} of the activation is active, more than {most:.1%}"
-            return Product(None, active, seen, reason)
-        if ended.outcome is Outcome.NOT_FINITE:
-            return Product(None, active, seen, "skipping a zero would skip 0 * inf")
-        return Product(result, active, seen)
+        most, adds = break_even(d.shape[-1]), total is not None
+        ended = add_events(d, activity, result, packed=packed, most=most, adds_to_result=adds)
+        return self.product(ended, result, d.shape[:-1].numel() * senders, most)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from sparsify import ir
 from sparsify.codegen import cpp_convolution_gradient as cpp
+from sparsify.codegen import cpp_event_sum
 from sparsify.codegen.cpp_convolution_gradient import Unit, add_events, count_parts
-from sparsify.codegen.cpp_outer_product import Outcome
+from sparsify.codegen.cpp_event_sum import Outcome
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.regions.convolution_gradient import (
     ConvolutionGradient,
@@ -43,7 +44,7 @@ ROW = ir.Convolution((4, 9), (1, 70), (1, 9), (1, 2), (0, 4))
 def any_size() -> Iterator[None]:
     """Gradients of any size are worth the kernel."""
     with pytest.MonkeyPatch.context() as patch, torch_threads(1):
-        patch.setattr(cpp, "SMALL_PRODUCT", 0)
+        patch.setattr(cpp_event_sum, "SMALL_PRODUCT", 0)
         yield
 
 
@@ -211,7 +212,7 @@ def test_small_gradients_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     d, z = operands(SAME, 2, 0.1)
     gradient = ConvolutionGradient(SAME, event=True)
     for most, how in ((d.numel() * 27, "event"), (d.numel() * 27 + 1, "dense")):
-        monkeypatch.setattr(cpp, "SMALL_PRODUCT", most)
+        monkeypatch.setattr(cpp_event_sum, "SMALL_PRODUCT", most)
         gradient(d, z)
         assert gradient.last is not None and gradient.last.how == how
 

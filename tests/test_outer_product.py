@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparsify.codegen import cpp_event_sum
 from sparsify.codegen import cpp_outer_product as cpp
-from sparsify.codegen.cpp_outer_product import Outcome, add_events, break_even
+from sparsify.codegen.cpp_event_sum import Outcome
+from sparsify.codegen.cpp_outer_product import add_events, break_even
 from sparsify.codegen.outer_product import ROWS_PER_SUM
 from sparsify.regions import outer_product as module
 from sparsify.regions.outer_product import (
@@ -33,7 +35,7 @@ ALL = 1.0  # events are never too many
 def any_size() -> Iterator[None]:
     """Products of any size are worth the kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp, "SMALL_PRODUCT", 0)
+        patch.setattr(cpp_event_sum, "SMALL_PRODUCT", 0)
         yield
 
 
@@ -235,7 +237,7 @@ def test_too_many_events_run_dense(activity: float, how: str) -> None:
 
 
 def test_small_products_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "SMALL_PRODUCT", 600 * 64 * 50)
+    monkeypatch.setattr(cpp_event_sum, "SMALL_PRODUCT", 600 * 64 * 50)
     product = OuterProduct(event=True)
     for senders, how in ((49, "dense"), (50, "event")):
         product(torch.randn(600, 64), torch.zeros(600, senders))
