@@ -35,6 +35,9 @@ PLACES = 384  # of 16 channels each: what a unit reads of ``d`` stays in the fir
 TILE = 16  # receiving channels that are copied together
 WIDEST_POOL = 32  # columns of blocks that the gradient of a pool has a kernel for
 ITEMS = 16  # tiles times parts
+# Of a window, and of places within a stride: with more, compiling would take many seconds.
+MOST_TAPS, MOST_CLASSES = 256, 64
+MOST_SENDERS = 65535  # of a channel's strip: they are listed as 16 bits
 HEADERS = (*OUTER_HEADERS, "strips.h", "convolution_gradient.h", "pool_gradient.h")
 ENTRY = "convolution_gradient_of"
 
@@ -96,6 +99,17 @@ def count_parts(convolution: ir.Convolution, units: int) -> int:
     """Into how many parts so many units are divided, which threads add on their own."""
     tiles = -(-convolution.channels[1] // TILE)
     return min(units, max(1, ITEMS // tiles))
+
+
+def why_no_kernel(convolution: ir.Convolution) -> str:
+    """What keeps kernels from gradients of the convolution, whatever it reads; or nothing."""
+    if prod(convolution.window) > MOST_TAPS:
+        return f"there is no kernel for windows of {convolution.window}"
+    if prod(convolution.stride) > MOST_CLASSES:
+        return f"there is no kernel for strides of {convolution.stride}"
+    if Unit.of(convolution).strip * convolution.maps[1] > MOST_SENDERS:
+        return f"there is no kernel for maps of {convolution.maps[1]} columns"
+    return ""
 
 
 class CppConvolutionKernel(CppEventSum):

@@ -34,6 +34,7 @@ struct Strips {
   static constexpr int64_t SENDERS = Map::strip_rows * Map::columns;  // of a channel and a batch row
   static_assert(COUNT == 1 || Map::strip_rows % Map::stride_rows == 0, "strips are alike");
   static_assert(SENDERS <= 65535, "senders are listed as 16 bits");
+  static_assert(CLASSES <= 256, "classes are listed as 8 bits");
 
   // The first row of the map of receivers that belongs to a strip.
   static constexpr int64_t top(int64_t strip) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -215,6 +216,25 @@ def test_small_gradients_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cpp_event_sum, "SMALL_PRODUCT", most)
         gradient(d, z)
         assert gradient.last is not None and gradient.last.how == how
+
+
+@pytest.mark.parametrize(
+    ("convolution", "reason"),
+    [
+        (ir.Convolution((2, 3), (1, 900), (1, 300), (1, 300)), r"windows of \(1, 300\)"),
+        (ir.Convolution((2, 3), (40, 40), (3, 3), (17, 17)), r"strides of \(17, 17\)"),
+        (ir.Convolution((1, 1), (1, 1 << 16), (1, 3)), "maps of 65536 columns"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolutions_that_kernels_have_no_room_for_run_dense(
+    convolution: ir.Convolution, reason: str, packed: bool
+) -> None:
+    d, z = operands(convolution, 2, 0.1)
+    gradient = ConvolutionGradient(convolution, True, packed)
+    wanted = dense_convolution_gradient(d, z, convolution)
+    assert torch.equal(gradient(d, pack_bits(z.flatten(-3)) if packed else z), wanted)
+    assert gradient.last is not None and re.search(reason, gradient.last.reason)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify import ir
-from sparsify.codegen.cpp_convolution_gradient import CppConvolutionKernel, Unit, count_parts
+from sparsify.codegen.cpp_convolution_gradient import (
+    CppConvolutionKernel,
+    Unit,
+    count_parts,
+    why_no_kernel,
+)
 from sparsify.codegen.outer_product import OuterKernel
 from sparsify.regions.event_sum import EventSum
 from sparsify.saved_bits import check_packed, unpack_bits
@@ -36,6 +41,7 @@ class ConvolutionGradient(EventSum):
         super().__init__(event)
         self.convolution = convolution
         self._packed = packed
+        self._unavailable = why_no_kernel(convolution)
 
     def of_bits(self) -> ConvolutionGradient:
         """The same gradient where ``z`` comes as bits."""

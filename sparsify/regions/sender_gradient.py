@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import ir
-from sparsify.codegen.cpp_convolution_gradient import WIDEST_POOL, unpool
+from sparsify.codegen.cpp_convolution_gradient import WIDEST_POOL, unpool, why_no_kernel
 from sparsify.codegen.outer_product import VALUES
 from sparsify.errors import BackendUnavailable, CompileError
 from sparsify.regions.convolution_gradient import maps_of, row_chunks
@@ -27,7 +27,7 @@ class SenderGradient(nn.Module):
     def __init__(self, convolution: ir.Convolution, packed: bool = False) -> None:
         super().__init__()
         self.convolution, self.packed = convolution, packed
-        self._unavailable = ""  # why there is no kernel
+        self._unavailable = why_no_kernel(convolution)
 
     def of_bits(self) -> SenderGradient:
         """The same gradient where ``z`` comes as bits."""
