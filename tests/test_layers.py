@@ -19,6 +19,7 @@ VOCABULARY = {
     "sparsify.bench",
     "sparsify.call_conditions",
     "sparsify.errors",
+    "sparsify.free_lock",
     "sparsify.free_memory",
     "sparsify.graph_meta",
     "sparsify.interpreter",

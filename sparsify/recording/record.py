@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsify.errors import TraceError
+from sparsify.free_lock import FreeLock
 from sparsify.recording.applications import Applications
 from sparsify.recording.backward_sizes import find_decision
 from sparsify.recording.calls import CannotRecord
@@ -34,7 +34,7 @@ from sparsify.recording.size_reads import SizeReads
 from sparsify.recording.sources import KnownTensors, marked_before
 from sparsify.uncollected import seldom_collected
 
-_LOCK = threading.RLock()
+_LOCK = FreeLock()
 
 
 def record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from sparsify.choosing.describe_sites import describe_kept
 from sparsify.codegen.backend import Backend
 from sparsify.compiling.compile_recording import summarize
 from sparsify.errors import CompileError, Refusal, RefusedError, TraceError
+from sparsify.free_lock import FreeLock
 from sparsify.free_memory import free_memory
 from sparsify.graphs.foresee_products import likely_products
 from sparsify.options import Options, is_disabled
@@ -47,7 +47,7 @@ CONFIRMED = "other sizes than those recorded are recorded once: the model does t
 WITHOUT_ROWS = "a call without rows runs the original, and decides nothing"
 MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
-COMPILING = threading.RLock()  # one recording and compilation at a time, in all threads
+COMPILING = FreeLock()  # one recording and compilation at a time, in all threads
 # Seconds to wait for it: the model that another thread records may itself wait for this call.
 PATIENCE = 5.0
 
