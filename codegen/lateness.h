@@ -31,6 +31,7 @@ class Lateness {
     if (record.body.load(std::memory_order_relaxed) != body) {
       record.body.store(body, std::memory_order_relaxed);
       record.took_ns = record.lost_ns = record.alone_ns = 0;
+      record.alone_until_ns.store(0, std::memory_order_relaxed);  // was another body's
     }
     if (record.took_ns > kRememberedNs) record.took_ns /= 2, record.lost_ns /= 2;
     record.took_ns += took_ns, record.lost_ns += lost_ns;
