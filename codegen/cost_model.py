@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ def calibrate_rates() -> Rates:
     No two measurements are the same, and predictions that lie close together would have a later
     process compile other kernels than those that are in the cache.
     """
-    parts = {"measured": "1", "CPU": cpu_identity(), "torch": torch.__version__}
+    measured = " ".join(field.name for field in fields(Rates))
+    parts = {"measured": measured, "CPU": cpu_identity(), "torch": torch.__version__}
     recipe = Recipe("rates", parts, {}, KEPT, KEPT, _keep_rates)
     try:
         path = current_cache().get(recipe)
