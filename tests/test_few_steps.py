@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify.api import sparsify
 from sparsify.choosing import choose, chooser
@@ -76,3 +76,23 @@ def test_loops_are_decided_on_what_all_steps_make(monkeypatch: pytest.MonkeyPatc
         assert steps == LONG
         # Of few steps there would be nothing in the middle.
         assert all(bool(part[FEW : FEW + 5].any()) for part in xs)
+
+
+class Dropped(nn.Module):
+    """A dropout before the loop, which runs whenever the loop's operands are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Spiking(lambda v: ATan.apply(v, 2.0))  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(nn.functional.dropout(x, 0.5))
+
+
+def test_compiling_draws_no_random_numbers() -> None:
+    x = (torch.rand(LONG, 4, INPUTS) < 0.3).float() * 4
+    model = Dropped()
+    before = torch.get_rng_state()
+    fast: Any = sparsify(model, x)
+    assert fast.compiled.kernels
+    assert torch.equal(torch.get_rng_state(), before)

@@ -25,6 +25,7 @@ from sparsify.products.refused_sites import first_refusal
 from sparsify.products.report import Site
 from sparsify.recording.keep_state import Snapshot
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
+from sparsify.recording.saved import random_states_kept
 from sparsify.recording.settle import settled
 from sparsify.serving.backends import Compilers, tensors_of
 from sparsify.serving.call_key import call_key
@@ -99,7 +100,8 @@ class Recordings:
             if gradients is None:
                 # In eval mode an example is one of inference, even where gradients are enabled.
                 gradients = torch.is_grad_enabled() and self.original.training
-            with torch.set_grad_enabled(gradients), self.compilers.ending_early():
+            drawn = random_states_kept()  # also by what is run to choose kernels
+            with torch.set_grad_enabled(gradients), self.compilers.ending_early(), drawn:
                 error = self._compile_restored(args, kwargs)
                 if error is not None and error.may_settle:
                     with settled(self.original, args, kwargs):
