@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from sparsify.api import sparsify
 from sparsify.choosing import choose, chooser
 from sparsify.choosing.choose import Choice, Task
 from sparsify.graphs import few_steps
-from sparsify.graphs.few_steps import FEW, FewSteps, run_steps
-from sparsify.graphs.loops import BACKWARD
+from sparsify.graphs.few_steps import FEW, FewSteps, run_steps, with_few_steps
+from sparsify.graphs.loops import BACKWARD, capture
 from sparsify.scans.scan import Scan
 from tests.spiking_net import INPUTS, Spiking
 from tests.surrogates import ATan
@@ -54,6 +56,20 @@ def test_all_steps_run_of_a_loop_that_is_not_much_longer() -> None:
     carries, xs = [torch.zeros(3)], [torch.ones(steps, 3)]
     assert run_steps(steps) == steps and run_steps(steps + 1) == FEW
     assert all(map(torch.equal, few(loop)(steps, carries, xs, []), loop(steps, carries, xs, [])))
+
+
+def test_what_few_steps_take_is_without_what_stands_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that is a second ahead at the second look, and two more at the third."""
+    graph = fx.Graph()
+    carry, xs = graph.placeholder("carry"), graph.placeholder("xs")
+    graph.output(graph.call_module("loop", (LONG, (carry,), (xs,), ())))
+    whole = fx.GraphModule({"loop": adding_loop(reverse=False)}, graph)
+    clock = itertools.accumulate(itertools.count())
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    captured = capture(with_few_steps(whole), [torch.zeros(3), torch.ones(LONG, 3)])
+    assert captured.seconds == {"loop": 2.0}
 
 
 def test_loops_are_decided_on_what_all_steps_make(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
+from sparsify.bench import wait_for_devices
 from sparsify.graphs.loops import with_modules
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.region import Region
@@ -39,8 +41,10 @@ class FewSteps(Scan):
     """Runs the first steps of a loop, in its order, and lets them stand for all others.
 
     Their ys are at both ends of the time: later loops begin at the one or the other. Between them
-    are zeros, which take no memory.
+    are zeros, which take no memory. ``seconds`` is what the steps took, without the rest.
     """
+
+    seconds: float | None = None
 
     def forward(
         self,
@@ -54,7 +58,10 @@ class FewSteps(Scan):
             return super().forward(steps, carries, xs, consts)
         first = steps - few if self.reverse else 0
         part = [x[first : first + few] for x in xs]
+        start = time.perf_counter()
         results = super().forward(few, carries, part, consts)
+        wait_for_devices()
+        self.seconds = time.perf_counter() - start
         whole = []
         for y in results[self.carries :]:
             long = y.new_zeros((steps, *y.shape[1:]))
