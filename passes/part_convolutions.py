@@ -68,7 +68,8 @@ def _through_pool(
 def _part(graph: fx.Graph, node: fx.Node, part: fx.Node, pooled: Set[fx.Node]) -> fx.Node:
     """One of three results of ``convolution_backward``, by itself."""
     info = part.meta["val"]
-    d, read = node.all_input_nodes[:2]
+    d, read = node.args[:2]
+    assert isinstance(d, fx.Node) and isinstance(read, fx.Node)
     if part.args[1] == 0:
         return _senders(graph, node, info, None)
     if part.args[1] == 2:

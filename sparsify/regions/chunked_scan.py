@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.regions.convolution_backward import WeightGradient
-from sparsify.regions.outer_product import Activation, OuterProduct
+from sparsify.regions.event_sum import Activation
+from sparsify.regions.outer_product import OuterProduct
 from sparsify.regions.region import Region
 from sparsify.scans.scan import Scan
 
@@ -30,7 +31,7 @@ NOWHERE: Mapping[int, Tensor | None] = {}
 class ChunkedScan(nn.Module):
     """``run``, followed by ``products[k](y, activation)`` of its y number ``reads[k]``.
 
-    The products are OuterProducts, which add to a total where they are given one.
+    OuterProducts and WeightGradients add to a total where they are given one.
 
     Returns the final carries, the ys that no product reads, stacked, and the products' sums over
     all steps, in this order.
