@@ -14,7 +14,9 @@ from sparsify.recording.recording import Args, Kwargs, Recording
 from sparsify.training_step import differentiate_result
 
 SPENT = "backward through the graph a second time"  # as torch says it
-MOST_ROUNDING = 256.0  # eps of the largest gradient: up to 23 were measured
+# Of n terms that cancel, sqrt(n) eps of their size is left as they are rounded: n are the places of
+# all maps, 2^16 and more. The largest gradient stands for their size; up to 23 eps were measured.
+MOST_ROUNDING = 256.0
 Call = tuple[Args, Kwargs]
 Gradients = Sequence[Tensor | None]
 
