@@ -28,7 +28,8 @@ class TrainingNet:
     ``layout`` is the input's: ``time first`` ``[T, B, N]``, ``batch first``, ``static`` ``[B, N]``
     or ``tokens`` ``[T, B]`` of int64. ``gain`` and ``bias`` set the activity, as in the zoo.
     ``mode`` is the module's: networks with dropout or zoneout draw random numbers in training.
-    ``code`` is why kernels can run no site, None if they can.
+    ``code`` is why kernels can run no site, None if they can, ``on_cuda`` whether CUDA has kernels
+    for the sites, too.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TrainingNet:
     layout: str = "time first"
     mode: str = "train"
     code: RefusalCode | None = None
+    on_cuda: bool = True
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         model = fill_weights(self.build(), self.gain, self.bias, None).to(dtype)
@@ -145,6 +147,7 @@ def from_zoo(entry: Entry) -> TrainingNet:
         entry.layout,
         "eval" if entry.name == "EGRU" else "train",
         code,
+        entry.on_cuda,
     )
 
 
