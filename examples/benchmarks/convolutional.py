@@ -99,7 +99,7 @@ class Net(nn.Module):
 
     def fire(self, v: Tensor | None, current: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         v = current if v is None else DECAY * v + current
-        z: Tensor = Spike.apply(v - self.thresholds[layer])
+        z: Tensor = Spike.apply(v - self.thresholds[layer])  # type: ignore[no-untyped-call]
         return v - z.detach() * self.thresholds[layer], z
 
 

@@ -105,7 +105,22 @@ class RecurrentClassifier(Thresholded):
         return logits[None]
 
 
-class FeedForwardClassifier(Thresholded):
+class Layers(Thresholded):
+    """Layers of LIF neurons that read no state but their own."""
+
+    theta: float
+
+    def advance(self, currents: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        spikes = []
+        for current in currents:
+            v = LEAK * v + current
+            z = self.spike(v - self.theta)
+            v = v - z * self.theta
+            spikes.append(z)
+        return torch.stack(spikes), (v,)
+
+
+class FeedForwardClassifier(Layers):
     """One hidden layer of LIF neurons; the membranes of the last one are the logits."""
 
     def __init__(self, inputs: int, hidden: int, classes: int) -> None:
@@ -129,15 +144,6 @@ class FeedForwardClassifier(Thresholded):
             logits.append(read)
         return torch.stack(logits)
 
-    def advance(self, currents: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        spikes = []
-        for current in currents:
-            v = LEAK * v + current
-            z = self.spike(v - self.theta)
-            v = v - z * self.theta
-            spikes.append(z)
-        return torch.stack(spikes), (v,)
-
     def in_chunks(self, x: Tensor, advance: Advance, steps: int) -> Tensor:
         currents = self.inp(x)
         spikes = chunked(partial(advance, self), currents, (torch.zeros_like(currents[0]),), steps)
@@ -149,7 +155,7 @@ class FeedForwardClassifier(Thresholded):
         return torch.stack(logits)
 
 
-class ConvolutionalClassifier(Thresholded):
+class ConvolutionalClassifier(Layers):
     """Two convolutions with LIF neurons and max-pools behind them, step by step."""
 
     def __init__(self, inputs: int, hidden: int, classes: int) -> None:
@@ -176,6 +182,20 @@ class ConvolutionalClassifier(Thresholded):
             s = self.spike(w - self.theta)
             w = w - s * self.theta
             read = LEAK * read + self.out(self.pool(s).flatten(1))
+            logits.append(read)
+        return torch.stack(logits)
+
+    def in_chunks(self, x: Tensor, advance: Advance, steps: int) -> Tensor:
+        maps = x.unflatten(2, (1, self.wide, self.wide))
+        for convolution in (self.first, self.second):
+            currents = convolution(maps.flatten(0, 1)).unflatten(0, x.shape[:2])
+            zeros = torch.zeros_like(currents[0])
+            spikes = chunked(partial(advance, self), currents, (zeros,), steps)
+            maps = self.pool(spikes.flatten(0, 1)).unflatten(0, x.shape[:2])
+        read = x.new_zeros(x.shape[1], self.out.out_features)
+        logits = []
+        for vote in self.out(maps.flatten(2)):
+            read = LEAK * read + vote
             logits.append(read)
         return torch.stack(logits)
 
