@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify import ir
 from sparsify.codegen.convolution_text import write_sizes
-from sparsify.codegen.cpp_event_sum import CppEventSum, Ended, Outcome
+from sparsify.codegen.cpp_event_sum import CppEventSum, Ended, run
 from sparsify.codegen.cpp_outer_product import HEADERS as OUTER_HEADERS
 from sparsify.codegen.outer_product import VALUES, Product, rows_of, source_of
 from sparsify.codegen.runtime import check_readable, load_runtime
@@ -174,10 +174,7 @@ def add_events(
         most,
         torch.get_num_threads(),
     )
-    outcome = Outcome(function(load_runtime().table, ctypes.byref(call)))
-    if outcome is Outcome.NO_MEMORY:
-        raise MemoryError(f"no memory for the gradient of a weight {list(result.shape)}")
-    return Ended(outcome, call.active, call.seen)
+    return run(function, call, result)
 
 
 def unpool(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
 
 from sparsify.codegen.outer_product import VALUES, Product
+from sparsify.codegen.runtime import load_runtime
 
 SMALL_PRODUCT = 1 << 21  # multiplications that take no longer than calling the kernel
 
@@ -28,6 +31,14 @@ class Ended:
     outcome: Outcome
     active: int
     seen: int
+
+
+def run(function: Any, call: Any, result: Tensor) -> Ended:
+    """What became of a ``call`` of the compiled ``function``, which writes to ``result``."""
+    outcome = Outcome(function(load_runtime().table, ctypes.byref(call)))
+    if outcome is Outcome.NO_MEMORY:
+        raise MemoryError(f"no memory for the gradient of a weight {list(result.shape)}")
+    return Ended(outcome, call.active, call.seen)
 
 
 class CppEventSum:

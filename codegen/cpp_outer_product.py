@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.codegen.cost_model import EVENT_ADDS_PER_MAC
-from sparsify.codegen.cpp_event_sum import SMALL_PRODUCT, CppEventSum, Ended, Outcome
+from sparsify.codegen.cpp_event_sum import SMALL_PRODUCT, CppEventSum, Ended, run
 from sparsify.codegen.outer_product import (
     VALUES,
     Foreseen,
@@ -21,7 +21,7 @@ from sparsify.codegen.outer_product import (
     source_of,
     source_type,
 )
-from sparsify.codegen.runtime import check_readable, load_runtime
+from sparsify.codegen.runtime import check_readable
 from sparsify.codegen.toolchain import (
     KERNEL_HEADERS,
     compile_shared_library,
@@ -138,10 +138,7 @@ def add_events(
         most,
         torch.get_num_threads(),
     )
-    outcome = Outcome(function(load_runtime().table, ctypes.byref(call)))
-    if outcome is Outcome.NO_MEMORY:
-        raise MemoryError(f"no memory for the gradient of a weight {list(result.shape)}")
-    return Ended(outcome, call.active, call.seen)
+    return run(function, call, result)
 
 
 @cache

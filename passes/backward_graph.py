@@ -276,10 +276,10 @@ class _Writer:
         event = fact is not None and fact.event and fact.payload != "zero"
         event = event or (reader is not None and reads_events(reader))
         name = f"outer_product_{sum(isinstance(m, PRODUCTS) for m in self.modules.values())}"
-        measured = None if reader is None else reader.meta.get("activity")
         if product.sizes:
-            self.modules[name] = WeightGradient(product.sizes, event, activity=measured)
+            self.modules[name] = WeightGradient(product.sizes, event)
         else:
+            measured = None if reader is None else reader.meta.get("activity")
             self.modules[name] = OuterProduct(event, activity=measured)
         result = self.graph.create_node("call_module", name, (d_values, values), name=name)
         if reader is not None:

@@ -33,7 +33,6 @@ from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.passes.without_packing import move_masks
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.convolution_backward import ReadGradient, WeightGradient
-from sparsify.regions.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits, packed_size, unpack_bits
 from sparsify.scans.differentiated import Differentiated
 from sparsify.scans.scan import Scan
@@ -133,7 +132,7 @@ def _can_read(user: fx.Node, place: fx.Node, modules: dict[str, nn.Module]) -> b
         return False
     module, args = modules[str(user.target)], user.args
     if isinstance(module, PRODUCTS):
-        return args[1] is place and args[0] is not place and not _reads_bits(module)
+        return args[1] is place and args[0] is not place and not module.packed
     if isinstance(module, ReadGradient):
         return args[2] is place and place not in args[:2] and not module.packed
     scan = module.scan if isinstance(module, ChunkedScan) else module
@@ -177,10 +176,6 @@ def _of_bits(product: nn.Module, activation: Any, packed: Collection[fx.Node]) -
     if isinstance(product, WeightGradient):
         return product.of_bits()
     return product.of_bits(shape_of(activation)[-1])
-
-
-def _reads_bits(product: OuterProduct | WeightGradient) -> bool:
-    return product.packed if isinstance(product, WeightGradient) else product.senders is not None
 
 
 def unpacking(scan: Scan, taken: Set[int]) -> Scan:

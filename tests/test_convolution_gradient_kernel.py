@@ -178,7 +178,7 @@ def test_any_layout_gives_the_same_bits() -> None:
     last = [t.to(memory_format=torch.channels_last) for t in (d, z)]
     assert torch.equal(gradient(*last), wanted)
     bits = pack_bits(steps[1].flatten(-3))[..., None].expand(-1, -1, -1, 2)[..., 0]
-    assert torch.equal(gradient.of_bits()(steps[0], bits), wanted)
+    assert torch.equal(ConvolutionGradient(SAME, True, packed=True)(steps[0], bits), wanted)
     assert torch.equal(gradient(d[:1].expand_as(d), z), reference(d[:1].expand_as(d), z, SAME))
     assert torch.equal(gradient(d[0], z[0]), reference(d[:1], z[:1], SAME))
     assert gradient.runs == {"event": 5, "dense": 0}

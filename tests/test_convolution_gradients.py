@@ -70,7 +70,7 @@ def test_gradients_are_torchs(convolution: ir.Convolution, seed: int) -> None:
     d, z, w = operands(convolution, (2, 3))
     of_w, of_z = of_autograd(convolution, d, z, w)
     assert torch.equal(ConvolutionGradient(convolution)(d, z), of_w)
-    assert torch.equal(ConvolutionGradient(convolution).of_bits()(d, bits_of(z)), of_w)
+    assert torch.equal(ConvolutionGradient(convolution, packed=True)(d, bits_of(z)), of_w)
     assert torch.equal(SenderGradient(convolution)(d, w, z), of_z)
 
 
@@ -119,7 +119,7 @@ def test_gradients_of_pools(
     gradient = SenderGradient(convolution)
     for threads in (1, 2):
         with torch_threads(threads):
-            assert torch.equal(gradient.of_bits()(d, w, bits_of(z)), of_z)
+            assert torch.equal(SenderGradient(convolution, packed=True)(d, w, bits_of(z)), of_z)
             assert torch.equal(gradient(d, w, z.bool()), of_z)
 
 

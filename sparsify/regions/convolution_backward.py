@@ -41,35 +41,34 @@ def sender_gradient(d: Tensor, w: Tensor, z: Tensor | None, *sizes: Any) -> Tens
     return result
 
 
-class WeightGradient(nn.Module):
-    """``weight_gradient`` of one convolution: ``d [..., Co, *], z [..., Ci, *] -> [Co, Ci, *]``.
+class _Gradient(nn.Module):
+    """One of both gradients; if it is ``packed``, ``z`` comes as bits of its rows."""
 
-    ``event`` says that ``z`` is mostly zero; if ``packed`` it comes as bits of its rows.
-    ``activity`` is the share of active values on an example, if known.
-    """
-
-    def __init__(
-        self,
-        sizes: Sizes,
-        event: bool = False,
-        packed: bool = False,
-        activity: float | None = None,
-    ) -> None:
+    def __init__(self, sizes: Sizes, packed: bool) -> None:
         super().__init__()
-        self.sizes, self.activity = sizes, activity
-        self.gradient = ConvolutionGradient(read_sizes(sizes), event, packed)
+        self.sizes, self.packed = sizes, packed
 
     @property
     def dims(self) -> int:
         return int(self.sizes[0])
 
+    def extra_repr(self) -> str:
+        return f"{self.sizes}"
+
+
+class WeightGradient(_Gradient):
+    """``weight_gradient`` of one convolution: ``d [..., Co, *], z [..., Ci, *] -> [Co, Ci, *]``.
+
+    ``event`` says that ``z`` is mostly zero.
+    """
+
+    def __init__(self, sizes: Sizes, event: bool = False, packed: bool = False) -> None:
+        super().__init__(sizes, packed)
+        self.gradient = ConvolutionGradient(read_sizes(sizes), event, packed)
+
     @property
     def event(self) -> bool:
         return self.gradient.event
-
-    @property
-    def packed(self) -> bool:
-        return self.gradient.packed
 
     @property
     def values(self) -> int:
@@ -79,7 +78,7 @@ class WeightGradient(nn.Module):
 
     def of_bits(self) -> WeightGradient:
         """The same gradient where ``z`` comes as bits."""
-        return WeightGradient(self.sizes, self.event, True, self.activity)
+        return WeightGradient(self.sizes, self.event, packed=True)
 
     def forward(self, d: Tensor, z: Tensor, total: Tensor | None = None) -> Tensor:
         """It is added to ``total``, in place, if that is given."""
@@ -93,28 +92,13 @@ class WeightGradient(nn.Module):
         result = self.gradient(maps, read, whole)
         return result.squeeze(2) if total is None else total
 
-    def extra_repr(self) -> str:
-        return f"{self.sizes}"
 
-
-class ReadGradient(nn.Module):
-    """``sender_gradient`` of one convolution: ``d [..., Co, *], w, z -> [..., Ci, *]``.
-
-    If ``packed``, ``z`` comes as bits of its rows.
-    """
+class ReadGradient(_Gradient):
+    """``sender_gradient`` of one convolution: ``d [..., Co, *], w, z -> [..., Ci, *]``."""
 
     def __init__(self, sizes: Sizes, packed: bool = False) -> None:
-        super().__init__()
-        self.sizes = sizes
+        super().__init__(sizes, packed)
         self.gradient = SenderGradient(read_sizes(sizes), packed)
-
-    @property
-    def dims(self) -> int:
-        return int(self.sizes[0])
-
-    @property
-    def packed(self) -> bool:
-        return self.gradient.packed
 
     def of_bits(self) -> ReadGradient:
         """The same gradient where ``z`` comes as bits."""
@@ -129,9 +113,6 @@ class ReadGradient(nn.Module):
             return result
         result = self.gradient(maps, w.unsqueeze(2), read)
         return result.squeeze(-2)
-
-    def extra_repr(self) -> str:
-        return f"{self.sizes}"
 
 
 def maps_of_receivers(d: Tensor, convolution: ir.Convolution, dims: int) -> Tensor:

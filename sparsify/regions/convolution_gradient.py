@@ -43,10 +43,6 @@ class ConvolutionGradient(EventSum):
         self._packed = packed
         self._unavailable = why_no_kernel(convolution)
 
-    def of_bits(self) -> ConvolutionGradient:
-        """The same gradient where ``z`` comes as bits."""
-        return ConvolutionGradient(self.convolution, self.event, packed=True)
-
     @property
     def packed(self) -> bool:
         return self._packed

@@ -29,10 +29,6 @@ class SenderGradient(nn.Module):
         self.convolution, self.packed = convolution, packed
         self._unavailable = why_no_kernel(convolution)
 
-    def of_bits(self) -> SenderGradient:
-        """The same gradient where ``z`` comes as bits."""
-        return SenderGradient(self.convolution, packed=True)
-
     def forward(self, d: Tensor, w: Tensor, z: Tensor | None = None) -> Tensor:
         convolution = self.convolution
         senders, receivers = convolution.channels

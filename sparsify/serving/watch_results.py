@@ -20,14 +20,13 @@ from torch.autograd.function import BackwardCFunction
 
 from sparsify.compiling.compiled import Compiled
 from sparsify.errors import Location, Refusal, RefusedError
-from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES
+from sparsify.passes.classify_ops import may_be_view
 from sparsify.passes.part_results import RESULT
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
 Forward = Callable[..., tuple[Tensor, ...]]
-PARTS = (aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.split.Tensor, operator.getitem)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _loop_of(result: Any, gm: fx.GraphModule) -> fx.Node | None:
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             return node if isinstance(module, (TrainedRegion, Scan)) else None
-        if node.target not in (*PARTS, *RESHAPES, *TRANSPOSES):
+        if node.target is not operator.getitem and not may_be_view(node):
             return None
         node = node.args[0]
     return None
