@@ -10,7 +10,8 @@ from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.team_groups import Grouped
-from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, items
+from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_loops import ALL_ROWS, Span, items
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_masks import masked_sum, whole_rows
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
