@@ -10,6 +10,7 @@ from torch import fx
 
 from sparsify.passes.tensor_info import copy_meta
 from sparsify.regions.convolution_backward import sender_gradient
+from sparsify.regions.step_norms import normalize
 
 aten = torch.ops.aten
 
@@ -64,6 +65,11 @@ def is_of_rows(node: fx.Node) -> bool:
     is_norm = node.target is aten.batch_norm.default
     rank = len(node.meta["val"].shape)
     return rank > 1 and node.args[5] is False if is_norm else rank == 4
+
+
+def is_part_of_norm(node: fx.Node) -> bool:
+    """True for the results of a norm that has several: by the statistics of each step."""
+    return node.target is operator.getitem and node.all_input_nodes[0].target is normalize
 
 
 def draws_random(node: fx.Node) -> bool:
@@ -146,7 +152,7 @@ def keep_measured(made: fx.Node, product: fx.Node) -> fx.Node:
 
 def coupled_operand(node: fx.Node) -> fx.Node | None:
     """What a product, a reduction or a pool reads of several neurons; None for every other op."""
-    is_coupled = node.target in REDUCTIONS or node.target is sender_gradient or is_of_rows(node)
+    is_coupled = node.target in (*REDUCTIONS, sender_gradient, normalize) or is_of_rows(node)
     if node.op == "call_function" and is_coupled:
         return node.all_input_nodes[0]
     return product_operand(node)

@@ -15,12 +15,14 @@ from sparsify.passes.classify_ops import (
     coupled_operand,
     draws_random,
     is_of_rows,
+    is_part_of_norm,
     product_operand,
 )
 from sparsify.passes.time_levels import TimeLevels
 from sparsify.regions.convolution_backward import sender_gradient
+from sparsify.regions.step_norms import normalize
 
-_AT_ONCE = (*REDUCTIONS, sender_gradient)  # for all steps, wherever they can be
+_AT_ONCE = (*REDUCTIONS, sender_gradient, normalize)  # for all steps, wherever they can be
 
 
 @dataclass(eq=False)
@@ -69,6 +71,10 @@ class Partition:
         return [n for n in self.levels.nodes if n in self.batched and n.target in REDUCTIONS]
 
     @property
+    def norms(self) -> list[fx.Node]:
+        return [n for n in self.levels.nodes if n in self.batched and n.target is normalize]
+
+    @property
     def sliced(self) -> list[fx.Node]:
         return [node for node in self.levels.nodes if node in self.batched and is_part(node)]
 
@@ -101,7 +107,8 @@ class Partition:
             if not can_batch(node, levels.invariant):
                 continue
             operand = coupled_operand(node)
-            if node.target in RESHAPES and node.all_input_nodes[0] in pooled:
+            is_view = node.target in RESHAPES or is_part_of_norm(node)
+            if is_view and node.all_input_nodes[0] in pooled:
                 pooled.add(node)
                 self.batched.add(node)
             elif operand is None:
@@ -109,12 +116,13 @@ class Partition:
                     continue
                 reduced.add(node)
                 self.batched.add(node)
-            elif node.target in _AT_ONCE or is_of_rows(node) or hoist_products(node):
+            elif is_of_rows(node) or node.target in _AT_ONCE or hoist_products(node):
                 feeding = self._batchable(operand)
                 if feeding is not None:
                     self.batched |= {node, *feeding}
-                    reduced |= {node} if node.target in _AT_ONCE else set()
-                    pooled |= {node} if is_of_rows(node) else set()
+                    is_pooled = is_of_rows(node) or node.target is normalize
+                    pooled |= {node} if is_pooled else set()
+                    reduced |= {node} if node.target in _AT_ONCE and not is_pooled else set()
 
     def _batchable(self, node: fx.Node) -> set[fx.Node] | None:
         """What must be batched so that ``node`` is had for all steps; None if that cannot be."""

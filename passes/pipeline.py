@@ -7,6 +7,7 @@ from torch import fx
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
 from sparsify.passes.look_up_products import look_up_products
+from sparsify.passes.part_norms import part_norms
 from sparsify.passes.read_delays import read_delays
 from sparsify.passes.read_single_parts import read_single_parts
 from sparsify.passes.result import Pass, PassResult
@@ -36,6 +37,7 @@ def scan_matrix_products(gm: fx.GraphModule) -> PassResult:
 
 PIPELINE: tuple[Pass, ...] = (
     single_results,
+    part_norms,
     expand_rnn,
     read_single_parts,
     read_delays,
