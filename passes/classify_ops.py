@@ -55,16 +55,21 @@ REDUCTIONS = (
 # What computes every row of the batch by itself, from several of its neurons or with parameters of
 # channels; see ``single_results``. No kernel has them but where a convolution is beside them.
 POOL = aten.max_pool2d.default
-OF_ROWS = (POOL, aten.avg_pool2d.default, aten.batch_norm.default)
+NORMS = (aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default)
+OF_ROWS = (POOL, aten.avg_pool2d.default, *NORMS)
 
 
 def is_of_rows(node: fx.Node) -> bool:
-    """True for pools, and norms in eval mode, of ``[B, C, ...]``."""
+    """True for pools and norms of ``[B, C, ...]``; those of batches in eval mode."""
     if node.target not in OF_ROWS:
         return False
-    is_norm = node.target is aten.batch_norm.default
-    rank = len(node.meta["val"].shape)
-    return rank > 1 and node.args[5] is False if is_norm else rank == 4
+    rank, args = len(node.meta["val"].shape), node.args
+    if node.target is aten.layer_norm.default:
+        normalized: Any = args[1]
+        return rank > len(normalized)
+    if node.target is aten.batch_norm.default and args[5] is not False:
+        return False
+    return rank > 1 if node.target in NORMS else rank == 4
 
 
 def is_part_of_norm(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from torch import fx
 
 from sparsify.passes.batch_steps import can_batch, is_part
 from sparsify.passes.classify_ops import (
+    NORMS,
     REDUCTIONS,
     RESHAPES,
     coupled_operand,
@@ -72,7 +73,8 @@ class Partition:
 
     @property
     def norms(self) -> list[fx.Node]:
-        return [n for n in self.levels.nodes if n in self.batched and n.target is normalize]
+        kinds = (normalize, *NORMS)
+        return [n for n in self.levels.nodes if n in self.batched and n.target in kinds]
 
     @property
     def sliced(self) -> list[fx.Node]:

@@ -12,6 +12,7 @@ from sparsify.passes.read_delays import read_delays
 from sparsify.passes.read_single_parts import read_single_parts
 from sparsify.passes.result import Pass, PassResult
 from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.scale_norms import scale_norms
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.set_apart import set_apart
 from sparsify.passes.single_results import single_results
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     split_operands,
     split_gates,
     roll_loops,
+    scale_norms,
     find_events,
     split_products,
     find_events,

@@ -56,6 +56,8 @@ _COUPLED: dict[str, str] = {
     "std": "averages neurons",
     "native_layer_norm": "normalises over neurons",
     "layer_norm": "normalises over neurons",
+    "native_group_norm": "normalises over neurons",
+    "group_norm": "normalises over neurons",
     "native_batch_norm": "normalises over the batch",
     "any": "looks at several neurons",
     "all": "looks at several neurons",

@@ -184,17 +184,35 @@ def test_other_lengths_and_batches_are_counted_as_they_are() -> None:
         fast(torch.rand(3, 1, INPUTS, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_norms_of_rows_leave_the_loop(convolutional: bool) -> None:
+    torch.manual_seed(0)
+    model = Layers(convolutional).double().train()
+    shape = (4, 6, 6) if convolutional else (HIDDEN,)
+    model.norms = nn.ModuleList([nn.LayerNorm(shape), nn.GroupNorm(1, 3 if convolutional else 5)])
+    eager, x = copy.deepcopy(model.double()), inputs(convolutional)
+    fast: Any = sparsify.sparsify(model, x, timing=False)
+    for norm in ("layer_norm", "group_norm"):
+        assert fast.code.count(f"aten.{norm}.default(") == 1
+    assert_trains_alike(fast, eager, x)
+
+
 class Recurrent(nn.Module):
     """The norm is of what the recurrent weight gives, or of the input's part alone."""
 
-    def __init__(self, inside: bool) -> None:
+    def __init__(self, inside: bool, convolutional: bool = False) -> None:
         super().__init__()
-        self.encode, self.norm = nn.Linear(INPUTS, HIDDEN), nn.BatchNorm1d(HIDDEN)
-        self.recur = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        if convolutional:
+            self.encode: nn.Module = nn.Conv2d(2, HIDDEN, 3, padding=1)
+            self.norm: nn.Module = nn.BatchNorm2d(HIDDEN)
+            self.recur: nn.Module = nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1, bias=False)
+        else:
+            self.encode, self.norm = nn.Linear(INPUTS, HIDDEN), nn.BatchNorm1d(HIDDEN)
+            self.recur = nn.Linear(HIDDEN, HIDDEN, bias=False)
         self.inside = inside
 
     def forward(self, x: Tensor) -> Tensor:
-        v = spikes = x.new_zeros(x.shape[1], HIDDEN)
+        v = spikes = x.new_zeros(x.shape[1], HIDDEN, *x.shape[3:])
         seen = []
         for x_t in x:
             current = self.encode(x_t)
@@ -222,3 +240,19 @@ def test_a_norm_of_recurrent_input_stays(inside: bool) -> None:
     if inside:
         assert "normalises over the batch in every step" in site.reason
         assert "Let it work on the input's part" in site.remedy
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_a_norm_of_eval_mode_is_part_of_a_recurrent_step(convolutional: bool) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(True, convolutional).double()
+    x = inputs(convolutional)
+    with torch.no_grad():
+        model(x)  # for statistics to scale by
+    eager = copy.deepcopy(model.eval()).requires_grad_(not convolutional)
+    fast: Any = sparsify.sparsify(model.requires_grad_(not convolutional), x, timing=False)
+    assert fast.report["recur"].decision == "event" and "batch_norm" not in fast.code
+    if convolutional:  # whose gradients run as they are
+        assert 0 < float(eager(x).mean()) < 1 and torch.equal(fast(x), eager(x))
+    else:
+        assert_trains_alike(fast, eager, x)
