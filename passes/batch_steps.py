@@ -33,7 +33,8 @@ OF_ONE_RANK = (torch.channels_last, torch.channels_last_3d)
 def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
     """True if ``batch_step`` can compute ``node`` from the stacked values of its operands."""
     if node.target is normalize:
-        return all(other in invariant for other in node.all_input_nodes[1:])
+        scales = node.all_input_nodes[1:]
+        return all(scale in invariant or "stored" in scale.meta for scale in scales)
     if isinstance(node.meta["val"], (tuple, list)):
         return False
     if product_operand(node) is not None:
@@ -226,8 +227,7 @@ class _Batcher:
 
     def norm(self) -> fx.Node:
         """What normalises every step by its own statistics, which come beside it."""
-        value = self.stacked(self.node.all_input_nodes[0])
-        args = (value, *fx.map_arg(self.node.args[1:], self.constant))
+        args = fx.map_arg(self.node.args, lambda n: self.stacked(n) or self.constant(n))
         infos = tuple(with_shape(i, (self.steps, *i.shape)) for i in self.node.meta["val"])
         return call(self.graph, normalize_steps, args, infos, self.node)
 

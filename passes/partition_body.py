@@ -101,7 +101,8 @@ class Partition:
 
     def _find_batched(self, hoist_products: Callable[[fx.Node], bool]) -> None:
         levels = self.levels
-        reduced: set[fx.Node] = set()  # reductions, and what is made of them and of nothing else
+        # Reductions, what the model keeps for each step, and what is made of them and nothing else.
+        reduced = {place for place in levels.scan.placeholders if "stored" in place.meta}
         pooled: set[fx.Node] = set()  # pools and norms, and views of them
         for node in levels.nodes:
             if node in levels.recurrent or node in levels.invariant:
@@ -111,7 +112,8 @@ class Partition:
             operand = coupled_operand(node)
             is_view = node.target in RESHAPES or is_part_of_norm(node)
             if is_view and node.all_input_nodes[0] in pooled:
-                pooled.add(node)
+                is_statistic = is_part_of_norm(node) and node.args[1] != 0
+                (reduced if is_statistic else pooled).add(node)
                 self.batched.add(node)
             elif operand is None:
                 if not all(i in reduced or i in levels.invariant for i in node.all_input_nodes):

@@ -1,4 +1,4 @@
-"""Write norms of eval mode within a recurrence as a factor and a summand of each channel.
+"""Write norms of eval mode as a factor and a summand of each channel, where they stay in the loop.
 
 Before, in every step::
 
@@ -8,7 +8,8 @@ After, where ``scale`` and ``shift`` are the same in every step::
 
     v = v * 0.5 + ((mm(z, w) + i) * scale + shift)
 
-Kernels compute that with the rest of the step. Other norms are those of all steps at once.
+Kernels compute that with the rest of the step. So it is with norms of which every step has its own.
+Others leave the loop: they are computed for all steps at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sparsify.passes.classify_ops import is_of_rows
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.scale_of_norm import scale_of, write_scaled
-from sparsify.passes.time_levels import find_time_levels
+from sparsify.passes.time_levels import TimeLevels, find_time_levels
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ NORM = aten.batch_norm.default
 
 
 def scale_norms(gm: fx.GraphModule) -> PassResult:
-    """Rewrite the bodies of Scans in which the next step depends on a norm."""
+    """Rewrite norms that the next step depends on, and those of single steps."""
     modules: dict[str, nn.Module] = dict(gm.named_children())
     done: list[str] = []
     for name, scan in list(modules.items()):
@@ -37,9 +38,8 @@ def scale_norms(gm: fx.GraphModule) -> PassResult:
         ):
             continue
         levels = find_time_levels(scan)
-        norms = [n for n in levels.nodes if n.target is NORM and n in levels.recurrent]
-        kept = levels.invariant
-        norms = [n for n in norms if is_of_rows(n) and kept.issuperset(n.all_input_nodes[1:])]
+        norms = [n for n in levels.nodes if n.target is NORM and is_of_rows(n)]
+        norms = [n for n in norms if n in levels.recurrent or not _is_of_all_steps(n, levels)]
         if norms:
             modules[name] = scan.with_graph(_scaled(scan, {norm.name for norm in norms}))
             done += [f"{norm.meta.get('location')}: {norm.name} scales channels" for norm in norms]
@@ -47,6 +47,10 @@ def scale_norms(gm: fx.GraphModule) -> PassResult:
         return PassResult(gm)
     graph = copy_graph(gm.graph)
     return PassResult(fx.GraphModule(modules, graph, class_name=type(gm).__name__), done)
+
+
+def _is_of_all_steps(norm: fx.Node, levels: TimeLevels) -> bool:
+    return levels.invariant.issuperset(norm.all_input_nodes[1:])
 
 
 def _scaled(scan: Scan, names: set[str]) -> fx.Graph:

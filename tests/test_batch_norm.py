@@ -197,6 +197,48 @@ def test_norms_of_rows_leave_the_loop(convolutional: bool) -> None:
     assert_trains_alike(fast, eager, x)
 
 
+class OfSteps(Layers):
+    """Every step has norms of its own, without biases (BNTT)."""
+
+    def __init__(self, convolutional: bool) -> None:
+        super().__init__(convolutional)
+        kind: Any = nn.BatchNorm2d if convolutional else nn.BatchNorm1d
+        of_layers: list[nn.Module] = []
+        for size in [norm.num_features for norm in self.norms]:
+            norms = [kind(size, eps=1e-4) for _ in range(STEPS)]
+            for norm in norms:
+                nn.init.uniform_(norm.weight)
+                norm.bias = None
+            of_layers.append(nn.ModuleList(norms))
+        self.norms = nn.ModuleList(of_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, seen = [0.0, 0.0], []
+        for t in range(len(x)):
+            spikes = x[t]
+            for index, layer in enumerate(self.layers):
+                norms: Any = self.norms[index]
+                v = 0.5 * states[index] + norms[t](layer(spikes))
+                spikes = apply(v - 0.5)
+                states[index] = v - spikes.detach()
+            seen.append(spikes)
+        return torch.stack(seen)
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_steps_may_have_norms_of_their_own(convolutional: bool) -> None:
+    torch.manual_seed(0)
+    model = OfSteps(convolutional).double().train()
+    eager, x = copy.deepcopy(model), inputs(convolutional)
+    fast: Any = sparsify.sparsify(model, x, timing=False)
+    assert fast.code.count("normalize_steps(") == 2
+    for _ in range(2):
+        assert_trains_alike(fast, eager, x)
+    fast.eval(), eager.eval()
+    assert_trains_alike(fast, eager, x)
+    assert "batch_norm" not in fast.code and fast.report["layers.1"].decision == "event"
+
+
 class Recurrent(nn.Module):
     """The norm is of what the recurrent weight gives, or of the input's part alone."""
 

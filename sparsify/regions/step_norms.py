@@ -30,16 +30,20 @@ def normalize(
 def normalize_steps(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Normalized:
-    """``normalize`` of every step of ``x [T, B, C, ...]``: time stays in front."""
+    """``normalize`` of every step of ``x [T, B, C, ...]``: time stays in front.
+
+    Weights and biases are those of all steps, ``[C]``, or of each, ``[T, C]``.
+    """
     steps, channels = x.shape[0], x.shape[2]
+    weight, bias = (None if w is None else w.expand(steps, channels) for w in (weight, bias))
     if steps == 0 or x[0].numel() > AT_ONCE:
         mean, variance = x.new_zeros((2, steps, channels), dtype=dtype).unbind()
         y: Tensor = _EachStep.apply(x, weight, bias, eps, mean, variance)  # type: ignore[no-untyped-call]
         return y, mean, variance
     # Channels of different steps are different channels.
     side_by_side = x.transpose(0, 1).flatten(1, 2)
-    wide_weight, wide_bias = (None if w is None else w.repeat(steps) for w in (weight, bias))
-    wide, mean, variance = normalize(side_by_side, wide_weight, wide_bias, eps, dtype)
+    weight, bias = (None if w is None else w.flatten() for w in (weight, bias))
+    wide, mean, variance = normalize(side_by_side, weight, bias, eps, dtype)
     y = wide.reshape(x.transpose(0, 1).shape).transpose(0, 1).contiguous()
     return y, mean.view(steps, channels), variance.view(steps, channels)
 
@@ -61,11 +65,11 @@ class _EachStep(torch.autograd.Function):
         variances: Tensor,
     ) -> Tensor:
         y, kept, inverse = torch.empty_like(x), torch.empty_like(means), torch.empty_like(means)
-        steps = zip(x, means, variances, y, kept, inverse, strict=True)
-        for x_t, mean, variance, *results in steps:
-            given = (x_t, weight, bias, mean, variance, True, 1.0, eps)
-            out = dict(zip(("out", "save_mean", "save_invstd"), results, strict=True))
-            aten.native_batch_norm.out(*given, **out)
+        for t in range(len(x)):
+            scales = (None if w is None else w[t] for w in (weight, bias))
+            given = (x[t], *scales, means[t], variances[t], True, 1.0, eps)
+            results = {"out": y[t], "save_mean": kept[t], "save_invstd": inverse[t]}
+            aten.native_batch_norm.out(*given, **results)
         ctx.save_for_backward(x, weight, kept, inverse)
         ctx.eps = eps
         return y
@@ -75,17 +79,16 @@ class _EachStep(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kept, inverse = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        d_x = torch.empty_like(x) if wanted[0] else None
-        d_weight, d_bias = (torch.zeros_like(kept[0]) if w else None for w in wanted[1:])
-        for t in reversed(range(len(x))):  # in the order in which autograd adds up
-            given = (d[t], x[t], weight, None, None, kept[t], inverse[t], True, ctx.eps, wanted)
+        places = (x, kept, kept)
+        whole = [torch.empty_like(p) if w else None for p, w in zip(places, wanted, strict=True)]
+        for t in range(len(x)):
+            scale = None if weight is None else weight[t]
+            given = (d[t], x[t], scale, None, None, kept[t], inverse[t], True, ctx.eps, wanted)
             parts = aten.native_batch_norm_backward(*given)
-            if d_x is not None:
-                d_x[t] = parts[0]
-            for total, part in zip((d_weight, d_bias), parts[1:], strict=True):
-                if total is not None:
-                    total += part
-        return d_x, d_weight, d_bias, None, None, None
+            for gradient, part in zip(whole, parts, strict=True):
+                if gradient is not None:
+                    gradient[t] = part
+        return *whole, None, None, None
 
 
 def moving_average(first: Tensor, values: Tensor, momentum: float) -> Tensor:
