@@ -298,3 +298,11 @@ def test_a_norm_of_eval_mode_is_part_of_a_recurrent_step(convolutional: bool) ->
         assert 0 < float(eager(x).mean()) < 1 and torch.equal(fast(x), eager(x))
     else:
         assert_trains_alike(fast, eager, x)
+
+
+def test_a_cumulative_average_is_refused_by_name() -> None:
+    fast: Any = sparsify.sparsify(Layers(False, momentum=None), timing=False)
+    with pytest.warns(
+        UserWarning, match="how many batches a norm has seen reaches Python; give it"
+    ):
+        fast(inputs(False).float())
