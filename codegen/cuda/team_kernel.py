@@ -309,7 +309,7 @@ class TeamKernel:
     def wanted(self, gather: ir.Gather, phase: ir.Phase) -> str:
         """Whether row b wants the sum of neuron n, which is i of the slice."""
         assert gather.only is not None
-        wild = f"any_of(shared.{self.name(gather.source)}_wild[row])"
+        wild = self.any_wild(gather.source)
         operand = self.operand(gather.only)
         if operand is None:
             member = old_value(gather.only, phase, self.usage, self.symbols)
@@ -317,6 +317,10 @@ class TeamKernel:
         element = operand_element(operand, self.symbols)
         tested = element if operand.dtype in ("bool", "bits") else f"{element} != 0"
         return f"{wild} || {tested}"
+
+    def any_wild(self, source: str) -> str:
+        """Whether a value of a source is wild in this row."""
+        return f"any_of(shared.{self.name(source)}_wild[row])"
 
 
 @dataclass(frozen=True)
