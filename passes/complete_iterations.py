@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,10 +28,12 @@ from torch import fx
 from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.encode_nodes import (
     Code,
+    Kind,
     Number,
     Ref,
     encode,
     head_of,
+    kind_of,
     leaves,
     rebuild,
     same_heads,
@@ -111,12 +112,12 @@ class _Alignment:
     def align(self, nodes: list[fx.Node]) -> _Alignment | None:
         """Pair each node with its counterpart; None if the rest is needed or draws numbers."""
         self.nodes = nodes
-        alike: dict[Hashable, list[int]] = {}
+        alike: dict[Kind, list[int]] = {}
         for index, node in enumerate(nodes):
-            alike.setdefault(self._kind_of(node), []).append(index)
+            alike.setdefault(kind_of(node, self.loop.depth), []).append(index)
         cursor = 0
         for position, node in enumerate(self.pattern):
-            indices = alike.get(self._kind_of(node), [])
+            indices = alike.get(kind_of(node, self.loop.depth), [])
             later = indices[bisect_left(indices, cursor) :]
             at = next((i for i in later if self._agrees(nodes[i], position)), None)
             if at is None:
@@ -151,14 +152,6 @@ class _Alignment:
         earlier = self.earlier[position] if self.earlier else ()
         known = earlier if len(earlier) == len(wanted) else (None,) * len(wanted)
         return len(codes) == len(wanted) and all(map(_may_correspond, codes, wanted, known))
-
-    def _kind_of(self, node: fx.Node) -> Hashable:
-        """What it is, its line, its layer and iterations of inner loops: layers alike compute the
-        same one by one.
-        """
-        inner = node.meta.get("loops", ())[self.loop.depth + 1 :]
-        iterations = tuple(step.iteration for step in inner)
-        return head_of(node), node.meta.get("location"), node.meta.get("module"), iterations
 
     def complete(self) -> list[fx.Node]:
         """The iteration with a copy of the pattern's node for each that is missing."""
