@@ -29,7 +29,8 @@ def burn_in(tape: Tape, x: Tensor) -> Tensor:
 
 
 def late_sum(tape: Tape, x: Tensor) -> Any:
-    v, total = zeros(x), 0
+    total: Any = 0
+    v = zeros(x)
     for t in tape.loop(range(x.size(0))):
         v, z = lif(v, F.linear(x[t], W0))
         if t >= x.size(0) // 2:
