@@ -235,7 +235,7 @@ def test_what_changes_at_a_few_steps_is_rolled(model: Model) -> None:
     assert roll_loops(result.graph).done == []
 
 
-@pytest.mark.parametrize("steps", [13, 14, 19, 23])
+@pytest.mark.parametrize("steps", [13, 23])
 @pytest.mark.parametrize("model", ROLLED, ids=lambda model: model.__name__)
 def test_other_lengths_keep_their_bits(model: Model, steps: int) -> None:
     recorded = pruned(model, steps)

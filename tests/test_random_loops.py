@@ -136,7 +136,7 @@ class ChangingModel(RandomModel):
         return step == steps - 1 or self.is_in(self.kinds[index], step)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10**6), steps=st.integers(1, 16))
 def test_random_loops_that_change_keep_their_bits(seed: int, steps: int) -> None:
     model = ChangingModel(seed)
@@ -180,10 +180,10 @@ def test_random_loops_are_mostly_rolled() -> None:
 
 def test_random_loops_that_change_are_mostly_rolled() -> None:
     rolled = 0
-    for seed in range(60):
+    for seed in range(30):
         model = ChangingModel(seed)
         shape = (BATCH, 16, N) if model.batch_first else (16, BATCH, N)
         recorded = record_unrolled(model, [torch.randn(shape)], model.weights)
         recorded.graph.graph.eliminate_dead_code()
         rolled += bool(scans(roll_loops(recorded.graph).graph))
-    assert rolled >= 45
+    assert rolled >= 22
