@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
+from sparsify.products.report import Report
 from tests.training_harness import Loss, assert_same_gradients, gradients_of, weighted_sum
 from tests.zoo_surrogates import Triangle
 
@@ -63,7 +64,8 @@ class Clockwork(Changing):
             if t % 3 == 0:
                 u, s = self.step(self.slow(z), u, s)
             out.append(z)
-        return self.read(torch.stack(out))
+        result: Tensor = self.read(torch.stack(out))
+        return result
 
 
 class WithoutInput(Changing):
@@ -118,3 +120,17 @@ def test_every_length_has_the_results_and_gradients_of_the_model(
     assert fast.compiled.recordings == recordings
     kernels = {site.name: site.region for site in fast.report.sites if site.region}
     assert "rec" in kernels, fast.report
+
+
+def report_of(model: nn.Module) -> Report:
+    with torch.no_grad():
+        fast: Any = sparsify(model.double(), spikes(12), timing=False)
+    report: Report = fast.report
+    return report
+
+
+def test_the_report_says_in_which_steps_a_product_runs() -> None:
+    late, slow = report_of(BurnIn()), report_of(Clockwork())
+    assert (late["rec"].steps, late["read"].steps) == ("", "5-11")
+    assert (slow["rec"].steps, slow["slow"].steps) == ("", "0, 3, ..., 9")
+    assert " steps " in str(late).splitlines()[0]

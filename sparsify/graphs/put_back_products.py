@@ -25,6 +25,7 @@ from sparsify.passes.tensor_info import call, with_shape, without_dim
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
+OPERANDS = 4  # of the call of a Scan: steps, carries, xs, consts; links follow
 
 
 def put_back_products(gm: fx.GraphModule) -> fx.GraphModule:
@@ -48,8 +49,8 @@ def _is_lone_product(scan: Scan) -> bool:
 
 def _is_of_one_step(node: fx.Node) -> bool:
     """Also False where its gradient is a link's, which another loop's gradient reads."""
-    steps, _carries, _xs, _consts, *links = node.args
-    return steps == 1 and not links
+    steps: object = node.args[0]
+    return steps == 1 and len(node.args) == OPERANDS
 
 
 def _put_back(graph: fx.Graph, node: fx.Node, scan: Scan) -> None:
