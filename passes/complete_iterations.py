@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,10 +28,12 @@ from torch import fx
 from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.encode_nodes import (
     Code,
+    Kind,
     Number,
     Ref,
     encode,
     head_of,
+    kind_of,
     leaves,
     rebuild,
     same_heads,
@@ -113,7 +114,7 @@ class _Alignment:
         """Pair each node with its counterpart; None if the rest is needed or draws numbers."""
         self.nodes = nodes
         self.shared = _modules(nodes) & _modules(self.pattern)
-        alike: dict[Hashable, list[int]] = {}
+        alike: dict[Kind, list[int]] = {}
         for index, node in enumerate(nodes):
             alike.setdefault(self._kind_of(node), []).append(index)
         cursor = 0
@@ -154,15 +155,10 @@ class _Alignment:
         known = earlier if len(earlier) == len(wanted) else (None,) * len(wanted)
         return len(codes) == len(wanted) and all(map(_may_correspond, codes, wanted, known))
 
-    def _kind_of(self, node: fx.Node) -> Hashable:
-        """What it is, its line, its layer and iterations of inner loops: layers alike compute the
-        same one by one. A layer of one iteration, as a norm may be, stands where another stood.
-        """
-        inner = node.meta.get("loops", ())[self.loop.depth + 1 :]
-        iterations = tuple(step.iteration for step in inner)
-        module = node.meta.get("module")
-        layer = module if module in self.shared else None
-        return head_of(node), node.meta.get("location"), layer, iterations
+    def _kind_of(self, node: fx.Node) -> Kind:
+        """A layer of one iteration, as a norm may be, stands where another stood."""
+        is_shared = node.meta.get("module") in self.shared
+        return kind_of(node, self.loop.depth, with_layer=is_shared)
 
     def complete(self) -> list[fx.Node]:
         """The iteration with a copy of the pattern's node for each that is missing."""

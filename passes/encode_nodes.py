@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -35,6 +35,7 @@ class Open(NamedTuple):
     keyword: str = ""
 
 
+Kind = Hashable
 Code = Any  # Ref, Number, Open, fx.Node (a value from outside of the loop) or another literal
 Where = Mapping[fx.Node, tuple[int, int]]  # node -> (iteration, position)
 
@@ -42,6 +43,16 @@ Where = Mapping[fx.Node, tuple[int, int]]  # node -> (iteration, position)
 def head_of(node: fx.Node) -> tuple[Any, ...]:
     """What must be equal in every iteration, whatever the arguments are."""
     return (node.op, node.target, *shape_of(node))
+
+
+def kind_of(node: fx.Node, depth: int, with_layer: bool = True) -> Kind:
+    """What it is, its line, its layer and its iterations of loops inside of that at ``depth``.
+
+    Layers alike compute the same one by one.
+    """
+    inner = tuple(step.iteration for step in node.meta.get("loops", ())[depth + 1 :])
+    layer = node.meta.get("module") if with_layer else None
+    return head_of(node), node.meta.get("location"), layer, inner
 
 
 def same_heads(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> bool:

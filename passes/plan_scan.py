@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from sparsify.passes.classify_ops import is_part_of_norm, is_stored
-from sparsify.passes.encode_nodes import leaves, shape_of
+from sparsify.passes.classify_ops import SLICES, is_part_of_norm, is_stored
+from sparsify.passes.encode_nodes import encode_literal, leaves, shape_of
 from sparsify.passes.find_loops import Loop
 from sparsify.passes.find_series import (
     Owner,
@@ -74,7 +74,7 @@ def _find_per_step(plan: ScanPlan, owner: Owner) -> Mismatch | None:
         for index, slot in enumerate(slots):
             if not isinstance(slot, PerStep):
                 continue
-            source = _step_source(slot.nodes, owner, plan, plan.match.pattern[position])
+            source = _step_source(slot.nodes, owner, plan, plan.match.pattern[position], index)
             if isinstance(source, Mismatch):
                 node = plan.match.iterations[source.iteration][position]
                 return replace(source, node=node)
@@ -83,21 +83,25 @@ def _find_per_step(plan: ScanPlan, owner: Owner) -> Mismatch | None:
 
 
 def _step_source(
-    nodes: tuple[fx.Node, ...], owner: Owner, plan: ScanPlan, reader: fx.Node
+    nodes: tuple[fx.Node, ...], owner: Owner, plan: ScanPlan, reader: fx.Node, index: int
 ) -> StepSource | Mismatch:
+    """What holds ``nodes``, operand ``index`` of what ``reader`` computes in each step."""
     found = find_series(nodes, owner) if len(nodes) > 1 else None
     if found is not None:
         return found
+    slices = index == 0 and reader.target in SLICES
+    if slices and len(set(nodes)) < len(nodes):  # whole inputs, which would be stacked again
+        return _differing(nodes, "takes a part of another tensor")
     held = [node for node in nodes if is_weight(node)]
     if held and not _may_be_of_steps(reader):
         what = f"reads {held[-1].name}, other iterations read other weights"
-        return _everywhere(nodes, what)
+        return _differing(nodes, what)
     if len(nodes) > 2 and find_series(nodes[1:], owner) is not None:
         return Mismatch(0, None, "reads a value that is not in the series of the others")
     if len({shape_of(node) for node in nodes}) > 1 or not is_tensor(nodes[0]):
-        return _everywhere(nodes, "reads a value of another shape or dtype")
+        return _differing(nodes, "reads a value of another shape or dtype")
     if len(nodes) > 1 and plan.loop.inner() and not held:
-        return _everywhere(nodes, "reads other values than the last one")
+        return _differing(nodes, "reads other values than the last one")
     return Stacked(nodes)
 
 
@@ -109,8 +113,11 @@ def _may_be_of_steps(reader: fx.Node) -> bool:
     return averages or reader.target in (normalize, aten.batch_norm.default)
 
 
-def _everywhere(values: Sequence[object], what: str) -> Mismatch:
-    return Mismatch(max(len(values) - 2, 0), None, what, peelable=False)
+def _differing(values: Sequence[object], what: str) -> Mismatch:
+    """No way to have these values in one loop. Leaving out others helps if the last ones agree."""
+    codes = [encode_literal(value) for value in values]
+    last = max((k for k, code in enumerate(codes) if code != codes[-1]), default=0)
+    return Mismatch(last, None, what, peelable=last < len(values) - 2)
 
 
 def is_weight(node: fx.Node) -> bool:
@@ -131,7 +138,7 @@ def _tabulate_numbers(plan: ScanPlan) -> Mismatch | None:
                 continue
             table = _table(plan.match.pattern[position], index, slot)
             if table is None:
-                found = _everywhere(slot.values, "has another literal in each iteration")
+                found = _differing(slot.values, "has another literal in each iteration")
                 return replace(found, node=plan.match.pattern[position])
             plan.per_step[position, index] = table
     return None

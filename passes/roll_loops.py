@@ -9,7 +9,8 @@ After::
     v_T, out = scan_0(T, (v_0,), (x,), ())      # body: v, x_t -> lif(v, x_t), s
 
 The loops are those of the recording (``meta["loops"]``); comparing their iterations is the check.
-The outermost loop that can be rolled is; what is inside of it stays unrolled in the body.
+The outermost loop that can be rolled is; what is inside of it stays unrolled in the body. A loop
+whose body changes at a few steps becomes several loops, one after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import fx
 from sparsify.errors import Refusal
 from sparsify.passes.absorb_sum import absorb_sum
 from sparsify.passes.complete_iterations import complete_iterations
+from sparsify.passes.cut_iterations import cut_iterations
 from sparsify.passes.emit_scans import emit_scans
 from sparsify.passes.find_loops import Loop, find_loops
 from sparsify.passes.fold_first import fold_first
@@ -30,6 +32,7 @@ from sparsify.passes.match_iterations import Match, Mismatch, match_iterations
 from sparsify.passes.plan_scan import plan_scan
 from sparsify.passes.result import PassResult
 from sparsify.passes.scan_plan import ScanPlan
+from sparsify.passes.set_late_apart import set_late_apart
 from sparsify.uncollected import uncollected
 
 MAX_PEELED = 8
@@ -101,6 +104,14 @@ class _Roller:
         found, skipped = self._plan(absorb_sum(loop))
         if isinstance(found, Mismatch) or skipped:
             found, skipped = self._plan_completed(loop, found, skipped)
+        if isinstance(found, Mismatch) or len(skipped) > 1:
+            parts = self._part(loop)
+            if isinstance(found, Mismatch) or len(parts) <= len(skipped):
+                known = len(self.declined)
+                rolled = self._roll_parts(parts)
+                if rolled > 0:
+                    return rolled
+                del self.declined[known:]
         if isinstance(found, ScanPlan):
             self._accept(found, skipped)
             known = len(self.declined)
@@ -112,6 +123,36 @@ class _Roller:
             rolled = sum(self.roll(nodes, loop.depth + 1) for nodes in loop.iterations)
         if rolled == 0 and not _is_of_torch(loop):
             self.declined.append(_refusal(loop, found))
+        return rolled
+
+    def _part(self, loop: Loop) -> list[Loop]:
+        """The loops as which ``loop`` might have been written; none where that gains nothing."""
+        whole = absorb_sum(loop)
+        parts = set_late_apart(whole)
+        if len(parts) > 1:
+            return parts
+        cut = cut_iterations(whole, self._why_unlike)
+        self._look()
+        if cut is None or len(cut.parts[0].iterations) == len(loop.iterations):
+            return []
+        self.depths.update(dict.fromkeys(cut.behind, loop.depth))
+        return cut.parts
+
+    def _why_unlike(self, loop: Loop) -> Mismatch | None:
+        found = self._plan_exactly(loop)
+        return found if isinstance(found, Mismatch) else None
+
+    def _roll_parts(self, parts: list[Loop]) -> int:
+        """Roll each of ``parts``; what has one iteration leaves the loop."""
+        rolled = 0
+        for part in parts:
+            if len(part.iterations) > 1:
+                rolled += self._try(part, inner=True)
+                continue
+            self.depths.update(dict.fromkeys(part.nodes, part.depth))
+            known = len(self.declined)
+            rolled += self.roll(part.nodes, part.depth + 1)
+            del self.declined[known:]  # single iterations of a loop that was rolled
         return rolled
 
     def _plan_completed(

@@ -160,6 +160,7 @@ ENTRIES = (
     Entry("recurrent, hoisted", recurrent.RecurrentHoisted, events=("rec", "out")),
     Entry("first step differs", recurrent.FirstStepDiffers, events=("rec",), layout="batch first"),
     Entry("feedback", recurrent.Feedback, events=("rec1", "down", "up", "rec2", "read")),
+    Entry("free running", recurrent.FreeRunning, events=("inp", "rec", "predict", "read")),
     Entry("adaptive threshold", recurrent.Adaptive, events=("rec",)),
     Entry("straight-through sums", recurrent.SumSpikes, events=("rec",), grid=None),
     Entry("no self-connection", recurrent.NoSelfConnection, events=("w_rec",)),

@@ -78,6 +78,31 @@ class FirstStepDiffers(nn.Module):
         return rec, v
 
 
+class FreeRunning(nn.Module):
+    """Driven for two steps, then by what it predicted itself; read only then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(IN, HIDDEN)
+        self.rec = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.predict = nn.Linear(HIDDEN, IN)
+        self.read = nn.Linear(HIDDEN, OUT)
+        self.spike = Triangle()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v = z = x.new_zeros(x.size(1), HIDDEN)
+        predicted, logits = [x[0]], []
+        for t in range(len(x)):
+            given = x[t] if t < 2 else predicted[-1]
+            v = 0.5 * v + self.inp(given) + self.rec(z)
+            z = self.spike(v - 1)
+            v = v - z
+            predicted.append(self.spike(self.predict(z) - 0.5))
+            if t >= 2:
+                logits.append(self.read(z))
+        return torch.stack(predicted), torch.stack(logits)
+
+
 class Feedback(nn.Module):
     """Two recurrent layers; the upper one feeds back to the lower with a step of delay."""
 

@@ -58,6 +58,7 @@ class Rows:
             activity=product.activity,
             weight_density=_density(product),
             dense_operations=product.operations or None,
+            steps=product.steps,
         )
 
     def _placed(self, product: Product, placement: Placement, is_fused: bool) -> Site:
@@ -103,6 +104,7 @@ class Rows:
             layout="" if layout == ir.DENSE_ROWS else str(layout),
             weight_dtype=dtype,
             region=placement.region if choice.region is not None else "",
+            steps=product.steps,
         )
 
 

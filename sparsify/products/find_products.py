@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsify.errors import Location
 from sparsify.graph_meta import Source
 from sparsify.passes.classify_ops import is_stored, untransposed
 from sparsify.passes.rnn_cells import PACKED, recurrent_op
+from sparsify.products.find_steps import Run, last_iterations, steps_of
 from sparsify.weight_pattern import Pattern
 
 aten = torch.ops.aten
@@ -40,6 +42,7 @@ class Product:
     ``activity`` is the mean measured share of non-zeros that it read, ``operations`` the
     multiply-adds of a dense product for the whole example. ``pattern`` is that of the weight
     ``[R, S]`` that it reads, masks and parametrizations applied; None where it was not noted.
+    ``steps`` are those of the time loop in which it runs, empty where it does in all.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Product:
     operations: float
     nodes: tuple[fx.Node, ...]
     pattern: Pattern | None = field(default=None, compare=False)
+    steps: str = field(default="", compare=False)
 
 
 def is_without_rows(graph: fx.Graph) -> bool:
@@ -75,7 +79,8 @@ def find_products(graph: fx.Graph) -> tuple[Product, ...]:
                 key = (path, str(node.meta.get("module", "")), node.meta.get("location"))
                 groups.setdefault(key, []).append((node, weight))
     names: dict[str, int] = {}
-    return tuple(_product(key, uses, names) for key, uses in groups.items())
+    last = last_iterations(graph)
+    return tuple(_product(key, uses, names, last) for key, uses in groups.items())
 
 
 def weights_of(node: fx.Node) -> list[fx.Node]:
@@ -144,6 +149,7 @@ def _product(
     key: tuple[str, str, Location | None],
     uses: list[tuple[fx.Node, fx.Node]],
     names: dict[str, int],
+    last: Mapping[Run, int],
 ) -> Product:
     path, module, location = key
     base = layer_name(path)
@@ -157,7 +163,8 @@ def _product(
     nodes = tuple(node for node, _ in uses)
     patterns = (of.meta["pattern"] for use in uses for of in use if "pattern" in of.meta)
     pattern = next(patterns, None)
-    return Product(name, path, module, location, activity, operations, nodes, pattern)
+    steps = steps_of(nodes, last)
+    return Product(name, path, module, location, activity, operations, nodes, pattern, steps)
 
 
 def layer_name(path: str) -> str:

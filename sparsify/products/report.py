@@ -13,7 +13,18 @@ from sparsify.scalars.halves import HALVES
 
 Decision = Literal["event", "dense", "kept"]
 HEADINGS = (
-    *("site", "line", "decision", "weights", "layout", "activity", "density", "operations", "time"),
+    *(
+        "site",
+        "line",
+        "steps",
+        "decision",
+        "weights",
+        "layout",
+        "activity",
+        "density",
+        "operations",
+        "time",
+    ),
     *("fusion", "sparsity", "parameters"),
 )
 MOST_NAMES = 4  # of sites with one and the same reason
@@ -57,6 +68,7 @@ class Site:
     region: str = ""
     layout: str = ""  # empty where all weights are read
     weight_dtype: str = ""  # in which a kernel reads them
+    steps: str = ""  # of the time loop in which it runs; empty where it does in all
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,6 +181,7 @@ def _row(site: Site) -> tuple[str, ...]:
     return (
         site.name,
         _short(site.location),
+        site.steps,
         site.decision,
         site.weight_dtype if site.weight_dtype in HALVES else "",
         site.layout,
