@@ -58,6 +58,7 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
     ),
     "lif_grid": (lif(70, 300), schedule(lif(70, 300), "neurons-per-grid")),
     "gates_grid": (egru(590), schedule(egru(590), "neurons-per-grid")),
+    "mailed_gates_grid": (egru(1350), schedule(egru(1350), "neurons-per-grid")),
     "half_gates_grid": (
         egru(1350, "float16"),
         schedule(egru(1350, "float16"), "neurons-per-grid"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -148,14 +149,19 @@ def test_what_torch_does_in_its_operations_is_not_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told = 0
-    follow = Seen._profile
+    profiler = Seen.profiler
 
-    def count(seen: Seen, frame: FrameType, event: str, arg: object) -> None:
-        nonlocal told
-        told += 1
-        follow(seen, frame, event, arg)
+    def counted(seen: Seen) -> Callable[[FrameType, str, Any], None]:
+        follow = profiler(seen)
 
-    monkeypatch.setattr(Seen, "_profile", count)
+        def count(frame: FrameType, event: str, arg: object) -> None:
+            nonlocal told
+            told += 1
+            follow(frame, event, arg)
+
+        return count
+
+    monkeypatch.setattr(Seen, "profiler", counted)
     found, _ = recorded(Recurrent().eval(), MANY)
     assert 0 < told < MOST_FOLLOWED * len(found.graph.graph.nodes)
 

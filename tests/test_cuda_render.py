@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,15 @@ def test_every_target(name: str, limits: Limits) -> None:
     grid = strategy.plan(kernel, plan).grid(8, 4, limits, lambda threads, shared: 1)
     assert usage.registers * grid.threads <= limits.registers_per_multiprocessor
     assert why_not_resident(limits, usage, replace(grid, blocks=grid.cluster)) is None
+
+
+def test_no_lambda_is_of_any_type() -> None:
+    """NVRTC 13.0, which torch 2.11 brings, takes them for code of the host."""
+    texts = [path.read_text() for path in GOLDEN.glob("*.cu")]
+    folder = resources.files("sparsify.codegen.cuda")
+    texts += [each.read_text() for each in folder.iterdir() if each.name.endswith(".cuh")]
+    assert sum("[&](" in text for text in texts) > 10
+    assert not any(re.search(r"\[&?\]\([^)]*\bauto\b", text) for text in texts)
 
 
 def test_the_header_names_the_model() -> None:

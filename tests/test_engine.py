@@ -184,6 +184,14 @@ def test_a_plan_is_followed_and_kept() -> None:
     assert torch.equal(run(fast, X), run(model, X))
 
 
+@pytest.mark.parametrize("call", [sparsify, explain])
+def test_what_is_no_model_or_no_plan_is_named(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"a function is no torch.nn.Module: sparsify the module"):
+        call(lambda x: x, X)
+    with pytest.raises(TypeError, match=r"plan='plan.json' is no Plan; Plan.load\(path\) reads"):
+        call(RecurrentNet(), X, plan="plan.json")
+
+
 def test_a_plan_for_another_model_names_the_sites_there_are() -> None:
     with pytest.raises(ValueError, match="does not have: fc; its sites are: inp, rec, out"):
         sparsify(RecurrentNet().eval(), X, plan=Plan({"fc": "event"}))
@@ -237,6 +245,16 @@ def test_a_warning_names_the_line_of_the_call() -> None:
     with pytest.warns(UserWarning, match="these are on cpu") as called:
         fast(X)
     assert {Path(w.filename).name for w in (*raised, *called)} == {Path(__file__).name}
+
+
+def test_what_stands_in_a_parameters_place_is_named() -> None:
+    model = RecurrentNet().eval()
+    fast = sparsify(model, timing=False)
+    for state in ({}, {"rec.weight": model.rec.weight.detach().clone()}):
+        with torch.no_grad():
+            torch.func.functional_call(fast, state, (X,))
+    notes = engine_of(fast).report.notes
+    assert "recorded again: rec.weight was a parameter and is now a tensor" in notes
 
 
 def test_under_a_mode_or_a_transform_the_original_runs() -> None:

@@ -187,6 +187,52 @@ def test_tables_have_every_row_and_the_map() -> None:
     assert "     H=256" in text and "20.0%" in text
 
 
+def forward(network: str, hidden: int, batch: int, **us: float) -> dict[str, Any]:
+    named: dict[str, Any] = {"network": network, "hidden": hidden, "batch": batch}
+    named |= {"activity": 0.1, "measured_activity": 0.12}
+    return {**named, "us_per_step": us, "predicted_us_per_step": {}, "failed": {}}
+
+
+def test_what_to_look_at_is_what_failed_and_what_was_wished_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file that a run has left behind which was ended before its last section."""
+    trained = forward("recurrent", 1024, 128) | {"surrogate": "atan"}
+    wrong = {"predicted_us_per_step": {"event": 4.0, "dense": 2.9}, "failed": {"graphed": "no"}}
+    content = {
+        "cells": {"verify": 2, "lif": 1, "egru": 1, "training": 1, "torch.compile": 1},
+        "sections": {
+            "verify": [{"kind": "kernels", "error": "3 of 40 differ"}],
+            "lif": [forward("lif", 2048, 1, event=9.0)],  # nobody has wished for more than 1024
+            "egru": [{**forward("egru", 1350, 16, eager=1.0, event=2.5, dense=3.0), **wrong}],
+            "training": [
+                {
+                    **trained,
+                    "ms_per_step": {"eager": 9.0, "graphed eager": 5.0, "chosen": 2.0},
+                    "mib_per_step": {"eager": 100.0, "chosen": 80.0},
+                }
+            ],
+            "torch.compile": [{**trained, "ms_per_step": {"torch.compile": 3.0}}],
+        },
+    }
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({**content, "took_s": 9.0}))
+    gpu: Any = importlib.import_module("gpu")
+    gpu.main(["--show", str(path)])
+    step = "training recurrent 1024 batch 128, 10% atan"
+    figures, listed = capsys.readouterr().out.split("\nwhat to look at:\n")
+    assert "egru 1350, batch 16" in figures
+    assert listed.splitlines() == [
+        "verify: 1 of 2 cells were not measured",
+        "verify FAILED: kernels: 3 of 40 differ",
+        "egru: egru 1350 batch 16, 10%: graphed failed: no",
+        "egru 1350 batch 16, 10%: 2.50 us a step (event), wished 2.6: as wished",
+        f"{step}: 1.50x over torch.compile, wished 2.0x: TOO SLOW",
+        f"{step}: 0.80 of eager's memory, wished 0.5: TOO MUCH",
+        "egru: egru 1350 batch 16, 10%: event took 2.50 us, predicted 4.00",
+    ]
+
+
 def test_a_machine_without_a_gpu_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu: Any = importlib.import_module("gpu")
     place: Any = importlib.import_module("gpu_place")

@@ -203,7 +203,7 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
     ),
     "replaced module": (
         do(lambda m: m.layers.__setitem__(0, nn.Linear(4, 5))),
-        "layers.0 was a Linear and is now a Linear",
+        "layers.0 was a Linear and is now another Linear",
     ),
     "appended module": (
         do(lambda m: m.layers.append(nn.Linear(3, 3))),
@@ -219,7 +219,7 @@ MUTATIONS: dict[str, tuple[Mutate, str]] = {
         do(lambda m: parametrize.register_parametrization(m.layers[0], "weight", nn.Identity())),
         "the class of layers.0 was Linear and is now ParametrizedLinear",
     ),
-    "no bias": (do(lambda m: setattr(m.layers[0], "bias", None)), "layers.0.bias was a tensor"),
+    "no bias": (do(lambda m: setattr(m.layers[0], "bias", None)), "layers.0.bias was a parameter"),
     "registered buffer": (
         do(lambda m: m.layers[0].register_buffer("mask", torch.ones(1))),
         "layers.0.mask was added",

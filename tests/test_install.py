@@ -26,6 +26,20 @@ def test_a_sparsified_module_is_one_of_its_class() -> None:
     assert type(model) is RecurrentNet
 
 
+def test_models_of_one_class_stay_of_one_class() -> None:
+    """As ``torch.func`` asks of an ensemble; a model that has attributes of our names is apart."""
+    models = [RecurrentNet() for _ in range(2)]
+    ensemble = [sparsify(model) for model in models]
+    assert type(ensemble[0]) is type(ensemble[1])
+    stacked, _ = torch.func.stack_module_state(ensemble)
+    assert stacked.keys() == dict(models[0].named_parameters()).keys()
+    reporting = RecurrentNet()
+    reporting.report = "mine"  # type: ignore[assignment]
+    other: Any = sparsify(reporting)
+    assert type(other) is not type(ensemble[0])
+    assert other.report == "mine" and other.compiled.report is not None
+
+
 def test_importing_sparsify_gives_every_module_the_method() -> None:
     fast = RecurrentNet().sparsify()  # type: ignore[operator]
     assert isinstance(fast, RecurrentNet)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.passes.classify_ops import product_operand
+from sparsify.plan import Plan
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.region import Region
 from sparsify.regions.trained_region import TrainedRegion
@@ -224,6 +225,16 @@ def test_a_linked_loop_that_torch_differentiates(kind: type[Layers], place: int)
     model, x = made(kind), example()
     fast, loops = compiled(model, leaf(x))
     loops[place].by_torch = True
+    assert_same(fast, model, x)
+
+
+def test_a_linked_product_that_stays_torchs_own() -> None:
+    """Only a loop without links is taken apart where no kernel runs it."""
+    model, x = made(AtOnce), example()
+    fast: Any = sparsify(model, leaf(x), timing=False, plan=Plan().pin("out", "off"))
+    recurrent, readout = fast.graph.children()
+    assert isinstance(recurrent.run, Region) and isinstance(readout.run, Scan), fast.report
+    assert readout.links.edge_xs == readout.links.bit_xs == (0,)
     assert_same(fast, model, x)
 
 

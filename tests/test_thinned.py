@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import Plan, Pruner, Pruning
 from sparsify.choosing import seldom
+from sparsify.choosing.stored_weights import StoredWeights
 from sparsify.ir import Layout
 from sparsify.products.report import Report
 from tests.pruned_nets import PRUNED, assert_same, mask_of
@@ -121,6 +122,27 @@ def test_what_is_pinned_or_frozen_or_of_other_weights_stays_as_it_is() -> None:
                 fast(example())
             assert fast.compiled.recordings == 1
     assert inputs.report.live_density["rnn.weight_ih_l0"] == 0
+
+
+def test_weights_that_stay_as_they_are_are_looked_at_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A look takes as long as some calls of a model that runs its original operations."""
+    looks = 0
+
+    def look(*arguments: Any) -> dict[str, float]:
+        nonlocal looks
+        looks += 1
+        return densities(*arguments)
+
+    densities = StoredWeights.densities
+    with torch.no_grad():
+        fast: Any = sparsify.sparsify(Net().eval(), example(), timing=False)
+        monkeypatch.setattr(StoredWeights, "densities", look)
+        for _ in range(64):
+            fast(example())
+    assert fast.compiled.compiled.runs_original
+    assert looks == len([2, 4, 6, 8, 10, 12, 14, 18, 26, 42])  # the calls that look
 
 
 @pytest.mark.parametrize("name", PRUNED)

@@ -75,6 +75,41 @@ SPARSIFY_INLINE void send(FlaggedMail<ROWS, SLICE>& to, uint32_t (&active)[WORDS
   }
 }
 
+// Who waits for the words of a round, and for how long.
+template <int ROWS, int SLICE>
+struct Waiting {
+  typedef FlaggedMail<ROWS, SLICE> Sent;
+  const Sent* mail;
+  uint32_t flag;
+  int64_t patience;
+  int64_t* stuck;
+  int64_t polls = 0;
+
+  SPARSIFY_INLINE uint32_t ask(int rank, int line) const {
+    return *static_cast<const volatile uint32_t*>(&mail[rank].words[line][lane_of()]);
+  }
+  // Asks again for those words of every APARTth block from `rank` on that are not there, until all are.
+  // Returns false after `patience`. No lambda: NVRTC 13.0 takes those of any type for host code.
+  template <int APART, int MANY>
+  SPARSIFY_INLINE bool for_all(uint32_t (&word)[MANY], int rank, int line) {
+    for (;; ++polls) {
+      bool waits = false;
+#pragma unroll
+      for (int k = 0; k < MANY; ++k)
+        if (word[k] >> Sent::FLAG != flag) {
+          word[k] = ask(rank + k * APART, line);
+          waits = true;
+        }
+      if (!__any_sync(ALL, waits)) return true;
+      if (polls >= patience) {
+        *static_cast<volatile int64_t*>(stuck) = 1;
+        return false;
+      }
+      __nanosleep(20);
+    }
+  }
+};
+
 // Hears what so many BLOCKS have sent in a round, by some warps, of which each asks for several at once and
 // hands every event to `put(row, sender, bits)`. It does `meanwhile` before it looks at the first answer.
 // Returns false if some have not come after `patience` polls. Adds to `found` the events of this lane.
@@ -86,32 +121,11 @@ SPARSIFY_INLINE bool receive(const FlaggedMail<ROWS, SLICE>* mail, uint32_t roun
   constexpr int SLICES = (BLOCKS + By::COUNT - 1) / By::COUNT, MOST = 24;
   constexpr int PARTS = (SLICES + MOST - 1) / MOST, ASKED = (SLICES + PARTS - 1) / PARTS;
   const uint32_t flag = flag_of(round);
-  const auto ask = [&](int rank, int line) -> uint32_t {
-    return *static_cast<const volatile uint32_t*>(&mail[rank].words[line][lane_of()]);
-  };
+  Waiting<ROWS, SLICE> waiting{mail, flag, patience, stuck};
   const auto give = [&](uint32_t word, int rank) {
     if (uint16_t(word) == 0) return;
     put(int(word >> Sent::ROW & 7), rank * SLICE + int(word >> Sent::NEURON & 31), uint16_t(word));
     ++found;
-  };
-  int64_t polls = 0;
-  // Asks again for those of some words that are not there, until all are.
-  const auto all_there = [&](auto& word, int rank, int line) -> bool {
-    for (;; ++polls) {
-      bool waits = false;
-#pragma unroll
-      for (int k = 0; k < int(sizeof(word) / sizeof(uint32_t)); ++k)
-        if (word[k] >> Sent::FLAG != flag) {
-          word[k] = ask(rank + k * By::COUNT, line);
-          waits = true;
-        }
-      if (!__any_sync(ALL, waits)) return true;
-      if (polls >= patience) {
-        *static_cast<volatile int64_t*>(stuck) = 1;
-        return false;
-      }
-      __nanosleep(20);
-    }
   };
 #pragma unroll 1
   for (int part = 0; part < PARTS; ++part) {
@@ -120,10 +134,10 @@ SPARSIFY_INLINE bool receive(const FlaggedMail<ROWS, SLICE>* mail, uint32_t roun
 #pragma unroll
     for (int k = 0; k < ASKED; ++k) {
       const int rank = first + k * By::COUNT;
-      word[k] = rank < BLOCKS ? ask(rank, 0) : flag << Sent::FLAG;
+      word[k] = rank < BLOCKS ? waiting.ask(rank, 0) : flag << Sent::FLAG;
     }
     if (part == 0) meanwhile();
-    if (!all_there(word, first, 0)) return false;
+    if (!waiting.template for_all<By::COUNT>(word, first, 0)) return false;
     uint32_t more = 0;  // of which blocks a line is full, a bit each
 #pragma unroll
     for (int k = 0; k < ASKED; ++k) {
@@ -137,8 +151,8 @@ SPARSIFY_INLINE bool receive(const FlaggedMail<ROWS, SLICE>* mail, uint32_t roun
       const int rank = first + (__ffs(int(more)) - 1) * By::COUNT;
 #pragma unroll 1
       for (int line = 1; line < Sent::LINES; ++line) {
-        uint32_t next[1] = {ask(rank, line)};
-        if (!all_there(next, rank, line)) return false;
+        uint32_t next[1] = {waiting.ask(rank, line)};
+        if (!waiting.template for_all<1>(next, rank, line)) return false;
         give(next[0], rank);
         if (!__any_sync(ALL, lane_of() == WARP - 1 && uint16_t(next[0]) != 0)) break;
       }

@@ -3,12 +3,14 @@
 python examples/benchmarks/gpu.py                            # on a GPU: results/<device>.json
 python examples/benchmarks/gpu.py --quick                    # a small cell of each section
 python examples/benchmarks/gpu.py --quick --backend cuda-emulated    # that it runs, without a GPU
+python examples/benchmarks/gpu.py --show FILE.json           # what a run has written, or a part
 
 With ``SPARSIFY_CUDA_RATES=results/<device>.json`` predictions, which choose among strategies,
 follow what was measured on this device; without it, what is stated of an H100.
 
 Each section runs in a process of its own. A kernel that ends or hangs it is left out from there on,
-and what it was compared with is measured all the same. The file is written anew with each row.
+and what it was compared with is measured all the same. The file is written anew with each row. At
+the end all figures are printed, and then what to look at: what failed, and what is not as wished.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from gpu_place import Place, describe, find_place
 from gpu_process import attempt_of, measure_cells, run_section
 from gpu_sections import Row, Section, make_quick_sections, make_sections
 from gpu_tables import tables
+from gpu_targets import summary
 
 from sparsify.errors import Refusal
 
@@ -38,6 +41,9 @@ SECONDS = 470.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
+    if args.show:
+        _show(json.loads(args.show.read_text(encoding="utf-8")))
+        return
     place = find_place(args.backend)
     if isinstance(place, Refusal):
         sys.exit(f"{place.reason} {place.remedy}\n(--backend cuda-emulated runs without a GPU.)")
@@ -51,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run_all(args: argparse.Namespace, place: Place) -> None:
     start = time.monotonic()
+    sections = [each for each in _sections(args) if not args.only or each.name in args.only]
     content: dict[str, Any] = {"environment": describe(place), "quick": args.quick, "sections": {}}
+    content["cells"] = {section.name: len(section.cells) for section in sections}
     path = args.json or RESULTS / f"{_slug(content['environment']['device'])}.json"
-    for section in _sections(args):
-        if args.only and section.name not in args.only:
-            continue
+    for section in sections:
         left = args.seconds - (time.monotonic() - start)
 
         def publish(rows: list[Row], name: str = section.name) -> None:
@@ -74,7 +80,7 @@ def _run_all(args: argparse.Namespace, place: Place) -> None:
         publish(rows)
         many, took = f"{len(rows)} of {len(section.cells)} rows", f"{content['took_s']:.0f} s"
         print(f"{section.name}: {many}, {took}", flush=True)
-    print("\n".join(tables(content["sections"])))
+    _show(content)
     print(f"written to {path}")
     errors = [
         (n, row["error"])
@@ -84,6 +90,12 @@ def _run_all(args: argparse.Namespace, place: Place) -> None:
     ]
     if errors:
         sys.exit("\n".join(f"{name} FAILED: {error}" for name, error in errors))
+
+
+def _show(content: Mapping[str, Any]) -> None:
+    print("\n".join(tables(content["sections"])))
+    print("\nwhat to look at:")
+    print("\n".join(summary(content)) or "nothing: all was measured, and is as wished", flush=True)
 
 
 def _write(path: Path, content: Any) -> None:
@@ -112,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", help="sections to run")
     add("--seconds", type=float, default=SECONDS, help="what the sections may take, if not quick")
     add("--json", type=Path, help="where figures are written, if not to results/")
+    add("--show", type=Path, help="print what such a file holds, and measure nothing")
     for name, kind in (("--section", str), ("--first", int), ("--rows", Path)):
         add(name, type=kind, help=argparse.SUPPRESS)  # of the process of one section
     add("--left-out", default="{}", help=argparse.SUPPRESS)

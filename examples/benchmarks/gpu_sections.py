@@ -84,9 +84,9 @@ def make_sections() -> list[Section]:
     return [
         Section("verify", VERIFIED, run_check, 80),
         Section("machine", (None,), lambda place, _: dict(measure_machine(place)), 20),
-        Section("lif", LIF, forward, 130),
-        Section("egru", EGRU, forward, 75),
-        Section("egru-half", EGRU_HALF, forward, 15),
+        Section("lif", LIF, forward, 120),
+        Section("egru", EGRU, forward, 70),
+        Section("egru-half", EGRU_HALF, forward, 30),
         Section("training", TRAINED, training, 80),
         Section("feed-forward", LAYERED, forward, 20),
         Section("torch.compile", COMPILED, partial(measure_compiled, rounds=ROUNDS), 60),

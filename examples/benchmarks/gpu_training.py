@@ -11,6 +11,7 @@ import torch
 from gpu_attempts import FAULTS
 from gpu_forward import FAILURES
 from gpu_machine import median_ms, release
+from gpu_ours import CHOSEN
 from gpu_peers import EAGER, GRAPHED, GRAPHED_TF32, WARM_UP, new_stream, product_precision
 from gpu_place import Place
 from training import check_directions, check_gradients
@@ -21,7 +22,7 @@ import sparsify
 from sparsify.bench import wait_for_devices
 from sparsify.plan import Plan
 
-OURS, DENSE = "chosen", "dense"
+DENSE = "dense"
 Step = Callable[[Batch], Mapping[str, Any]]
 
 
@@ -71,7 +72,7 @@ def _makers(place: Place, case: Case) -> dict[str, Callable[[], Step]]:
     model, batch = case.model, case.batches[0]
     makers: dict[str, Callable[[], Step]] = {
         EAGER: lambda: partial(train_step, model, model),
-        OURS: lambda: partial(train_step, sparsified(place, case, None), model),
+        CHOSEN: lambda: partial(train_step, sparsified(place, case, None), model),
         DENSE: lambda: partial(train_step, sparsified(place, case, "dense"), model),
     }
     if place.is_gpu:

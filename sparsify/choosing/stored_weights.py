@@ -33,6 +33,7 @@ class StoredWeights:
     def __init__(self, recorded: fx.GraphModule) -> None:
         self._recorded = recorded
         self.calls = Seldom()
+        self._last: dict[str, float] = {}  # what the last look found
 
     def densities(self, model: nn.Module, only: Container[str] | None = None) -> dict[str, float]:
         """The share of weights of ``model`` that are not zero now, by product: all, or ``only``."""
@@ -62,6 +63,8 @@ class StoredWeights:
         if not candidates:
             return {}
         now = self.densities(model, candidates)
+        self.calls.found(now != self._last)
+        self._last = now
         return {name: d for name, d in now.items() if _is_thinned(candidates[name], d)}
 
     def _may_gain(self, site: Site) -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.graphs.loops import find_scans
 from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.classify_ops import product_operand
 from sparsify.passes.copy_graph import copy_graph
@@ -29,7 +28,9 @@ aten = torch.ops.aten
 
 def put_back_products(gm: fx.GraphModule) -> fx.GraphModule:
     """Write the one step of each Scan of ``gm`` that is a lone product where it is called."""
-    scans = {name: scan for name, scan in find_scans(gm).items() if _is_lone_product(scan)}
+    # Not TrainedRegions: they are given, and return, what they are linked with other loops by.
+    children = {name: child for name, child in gm.named_children() if isinstance(child, Scan)}
+    scans = {name: scan for name, scan in children.items() if _is_lone_product(scan)}
     if not scans:
         return gm
     graph = copy_graph(gm.graph)

@@ -24,7 +24,19 @@ from sparsify.recording.histories import Applied, Histories
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.values import current
 
-APPLY: CodeType = torch.autograd.Function.apply.__code__
+
+def code_of_apply(function: Any = torch.autograd.Function) -> CodeType:
+    """The Python that runs a Function. Raises ImportError where torch runs it in C++."""
+    code: CodeType | None = getattr(function.apply, "__code__", None)
+    if code is None:
+        raise ImportError(
+            f"torch {torch.__version__} is newer than this sparsify: autograd Functions run in "
+            "C++ there, unseen by a recording; pip install 'torch>=2.11,<2.14'"
+        )
+    return code
+
+
+APPLY = code_of_apply()
 ENGINE: CodeType = autograd_graph._engine_run_backward.__code__
 SAVED_HOOKS: CodeType = autograd_graph.saved_tensors_hooks.__enter__.__code__
 # What operations of ``torch.library`` run their gradients with: the graph has the operation.

@@ -25,11 +25,25 @@ class Places(Protocol):
     def here(self) -> Here: ...
 
 
+class _Names(fx.graph._Namespace):
+    """Numbers the names of operations: fx looks at each with a regular expression."""
+
+    def create_name(self, candidate: str, obj: object | None) -> str:
+        last = self._base_count.get(candidate)
+        name = f"{candidate}_{last + 1}" if last is not None else candidate
+        if obj is not None or last is None or name in self._used_names:
+            return super().create_name(candidate, obj)
+        self._base_count[candidate] = last + 1
+        self._used_names.add(name)
+        return name
+
+
 class GraphWriter:
     """Appends nodes to ``graph``. ``note`` is told of every operation."""
 
     def __init__(self, places: Places) -> None:
         self.graph = fx.Graph()
+        self.graph._graph_namespace = _Names()
         self.note: Callable[[fx.Node], None] | None = None
         self._places = places
         self._meta: dict[str, Any] | None = None  # of what is emitted at the present place

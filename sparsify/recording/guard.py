@@ -99,7 +99,6 @@ class Seen:
         self._loaded: list[str] = []
         self._variables: dict[Any, object] = {}
         self._failure = ""
-        self._foreign: FrameType | None = None  # runs in the middle of forward, is none of it
         self._foreign_codes = {id(c) for c in (IMPORTED, *map(_code_of, gc.callbacks))}
         self._reached_out: dict[str, tuple[str, int]] = {}
         self._follow(self._start, model)
@@ -155,27 +154,34 @@ class Seen:
             new = self._walk.functions.keys() - known
             waiting += [self._walk.functions[key][0].value for key in new]
 
-    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event == "return":  # most of all events are none of those that matter
-            if frame is self._foreign:
-                self._foreign = None
-            return
-        if self._foreign is not None:
-            return
-        code = frame.f_code
-        if event == "c_call":
-            if id(code) in self._walk.users and _is_outside(arg):
-                self._reached_out.setdefault(arg.__name__, (code.co_filename, frame.f_lineno))
-            return
-        if event != "call":
-            return
-        if id(code) in self._foreign_codes:
-            self._foreign = frame
-            return
-        if code is READ_ENVIRONMENT:
-            self._follow(self._read_variable, frame)
-        if id(code) not in self._walk.codes:
-            self._first_call(frame)
+    def profiler(self) -> Callable[[FrameType, str, Any], None]:
+        """What Python calls at every call and every return: most are none of those that matter."""
+        codes, users, foreign_codes = self._walk.codes, self._walk.users, self._foreign_codes
+        always = foreign_codes | {id(READ_ENVIRONMENT)}
+        foreign: FrameType | None = None  # runs in the middle of forward, is none of it
+
+        def profile(frame: FrameType, event: str, arg: Any) -> None:
+            nonlocal foreign
+            if foreign is not None:
+                if event == "return" and frame is foreign:
+                    foreign = None
+            elif event == "call":
+                key = id(frame.f_code)
+                if key in codes and key not in always:
+                    return
+                if key in foreign_codes:
+                    foreign = frame
+                    return
+                if key in always:
+                    self._follow(self._read_variable, frame)
+                if key not in codes:
+                    self._first_call(frame)
+            elif event == "c_call" and id(frame.f_code) in users and _is_outside(arg):
+                self._reached_out.setdefault(
+                    arg.__name__, (frame.f_code.co_filename, frame.f_lineno)
+                )
+
+        return profile
 
     def _first_call(self, frame: FrameType) -> None:
         code = frame.f_code
@@ -217,7 +223,7 @@ def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[Seen]:
     """Watch the run inside the ``with`` block; ask the Seen after it."""
     seen = Seen(model, args, kwargs)
     before = _pause_profiler()
-    sys.setprofile(seen._profile)
+    sys.setprofile(seen.profiler())
     try:
         yield seen
     finally:

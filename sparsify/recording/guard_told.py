@@ -27,7 +27,10 @@ class Told:
     def say(self, now: object) -> str:
         if self.text is not None:
             return self.text(now)
-        return f"{self.path} was {self.then} and is now {show(now)}"
+        shown = show(now)
+        if shown == self.then and shown.startswith("a "):
+            shown = f"another {shown.removeprefix('a ')}"
+        return f"{self.path} was {self.then} and is now {shown}"
 
 
 def was(path: str, then: object) -> Told:

@@ -132,7 +132,7 @@ def show(value: object) -> str:
     elif is_atom(value):
         text = repr(subject)
     elif issubclass(kind, torch.Tensor):
-        text = "a tensor"
+        text = "a parameter" if issubclass(kind, torch.nn.Parameter) else "a tensor"
     elif kind in (list, tuple, dict, set, frozenset):
         text = f"a {kind.__name__} of {len(subject)}"
     elif issubclass(kind, (type, FunctionType)) or kind is MethodType:

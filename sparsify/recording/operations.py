@@ -163,3 +163,27 @@ def bind(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any
     """Arguments by name, as far as they were given."""
     names = [a.name for a in op._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def functional_arguments(
+    functional: Op, op: Op, given: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What ``functional``, which is that of ``op``, takes where ``op`` was given ``given``.
+
+    In the order of its schema, positional as far as they go.
+    """
+    received = receivers(op)
+    defaults = {a.name: a.default_value for a in op._schema.arguments}
+    wanted = {a.name for a in functional._schema.arguments if not a.has_default_value()}
+    pure = {name: value for name, value in given.items() if name not in received}
+    pure.update({name: defaults[name] for name in wanted - given.keys()})
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for position, argument in enumerate(functional._schema.arguments):
+        if argument.name not in pure:
+            continue
+        if argument.kwarg_only or len(args) < position:
+            kwargs[argument.name] = pure[argument.name]
+        else:
+            args.append(pure[argument.name])
+    return args, kwargs

@@ -67,6 +67,7 @@ class Positions:
         self._profiler: Any = None
         # By identity, which the facts keep unique: hashing code takes longer than all the rest.
         self._facts: dict[int, _CodeFacts] = {}
+        self._without_place: set[int] = set()  # codes that are neither the user's nor forward's
         self._frames: dict[int, _FrameLoops] = {}
         self._owners: list[tuple[str, str]] = [("", "")]
         self._started = 0
@@ -125,9 +126,12 @@ class Positions:
         location: Location | None = None
         fallback: FrameType | None = None
         loops: tuple[LoopStep, ...] = ()
-        facts_of = self._facts
+        facts_of, without_place = self._facts, self._without_place
         while frame is not self._stop and frame is not None:
             code = frame.f_code
+            if id(code) in without_place:
+                frame = frame.f_back
+                continue
             facts = facts_of.get(id(code)) or self._inspect(code)
             if facts.is_users:
                 if location is None:
@@ -167,30 +171,39 @@ class Positions:
         facts = self._facts.get(id(code)) or self._inspect(code)
         if facts.is_watched and self.watcher is not None:
             return self.watcher.on_call(frame)
-        if not facts.loops and not facts.is_forward:
-            return None
+        if not facts.loops:
+            return self._follow_forward(frame) if facts.is_forward else None
         state = self._frames.get(id(frame))
         if state is not None and state.frame is frame:
             return state.on_event  # a generator goes on
         state = _FrameLoops(self, facts, frame, self._started)
         self._started += 1
-        frame.f_trace_lines = bool(facts.loops)
         self._frames[id(frame)] = state
-        if facts.is_forward:
-            self._enter_forward(frame, state)
+        state.is_owner = facts.is_forward and self._enter_forward(frame)
         return state.on_event
 
-    def _enter_forward(self, frame: FrameType, state: _FrameLoops) -> None:
-        module, function = self._owners[-1]
+    def _follow_forward(self, frame: FrameType) -> Any:
+        """What traces a ``forward`` without loops."""
+        frame.f_trace_lines = False
+        return self._on_forward if self._enter_forward(frame) else None
+
+    def _on_forward(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "return":
+            self._owners.pop()
+        return self._on_forward
+
+    def _enter_forward(self, frame: FrameType) -> bool:
+        """Whether what ``frame`` runs belongs to it from now on."""
         code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if code.co_flags & _SUSPENDS:
-            return
+            return False
+        module, function = self._owners[-1]
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(first, nn.Module):
             self._owners.append((self._names.get(id(first), module), function))
         else:
             self._owners.append((module, self._function_name(code, first) or function))
-        state.is_owner = True
+        return True
 
     def _function_name(self, code: CodeType, first: object) -> str:
         cls = getattr(type(first), "_forward_cls", None)
@@ -217,6 +230,8 @@ class Positions:
         is_forward = code.co_name == "forward"
         facts = _CodeFacts(code, is_users, is_forward, is_watched, loops, enclosing, places)
         self._facts[id(code)] = facts
+        if not is_users and not is_forward:
+            self._without_place.add(id(code))
         return facts
 
     def _locate(self, frame: FrameType) -> Location:

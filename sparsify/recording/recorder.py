@@ -267,7 +267,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def lower_all(self, call: Call) -> tuple[list[Any], dict[str, Any]]:
         """The call's arguments as nodes and literals."""
-        args = [self.lower(argument) for argument in call.args]
+        args = [a if type(a) in LITERALS else self.lower(a) for a in call.args]
         if not call.kwargs:
             return args, {}
         said = {name: given for name, given in call.kwargs.items() if name not in NOT_SAID}
@@ -280,10 +280,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = self.value_of(argument)
             if value.origin is not NO_ORIGIN:
                 self._depend_on(value.origin)
-            node = self.read(value)
-            if self.histories is not None:
-                self.histories.check(node, argument)
-                self.histories.check_applied(value)
+            histories = self.histories
+            if histories is None:
+                return current(value, self.emit)
+            node = histories.read(value, current(value, self.emit))
+            if argument.requires_grad:
+                histories.check(node, argument)
+            if histories.applied is not None:
+                histories.check_applied(value)
             return node
         if isinstance(argument, (list, tuple)):
             return [self.lower(item) for item in argument]

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from sparsify.graph_meta import TensorInfo
 from sparsify.recording.calls import Call, CannotRecord
 from sparsify.recording.creation import empty, fill, same
+from sparsify.recording.drawing import draw_permuted, is_drawn_permuted
 from sparsify.recording.masked import record_masked
 from sparsify.recording.operations import (
     BATCH_NORMS,
@@ -22,9 +23,9 @@ from sparsify.recording.operations import (
     SAME,
     Op,
     bind,
+    functional_arguments,
     functional_of,
     operation_of,
-    receivers,
 )
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.result_types import find_result_types
@@ -164,18 +165,16 @@ def in_place(recorder: Recorder, call: Call) -> None:
     op = functional_of(call.op)
     if op is None or keyword.iskeyword(op._overloadname):
         raise CannotRecord(f"{call.op} writes to a tensor and has no functional variant")
+    if is_drawn_permuted(call):
+        draw_permuted(recorder, call, op)
+        return
     given = bind(call.op, call.args, call.kwargs)
     targets = _targets(call.op, given)
     shapes = [recorder.values.info(target) for target in targets]
     for target in targets:
         recorder.value_of(target)
         recorder.announce_write(target)
-    received = set(receivers(call.op))
-    defaults = {a.name: a.default_value for a in call.op._schema.arguments}
-    missing = {a.name for a in op._schema.arguments if not a.has_default_value()} - given.keys()
-    pure = {name: value for name, value in given.items() if name not in received}
-    pure.update({name: defaults[name] for name in missing})
-    args, kwargs = _arranged(op, pure)
+    args, kwargs = functional_arguments(op, call.op, given)
     types = find_result_types(op, args, kwargs)
     lowered = [recorder.lower(a) for a in args], {k: recorder.lower(a) for k, a in kwargs.items()}
     result = call.run()
@@ -201,24 +200,6 @@ def _targets(op: Op, given: dict[str, Any]) -> list[Tensor]:
         several = value if isinstance(value, (list, tuple)) else (value,)
         found.extend(tensor for tensor in several if isinstance(tensor, Tensor))
     return found
-
-
-def _arranged(op: Op, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments in the order of the schema, positional as far as they go."""
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for argument in op._schema.arguments:
-        if argument.name not in given:
-            continue
-        if argument.kwarg_only or len(args) < _position(op, argument.name):
-            kwargs[argument.name] = given[argument.name]
-        else:
-            args.append(given[argument.name])
-    return args, kwargs
-
-
-def _position(op: Op, name: str) -> int:
-    return next(k for k, argument in enumerate(op._schema.arguments) if argument.name == name)
 
 
 def _own_results(op: Op, result: Any) -> list[Tensor]:

@@ -20,16 +20,17 @@ def call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
         saved_hooks(True) is not None,
         autocast() if is_any_on() else (),
     )
-    if kwargs or not all(isinstance(argument, Tensor) for argument in args):
-        return modes, _any_kinds(args, kwargs)
-    return modes, tuple([_kind(argument) for argument in args])
+    return modes, tuple([_kind(argument) for argument in args]), _kind(kwargs)
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return type(tensor), tensor.layout, tensor.dtype, tensor.device, tensor.shape
-
-
-def _any_kinds(args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
-    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-    kinds = tuple(_kind(leaf) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
-    return kinds, str(structure)
+def _kind(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return type(value), value.layout, value.dtype, value.device, value.shape
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple([_kind(element) for element in value])
+    if isinstance(value, dict):
+        return type(value), tuple(value), tuple([_kind(element) for element in value.values()])
+    if pytree.tree_is_leaf(value):
+        return type(value)
+    leaves, structure = pytree.tree_flatten(value)  # a kind of container that others registered
+    return str(structure), tuple([_kind(leaf) for leaf in leaves])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -43,6 +44,13 @@ class Engine:
         backends: Mapping[str, Backend] | None = None,
         pruned: PruningOutcome | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"a {type(model).__name__} is no torch.nn.Module: sparsify the module whose "
+                "forward has the loop over time, or write a module with one"
+            )
+        if not isinstance(plan, (Plan, NoneType)):
+            raise TypeError(f"plan={plan!r} is no Plan; Plan.load(path) reads one from a file")
         self.original, self.options, self.pruned = model, options, pruned
         self._recorded = Recordings(model, options, plan, backends)
         self.last_call: LastCall | None = None  # what is asked first

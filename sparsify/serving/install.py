@@ -118,17 +118,32 @@ def install(engine: Engine) -> nn.Module:
             f"{type(model).__name__}.forward is replaced on the instance (model.forward = ...); "
             "define forward on the class, then call sparsify again"
         )
-    taken = {name for name in SHORTCUTS if _has_own(model, name)}
-    members: dict[str, Any] = {n: _shortcut(n) for n in SHORTCUTS if n not in taken}
-    if type(model).__call__ is CALL:
-        members["__call__"] = Sparsified._call_sooner
-    members |= {"__slots__": ("_engine", *COMPILED), "__module__": type(model).__module__}
-    cls = type(type(model).__name__, (Sparsified, type(model)), members)
+    taken = frozenset(name for name in SHORTCUTS if _has_own(model, name))
+    cls = _find_class(type(model), taken) or _make_class(type(model), taken)
     fast = cast(nn.Module, cast(Any, cls).__new__(cls))
     object.__setattr__(fast, "__dict__", vars(model))
     object.__setattr__(fast, "_engine", engine)
     object.__setattr__(fast, "_compiled_call_impl", None)
     return fast
+
+
+def _find_class(kind: type[nn.Module], taken: frozenset[str]) -> type | None:
+    """The class that another model of this one has: as ``torch.func`` asks of an ensemble."""
+    for cls in kind.__subclasses__():
+        own = vars(cls)
+        is_ours = cls.__bases__ == (Sparsified, kind) and cls.__module__ == kind.__module__
+        same_call = ("__call__" in own) == (kind.__call__ is CALL)
+        if is_ours and same_call and taken == {n for n in SHORTCUTS if n not in own}:
+            return cls
+    return None
+
+
+def _make_class(kind: type[nn.Module], taken: frozenset[str]) -> type:
+    members: dict[str, Any] = {n: _shortcut(n) for n in SHORTCUTS if n not in taken}
+    if kind.__call__ is CALL:
+        members["__call__"] = Sparsified._call_sooner
+    members |= {"__slots__": ("_engine", *COMPILED), "__module__": kind.__module__}
+    return type(kind.__name__, (Sparsified, kind), members)
 
 
 def _has_own(model: nn.Module, name: str) -> bool:
