@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 
 import sparsify
 from sparsify.codegen.cpp_sender_gradient import add_receivers
+from sparsify.codegen.foreseen_convolution import ForeseenConvolution
 from sparsify.compiling.stages import differentiate, rolled_stages
+from sparsify.graphs.foresee_products import foresee_products
 from sparsify.products.find_products import name_weights
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.convolution_backward import (
@@ -288,6 +290,23 @@ def test_what_convolutions_hand_back_is_computed_where_spikes_were_written(
     fed = [each for each in graph.modules() if isinstance(each, ChunkedScan) and each.fed]
     assert len(fed) == 2 and all(type(each.run) is Region for each in fed)
     assert written and all(0 < share < 1 for share in written)
+
+
+def test_kernels_that_gradients_will_call_are_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of weights, and of wanted senders: here every surrogate's gradient ends somewhere."""
+    monkeypatch.setattr("sparsify.graphs.foresee_products.SMALL_PRODUCT", 0)
+    torch.manual_seed(0)
+    model = Layers(
+        *(nn.Conv2d(2, 8, 3, padding=1), Neurons(), nn.MaxPool2d(2), nn.Conv2d(8, 5, 3), Neurons())
+    )
+    graph, _, _ = trained(model, (torch.rand(MAPS) < 0.15).float())
+    found = [f for f in foresee_products(graph) if isinstance(f, ForeseenConvolution)]
+    kinds = {(f.convolution.channels, f.value, f.source) for f in found}
+    assert kinds == {
+        *(((2, 8), "float", "float"), ((8, 5), "float", "Bits"), ((8, 5), "float", None))
+    }
 
 
 def test_torchs_convolutions_and_pools_run_once_for_all_steps() -> None:
