@@ -292,6 +292,24 @@ def test_what_convolutions_hand_back_is_computed_where_spikes_were_written(
     assert written and all(0 < share < 1 for share in written)
 
 
+@pytest.mark.usefixtures("by_torch")
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_linked_convolution_that_torch_differentiates(place: int) -> None:
+    """Of the loop that wrote the spikes, and of the one that reads them."""
+    torch.manual_seed(0)
+    model, x = Layers(*pooled()).double(), (torch.rand(MAPS) < 0.15).double()
+    expected = gradients_of(model(x), leaves_of(model, x))
+    graph, operands, deliver = trained(model, x)
+    regions = [each for each in graph.children() if isinstance(each, TrainedRegion)]
+    linked = [each for each in regions if not each.links.none]
+    assert any(edge.sizes for each in linked for edge in each.links.edges)
+    linked[place].by_torch = True
+    got = gradients_of(deliver(graph(*operands)), leaves_of(model, x))
+    for own, wanted in zip(got, expected, strict=True):
+        assert own is not None and wanted is not None
+        assert (own - wanted).norm() <= MOST_RELATIVE * wanted.norm()
+
+
 def test_kernels_that_gradients_will_call_are_compiled_ahead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
