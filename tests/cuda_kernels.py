@@ -85,6 +85,10 @@ CUDA_CASES: dict[str, tuple[ir.Kernel, ir.Schedule]] = {
         lif_gradient(300),
         schedule(lif_gradient(300), "dense-tiles", "dense"),
     ),
+    "lif_gradient_divided_tiles": (
+        lif_gradient(2048),
+        schedule(lif_gradient(2048), "divided-tiles", "dense"),
+    ),
     "half_gates_event_tiles": (
         egru(1350, "float16", "float16"),
         schedule(egru(1350, "float16", "float16"), "event-tiles", "dense"),

@@ -77,7 +77,7 @@ def launch(entry: str, words: tuple[Word, ...], grid: Grid, order: Schedule) -> 
 # --- numbers in parts ---
 
 
-def parts_of(numbers: Array) -> Array:
+def parts_of(numbers: Array, entry: str = "run_parts") -> Array:
     parts = torch.empty(len(numbers), 3)
     words = (
         Memory(torch.from_numpy(numbers), "numbers"),
@@ -85,11 +85,12 @@ def parts_of(numbers: Array) -> Array:
         Memory(parts, "parts", written=True, fresh=True),
         *(len(numbers), 0),
     )
-    launch("run_parts", words, Grid(-(-len(numbers) // 128), 128), "forward")
+    launch(entry, words, Grid(-(-len(numbers) // 128), 128), "forward")
     return parts.numpy()
 
 
-def test_three_bfloat16_are_a_float32() -> None:
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_three_bfloat16_are_a_float32(is_cut: bool) -> None:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 4000, dtype=np.uint64).astype(np.uint32)
     numbers = bits.view(np.float32)
@@ -99,19 +100,24 @@ def test_three_bfloat16_are_a_float32() -> None:
     )
     kept = np.abs(numbers) >= 2.0**-100
     numbers = np.concatenate([numbers[np.isfinite(numbers) & kept], special])
-    parts = parts_of(numbers)
+    parts = parts_of(numbers, "run_cut_parts" if is_cut else "run_parts")
     assert not (parts.view(np.uint32) & 0xFFFF).any(), "a part is no bfloat16"
     assert np.array_equal(parts.astype(np.float64).sum(1), numbers.astype(np.float64))
     sizes = np.abs(parts).astype(np.float64)
-    assert (sizes[:, 1] <= 2.0**-7 * sizes[:, 0]).all()  # 2^-8, and twice that where truncated
-    assert (sizes[:, 2] <= 2.0**-7 * sizes[:, 1]).all()
+    most = 2.0**-7 if is_cut else 2.0**-8
+    # The first part is cut as well where the nearest bfloat16 is infinite.
+    small = sizes[:, 0] < 2.0**127
+    assert (sizes[:, 1] <= most * sizes[:, 0])[small].all()
+    assert (sizes[:, 1] <= 2.0**-7 * sizes[:, 0]).all()
+    assert (sizes[:, 2] <= most * sizes[:, 1]).all()
 
 
-def test_parts_of_what_is_not_finite() -> None:
+@pytest.mark.parametrize("entry", ["run_parts", "run_cut_parts"])
+def test_parts_of_what_is_not_finite(entry: str) -> None:
     inf, nan = np.inf, np.array([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF], np.uint32)
-    parts = parts_of(np.array([inf, -inf], np.float32))
+    parts = parts_of(np.array([inf, -inf], np.float32), entry)
     assert np.array_equal(parts, np.array([[inf, 0, 0], [-inf, 0, 0]], np.float32))
-    assert np.isnan(parts_of(nan.view(np.float32))).any(1).all()
+    assert np.isnan(parts_of(nan.view(np.float32), entry)).any(1).all()
 
 
 # --- sums ---

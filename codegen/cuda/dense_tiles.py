@@ -13,7 +13,6 @@ from dataclasses import replace
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
 from sparsify.codegen.cell_text import MEMORY_TYPES
-from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.find_shape import Pace, with_resident
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
@@ -27,7 +26,6 @@ from sparsify.codegen.cuda.step_clocks import (
 from sparsify.codegen.cuda.struct_text import Array
 from sparsify.codegen.cuda.team_clocks import StepClocks, cell_clocks, paired_clocks, told_clocks
 from sparsify.codegen.cuda.team_kernel import TeamKernel
-from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import (
     SENDER_BLOCK,
     WARP,
@@ -39,19 +37,26 @@ from sparsify.codegen.cuda.team_shape import (
 from sparsify.codegen.cuda.team_shape import widths as find_widths
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.cuda.team_text import TeamText
-from sparsify.codegen.usage import Source, Usage, find_usage
+from sparsify.codegen.cuda.tile_parts import (
+    ROW_WORDS,
+    TILE_COLUMNS,
+    TILE_DEPTH,
+    TILE_ROWS,
+    parts_of,
+    parts_of_source,
+    weight_dtype,
+    why_not_dtypes,
+    why_not_tiles,
+)
+from sparsify.codegen.usage import Source, find_usage
 from sparsify.errors import Refusal
 from sparsify.scalars.halves import HALVES
 
-TENSOR_CORES_SINCE = (8, 0)  # compute capability, with bfloat16
-TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 16, 8, 16
 ROWS = (128, 64, 32, 16)  # how many batch rows a team may carry at once
 WARPS = 16  # of a block
-PARTS = 3  # bfloat16 of a float32; a half is one part
-ROW_WORDS = SENDER_BLOCK // 2 + 4  # of the values of a block of senders, see TileValues
-# Instructions, counted, that a warp issues for the products of a tile: splitting weights, loading
-# and multiplying; and the multiplications of a float32 lane that they take the time of.
-BINARY_COST, REAL_COST, HALF_COST = 0.6, 1.0, 0.22
+# Multiplications of a float32 lane that take the time of one here. To take weights apart, load and
+# multiply, the assembler makes 55, 84 or 15 instructions of a warp for a tile of 2048, on sm_90.
+BINARY_COST, REAL_COST, HALF_COST = 0.8, 1.2, 0.22
 
 
 class DenseTiles(NeuronsPerGrid):
@@ -89,7 +94,7 @@ class DenseTiles(NeuronsPerGrid):
     def predict(self, kernel: ir.Kernel, schedule: ir.Schedule, workload: Workload) -> Cost:
         cost, batch = super().predict(kernel, schedule, workload), workload.batch
         team = self.team(kernel, schedule)
-        factor = BINARY_COST if parts_of(team) == 1 else REAL_COST
+        factor = BINARY_COST if parts_of(team.usage) == 1 else REAL_COST
         factor = HALF_COST if weight_dtype(kernel) in HALVES else factor
         whole = round_up(batch, TILE_ROWS) / max(1, batch)
         return replace(cost, dense_macs=cost.dense_macs * factor * whole)
@@ -109,24 +114,6 @@ class DenseTiles(NeuronsPerGrid):
             return StepClocks(total)
         total += paired_clocks(team, shape, rows)
         return StepClocks(2 * total, total)
-
-
-def why_not_tiles(kernel: ir.Kernel, schedule: ir.Schedule, limits: Limits) -> Refusal | None:
-    """Refuse devices without tensor cores for all halves, and sums of anything but whole tiles."""
-    if limits.capability < TENSOR_CORES_SINCE:
-        has = ".".join(map(str, limits.capability))
-        reason = f"bfloat16 needs compute capability 8.0; {limits.name} has {has}."
-        return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
-    how = dict(schedule.gathers)
-    events = [g.result for g in kernel.gathers if how.get(g.result) != "dense"]
-    if events:
-        reason = f"Tensor cores multiply whole tiles, and {events[0]!r} is to read events."
-        return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for events.")
-    if schedule.layouts:
-        name, layout = schedule.layouts[0]
-        reason = f"Tensor cores multiply whole tiles, and {name!r} is to be read in {layout}."
-        return Refusal("unsupported-layout", reason, "Choose neurons-per-grid for layouts.")
-    return None
 
 
 def tile_shapes(kernel: ir.Kernel, width: int) -> Iterator[Shape]:
@@ -160,39 +147,6 @@ def _clocks_of_tiles(team: TeamKernel, shape: Shape, rows: int, source: Source) 
     return total
 
 
-def parts_of(team: TeamKernel) -> int:
-    """How many parts the values of all sources have at most."""
-    return max(parts_of_source(source, team.usage) for source in team.usage.sources.values())
-
-
-def parts_of_source(source: Source, usage: Usage) -> int:
-    """One where values are binary, or halves as the weights are."""
-    is_half = weight_dtype(usage.kernel) in HALVES
-    return 1 if is_half or is_binary(source, usage) else PARTS
-
-
-def weight_dtype(kernel: ir.Kernel) -> ir.DType:
-    """That of all weights."""
-    return kernel.weights[0].dtype
-
-
-def why_not_dtypes(usage: Usage) -> Refusal | None:
-    """Refuse what tensor cores do not multiply."""
-    kernel, reason = usage.kernel, None
-    dtype = weight_dtype(kernel) if kernel.weights else "float32"
-    for weight in kernel.weights:
-        if weight.dtype == "float64":
-            reason = f"Tensor cores multiply float32 and halves, and {weight.name!r} is float64."
-        elif weight.dtype != dtype:
-            reason = f"{kernel.weights[0].name!r} is {dtype}, and {weight.name!r} {weight.dtype}."
-    for source in usage.sources.values():
-        if dtype in HALVES and source.value_dtype != dtype and not is_binary(source, usage):
-            reason = f"{source.name!r} is {source.value_dtype}, and is multiplied with {dtype}."
-    if reason is None:
-        return None
-    return Refusal("unsupported-layout", reason, "Choose neurons-per-grid.")
-
-
 class TileKernel(TeamKernel):
     """With the values of a block of senders in shared memory."""
 
@@ -200,7 +154,7 @@ class TileKernel(TeamKernel):
         """Never: tiles are of whole rows."""
 
     def shared(self, shape: Shape) -> list[Array]:
-        parts = parts_of(self)
+        parts = parts_of(self.usage)
         size = parts * shape.rows * ROW_WORDS * 4
         values = Array(f"TileValues<ROWS, {parts}>", "tile", (), size, 4, "a block of senders")
         return [*super().shared(shape), values]

@@ -16,7 +16,8 @@ from sparsify.codegen.cuda.event_tile_shape import (
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.mail_text import MailText
 from sparsify.codegen.cuda.struct_text import Array
-from sparsify.codegen.cuda.team_kernel import Span, TeamKernel, fills_words
+from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_loops import Span
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_memory import TeamMemory
 from sparsify.codegen.cuda.team_shape import WARP, Shape
@@ -145,7 +146,7 @@ class EventTileMailText(MailText):
         w, (mail,) = self.w, self.mails
         mine, kind = self.team.mine[mail.source.population], self.team.kernel.weights[0].dtype
         phase = self.team.kernel.phases[-1]
-        is_computed_alike = fills_words(self.team, self.shape, phase) or mail.slice == WARP
+        is_computed_alike = self.team.fills_words(self.shape, phase) or mail.slice == WARP
         if not is_computed_alike:
             w.line(f"{warps}::meet();", "all that is sent is there")
         place = f"told.{mail.name}_mail[({round}) % 2][half][team.rank]"

@@ -15,7 +15,6 @@ from functools import lru_cache
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
-from sparsify.codegen.cuda.dense_tiles import why_not_tiles
 from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.event_tile_clocks import cycle_of_tiles
 from sparsify.codegen.cuda.event_tile_shape import tile_shapes
@@ -27,6 +26,7 @@ from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_memory import is_binary
 from sparsify.codegen.cuda.team_shape import WARP, Shape
 from sparsify.codegen.cuda.team_text import TeamText
+from sparsify.codegen.cuda.tile_parts import why_not_tiles
 from sparsify.codegen.usage import Usage, find_usage
 from sparsify.errors import Refusal
 from sparsify.scalars.halves import HALVES

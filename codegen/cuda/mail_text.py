@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsify.codegen.cuda.neuron_text import published
-from sparsify.codegen.cuda.team_kernel import Span, TeamKernel
+from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_loops import Span
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.writer import Writer

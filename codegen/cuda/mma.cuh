@@ -17,10 +17,12 @@ constexpr uint32_t UPPER_HALF = 0xFFFF0000u;  // of a float32: a bfloat16
 SPARSIFY_INLINE float truncated(float a) {
   return same_bits<float>(same_bits<uint32_t>(a) & UPPER_HALF);
 }
+SPARSIFY_INLINE float nearest(float a) {
+  return same_bits<float>((same_bits<uint32_t>(a) + 0x8000u) & UPPER_HALF);
+}
 // The nearest bfloat16, but none that is infinite where `a` is not.
 SPARSIFY_INLINE float rounded(float a) {
-  const float nearest = same_bits<float>((same_bits<uint32_t>(a) + 0x8000u) & UPPER_HALF);
-  return absolute(nearest) < infinity<float>() ? nearest : truncated(a);
+  return absolute(nearest(a)) < infinity<float>() ? nearest(a) : truncated(a);
 }
 
 // The parts of a number, the largest first; each has 8 bits, and is at most 2^-8 of the one before.
@@ -32,7 +34,19 @@ struct Parts {
   SPARSIFY_INLINE explicit Parts(float a) {
     at[0] = rounded(a);
     const float rest = absolute(a) == infinity<float>() ? 0.0f : a - at[0];
-    at[1] = rounded(rest);
+    at[1] = nearest(rest);  // far from infinity
+    at[2] = rest - at[1];
+  }
+};
+// The same where all products with them are taken: no part has to be small for what is left out. They are
+// found sooner, and are at most 2^-7 of the one before.
+struct CutParts {
+  float at[3];
+
+  SPARSIFY_INLINE explicit CutParts(float a) {
+    at[0] = truncated(a);
+    const float rest = absolute(a) == infinity<float>() ? 0.0f : a - at[0];
+    at[1] = truncated(rest);
     at[2] = rest - at[1];
   }
 };

@@ -16,6 +16,7 @@ template <int SLICE, class F, class W = F>
 struct Resident {
   typedef W Stored;
   static constexpr int GROUPED = SLICE;
+  static constexpr bool PADDED = false;  // whether there are whole tiles, see tile_sums.cuh
   const W* weights;
 
   SPARSIFY_INLINE W stored(int s, int i) const { return weights[s * SLICE + i]; }
@@ -39,6 +40,7 @@ struct Parted {
 // In global memory, as [sender][ROW]; `weights` points to the first receiver of the slice.
 template <int ROW, class F, class W = F>
 struct Streamed {
+  static constexpr bool PADDED = false;
   const W* weights;
 
   SPARSIFY_INLINE W stored(int s, int i) const {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparsify import ir
@@ -29,7 +27,6 @@ from sparsify.codegen.cuda.team_shape import WARP, Shape, blocks_of, words_of
 from sparsify.codegen.neurons_per_thread import meeting_phases
 from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import Packing, Source, find_usage, neuron_reads, packings
-from sparsify.codegen.writer import Writer
 
 MOST_FETCHED = 8  # words of what a neuron is given, in registers
 
@@ -101,10 +98,19 @@ class TeamKernel:
         words = self.words_of_neurons(self.kernel.phases[-1], shape, self.most_rows_at_once(shape))
         return min(words, shape.warps // 2)
 
+    def fills_words(self, shape: Shape, phase: ir.Phase) -> bool:
+        """Whether the 32 neurons that a warp computes at once may be of several rows.
+
+        Where nothing is told in bits, and a slice is no whole number of words.
+        """
+        told = [source for source, _ in published(phase, self.usage, self.symbols)]
+        in_bits = bits_of(phase, self.usage) or any(is_binary(each, self.usage) for each in told)
+        return not in_bits and shape.slices[phase.population] % WARP != 0
+
     def words_of_neurons(self, phase: ir.Phase, shape: Shape, rows: int) -> int:
         """How many times 32 neurons the warps of a block compute."""
         width = shape.slices[phase.population]
-        fills = fills_words(self, shape, phase)
+        fills = self.fills_words(shape, phase)
         return words_of(rows * width) if fills else rows * words_of(width)
 
     def streamed(self, population: str) -> list[ir.Operand]:
@@ -309,7 +315,7 @@ class TeamKernel:
     def wanted(self, gather: ir.Gather, phase: ir.Phase) -> str:
         """Whether row b wants the sum of neuron n, which is i of the slice."""
         assert gather.only is not None
-        wild = f"any_of(shared.{self.name(gather.source)}_wild[row])"
+        wild = self.any_wild(gather.source)
         operand = self.operand(gather.only)
         if operand is None:
             member = old_value(gather.only, phase, self.usage, self.symbols)
@@ -318,40 +324,6 @@ class TeamKernel:
         tested = element if operand.dtype in ("bool", "bits") else f"{element} != 0"
         return f"{wild} || {tested}"
 
-
-@dataclass(frozen=True)
-class Span:
-    """C++ expressions: rows ``low`` to ``high - 1`` of those that a team carries, which half."""
-
-    low: str = "0"
-    high: str = "rows"
-    half: str = "0"
-
-
-ALL_ROWS = Span()
-
-
-@contextmanager
-def items(
-    w: Writer,
-    many: str,
-    name: str,
-    span: Span = ALL_ROWS,
-    first: str = "warp_of()",
-    warps: str = "WARPS",
-) -> Iterator[None]:
-    """The pairs of a row and ``many`` others, which the warps of a block take in turn."""
-    begin = first if span.low == "0" else f"{span.low} * {many} + {first}"
-    with w.block(f"for (int item = {begin}; item < {span.high} * {many}; item += {warps})"):
-        w.line(f"const int row = item / {many}, {name} = item % {many};")
-        yield
-
-
-def fills_words(team: TeamKernel, shape: Shape, phase: ir.Phase) -> bool:
-    """Whether the 32 neurons that a warp computes at once may be of several rows.
-
-    Where nothing is told in bits, and a slice is no whole number of words.
-    """
-    told = [source for source, _ in published(phase, team.usage, team.symbols)]
-    in_bits = bits_of(phase, team.usage) or any(is_binary(source, team.usage) for source in told)
-    return not in_bits and shape.slices[phase.population] % WARP != 0
+    def any_wild(self, source: str) -> str:
+        """Whether a value of a source is wild in this row."""
+        return f"any_of(shared.{self.name(source)}_wild[row])"

@@ -10,7 +10,8 @@ from sparsify import ir
 from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.team_groups import Grouped
-from sparsify.codegen.cuda.team_kernel import ALL_ROWS, Span, TeamKernel, items
+from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_loops import ALL_ROWS, Span, items
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_masks import masked_sum, whole_rows
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
@@ -157,20 +158,22 @@ class TeamSums:
 
     def total(self, gather: ir.Gather) -> str:
         """The sum of receiver i of the slice, as its cell is given it."""
-        name = self.team.name(gather.result)
         if self._is_cleared(gather):
-            return f"{name}_sum"
+            return f"{self.team.name(gather.result)}_sum"
+        return self.added(gather)
+
+    def added(self, gather: ir.Gather) -> str:
+        """The sum of all blocks of senders."""
         bundle = self.team.bundle_of(self.team.weight(gather), self.shape)
         if bundle is None:
-            return f"add_blocks(shared.{name}_sum[row], i)"
+            return f"add_blocks(shared.{self.team.name(gather.result)}_sum[row], i)"
         return f"add_blocks(shared.{bundle.name}_sum[row], {bundle.column(gather.weight)}i)"
 
     def write_cleared(self) -> None:
         """Of dense products, clear the sums of receiver i that nobody wants."""
         for gather in filter(self._is_cleared, self.gathers):
             name, kind = self.team.name(gather.result), self.team.kind(gather.result)
-            added = f"add_blocks(shared.{name}_sum[row], i)"
-            self.w.line(f"{kind} {name}_sum = here ? {added} : {kind}(0);")
+            self.w.line(f"{kind} {name}_sum = here ? {self.added(gather)} : {kind}(0);")
             wanted = f"here && ({self.team.wanted(gather, self.phase)})"
             counter = self.team.counter(gather)
             self.w.line(f"{counter} += keep_wanted({name}_sum, {wanted});")

@@ -83,14 +83,15 @@ struct TileValues {
 };
 
 // The three parts of the weights of 16 senders, from s on, and 8 receivers, from i on.
-template <class Weights>
+template <class P, class Weights>
 SPARSIFY_INLINE void load_weights(float, RightTile (&to)[3], const Weights& weight, int s, int i,
                                   int senders, int width) {
   const int receiver = i + lane_of() / 4, first = s + 2 * (lane_of() % 4);
   const auto at = [&](int sender) {
-    return Parts(sender < senders && receiver < width ? weight(sender, receiver) : 0.0f);
+    const bool here = Weights::PADDED || (sender < senders && receiver < width);
+    return P(here ? weight(sender, receiver) : 0.0f);
   };
-  const Parts near[2] = {at(first), at(first + 1)}, far[2] = {at(first + 8), at(first + 9)};
+  const P near[2] = {at(first), at(first + 1)}, far[2] = {at(first + 8), at(first + 9)};
 #pragma unroll
   for (int part = 0; part < 3; ++part) {
     to[part].near = pair_of(near[0].at[part], near[1].at[part]);
@@ -99,20 +100,34 @@ SPARSIFY_INLINE void load_weights(float, RightTile (&to)[3], const Weights& weig
 }
 
 // The same of halves.
-template <class W, class Weights>
+template <class P, class W, class Weights>
 SPARSIFY_INLINE void load_weights(W, RightTile (&to)[1], const Weights& weight, int s, int i,
                                   int senders, int width) {
   const int receiver = i + lane_of() / 4, first = s + 2 * (lane_of() % 4);
   const auto at = [&](int sender) {
-    return sender < senders && receiver < width ? weight.stored(sender, receiver) : W(0.0f);
+    const bool here = Weights::PADDED || (sender < senders && receiver < width);
+    return here ? weight.stored(sender, receiver) : W(0.0f);
   };
   to[0].near = pair_of_halves<W>(at(first), at(first + 1));
   to[0].far = pair_of_halves<W>(at(first + 8), at(first + 9));
 }
 
+// What a float32 weight is taken apart to, whose products are with values of so many parts.
+template <int USED>
+struct WeightParts {
+  typedef Parts type;
+};
+template <>
+struct WeightParts<1> {
+  typedef CutParts type;
+};
+
 // What was added of each order, the smallest first.
 SPARSIFY_INLINE float added(const SumTile (&sum)[3], int half, int next) {
   return sum[2].at[half][next] + sum[1].at[half][next] + sum[0].at[half][next];
+}
+SPARSIFY_INLINE float added(const SumTile (&sum)[2], int half, int next) {
+  return sum[1].at[half][next] + sum[0].at[half][next];
 }
 SPARSIFY_INLINE float added(const SumTile (&sum)[1], int half, int next) {
   return sum[0].at[half][next];
@@ -137,7 +152,8 @@ SPARSIFY_INLINE void add_tiles(float (&sums)[ROWS][BLOCKS][SLICE], const Weights
 #pragma unroll 2
     for (int k = 0; k < BLOCK && block * BLOCK + k < senders; k += TILE_DEPTH) {
       RightTile right[ORDERS];
-      load_weights(W(0.0f), right, weight, block * BLOCK + k, first_i, senders, width);
+      load_weights<typename WeightParts<USED>::type>(W(0.0f), right, weight, block * BLOCK + k,
+                                                     first_i, senders, width);
 #pragma unroll
       for (int order = 0; order < ORDERS; ++order)
 #pragma unroll

@@ -14,12 +14,15 @@ struct Call {
   int64_t rows, width;
 };
 
-extern "C" __global__ void run_parts(const Call call) {
+template <class P>
+__device__ void take_apart(const Call& call) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= call.rows) return;
-  const Parts parts(call.values[i]);
+  const P parts(call.values[i]);
   for (int part = 0; part < PARTS; ++part) call.result[i * PARTS + part] = parts.at[part];
 }
+extern "C" __global__ void run_parts(const Call call) { take_apart<Parts>(call); }
+extern "C" __global__ void run_cut_parts(const Call call) { take_apart<CutParts>(call); }
 
 // Weights are W, and so are values.
 template <class W, int USED>
