@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparsify.passes.classify_ops import (
     SLICES,
     TRANSPOSES,
     is_of_rows,
+    is_part_of_norm,
     is_pointwise,
     keep_measured,
     order_of,
@@ -22,6 +24,7 @@ from sparsify.passes.classify_ops import (
 )
 from sparsify.passes.tensor_info import call, copy_meta, packed, permuted, with_shape
 from sparsify.regions.convolution_backward import sender_gradient
+from sparsify.regions.step_norms import normalize, normalize_steps
 
 aten = torch.ops.aten
 OF_ONE_RANK = (torch.channels_last, torch.channels_last_3d)
@@ -29,12 +32,16 @@ OF_ONE_RANK = (torch.channels_last, torch.channels_last_3d)
 
 def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
     """True if ``batch_step`` can compute ``node`` from the stacked values of its operands."""
+    if node.target is normalize:
+        scales = node.all_input_nodes[1:]
+        return all(scale in invariant or "stored" in scale.meta for scale in scales)
     if isinstance(node.meta["val"], (tuple, list)):
         return False
-    shape = node.meta["val"].shape
     if product_operand(node) is not None:
         return _can_batch_product(node, invariant)
     if node.target in RESHAPES or node.target in REDUCTIONS or is_part(node):
+        return True
+    if is_part_of_norm(node):
         return True
     if is_of_rows(node):
         return all(other in invariant for other in node.all_input_nodes[1:])
@@ -44,7 +51,7 @@ def can_batch(node: fx.Node, invariant: set[fx.Node]) -> bool:
         return False
     # Invariant operands align with the trailing dims, so they must not have more of them.
     ranks = [len(operand.meta["val"].shape) for operand in node.all_input_nodes]
-    return all(rank <= len(shape) for rank in ranks)
+    return all(rank <= len(node.meta["val"].shape) for rank in ranks)
 
 
 def is_part(node: fx.Node) -> bool:
@@ -92,6 +99,10 @@ def batch_step(
         return batcher.of_rows()
     if node.target is sender_gradient:
         return batcher.of_senders()
+    if node.target is normalize:
+        return batcher.norm()
+    if is_part_of_norm(node):
+        return batcher.part_of_norm()
     if is_part(node):
         return batcher.part()
     if node.target in REDUCTIONS:
@@ -113,7 +124,10 @@ class _Batcher:
         self.steps = steps
         self.stacked = stacked
         self.constant = constant
-        self.shape: tuple[int, ...] = tuple(node.meta["val"].shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.node.meta["val"].shape)
 
     def reshape(self) -> fx.Node:
         operand = self.stacked(self.node.all_input_nodes[0])
@@ -210,6 +224,19 @@ class _Batcher:
         args = (self.stacked(d), self.constant(weight), *others)
         info = with_shape(self.node.meta["val"], (self.steps, *self.shape))
         return call(self.graph, sender_gradient, args, info, self.node)
+
+    def norm(self) -> fx.Node:
+        """What normalises every step by its own statistics, which come beside it."""
+        args = fx.map_arg(self.node.args, lambda n: self.stacked(n) or self.constant(n))
+        infos = tuple(with_shape(i, (self.steps, *i.shape)) for i in self.node.meta["val"])
+        return call(self.graph, normalize_steps, args, infos, self.node)
+
+    def part_of_norm(self) -> fx.Node:
+        parts = self.stacked(self.node.all_input_nodes[0])
+        assert parts is not None
+        index: Any = self.node.args[1]
+        args = (parts, index)
+        return call(self.graph, operator.getitem, args, parts.meta["val"][index], self.node)
 
     def _by_rows(self, operand: fx.Node, place: int) -> fx.Node:
         value = self.stacked(operand)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.passes.classify_ops import draws_random
+from sparsify.passes.classify_ops import draws_random, is_stored
 from sparsify.passes.encode_nodes import leaves, rebuild
 from sparsify.passes.find_series import Series, Stacked, StepSource, Table
 from sparsify.passes.match_iterations import Carried, Fill, Fixed, Outside, Same, Slot
@@ -170,6 +170,8 @@ class BodyBuilder:
             return
         node = self.graph.placeholder(f"x_{len(self.xs)}")
         node.meta.update(_place(like), val=self._slice_info(source, like))
+        if isinstance(source, Stacked) and all(is_stored(each, 0) for each in source.nodes):
+            node.meta["stored"] = True
         self.xs[source] = node
 
     def _slice_info(self, source: StepSource, like: fx.Node) -> Any:

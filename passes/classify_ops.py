@@ -10,6 +10,7 @@ from torch import fx
 
 from sparsify.passes.tensor_info import copy_meta
 from sparsify.regions.convolution_backward import sender_gradient
+from sparsify.regions.step_norms import normalize
 
 aten = torch.ops.aten
 
@@ -54,16 +55,26 @@ REDUCTIONS = (
 # What computes every row of the batch by itself, from several of its neurons or with parameters of
 # channels; see ``single_results``. No kernel has them but where a convolution is beside them.
 POOL = aten.max_pool2d.default
-OF_ROWS = (POOL, aten.avg_pool2d.default, aten.batch_norm.default)
+NORMS = (aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default)
+OF_ROWS = (POOL, aten.avg_pool2d.default, *NORMS)
 
 
 def is_of_rows(node: fx.Node) -> bool:
-    """True for pools, and norms in eval mode, of ``[B, C, ...]``."""
+    """True for pools and norms of ``[B, C, ...]``; those of batches in eval mode."""
     if node.target not in OF_ROWS:
         return False
-    is_norm = node.target is aten.batch_norm.default
-    rank = len(node.meta["val"].shape)
-    return rank > 1 and node.args[5] is False if is_norm else rank == 4
+    rank, args = len(node.meta["val"].shape), node.args
+    if node.target is aten.layer_norm.default:
+        normalized: Any = args[1]
+        return rank > len(normalized)
+    if node.target is aten.batch_norm.default and args[5] is not False:
+        return False
+    return rank > 1 if node.target in NORMS else rank == 4
+
+
+def is_part_of_norm(node: fx.Node) -> bool:
+    """True for the results of a norm that has several: by the statistics of each step."""
+    return node.target is operator.getitem and node.all_input_nodes[0].target is normalize
 
 
 def draws_random(node: fx.Node) -> bool:
@@ -146,7 +157,7 @@ def keep_measured(made: fx.Node, product: fx.Node) -> fx.Node:
 
 def coupled_operand(node: fx.Node) -> fx.Node | None:
     """What a product, a reduction or a pool reads of several neurons; None for every other op."""
-    is_coupled = node.target in REDUCTIONS or node.target is sender_gradient or is_of_rows(node)
+    is_coupled = node.target in (*REDUCTIONS, sender_gradient, normalize) or is_of_rows(node)
     if node.op == "call_function" and is_coupled:
         return node.all_input_nodes[0]
     return product_operand(node)

@@ -103,6 +103,7 @@ class _Alignment:
         self.found: dict[int, fx.Node] = {}
         self.extra: list[fx.Node] = []
         self.nodes: list[fx.Node] = []
+        self.shared: set[object] = set()  # modules that run in both
 
     @property
     def missing(self) -> list[int]:
@@ -111,6 +112,7 @@ class _Alignment:
     def align(self, nodes: list[fx.Node]) -> _Alignment | None:
         """Pair each node with its counterpart; None if the rest is needed or draws numbers."""
         self.nodes = nodes
+        self.shared = _modules(nodes) & _modules(self.pattern)
         alike: dict[Hashable, list[int]] = {}
         for index, node in enumerate(nodes):
             alike.setdefault(self._kind_of(node), []).append(index)
@@ -154,11 +156,13 @@ class _Alignment:
 
     def _kind_of(self, node: fx.Node) -> Hashable:
         """What it is, its line, its layer and iterations of inner loops: layers alike compute the
-        same one by one.
+        same one by one. A layer of one iteration, as a norm may be, stands where another stood.
         """
         inner = node.meta.get("loops", ())[self.loop.depth + 1 :]
         iterations = tuple(step.iteration for step in inner)
-        return head_of(node), node.meta.get("location"), node.meta.get("module"), iterations
+        module = node.meta.get("module")
+        layer = module if module in self.shared else None
+        return head_of(node), node.meta.get("location"), layer, iterations
 
     def complete(self) -> list[fx.Node]:
         """The iteration with a copy of the pattern's node for each that is missing."""
@@ -197,6 +201,10 @@ class _Alignment:
         if isinstance(code, fx.Node) and isinstance(earlier, fx.Node) and code is not earlier:
             return _following(code, earlier)
         return _next_number(code, earlier) if isinstance(code, Number) else code
+
+
+def _modules(nodes: list[fx.Node]) -> set[object]:
+    return {node.meta.get("module") for node in nodes}
 
 
 def _next_number(code: Number, earlier: Code) -> int | float | bool:

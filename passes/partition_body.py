@@ -10,17 +10,20 @@ from torch import fx
 
 from sparsify.passes.batch_steps import can_batch, is_part
 from sparsify.passes.classify_ops import (
+    NORMS,
     REDUCTIONS,
     RESHAPES,
     coupled_operand,
     draws_random,
     is_of_rows,
+    is_part_of_norm,
     product_operand,
 )
 from sparsify.passes.time_levels import TimeLevels
 from sparsify.regions.convolution_backward import sender_gradient
+from sparsify.regions.step_norms import normalize
 
-_AT_ONCE = (*REDUCTIONS, sender_gradient)  # for all steps, wherever they can be
+_AT_ONCE = (*REDUCTIONS, sender_gradient, normalize)  # for all steps, wherever they can be
 
 
 @dataclass(eq=False)
@@ -69,6 +72,11 @@ class Partition:
         return [n for n in self.levels.nodes if n in self.batched and n.target in REDUCTIONS]
 
     @property
+    def norms(self) -> list[fx.Node]:
+        kinds = (normalize, *NORMS)
+        return [n for n in self.levels.nodes if n in self.batched and n.target in kinds]
+
+    @property
     def sliced(self) -> list[fx.Node]:
         return [node for node in self.levels.nodes if node in self.batched and is_part(node)]
 
@@ -93,7 +101,8 @@ class Partition:
 
     def _find_batched(self, hoist_products: Callable[[fx.Node], bool]) -> None:
         levels = self.levels
-        reduced: set[fx.Node] = set()  # reductions, and what is made of them and of nothing else
+        # Reductions, what the model keeps for each step, and what is made of them and nothing else.
+        reduced = {place for place in levels.scan.placeholders if "stored" in place.meta}
         pooled: set[fx.Node] = set()  # pools and norms, and views of them
         for node in levels.nodes:
             if node in levels.recurrent or node in levels.invariant:
@@ -101,20 +110,23 @@ class Partition:
             if not can_batch(node, levels.invariant):
                 continue
             operand = coupled_operand(node)
-            if node.target in RESHAPES and node.all_input_nodes[0] in pooled:
-                pooled.add(node)
+            is_view = node.target in RESHAPES or is_part_of_norm(node)
+            if is_view and node.all_input_nodes[0] in pooled:
+                is_statistic = is_part_of_norm(node) and node.args[1] != 0
+                (reduced if is_statistic else pooled).add(node)
                 self.batched.add(node)
             elif operand is None:
                 if not all(i in reduced or i in levels.invariant for i in node.all_input_nodes):
                     continue
                 reduced.add(node)
                 self.batched.add(node)
-            elif node.target in _AT_ONCE or is_of_rows(node) or hoist_products(node):
+            elif is_of_rows(node) or node.target in _AT_ONCE or hoist_products(node):
                 feeding = self._batchable(operand)
                 if feeding is not None:
                     self.batched |= {node, *feeding}
-                    reduced |= {node} if node.target in _AT_ONCE else set()
-                    pooled |= {node} if is_of_rows(node) else set()
+                    is_pooled = is_of_rows(node) or node.target is normalize
+                    pooled |= {node} if is_pooled else set()
+                    reduced |= {node} if node.target in _AT_ONCE and not is_pooled else set()
 
     def _batchable(self, node: fx.Node) -> set[fx.Node] | None:
         """What must be batched so that ``node`` is had for all steps; None if that cannot be."""

@@ -7,10 +7,12 @@ from torch import fx
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
 from sparsify.passes.look_up_products import look_up_products
+from sparsify.passes.part_norms import part_norms
 from sparsify.passes.read_delays import read_delays
 from sparsify.passes.read_single_parts import read_single_parts
 from sparsify.passes.result import Pass, PassResult
 from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.scale_norms import scale_norms
 from sparsify.passes.scan_products import scan_products
 from sparsify.passes.set_apart import set_apart
 from sparsify.passes.single_results import single_results
@@ -36,6 +38,7 @@ def scan_matrix_products(gm: fx.GraphModule) -> PassResult:
 
 PIPELINE: tuple[Pass, ...] = (
     single_results,
+    part_norms,
     expand_rnn,
     read_single_parts,
     read_delays,
@@ -43,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     split_operands,
     split_gates,
     roll_loops,
+    scale_norms,
     find_events,
     split_products,
     find_events,

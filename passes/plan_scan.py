@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from sparsify.passes.classify_ops import is_stored
+from sparsify.passes.classify_ops import is_part_of_norm, is_stored
 from sparsify.passes.encode_nodes import leaves, shape_of
 from sparsify.passes.find_loops import Loop
 from sparsify.passes.find_series import (
@@ -27,6 +27,7 @@ from sparsify.passes.match_iterations import (
     PerStep,
 )
 from sparsify.passes.scan_plan import ScanPlan
+from sparsify.regions.step_norms import normalize
 
 aten = torch.ops.aten
 
@@ -73,7 +74,7 @@ def _find_per_step(plan: ScanPlan, owner: Owner) -> Mismatch | None:
         for index, slot in enumerate(slots):
             if not isinstance(slot, PerStep):
                 continue
-            source = _step_source(slot.nodes, owner, plan)
+            source = _step_source(slot.nodes, owner, plan, plan.match.pattern[position])
             if isinstance(source, Mismatch):
                 node = plan.match.iterations[source.iteration][position]
                 return replace(source, node=node)
@@ -81,21 +82,31 @@ def _find_per_step(plan: ScanPlan, owner: Owner) -> Mismatch | None:
     return None
 
 
-def _step_source(nodes: tuple[fx.Node, ...], owner: Owner, plan: ScanPlan) -> StepSource | Mismatch:
+def _step_source(
+    nodes: tuple[fx.Node, ...], owner: Owner, plan: ScanPlan, reader: fx.Node
+) -> StepSource | Mismatch:
     found = find_series(nodes, owner) if len(nodes) > 1 else None
     if found is not None:
         return found
     held = [node for node in nodes if is_weight(node)]
-    if held:
+    if held and not _may_be_of_steps(reader):
         what = f"reads {held[-1].name}, other iterations read other weights"
         return _everywhere(nodes, what)
     if len(nodes) > 2 and find_series(nodes[1:], owner) is not None:
         return Mismatch(0, None, "reads a value that is not in the series of the others")
     if len({shape_of(node) for node in nodes}) > 1 or not is_tensor(nodes[0]):
         return _everywhere(nodes, "reads a value of another shape or dtype")
-    if len(nodes) > 1 and plan.loop.inner():
+    if len(nodes) > 1 and plan.loop.inner() and not held:
         return _everywhere(nodes, "reads other values than the last one")
     return Stacked(nodes)
+
+
+def _may_be_of_steps(reader: fx.Node) -> bool:
+    """Norms, which keep few numbers, may be those of single steps; so may what they update."""
+    if reader.target is aten.add.Tensor:
+        return reader.meta["val"].dtype is torch.int64 and type(reader.args[1]) is int
+    averages = reader.target is aten.lerp.Scalar and is_part_of_norm(reader.all_input_nodes[1])
+    return averages or reader.target in (normalize, aten.batch_norm.default)
 
 
 def _everywhere(values: Sequence[object], what: str) -> Mismatch:

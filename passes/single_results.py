@@ -12,6 +12,7 @@ After::
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,24 +25,36 @@ from sparsify.passes.tensor_info import call
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
+Args = tuple[Any, ...]
+
+
+def _of_groups(args: Args) -> Args:
+    x, weight, bias, _, _, _, groups, eps = args
+    return x, groups, weight, bias, eps
+
+
+# The operation with one result, and its arguments by those of the other.
+SINGLE: dict[Any, tuple[Any, Callable[[Args], Args]]] = {
+    aten.max_pool2d_with_indices.default: (aten.max_pool2d.default, lambda args: args),
+    aten.native_batch_norm.default: (aten.batch_norm.default, lambda args: (*args, False)),
+    aten.native_layer_norm.default: (aten.layer_norm.default, lambda args: args),
+    aten.native_group_norm.default: (aten.group_norm.default, _of_groups),
+}
 
 
 def single_results(gm: fx.GraphModule) -> PassResult:
-    """Replace max-pools without indices, and batch norms of eval mode without statistics."""
+    """Replace max-pools without indices, and norms without statistics (of batches in eval mode)."""
     if not _find(gm.graph):  # long recordings are not copied, or walked, for nothing
         return PassResult(gm)
     graph = copy_graph(gm.graph)
     done: dict[str, None] = {}
     for node in _find(graph):
         [part] = node.users
-        args: Any = node.args
-        is_pool = node.target is aten.max_pool2d_with_indices.default
-        target = aten.max_pool2d.default if is_pool else aten.batch_norm.default
+        target, given = SINGLE[node.target]
         with graph.inserting_before(node):
-            given = args if is_pool else (*args, False)
-            single = call(graph, target, given, part.meta["val"], node)
+            single = call(graph, target, given(node.args), part.meta["val"], node)
         part.replace_all_uses_with(single)
-        kind = "pool" if is_pool else "norm"
+        kind = "norm" if "norm" in str(target) else "pool"
         done[f"{node.meta.get('location')}: only one result of a {kind} is read"] = None
     modules = dict(gm.named_children())
     erase_unused(graph, modules)
@@ -49,19 +62,14 @@ def single_results(gm: fx.GraphModule) -> PassResult:
 
 
 def _find(graph: fx.Graph) -> list[fx.Node]:
-    targets = (aten.max_pool2d_with_indices.default, aten.native_batch_norm.default)
-    found = [n for t in targets for n in graph.find_nodes(op="call_function", target=t)]
+    found = [n for t in SINGLE for n in graph.find_nodes(op="call_function", target=t)]
     return [node for node in found if _has_one_reader(node)]
 
 
 def _has_one_reader(node: fx.Node) -> bool:
-    if node.kwargs or len(node.users) != 1 or not _is_known(node):
+    if node.kwargs or len(node.users) != 1:
+        return False
+    if node.target is aten.native_batch_norm.default and (len(node.args) != 8 or node.args[5]):
         return False
     [part] = node.users
     return part.target is operator.getitem and bool(part.args[1] == 0)
-
-
-def _is_known(node: fx.Node) -> bool:
-    if node.target is aten.native_batch_norm.default:
-        return len(node.args) == 8 and node.args[5] is False
-    return node.target is aten.max_pool2d_with_indices.default

@@ -29,6 +29,7 @@ from sparsify.passes.partition_body import Part, Partition
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, with_shape
 from sparsify.passes.time_levels import find_time_levels
+from sparsify.passes.whole_recurrences import emit_whole, only_operation
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
@@ -112,6 +113,8 @@ def _describe(node: fx.Node, partition: Partition) -> str:
         did.append(f"{len(partition.batched_products)} products computed for all steps at once")
     if partition.reductions:
         did.append(f"{len(partition.reductions)} sums computed for all steps at once")
+    if partition.norms:
+        did.append(f"{len(partition.norms)} norms computed for all steps at once")
     if partition.sliced:
         did.append(f"{len(partition.sliced)} slices of the input taken before the loop")
     if len(partition.parts) != 1:
@@ -200,6 +203,13 @@ class _Emitter:
         if part in self.emitted:
             return
         self.emitted.add(part)
+        only = only_operation(part, self.levels.source)
+        if only is not None and not self.levels.scan.reverse:
+            [carry] = part.carries
+            initial = self.inits[carry]
+            final = emit_whole(self.graph, only, self.steps, initial, self._stacked)
+            self.finals[carry] = final
+            return
         xs = tuple(self._stacked(x) for x in part.xs)
         consts = tuple(self._constant(const) for const in part.consts)
         carries = tuple(self.inits[carry] for carry in part.carries)

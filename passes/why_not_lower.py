@@ -22,6 +22,7 @@ from sparsify.passes.lower_convolution import source_of, why_not_convolution
 from sparsify.passes.lower_ops import DTYPES, EXPANSIONS, FILLS, POWERS, ROWS
 from sparsify.passes.lower_refusals import refuse
 from sparsify.passes.without_gradients import is_application
+from sparsify.regions.step_norms import normalize
 
 aten = torch.ops.aten
 
@@ -55,6 +56,8 @@ _COUPLED: dict[str, str] = {
     "std": "averages neurons",
     "native_layer_norm": "normalises over neurons",
     "layer_norm": "normalises over neurons",
+    "native_group_norm": "normalises over neurons",
+    "group_norm": "normalises over neurons",
     "native_batch_norm": "normalises over the batch",
     "any": "looks at several neurons",
     "all": "looks at several neurons",
@@ -140,6 +143,8 @@ def _reads_through(pool: fx.Node, user: fx.Node) -> bool:
 
 def _unsupported(node: fx.Node) -> Refusal:
     name = str(node.target).removeprefix("aten.").split(".")[0]
+    if node.target is normalize:
+        name = "native_batch_norm"  # in training mode
     if name in _COUPLED:
         reason = f"{name} {_COUPLED[name]} in every step; kernels couple neurons by products only."
         return refuse("unsupported-op", reason, _OUTSIDE, node)

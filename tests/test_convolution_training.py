@@ -211,7 +211,10 @@ def test_graphs_have_the_gradients_of_eager(name: str, of_input: bool) -> None:
     model.load_state_dict(buffers)
     result = deliver(graph(*operands))
     got = gradients_of(result, leaves_of(model, x))
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in after.items())
+    for key, wanted in after.items():  # running statistics are averaged in another order
+        own = model.state_dict()[key]
+        assert own.dtype == wanted.dtype
+        assert (own - wanted).double().norm() <= MOST_RELATIVE * wanted.double().norm()
     for own, wanted in zip(tensors_in(result), tensors_in(expected), strict=True):
         assert own.dtype == wanted.dtype and own.shape == wanted.shape
         assert (own - wanted).norm() <= MOST_RELATIVE * wanted.norm()

@@ -21,6 +21,7 @@ from sparsify.codegen.backend import Binary
 from sparsify.codegen.cpp import CppBackend
 from sparsify.compiling import stages
 from sparsify.errors import CompileError, TraceError
+from sparsify.products.find_products import find_products
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from tests.example_kernels import product
@@ -197,6 +198,22 @@ def test_it_runs_once_on_the_cores_that_are_left(monkeypatch: pytest.MonkeyPatch
         alone.run()
         assert ran == [1, 1, 2]
         assert alone.seconds == 1.0
+
+
+@pytest.mark.parametrize("most, expected", [(1e7, 1), (1.0, 2)])
+def test_small_products_are_checked_on_one_thread(
+    monkeypatch: pytest.MonkeyPatch, most: float, expected: int
+) -> None:
+    """Waking another one takes longer, and its core may have other work."""
+    monkeypatch.setattr(pending_check, "MOST_SMALL", most)
+    ran = checks(monkeypatch)
+    with threads(2):
+        check = pending(Recurrent().eval())
+        check.weigh(find_products(check._call[1].graph.graph))
+        check.run()
+        assert torch.get_num_threads() == 2
+    assert ran == [expected]
+    assert check.seconds == expected / 2
 
 
 def test_beside_compilers_only_the_time_of_the_thread_counts() -> None:

@@ -17,6 +17,7 @@ from sparsify.errors import TraceError
 from sparsify.graph_meta import TensorInfo
 from sparsify.products.find_products import Product
 from sparsify.recording.operations import Op, operation_of
+from sparsify.recording.product_threads import MOST_SMALL
 from sparsify.recording.recording import Args, Kwargs, Recording
 
 # Beside compilers a check runs on fewer threads: two seconds of one core, for two runs and, of
@@ -38,7 +39,17 @@ class PendingCheck:
         self._held = recording.guard.matches(args, kwargs)
         self._repetition: Repetition | None = None
         self.seconds = 0.0
+        self._has_small_products = False
         self._is_trained = needs_grad(recording.calling.operands(args, kwargs))
+
+    def weigh(self, products: Sequence[Product]) -> None:
+        """Compare them now unless it may wait; ``products`` are those of the recording."""
+        if not self.is_light(products):
+            self.run()
+            return
+        count = sum(len(product.nodes) for product in products)
+        operations = math.fsum(product.operations for product in products)
+        self._has_small_products = 0 < operations <= MOST_SMALL * count
 
     def is_light(self, products: Sequence[Product]) -> bool:
         """Whether it may run on fewer threads, and beside what is kept of the passes.
@@ -63,7 +74,7 @@ class PendingCheck:
     def _repeat(self, compilers: int) -> Repetition:
         self._check_state()
         every = torch.get_num_threads()
-        count = max(1, every - compilers)
+        count = 1 if self._has_small_products else max(1, every - compilers)
         # One thread's own time is not that in which it waited for a core.
         clock = time.thread_time if compilers and count == 1 else time.perf_counter
         with threads(count):

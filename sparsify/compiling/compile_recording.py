@@ -96,8 +96,8 @@ class Compiler:
         check: PendingCheck | None = None,
     ) -> Compiled:
         products = find_products(recording.graph.graph)
-        if check is not None and not check.is_light(products):
-            check.run()
+        if check is not None:
+            check.weigh(products)
         plan = measured_plan(plan, products)
         is_trained = needs_grad(operands)
         stages, undifferentiated = self._transform(recording.graph, operands, is_trained)

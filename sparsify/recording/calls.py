@@ -13,6 +13,7 @@ from sparsify.recording.operations import Op, Operation, operation_of
 
 aten = torch.ops.aten
 RNN_FILE = torch.nn.modules.rnn.__file__
+NORM_FILE = torch.nn.modules.batchnorm.__file__
 PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -65,6 +66,11 @@ def why_not_reveal(op: Op) -> str:
         return (
             "the lengths of a packed sequence reach Python; give padded tensors, and take each "
             "sequence's last step with torch.gather"
+        )
+    if op is aten._local_scalar_dense.default and _is_asked_by(NORM_FILE):
+        return (
+            "how many batches a norm has seen reaches Python; give it a momentum, which is None in "
+            "training mode"
         )
     if op is aten._local_scalar_dense.default:
         return (

@@ -25,6 +25,7 @@ from sparsify.recording.escapes import Escapes
 from sparsify.recording.guard import Seen, watch
 from sparsify.recording.histories import look_up, put_back_histories
 from sparsify.recording.positions import Positions
+from sparsify.recording.product_threads import ProductThreads
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.recording import Args, Guard, Kwargs, Recording, Unrecorded
 from sparsify.recording.rules import rule_of
@@ -74,6 +75,8 @@ class _Run:
         self.reads = SizeReads(self.recorder)
         self.recorder.unread = {id(tensor): tensor for tensor in self.known.tensors()}
         self.before = look_up(self.known.tensors()) if torch.is_grad_enabled() else {}
+        if restore:  # nobody is given the result, whose rounding may depend on them
+            self.recorder.product_threads = ProductThreads()
         self.applications: Applications | None = None
         if any(history.required for history in self.before.values()):
             histories = self.recorder.record_gradients(self.before)
@@ -113,6 +116,8 @@ class _Run:
             self._pin_what_backward_decides_by()
         finally:
             reads.close(self.model)
+            if self.recorder.product_threads is not None:
+                self.recorder.product_threads.put_back()
         return reads.plain(result)
 
     def _pin_what_backward_decides_by(self) -> None:

@@ -31,6 +31,7 @@ from sparsify.recording.operations import (
     Operation,
     operation_of,
 )
+from sparsify.recording.product_threads import ProductThreads
 from sparsify.recording.traced_size import plain
 from sparsify.recording.values import NO_ORIGIN, Origin, Value, Values, current, fitting
 from sparsify.recording.writes import part_of_list, write
@@ -94,6 +95,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_suspended = False
         self.is_busy = False  # what the recorder itself does is not the user's
         self.histories: Histories | None = None
+        self.product_threads: ProductThreads | None = None
         self._origin: Origin | None = NO_ORIGIN
         self._made_bytes = 0  # since memory was given back
 
@@ -173,6 +175,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record_call(self, call: Call) -> None:
         """Record a call that writes to nothing as it is."""
         args, kwargs = self.lower_all(call)
+        if call.facts.activation is not None and self.product_threads is not None:
+            self.product_threads.before(call)
         result = call.run()
         op = call.op
         if call.facts.is_view:

@@ -30,20 +30,21 @@ class Pin:
 
 @dataclass(frozen=True)
 class Apart:
-    """A tensor that forward writes shares no memory with another one that it uses."""
+    """The tensors that forward writes share no memory with one another or with others it uses."""
 
     names: tuple[str, ...]
-    written: int
+    written: tuple[int, ...]
     fetch: tuple[Fetch, ...]
 
     def why_not(self, args: Args, kwargs: Kwargs) -> str:
-        tensors = [fetch(args, kwargs) for fetch in self.fetch]
-        memory = tensors[self.written].untyped_storage().data_ptr()
-        if memory == 0:  # it has no elements
+        memories = [fetch(args, kwargs).untyped_storage().data_ptr() for fetch in self.fetch]
+        if len(set(memories)) == len(memories):
             return ""
-        for index, tensor in enumerate(tensors):
-            if index != self.written and tensor.untyped_storage().data_ptr() == memory:
-                names = self.names[self.written], self.names[index]
+        for written in self.written:
+            memory = memories[written]
+            shared = [i for i, other in enumerate(memories) if other == memory and i != written]
+            if shared and memory != 0:  # without elements it has none
+                names = self.names[written], self.names[shared[0]]
                 return f"{names[0]}, which is written to, shares memory with {names[1]}"
         return ""
 
@@ -108,7 +109,9 @@ def find_assumptions(
             found.append(Pin(name, fetch[node], tensor.detach().clone()))
     names = tuple(node.meta["source"].name for node in operands)
     fetchers = tuple(fetch.values())
-    found += [Apart(names, i, fetchers) for i, node in enumerate(operands) if node in written]
+    places = tuple(i for i, node in enumerate(operands) if node in written)
+    if places:
+        found.append(Apart(names, places, fetchers))
     if recorder.histories is not None:
         required = tuple(map(recorder.histories.required, tensors.values()))
         found.append(Requires(names, required, fetchers))

@@ -26,6 +26,7 @@ from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
+PASSED_ON = (operator.getitem, aten.clone.default)  # beside views; steps are turned all at once
 Forward = Callable[..., tuple[Tensor, ...]]
 
 
@@ -78,7 +79,7 @@ def _loop_of(result: Any, gm: fx.GraphModule) -> fx.Node | None:
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             return node if isinstance(module, (TrainedRegion, Scan)) else None
-        if node.target is not operator.getitem and not may_be_view(node):
+        if node.target not in PASSED_ON and not may_be_view(node):
             return None
         node = node.args[0]
     return None
