@@ -13,7 +13,6 @@
 namespace sparsify {
 
 constexpr int MOST_SUMS = VECTOR_BYTES == 64 ? 27 : 12;  // that stay in registers
-constexpr int64_t SAMPLED_VALUES = 1 << 14;  // whose activity decides
 constexpr int64_t ITEMS = 16;  // parts of rows times tiles of channels, if there are few tiles
 
 // What Python passes; see cpp_convolution_gradient.py.
@@ -118,7 +117,7 @@ struct ConvolutionSums {
     const int64_t items = parts * TILES, end = items * (team.thread + 1) / team.threads;
     Arena own(places + team.thread * places_bytes);
     const Places<Map, F> own_places(own, Activity<Source>::MAY_HAVE_PAYLOAD);
-    own_places.fill_tables();
+    own_places.tables.fill();
     for (int64_t item = items * team.thread / team.threads; item < end;) {
       const int64_t part = item / TILES, next = (part + 1) * TILES < end ? (part + 1) * TILES : end;
       sum_part(team, own_places, part, item - part * TILES, next - part * TILES);
@@ -187,7 +186,7 @@ void sample_maps(ConvolutionCall& call, const Places<Map, F>& places) {
   constexpr int64_t VALUES = Map::channels * Map::rows * Map::columns;
   const int64_t wanted = 1 + SAMPLED_VALUES / VALUES, sampled = call.rows < wanted ? call.rows : wanted;
   call.active = 0, call.seen = sampled * VALUES;
-  places.fill_tables();
+  places.tables.fill();
   for (int64_t i = 0; i < sampled; ++i)
     for (int64_t strip = 0; strip < Strips<Map>::COUNT; ++strip)
       call.active += places.template list<Source>(y, sampled_row(i, sampled, call.rows), 1, strip);

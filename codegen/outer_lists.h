@@ -26,6 +26,18 @@ struct Run {
   int64_t start;
   int32_t count;
   bool has_payload;
+
+  // Moves the places in some lists next to those before them, which end at `end`; returns their end.
+  template <class... T>
+  int64_t close_up(int64_t end, T*... lists) {
+    const int64_t from = start;
+    start = end;
+    const auto move = [&](auto* list) {
+      if (list && from != end && count) std::memmove(list + end, list + from, count * sizeof *list);
+    };
+    (move(lists), ...);
+    return end + count;
+  }
 };
 
 constexpr int64_t LIST_SLACK = 64;  // places behind the lists of a thread, which are overwritten

@@ -11,7 +11,8 @@
 
 namespace sparsify {
 
-constexpr int64_t CHANNEL_TILE = 16;  // receiving channels that lie together
+constexpr int64_t CHANNEL_TILE = 16;          // receiving channels that lie together
+constexpr int64_t SAMPLED_VALUES = 1 << 14;  // whose activity decides
 
 // Receivers that a sender reads lie within `reach` before its own place in the map of receivers.
 template <class Map>
@@ -93,6 +94,27 @@ struct Neurons<Bits> {
   }
 };
 
+// What a sender of a channel's strip, in its first batch row, is among the copied receivers.
+template <class Map>
+struct PlaceTables {
+  typedef Strips<Map> S;
+  int32_t* place_of;  // [SENDERS]
+  uint8_t* class_of;  // [SENDERS]
+
+  explicit PlaceTables(Arena& arena)
+      : place_of(arena.take<int32_t>(S::SENDERS)), class_of(arena.take<uint8_t>(S::SENDERS)) {}
+
+  void fill() const {
+    for (int64_t i = 0; i < S::SENDERS; ++i) {
+      const int64_t row = i / Map::columns + Map::padding_rows;
+      const int64_t column = i % Map::columns + Map::padding_columns;
+      place_of[i] = int32_t((row / Map::stride_rows - S::top(0)) * S::COLUMNS +
+                            column / Map::stride_columns - S::LEFT);
+      class_of[i] = uint8_t(row % Map::stride_rows * Map::stride_columns + column % Map::stride_columns);
+    }
+  }
+};
+
 // Where the active senders of a unit lie, by channel and class.
 template <class Map, class F>
 struct Places {
@@ -105,8 +127,7 @@ struct Places {
   int32_t* place;     // of all channels, one after the other
   F* payload;         // the same, or null: every payload is 1
   Run* runs;          // [channels][CLASSES]
-  int32_t* place_of;  // [SENDERS], of a strip, in its first batch row
-  uint8_t* class_of;  // [SENDERS]
+  PlaceTables<Map> tables;
   uint16_t* senders;  // active ones of a channel and a batch row
   uint64_t* words;    // the same, or blocks of them, as bits
 
@@ -114,20 +135,9 @@ struct Places {
       : place(arena.take<int32_t>(MOST)),
         payload(has_payload ? arena.take<F>(MOST) : nullptr),
         runs(arena.take<Run>(Map::channels * S::CLASSES)),
-        place_of(arena.take<int32_t>(S::SENDERS)),
-        class_of(arena.take<uint8_t>(S::SENDERS)),
+        tables(arena),
         senders(arena.take<uint16_t>(S::SENDERS + LIST_SLACK)),
         words(arena.take<uint64_t>(WORDS)) {}
-
-  void fill_tables() const {
-    for (int64_t i = 0; i < S::SENDERS; ++i) {
-      const int64_t row = i / Map::columns + Map::padding_rows;
-      const int64_t column = i % Map::columns + Map::padding_columns;
-      place_of[i] = int32_t((row / Map::stride_rows - S::top(0)) * S::COLUMNS +
-                            column / Map::stride_columns - S::LEFT);
-      class_of[i] = uint8_t(row % Map::stride_rows * Map::stride_columns + column % Map::stride_columns);
-    }
-  }
 
   // Lists a strip of some batch rows, and returns how many senders are active.
   template <class Source, class Element>
@@ -142,8 +152,8 @@ struct Places {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t count = list_senders<Source>(y[first + i], c, strip);
         for (int64_t k = 0; k < count; ++k) {
-          const int64_t sender = senders[k], to = ends[S::CLASSES > 1 ? class_of[sender] : 0]++;
-          place[to] = place_of[sender] + int32_t(i * S::PLACES);
+          const int64_t sender = senders[k], to = ends[S::CLASSES > 1 ? tables.class_of[sender] : 0]++;
+          place[to] = tables.place_of[sender] + int32_t(i * S::PLACES);
           if constexpr (!POOLED && Activity<Source>::MAY_HAVE_PAYLOAD) {
             const int64_t at = (c * Map::rows + strip * Map::strip_rows) * Map::columns + sender;
             payload[to] = Activity<Source>::template value<F>(y[first + i], at);
@@ -155,25 +165,12 @@ struct Places {
         const int64_t begin = end + i * LISTED, count = ends[i] - begin;
         of_channel[i] = {begin, int32_t(count), has_payload};
       }
-      end = close_up(of_channel, end);
+      for (int64_t i = 0; i < S::CLASSES; ++i) end = of_channel[i].close_up(end, place, payload);
     }
     return end;
   }
 
  private:
-  // Moves the lists of a channel's classes next to one another, from `end` on.
-  int64_t close_up(Run* of_channel, int64_t end) const {
-    for (int64_t i = 0; i < S::CLASSES; ++i) {
-      Run& run = of_channel[i];
-      if (run.start != end && run.count) {
-        std::memmove(place + end, place + run.start, run.count * sizeof(int32_t));
-        if (payload) std::memmove(payload + end, payload + run.start, run.count * sizeof(F));
-      }
-      run.start = end, end += run.count;
-    }
-    return end;
-  }
-
   template <class Source, class Element>
   SPARSIFY_INLINE int64_t list_senders(const Element* row, int64_t channel, int64_t strip) const {
     const int64_t top = strip * Map::strip_rows, left = (Map::rows - top) * Map::columns;

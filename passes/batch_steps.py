@@ -218,10 +218,10 @@ class _Batcher:
 
     def of_senders(self) -> fx.Node:
         """The gradient of what a convolution reads, which takes any leading axes."""
-        d, weight, read, *sizes = self.node.args
+        d, weight, *read = self.node.args
         assert isinstance(d, fx.Node) and isinstance(weight, fx.Node)
-        z = self.stacked(read) if isinstance(read, fx.Node) else None
-        args = (self.stacked(d), self.constant(weight), z, *sizes)
+        others = [self.stacked(each) if isinstance(each, fx.Node) else each for each in read]
+        args = (self.stacked(d), self.constant(weight), *others)
         info = with_shape(self.node.meta["val"], (self.steps, *self.shape))
         return call(self.graph, sender_gradient, args, info, self.node)
 

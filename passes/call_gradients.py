@@ -2,11 +2,11 @@
 
 Before::
 
-    d_z = sender_gradient(d, w, z, ...)
+    d_z = sender_gradient(d, w, z, only, ...)
 
 After::
 
-    d_z = read_gradient_0(d, w, z)
+    d_z = read_gradient_0(d, w, z, only)
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def call_gradients(gm: fx.GraphModule) -> fx.GraphModule:
     for number, node in enumerate(found):
         args: Any = node.args
         name = f"read_gradient_{number}"
-        modules[name] = ReadGradient(tuple(args[3:]))
+        modules[name] = ReadGradient(tuple(args[4:]))
         with graph.inserting_before(node):
-            module = graph.create_node("call_module", name, args[:3], name=name)
+            module = graph.create_node("call_module", name, args[:4], name=name)
         module.meta.update(node.meta)
         node.replace_all_uses_with(module)
         graph.erase_node(node)

@@ -28,6 +28,7 @@ from sparsify.passes.find_origins import find_origins
 from sparsify.passes.find_reaches import find_active, find_dependences, find_reaches
 from sparsify.passes.joint_graph import JointGraph, trace_joint
 from sparsify.passes.leave_loop import find_leaving
+from sparsify.passes.link_convolutions import LINKED
 from sparsify.passes.lower_ops import fill_of
 from sparsify.passes.pack_saved import pack_saved
 from sparsify.passes.restrict_products import restrict_products
@@ -42,11 +43,11 @@ from sparsify.passes.why_not_differentiate import (
     why_not_traced,
 )
 from sparsify.passes.without_gradients import is_application
+from sparsify.regions.convolution_backward import sender_gradient
 from sparsify.scans.differentiated import Differentiated, Input, Operand
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
-LINKED = "linked"  # in the meta of a product that another loop's gradient would compute
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,9 @@ def _write_parts(
     wanted = [g for (role, _), g in joint.gradients.items() if role != "const"]
     wanted += [*leaving.summed, *(product.d for product in leaving.products.values())]
     activations = [product.activation for product in leaving.products.values()]
+    for senders in joint.graph.find_nodes(op="call_function", target=sender_gradient):
+        read = (node for node in senders.args[2:4] if isinstance(node, fx.Node))
+        activations += [node for node in read if node not in depends]
     needed = _find_needed([*wanted, *activations], depends, invariant)
     chosen = choose_saved(joint, needed, {node for node in activations if is_binary(node)})
     xs = {node: key for key, node in joint.operands.items() if key[0] == "x"}

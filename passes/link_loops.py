@@ -25,10 +25,16 @@ import torch
 from torch import fx
 
 from sparsify.passes.classify_ops import TRANSPOSES, order_of
-from sparsify.passes.differentiate import LINKED, Draft
+from sparsify.passes.differentiate import Draft
 from sparsify.passes.find_masks import find_masks
 from sparsify.passes.fuse_product import RESHAPES
+from sparsify.passes.link_convolutions import (
+    LINKED,
+    read_by_convolution,
+    write_senders,
+)
 from sparsify.passes.tensor_info import call, with_shape
+from sparsify.regions.convolution_backward import Sizes
 from sparsify.scans.links import Edge
 
 aten = torch.ops.aten
@@ -102,7 +108,8 @@ def link_loops(graph: fx.Graph, drafts: dict[str, Draft]) -> list[Link]:
         weight = consts[product.const]
         if order[weight] > order[writer]:
             continue
-        edge = Edge(result, product.transposed, product.d.meta["val"].shape[-1])
+        receivers = tuple(product.d.meta["val"].shape[1:])
+        edge = Edge(result, product.transposed, receivers, product.sizes)
         like = target.joint.operands["const", product.const]
         name = target.joint.name_of(like)
         drafts[str(writer.target)] = _with_product(source, edge, like, name)
@@ -115,11 +122,15 @@ def link_loops(graph: fx.Graph, drafts: dict[str, Draft]) -> list[Link]:
 
 @dataclass(frozen=True)
 class _Product:
-    """``mm(d, w)``, where ``w`` is const number ``const``, or its transpose."""
+    """``mm(d, w)``, where ``w`` is const number ``const``, or its transpose.
+
+    With ``sizes`` it is ``sender_gradient(d, w, ...)`` of that convolution.
+    """
 
     d: fx.Node
     const: int
     transposed: bool
+    sizes: Sizes = ()
 
 
 def _is_call(node: Any, loops: Mapping[str, object]) -> bool:
@@ -140,14 +151,14 @@ def origin_of(y: fx.Node) -> tuple[fx.Node, int]:
     return writer, index
 
 
-def seen_through(graph: fx.Graph, reading: Reading, value: fx.Node) -> fx.Node:
-    """``value`` through the views of a reading, which leave the last dim alone."""
+def seen_through(graph: fx.Graph, reading: Reading, value: fx.Node, neurons: int = 1) -> fx.Node:
+    """``value`` through the views of a reading, which leave so many last dims alone."""
     with graph.inserting_before(reading.reader):
         for view in reading.views:
             if view.target not in RESHAPES:  # a cast
                 continue
             info = value.meta["val"]
-            shape = [*view.meta["val"].shape[:-1], info.shape[-1]]
+            shape = [*view.meta["val"].shape[:-1], *info.shape[-neurons:]]
             args = (value, shape)
             value = call(graph, aten.reshape.default, args, with_shape(info, shape), view)
     return value
@@ -158,13 +169,20 @@ def _find_product(draft: Draft, index: int) -> _Product | None:
     gradient = draft.joint.gradients.get(("x", index))
     if ("x", index) not in draft.required or gradient is None:
         return None
+    consts = {n: i for (role, i), n in draft.joint.operands.items() if role == "const"}
+    senders = read_by_convolution(draft.joint, index)
+    if senders is not None:
+        d, weight, _, _, *sizes = senders.args
+        assert isinstance(d, fx.Node) and isinstance(weight, fx.Node)
+        if weight not in consts:
+            return None
+        return _Product(d, consts[weight], False, tuple(sizes))
     if gradient.target is not aten.mm.default:
         return None
     d, weight = gradient.args
     assert isinstance(d, fx.Node) and isinstance(weight, fx.Node)
     transposed = weight.target in TRANSPOSES and order_of(weight) == [1, 0]
     base = weight.all_input_nodes[0] if transposed else weight
-    consts = {n: i for (role, i), n in draft.joint.operands.items() if role == "const"}
     return _Product(d, consts[base], transposed) if base in consts else None
 
 
@@ -177,6 +195,8 @@ def _can_compute(draft: Draft, result: int, product: _Product) -> bool:
         return False
     if len(place.meta["val"].shape) != 2:
         return False
+    if product.sizes:
+        return True
     neurons, receivers = place.meta["val"].shape[-1], product.d.meta["val"].shape[-1]
     is_restricted = find_masks(place, tuple(joint.gradients.values())) is not None
     return is_restricted or SMALLER * receivers <= neurons
@@ -191,20 +211,21 @@ def _with_product(draft: Draft, edge: Edge, like: fx.Node, name: str) -> Draft:
     graph, place = joint.graph, joint.d_results[edge.index]
     count = sum(role == "const" for role, _ in joint.operands)
     number = len(joint.scan.results) + count - joint.scan.consts
-    info, matrix = place.meta["val"], like.meta["val"]
+    info = place.meta["val"]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         d = graph.placeholder(f"d_{name}")
-        d.meta["val"] = with_shape(info, (*info.shape[:-1], edge.receivers))
+        d.meta["val"] = with_shape(info, (*info.shape[:-1], *edge.receivers))
         weight = graph.placeholder(name)
         weight.meta.update(like.meta)
-        swapped = weight
-        if edge.transposed:
-            swapped = call(graph, aten.t.default, (weight,), matrix, like)
-            swapped.meta["val"] = with_shape(matrix, (matrix.shape[1], matrix.shape[0]))
-        product = call(graph, aten.mm.default, (d, swapped), info, place)
-        product.meta[LINKED] = True
+    if edge.sizes:
+        product = write_senders(joint, edge.index, d, weight, edge.sizes)
+    else:
+        with graph.inserting_before(first):
+            product = _write_product(graph, d, weight, edge, place)
+    with graph.inserting_after(product):
         total = call(graph, aten.add.Tensor, (place, product), info, place)
+    total.meta[LINKED] = True
     place.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     gradients = {k: total if d is place else d for k, d in joint.gradients.items()}
     operands = {**joint.operands, ("const", count): weight}
@@ -215,3 +236,16 @@ def _with_product(draft: Draft, edge: Edge, like: fx.Node, name: str) -> Draft:
         joint=replace(joint, operands=operands, d_results=d_results, gradients=gradients),
         reaches=draft.reaches | reaches,
     )
+
+
+def _write_product(
+    graph: fx.Graph, d: fx.Node, weight: fx.Node, edge: Edge, place: fx.Node
+) -> fx.Node:
+    """Append ``d @ w``, which is like ``place``."""
+    swapped, matrix = weight, weight.meta["val"]
+    if edge.transposed:
+        swapped = call(graph, aten.t.default, (weight,), matrix, weight)
+        swapped.meta["val"] = with_shape(matrix, (matrix.shape[1], matrix.shape[0]))
+    product = call(graph, aten.mm.default, (d, swapped), place.meta["val"], place)
+    product.meta[LINKED] = True
+    return product

@@ -134,7 +134,8 @@ def _can_read(user: fx.Node, place: fx.Node, modules: dict[str, nn.Module]) -> b
     if isinstance(module, PRODUCTS):
         return args[1] is place and args[0] is not place and not module.packed
     if isinstance(module, ReadGradient):
-        return args[2] is place and place not in args[:2] and not module.packed
+        is_free = args[2] is not place or not module.packed
+        return place in args[2:] and place not in args[:2] and is_free
     scan = module.scan if isinstance(module, ChunkedScan) else module
     if not isinstance(scan, Scan):
         return False
@@ -154,8 +155,8 @@ def _reading_bits(user: fx.Node, module: nn.Module, packed: Collection[fx.Node])
     """``module`` as it takes bits from the placeholders ``packed``."""
     if isinstance(module, PRODUCTS):
         return _of_bits(module, user.args[1], packed)
-    if isinstance(module, ReadGradient):
-        return module.of_bits()
+    if isinstance(module, ReadGradient):  # it knows bits of the other by their dtype
+        return module.of_bits() if user.args[2] in packed else module
     _, _, xs, _ = _groups(user)
     taken = {index for index, x in enumerate(xs) if x in packed}
     if isinstance(module, Scan):

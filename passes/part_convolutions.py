@@ -7,7 +7,8 @@ Before, in a traced joint graph, of a convolution that reads a pool of ``z``::
 
 After, with numbers for the sizes of the convolution and of the pool::
 
-    d_w = weight_gradient(d, z, ...); d_b = sum(d, [0, 2, 3]); d_z = sender_gradient(d, w, z, ...)
+    d_w = weight_gradient(d, z, ...); d_b = sum(d, [0, 2, 3])
+    d_z = sender_gradient(d, w, z, None, ...)
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _senders(graph: fx.Graph, node: fx.Node, info: Any, pool: fx.Node | None) ->
     d, read, weight = node.args[:3]
     assert isinstance(read, fx.Node)
     z = None if pool is None else _read(read, pool)
-    return call(graph, sender_gradient, (d, weight, z, *_sizes(node, pool)), info, node)
+    return call(graph, sender_gradient, (d, weight, z, None, *_sizes(node, pool)), info, node)
 
 
 def _sizes(node: fx.Node, pool: fx.Node | None) -> tuple[Any, ...]:

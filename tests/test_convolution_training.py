@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sparsify
+from sparsify.codegen.cpp_sender_gradient import add_receivers
+from sparsify.codegen.foreseen_convolution import ForeseenConvolution
 from sparsify.compiling.stages import differentiate, rolled_stages
+from sparsify.graphs.foresee_products import foresee_products
 from sparsify.products.find_products import name_weights
+from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.convolution_backward import (
     ReadGradient,
     WeightGradient,
@@ -23,6 +27,7 @@ from sparsify.regions.convolution_backward import (
     weight_gradient,
 )
 from sparsify.regions.event_sum import EventSum, Ran
+from sparsify.regions.region import Region
 from sparsify.regions.sender_gradient import SenderGradient
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
@@ -256,6 +261,73 @@ def test_spikes_between_convolutions_are_bits() -> None:
         if isinstance(each, (WeightGradient, ReadGradient)) and each.packed
     ]
     assert {type(each) for each in of_bits} == {WeightGradient, ReadGradient}
+
+
+def test_what_convolutions_hand_back_is_computed_where_spikes_were_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In chunks of time, of senders alone whose surrogate lets something through."""
+    monkeypatch.setattr("sparsify.regions.sender_gradient.is_small", lambda *_: False)
+    monkeypatch.setattr("sparsify.codegen.cpp_sender_gradient.break_even", lambda _: 1.0)
+    monkeypatch.setattr("sparsify.regions.chunked_scan.FED_CHUNK_BYTES", 2**16)
+    written: list[float] = []
+
+    def noting(*args: Any) -> Any:
+        ended = add_receivers(*args)
+        written.append(ended.active / ended.seen)
+        return ended
+
+    monkeypatch.setattr("sparsify.regions.sender_gradient.add_receivers", noting)
+    torch.manual_seed(0)
+    model = Layers(
+        *(nn.Conv2d(2, 24, 3, padding=1), Neurons(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(24, 20, 3, padding=1), Neurons(), nn.Conv2d(20, 12, 3, stride=2), Neurons()),
+    ).double()
+    x = (torch.rand(6, 4, 2, 16, 16) < 0.1).double()
+    fast = sparsify_training(model, x)
+    for _ in range(2):
+        assert_same_gradients(of_training(fast, x), of_training(model, x))
+    graph = fast.compiled.entries[-1].compiled.graph
+    regions = [each for each in graph.children() if isinstance(each, TrainedRegion)]
+    assert sum(len(region.links.edges) for region in regions) == 2
+    fed = [each for each in graph.modules() if isinstance(each, ChunkedScan) and each.fed]
+    assert len(fed) == 2 and all(type(each.run) is Region for each in fed)
+    assert written and all(0 < share < 1 for share in written)
+
+
+@pytest.mark.usefixtures("by_torch")
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_linked_convolution_that_torch_differentiates(place: int) -> None:
+    """Of the loop that wrote the spikes, and of the one that reads them."""
+    torch.manual_seed(0)
+    model, x = Layers(*pooled()).double(), (torch.rand(MAPS) < 0.15).double()
+    expected = gradients_of(model(x), leaves_of(model, x))
+    graph, operands, deliver = trained(model, x)
+    regions = [each for each in graph.children() if isinstance(each, TrainedRegion)]
+    linked = [each for each in regions if not each.links.none]
+    assert any(edge.sizes for each in linked for edge in each.links.edges)
+    linked[place].by_torch = True
+    got = gradients_of(deliver(graph(*operands)), leaves_of(model, x))
+    for own, wanted in zip(got, expected, strict=True):
+        assert own is not None and wanted is not None
+        assert (own - wanted).norm() <= MOST_RELATIVE * wanted.norm()
+
+
+def test_kernels_that_gradients_will_call_are_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of weights, and of wanted senders: here every surrogate's gradient ends somewhere."""
+    monkeypatch.setattr("sparsify.graphs.foresee_products.SMALL_PRODUCT", 0)
+    torch.manual_seed(0)
+    model = Layers(
+        *(nn.Conv2d(2, 8, 3, padding=1), Neurons(), nn.MaxPool2d(2), nn.Conv2d(8, 5, 3), Neurons())
+    )
+    graph, _, _ = trained(model, (torch.rand(MAPS) < 0.15).float())
+    found = [f for f in foresee_products(graph) if isinstance(f, ForeseenConvolution)]
+    kinds = {(f.convolution.channels, f.value, f.source) for f in found}
+    assert kinds == {
+        *(((2, 8), "float", "float"), ((8, 5), "float", "Bits"), ((8, 5), "float", None))
+    }
 
 
 def test_torchs_convolutions_and_pools_run_once_for_all_steps() -> None:

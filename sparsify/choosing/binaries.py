@@ -12,6 +12,7 @@ from typing import Any
 from sparsify import ir
 from sparsify.choosing.comparisons import Comparisons
 from sparsify.codegen.backend import Backend, Binary, Launchable
+from sparsify.codegen.foreseen_convolution import ForeseenConvolution
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.codegen.plain_names import with_plain_names
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
@@ -21,6 +22,7 @@ READY_SECONDS = 0.1  # so is what all kernels need; measured: 7 to 60 ms, a comp
 NICENESS = 5  # added to that of compilers beside a check: other work may leave both one core
 Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
 Key = tuple[ir.Kernel, ir.Schedule]
+AnyForeseen = Foreseen | ForeseenConvolution
 
 
 class Binaries:
@@ -41,7 +43,7 @@ class Binaries:
             self._pool = ThreadPoolExecutor(max_workers=1)
             self._ready = self._pool.submit(self.backend.why_not_ready)
 
-    def begin_likely(self, products: Iterable[Foreseen]) -> bool:
+    def begin_likely(self, products: Iterable[AnyForeseen]) -> bool:
         """Begin also with products that are likely, with the same compiler.
 
         False if what all kernels need is in the cache: then few wait for so little. What is not
@@ -81,7 +83,7 @@ class Binaries:
     def compile_all(
         self,
         wanted: Sequence[Key],
-        products: Iterable[Foreseen] = (),
+        products: Iterable[AnyForeseen] = (),
         meanwhile: Meanwhile | None = None,
     ) -> Refusal | None:
         """Compile what is missing of these, and what all kernels need, on all cores.
@@ -153,10 +155,13 @@ class Binaries:
         wait([first])
         return self.backend.compile(*key)
 
-    def _compile_product(self, product: Foreseen) -> None:
+    def _compile_product(self, product: AnyForeseen) -> None:
         # Where this fails, an OuterProduct computes a dense product and says why.
         with suppress(BackendUnavailable, CompileError):
-            self.backend.outer_products.compile(product)
+            if isinstance(product, Foreseen):
+                self.backend.outer_products.compile(product)
+            elif self.backend.name == "cpp":
+                product.compile()
 
 
 def _statements(key: Key) -> int:
@@ -202,12 +207,14 @@ def _run_beside(
         raise
 
 
-def unlike(products: Iterable[Foreseen]) -> list[Foreseen]:
+def unlike(products: Iterable[AnyForeseen]) -> list[AnyForeseen]:
     """Of products that one kernel computes the largest."""
     ordered = sorted(products, key=lambda each: each.multiplications)
     return list({_kind(each): each for each in ordered}.values())
 
 
-def _kind(product: Foreseen) -> object:
+def _kind(product: AnyForeseen) -> object:
     """What a kernel for it depends on: bits are bits, whatever they are kept in."""
+    if isinstance(product, ForeseenConvolution):
+        return product.kind
     return product.d, None if product.packed else product.activity

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sparsify import ir
-from sparsify.choosing.binaries import Binaries, Meanwhile
+from sparsify.choosing.binaries import AnyForeseen, Binaries, Meanwhile
 from sparsify.choosing.candidates import (
     Candidate,
     How,
@@ -18,7 +18,6 @@ from sparsify.choosing.choose import Choice, Task, choose_region
 from sparsify.choosing.rechoose import Rechooser
 from sparsify.choosing.rendered import Rendered
 from sparsify.codegen.backend import Workload
-from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import CompileError, Refusal
 from sparsify.graphs.loops import BACKWARD
 from sparsify.options import Options
@@ -68,7 +67,7 @@ class Chooser:
     def prepare(
         self,
         tasks: Sequence[Task],
-        products: Iterable[Foreseen] = (),
+        products: Iterable[AnyForeseen] = (),
         meanwhile: Meanwhile | None = None,
     ) -> None:
         """Compile the candidates of all; of their operands only the layouts are looked at.

@@ -28,6 +28,7 @@ from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
 from sparsify.graphs.chunk_time import chunk_time
 from sparsify.graphs.differentiate_scans import measure_gradients
+from sparsify.graphs.feed_gradients import feed_gradients
 from sparsify.graphs.few_steps import run_steps, with_few_steps
 from sparsify.graphs.foresee_products import foresee_products
 from sparsify.graphs.loops import (
@@ -200,7 +201,9 @@ class Compiler:
     def _economize(self, installed: fx.GraphModule, is_trained: bool) -> PassResult:
         """``installed`` with less memory for what is between kernels."""
         name = self.binaries.backend.name
-        return reuse_memory(installed, name) if is_trained else chunk_time(installed)
+        if not is_trained:
+            return chunk_time(installed)
+        return reuse_memory(feed_gradients(installed, name).graph, name)
 
     @property
     def _is_timed(self) -> bool:

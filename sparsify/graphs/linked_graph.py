@@ -83,10 +83,12 @@ class LinkedGraph:
         reading, edge = link.reading, link.edge
         writer, _ = origin_of(reading.y)
         info = reading.y.meta["val"]
-        end = self._result(writer, with_shape(info, (*info.shape[:-1], edge.receivers)))
+        end = self._result(writer, with_shape(info, (*info.shape[:-1], *edge.receivers)))
         self.calls[writer].edges.append(edge)
         self.calls[writer].weights.append(link.weight)
-        self.calls[reading.reader].ends[reading.index] = seen_through(self.graph, reading, end)
+        self.calls[reading.reader].ends[reading.index] = seen_through(
+            self.graph, reading, end, len(edge.receivers)
+        )
 
     def _pack(self, y: fx.Node, readers: Sequence[Reading]) -> None:
         writer, result = origin_of(y)

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsify import ir
 from sparsify.regions.convolution_gradient import ConvolutionGradient
 from sparsify.regions.sender_gradient import SenderGradient
+from sparsify.scans.links import Edge, stand_in
 
 Sizes = tuple[Any, ...]
 
@@ -35,9 +37,11 @@ def weight_gradient(d: Tensor, z: Tensor, *sizes: Any) -> Tensor:
     return result
 
 
-def sender_gradient(d: Tensor, w: Tensor, z: Tensor | None, *sizes: Any) -> Tensor:
-    """The gradient of what a convolution reads, before it pools that."""
-    result: Tensor = ReadGradient(sizes)(d, w, z)
+def sender_gradient(
+    d: Tensor, w: Tensor, z: Tensor | None, only: Tensor | None, *sizes: Any
+) -> Tensor:
+    """The gradient of what a convolution reads, before it pools that, where ``only`` is set."""
+    result: Tensor = ReadGradient(sizes)(d, w, z, only)
     return result
 
 
@@ -94,7 +98,7 @@ class WeightGradient(_Gradient):
 
 
 class ReadGradient(_Gradient):
-    """``sender_gradient`` of one convolution: ``d [..., Co, *], w, z -> [..., Ci, *]``."""
+    """``sender_gradient`` of one convolution: ``d [..., Co, *], w, z, only -> [..., Ci, *]``."""
 
     def __init__(self, sizes: Sizes, packed: bool = False) -> None:
         super().__init__(sizes, packed)
@@ -104,15 +108,39 @@ class ReadGradient(_Gradient):
         """The same gradient where ``z`` comes as bits."""
         return ReadGradient(self.sizes, True)
 
-    def forward(self, d: Tensor, w: Tensor, z: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        d: Tensor,
+        w: Tensor,
+        z: Tensor | None = None,
+        only: Tensor | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """``only`` are bools like ``z``, or bits; the result lies in ``into`` if that is given."""
         convolution = self.gradient.convolution
         maps = maps_of_receivers(d, convolution, self.dims)
         read = None if z is None else read_of(z, maps, convolution, self.packed)
-        if self.dims == 2:
-            result: Tensor = self.gradient(maps, w, read)
-            return result
-        result = self.gradient(maps, w.unsqueeze(2), read)
-        return result.squeeze(-2)
+        weight = w if self.dims == 2 else w.unsqueeze(2)
+        result: Tensor = self.gradient(maps, weight, read, only, into)
+        return result if self.dims == 2 else result.squeeze(-2)
+
+
+def open_convolution(y: Tensor, weight: Tensor, edge: Edge) -> Tensor:
+    """A stand-in ``[T, B, *maps]`` whose gradient becomes ``sender_gradient`` of ``y``."""
+    return _OpenConvolution.apply(y, weight, edge)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _OpenConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, edge: Edge) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        ctx.sizes = edge.sizes
+        return stand_in((*y.shape[:-1], *edge.receivers), y, y.dtype).data
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        y, weight = ctx.saved_tensors
+        return sender_gradient(d, weight, y, None, *ctx.sizes).reshape(y.shape), None, None
 
 
 def maps_of_receivers(d: Tensor, convolution: ir.Convolution, dims: int) -> Tensor:

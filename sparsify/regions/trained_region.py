@@ -19,10 +19,11 @@ from torch._C._functorch import is_legacy_batchedtensor
 from sparsify.autocast import autocast_off
 from sparsify.call_conditions import is_intercepted
 from sparsify.errors import Refusal, RefusedError
+from sparsify.regions.convolution_backward import open_convolution
 from sparsify.regions.region import Region
 from sparsify.saved_bits import pack_bits
 from sparsify.scans.differentiated import Differentiated, Input, Operand
-from sparsify.scans.links import NO_LINKS, Links, open_edge, restore, stand_in
+from sparsify.scans.links import NO_LINKS, Edge, Links, open_edge, restore, stand_in
 from sparsify.scans.scan import Scan, retyped
 
 TWICE = Refusal(
@@ -118,7 +119,7 @@ class TrainedRegion(nn.Module):
             whole[index] = restore(xs[index], bits)
         results: tuple[Tensor, ...] = self.scan(steps, carries, whole, consts)
         edges = zip(self.links.edges, given.weights, strict=True)
-        ends = [open_edge(results[edge.index], weight, edge) for edge, weight in edges]
+        ends = [_opened(results[edge.index], weight, edge) for edge, weight in edges]
         packed = [pack_bits(results[p.index].detach()) for p in self.links.packed]
         return (*results, *ends, *packed)
 
@@ -144,7 +145,7 @@ class TrainedRegion(nn.Module):
             results[packed.index] = stand_in(shape, results[packed.index], packed.dtype).data
         ends = []
         for edge, weight in zip(self.links.edges, weights, strict=True):
-            shape = (*results[edge.index].shape[:-1], edge.receivers)
+            shape = (*results[edge.index].shape[:-1], *edge.receivers)
             ends.append(stand_in(shape, weight, weight.dtype).data)
         return (*results, *ends, *bits), known
 
@@ -271,6 +272,13 @@ def _places(region: TrainedRegion, steps: int, xs: Sequence[Tensor]) -> dict[int
         if is_whole and x.nbytes >= REUSED_BYTES:
             found[region.results + reused.saved] = x.detach()
     return found
+
+
+def _opened(y: Tensor, weight: Tensor, edge: Edge) -> Tensor:
+    """The stand-in of an edge whose gradient torch takes on."""
+    if edge.sizes:
+        return open_convolution(y, weight, edge)
+    return open_edge(y, weight, edge)
 
 
 def places_of(scan: Scan) -> list[Operand]:

@@ -30,12 +30,15 @@ class PackedResult:
 class Edge:
     """A second way back to result ``index``: its gradient is ``d @ w``.
 
-    ``w`` is ``[R, N]``, or with ``transposed`` ``[N, R]``, and ``d`` ``[T, B, R]``.
+    ``w`` is ``[R, N]``, or with ``transposed`` ``[N, R]``, and ``d`` ``[T, B, R]``. With ``sizes``
+    it is what a convolution of these with ``w`` hands back of ``d``, ``[T, B, *maps]``.
+    ``receivers`` is the shape of ``d`` behind time and batch.
     """
 
     index: int
     transposed: bool
-    receivers: int
+    receivers: tuple[int, ...]
+    sizes: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class _OpenEdge(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor, edge: Edge) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.transposed = edge.transposed
-        return stand_in((*y.shape[:-1], edge.receivers), y, y.dtype).data
+        return stand_in((*y.shape[:-1], *edge.receivers), y, y.dtype).data
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:

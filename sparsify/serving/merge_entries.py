@@ -14,6 +14,7 @@ from sparsify.compiling.keep_weights import compute_weights, keep_weights
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
 from sparsify.graphs.chunk_time import chunk_time
+from sparsify.graphs.feed_gradients import feed_gradients
 from sparsify.graphs.loops import find_regions, with_modules, without_kernels
 from sparsify.graphs.reuse_memory import reuse_memory
 from sparsify.passes.fit_sizes import find_fit
@@ -88,7 +89,10 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
     if not first.required:
         graph = keep_weights(graph, first.calling.changing, first.backend.name)
     unchunked, backend = graph, first.backend.name
-    graph = (reuse_memory(graph, backend) if first.required else chunk_time(graph)).graph
+    if first.required:
+        graph = reuse_memory(feed_gradients(graph, backend).graph, backend).graph
+    else:
+        graph = chunk_time(graph).graph
     compiled = replace(
         ours,
         stages=(*ours.stages[:-2], *_general_stages(ours.stages[-2:], graph)),
