@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from sparsify.passes.complete_parts import complete_parts
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
 from sparsify.passes.look_up_products import look_up_products
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     unify_products,
     split_operands,
     split_gates,
+    complete_parts,
     roll_loops,
     scale_norms,
     find_events,
