@@ -27,7 +27,7 @@ from sparsify.passes.match_iterations import Mismatch
 
 MAX_PARTS = 12
 MAX_PERIOD = 16
-LEAST_GROUPS = 3  # with two, the first of which may differ, nothing is compared
+LEAST_GROUPS = 3  # of two, the last of which may lack something, nothing is compared
 FEWER = 2  # iterations for each part at least: loops of one step are not worth their calls
 WhyNot = Callable[[Loop], "Mismatch | None"]
 
@@ -111,7 +111,10 @@ def _cut_run(run: Loop, why_not: WhyNot) -> list[Loop] | None:
 
 
 def _find_period(loop: Loop, why_not: WhyNot) -> Cut | None:
-    """Groups of iterations that do the same as the group before, and single ones that are left."""
+    """Groups of iterations that do the same as the group before, and single ones that are left.
+
+    A first group that differs is left as well, so that one change is not taken for a period.
+    """
     iterations = loop.iterations
     for period in range(2, MAX_PERIOD + 1):
         groups, left = divmod(len(iterations), period)
@@ -122,8 +125,12 @@ def _find_period(loop: Loop, why_not: WhyNot) -> Cut | None:
             continue
         rows = [list(chain(*iterations[i * period : (i + 1) * period])) for i in range(groups)]
         mismatch = why_not(replace(loop, iterations=rows[:-1]))
-        if mismatch is not None and mismatch.iteration > 0:
+        peeled = 0 if mismatch is None else 1
+        # Without the first group and the last one, there must be two to compare.
+        if mismatch is not None and (mismatch.iteration > 0 or groups == LEAST_GROUPS):
             continue
-        singles = [replace(loop, iterations=[nodes]) for nodes in iterations[groups * period :]]
-        return Cut([replace(loop, iterations=rows), *singles], [])
+        single = [*iterations[: peeled * period], *iterations[groups * period :]]
+        parts = [replace(loop, iterations=[nodes]) for nodes in single]
+        parts.insert(peeled * period, replace(loop, iterations=rows[peeled:]))
+        return Cut(parts, [])
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -93,7 +94,7 @@ def _step_source(
     if slices and len(set(nodes)) < len(nodes):  # whole inputs, which would be stacked again
         return _differing(nodes, "takes a part of another tensor")
     held = [node for node in nodes if is_weight(node)]
-    if held and not _may_be_of_steps(reader):
+    if held and not (_may_be_of_steps(reader) and _changes_often(nodes)):
         what = f"reads {held[-1].name}, other iterations read other weights"
         return _differing(nodes, what)
     if len(nodes) > 2 and find_series(nodes[1:], owner) is not None:
@@ -111,6 +112,11 @@ def _may_be_of_steps(reader: fx.Node) -> bool:
         return reader.meta["val"].dtype is torch.int64 and type(reader.args[1]) is int
     averages = reader.target is aten.lerp.Scalar and is_part_of_norm(reader.all_input_nodes[1])
     return averages or reader.target in (normalize, aten.batch_norm.default)
+
+
+def _changes_often(nodes: Sequence[fx.Node]) -> bool:
+    """Whether loops over the steps that read the same would mostly be of one step."""
+    return 2 * sum(a is not b for a, b in pairwise(nodes)) > len(nodes)
 
 
 def _differing(values: Sequence[object], what: str) -> Mismatch:

@@ -106,7 +106,7 @@ class _Roller:
             found, skipped = self._plan_completed(loop, found, skipped)
         if isinstance(found, Mismatch) or len(skipped) > 1:
             parts = self._part(loop)
-            if isinstance(found, Mismatch) or len(parts) <= len(skipped):
+            if isinstance(found, Mismatch) or _phases(parts) <= len(skipped):
                 known = len(self.declined)
                 rolled = self._roll_parts(parts)
                 if rolled > 0:
@@ -247,6 +247,16 @@ class _Roller:
         where = plan.loop.location
         first = f", after {len(skipped)} that differ" if skipped else ""
         self.done.append(f"{where}: rolled {plan.steps} iterations{first}")
+
+
+def _phases(parts: Iterable[Loop]) -> int:
+    """Over how many different runs of steps ``parts`` are loops."""
+    return len(
+        {
+            tuple(nodes[0].meta["loops"][part.depth].iteration for nodes in part.iterations)
+            for part in parts
+        }
+    )
 
 
 def _worth_peeling(loop: Loop, skip: int) -> bool:

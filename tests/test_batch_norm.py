@@ -283,6 +283,38 @@ def test_norms_and_steps_that_change_go_together(build: Callable[[], nn.Module],
         assert_trains_alike(fast, eager, x)
 
 
+class Phases(Normed):
+    """Another norm from the fourth step on, and results from the third one on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.new_zeros(x.shape[1], HIDDEN)
+        votes = []
+        for t in range(len(x)):
+            norm = self.norm if t < 3 else self.later
+            v = 0.5 * v + norm(self.first(x[t]))
+            spikes = apply(v - 0.5)
+            v = v - spikes.detach()
+            if t >= 2:
+                votes.append(self.second(spikes))
+        return torch.stack(votes)
+
+
+def test_norms_of_phases_are_found_at_every_length() -> None:
+    torch.manual_seed(0)
+    model = Phases().double().train()
+    eager = copy.deepcopy(model)
+    fast: Any = sparsify.sparsify(model, timing=False)
+    for steps, batch in ((12, 3), (9, 5), (14, 2)):
+        assert_trains_alike(fast, eager, torch.rand(steps, batch, INPUTS, dtype=torch.float64))
+    assert fast.compiled.recordings == 2
+    assert fast.report["second"].decision == "event"
+    assert fast.code.count("normalize_steps(") == 2
+
+
 class Recurrent(nn.Module):
     """The norm is of what the recurrent weight gives, or of the input's part alone."""
 

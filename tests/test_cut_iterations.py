@@ -242,6 +242,23 @@ def test_other_lengths_keep_their_bits(model: Model, steps: int) -> None:
     assert_same(roll_loops(recorded.graph).graph(*recorded.operands), recorded.results)
 
 
+@pytest.mark.parametrize("steps", [9, 12])
+def test_one_change_is_no_period(steps: int) -> None:
+    """Neither of three groups, the first and the last of which may differ from the others."""
+
+    def changing(tape: Tape, x: Tensor) -> Tensor:
+        v, z, out = zeros(x), zeros(x), []
+        for t in tape.loop(range(x.size(0))):
+            v, z = lif(v, x[t] + F.linear(z, W0 if t < 4 else W1))
+            out.append(z)
+        return torch.stack(out)
+
+    recorded = pruned(changing, steps)
+    result = roll_loops(recorded.graph)
+    assert [call.args[0] for call, _ in scans(result.graph)] == [4, steps - 4]
+    assert_same(result.graph(*recorded.operands), recorded.results)
+
+
 def test_no_operation_is_copied_for_each_step() -> None:
     """Results of a period come out of the loop as stacks, not one by one."""
     graphs = [roll_loops(pruned(clockwork, steps).graph).graph for steps in (20, 40)]
