@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from sparsify.passes.complete_parts import complete_parts
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
 from sparsify.passes.frame_step import frame_step
@@ -46,6 +47,7 @@ PIPELINE: tuple[Pass, ...] = (
     unify_products,
     split_operands,
     split_gates,
+    complete_parts,
     roll_loops,
     frame_step,
     scale_norms,

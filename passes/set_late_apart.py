@@ -14,9 +14,11 @@ A readout of every fourth step, a layer that starts late and a value noted once 
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from torch import fx
 
@@ -32,7 +34,8 @@ def set_late_apart(loop: Loop) -> list[Loop]:
 
     Random numbers are drawn where they were drawn: they stay in the first loop.
     """
-    keys = {node: key for iteration in loop.iterations for node, key in _keys(iteration, loop)}
+    shared = _shared_layers(loop)
+    keys = {n: key for nodes in loop.iterations for n, key in _keys(nodes, loop.depth, shared)}
     apart = _unread_elsewhere(keys, len(loop.iterations))
     if not apart or len(apart) == len(set(keys.values())):
         return [loop]
@@ -46,16 +49,27 @@ def set_late_apart(loop: Loop) -> list[Loop]:
     return parts
 
 
-def _keys(iteration: Iterable[fx.Node], loop: Loop) -> Iterator[tuple[fx.Node, Key]]:
+def _shared_layers(loop: Loop) -> set[object]:
+    """Layers of several iterations; one of a single iteration stands where others stand."""
+    runs = Counter(chain(*({n.meta.get("module") for n in nodes} for nodes in loop.iterations)))
+    return {layer for layer, iterations in runs.items() if iterations > 1}
+
+
+def _keys(
+    iteration: Iterable[fx.Node], depth: int, shared: set[object]
+) -> Iterator[tuple[fx.Node, Key]]:
     seen: Counter[Kind] = Counter()
     for node in iteration:
-        kind = kind_of(node, loop.depth)
+        kind = kind_of(node, depth, with_layer=node.meta.get("module") in shared)
         yield node, (kind, seen[kind])
         seen[kind] += 1
 
 
 def _unread_elsewhere(keys: dict[fx.Node, Key], iterations: int) -> set[Key]:
-    """What some iterations lack and no other node of the loop depends on."""
+    """What some iterations lack and no other node of the loop depends on.
+
+    A part of what has several results stays with it: loops hand on tensors.
+    """
     nodes: dict[Key, list[fx.Node]] = {}
     for node, key in keys.items():
         nodes.setdefault(key, []).append(node)
@@ -69,7 +83,12 @@ def _unread_elsewhere(keys: dict[fx.Node, Key], iterations: int) -> set[Key]:
         read = {keys.get(i) for node in nodes[waiting.pop()] for i in node.all_input_nodes}
         waiting.extend(key for key in read if key in apart)
         apart -= read
-    return apart
+    parts = {
+        key
+        for node, key in keys.items()
+        if node.target is operator.getitem and keys.get(node.all_input_nodes[0], key) not in apart
+    }
+    return apart - parts
 
 
 def _connected(keys: dict[fx.Node, Key], apart: set[Key]) -> list[set[Key]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -237,6 +238,49 @@ def test_steps_may_have_norms_of_their_own(convolutional: bool) -> None:
     fast.eval(), eager.eval()
     assert_trains_alike(fast, eager, x)
     assert "batch_norm" not in fast.code and fast.report["layers.1"].decision == "event"
+
+
+class LateResults(OfSteps):
+    """Norms of single steps, of which the first results are not read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[2:]
+
+
+class Clockwork(Normed):
+    """A slow layer with a norm of its own runs in every second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.slow_norm = nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = u = late = x.new_zeros(x.shape[1], HIDDEN)
+        votes = []
+        for t in range(len(x)):
+            v = 0.5 * v + self.norm(self.first(x[t])) + late
+            spikes = apply(v - 0.5)
+            v = v - spikes.detach()
+            if t % 2 == 0:
+                u = 0.5 * u + self.slow_norm(self.slow(spikes))
+                late = apply(u - 0.3)
+            if t >= 2:
+                votes.append(self.second(spikes))
+        return torch.stack(votes)
+
+
+@pytest.mark.parametrize(
+    ("build", "site"), [(lambda: LateResults(False), "layers.1"), (Clockwork, "second")]
+)
+def test_norms_and_steps_that_change_go_together(build: Callable[[], nn.Module], site: str) -> None:
+    torch.manual_seed(0)
+    model = build().double().train()
+    eager, x = copy.deepcopy(model), inputs(False)
+    fast: Any = sparsify.sparsify(model, x, timing=False)
+    assert fast.report[site].decision == "event"
+    assert fast.code.count("normalize_steps(") == 2
+    for _ in range(2):
+        assert_trains_alike(fast, eager, x)
 
 
 class Recurrent(nn.Module):

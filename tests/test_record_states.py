@@ -366,26 +366,6 @@ def test_random_operations_draw_again() -> None:
     assert not same(call(recording, X), expected)
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda x: torch.nn.functional.dropout(x, 0.5, True),
-        lambda x: x + torch.empty_like(x).uniform_(-1, 1),
-        lambda x: x + torch.empty_like(x).exponential_(),
-    ],
-    ids=["dropout", "uniform", "exponential"],
-)
-def test_what_is_drawn_into_a_permuted_tensor_follows_its_memory(draw: Any) -> None:
-    model, x = of(draw), torch.ones(5, 4, 3).permute(1, 2, 0)
-    recording = recorded(model, x)
-    torch.manual_seed(1)
-    expected = model(x)
-    torch.manual_seed(1)
-    assert same(call(recording, x), expected)
-    torch.manual_seed(1)
-    assert not same(model(x.contiguous()), expected)
-
-
 def test_in_place_random_operations() -> None:
     def forward(x: Tensor) -> Tensor:
         y = torch.empty(4, 3).normal_(1, 2) + torch.empty(3).uniform_(-1, 1)
