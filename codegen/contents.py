@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparsify.codegen.runtime import Runtime
+from sparsify.codegen.runtime import Runtime, load_runtime
 from sparsify.codegen.write_watch import WriteWatch, is_reached_by_devices
 
 LEAST_BYTES = 128 * 1024  # below, to read takes hardly longer than to ask
@@ -47,6 +47,14 @@ class Seen:
 def layout_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """What says which memory a strided tensor reads, and how."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def may_be_watched(tensor: torch.Tensor) -> bool:
+    """Whether looks at a CPU tensor will ask the operating system sooner or later, or are short."""
+    if tensor.numel() * tensor.element_size() < LEAST_BYTES:
+        return True
+    watch = load_runtime().watch(tensor) if tensor.is_cpu else None
+    return watch is not None and watch.mark() is not None and not is_reached_by_devices(tensor)
 
 
 class Contents:

@@ -71,7 +71,7 @@ class _Roller:
     def _look(self) -> None:
         self.nodes = list(self.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
-        self.varying = _find_varying(self.graph)
+        self.varying = find_varying(self.graph)
 
     def take_back(self) -> None:
         """Leave the graph as it was given: iterations are completed in place, unread."""
@@ -289,7 +289,7 @@ def _refusal(loop: Loop, found: ScanPlan | Mismatch) -> Refusal:
     return Refusal("not-rolled", reason, REMEDY, loop.location, facts)
 
 
-def _find_varying(graph: fx.Graph) -> set[fx.Node]:
+def find_varying(graph: fx.Graph) -> set[fx.Node]:
     """What depends on the inputs of the call, as opposed to parameters and constants."""
     varying: set[fx.Node] = set()
     for node in graph.nodes:
