@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from sparsify.errors import Refusal
+from sparsify.errors import Refusal, TraceError
 
 COMPUTED = (BasePruningMethod, SpectralNorm, WeightNorm)  # hooks that make a weight, of tensors
 HOOK_REMEDY = "Remove the hook, or register it on the whole model, where it keeps firing."
@@ -42,13 +45,27 @@ def why_observed(model: nn.Module) -> Refusal | None:
     """A forward hook that would not fire: on a submodule, or on all modules.
 
     Masks of ``torch.nn.utils.prune`` and norms of ``torch.nn.utils`` are hooks that compute with
-    tensors alone; they are recorded.
+    tensors alone; they are recorded. Those of lazy modules are gone when their parameters are made.
     """
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if module is not model and not all(isinstance(hook, COMPUTED) for hook in hooks):
+        if module is not model and not all(map(_is_of_torch, hooks)):
             reason = f"A forward hook on {name!r} reads what runs inside of the kernels."
             return Refusal("observed", reason, HOOK_REMEDY)
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return Refusal("observed", "A forward hook is registered on all modules.", HOOK_REMEDY)
+    return None
+
+
+def _is_of_torch(hook: object) -> bool:
+    makes_parameters = getattr(hook, "__func__", None) is LazyModuleMixin._infer_parameters
+    return makes_parameters or isinstance(hook, COMPUTED)
+
+
+def why_unmade(model: nn.Module) -> TraceError | None:
+    """A parameter or buffer of a lazy module, which a first call makes."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            reason = f"{name!r} of a lazy module has no shape yet; call the model once before"
+            return TraceError(reason, may_settle=True)
     return None

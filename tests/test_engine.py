@@ -344,6 +344,57 @@ def test_state_that_starts_as_none_goes_on_after_the_first_recording() -> None:
     assert engine_of(fast).recordings == 2
 
 
+class LazyNet(StepNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.LazyLinear(32)
+        self.out = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = torch.zeros(x.size(1), 32)
+        total: Tensor | float = 0.0
+        for x_t in x:
+            total = total + self.out(super().forward(x_t))
+        assert isinstance(total, Tensor)
+        return total
+
+
+def test_a_model_whose_parameters_a_first_call_makes() -> None:
+    model, x = LazyNet().eval(), (torch.rand(4, 5, 24) < 0.5).float()
+    with pytest.raises(TraceError, match=r"'fc\.weight' of a lazy module.*call the model once"):
+        sparsify(model, x)
+    fast = sparsify(model, timing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for recordings in (0, 1, 1):
+            assert torch.equal(run(fast, x), run(model, x))
+            fill_dyadic(model)  # sums are exact in any order
+            assert engine_of(fast).recordings == recordings
+    assert "event" in {site.decision for site in engine_of(fast).report.sites}
+
+
+class UnusedLazyNet(StepNet):
+    """A parameter that no call makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.LazyLinear(3)
+
+
+def test_a_model_whose_parameters_are_never_made_runs_the_original() -> None:
+    model = UnusedLazyNet().eval()
+    fast = sparsify(model, timing=False)
+    run(fast, torch.rand(5, 24))
+    model.v = None
+    with pytest.warns(UserWarning, match=r"'unused\.weight' of a lazy module"):
+        run(fast, torch.rand(5, 24))
+    for x in (torch.rand(5, 24), torch.rand(6, 24)):
+        model.v = None
+        assert run(fast, x).shape == (len(x), 32)
+    assert engine_of(fast).recordings == 0
+    assert "'unused.weight' of a lazy module" in str(engine_of(fast).refused)
+
+
 class WritesItsArgument(nn.Module):
     """Its argument becomes a result of the weights, which cannot be undone."""
 

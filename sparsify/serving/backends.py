@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from sparsify.choosing.binaries import Binaries
@@ -89,12 +91,12 @@ class Compilers:
 
 
 def tensors_of(model: nn.Module, args: Any, kwargs: Any) -> Iterator[NamedTensor]:
-    """What a call may read, by name: the arguments, then parameters and buffers."""
+    """What a call may read, by name: the arguments, then parameters and buffers that are made."""
     for path, leaf in pytree.tree_leaves_with_path((args, dict(kwargs))):
         if isinstance(leaf, Tensor):
             yield f"argument {pytree.keystr(path[1:]).strip('[]') or path[0]}", leaf
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    stored = chain(model.named_parameters(), model.named_buffers())
+    yield from (named for named in stored if not is_lazy(named[1]))
 
 
 def find_device(tensors: Iterable[NamedTensor]) -> torch.device | Refusal:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.call_conditions import why_observed
+from sparsify.call_conditions import why_observed, why_unmade
 from sparsify.checking.pending_check import threads
 from sparsify.choosing.describe_sites import describe_kept
 from sparsify.codegen.backend import Backend
@@ -93,6 +93,9 @@ class Recordings:
         if is_disabled():
             return
         with COMPILING:
+            unmade = why_unmade(self.original)
+            if unmade is not None:
+                raise unmade
             refusal = self._why_not_compile(args, kwargs)
             if refusal is not None:
                 self._refuse(refusal)
@@ -152,6 +155,10 @@ class Recordings:
 
     def _record(self, args: Args, kwargs: Kwargs) -> Any:
         """Run the original under the recorder and compile what it did; returns its result."""
+        unmade = why_unmade(self.original)
+        if unmade is not None:
+            self._give_up(unmade, args, kwargs)
+            return self.original.forward(*args, **kwargs)
         refusal = self._why_not_compile(args, kwargs) or self._why_too_many(args, kwargs)
         if refusal is not None:
             self._refuse(refusal)
