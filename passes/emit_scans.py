@@ -403,8 +403,10 @@ class _Emitter:
         low, high, stride = min(series.start, last), max(series.start, last), abs(series.step)
         if (low, high + 1, stride) != (0, info.shape[0], 1):
             cut = (info.stride[0] * stride, *info.stride[1:])
+            # To the end where that is near: another length may end behind the last step elsewhere.
+            stop = info.shape[0] if high + stride >= info.shape[0] else high + 1
             info = with_shape(info, (steps, *info.shape[1:]), cut)
-            args = (value, 0, low, high + 1, stride)
+            args = (value, 0, low, stop, stride)
             value = self._call(aten.slice.Tensor, args, info, value)
         if series.step < 0:
             info = with_shape(info, info.shape)

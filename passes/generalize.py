@@ -135,8 +135,11 @@ def _generalize(
         for node in matching
         for index, a, b in _differing_numbers(node, matching)
     }
+    firsts, seconds = [c.first for c in classes], [c.second for c in classes]
+    numbers = {(f.of(firsts), f.of(seconds)) for f in formulas.values()}
     for node, other in pairs:
         _check_places(node, other)
+        _check_count(node, other, numbers)
     graph = _write(first, classes, formulas)
     dims = tuple(c.dims for c in classes)
     return Generalized(graph, tuple(shapes), dims, first, formulas)
@@ -203,6 +206,20 @@ def _check_places(node: fx.Node, other: fx.Node) -> None:
         if places in _parts(*sizes):
             are = f"{places[0]} and {places[1]} may be parts of the sizes {sizes[0]} and {sizes[1]}"
             raise _Differs(f"{are}, or follow from them in another way.", node)
+
+
+def _check_count(node: fx.Node, other: fx.Node, numbers: set[tuple[int, int]]) -> None:
+    """How many there are of every k-th may pass for another size and a constant.
+
+    Of lengths of 6 and 7, every second one makes 3 and 4: the length less 3, for these two.
+    """
+    step = node.args[4] if node.target is aten.slice.Tensor and len(node.args) > 4 else 1
+    if step == 1:
+        return
+    args: Any = node.args
+    count = tuple(_shape(each)[args[1]] for each in (node, other))
+    if count[0] != count[1] and count in numbers:
+        raise _Differs("How many every k-th of a size are follows from it in no simple way.", node)
 
 
 def _parts(first: int, second: int) -> set[tuple[int, int]]:

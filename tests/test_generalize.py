@@ -155,6 +155,24 @@ def test_lengths_that_are_too_alike_to_tell_what_a_part_is_are_refused(
         assert "parts of the sizes" in found.reason or "in no simple way" in found.reason
 
 
+def test_how_many_every_second_step_makes_is_no_other_size() -> None:
+    """5 of 9 and 7 of 14 steps are 2 more than batches of 3 and 5: by chance."""
+
+    def thinned(tape: Tape, x: Tensor) -> Tensor:
+        even = x[::2] * 2
+        return even.reshape(even.size(0), even.size(1) * even.size(2))
+
+    assert "every k-th" in refusal(thinned, ((9, 3), (14, 5))).reason
+
+    def without_number(tape: Tape, x: Tensor) -> Tensor:
+        return x[::2].sum(0)
+
+    found = generalize(compiled(without_number, 9, 3), compiled(without_number, 14, 5), same_body)
+    assert isinstance(found, Generalized)
+    recorded = record(without_number, 16, 4)
+    assert_same(found.graph(*recorded.operands), recorded.results)
+
+
 def test_the_last_step_is_no_part_of_a_length() -> None:
     def ends(tape: Tape, x: Tensor) -> tuple[Tensor, ...]:
         return x[-1].sin(), x[1].sin(), x[1:].sin()
