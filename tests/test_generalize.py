@@ -159,10 +159,10 @@ def test_how_many_every_second_step_makes_is_no_other_size() -> None:
     """5 of 9 and 7 of 14 steps are 2 more than batches of 3 and 5: by chance."""
 
     def thinned(tape: Tape, x: Tensor) -> Tensor:
-        even = x[::2] * 2
+        even = x[3:][::2] * 2
         return even.reshape(even.size(0), even.size(1) * even.size(2))
 
-    assert "every k-th" in refusal(thinned, ((9, 3), (14, 5))).reason
+    assert "every k-th" in refusal(thinned, ((12, 3), (17, 5))).reason
 
     def without_number(tape: Tape, x: Tensor) -> Tensor:
         return x[::2].sum(0)
@@ -171,6 +171,15 @@ def test_how_many_every_second_step_makes_is_no_other_size() -> None:
     assert isinstance(found, Generalized)
     recorded = record(without_number, 16, 4)
     assert_same(found.graph(*recorded.operands), recorded.results)
+
+
+def test_a_part_of_a_length_is_no_batch_and_a_constant() -> None:
+    """4 of 12 and 6 of 18 steps are 2 more than batches of 2 and 4: by chance."""
+
+    def thirds(tape: Tape, x: Tensor) -> Tensor:
+        return torch.ones(x.size(0) // 3) * 2
+
+    assert "more than one way" in refusal(thirds, ((12, 2), (18, 4))).reason
 
 
 def test_the_last_step_is_no_part_of_a_length() -> None:
