@@ -16,6 +16,7 @@ from sparsify.codegen.backend import Cost, GatherWork
 from sparsify.codegen.cache import Recipe, write_text
 from sparsify.codegen.toolchain import cpu_identity, current_cache
 from sparsify.errors import BackendUnavailable
+from sparsify.thread_count import threads
 
 # Rates of the kernels relative to what is calibrated, as measured on AVX-512 cores: event adds ran
 # at 41 G/s and fused dense products at 73 G/s where torch's product of large matrices ran at 100.
@@ -88,13 +89,8 @@ def _keep_rates(folder: Path) -> None:
 
 def measure_rates() -> Rates:
     """The rates of one thread at this moment."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            return _measure_rates()
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), torch.inference_mode():
+        return _measure_rates()
 
 
 def _measure_rates() -> Rates:

@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.checking.pending_check import threads
 from sparsify.choosing.binaries import NICENESS, READY_SECONDS, Binaries, unlike
 from sparsify.choosing.choose import SLOW_SECONDS
 from sparsify.codegen import cpp_outer_product, runtime, toolchain
@@ -32,6 +31,7 @@ from sparsify.regions.outer_product import OuterProduct
 from sparsify.serving import check_speed, recordings
 from sparsify.serving.engine import Engine
 from sparsify.serving.failures import record_or_run
+from sparsify.thread_count import threads
 from tests.example_kernels import product, renamed
 from tests.surrogates import ATan
 

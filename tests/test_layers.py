@@ -27,6 +27,7 @@ VOCABULARY = {
     "sparsify.options",
     "sparsify.plan",
     "sparsify.saved_bits",
+    "sparsify.thread_count",
     "sparsify.training_step",
     "sparsify.uncollected",
     "sparsify.weight_pattern",

@@ -15,7 +15,7 @@ from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.checking import check_recording, pending_check
 from sparsify.checking.check_recording import Repetition
-from sparsify.checking.pending_check import PendingCheck, threads
+from sparsify.checking.pending_check import PendingCheck
 from sparsify.choosing.binaries import Binaries
 from sparsify.codegen.backend import Binary
 from sparsify.codegen.cpp import CppBackend
@@ -24,6 +24,7 @@ from sparsify.errors import CompileError, TraceError
 from sparsify.products.find_products import find_products
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
+from sparsify.thread_count import threads
 from tests.example_kernels import product
 from tests.test_compile_work import Recurrent
 

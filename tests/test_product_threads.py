@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.checking.pending_check import threads
 from sparsify.recording.calls import Call
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
+from sparsify.thread_count import threads
 
 SMALL, LARGE = nn.Linear(256, 256, bias=False), nn.Linear(256, 4096)
 CASES: dict[str, tuple[tuple[nn.Module, ...], tuple[int, ...], list[int]]] = {
@@ -83,3 +84,21 @@ def test_threads_are_put_back_when_forward_fails(ran: list[int]) -> None:
         record(Failing(), (torch.rand(4, 256),), {}, restore=True)
     assert ran == [1]
     assert torch.get_num_threads() == 2
+
+
+def test_python_threads_that_begin_meanwhile_take_what_they_would() -> None:
+    found: list[int] = []
+
+    class Starting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = Thread(target=lambda: found.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            return x
+
+    wanted = torch.get_num_threads()
+    with threads(wanted + 1):
+        Starting()(torch.rand(4, 256))
+        assert torch.get_num_threads() == wanted + 1
+    Starting()(torch.rand(4, 256))
+    assert found == [wanted, wanted]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
@@ -19,6 +18,7 @@ from sparsify.products.find_products import Product
 from sparsify.recording.operations import Op, operation_of
 from sparsify.recording.product_threads import MOST_SMALL
 from sparsify.recording.recording import Args, Kwargs, Recording
+from sparsify.thread_count import threads
 
 # Beside compilers a check runs on fewer threads: two seconds of one core, for two runs and, of
 # training, their gradients. Products that take longer have all cores for themselves.
@@ -92,20 +92,6 @@ class PendingCheck:
         if self._held and not recording.guard.matches(args, kwargs):
             changed = recording.guard.explain(args, kwargs)
             raise TraceError(f"its backward changes Python state: {changed}")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Inside, torch runs on so many threads, but at least on one."""
-    before, count = torch.get_num_threads(), max(1, count)
-    if count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _bytes_of(recording: Recording) -> int:

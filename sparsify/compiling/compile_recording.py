@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from sparsify.arrangement import map_tensors
 from sparsify.call_conditions import needs_grad
-from sparsify.checking.pending_check import PendingCheck, threads
+from sparsify.checking.pending_check import PendingCheck
 from sparsify.choosing.binaries import Binaries
 from sparsify.choosing.choose import Choice, Task
 from sparsify.choosing.chooser import Chooser
@@ -54,6 +54,7 @@ from sparsify.products.report import Site
 from sparsify.products.weight_facts import note_patterns
 from sparsify.recording.recording import Recording
 from sparsify.regions.region import Region
+from sparsify.thread_count import threads
 
 
 @dataclass(frozen=True)

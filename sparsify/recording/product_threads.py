@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsify.recording.calls import Call
+from sparsify.thread_count import set_threads
 
 aten = torch.ops.aten
 # Multiply-adds: 0.2 ms of one core. Between two calls from Python the other threads fall asleep,
@@ -27,11 +28,11 @@ class ProductThreads:
         wanted = 1 if _operations(call) <= MOST_SMALL else self._every
         if wanted != self._now:
             self._now = wanted
-            torch.set_num_threads(wanted)
+            set_threads(wanted)
 
     def put_back(self) -> None:
         if self._now != self._every:
-            torch.set_num_threads(self._every)
+            set_threads(self._every)
 
 
 def _operations(call: Call) -> float:

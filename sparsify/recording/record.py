@@ -115,9 +115,9 @@ class _Run:
                     result = self.model.forward(*self.args, **self.kwargs)
             self._pin_what_backward_decides_by()
         finally:
-            reads.close(self.model)
             if self.recorder.product_threads is not None:
                 self.recorder.product_threads.put_back()
+            reads.close(self.model)
         return reads.plain(result)
 
     def _pin_what_backward_decides_by(self) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sparsify.call_conditions import why_observed, why_unmade
-from sparsify.checking.pending_check import threads
 from sparsify.choosing.describe_sites import describe_kept
 from sparsify.codegen.backend import Backend
 from sparsify.compiling.compile_recording import summarize
@@ -42,6 +41,7 @@ from sparsify.serving.failures import (
 from sparsify.serving.merge_entries import with_entry
 from sparsify.serving.notices import Misses, Notices
 from sparsify.serving.plans import Plans
+from sparsify.thread_count import threads
 from sparsify.uncollected import seldom_collected
 
 CONFIRMED = "other sizes than those recorded are recorded once: the model does the same there"
