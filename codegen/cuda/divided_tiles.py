@@ -79,7 +79,7 @@ class DividedTiles(DenseTiles):
         refusal = refusal or _why_not_divided(kernel, schedule)
         if refusal is not None:
             return refusal
-        if self._is_carried_whole(kernel, schedule):
+        if kernel.gathers and self._is_carried_whole(kernel, schedule):
             reason = f"A few blocks hold all weights of kernel {kernel.name!r}, with many rows."
             return Refusal("no-gain", reason, "Choose dense-tiles.")
         return NeuronsPerGrid.why_not(self, kernel, schedule)
