@@ -162,6 +162,39 @@ class Looped(torch.autograd.Function):
         return grad * 13
 
 
+class Closes(torch.autograd.Function):
+    """Has a function that reads its argument, which Python therefore keeps in a cell."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        def scaled() -> Tensor:
+            return x * scale
+
+        return scaled()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * 17, None
+
+
+class Mapped(torch.autograd.Function):
+    """For ``torch.vmap``, which makes a Function of it that is applied to all at once."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: float) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * 19, None
+
+
 def bound(self: Any, x: Tensor) -> Any:
     return self.apply(x @ self.weight)
 
@@ -248,6 +281,14 @@ USES: dict[str, tuple[Callable[..., Any], list[tuple[str, tuple[Any, ...]]]]] = 
     ),
     "one that raises": (caught, [("Doubled", ())]),
     "a class made in forward": (made_here, [("Here", ())]),
+    "a closure in forward": (
+        lambda self, x: Closes.apply(x @ self.weight, 2.0),
+        [("Closes", (2.0,))],
+    ),
+    "under vmap": (
+        lambda self, x: torch.vmap(lambda row: Mapped.apply(row, 3.0))(x @ self.weight),
+        [("VmappedMapped", (3.0,))],
+    ),
     "a loop in forward": (lambda self, x: Looped.apply(x @ self.weight), [("Looped", ())]),
 }
 
@@ -294,6 +335,26 @@ def test_a_forward_that_is_called_is_what_it_computes() -> None:
 
     recording = check(Weighted(forward), X)
     assert uses_of(recording) == []
+
+
+def test_a_forward_that_is_called_with_the_context_of_a_use() -> None:
+    contexts: list[Any] = []
+
+    class Kept(Doubled):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, scale: float = 3.0) -> Tensor:
+            contexts.append(ctx)
+            return Doubled.forward(ctx, x, scale)
+
+    def forward(self: Any, x: Tensor) -> Any:
+        h = Kept.apply(x @ self.weight)
+        with torch.no_grad():
+            again = Kept.forward(contexts[-1], h)
+        contexts.clear()
+        return h * again
+
+    recording = check(Weighted(forward), X)
+    assert uses_of(recording) == [("Kept", ())]
 
 
 def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -132,10 +132,10 @@ class Applications:
 
     def _try(self, step: Callable[..., Any], *args: Any) -> Any:
         """Python drops a trace function that raises."""
-        recorder = self._recorder
-        if recorder.error is not None or recorder.is_suspended:
+        recorder, histories = self._recorder, self._histories
+        if recorder.error is not None or recorder.is_suspended or histories.functions > 0:
             return None
-        if self._histories.functions > 0 or torch.is_inference_mode_enabled():
+        if not histories.is_grad_enabled or torch.is_inference_mode_enabled():
             return None
         recorder.is_busy = True
         try:
@@ -152,13 +152,11 @@ class Applications:
         """None where autograd does not see the use, or nothing tells that it is one."""
         before, self._set_aside = self._set_aside, None
         if not given or not isinstance(given[0], FunctionCtx):
-            if not self._histories.is_grad_enabled:
-                return None
             use = self._take(self._codes.name_of(code), given)
             return _Running(use.applied, partial(self._put_aside, use, code))
         ctx: Any = given[0]
         function: Function = type(ctx)._forward_cls
-        if not self._is_seen(ctx):
+        if any(ctx.needs_input_grad) and not ctx.next_functions:
             return None
         if function.setup_context is not torch.autograd.Function.setup_context:
             return self._begin_setup(function, code, given, before)
@@ -181,12 +179,6 @@ class Applications:
         self._check(function)
         end = partial(self._end, function, before.use, given[0], before.result)
         return _Running(before.use.applied, lambda _: end())
-
-    def _is_seen(self, ctx: Any) -> bool:
-        """Whether autograd sees the use; where nothing asks for gradients, what Python has set."""
-        if ctx.next_functions:
-            return True
-        return self._histories.is_grad_enabled and not any(ctx.needs_input_grad)
 
     def _check(self, function: Function) -> None:
         reason = REFUSED.get(f"{function.__module__}.{function.__qualname__}")
