@@ -67,7 +67,8 @@ WITHOUT_CODE = frozenset(
         *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     )
 )
-OF_TORCH = ("/Meta", "/MPS", "/CUDA")  # where torch itself has kernels in Python
+# Where torch itself has kernels in Python, from 2.14 on also for its tensors without elements.
+OF_TORCH = ("/Meta", "/MPS", "/CUDA", "/PythonTLSSnapshot", "/FuncTorchDynamicLayerFrontMode")
 RECURRENT: dict[Any, str] = {getattr(torch._C._VariableFunctions, n): n for n in _RECURRENT}
 
 
