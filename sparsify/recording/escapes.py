@@ -67,8 +67,12 @@ WITHOUT_CODE = frozenset(
         *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     )
 )
-# Where torch itself has kernels in Python, from 2.14 on also for its tensors without elements.
-OF_TORCH = ("/Meta", "/MPS", "/CUDA", "/PythonTLSSnapshot", "/FuncTorchDynamicLayerFrontMode")
+# Where torch itself has kernels in Python: for vmap once it was used, and from 2.14 on for tensors
+# without elements.
+OF_TORCH = (
+    *("/Meta", "/MPS", "/CUDA", "/FuncTorchBatched"),
+    *("/PythonTLSSnapshot", "/FuncTorchDynamicLayerFrontMode"),
+)
 RECURRENT: dict[Any, str] = {getattr(torch._C._VariableFunctions, n): n for n in _RECURRENT}
 
 
