@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.recording.application import WRITTEN_UNSEEN, Application, Operand, take_operands
-from sparsify.recording.applications import code_of_apply
 from tests.surrogates import ATan, FastSigmoid, Gaussian, SpikeAndReset, bell
 
 X = torch.linspace(-1, 1, 7)
@@ -32,14 +31,6 @@ def graph_of(*uses: Application) -> fx.GraphModule:
 
 def use(function: Any, *arguments: Any, index: int | None = None) -> Application:
     return Application(function, (Operand(0), *arguments), index)
-
-
-def test_a_torch_that_runs_functions_in_cpp_is_named_with_what_to_install() -> None:
-    class Newer:
-        apply = staticmethod(len)
-
-    with pytest.raises(ImportError, match=r"newer than this sparsify: .* pip install 'torch>=2"):
-        code_of_apply(Newer)
 
 
 def test_it_is_the_value_without_gradients_and_the_function_with_them() -> None:

@@ -67,7 +67,12 @@ WITHOUT_CODE = frozenset(
         *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     )
 )
-OF_TORCH = ("/Meta", "/MPS", "/CUDA")  # where torch itself has kernels in Python
+# Where torch itself has kernels in Python: for vmap once it was used, and from 2.14 on for tensors
+# without elements.
+OF_TORCH = (
+    *("/Meta", "/MPS", "/CUDA", "/FuncTorchBatched"),
+    *("/PythonTLSSnapshot", "/FuncTorchDynamicLayerFrontMode"),
+)
 RECURRENT: dict[Any, str] = {getattr(torch._C._VariableFunctions, n): n for n in _RECURRENT}
 
 
@@ -92,6 +97,7 @@ class Escapes(TorchFunctionMode):
             self._rules.update(dict.fromkeys(REFUSED_IN_TRAINING, self._refuse))
             self._rules[Tensor.detach_] = self._detach_in_place
             self._rules[GRAD] = self._gradient
+            self._rules[torch._C._set_grad_enabled] = self._switch_gradients
 
     def __enter__(self) -> Self:
         self._modes = torch._C._len_torch_dispatch_stack() if self._is_free else None
@@ -198,6 +204,12 @@ class Escapes(TorchFunctionMode):
         result = func(*args, **kwargs)
         if result is not None:
             self._recorder.fail("forward reads a tensor's .grad; pass it in as a tensor")
+        return result
+
+    def _switch_gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        assert self._recorder.histories is not None
+        self._recorder.histories.is_grad_enabled = torch.is_grad_enabled()
         return result
 
     def _whole(self, op: Any, func: Any, args: Any) -> Any:

@@ -92,6 +92,8 @@ class Histories:
         self._before = before
         self.functions = 0  # how many autograd Functions are being applied, one in the other
         self.applied: Applied | None = None  # the outermost, if it becomes an Application
+        # As Python has set it; torch switches it off around what a Function runs.
+        self.is_grad_enabled = torch.is_grad_enabled()
         self._present: set[fx.Node] = set()  # nodes that have a history when the graph is executed
         self._ended: set[fx.Node] = set()  # nodes whose operands are all detached
         self._detached: dict[fx.Node, fx.Node] = {}

@@ -10,17 +10,17 @@ from __future__ import annotations
 import dis
 import linecache
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
-import torch
 from torch import nn
 
 from sparsify.errors import Location
 from sparsify.graph_meta import LoopStep
 from sparsify.recording.code_loops import CodeLoop, find_code_loops
+from sparsify.recording.function_codes import FunctionCodes
 from sparsify.recording.guard_code import origin
 
 # From 3.12 on, switching tracing on and off instruments all code anew: it costs more than it saves.
@@ -49,13 +49,19 @@ class _CodeFacts:
     locations: tuple[Location, ...]
 
 
+End = Callable[[Any], None]
+
+
 class Watcher(Protocol):
-    """Follows the frames of some codes of its own; ``on_call`` returns what traces a frame."""
+    """Is told of the frames of some codes. ``watches`` is asked once for each code."""
 
-    @property
-    def codes(self) -> frozenset[CodeType]: ...
+    def watches(self, code: CodeType) -> bool: ...
 
-    def on_call(self, frame: FrameType) -> Any: ...
+    def on_call(self, frame: FrameType) -> End | None:
+        """A frame begins. What is returned is told its result at its end, None if it raises.
+
+        Both run as if they were called from where the frame was.
+        """
 
 
 class Positions:
@@ -76,7 +82,7 @@ class Positions:
         if isinstance(model, nn.Module):
             for name, module in model.named_modules():
                 self._names.setdefault(id(module), name)
-        self._functions: dict[CodeType, str] | None = None
+        self.function_codes = FunctionCodes()
         self.was_disturbed = False
         self.watcher: Watcher | None = None
 
@@ -170,7 +176,35 @@ class Positions:
         code = frame.f_code
         facts = self._facts.get(id(code)) or self._inspect(code)
         if facts.is_watched and self.watcher is not None:
-            return self.watcher.on_call(frame)
+            return self._follow_watched(frame, facts, self.watcher)
+        return self._follow(frame, facts)
+
+    def _follow_watched(self, frame: FrameType, facts: _CodeFacts, watcher: Watcher) -> Any:
+        end = self._outside(frame, watcher.on_call, frame)
+        tracer = self._follow(frame, facts)
+        if end is None:
+            return tracer
+        if tracer is None:
+            frame.f_trace_lines = False
+
+        def on_event(frame: FrameType, event: str, arg: object) -> Any:
+            if tracer is not None:
+                tracer(frame, event, arg)
+            if event == "return":
+                self._outside(frame, end, arg)
+            return on_event
+
+        return on_event
+
+    def _outside(self, frame: FrameType, step: Callable[[Any], Any], given: object) -> Any:
+        """``step(given)``, for which the user's code is below ``frame``."""
+        before, self._caller = self._caller, frame.f_back
+        try:
+            return step(given)
+        finally:
+            self._caller = before
+
+    def _follow(self, frame: FrameType, facts: _CodeFacts) -> Any:
         if not facts.loops:
             return self._follow_forward(frame) if facts.is_forward else None
         state = self._frames.get(id(frame))
@@ -207,11 +241,7 @@ class Positions:
 
     def _function_name(self, code: CodeType, first: object) -> str:
         cls = getattr(type(first), "_forward_cls", None)
-        if cls is not None:
-            return str(cls.__name__)
-        if self._functions is None or code not in self._functions:
-            self._functions = {code: "", **dict(_function_codes(torch.autograd.Function))}
-        return self._functions[code]
+        return str(cls.__name__) if cls is not None else self.function_codes.name_of(code)
 
     def leave(self, state: _FrameLoops, frame: FrameType) -> None:
         if state.is_owner:
@@ -226,7 +256,7 @@ class Positions:
             for offset in loop.offsets:
                 enclosing[offset] = (*enclosing.get(offset, ()), index)
         places = tuple(_location(code.co_filename, loop.line) for loop in loops)
-        is_watched = self.watcher is not None and code in self.watcher.codes
+        is_watched = self.watcher is not None and self.watcher.watches(code)
         is_forward = code.co_name == "forward"
         facts = _CodeFacts(code, is_users, is_forward, is_watched, loops, enclosing, places)
         self._facts[id(code)] = facts
@@ -320,13 +350,3 @@ class _FrameLoops:
 
 def _location(file: str, line: int) -> Location:
     return Location(file, line, linecache.getline(file, line).strip())
-
-
-def _function_codes(function: type) -> Iterator[tuple[CodeType, str]]:
-    """The code of ``forward`` of all subclasses, with their names."""
-    subclasses: list[type] = function.__subclasses__()
-    for cls in subclasses:
-        forward = getattr(cls.__dict__.get("forward"), "__func__", None)
-        if isinstance(forward, FunctionType):
-            yield forward.__code__, cls.__name__
-        yield from _function_codes(cls)

@@ -80,7 +80,8 @@ class _Run:
         self.applications: Applications | None = None
         if any(history.required for history in self.before.values()):
             histories = self.recorder.record_gradients(self.before)
-            self.applications = Applications(self.recorder, histories)
+            codes = self.positions.function_codes
+            self.applications = Applications(self.recorder, histories, codes)
             self.positions.watcher = self.applications
         self.escapes = Escapes(self.recorder, self.reads.rules)
 

@@ -96,6 +96,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_busy = False  # what the recorder itself does is not the user's
         self.histories: Histories | None = None
         self.product_threads: ProductThreads | None = None
+        self.then: Callable[[Call], None] | None = None  # is told of a call that was recorded
         self._origin: Origin | None = NO_ORIGIN
         self._made_bytes = 0  # since memory was given back
 
@@ -134,6 +135,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.arrive()
         try:
             self._record(how, call)
+            if self.then is not None:
+                self.then(call)
         except CannotRecord as reason:
             self.fail(str(reason))
         finally:
