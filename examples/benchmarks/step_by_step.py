@@ -93,7 +93,10 @@ def main() -> None:
     parser.add_argument("--activity", type=float, default=0.075)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--quick", action="store_true", help="run everything once, measure nothing")
     args = parser.parse_args()
+    if args.quick:
+        args.hidden, args.rounds, args.no_compile = [64], 3, True
     for hidden in args.hidden:
         measure(hidden, args.batch, args.activity, args.rounds, not args.no_compile)
 
