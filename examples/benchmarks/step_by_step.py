@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--activity", type=float, default=0.075)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--quick", action="store_true", help="run everything once, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="one small size, to see that it runs")
     args = parser.parse_args()
     if args.quick:
         args.hidden, args.rounds, args.no_compile = [64], 3, True
