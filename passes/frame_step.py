@@ -22,7 +22,13 @@ from torch import fx
 
 from sparsify.errors import Location, Refusal
 from sparsify.graph_meta import LoopStep, TensorInfo
-from sparsify.passes.classify_ops import PRODUCTS, TRANSPOSES, draws_random, is_pointwise
+from sparsify.passes.classify_ops import (
+    PRODUCTS,
+    TRANSPOSES,
+    draws_random,
+    is_pointwise,
+    untransposed,
+)
 from sparsify.passes.copy_graph import copy_node
 from sparsify.passes.emit_scans import emit_scans
 from sparsify.passes.encode_nodes import shape_of
@@ -43,6 +49,7 @@ from sparsify.passes.roll_loops import find_varying
 from sparsify.passes.scan_plan import ScanPlan
 from sparsify.passes.split_gates import split_gates
 from sparsify.passes.split_operands import split_operands
+from sparsify.passes.why_not_lower import product_weights
 from sparsify.scans.scan import Scan, output_values
 
 ONLY_STEP = LoopStep(frame=-1, loop=(0, 0), iteration=0, location=Location("", 0, ""))
@@ -52,8 +59,8 @@ States = dict[fx.Node, fx.Node]  # state -> its next value
 def frame_step(gm: fx.GraphModule) -> PassResult:
     """Replace what lies between states and their next values by a Scan of one step.
 
-    Unchanged where there are loops or no products, where every input would be a state, and where
-    no kernel could compute the step.
+    Unchanged where there are loops, rolled up or not, or no products, where every input would be a
+    state, and where no kernel could compute the step.
     """
     nodes = gm.graph.nodes
     has_loops = any(node.op == "call_module" for node in nodes)
@@ -62,7 +69,10 @@ def frame_step(gm: fx.GraphModule) -> PassResult:
     states = _find_states(gm.graph)
     if all(place in states for place in gm.graph.find_nodes(op="placeholder") if _is_input(place)):
         return PassResult(gm)  # what is computed of one input is a layer: x + f(x)
-    split = _split(gm, set(_between(states, gm.graph)))
+    step = _between(states, gm.graph)
+    if not _is_single(step):
+        return PassResult(gm)
+    split = _split(gm, set(step))
     plan = _plan(split.graph)
     if not isinstance(plan, ScanPlan):
         return PassResult(gm)
@@ -129,6 +139,13 @@ def _between(states: States, graph: fx.Graph) -> list[fx.Node]:
     read = {operand for node in step for operand in node.all_input_nodes}
     turned = {node for node in read - varying if node.target in TRANSPOSES}
     return [node for node in graph.nodes if node in step or node in turned]
+
+
+def _is_single(step: list[fx.Node]) -> bool:
+    """Whether every product has weights of its own: a loop over time has the same in each step."""
+    weights = [product_weights(node)[0] for node in step if node.target in PRODUCTS]
+    bases = [untransposed(weight)[0] for weight in weights if weight is not None]
+    return len(set(bases)) == len(bases)
 
 
 def _split(gm: fx.GraphModule, step: set[fx.Node]) -> fx.GraphModule:

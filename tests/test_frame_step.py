@@ -91,6 +91,17 @@ class Noisy(Cell):
         return self.readout(z), (v - z, z)
 
 
+class Irregular(Cell):
+    """A loop that is not rolled up."""
+
+    def forward(self, xs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+        for t, x in enumerate(xs):
+            result, state = super().forward(x, state)
+            if t * t % 7 < 3:
+                state = state[0].tanh(), state[1]
+        return result, state
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +147,13 @@ def test_buffer_may_be_a_state() -> None:
 
 @pytest.mark.parametrize(
     ("model", "args"),
-    [(Normed(), (X, zeros())), (Noisy(), (X, zeros())), (Residual(), (X,))],
-    ids=["norm", "noise", "a layer"],
+    [
+        (Normed(), (X, zeros())),
+        (Noisy(), (X, zeros())),
+        (Residual(), (X,)),
+        (Irregular(), (torch.stack([X] * 4), zeros())),
+    ],
+    ids=["norm", "noise", "a layer", "a loop"],
 )
 def test_other_forwards_stay_as_they_are(model: nn.Module, args: Sequence[Any]) -> None:
     with torch.no_grad():
