@@ -172,7 +172,9 @@ def run(model: nn.Module, xs: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("make", [Cell, Gated])
 def test_a_cell_called_step_by_step_is_one_kernel_with_its_values_and_gradients(make: Any) -> None:
-    """float64: sums of 24 terms in another order, over eight steps (1e3 eps)."""
+    # A current sums 34 products (10 inputs, 24 senders), in another order than eager's: 34 eps of
+    # values about 1. A state hands what it has on to the next of eight steps, and some five such
+    # sums are behind a value or a gradient: 34 * 8 * 5 eps = 3e-13.
     torch.manual_seed(0)
     model = make().double()
     for gradients in (False, True):
