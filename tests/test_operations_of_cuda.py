@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sparsify
 from tests.as_on_cuda import as_on_cuda
 from tests.recorded import check, of, refused, targets
-from tests.test_batch_norm import Layers, assert_same_buffers, assert_trains_alike, inputs
+from tests.test_batch_norm import (
+    Layers,
+    assert_close,
+    assert_same_buffers,
+    assert_trains_alike,
+    inputs,
+)
+from tests.zoo_feedforward import HIDDEN, IN
+from tests.zoo_gated import ThresholdedCell
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +73,59 @@ def _gather(x: Tensor, mean: Tensor | None) -> Any:
 def test_statistics_of_synchronized_norms_are_refused() -> None:
     error = refused(of(lambda x: _gather(x, torch.zeros(3))), torch.randn(4, 3))
     assert "batch_norm_gather_stats writes to running statistics" in str(error)
+
+
+@pytest.mark.parametrize("kind, bias", [(nn.GRUCell, False), (nn.LSTMCell, True)])
+def test_cells_are_written_as_operations(kind: Any, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = ThresholdedCell(kind(IN, HIDDEN, bias=bias)).double()
+    eager, x = copy.deepcopy(model), torch.randn(4, 2, IN, dtype=torch.float64)
+    fast: Any = sparsify.sparsify(model, x, timing=False)
+    assert fast.report["cell.weight_hh"].decision == "event" and "thnn" not in fast.code
+    ours, theirs = fast(x), eager(x)
+    assert_close(ours.detach(), theirs.detach())
+    d = torch.randn_like(ours)
+    pairs = zip(
+        *(
+            torch.autograd.grad((result * d).sum(), list(net.parameters()))
+            for result, net in ((ours, model), (theirs, eager))
+        ),
+        strict=True,
+    )
+    for got, expected in pairs:
+        assert_close(got, expected)
+
+
+class Loop(nn.Module):
+    """Steps a cell whose states pass no threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(IN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[1], HIDDEN)
+        kept = []
+        for x_t in x:
+            h = self.cell(x_t, h)
+            kept.append(h)
+        return torch.stack(kept)
+
+
+def test_cells_whose_loop_has_no_kernel_stay_whole() -> None:
+    model, x = Loop(), torch.randn(4, 2, IN)
+    with torch.no_grad():
+        fast: Any = sparsify.sparsify(model, x, timing=False)
+        site = fast.report["cell.weight_hh"]
+        assert (site.decision, site.code) == ("kept", "no-event")
+        codes = [m.code for m in fast.compiled.graph.modules() if isinstance(m, fx.GraphModule)]
+        assert any("_thnn_fused_gru_cell" in code for code in codes)
+        assert torch.equal(fast(x), model(x))
+
+
+def test_cells_of_halves_are_refused() -> None:
+    model = ThresholdedCell(nn.GRUCell(IN, HIDDEN)).bfloat16()
+    fast: Any = sparsify.sparsify(model, torch.randn(4, 2, IN).bfloat16(), timing=False)
+    site = fast.report["cell.weight_hh"]
+    assert (site.decision, site.code) == ("kept", "unsupported-op")
+    assert "_thnn_fused_gru_cell" in site.reason
