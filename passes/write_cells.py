@@ -30,7 +30,7 @@ from sparsify.recording.unwritten_graph import UnwrittenGraph
 aten = torch.ops.aten
 LSTM = aten._thnn_fused_lstm_cell.default
 GRU = aten._thnn_fused_gru_cell.default
-STATES: dict[object, int] = {LSTM: 2, GRU: 1}  # results that a model can see; one more is for the gradient
+STATES: dict[Any, int] = {LSTM: 2, GRU: 1}  # results that a model sees; one more is kept
 
 
 def write_cells(gm: fx.GraphModule) -> PassResult:
