@@ -278,7 +278,7 @@ class _FrameLoops:
 
     __slots__ = (
         *("positions", "facts", "frame", "number", "is_owner"),
-        *("offset", "inside", "iterations", "steps", "jumped_to", "around"),
+        *("offset", "inside", "iterations", "steps", "jumped", "around"),
     )
 
     def __init__(
@@ -294,7 +294,7 @@ class _FrameLoops:
         self.inside: tuple[int, ...] = ()
         self.iterations = [0] * len(facts.loops)
         self.steps: tuple[LoopStep, ...] | None = ()
-        self.jumped_to = -1
+        self.jumped = -1
         self.around: tuple[LoopStep, ...] | None = None  # of the callers, once it was asked for
 
     def on_event(self, frame: FrameType, event: str, arg: object) -> Any:
@@ -314,16 +314,21 @@ class _FrameLoops:
 
     def _on_line(self, offset: int) -> None:
         """Count a jump back: seen at its target, or, on one line from 3.12 on, at the jump."""
-        before, jumped_to = self.inside, self.jumped_to
+        before, came_from, jumped = self.inside, self.offset, self.jumped
         self._move(offset)
-        self.jumped_to = -1
+        self.jumped = -1
         for index in self.inside:
             loop = self.facts.loops[index]
-            if offset == loop.first and index in before and jumped_to != offset:
-                self._count(index)
             if offset in loop.jumps:
                 self._count(index)
-                self.jumped_to = loop.first
+                self.jumped = index
+            elif index == jumped:
+                pass  # counted where it jumped
+            elif offset == loop.start:
+                if index in before or not loop.is_told:
+                    self._count(index)
+            elif offset == loop.first and index in before and came_from not in loop.ahead:
+                self._count(index)
 
     def _move(self, offset: int) -> None:
         self.offset = offset
