@@ -55,6 +55,13 @@ REPLACES_STORAGE = frozenset(
     {aten.set_.default, aten.set_.source_Storage, aten.set_.source_Storage_storage_offset}
     | {aten.set_.source_Tensor, aten.resize_.default, aten.resize_as_.default}
 )
+# Names of parts of a run, as ``torch.profiler.record_function`` tells them; no operations.
+LABELS = frozenset(
+    {torch.ops.profiler._record_function_enter.default}
+    | {torch.ops.profiler._record_function_enter_new.default}
+    | {torch.ops.profiler._record_function_exit.default}
+    | {torch.ops.profiler._record_function_exit._RecordFunction}
+)
 # The activation of a product: the index of its argument.
 PRODUCTS: dict[Op, int] = {
     aten.mm.default: 0,

@@ -19,6 +19,7 @@ from sparsify.recording.operations import (
     BATCH_NORMS,
     EMPTIES,
     FILLS,
+    LABELS,
     REPLACES_STORAGE,
     SAME,
     UPDATE_STATISTICS,
@@ -161,6 +162,11 @@ def replaces_storage(recorder: Recorder, call: Call) -> None:
     raise CannotRecord(f"{name} replaces the memory of a tensor")
 
 
+def label(recorder: Recorder, call: Call) -> None:
+    """Told to the profiler of the recorded run only."""
+    call.run()
+
+
 def in_place_view(recorder: Recorder, call: Call) -> None:
     """``x.t_()``, ``x.unsqueeze_(0)``: the tensor becomes a view of what it was."""
     target = call.args[0]
@@ -277,6 +283,7 @@ def _make_rules() -> dict[Op, Rule]:
     rules.update(dict.fromkeys(BATCH_NORMS, batch_norm))
     rules.update(dict.fromkeys(UPDATE_STATISTICS, updates_statistics))
     rules.update(dict.fromkeys(REPLACES_STORAGE, replaces_storage))
+    rules.update(dict.fromkeys(LABELS, label))
     rules.update(
         {
             aten.copy_.default: copy,
