@@ -183,11 +183,12 @@ def test_tracers_are_put_back_and_disturbances_noticed() -> None:
         sys.settrace(before)
 
     def forward(x: Tensor) -> Tensor:
-        sys.settrace(None)
+        sys.settrace(tracer)
         return x * 2
 
     with torch.no_grad():
         assert isinstance(record(of(forward), (X,), {}), Unrecorded)
+    assert sys.gettrace() is before
 
 
 class Scripted(nn.Module):
