@@ -18,6 +18,9 @@ from sparsify.codegen.cuda.team_neurons import TeamNeurons
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_sums import TeamSums
 
+# Of a block of text in which there is a half.
+ROWS_OF_HALF = "const int low = first_of(half), high = first_of(half + 1);"
+
 
 class TeamSteps(TeamNeurons):
     """Writes all steps of all rows."""
@@ -58,6 +61,8 @@ class TeamSteps(TeamNeurons):
         w = self.w
         note = "of the rows: one is computed while the other is waited for"
         w.line(f"const int halves = rows < {self.paired_from} ? 1 : 2;", note)
+        first = "half * rows >> (halves - 1)"  # nobody has to divide
+        w.line(f"const auto first_of = [&](int half) {{ return {first}; }};", "a row")
         self.span = Span("low", "high", "half")
         if self.mail.mails:
             self._write_overlapped()
@@ -106,7 +111,7 @@ class TeamSteps(TeamNeurons):
     @contextmanager
     def _each_half(self) -> Iterator[None]:
         with self.w.block("for (int half = 0; half < halves; ++half)"):
-            self.w.line("const int low = half * rows / halves, high = (half + 1) * rows / halves;")
+            self.w.line(ROWS_OF_HALF)
             yield
 
     def _write_starts(self) -> None:
