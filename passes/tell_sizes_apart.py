@@ -86,8 +86,7 @@ def why_unknown_steps(node: fx.Node, other: fx.Node, others: Sequence[SizeClass]
     twin: Any = other.args[0]
     xs: Any = node.args[2]
     twins: Any = other.args[2]
-    # Others are made by the loop itself, in chunks of time (``feed_gradients``).
-    read = [(x, y) for x, y in zip(xs, twins, strict=True) if isinstance(x, fx.Node)]
+    read = zip(xs, twins, strict=True)
     if any((given_shape(x)[:1], given_shape(y)[:1]) == ((steps,), (twin,)) for x, y in read):
         return ""
     for c in others:

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify.errors import Refusal
-from sparsify.passes.fit_sizes import SizeClass
 from sparsify.passes.generalize import Generalized, generalize
 from sparsify.passes.roll_loops import roll_loops
 from sparsify.passes.split_time import split_time
-from sparsify.passes.tell_sizes_apart import why_unknown_steps
 from sparsify.scans.scan import Scan
 from tests.looped_models import W0, W1, WEIGHTS, H, lif
 from tests.test_roll_loops import assert_same
@@ -269,14 +267,12 @@ def test_a_loop_over_the_next_steps_follows_from_the_length() -> None:
     assert_same(found.graph(*recorded.operands), recorded.results)
 
 
-def test_what_a_loop_makes_in_chunks_does_not_tell_how_often_it_runs() -> None:
-    def loop_of(steps: int) -> fx.Node:
-        graph = fx.Graph()
-        d, w = graph.placeholder("d"), graph.placeholder("w")
-        return graph.call_module("loop", (steps, (), ((d, w, None, None),), ()))
+def test_in_a_graph_that_is_called_a_size_may_be_a_part_of_another() -> None:
+    """Rows are so many times as many as there are steps, where the batch stays what it was."""
+    first, second = (compiled(counted, steps, steps // 3) for steps in (9, 15))
+    assert isinstance(generalize(first, second, same_body), Refusal)
+    assert isinstance(generalize(first, second, same_body, is_called=True), Generalized)
 
-    def reason(size: SizeClass) -> str:
-        return why_unknown_steps(loop_of(3), loop_of(5), [size])
 
-    assert "3 and 5 times, may follow from a size of 9 and 15" in reason(SizeClass((), 9, 15))
-    assert not reason(SizeClass((), 9, 11))  # which grew as much: no part of it did
+def counted(tape: Tape, x: Tensor) -> Tensor:
+    return torch.zeros(x.size(1), H) + 1
