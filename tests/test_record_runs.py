@@ -191,6 +191,21 @@ def test_tracers_are_put_back_and_disturbances_noticed() -> None:
     assert sys.gettrace() is before
 
 
+def test_under_a_profiler_of_torch_that_follows_python() -> None:
+    """From Python 3.12 on they go beside each other."""
+    model = of(lambda x: x * 2)
+    with torch.no_grad(), torch.profiler.profile(with_stack=True):
+        before = sys.getprofile()
+        assert before is not None and not callable(before)
+        found = record(model, (X,), {})
+        assert sys.getprofile() is before
+    if sys.version_info >= (3, 12):
+        assert isinstance(found, Recording)
+    else:
+        assert isinstance(found, Unrecorded) and "before it" in str(found.error)
+        assert torch.equal(found.result, X * 2)
+
+
 class Scripted(nn.Module):
     def __init__(self) -> None:
         super().__init__()

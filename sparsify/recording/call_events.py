@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import BuiltinFunctionType, CodeType, FrameType, MethodDescriptorType
 from typing import Any
 
-from sparsify.recording.monitor import NOT_AGAIN, Monitor, Step
+from sparsify.recording.monitor import HAS_MONITORING, NOT_AGAIN, Monitor, Step
 
 Profiler = Callable[[FrameType, str, Any], bool]
 """As of ``sys.setprofile``; true for a call if later ones of the same code need not be told."""
@@ -20,9 +20,9 @@ def calls_told(profiler: Profiler, matters: Callable[[CodeType], bool]) -> Itera
 
     ``matters``, asked when a call was told, says of which code the end and calls of C are told too.
     """
-    before = _pause_profiler()
     monitor = _monitor(profiler, matters)
     is_monitored = monitor.start()
+    before = _pause_profiler()
     if not is_monitored:
         sys.setprofile(profiler)
     try:
@@ -30,8 +30,17 @@ def calls_told(profiler: Profiler, matters: Callable[[CodeType], bool]) -> Itera
     finally:
         if is_monitored:
             monitor.stop()
-        sys.setprofile(None)
         _resume_profiler(before)
+
+
+def can_be_told() -> bool:
+    """Whether there is no profiler, or one that can be set aside, or that does not disturb."""
+    return HAS_MONITORING or _can_be_set_again(sys.getprofile())
+
+
+def _can_be_set_again(profiler: Any) -> bool:
+    """Not that of ``torch.profiler`` with stacks, which is none of Python's."""
+    return profiler is None or callable(profiler) or hasattr(profiler, "disable")
 
 
 def _monitor(profiler: Profiler, matters: Callable[[CodeType], bool]) -> Monitor:
@@ -58,15 +67,15 @@ def _monitor(profiler: Profiler, matters: Callable[[CodeType], bool]) -> Monitor
 
 def _pause_profiler() -> Any:
     before = sys.getprofile()
-    if before is not None and not callable(before):  # cProfile: cannot be set again by hand
-        before.disable()
-    else:
+    if callable(before):
         sys.setprofile(None)
+    elif _can_be_set_again(before) and before is not None:
+        before.disable()  # cProfile: it cannot be set again by hand
     return before
 
 
 def _resume_profiler(before: Any) -> None:
     if before is None or callable(before):
         sys.setprofile(before)
-    else:
+    elif _can_be_set_again(before):
         before.enable()

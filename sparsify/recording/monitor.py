@@ -14,6 +14,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 _MONITORING: Any = getattr(sys, "monitoring", None)
+HAS_MONITORING = _MONITORING is not None
 NOT_AGAIN: Any = getattr(_MONITORING, "DISABLE", None)
 _TOOLS = (4, 3, 5)  # those that Python keeps for no debugger, coverage or profiler
 # Python tells of the end by an exception for all codes, or for none.

@@ -17,6 +17,7 @@ from sparsify.errors import TraceError
 from sparsify.free_lock import FreeLock
 from sparsify.recording.applications import Applications
 from sparsify.recording.backward_sizes import find_decision
+from sparsify.recording.call_events import can_be_told
 from sparsify.recording.calls import CannotRecord
 from sparsify.recording.conclusion import Conclusion
 from sparsify.recording.copies import recorded_copies
@@ -52,6 +53,13 @@ def record(
     """
     if is_recording():
         error = TraceError("the model runs inside another one that is being recorded")
+        return Unrecorded(model.forward(*args, **kwargs), error)
+    if not can_be_told():
+        error = TraceError(
+            "a profiler is on that cannot be set aside, as torch.profiler is with with_stack=True; "
+            "let the first call be before it",
+            may_settle=True,
+        )
         return Unrecorded(model.forward(*args, **kwargs), error)
     with _LOCK, seldom_collected(), ExitStack() as stack:
         if restore:
