@@ -121,6 +121,19 @@ def _find_behind_loop(value: fx.Node) -> tuple[list[fx.Node], list[Part]] | None
     return (behind, parts) if indices == list(range(info.shape[parts[0].dim])) else None
 
 
+def _place(part: Part) -> tuple[int, int, int]:
+    return part.first, part.end, part.step
+
+
+def _place_of_reader(read: Reader) -> tuple[object, ...]:
+    reader, part = read
+    return *_place(part), _shape(reader)
+
+
+def _shape(node: fx.Node) -> Shape:
+    return tuple(node.meta["val"].shape)
+
+
 def _is_returned(reader: fx.Node) -> bool:
     """Views that a call returns keep their strides and what they share memory with."""
     return any(user.op == "output" for user in reader.users)
@@ -159,13 +172,16 @@ class _Splitter:
         readers = _find_parts(value)
         if readers is None:
             return
-        made: dict[tuple[Part, Shape], fx.Node] = {}
-        for reader, part in readers:
-            shape = tuple(reader.meta["val"].shape)
-            if (part, shape) not in made:
-                with self.graph.inserting_before(value.next):
-                    made[part, shape] = self._shaped(self._take(value, part), shape, reader)
-            reader.replace_all_uses_with(made[part, shape])
+        # In the same order in every iteration, whoever reads it there.
+        with self.graph.inserting_before(value.next):
+            parts = sorted({part for _, part in readers}, key=_place)
+            taken = {part: self._take(value, part) for part in parts}
+            made: dict[tuple[Part, Shape], fx.Node] = {}
+            for reader, part in sorted(readers, key=_place_of_reader):
+                shape = _shape(reader)
+                if (part, shape) not in made:
+                    made[part, shape] = self._shaped(taken[part], shape, reader)
+                reader.replace_all_uses_with(made[part, shape])
         for user in list(value.users):
             if user.target in SPLITS:
                 for reader in list(user.users):

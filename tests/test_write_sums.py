@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.split_gates import split_gates
 from sparsify.passes.write_sums import write_sums
 from tests.looped_models import W1, WEIGHTS, B, H
 from tests.surrogates import Rect
@@ -75,6 +77,26 @@ STAY: dict[str, tuple[Layer, int]] = {
 def test_other_sums_stay(layer: Layer, parts: int) -> None:
     found = recorded(layer, parts)
     assert write_sums(found.graph).graph is found.graph
+
+
+Sum = Callable[[Tensor], Tensor]
+
+
+@pytest.mark.parametrize("add", [lambda c: c.sum(2), lambda c: c[..., 0] + c[..., 1] + c[..., 2]])
+@pytest.mark.parametrize("is_returned", [True, False], ids=["returned", "not returned"])
+def test_loops_over_states_that_are_added_up_are_rolled(is_returned: bool, add: Sum) -> None:
+    def model(tape: Tape, x: Tensor) -> Tensor:
+        y, current = torch.zeros(B, H), torch.zeros(B, H, 3)
+        for t in tape.loop(range(x.size(0))):
+            current = 0.5 * current + x[t] + F.linear(y, W1).unsqueeze(2)
+            y = (add(current) > 0.5).float()
+        return current if is_returned else y
+
+    x = torch.randn(STEPS, B, H, 3, generator=torch.Generator().manual_seed(0))
+    found = record_unrolled(model, [x], WEIGHTS)
+    result = roll_loops(split_gates(write_sums(found.graph).graph).graph)
+    assert len(result.done) == 1 and not result.declined
+    assert_same(result.graph(*found.operands), found.results)
 
 
 class Dendrites(nn.Module):
