@@ -13,6 +13,8 @@ from sparsify.plan import Plan, PlanDecision
 from sparsify.serving.install import Sparsified
 from sparsify.verification.model import verify
 from tests.small_nets import RecurrentNet, StatefulNet, spikes
+from tests.training_harness import events_at, sparsify_training, weighted_sum
+from tests.training_nets import net
 
 
 @pytest.fixture(autouse=True)
@@ -364,3 +366,17 @@ class Keyed(nn.Module):
             return x
         out: Tensor = self.net(x)
         return out
+
+
+def test_gradients_at_sizes_that_were_never_recorded() -> None:
+    """A graph for all sizes serves them; what it came from has sizes of its own."""
+    entry = net("learnable neuron")
+    model, x = entry.model(), entry.inputs()
+    longer = torch.cat([x, x[:3]])
+    with torch.enable_grad():
+        fast = sparsify_training(model, x, plan=events_at(entry.sites))
+        for steps in (x, longer):
+            weighted_sum(fast(steps)).backward()
+        found = verify(model, fast, longer[1:], gradients=True)
+        assert fast.compiled.entry_for((longer[1:],), {}).is_general
+    assert found.gradients
