@@ -39,7 +39,7 @@ from sparsify.codegen.writer import Writer
 
 BREAK_EVEN = 0.5  # of the senders, or of their blocks, where receiving channels fill tiles
 MOST_NEURONS = 2**30  # of a batch row: places are listed as 32 bits
-HEADERS = (*CONVOLUTION_HEADERS, "sender_gradient.h")
+HEADERS = (*CONVOLUTION_HEADERS, "sender_sums.h", "wanted_senders.h", "sender_gradient.h")
 ENTRY = "sender_gradient_of"
 
 

@@ -5,6 +5,7 @@ Where it cannot be made, as without Python's headers, ``Prepared`` makes such ca
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -43,9 +44,13 @@ class Loading:
 
     def __init__(self) -> None:
         self._begun: Future[NativeCall | None] | None = None
+        self._process = os.getpid()
 
     def begin(self) -> None:
-        if self._begun is None:
+        """Begin, unless it is loaded or a thread of this process does it; a fork has none."""
+        is_here = self._process == os.getpid()
+        if self._begun is None or not (is_here or self._begun.done()):
+            self._process = os.getpid()
             pool = ThreadPoolExecutor(max_workers=1)
             self._begun = pool.submit(load_native_call)
             pool.shutdown(wait=False)

@@ -8,12 +8,12 @@
 #pragma once
 
 #include "outer_product.h"
-#include "pool_gradient.h"
+#include "sender_sums.h"
+#include "wanted_senders.h"
 
 namespace sparsify {
 
-constexpr int MOST_WEIGHTS = VECTOR_BYTES == 64 ? 25 : 9;  // that stay in registers
-constexpr int64_t SUMS_AT_ONCE = 2048;                     // senders: 128 KiB of float32
+constexpr int64_t SUMS_AT_ONCE = 2048;  // senders: 128 KiB of float32
 
 // What Python passes; see cpp_sender_gradient.py.
 struct SenderCall {
@@ -25,155 +25,6 @@ struct SenderCall {
   int64_t threads;
   int64_t wanted, seen;  // results: how many of `seen` senders, or of their blocks, were wanted
 };
-
-// The wanted senders of a unit, by channel and class: where they lie in the copied receivers, and in
-// the maps that are written, from the first batch row of the unit on.
-template <class Map>
-struct WantedSenders {
-  typedef Strips<Map> S;
-  static constexpr bool POOLED = Map::pool_rows * Map::pool_columns > 1;
-  static constexpr int64_t FROM = Map::from_rows * Map::from_columns, NEURONS = Map::channels * FROM;
-  static constexpr int64_t LISTED = S::GROUP * S::SENDERS;
-  static constexpr int64_t MOST = (Map::channels + S::CLASSES) * LISTED;
-
-  int32_t *place, *target;  // of all channels, one after the other
-  Run* runs;                // [channels][CLASSES]
-  PlaceTables<Map> tables;
-
-  explicit WantedSenders(Arena& arena)
-      : place(arena.take<int32_t>(MOST)),
-        target(arena.take<int32_t>(MOST)),
-        runs(arena.take<Run>(Map::channels * S::CLASSES)),
-        tables(arena) {}
-
-  // Lists a strip of some batch rows, and returns how many senders are wanted.
-  int64_t list(const Matrix<uint8_t>& y, const Matrix<uint8_t>& only, int64_t first, int64_t rows,
-               int64_t strip) const {
-    int64_t end = 0;
-    for (int64_t c = 0; c < Map::channels; ++c) {
-      Run* const of_channel = runs + c * S::CLASSES;
-      int64_t ends[S::CLASSES];
-      for (int64_t i = 0; i < S::CLASSES; ++i) ends[i] = end + i * LISTED;
-      for (int64_t i = 0; i < rows; ++i)
-        list_maps(ends, POOLED ? y[first + i] : nullptr, only[first + i], c, strip, i);
-      for (int64_t i = 0; i < S::CLASSES; ++i)
-        of_channel[i] = {end + i * LISTED, int32_t(ends[i] - end - i * LISTED), false};
-      for (int64_t i = 0; i < S::CLASSES; ++i) end = of_channel[i].close_up(end, place, target);
-    }
-    return end;
-  }
-
- private:
-  void list_maps(int64_t* ends, const uint8_t* y, const uint8_t* only, int64_t channel, int64_t strip,
-                 int64_t batch_row) const {
-    typedef Fields<POOLED ? Map::pool_columns : 1> Row;
-    const int64_t top = strip * Map::strip_rows, left = Map::rows - top;
-    const int64_t rows = left < Map::strip_rows ? left : Map::strip_rows;
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t column = 0; column < Map::columns; column += Row::COUNT) {
-        const int64_t more = Map::columns - column, count = more < Row::COUNT ? more : Row::COUNT;
-        uint64_t words[Map::pool_rows];
-        const auto at = [&](int64_t i) {
-          return channel * FROM + ((top + row) * Map::pool_rows + i) * Map::from_columns +
-                 column * Map::pool_columns;
-        };
-        const int64_t bits = count * Map::pool_columns, bytes = (NEURONS + 7) / 8;
-        if constexpr (POOLED) {
-          for (int64_t i = 0; i < Map::pool_rows; ++i) words[i] = bits_from(y, bytes, at(i), bits);
-          Row::template choose<Map::pool_rows>(words, count);
-        }
-        for (int64_t i = 0; i < Map::pool_rows; ++i) {
-          uint64_t word = bits_from(only, bytes, at(i), bits);
-          if constexpr (POOLED) word &= words[i];
-          for (; word; word &= word - 1) {
-            const int64_t bit = __builtin_ctzll(word);
-            const int64_t sender = row * Map::columns + column + bit / Map::pool_columns;
-            const int64_t to = ends[S::CLASSES > 1 ? tables.class_of[sender] : 0]++;
-            place[to] = tables.place_of[sender] + int32_t(batch_row * S::PLACES);
-            target[to] = int32_t(batch_row * NEURONS + at(i) + bit);
-          }
-        }
-      }
-  }
-};
-
-// sums[k] += what `count` senders of a class read of one tile of receivers through some taps.
-template <int CLASS, int FIRST, int COUNT, class Map, class F>
-SPARSIFY_INLINE void multiply_taps(F* sums, const F* tile, const F* weights, const int32_t* place,
-                                   int32_t count) {
-  constexpr int64_t TILE = CHANNEL_TILE, VECTORS = TILE / WIDTH<F>;
-  constexpr ClassTaps<Map> taps(CLASS);
-  Vector<F> weight[COUNT * VECTORS];
-  SPARSIFY_UNROLL
-  for (int t = 0; t < COUNT; ++t)
-    SPARSIFY_UNROLL
-    for (int v = 0; v < VECTORS; ++v)
-      weight[t * VECTORS + v] = load(weights + taps.tap[FIRST + t] * TILE + v * WIDTH<F>);
-  for (int32_t k = 0; k < count; ++k) {
-    const F* const from = tile + place[k] * TILE;
-    SPARSIFY_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      F* const at = sums + k * TILE + v * WIDTH<F>;
-      Vector<F> sum = load(at);
-      SPARSIFY_UNROLL
-      for (int t = 0; t < COUNT; ++t)
-        sum = fused(load(from + taps.place[FIRST + t] * TILE + v * WIDTH<F>),
-                    weight[t * VECTORS + v], sum);
-      store(at, sum);
-    }
-  }
-}
-
-template <int CLASS, int FIRST, class Map, class F>
-SPARSIFY_INLINE void multiply_all_taps(F* sums, const F* tile, const F* weights, const int32_t* place,
-                                       int32_t count) {
-  constexpr int VECTORS = CHANNEL_TILE / WIDTH<F>, LEFT = ClassTaps<Map>(CLASS).count - FIRST;
-  constexpr int MOST = MOST_WEIGHTS / VECTORS;
-  if constexpr (LEFT > 0) {
-    constexpr int COUNT = LEFT < MOST ? LEFT : MOST;
-    multiply_taps<CLASS, FIRST, COUNT, Map>(sums, tile, weights, place, count);
-    multiply_all_taps<CLASS, FIRST + COUNT, Map>(sums, tile, weights, place, count);
-  }
-}
-
-template <int CLASS, class Map, class F>
-void multiply_classes(F* sums, const F* tile, const F* weights, const int32_t* place,
-                      const Run* runs) {
-  if (const int32_t count = runs[CLASS].count) {
-    multiply_all_taps<CLASS, 0, Map>(sums, tile, weights, place, count);
-    sums += count * CHANNEL_TILE, place += count;
-  }
-  if constexpr (CLASS + 1 < Strips<Map>::CLASSES)
-    multiply_classes<CLASS + 1, Map>(sums, tile, weights, place, runs);
-}
-
-// out[target[k]] = the sum of the lanes of sums[k].
-template <class F>
-void write_sums(F* out, const int32_t* target, const F* sums, int64_t count) {
-  using Word = typename WordOf<sizeof(F)>::type;
-  using Row = typename RowOf<Word>::anywhere;
-  constexpr int64_t TILE = CHANNEL_TILE, n = Square<Word>::n;
-  typedef F Lanes __attribute__((vector_size(sizeof(Row))));
-  int64_t k = 0;
-  for (; k + n <= count; k += n) {
-    Square<Word> square;
-    for (int64_t i = 0; i < n; ++i) {
-      Lanes sum{};
-      for (int64_t lane = 0; lane < TILE; lane += n)
-        sum += reinterpret_cast<Lanes>(*reinterpret_cast<const Row*>(sums + (k + i) * TILE + lane));
-      square.rows[i] = reinterpret_cast<typename Square<Word>::Row>(sum);
-    }
-    square.transpose();
-    Lanes total{};
-    for (int64_t i = 0; i < n; ++i) total += reinterpret_cast<Lanes>(square.rows[i]);
-    for (int64_t i = 0; i < n; ++i) out[target[k + i]] = total[i];
-  }
-  for (; k < count; ++k) {
-    F total = 0;
-    for (int64_t lane = 0; lane < TILE; ++lane) total += sums[k * TILE + lane];
-    out[target[k]] = total;
-  }
-}
 
 // The largest magnitude of some values, which are finite.
 template <class F>

@@ -277,7 +277,8 @@ class _Writer:
         event = event or (reader is not None and reads_events(reader))
         name = f"outer_product_{sum(isinstance(m, PRODUCTS) for m in self.modules.values())}"
         if product.sizes:
-            self.modules[name] = WeightGradient(product.sizes, event)
+            layer = "" if reader is None else reader.meta.get("module", "")
+            self.modules[name] = WeightGradient(product.sizes, event, layer=layer)
         else:
             measured = None if reader is None else reader.meta.get("activity")
             self.modules[name] = OuterProduct(event, activity=measured)

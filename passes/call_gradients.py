@@ -27,7 +27,9 @@ def call_gradients(gm: fx.GraphModule) -> fx.GraphModule:
     for number, node in enumerate(found):
         args: Any = node.args
         name = f"read_gradient_{number}"
-        modules[name] = ReadGradient(tuple(args[4:]))
+        source = args[1].meta.get("source")
+        layer = "" if source is None else source.name
+        modules[name] = ReadGradient(tuple(args[4:]), layer=layer)
         with graph.inserting_before(node):
             module = graph.create_node("call_module", name, args[:4], name=name)
         module.meta.update(node.meta)

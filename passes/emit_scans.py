@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, takewhile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,31 +13,16 @@ from sparsify.passes.call_scan import call_scan, common_module, erase_unused
 from sparsify.passes.classify_ops import draws_random
 from sparsify.passes.copy_graph import copy_node
 from sparsify.passes.encode_nodes import shape_of
-from sparsify.passes.find_series import Series, Stacked, StepSource, Table, Yielded, wrapped_dim
+from sparsify.passes.find_runs import JOINS, Run, Runs
+from sparsify.passes.find_series import Series, Stacked, StepSource, Table, Yielded
 from sparsify.passes.match_iterations import Fill
 from sparsify.passes.scan_plan import ScanPlan
 from sparsify.passes.tensor_info import call, moved_order, permuted, with_shape
+from sparsify.passes.write_joins import JoinWriter
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
-JOINS = (aten.stack.default, aten.cat.default)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Values that a loop computes at ``positions``, from step ``first`` to before ``stop``.
-
-    Those of one step, in the order of their positions, come before those of the next one.
-    """
-
-    plan: ScanPlan
-    positions: tuple[int, ...]
-    first: int
-    stop: int
-
-    def __len__(self) -> int:
-        return (self.stop - self.first) * len(self.positions)
 
 
 def emit_scans(
@@ -50,10 +33,6 @@ def emit_scans(
     ``depths`` holds nodes that leave their loop, with the number of loops they stay in.
     """
     return _Emitter(gm, plans, depths).run()
-
-
-def _is_at(step: int) -> Callable[[tuple[int, int] | None], bool]:
-    return lambda place: place is not None and place[0] == step
 
 
 class _Emitter:
@@ -70,7 +49,8 @@ class _Emitter:
         self.parts: dict[int, ScanParts] = {}
         self.outputs: dict[tuple[int, int], fx.Node] = {}
         self.operands: dict[Any, fx.Node] = {}
-        self.sequences: dict[tuple[fx.Node, ...], list[_Run | fx.Node]] = {}
+        self.runs = Runs(self.owners)
+        self.joins = JoinWriter(self.runs, self._call, self._emit, self._stacked)
 
     def run(self) -> fx.GraphModule:
         last_of = {plan.match.pattern[-1]: plan for plan in self.plans}
@@ -102,7 +82,7 @@ class _Emitter:
             return self.env[node]
         if node in self.owners:
             return self._emit_owned(node)
-        joined = self._emit_join(node) if node.target in JOINS else None
+        joined = self.joins.emitted(node) if node.target in JOINS else None
         self.env[node] = joined or self._copy(node)
         return self.env[node]
 
@@ -147,133 +127,12 @@ class _Emitter:
         series = plan.written[position].series
         like = plan.match.pattern[position]
         info, dim = like.meta["val"], series.dim
-        ys = self._moved(self._stacked(plan, position), dim)
+        ys = self.joins.moved(self._stacked(plan, position), dim)
         if info.shape[dim] == plan.steps and series.step == 1:
-            return self._contiguous(ys, info, like)
+            return self.joins.contiguous(ys, info, like)
         stop = series.start + series.step * (plan.steps - 1) + 1
         args = (self._base(series), ys, dim, series.start, stop, series.step)
         return self._call(aten.slice_scatter.default, args, info, like)
-
-    # ---- stack and cat of values of a loop
-
-    def _sequence(self, items: tuple[fx.Node, ...]) -> list[_Run | fx.Node]:
-        """What a join joins, with values of successive steps of a loop put together."""
-        if items in self.sequences:
-            return self.sequences[items]
-        found: list[_Run | fx.Node] = []
-        at = 0
-        while at < len(items):
-            run = self._run_at(items, at)
-            found.append(run or items[at])
-            at += len(run) if run else 1
-        self.sequences[items] = found
-        return found
-
-    def _run_at(self, items: Sequence[fx.Node], at: int) -> _Run | None:
-        """The longest run that begins at ``items[at]``, of two steps or of all."""
-        plan = self.owners.get(items[at])
-        if plan is None:
-            return None
-        where = plan.match.where
-        first, position = where[items[at]]
-        places = map(where.get, islice(items, at, None))
-        step = [place[1] for place in takewhile(_is_at(first), places) if place]
-        alike = len({shape_of(plan.match.pattern[p]) for p in step}) == 1
-        for positions in (tuple(step), (position,)) if len(step) > 1 and alike else ((position,),):
-            run = _Run(plan, positions, first, self._stop(plan, positions, items, at))
-            steps = run.stop - first
-            is_run = steps >= (2 if len(positions) > 1 else min(2, plan.steps))
-            if is_run and all(map(plan.is_computed, positions)):
-                return run
-        return None
-
-    def _stop(
-        self, plan: ScanPlan, positions: tuple[int, ...], items: Sequence[fx.Node], at: int
-    ) -> int:
-        """The first step of which ``items`` do not have what is at ``positions`` in a row."""
-        where, width = plan.match.where, len(positions)
-        stop = where[items[at]][0]
-        while [where.get(item) for item in items[at : at + width]] == [
-            (stop, position) for position in positions
-        ]:
-            stop, at = stop + 1, at + width
-        return stop
-
-    def _emit_join(self, node: fx.Node) -> fx.Node | None:
-        listed: Any = node.args[0]
-        items = tuple(listed)
-        if all(isinstance(item, fx.Node) for item in self._sequence(items)):
-            return None
-        dim = wrapped_dim(node, node.args[1]) if len(node.args) > 1 else 0
-        return self._join(items, dim, node.target is aten.stack.default, node.meta["val"], node)
-
-    def _join(
-        self, items: tuple[fx.Node, ...], dim: int, is_stack: bool, info: Any, like: fx.Node
-    ) -> fx.Node:
-        parts = [
-            self._joined_item(item, dim, is_stack, like)
-            if isinstance(item, fx.Node)
-            else self._joined_run(item, dim, is_stack, like)
-            for item in self._sequence(items)
-        ]
-        if len(parts) == 1:
-            return self._contiguous(parts[0], info, like)
-        return self._call(aten.cat.default, (parts, dim), info, like)
-
-    def _joined_item(self, item: fx.Node, dim: int, is_stack: bool, join: fx.Node) -> fx.Node:
-        value = self._emit(item)
-        if not is_stack:
-            return value
-        shape = list(value.meta["val"].shape)
-        shape.insert(dim, 1)
-        info = with_shape(value.meta["val"], shape)
-        return self._call(aten.unsqueeze.default, (value, dim), info, join)
-
-    def _joined_run(self, run: _Run, dim: int, is_stack: bool, join: fx.Node) -> fx.Node:
-        ys = self._interleaved([self._part_of(run, p, join) for p in run.positions], join)
-        moved = self._moved(ys, dim)
-        if is_stack:
-            return moved
-        moved = self._contiguous(moved, moved.meta["val"], join)
-        shape = list(moved.meta["val"].shape)
-        shape[dim : dim + 2] = [shape[dim] * shape[dim + 1]]
-        info = with_shape(moved.meta["val"], shape)
-        return self._call(aten.flatten.using_ints, (moved, dim, dim + 1), info, join)
-
-    def _part_of(self, run: _Run, position: int, join: fx.Node) -> fx.Node:
-        """The steps of a run, of what is stacked of all steps of its loop."""
-        ys = self._stacked(run.plan, position)
-        if run.stop - run.first == run.plan.steps:
-            return ys
-        info = ys.meta["val"]
-        info = with_shape(info, (run.stop - run.first, *info.shape[1:]), info.stride)
-        return self._call(aten.slice.Tensor, (ys, 0, run.first, run.stop), info, join)
-
-    def _interleaved(self, ys: list[fx.Node], join: fx.Node) -> fx.Node:
-        """The first of each, the second of each, and so on, in dim 0."""
-        if len(ys) == 1:
-            return ys[0]
-        info = ys[0].meta["val"]
-        steps, *shape = info.shape
-        side_by_side = with_shape(info, (steps, len(ys), *shape))
-        pairs = self._call(aten.stack.default, (ys, 1), side_by_side, join)
-        flat = with_shape(info, (steps * len(ys), *shape))
-        return self._call(aten.flatten.using_ints, (pairs, 0, 1), flat, join)
-
-    def _moved(self, ys: fx.Node, dim: int) -> fx.Node:
-        """Stacked values with time moved from dim 0 to ``dim``; a view."""
-        if dim == 0:
-            return ys
-        info = ys.meta["val"]
-        order = moved_order(len(info.shape), 0, dim)
-        return self._call(aten.permute.default, (ys, order), permuted(info, order), ys)
-
-    def _contiguous(self, value: fx.Node, info: Any, like: fx.Node) -> fx.Node:
-        if value.meta["val"].stride == with_shape(info, info.shape).stride:
-            return value
-        node = self._call(aten.clone.default, (value,), with_shape(info, info.shape), like)
-        node.kwargs = {"memory_format": torch.contiguous_format}
-        return node
 
     # ---- scans
 
@@ -306,7 +165,7 @@ class _Emitter:
     def _reads_all(self, user: fx.Node, plan: ScanPlan, position: int) -> bool:
         if user.target in JOINS and user not in self.owners:
             listed: Any = user.args[0]
-            runs = [item for item in self._sequence(tuple(listed)) if isinstance(item, _Run)]
+            runs = [item for item in self.runs.among(tuple(listed)) if isinstance(item, Run)]
             return any(run.plan is plan and position in run.positions for run in runs)
         reader = self.owners.get(user)
         yielded = Yielded(plan.index, position)
@@ -374,10 +233,10 @@ class _Emitter:
         return node
 
     def _stack(self, stacked: Stacked) -> fx.Node:
-        if not all(isinstance(item, fx.Node) for item in self._sequence(stacked.nodes)):
+        if not all(isinstance(item, fx.Node) for item in self.runs.among(stacked.nodes)):
             value = stacked.nodes[0].meta["val"]
             info = with_shape(value, (len(stacked.nodes), *value.shape))
-            return self._join(stacked.nodes, 0, True, info, stacked.nodes[0])
+            return self.joins.join(stacked.nodes, 0, True, info, stacked.nodes[0])
         nodes = [self._emit(node) for node in stacked.nodes]
         value = nodes[0].meta["val"]
         info = with_shape(value, (len(nodes), *value.shape))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 Dim = tuple[int, int]  # (index of the placeholder, dim)
+MOST_PARTS = 8  # of a length that a model may cut
 MAX_SCALE, MAX_OFFSET = 4, 4  # bounds of formulas with both, and of offsets inside products
 
 
@@ -40,12 +41,17 @@ def find_fit(
 ) -> Callable[[Sequence[int]], int] | None:
     """What gives ``a`` where the classes have the ``first`` sizes, and ``b`` at the ``second``.
 
-    Takes the sizes of all classes. None if there is no formula, or more than one.
+    Takes the sizes of all classes. None if there is no formula, more than one, or if it may be a
+    part of another size.
     """
     if a == b:
         return lambda sizes: a
-    found = formulas_of(a, b, [SizeClass((), *sizes) for sizes in zip(first, second, strict=True)])
-    return found.pop().of if len(found) == 1 else None
+    classes = [SizeClass((), *sizes) for sizes in zip(first, second, strict=True)]
+    found = formulas_of(a, b, classes)
+    if len(found) != 1:
+        return None
+    [formula] = found
+    return None if may_be_part(a, b, others_than(formula, classes)) else formula.of
 
 
 def formulas_of(a: int, b: int, classes: Sequence[SizeClass]) -> set[Formula]:
@@ -76,3 +82,24 @@ def _of_two_sizes(a: int, b: int, classes: Sequence[SizeClass]) -> Iterator[Form
         shift = a // n.first - m.first
         if shift and abs(shift) <= MAX_OFFSET and shift == b // n.second - m.second:
             yield Formula((i, j), 1, 0, shift)
+
+
+def others_than(formula: Formula, classes: Sequence[SizeClass]) -> list[SizeClass]:
+    """The classes whose sizes are not in ``formula``."""
+    return [c for index, c in enumerate(classes) if index not in formula.factors]
+
+
+def may_be_part(a: int, b: int, classes: Sequence[SizeClass]) -> bool:
+    """Whether ``a`` and ``b`` may be parts of the size of a class."""
+    return any((a, b) in parts_of(c.first, c.second) for c in classes)
+
+
+def parts_of(first: int, second: int) -> set[tuple[int, int]]:
+    """A half, a third, ..., rounded down and up, what is left then, and places from the end."""
+    found = set()
+    for divisor in range(2, MOST_PARTS + 1):
+        low, other = first // divisor, second // divisor
+        if min(low, other) > (divisor > 4):  # one step of many is the first or the last one
+            found |= {(low, other), (-low, -other), (first - low, second - other)}
+            found |= {(-(-first // divisor), -(-second // divisor))}
+    return found

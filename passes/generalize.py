@@ -17,7 +17,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -25,12 +24,24 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.passes.encode_nodes import Number, encode, leaves, rebuild
-from sparsify.passes.fit_sizes import Dim, Formula, SizeClass, formulas_of
+from sparsify.passes.fit_sizes import (
+    Dim,
+    Formula,
+    SizeClass,
+    formulas_of,
+    may_be_part,
+    others_than,
+)
+from sparsify.passes.tell_sizes_apart import (
+    given_shape,
+    why_part_of_count,
+    why_part_of_dim,
+    why_products_coincide,
+    why_unknown_steps,
+)
 
 aten = torch.ops.aten
 SameModule = Callable[[nn.Module, nn.Module], bool]
-MOST_PARTS = 8  # of a length that a model may cut
-CUTS = (aten.slice.Tensor, aten.select.int)
 REMEDY = "Every new size is recorded anew; kernels that are the same are reused."
 
 
@@ -78,7 +89,7 @@ class Generalized:
             pairs = _pair_nodes(self.first, third, same_module)
             places = [node for node, _ in pairs if node.op == "placeholder"]
             matching = dict(pairs)
-            shapes = [_shape(matching[place]) for place in places]
+            shapes = [given_shape(matching[place]) for place in places]
             reason = self.why_miss(shapes)
             if reason is not None:
                 return reason
@@ -126,9 +137,11 @@ def _generalize(
     first: fx.GraphModule, second: fx.GraphModule, same_module: SameModule
 ) -> Generalized:
     pairs = _pair_nodes(first, second, same_module)
-    shapes = [_shape(node) for node, _ in pairs if node.op == "placeholder"]
+    shapes = [given_shape(node) for node, _ in pairs if node.op == "placeholder"]
     classes = _find_classes([pair for pair in pairs if pair[0].op == "placeholder"])
-    _check_products(classes)
+    reason = why_products_coincide(classes)
+    if reason:
+        raise _Differs(reason)
     matching = dict(pairs)
     formulas = {
         (node, index): _find_formula(a, b, classes, node)
@@ -138,8 +151,12 @@ def _generalize(
     firsts, seconds = [c.first for c in classes], [c.second for c in classes]
     numbers = {(f.of(firsts), f.of(seconds)) for f in formulas.values()}
     for node, other in pairs:
-        _check_places(node, other)
-        _check_count(node, other, numbers)
+        reason = why_part_of_dim(node, other) or why_part_of_count(node, other, numbers)
+        if node.op == "call_module" and (node, 0) in formulas:  # a loop
+            others = others_than(formulas[node, 0], classes)
+            reason = reason or why_unknown_steps(node, other, others)
+        if reason:
+            raise _Differs(reason, node)
     graph = _write(first, classes, formulas)
     dims = tuple(c.dims for c in classes)
     return Generalized(graph, tuple(shapes), dims, first, formulas)
@@ -163,15 +180,11 @@ def _pair_nodes(
     return list(zip(ours, theirs, strict=True))
 
 
-def _shape(placeholder: fx.Node) -> tuple[int, ...]:
-    return tuple(getattr(placeholder.meta.get("val"), "shape", ()))
-
-
 def _find_classes(placeholders: Sequence[tuple[fx.Node, fx.Node]]) -> list[SizeClass]:
     """Group the dims that differ by their two sizes."""
     found: dict[tuple[int, int], list[Dim]] = {}
     for index, (node, other) in enumerate(placeholders):
-        ours, theirs = _shape(node), _shape(other)
+        ours, theirs = given_shape(node), given_shape(other)
         dtypes = {getattr(n.meta.get("val"), "dtype", None) for n in (node, other)}
         if len(ours) != len(theirs) or len(dtypes) > 1:
             raise _Differs(f"{node.name} had another rank or dtype in the other recording.", node)
@@ -179,58 +192,6 @@ def _find_classes(placeholders: Sequence[tuple[fx.Node, fx.Node]]) -> list[SizeC
             if sizes[0] != sizes[1]:
                 found.setdefault(sizes, []).append((index, dim))
     return [SizeClass(tuple(dims), *sizes) for sizes, dims in found.items()]
-
-
-def _check_products(classes: Sequence[SizeClass]) -> None:
-    """A product of sizes that is the same in both recordings would pass for a constant."""
-    for n, m in combinations(classes, 2):
-        if n.first * m.first == n.second * m.second:
-            sizes = f"{n.first} * {m.first} and {n.second} * {m.second}"
-            raise _Differs(f"The sizes have the same product in both recordings: {sizes}.")
-
-
-def _check_places(node: fx.Node, other: fx.Node) -> None:
-    """A part of a size may pass for a constant, or for the size less a constant.
-
-    Lengths of 9 and 10 have the same half, and those of 5 and 6 have halves of 3 less.
-    """
-    if node.target not in CUTS:
-        return
-    source, twin, dim = node.args[0], other.args[0], node.args[1]
-    assert isinstance(source, fx.Node) and isinstance(twin, fx.Node) and isinstance(dim, int)
-    ours, theirs = _shape(source), _shape(twin)
-    if not ours or not theirs or ours[dim] == theirs[dim]:
-        return
-    sizes = ours[dim], theirs[dim]
-    for places in zip(node.args[2:], other.args[2:], strict=False):
-        if places in _parts(*sizes):
-            are = f"{places[0]} and {places[1]} may be parts of the sizes {sizes[0]} and {sizes[1]}"
-            raise _Differs(f"{are}, or follow from them in another way.", node)
-
-
-def _check_count(node: fx.Node, other: fx.Node, numbers: set[tuple[int, int]]) -> None:
-    """How many there are of every k-th may pass for another size and a constant.
-
-    Of lengths of 6 and 7, every second one makes 3 and 4: the length less 3, for these two.
-    """
-    step = node.args[4] if node.target is aten.slice.Tensor and len(node.args) > 4 else 1
-    if step == 1:
-        return
-    args: Any = node.args
-    count = tuple(_shape(each)[args[1]] for each in (node, other))
-    if count[0] != count[1] and count in numbers:
-        raise _Differs("How many every k-th of a size are follows from it in no simple way.", node)
-
-
-def _parts(first: int, second: int) -> set[tuple[int, int]]:
-    """A half, a third, ..., rounded down and up, what is left then, and places from the end."""
-    found = set()
-    for divisor in range(2, MOST_PARTS + 1):
-        low, other = first // divisor, second // divisor
-        if min(low, other) > (divisor > 4):  # one step of many is the first or the last one
-            found |= {(low, other), (-low, -other), (first - low, second - other)}
-            found |= {(-(-first // divisor), -(-second // divisor))}
-    return found
 
 
 def _differing_numbers(
@@ -263,9 +224,7 @@ def _find_formula(a: int, b: int, classes: Sequence[SizeClass], node: fx.Node) -
     if len(found) == 1:
         [formula] = found
         # Or it is a part of another size, as how often a layer runs that does in every third step.
-        others = [c for index, c in enumerate(classes) if index not in formula.factors]
-        is_plain = formula.offset == formula.shift == 0
-        if is_plain or not any((a, b) in _parts(c.first, c.second) for c in others):
+        if not may_be_part(a, b, others_than(formula, classes)):
             return formula
     how = "in more than one way" if found else "in no simple way"
     raise _Differs(f"{a} and {b} follow from the sizes {how}.", node)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
+
+import torch
 
 from sparsify import ir
 from sparsify.passes.expansion import Cell
@@ -45,7 +48,7 @@ def threshold(cell: Cell, a: Any, threshold: Any, replacement: Any) -> ir.Arg:
 
 def hardshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
     value = cell.value(a, cell.dtype)
-    own = cell.half or cell.dtype  # eager rounds this bound to the dtype, not that of softshrink
+    own = cell.half or cell.dtype
     above = cell.let("ge", value, cell.value(-bound, own), dtype="bool")
     below = cell.let("le", value, cell.value(bound, own), dtype="bool")
     inside = cell.let("logical_and", above, below, dtype="bool")
@@ -54,12 +57,22 @@ def hardshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
 
 def softshrink(cell: Cell, a: Any, bound: Any = 0.5) -> ir.Arg:
     value = cell.value(a, cell.dtype)
-    above = cell.let("gt", value, ir.Const(bound), dtype="bool")
-    below = cell.let("lt", value, ir.Const(-bound), dtype="bool")
-    raised = cell.let("add", value, ir.Const(bound))
-    lowered = cell.let("sub", value, ir.Const(bound))
+    own = cell.half if cell.half and rounds_bound_of_softshrink() else cell.dtype
+    high, low = cell.value(bound, own), cell.value(-bound, own)
+    above = cell.let("gt", value, high, dtype="bool")
+    below = cell.let("lt", value, low, dtype="bool")
+    raised = cell.let("add", value, high)
+    lowered = cell.let("sub", value, high)
     inside = cell.let("mul", value, ir.Const(0))  # NaN stays NaN
     return cell.let("where", above, lowered, cell.let("where", below, raised, inside))
+
+
+@cache
+def rounds_bound_of_softshrink() -> bool:
+    """Whether eager rounds it to the dtype of a half, as torch 2.14 does and 2.13 does not."""
+    bound = 1 + 0.75 * 2**-10
+    rounded = torch.tensor([bound], dtype=torch.float16, device="cpu")
+    return bool(torch.nn.functional.softshrink(rounded, bound) == 0)
 
 
 def heaviside(cell: Cell, a: Any, values: Any) -> ir.Arg:

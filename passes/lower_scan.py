@@ -15,16 +15,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import fx
 
 from sparsify import ir
 from sparsify.check_ir import why_malformed_kernel
 from sparsify.errors import Refusal
-from sparsify.passes.classify_ops import CONVOLUTION, POOL, TRANSPOSES, product_operand
+from sparsify.passes.classify_ops import TRANSPOSES, product_operand
 from sparsify.passes.expansion import Eager
 from sparsify.passes.lower_cell import NodeCell, literal
-from sparsify.passes.lower_convolution import source_of
 from sparsify.passes.lower_layout import (
     Layout,
     Shape,
@@ -36,20 +34,20 @@ from sparsify.passes.lower_layout import (
 from sparsify.passes.lower_names import (
     Names,
     assigned_names,
-    layer_name,
     operation_name,
     told_name,
 )
 from sparsify.passes.lower_operands import Operands
 from sparsify.passes.lower_ops import DTYPES, VIEWS, fill_of
 from sparsify.passes.lower_phases import Placed, Write, order_phases
+from sparsify.passes.lower_products import ProductWriter
 from sparsify.passes.lower_refusals import Refused, refuse
 from sparsify.passes.time_levels import find_time_levels
-from sparsify.passes.why_not_lower import product_weights, why_not_operations
+from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.passes.without_gradients import without_gradients
 from sparsify.passes.without_packing import Unpacked, without_packing
 from sparsify.saved_bits import packed_size
-from sparsify.scans.lowered import Lowered, LoweredSite, Returned
+from sparsify.scans.lowered import Lowered, Returned
 from sparsify.scans.scan import Scan
 
 
@@ -85,10 +83,9 @@ class _Lowerer:
         self.names = self.operands.names
         self.assigned = assigned_names(layout.live)
         self.values: dict[tuple[fx.Node, str, Shape], ir.Arg] = {}
-        self.channels: dict[tuple[fx.Node, str, Shape], ir.Arg] = {}
         self.placed: list[Placed] = []
+        self.products = ProductWriter(self.operands, self._value, self.placed)
         self.states: dict[fx.Node, ir.State] = {}
-        self.sites: list[LoweredSite] = []
         self.writes: list[Write] = []
         self.outputs: list[ir.Output] = []
 
@@ -96,7 +93,7 @@ class _Lowerer:
         self._add_states()
         for node in self.layout.live:
             is_computed = node in self.layout.fixed and node.op == "call_function"
-            if is_computed and not self._is_read_as_bits(node):
+            if is_computed and not self.products.is_read_as_bits(node):
                 self._value(node, self.operands.population_of(node), (), node)
         returned = self._write_results()
         kernel = ir.Kernel(
@@ -116,7 +113,7 @@ class _Lowerer:
             kernel,
             tuple(self.operands.bindings),
             tuple(result.output for result in returned),
-            tuple(self.sites),
+            tuple(self.products.sites),
             tuple(returned),
             self.operands.batch_binding(),
         )
@@ -193,7 +190,7 @@ class _Lowerer:
 
         cell = NodeCell(node, read, write, self.eager)
         if product_operand(node) is not None:
-            return self._gather(cell, population)
+            return self.products.write(cell, population)
         return cell.write_operation()
 
     def _unrounded_name(self, node: fx.Node) -> str:
@@ -205,109 +202,6 @@ class _Lowerer:
         if wish is None and node in self.scan.results[: self.scan.carries]:
             wish = plain if plain == "spike" else None
         return self.names.new(*((wish, f"{wish}_next") if wish else ()), plain)
-
-    # ---- products
-
-    def _gather(self, cell: NodeCell, population: str) -> ir.Arg:
-        node = cell.node
-        source, _ = source_of(node)
-        weight, bias = product_weights(node)
-        assert weight is not None
-        fact = source.meta.get("fact")
-        source = self._bits_of(source) or source
-        senders = self.operands.population_of(source)
-        sent = self._sent(source, senders, node)
-        matrix = self.operands.weight(node, weight, population, senders)
-        binary = fact is not None and fact.event and fact.payload == "binary"
-        result = self.names.new(f"{layer_name(node) or matrix.name}_product")
-        payload: ir.Payload = "binary" if binary else "real"
-        only = self._only(node, population)
-        gather = ir.Gather(result, matrix.name, sent, payload, matrix.note, only)
-        self.placed.append(Placed(population, gather))
-        module, location = node.meta.get("module") or "", node.meta.get("location")
-        event, activity = fact is not None and fact.event, node.meta.get("activity")
-        self.sites.append(LoweredSite(result, matrix.note, module, location, event, activity))
-        if node.target is CONVOLUTION and bias is not None:
-            level = self._channels(bias, population, self.layout.neurons(node))
-            return cell.stored(cell.let("add", level, result))
-        return cell.stored(self._affine(cell, result, bias))
-
-    def _channels(self, bias: fx.Node, population: str, dims: Shape) -> ir.Arg:
-        """The bias of a convolution, one element a channel."""
-        key = (bias, population, dims)
-        if key not in self.channels:
-            shape = (*shape_of(bias), *[1] * (len(dims) - 1))
-            self.channels[key] = self.operands.add_operand(bias, population, dims, shape=shape)
-        return self.channels[key]
-
-    def _bits_of(self, value: fx.Node) -> fx.Node | None:
-        """The bits that ``value`` has as floats: events are listed of them as they are.
-
-        Views of maps have the neurons in the same order.
-        """
-        packed = self.operands.packed
-        while value.target in VIEWS:
-            value = value.all_input_nodes[0]
-        if value.target is torch.ops.aten._to_copy.default:
-            value = value.all_input_nodes[0]
-        return value if value in packed else None
-
-    def _is_read_as_bits(self, value: fx.Node) -> bool:
-        return self._bits_of(value) is not None and all(
-            self._is_read_as_bits(user)
-            if user.target in VIEWS
-            else user.target is POOL
-            or (product_operand(user) is value and user.all_input_nodes.count(value) == 1)
-            for user in value.users
-        )
-
-    def _affine(self, cell: NodeCell, product: ir.Arg, bias: fx.Node | None) -> ir.Arg:
-        """``beta * bias + alpha * product``, as ``addmm`` has it."""
-        alpha, beta = (cell.node.kwargs.get(key, 1) for key in ("alpha", "beta"))
-        if alpha != 1:
-            product = cell.let("mul", product, literal(alpha, cell.dtype))
-        if bias is None or beta == 0:
-            return product
-        added = cell.value(bias, cell.dtype)
-        if beta != 1:
-            added = cell.let("mul", added, literal(beta, cell.dtype))
-        return cell.let("add", added, product)
-
-    def _sent(self, source: fx.Node, senders: str, product: fx.Node) -> str:
-        """The value that a Gather reads: one of all rows and neurons."""
-        sent = self._value(source, senders, self.layout.neurons(source), product)
-        if isinstance(sent, ir.Const):
-            reason = f"{source.name} is {sent.value} in every step."
-            remedy = "Compute the product before the loop."
-            raise Refused(refuse("no-event", reason, remedy, product))
-        return self._full(sent, senders)
-
-    def _full(self, value: str, population: str) -> str:
-        """``value`` with all rows and neurons of the population."""
-        operand = self.operands.operands.get(value)
-        if operand is None or {"B", "N"} <= set(operand.axes):
-            return value
-        rows = self.names.new(f"{value}_rows")
-        self.placed.append(Placed(population, ir.Let(rows, "cast", (value,), operand.dtype)))
-        return rows
-
-    def _only(self, product: fx.Node, population: str) -> ir.Ref | None:
-        """What says for which neurons ``product`` matters, where ``restrict_products`` knows it."""
-        mask = product.meta.get("only")
-        if mask is None or mask.node not in self.layout.live:  # a copied graph has other nodes
-            return None
-        value = self._value(mask.node, population, self.layout.neurons(product), product)
-        if isinstance(value, ir.Const):
-            return None
-        if mask.inverted:
-            dtype = DTYPES[mask.node.meta["val"].dtype]
-            op, args = (
-                ("logical_not", (value,)) if dtype == "bool" else ("eq", (value, ir.Const(0)))
-            )
-            inverted = self.names.new(f"not_{value}")
-            self.placed.append(Placed(population, ir.Let(inverted, op, args, "bool")))
-            return inverted
-        return self._full(value, population)
 
     # ---- results
 

@@ -25,12 +25,13 @@ from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call, with_shape
+from sparsify.recording.operations import BATCH_NORMS
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 from sparsify.regions.step_norms import normalize
 
 aten = torch.ops.aten
 UPDATING = aten._native_batch_norm_legit_functional.default
-ALONE = aten.native_batch_norm.default  # without running statistics
+NORMS = (UPDATING, *BATCH_NORMS)  # those of the latter that have no running statistics
 Y, MEAN, VARIANCE = 0, 3, 4  # the results that a model can see
 
 
@@ -49,7 +50,7 @@ def part_norms(gm: fx.GraphModule) -> PassResult:
 
 
 def _find(graph: fx.Graph) -> list[fx.Node]:
-    found = [n for t in (UPDATING, ALONE) for n in graph.find_nodes(op="call_function", target=t)]
+    found = [n for t in NORMS for n in graph.find_nodes(op="call_function", target=t)]
     return [node for node in found if _can_part(node)]
 
 

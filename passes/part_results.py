@@ -20,7 +20,7 @@ from torch import fx
 
 from sparsify.passes.classify_ops import RESHAPES, TRANSPOSES
 from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.emit_scans import JOINS
+from sparsify.passes.find_runs import JOINS
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
 from sparsify.recording.unwritten_graph import UnwrittenGraph

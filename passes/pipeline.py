@@ -23,6 +23,7 @@ from sparsify.passes.split_gates import split_gates
 from sparsify.passes.split_operands import split_operands
 from sparsify.passes.split_time import split_time
 from sparsify.passes.unify_products import unify_products
+from sparsify.passes.write_cells import write_cells
 
 
 def split_products(gm: fx.GraphModule) -> PassResult:
@@ -42,6 +43,7 @@ def scan_matrix_products(gm: fx.GraphModule) -> PassResult:
 PIPELINE: tuple[Pass, ...] = (
     single_results,
     part_norms,
+    write_cells,
     expand_rnn,
     read_single_parts,
     read_delays,

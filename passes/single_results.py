@@ -22,6 +22,7 @@ from sparsify.passes.call_scan import erase_unused
 from sparsify.passes.copy_graph import copy_graph
 from sparsify.passes.result import PassResult
 from sparsify.passes.tensor_info import call
+from sparsify.recording.operations import BATCH_NORMS
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -37,6 +38,8 @@ def _of_groups(args: Args) -> Args:
 SINGLE: dict[Any, tuple[Any, Callable[[Args], Args]]] = {
     aten.max_pool2d_with_indices.default: (aten.max_pool2d.default, lambda args: args),
     aten.native_batch_norm.default: (aten.batch_norm.default, lambda args: (*args, False)),
+    aten.cudnn_batch_norm.default: (aten.batch_norm.default, lambda args: (*args, True)),
+    aten.miopen_batch_norm.default: (aten.batch_norm.default, lambda args: (*args, True)),
     aten.native_layer_norm.default: (aten.layer_norm.default, lambda args: args),
     aten.native_group_norm.default: (aten.group_norm.default, _of_groups),
 }
@@ -69,7 +72,7 @@ def _find(graph: fx.Graph) -> list[fx.Node]:
 def _has_one_reader(node: fx.Node) -> bool:
     if node.kwargs or len(node.users) != 1:
         return False
-    if node.target is aten.native_batch_norm.default and (len(node.args) != 8 or node.args[5]):
+    if node.target in BATCH_NORMS and (len(node.args) != 8 or node.args[5]):
         return False
     [part] = node.users
     return part.target is operator.getitem and bool(part.args[1] == 0)

@@ -34,6 +34,7 @@ from sparsify.serving.failures import record_or_run
 from sparsify.thread_count import threads
 from tests.example_kernels import product, renamed
 from tests.surrogates import ATan
+from tests.test_runtime import status_of_child
 
 STEPS, BATCH, NEURONS = 20, 8, 128  # more multiplications than SMALL_PRODUCT
 F32 = torch.float32
@@ -239,6 +240,39 @@ def test_kernels_that_were_begun_with_are_compiled_once() -> None:
     assert list(binaries.made) == wanted and not binaries.is_cold
     beside = niceness() + (NICENESS if sys.platform.startswith("linux") else 0)
     assert sorted(asked) == [("a", niceness()), ("b", beside), ("c", beside)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_what_its_parent_began() -> None:
+    """The threads that would end it are not there."""
+
+    class Slow(CppBackend):
+        def why_not_ready(self) -> Refusal | None:
+            if os.getpid() == parent:
+                is_over.wait(PATIENCE_S)
+            return None
+
+        def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
+            return Binary(Path(), Source("", "", ""), kernel, schedule)
+
+    parent, is_over = os.getpid(), threading.Event()
+    binaries, wanted = Binaries(Slow(RATES)), (product(8, 8), ir.Schedule("a", (("y", "event"),)))
+    assert binaries.begin_likely([Foreseen(160, 128, 128, F32, F32)])
+    binaries.begin_kernel(*wanted)
+
+    def compiles() -> bool:
+        assert not binaries.is_compiling and not binaries.is_cold
+        binaries.begin()
+        binaries.begin_kernel(*wanted)
+        return binaries.compile_all([wanted]) is None and list(binaries.made) == [wanted]
+
+    try:
+        assert status_of_child(compiles, limit_s=5) == 0
+        assert binaries.is_compiling and binaries.is_cold  # here, still
+    finally:
+        is_over.set()
+        binaries.end_early()
 
 
 def test_what_runs_beside_compilers_has_a_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,13 +151,13 @@ def test_what_torch_does_in_its_operations_is_not_followed(
     told = 0
     profiler = Seen.profiler
 
-    def counted(seen: Seen) -> Callable[[FrameType, str, Any], None]:
+    def counted(seen: Seen) -> Callable[[FrameType, str, Any], bool]:
         follow = profiler(seen)
 
-        def count(frame: FrameType, event: str, arg: object) -> None:
+        def count(frame: FrameType, event: str, arg: object) -> bool:
             nonlocal told
             told += 1
-            follow(frame, event, arg)
+            return follow(frame, event, arg)
 
         return count
 

@@ -14,16 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sparsify
+from sparsify import ir
 from sparsify.codegen.cpp_sender_gradient import add_receivers
 from sparsify.codegen.foreseen_convolution import ForeseenConvolution
 from sparsify.compiling.stages import differentiate, rolled_stages
 from sparsify.graphs.foresee_products import foresee_products
 from sparsify.products.find_products import name_weights
+from sparsify.products.tell_gradients import tell_gradients
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.convolution_backward import (
     ReadGradient,
     WeightGradient,
     sender_gradient,
+    sizes_of,
     weight_gradient,
 )
 from sparsify.regions.event_sum import EventSum, Ran
@@ -246,6 +249,10 @@ def test_kernels_sum_events() -> None:
     found = [each for each in graph.modules() if isinstance(each, WeightGradient)]
     assert {each.packed for each in found} == {False, True}
     assert all(each.gradient.runs["event"] > 0 for each in found)
+    told = set(fast.report.notes)
+    assert "layers.0, layers.2: gradients of weights are sums over events" in told
+    read = "gradients of what they read are computed by torch, in parts"
+    assert f"layers.0, layers.2: {read}" in told
 
 
 def test_spikes_between_convolutions_are_bits() -> None:
@@ -293,6 +300,8 @@ def test_what_convolutions_hand_back_is_computed_where_spikes_were_written(
     fed = [each for each in graph.modules() if isinstance(each, ChunkedScan) and each.fed]
     assert len(fed) == 2 and all(type(each.run) is Region for each in fed)
     assert written and all(0 < share < 1 for share in written)
+    by_kernel = "layers.3, layers.5: a kernel computes the gradients that matter of what they read"
+    assert by_kernel in fast.report.notes
 
 
 @pytest.mark.usefixtures("by_torch")
@@ -349,3 +358,19 @@ def test_torchs_convolutions_and_pools_run_once_for_all_steps() -> None:
         assert parameter.grad is not None
         # Sums of at most 768 terms, each rounded to 24 bits: 2 ** -14 of their norm leaves room.
         assert (own - parameter.grad).norm() <= 2**-14 * parameter.grad.norm()
+
+
+def test_of_convolutions_it_is_told_what_most_calls_did() -> None:
+    """A layer may have several: one for the first step, one for the others."""
+    sizes = sizes_of(ir.Convolution((2, 3), (8, 8), (3, 3)), dims=2)
+    made = [WeightGradient(sizes, event=True, layer=name) for name in ("a", "b", "b", "")]
+    reads = [ReadGradient(sizes, layer=name) for name in ("a.weight", "b.weight")]
+    made[1].gradient.runs = {"event": 2, "dense": 0}
+    made[2].gradient.runs = {"event": 0, "dense": 3}
+    reads[1].gradient.runs = {"kernel": 2, "torch": 1}
+    assert tell_gradients(nn.ModuleList([*made, *reads])) == [
+        "a, a convolution: gradients of weights are sums over events",
+        "b: gradients of weights are computed by torch",
+        "b: a kernel computes the gradients that matter of what they read",
+        "a: gradients of what they read are computed by torch, in parts",
+    ]

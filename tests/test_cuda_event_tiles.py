@@ -117,6 +117,21 @@ def test_more_weights_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_emulator
+@pytest.mark.parametrize(("blocks", "line"), [(12, 16), (8, 24)])
+def test_lines_of_mail_are_read_side_by_side(blocks: int, line: int) -> None:
+    """Of two slices, or of four in three times 32 words; few events, and more than two lines."""
+    kernel, data, steps, batch = gates(90, 10, "bfloat16")
+    text, width = text_of(kernel, small(blocks)), -(-90 // blocks)
+    assert f"SLICE_HIDDEN = {width};" in text
+    assert f"FlaggedMail<8, SLICE_HIDDEN, {line}> y_mail" in text
+    launch = load(kernel, small(blocks), "random")
+    compare(launch, kernel, data, steps, batch)
+    data["y0"] = to_dtype(np.ones((batch, 90), "float32"), "bfloat16")
+    compare(launch, kernel, data, steps, batch)
+    assert 5 * width > 2 * line  # all neurons of a half of the rows
+
+
+@needs_emulator
 @pytest.mark.parametrize("order", SCHEDULES)
 def test_outputs_of_bits(order: Schedule) -> None:
     """Blocks own whole bytes of them; other threads compute neurons than send them."""
@@ -175,7 +190,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 # --- barriers, and mail that needs none ---
 
-CASE, LIMITS = gates(90, 11, "float16"), small(6)
+CASE, LIMITS = gates(90, 11, "float16"), small(8)
 
 
 class Impatient(CudaBackend):
@@ -224,7 +239,8 @@ PLANTED = {
     "a tile that is not clear": (".clear<MailWarps>();", ";"),
     "no empty words": ("if (neuron >= all) words[neuron] = flag;", ""),
     "nobody waits until all have cleared their mail": ("if (!team.meet()) return;", ""),
-    "no flags": ("word[k] >> Sent::FLAG != flag", "word[k] >> Sent::FLAG == NO_FLAG"),
+    "no flags": ("(word & Sent::FLAGS) == flag", "(word & Sent::FLAGS) != 0"),
+    "the slice of another ask": ("return word(k) / LINE;", "return lane_of() / LINE;"),
 }
 
 
@@ -300,14 +316,14 @@ def test_refused(reason: str) -> None:
 
 
 def test_prediction() -> None:
-    """Of 1350 units, each of 85 blocks has 16, and 48 columns of weights in three tiles.
+    """Of 1350 units, each of 113 blocks has 12, and 36 columns of weights in three tiles.
 
     A barrier is waited for before some rows, not in each step.
     """
     kernel = egru(1350, "float16", "float16")
     strategy, plan = EventTiles(H100), dense(kernel)
     shape = strategy.shape(kernel, plan)
-    assert (shape.blocks, shape.slices, shape.warps) == (85, {"hidden": 16}, 8)
+    assert (shape.blocks, shape.slices, shape.warps) == (113, {"hidden": 12}, 8)
 
     def cost(batch: int, activity: float) -> tuple[float, float]:
         active = {gather.result: activity for gather in kernel.gathers}

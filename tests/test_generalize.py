@@ -233,3 +233,35 @@ def test_generalizing_a_general_graph_keeps_it() -> None:
     assert isinstance(again, Generalized)
     assert again.graph.code == found.graph.code
     assert again.varying == frozenset()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_how_often_a_loop_runs_is_no_other_size_that_may_be_a_part_of_the_length(
+    reads: bool,
+) -> None:
+    """Of 13 and 19 steps, every third one of the seventh on: 3 and 5, as many as there are rows."""
+
+    def settled(tape: Tape, x: Tensor) -> Tensor:
+        v = torch.zeros_like(x[0])
+        for t in tape.loop(range(6, x.size(0), 3)):
+            v, _ = lif(v, F.linear(x[t // 3 - 2 if reads else 0], W0))
+        return v
+
+    found = refusal(settled, ((13, 3), (19, 5)))
+    assert ("may be parts of" if reads else "may follow from") in found.reason
+    assert isinstance(
+        generalize(compiled(settled, 13, 3), compiled(settled, 13, 5), same_body), Generalized
+    )
+
+
+def test_a_loop_over_the_next_steps_follows_from_the_length() -> None:
+    def ahead(tape: Tape, x: Tensor) -> Tensor:
+        v = torch.zeros_like(x[0])
+        for t in tape.loop(range(x.size(0) - 1)):
+            v, _ = lif(v, F.linear(x[t + 1], W0))
+        return v
+
+    found = generalize(compiled(ahead, 12, 3), compiled(ahead, 14, 8), same_body)
+    assert isinstance(found, Generalized)
+    recorded = record(ahead, 13, 5)
+    assert_same(found.graph(*recorded.operands), recorded.results)

@@ -204,3 +204,32 @@ def test_odd_objects_do_not_end_the_run() -> None:
         assert matched(guard, X)
         model.odd.append(1)
         assert not matched(guard, X)
+
+
+class LookedUp(nn.Module):
+    """``kind_1`` stands in no code."""
+
+    def __init__(self, look_up: Callable[[object, str], str]) -> None:
+        super().__init__()
+        self.name, self.kind_1, self.look_up = "kind_" + str(1), "steep", look_up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.look_up(self, self.name) == "steep" else x
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda of, name: getattr(of, name, "plain"),
+        lambda of, name: next(map(getattr, (of,), (name,))),
+        lambda of, name: getattr(of, name) + "",
+        lambda of, name: getattr(of, "".join(name), "plain"),
+    ],
+)
+def test_computed_names_beside_literals_are_looked_up(
+    look_up: Callable[[object, str], str],
+) -> None:
+    model = LookedUp(look_up)
+    guard = guarded(model, X)
+    model.kind_1 = "flat"
+    assert not matched(guard, X)

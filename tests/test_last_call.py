@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.serving.engine import Engine
+from sparsify.serving.last_call import LastOriginal
 from tests.counted_operations import CountedOperations
 from tests.natively import WAYS, call_in
 from tests.small_nets import RecurrentNet, spikes
@@ -256,3 +258,54 @@ def test_calls_are_repeated_after_one_that_only_the_original_takes(
         fast(x)
     long_calls.clear()
     assert torch.equal(fast(x), model(x)) and not long_calls
+
+
+@pytest.fixture
+def plain() -> Any:
+    """A sparsified module of which nothing is replaced; calls with three rows are made again."""
+    original = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    found: Any = cast(Any, original).sparsify(torch.ones(3, 4))
+    for _ in range(3):
+        found(torch.ones(3, 4))
+    assert isinstance(engine_of(found).last_call, LastOriginal)
+    return found
+
+
+def test_calls_that_run_the_original_take_the_short_way(plain: Any, long_calls: list[Any]) -> None:
+    assert torch.equal(plain(torch.ones(3, 4)), plain.original(torch.ones(3, 4)))
+    assert not long_calls
+    with torch.enable_grad():
+        assert plain(torch.ones(3, 4)).requires_grad
+    assert len(long_calls) == 1
+    for x in (torch.ones(2, 4), torch.ones(2, 4)):
+        assert torch.equal(plain(x), plain.original(x))
+    assert len(long_calls) == 3
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("is_global", [False, True])
+def test_hooks_fire_where_the_original_runs(plain: Any, register: str, is_global: bool) -> None:
+    fired: list[object] = []
+    owner: Any = torch_module if is_global else plain
+    name = register.replace("register", "register_module") if is_global else register
+    handle = getattr(owner, name)(lambda module, *_: fired.append(module))
+    plain(torch.ones(3, 4))
+    handle.remove()
+    assert fired.count(plain) == 1
+    plain(torch.ones(3, 4))
+    assert fired.count(plain) == 1
+
+
+def test_what_was_refused_is_asked_again(model: RecurrentNet) -> None:
+    """A hook that would not fire; soon after it is gone there are kernels."""
+    handle = model.out.register_forward_hook(lambda *_: None)
+    found: Any = cast(Any, model).sparsify(timing=False)
+    x = spikes(6, 3)
+    with pytest.warns(UserWarning, match="hook"):
+        found(x)
+    found(x)
+    assert isinstance(engine_of(found).last_call, LastOriginal)
+    handle.remove()
+    for _ in range(EVERY + 1):
+        assert torch.equal(found(x), model(x))
+    assert engine_of(found).compiled.regions

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from sparsify.codegen.prepared_call import Prepared
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from tests.example_kernels import lif, lif_data, schedule
 from tests.natively import call_in
+from tests.test_runtime import status_of_child
 
 STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 20, 40
 
@@ -161,6 +164,32 @@ def test_it_is_loaded_beside_what_runs() -> None:
     loading.begin()
     assert begun is not None and loading._begun is begun
     assert begun.result() is loading.now()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_loads_it_if_its_parent_had_not_done_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load() -> None:
+        if os.getpid() == parent:
+            is_over.wait(30)
+        else:
+            loaded.set()
+
+    parent, is_over, loaded = os.getpid(), threading.Event(), threading.Event()
+    monkeypatch.setattr("sparsify.codegen.native_call.load_native_call", load)
+    loading = Loading()
+    loading.begin()
+
+    def loads() -> bool:
+        loading.begin()
+        return loaded.wait(3)
+
+    try:
+        assert status_of_child(loads, limit_s=5) == 0
+    finally:
+        is_over.set()
 
 
 def test_without_pythons_headers_there_is_none(

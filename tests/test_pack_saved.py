@@ -154,7 +154,7 @@ def compact(above: Tensor) -> Tensor:
     return spikes
 
 
-SIZES = ((6, 3), (11, 5), (4, 7), (9, 1))  # steps and rows
+SIZES = ((6, 3), (13, 5), (4, 7), (9, 1))  # steps and rows
 HIDDEN = 70  # no multiple of eight, nor of a tile
 
 

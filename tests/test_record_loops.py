@@ -123,6 +123,68 @@ def while_true(mark: Marker) -> None:
             return
 
 
+def while_true_at_the_end(mark: Marker) -> None:
+    mark()
+    t = 0
+    while True:
+        mark(t)
+        t += 1
+        if t == 3:
+            break
+
+
+def while_true_with_continue(mark: Marker) -> None:
+    t = -1
+    while True:
+        t += 1
+        if t == 5:
+            return
+        if t == 1:
+            continue
+        if t == 2:
+            continue
+        mark(t)
+
+
+def while_with_continue(mark: Marker) -> None:
+    t = -1
+    while (t := t + 1) < 5 or t < 0:
+        mark(t)
+        if t % 2:
+            continue
+        mark(t)
+
+
+def nested_whiles(mark: Marker) -> None:
+    t = 0
+    while t < 3:
+        k = 0
+        while k < 2:
+            mark(t, k)
+            k += 1
+        t += 1
+
+
+def filtered_on_one_line(mark: Marker) -> None:
+    [mark(t) for t in range(5) if t % 2 or t > 3]
+
+
+def filtered_on_lines(mark: Marker) -> None:
+    # fmt: off
+    [
+        mark(t)
+        for t in range(5)
+        if t % 2
+        or t > 3
+    ]
+    # fmt: on
+
+
+def filtered_inside(mark: Marker) -> None:
+    [[mark(t, k) for k in range(4) if k > t] for t in range(3)]
+    for t in range(2): [mark(t, k) for k in range(3) if k > t]  # noqa: E701  # fmt: skip
+
+
 def silent_iterations(mark: Marker) -> None:
     for t in range(6):
         if t > 0 and t % 3 == 0:
@@ -237,7 +299,9 @@ ALL = (
     *(nested_comprehension, flat_comprehension, comprehension_in_loop, with_continue, with_break),
     *(while_loop, while_true, same_call_in_nested_function, recursion, generator),
     *(zipped_generators, generator_by_hand, delegated, with_block, exceptions),
-    *(raised_out_of_a_loop, long_body, map_and_lambda),
+    *(raised_out_of_a_loop, long_body, map_and_lambda, while_true_at_the_end),
+    *(while_true_with_continue, while_with_continue, nested_whiles),
+    *(filtered_on_one_line, filtered_on_lines, filtered_inside),
 )
 
 

@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.recording.record import is_recording, record
 from sparsify.recording.recording import Recording, Unrecorded
-from tests.recorded import Of, call, check, of, recorded, same, sources, targets
+from tests.recorded import Of, call, check, of, recorded, refused, same, sources, targets
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -124,6 +125,38 @@ def test_other_threads_are_not_recorded() -> None:
         assert targets(found) == ["mul.Tensor"]
 
 
+def test_labels_for_a_profiler_are_no_operations() -> None:
+    def forward(x: Tensor) -> Tensor:
+        with torch.profiler.record_function("twice"):
+            y = x * 2
+        return y + 1
+
+    with torch.profiler.profile() as profile:
+        found = recorded(of(forward), X)
+    assert targets(found) == ["mul.Tensor", "add.Tensor"]
+    assert "twice" in {event.key for event in profile.key_averages()}
+    assert same(call(found, X), X * 2 + 1)
+
+
+@pytest.mark.parametrize("around", [lambda model: model, nn.Sequential])
+def test_a_module_for_several_devices_is_to_wrap_the_sparsified_one(
+    around: Callable[[nn.Module], nn.Module],
+) -> None:
+    error = refused(around(nn.DataParallel(nn.Linear(3, 3))), X)
+    assert "give it that: DataParallel(model.sparsify())" in str(error)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+def test_packed_weights_of_quantized_layers_are_refused() -> None:
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    model = quantize(nn.Sequential(nn.Linear(3, 3)))
+    with torch.no_grad():
+        found = record(model, (X,), {})
+    assert isinstance(found, Unrecorded)
+    assert "sparsify the model before quantization" in str(found.error)
+
+
 def test_recording_is_known_inside_and_over_outside() -> None:
     inside = []
 
@@ -150,11 +183,12 @@ def test_tracers_are_put_back_and_disturbances_noticed() -> None:
         sys.settrace(before)
 
     def forward(x: Tensor) -> Tensor:
-        sys.settrace(None)
+        sys.settrace(tracer)
         return x * 2
 
     with torch.no_grad():
         assert isinstance(record(of(forward), (X,), {}), Unrecorded)
+    assert sys.gettrace() is before
 
 
 class Scripted(nn.Module):

@@ -32,12 +32,11 @@ from sparsify.codegen.cuda.team_clocks import paired_clocks, work_of_cells
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_shape import WARP, Shape, blocks_of
 
-# Instructions, estimated by what the assembler makes for sm_90: of a warp that sends, and for each
-# line of a slice; of one that asks for a line and looks at it twice, and puts its events into a
-# tile; 32 lanes clear 16 bytes each.
-SENT_ISSUED, SENT_LINE_ISSUED, LINE_ISSUED, PUT_ISSUED, CLEARED_ISSUED = 40, 4, 8, 10, 2
-HEARD_AT_ONCE = 24  # slices, as in flagged_mail.cuh
-LINE_BYTES = 4 * WARP
+# Instructions, counted in what the assembler makes for sm_90: of a warp that sends, and for each
+# 32 words; of one that asks for 32 words and looks at them, and puts their events into a tile; 32
+# lanes clear 16 bytes each.
+SENT_ISSUED, SENT_GROUP_ISSUED, LINE_ISSUED, PUT_ISSUED, CLEARED_ISSUED = 70, 5, 3, 13, 2
+HEARD_AT_ONCE = 24  # words of a lane, as in flagged_mail.cuh
 TILE_BYTES = 16 * WARP  # of the weights of 16 receivers and 16 senders, which a warp reads
 
 
@@ -80,29 +79,34 @@ def clocks_of_sums(own: OwnWeights, warps: int) -> float:
 
 def sending(mail: TileMail, warps: int) -> Work:
     """By the warps that have computed the neurons, each for its own."""
-    issued = SENT_ISSUED + SENT_LINE_ISSUED * mail.lines
+    issued = SENT_ISSUED + SENT_GROUP_ISSUED * mail.groups
     return Work(SYNC_CLOCKS + SHARED_CLOCKS + SENT_RATE * issued, float(warps * issued))
 
 
 def hearing(mail: TileMail, blocks: int, warps: int, rows: int, share: float) -> Work:
-    """By so many warps, of mail that has come: a line of each block, and then more of some."""
-    full = blocks * _full_lines(rows * mail.slice, share)
-    lines, several = blocks + full, -(-blocks // warps)
-    trips = -(-several // HEARD_AT_ONCE) + full / warps + min(1.0, full)
-    issued = lines * (LINE_ISSUED + PUT_ISSUED)
-    putting = lines * PUT_ISSUED / min(warps, SCHEDULERS)
-    return Work(trips * L2_CLOCKS + lines * LINE_BYTES / TOLD_BYTES + putting, issued)
+    """By so many warps, of mail that has come: a line of each block, and then more of some.
+
+    What has arrived is put into tiles while the rest is under way.
+    """
+    full = [blocks * each for each in _full_lines(rows * mail.slice, share, mail.line)]
+    bundles, asks = -(-blocks // mail.bundle), mail.bundle * mail.line // WARP
+    again = sum(min(1.0, lines / warps) for lines in full)  # times that a warp asks for more
+    asked, read = bundles * asks * (1 + again), (blocks + sum(full)) * 4 * mail.line
+    trips = -(-(-(-bundles // warps) * asks) // HEARD_AT_ONCE) + sum(min(1.0, n) for n in full)
+    putting = asked * PUT_ISSUED / min(warps, SCHEDULERS)
+    arriving = max(read / TOLD_BYTES, putting) + SENT_RATE * PUT_ISSUED
+    return Work(trips * L2_CLOCKS + arriving, asked * (LINE_ISSUED + PUT_ISSUED))
 
 
-def _full_lines(neurons: int, share: float) -> float:
-    """How many lines that a block sends are full on average, as numbers of events vary."""
+def _full_lines(neurons: int, share: float, line: int) -> list[float]:
+    """How many first, second ... lines of a block are full on average, as events vary in number."""
     mean, deviation = neurons * share, math.sqrt(neurons * share * (1 - share))
 
     def reached(events: int) -> float:
         apart = events - 0.5 - mean
         return 0.5 * math.erfc(apart / max(1e-9, deviation * math.sqrt(2)))
 
-    return sum(reached(events) for events in range(WARP, neurons + 1, WARP))
+    return [reached(events) for events in range(line, neurons, line)]
 
 
 def _neurons(team: TeamKernel, shape: Shape, rows: int) -> Work:

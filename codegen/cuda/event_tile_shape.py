@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsify import ir
+from sparsify.codegen.cuda.find_shape import USUAL_ACTIVITY
 from sparsify.codegen.cuda.struct_text import Array
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_shape import BYTE, WARP, Shape, granule, round_up, words_of
@@ -15,6 +17,7 @@ MOST_ROWS = 2 * TILE_ROWS  # of a team: one half is computed while it waits for 
 TILE_REGISTERS = 4  # of a lane, for the weights of 16 senders and 16 receivers
 WARPS = 8  # of a block, whose threads have 255 registers each
 WEIGHT_REGISTERS = 112  # of these, for weights: the others are for mail, and for a gated unit
+SECTOR, DEVIATIONS = 8, 3  # words of a line are multiples; all but one slice in 700 need one line
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,21 @@ class TileMail(Mail):
     dtype: str = ""  # of the tile, in C++
 
     @property
-    def lines(self) -> int:
-        """Of 32 words each, what a slice sends."""
-        return words_of(self.rows * self.slice)
+    def line(self) -> int:
+        """Words of a slice that are asked for at once: as many as its events usually are."""
+        neurons, active = self.rows * self.slice, USUAL_ACTIVITY
+        most = neurons * active + DEVIATIONS * math.sqrt(neurons * active * (1 - active))
+        return min(WARP, max(WARP // 2, round_up(math.ceil(most), SECTOR)))
+
+    @property
+    def groups(self) -> int:
+        """Times that 32 words are sent, which are those of whole lines."""
+        return words_of(round_up(self.rows * self.slice, self.line))
+
+    @property
+    def bundle(self) -> int:
+        """Slices whose lines are read side by side, 32 words at once."""
+        return WARP // math.gcd(WARP, self.line)
 
     @property
     def row_words(self) -> int:
@@ -75,9 +90,9 @@ class TileMail(Mail):
     def told(self) -> Array:
         """As FlaggedMail."""
         dims = ("2", 2), ("2", 2), ("BLOCKS", self.shape.blocks)
-        kind, line = f"FlaggedMail<{self.rows}, {self.width}>", 4 * WARP
+        kind, size = f"FlaggedMail<{self.rows}, {self.width}, {self.line}>", 4 * WARP
         note = f"{self.source.name}, those that are active"
-        return Array(kind, f"{self.name}_mail", dims, line * self.lines, line, note)
+        return Array(kind, f"{self.name}_mail", dims, size * self.groups, size, note)
 
     def lists(self) -> Array:
         """As EventTile."""

@@ -21,6 +21,7 @@ from sparsify.codegen.cuda.team_loops import Span
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_memory import TeamMemory
 from sparsify.codegen.cuda.team_shape import WARP, Shape
+from sparsify.codegen.cuda.team_steps import ROWS_OF_HALF
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.usage import Source
@@ -95,7 +96,7 @@ class EventTileMailText(MailText):
         name, tile = mail.name, f"shared.{mail.name}_tile"
         w.comment("Some warps hear who was active in a half of the rows: in the next tile.")
         with w.block("const auto hear = [&](uint32_t round, int half) -> bool", "};"):
-            w.line(f"auto& next_tile = {tile}[(turn + 1) % 2];")
+            w.line(f"auto& next_tile = one_of({tile}, turn + 1);")
             with w.block("const auto put = [&](int row, int sender, uint16_t bits)", "};"):
                 w.line("next_tile.set(row, sender, bits);")
             place = f"told.{name}_mail[round % 2][half]"
@@ -231,7 +232,7 @@ class EventTileText(TeamText):
             w.comment("What the neurons of a half read in a step, asked for before its sums.")
             w.line(f"{inputs.struct} {inputs.array} = {{}};")
             with w.block("const auto fetch = [&](int64_t t, int half)", "};"):
-                w.line("const int low = half * rows / halves, high = (half + 1) * rows / halves;")
+                w.line(ROWS_OF_HALF)
                 with self._own_neurons(phase, warps="NEURON_WARPS"):
                     w.line(f"if (here) fetch_step({inputs.array}, call, t, b, n);")
             first = "call.steps - 1" if self.kernel.reverse else "0"

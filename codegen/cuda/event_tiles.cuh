@@ -41,6 +41,13 @@ struct EventTile {
   }
 };
 
+// One of two tiles; where it begins is found once.
+template <class Tile>
+SPARSIFY_INLINE Tile& one_of(Tile (&tiles)[2], uint32_t which) {
+  return *reinterpret_cast<Tile*>(reinterpret_cast<char*>(tiles) +
+                                  hidden_multiple(int(which % 2 * sizeof(Tile))));
+}
+
 // The weights of COLUMNS receivers that a warp multiplies: of every WARPS-th tile of 16 senders. The first
 // IN_REGISTERS of them stay there, the others in shared memory, where only the lane looks that needs them.
 template <class E, int SENDERS, int COLUMNS, int WARPS, int IN_REGISTERS>

@@ -8,6 +8,15 @@ namespace sparsify {
 
 constexpr int CHUNKS = BLOCK / WARP;
 
+// Byte j of a word.
+SPARSIFY_INLINE uint32_t byte_of(uint32_t word, int j) { return __byte_perm(word, 0, 0x4440u + j); }
+
+// Where something begins, in bytes. The compiler does not see that it is a multiple, which it would divide by
+// before it adds a row, and multiply with afterwards; or find anew for each access.
+SPARSIFY_INLINE uint32_t hidden_multiple(int bytes) {
+  return __byte_perm(uint32_t(bytes), 0, 0x3210u);
+}
+
 // The neurons of a population that a block owns: `size` of them, from `first` on.
 template <int NEURONS, int SLICE>
 struct Slice {

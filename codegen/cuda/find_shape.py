@@ -11,7 +11,8 @@ from sparsify.codegen.cuda.device import Limits
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.rates import H100_RATES
 from sparsify.codegen.cuda.team_clocks import clocks_of_step
-from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
+from sparsify.codegen.cuda.team_kernel import TeamKernel
+from sparsify.codegen.cuda.team_names import Together
 from sparsify.codegen.cuda.team_shape import GRANULE, WARP, Shape, granule, shapes, widths
 from sparsify.codegen.predict_cost import BYTES
 

@@ -11,39 +11,44 @@
 
 namespace sparsify {
 
-// The events of a slice for some rows, in words of which every LINE is read at once. From the lowest bit on
-// a word has the value (16 bits, all 0 behind the last event), which neuron of the slice (5 bits), the row
-// (3 bits) and what `flag_of` gives for the round.
-template <int ROWS, int SLICE>
+// The events of a slice for some rows, in lines of LINE words, of which readers ask for the first one before
+// they know how many they need. From the lowest bit on a word has the value (16 bits, all 0 behind the last
+// event), which neuron of the slice (8 bits), what `flag_of` gives for the round (5 bits), and the row: so
+// each is had by one instruction.
+template <int ROWS, int SLICE, int LINE>
 struct FlaggedMail {
-  static constexpr int LINES = words_of(ROWS * SLICE), NEURON = 16, ROW = 21, FLAG = 24;
-  static_assert(ROWS <= 8 && SLICE <= 32, "a byte says which neuron of which row");
-  alignas(4 * WARP) uint32_t words[LINES][WARP];
+  static constexpr int LINES = (ROWS * SLICE + LINE - 1) / LINE, GROUPS = words_of(LINES * LINE);
+  static constexpr int NEURON = 16, FLAG = 24, ROW = 29;
+  static constexpr uint32_t FLAGS = 31u << FLAG;
+  static_assert(ROWS <= 8 && SLICE <= 32, "three bits say which row, a byte which neuron");
+  static_assert(LINE <= WARP && LINE % 8 == 0, "a warp reads whole sectors of a line");
+  alignas(4 * WARP) uint32_t words[GROUPS * WARP];
 };
 
 // That of no round: nobody has sent anything.
 constexpr uint32_t NO_FLAG = 0;
-// Words are sent anew in every second round, so that none has a flag that is 255 rounds old.
-SPARSIFY_INLINE uint32_t flag_of(uint32_t round) { return round % 255 + 1; }
+// Words are sent anew in every second round, so that none has a flag that is 31 rounds old.
+SPARSIFY_INLINE uint32_t flag_of(uint32_t round) { return round % 31 + 1; }
 
 // Before the blocks of a team meet for the first time.
-template <int ROWS, int SLICE>
-SPARSIFY_INLINE void clear(FlaggedMail<ROWS, SLICE>& mail) {
-  typedef FlaggedMail<ROWS, SLICE> By;
-  for (int line = warp_of(); line < By::LINES; line += warps_of())
-    *static_cast<volatile uint32_t*>(&mail.words[line][lane_of()]) = NO_FLAG << By::FLAG;
+template <int ROWS, int SLICE, int LINE>
+SPARSIFY_INLINE void clear(FlaggedMail<ROWS, SLICE, LINE>& mail) {
+  typedef FlaggedMail<ROWS, SLICE, LINE> By;
+  for (int at = int(threadIdx.x); at < By::GROUPS * WARP; at += int(blockDim.x))
+    *static_cast<volatile uint32_t*>(mail.words + at) = NO_FLAG << By::FLAG;
 }
 
 // Sends rows low .. high - 1, of which `value_of(row, i)` is the value of neuron i, which this thread has
 // written. Warps `By` find in `active` who is, then each sends its neurons. Behind the last event follow
 // empty words to the end.
-template <class By, class E, int NEURONS, int ROWS, int SLICE, int WORDS, class ValueOf>
-SPARSIFY_INLINE void send(FlaggedMail<ROWS, SLICE>& to, uint32_t (&active)[WORDS],
+template <class By, class E, int NEURONS, int ROWS, int SLICE, int LINE, int WORDS,
+          class ValueOf>
+SPARSIFY_INLINE void send(FlaggedMail<ROWS, SLICE, LINE>& to, uint32_t (&active)[WORDS],
                           const Slice<NEURONS, SLICE>& mine, int low, int high, uint32_t round,
                           const ValueOf& value_of) {
-  typedef FlaggedMail<ROWS, SLICE> Sent;
-  static_assert(Sent::LINES <= WORDS, "there is a bit for each neuron");
-  constexpr int TURNS = (Sent::LINES + By::COUNT - 1) / By::COUNT;
+  typedef FlaggedMail<ROWS, SLICE, LINE> Sent;
+  static_assert(Sent::GROUPS <= WORDS, "there is a bit for each neuron");
+  constexpr int TURNS = (Sent::GROUPS + By::COUNT - 1) / By::COUNT;
   const uint32_t flag = flag_of(round) << Sent::FLAG;
   float value[TURNS];
 #pragma unroll
@@ -52,21 +57,21 @@ SPARSIFY_INLINE void send(FlaggedMail<ROWS, SLICE>& to, uint32_t (&active)[WORDS
     const int row = low + neuron / SLICE, i = neuron % SLICE;
     value[turn] = row < high && i < mine.size ? value_of(row, i) : 0.0f;
     const uint32_t bits = __ballot_sync(ALL, value[turn] != 0.0f);
-    if (lane_of() == 0 && word < Sent::LINES) active[word] = bits;
+    if (lane_of() == 0 && word < Sent::GROUPS) active[word] = bits;
   }
   By::meet();  // all know who is active
 #pragma unroll
   for (int turn = 0; turn < TURNS; ++turn) {
     const int word = By::index() + turn * By::COUNT, neuron = word * WARP + lane_of();
-    if (word >= Sent::LINES) break;
+    if (word >= Sent::GROUPS) break;
     int before = 0, all = 0;
 #pragma unroll
-    for (int other = 0; other < Sent::LINES; ++other) {
+    for (int other = 0; other < Sent::GROUPS; ++other) {
       const int count = __popc(active[other]);
       before += other < word ? count : 0;
       all += count;
     }
-    volatile uint32_t* const words = &to.words[0][0];
+    volatile uint32_t* const words = to.words;
     const int at = before + __popc(active[word] & first_bits(lane_of()));
     const uint32_t row = uint32_t(neuron / SLICE) << Sent::ROW;
     const uint32_t code = row | uint32_t(neuron % SLICE) << Sent::NEURON;
@@ -76,86 +81,127 @@ SPARSIFY_INLINE void send(FlaggedMail<ROWS, SLICE>& to, uint32_t (&active)[WORDS
 }
 
 // Who waits for the words of a round, and for how long.
-template <int ROWS, int SLICE>
+template <int ROWS, int SLICE, int LINE>
 struct Waiting {
-  typedef FlaggedMail<ROWS, SLICE> Sent;
+  typedef FlaggedMail<ROWS, SLICE, LINE> Sent;
   const Sent* mail;
-  uint32_t flag;
+  uint32_t flag;  // where words have it
   int64_t patience;
   int64_t* stuck;
   int64_t polls = 0;
 
-  SPARSIFY_INLINE uint32_t ask(int rank, int line) const {
-    return *static_cast<const volatile uint32_t*>(&mail[rank].words[line][lane_of()]);
+  SPARSIFY_INLINE uint32_t ask(int rank, int place) const {
+    return *static_cast<const volatile uint32_t*>(mail[rank].words + place);
   }
-  // Asks again for those words of every APARTth block from `rank` on that are not there, until all are.
-  // Returns false after `patience`. No lambda: NVRTC 13.0 takes those of any type for host code.
-  template <int APART, int MANY>
-  SPARSIFY_INLINE bool for_all(uint32_t (&word)[MANY], int rank, int line) {
-    for (;; ++polls) {
-      bool waits = false;
-#pragma unroll
-      for (int k = 0; k < MANY; ++k)
-        if (word[k] >> Sent::FLAG != flag) {
-          word[k] = ask(rank + k * APART, line);
-          waits = true;
-        }
-      if (!__any_sync(ALL, waits)) return true;
-      if (polls >= patience) {
-        *static_cast<volatile int64_t*>(stuck) = 1;
-        return false;
-      }
-      __nanosleep(20);
+  SPARSIFY_INLINE bool is_there(uint32_t word) const { return (word & Sent::FLAGS) == flag; }
+  // Whether to ask once more. Returns false after `patience`.
+  SPARSIFY_INLINE bool go_on() {
+    if (polls++ >= patience) {
+      *static_cast<volatile int64_t*>(stuck) = 1;
+      return false;
     }
+    __nanosleep(20);
+    return true;
   }
 };
 
-// Hears what so many BLOCKS have sent in a round, by some warps, of which each asks for several at once and
-// hands every event to `put(row, sender, bits)`. It does `meanwhile` before it looks at the first answer.
-// Returns false if some have not come after `patience` polls. Adds to `found` the events of this lane.
-template <class By, int BLOCKS, int ROWS, int SLICE, class Put, class Meanwhile>
-SPARSIFY_INLINE bool receive(const FlaggedMail<ROWS, SLICE>* mail, uint32_t round, int64_t patience,
+SPARSIFY_INLINE bool has_value(uint32_t word) { return (word & 0xFFFF) != 0; }
+
+// How warps read lines: 32 words at once of some slices whose lines are thought side by side. Lane and ask say
+// which word that is.
+template <int LINE>
+struct Bundle {
+  static constexpr int SLICES = LINE % 32 == 0 ? 1 : LINE % 16 == 0 ? 2 : 4, ASKS = SLICES * LINE / WARP;
+
+  static SPARSIFY_INLINE int word(int k) { return k % ASKS * WARP + lane_of(); }
+  static SPARSIFY_INLINE int slice(int k) { return word(k) / LINE; }
+  static SPARSIFY_INLINE int place(int k) { return word(k) % LINE; }
+
+  // Whose lines are full, a bit for each word of this lane; `given` are the words that are events.
+  static SPARSIFY_INLINE uint32_t full(uint32_t given) {
+    uint32_t found = 0;
+#pragma unroll
+    for (int k = 0; k < ASKS; ++k) {
+      const int end = slice(k) * LINE + LINE - 1;  // the last word of the slice, of a later ask or of this one
+      const uint32_t ends = __shfl_sync(ALL, given, end % WARP) >> (end / WARP - k);
+      found |= ends & every(k);
+    }
+    return found;
+  }
+
+ private:
+  // The words of ask k of all bundles.
+  static constexpr SPARSIFY_INLINE uint32_t every(int k) {
+    return (ASKS == 1 ? ~0u : ASKS == 2 ? 0x55555555u : 0x49249249u) << k;
+  }
+};
+
+// Hears what so many BLOCKS have sent in a round, by some warps, of which each asks for several words at
+// once and hands every event to `put(row, sender, bits)`; where lines were full, for the next ones. It does
+// `meanwhile` before it looks at the first answer. Returns false if some have not come after `patience`
+// polls. Adds to `found` the events of this lane.
+template <class By, int BLOCKS, int ROWS, int SLICE, int LINE, class Put, class Meanwhile>
+SPARSIFY_INLINE bool receive(const FlaggedMail<ROWS, SLICE, LINE>* mail, uint32_t round, int64_t patience,
                              int64_t* stuck, unsigned long long& found, const Put& put,
                              const Meanwhile& meanwhile) {
-  typedef FlaggedMail<ROWS, SLICE> Sent;
-  constexpr int SLICES = (BLOCKS + By::COUNT - 1) / By::COUNT, MOST = 24;
-  constexpr int PARTS = (SLICES + MOST - 1) / MOST, ASKED = (SLICES + PARTS - 1) / PARTS;
-  const uint32_t flag = flag_of(round);
-  Waiting<ROWS, SLICE> waiting{mail, flag, patience, stuck};
-  const auto give = [&](uint32_t word, int rank) {
-    if (uint16_t(word) == 0) return;
-    put(int(word >> Sent::ROW & 7), rank * SLICE + int(word >> Sent::NEURON & 31), uint16_t(word));
-    ++found;
-  };
+  typedef FlaggedMail<ROWS, SLICE, LINE> Sent;
+  typedef Bundle<LINE> Read;
+  constexpr int ASKS = Read::ASKS, APART = By::COUNT * Read::SLICES, MOST = 24 / ASKS;
+  constexpr int BUNDLES = (BLOCKS + APART - 1) / APART;  // of a warp
+  constexpr int PARTS = (BUNDLES + MOST - 1) / MOST, ASKED = (BUNDLES + PARTS - 1) / PARTS * ASKS;
+  Waiting<ROWS, SLICE, LINE> waiting{mail, flag_of(round) << Sent::FLAG, patience, stuck};
+  const uint32_t none = waiting.flag;
 #pragma unroll 1
   for (int part = 0; part < PARTS; ++part) {
-    const int first = By::index() + part * ASKED * By::COUNT;
-    uint32_t word[ASKED];
+    const int first = By::index() * Read::SLICES + part * (ASKED / ASKS) * APART;
+    const auto rank_of = [&](int k) { return first + k / ASKS * APART + Read::slice(k); };
+    const auto is_here = [&](int k) {  // all warps have that many slices, or this one has
+      return (PARTS == 1 && (k / ASKS + 1) * APART <= BLOCKS) || rank_of(k) < BLOCKS;
+    };
+    uint32_t word[ASKED], given = 0;  // of these, the events: a bit each
+    bool waits = false;               // some are not there
+    const auto look = [&](int k) {    // without a branch, which would take more than it leaves out
+      const bool is_there = waiting.is_there(word[k]), is_event = is_there && has_value(word[k]);
+      const int row = int(word[k] >> Sent::ROW), i = int(byte_of(word[k], Sent::NEURON / 8));
+      if (is_event) put(row, rank_of(k) * SLICE + i, uint16_t(word[k]));
+      if (is_event) given |= 1u << k;
+      waits |= !is_there;
+    };
+    // In the order in which they arrive, while others are under way; then those that were not there.
+    const auto look_at_all = [&](int line) -> bool {
 #pragma unroll
-    for (int k = 0; k < ASKED; ++k) {
-      const int rank = first + k * By::COUNT;
-      word[k] = rank < BLOCKS ? waiting.ask(rank, 0) : flag << Sent::FLAG;
-    }
-    if (part == 0) meanwhile();
-    if (!waiting.template for_all<By::COUNT>(word, first, 0)) return false;
-    uint32_t more = 0;  // of which blocks a line is full, a bit each
+      for (int k = 0; k < ASKED; ++k) look(k);
+      while (__any_sync(ALL, waits)) {
+        if (!waiting.go_on()) return false;
+        uint32_t again = 0;
 #pragma unroll
-    for (int k = 0; k < ASKED; ++k) {
-      give(word[k], first + k * By::COUNT);
-      more |= uint32_t(uint16_t(word[k]) != 0) << k;
-    }
-    if (Sent::LINES == 1) continue;
-    more = __shfl_sync(ALL, more, WARP - 1);
-#pragma unroll 1
-    for (; more != 0; more &= more - 1) {
-      const int rank = first + (__ffs(int(more)) - 1) * By::COUNT;
-#pragma unroll 1
-      for (int line = 1; line < Sent::LINES; ++line) {
-        uint32_t next[1] = {waiting.ask(rank, line)};
-        if (!waiting.template for_all<1>(next, rank, line)) return false;
-        give(next[0], rank);
-        if (!__any_sync(ALL, lane_of() == WARP - 1 && uint16_t(next[0]) != 0)) break;
+        for (int k = 0; k < ASKED; ++k)
+          if (!waiting.is_there(word[k])) {
+            word[k] = waiting.ask(rank_of(k), line * LINE + Read::place(k));
+            again |= 1u << k;
+          }
+        waits = false;
+#pragma unroll
+        for (int k = 0; k < ASKED; ++k)
+          if (again >> k & 1) look(k);
       }
+      found += __popc(given);
+      return true;
+    };
+#pragma unroll
+    for (int k = 0; k < ASKED; ++k)
+      word[k] = is_here(k) ? waiting.ask(rank_of(k), Read::place(k)) : none;
+    if (part == 0) meanwhile();
+    if (!look_at_all(0)) return false;
+#pragma unroll 1
+    for (int line = 1; line < Sent::LINES; ++line) {
+      const uint32_t more = Read::full(given);
+      if (!__any_sync(ALL, more != 0)) break;
+      given = 0;
+#pragma unroll
+      for (int k = 0; k < ASKED; ++k)
+        word[k] = more >> k & 1 ? waiting.ask(rank_of(k), line * LINE + Read::place(k)) : none;
+      if (!look_at_all(line)) return false;
     }
   }
   return true;

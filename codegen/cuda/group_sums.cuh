@@ -41,15 +41,6 @@ struct alignas(sizeof(W) * PER) Several {
   W of[PER];
 };
 
-// Byte j of a word.
-SPARSIFY_INLINE uint32_t byte_of(uint32_t word, int j) { return __byte_perm(word, 0, 0x4440u + j); }
-
-// Where a lane begins to read weights, in bytes. The compiler does not see that it is a multiple, which it
-// would divide by before it adds a row, and multiply with afterwards.
-SPARSIFY_INLINE uint32_t hidden_multiple(int bytes) {
-  return __byte_perm(uint32_t(bytes), 0, 0x3210u);
-}
-
 // Adds the events of a group's list to its sums, ascending. The longest list of the warp has `longest`.
 // The weight of the list's first sender and of the lane's first receiver is the one at `first`.
 //

@@ -94,7 +94,7 @@ class MailText:
         with w.block("const auto receive = [&](int slot, int half) -> bool", "};"):
             lists = f"shared.{self.mails[0].name}_lists"
             w.line(f"if (!wait_with<MailWarps>(team, half, {lists})) return false;")
-            w.line("const int several = (half + 1) * rows / halves - half * rows / halves;")
+            w.line("const int several = first_of(half + 1) - first_of(half);")
             for mail in self.mails:
                 given = f"shared.{mail.name}_lists, told.{mail.name}_mail[slot][half], several"
                 w.line(f"{mail.name}_found += sort_mail<Team, MailWarps>({given});")

@@ -17,8 +17,9 @@ from sparsify.codegen.cuda.frame_text import Scratch, packed_name
 from sparsify.codegen.cuda.predict_cost import predict_cost
 from sparsify.codegen.cuda.strategy import Plan, Resident, why_not_shared
 from sparsify.codegen.cuda.team_clocks import StepClocks, clocks_of_step
-from sparsify.codegen.cuda.team_kernel import TeamKernel, Together
+from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_masks import why_not_layouts
+from sparsify.codegen.cuda.team_names import Together
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_text import TeamText
 from sparsify.codegen.usage import find_usage, why_not_gather

@@ -33,7 +33,7 @@ DENSE_ISSUED, DENSE_CLOCKS = 2, 6  # of a sender: its value is passed round, and
 # Of 32 neurons: operands, states, what is told; each operation; each that is no instruction.
 CELL_ISSUED, OPERATION_ISSUED, FUNCTION_ISSUED = 70, 2, 45
 CELL_CLOCKS, FUNCTION_CLOCKS = 120, 60
-AHEAD_ISSUED, ASKED_ISSUED = 20, 12  # of 32 neurons, and of each operand that they will read
+AHEAD_ISSUED, ASKED_ISSUED = 20, 18  # of 32 neurons, and of each operand that they will read
 # Of a block of 256 senders, and for each four rows; of what a warp is sent by two slices, to ask
 # for it and to sort it; of the ends of 32 lists.
 NUMBERED_ISSUED, NUMBERED_WORD_ISSUED, NUMBERED_CLOCKS = 90, 29, 340

@@ -32,13 +32,23 @@ class Binaries:
         self.backend = backend
         self.made: dict[Key, Binary] = {}
         self.comparisons = Comparisons()
+        self._forget_begun()
+
+    def _forget_begun(self) -> None:
+        self._process = os.getpid()
         self._pool: ThreadPoolExecutor | None = None  # of what is begun before kernels are known
         self._ready: Future[Refusal | None] | None = None
         self._early: dict[object, Future[Any]] = {}
         self._begun: set[Key] = set()  # under plain names
 
+    def _leave_to_parent(self) -> None:
+        """In a forked child, forget what is begun: the threads that would end it are not here."""
+        if self._process != os.getpid():
+            self._forget_begun()
+
     def begin(self) -> None:
         """Begin with what all kernels need, unless there are kernels already."""
+        self._leave_to_parent()
         if self._pool is None and not self.made:
             self._pool = ThreadPoolExecutor(max_workers=1)
             self._ready = self._pool.submit(self.backend.why_not_ready)
@@ -61,10 +71,12 @@ class Binaries:
     @property
     def is_cold(self) -> bool:
         """Whether ``begin_likely`` has found the cache to be empty."""
+        self._leave_to_parent()
         return bool(self._early)
 
     def begin_kernel(self, kernel: ir.Kernel, schedule: ir.Schedule) -> None:
         """Begin with a kernel that ``compile_all`` will be asked for."""
+        self._leave_to_parent()
         if self._pool is not None:
             plain = with_plain_names(kernel, schedule)
             if plain not in self._begun:
@@ -75,6 +87,7 @@ class Binaries:
     @property
     def is_compiling(self) -> bool:
         """Whether a compiler runs that was begun with."""
+        self._leave_to_parent()
         begun: list[Future[Any]] = [*self._early.values()]
         if self._ready is not None:
             begun.append(self._ready)
@@ -91,6 +104,7 @@ class Binaries:
         ``meanwhile`` runs beside the compilers, and nothing more is compiled if it raises. Returns
         why nothing can run here, if so. Raises CompileError.
         """
+        self._leave_to_parent()
         missing = [key for key in dict.fromkeys(wanted) if key not in self.made]
         first, cores = None if meanwhile is None else _stand_back, os.cpu_count() or 1
         keeps = meanwhile is not None and cores > 1
@@ -124,9 +138,10 @@ class Binaries:
 
     def end_early(self) -> None:
         """Take back what was begun with, as far as no compiler runs yet."""
+        self._leave_to_parent()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool, self._ready, self._early, self._begun = None, None, {}, set()
+        self._forget_begun()
 
     def load(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Launchable:
         if (kernel, schedule) not in self.made:

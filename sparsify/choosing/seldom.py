@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EVERY = 32  # calls after which weights are looked at: counting reads all of them once
-PATIENCE = 4  # looks that find nothing new, after which each further one comes twice as late
+PATIENCE = 1  # looks that find nothing new, after which each further one comes twice as late
 MOST = 1024  # calls between two looks
 
 

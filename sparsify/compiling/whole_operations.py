@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import fx, nn
 
 from sparsify.compiling.compiled import Compiled
 from sparsify.errors import Refusal
 from sparsify.passes.rnn_cells import recurrent_op
+from sparsify.passes.write_cells import is_cell
 from sparsify.regions.region import Region
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
 
+Place = tuple[Any, Any]  # a line of the user's code, and a module
+
 
 def find_stepwise(compiled: Compiled) -> dict[fx.Node, Refusal]:
     """Nodes of the recording that ``compiled`` runs step by step as torch operations, with why."""
-    left = {
-        (call.meta.get("location"), call.meta.get("module"))
-        for call in compiled.graph.graph.nodes
-        if call.op == "call_module" and _runs_steps(compiled.graph.get_submodule(str(call.target)))
-    }
+    left = set(_find_left(compiled.graph))
     found: dict[fx.Node, Refusal] = {}
     for node in compiled.stages[0].graph.graph.nodes:
-        place = node.meta.get("location"), node.meta.get("module")
-        if recurrent_op(node) and "whole" not in node.meta and place in left:
+        is_one = recurrent_op(node) or is_cell(node)
+        if is_one and "whole" not in node.meta and _place_of(node) in left:
             found[node] = _why(compiled, node)
     return found
 
 
-def _runs_steps(module: nn.Module) -> bool:
+def _place_of(node: fx.Node) -> Place:
+    return node.meta.get("location"), node.meta.get("module")
+
+
+def _find_left(gm: fx.GraphModule) -> Iterator[Place]:
+    """Where the operations are that run step by step."""
+    for node in gm.graph.nodes:
+        scan = _stepwise(gm.get_submodule(str(node.target))) if node.op == "call_module" else None
+        if scan is not None:
+            yield from map(_place_of, (node, *scan.body.graph.nodes))
+
+
+def _stepwise(module: nn.Module) -> Scan | None:
+    """The loop that ``module`` runs step by step as torch operations, if it does."""
     if isinstance(module, TrainedRegion):
-        return not isinstance(module.run, Region)
-    return isinstance(module, Scan) and module.carries > 0
+        return None if isinstance(module.run, Region) else module.scan
+    return module if isinstance(module, Scan) and module.carries > 0 else None
 
 
 def _why(compiled: Compiled, node: fx.Node) -> Refusal:

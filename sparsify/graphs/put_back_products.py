@@ -24,7 +24,6 @@ from sparsify.passes.tensor_info import call, with_shape, without_dim
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
-OPERANDS = 4  # of the call of a Scan: steps, carries, xs, consts; links follow
 
 
 def put_back_products(gm: fx.GraphModule) -> fx.GraphModule:
@@ -36,7 +35,7 @@ def put_back_products(gm: fx.GraphModule) -> fx.GraphModule:
         return gm
     graph = copy_graph(gm.graph)
     for node in list(graph.nodes):
-        if node.op == "call_module" and node.target in scans and _is_of_one_step(node):
+        if node.op == "call_module" and node.target in scans and node.args[0] == 1:
             _put_back(graph, node, scans[str(node.target)])
     modules: dict[str, nn.Module] = dict(gm.named_children())
     erase_unused(graph, modules)
@@ -46,12 +45,6 @@ def put_back_products(gm: fx.GraphModule) -> fx.GraphModule:
 def _is_lone_product(scan: Scan) -> bool:
     results = scan.results
     return scan.carries == 0 and len(results) == 1 and product_operand(results[0]) is not None
-
-
-def _is_of_one_step(node: fx.Node) -> bool:
-    """Also False where its gradient is a link's, which another loop's gradient reads."""
-    steps: object = node.args[0]
-    return steps == 1 and len(node.args) == OPERANDS
 
 
 def _put_back(graph: fx.Graph, node: fx.Node, scan: Scan) -> None:

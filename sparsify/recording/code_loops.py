@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import CodeType
 
@@ -15,12 +15,20 @@ _NEVER_FALLS_THROUGH = frozenset(
 
 @dataclass(frozen=True)
 class CodeLoop:
-    """``first`` is where every iteration starts; ``jumps`` are the unconditional jumps back."""
+    """``first`` is where every iteration starts; ``jumps`` are the unconditional jumps back.
+
+    Python may put a copy of the test ``ahead`` of it, to which ``continue`` jumps; its first offset
+    is ``start``, which is ``first`` where there is no copy. ``is_told`` says that Python reports a
+    line where the loop is entered: it does not where that is on the line before.
+    """
 
     first: int
     last: int
     line: int
+    start: int
+    is_told: bool
     jumps: frozenset[int]
+    ahead: frozenset[int] = field(repr=False)
     offsets: frozenset[int] = field(repr=False)
 
 
@@ -33,10 +41,8 @@ def find_code_loops(code: CodeType) -> tuple[CodeLoop, ...]:
     if not any("JUMP_BACKWARD" in name for name in _names(code)):
         return ()
     flow = _Flow(code)
-    found = {}
-    for target, sources in flow.find_back_edges().items():
-        found[target] = flow.make_loop(target, sources)
-    return tuple(sorted(found.values(), key=lambda loop: -len(loop.offsets)))
+    found = [flow.make_loop(*loop) for loop in flow.find_loops()]
+    return tuple(sorted(found, key=lambda loop: -len(loop.offsets)))
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -53,12 +59,12 @@ class _Flow:
         self.ends = dict(zip(offsets, [*offsets[1:], len(code.co_code)], strict=True))
         handlers = list(dis.Bytecode(code).exception_entries)  # type: ignore[attr-defined]
         leaders = {0}
-        for here, after in zip(self.instructions, self.instructions[1:], strict=False):
-            if _target(here) is not None or here.opname in _NEVER_FALLS_THROUGH:
-                leaders.add(after.offset)
+        for here in self.instructions:
             target = _target(here)
             if target is not None:
                 leaders.add(target)
+            if target is not None or here.opname in _NEVER_FALLS_THROUGH:
+                leaders.add(self.ends[here.offset])
         for entry in handlers:
             leaders |= {entry.start, entry.end, entry.target}
         self.blocks: list[list[dis.Instruction]] = []
@@ -92,7 +98,39 @@ class _Flow:
             found.add(index + 1)
         return found
 
-    def find_back_edges(self) -> dict[int, list[int]]:
+    def find_loops(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Of each loop the block where it starts, its header, and the blocks that jump back."""
+        edges = self._back_edges()
+        inside = {header: self._inside(header, sources) for header, sources in edges.items()}
+        copies = {
+            inner: outer
+            for outer in edges
+            for inner in edges
+            if self._is_test_ahead(outer, inner, inside[outer], inside[inner])
+        }
+        for header, sources in edges.items():
+            start = copies.get(header, header)
+            if start != header:
+                yield start, header, [*sources, *edges[start]]
+            elif header not in copies.values():
+                yield header, header, sources
+
+    def _is_test_ahead(self, outer: int, inner: int, around: set[int], within: set[int]) -> bool:
+        """Whether two loops are one, of which the blocks up to ``inner`` are a copy of its test.
+
+        Their instructions have the positions of others, and lead to ``inner`` or out of both loops.
+        """
+        ahead = range(outer, inner)
+        if not ahead or inner not in around or not within < around:
+            return False
+        ways = {way for block in ahead for way in self.after[block]} - {*ahead, inner}
+        if not ways.isdisjoint(around):
+            return False
+        known = {i.positions for block in within for i in self.blocks[block]}
+        copied = {i.positions for block in ahead for i in self.blocks[block]}
+        return copied <= known and all(p and p.end_col_offset is not None for p in copied)
+
+    def _back_edges(self) -> dict[int, list[int]]:
         """Jumps to a block that dominates them: block -> blocks that jump back to it."""
         dominators = self._dominators()
         edges: dict[int, list[int]] = {}
@@ -123,7 +161,8 @@ class _Flow:
                 found[index] = new
         return found
 
-    def make_loop(self, header: int, sources: list[int]) -> CodeLoop:
+    def _inside(self, header: int, sources: list[int]) -> set[int]:
+        """The blocks from which a jump back is reached without passing the header again."""
         inside = {header}
         waiting = list(sources)
         while waiting:
@@ -131,16 +170,26 @@ class _Flow:
             if block not in inside:
                 inside.add(block)
                 waiting.extend(self.before[block])
-        offsets = frozenset(o for b in inside for i in self.blocks[b] for o in self._extent(i))
+        return inside
+
+    def make_loop(self, start: int, header: int, sources: list[int]) -> CodeLoop:
+        inside = self._inside(start, sources)
         jumps = [self.blocks[source][-1] for source in sources]
         lines = [_line(i) for i in (self.blocks[header][0], *jumps)]
+        entered_from = {_line(self.blocks[b][-1]) for b in self.before[start] - inside}
         return CodeLoop(
             first=self.blocks[header][0].offset,
             last=max(jump.offset for jump in jumps),
             line=min((line for line in lines if line), default=self.code.co_firstlineno),
+            start=self.blocks[start][0].offset,
+            is_told=entered_from != {_line(self.blocks[start][0])},
             jumps=frozenset(j.offset for j in jumps if j.opname == "JUMP_BACKWARD"),
-            offsets=offsets,
+            ahead=self._offsets(range(start, header)),
+            offsets=self._offsets(inside),
         )
+
+    def _offsets(self, blocks: Iterable[int]) -> frozenset[int]:
+        return frozenset(o for b in blocks for i in self.blocks[b] for o in self._extent(i))
 
 
 def _target(instruction: dis.Instruction) -> int | None:

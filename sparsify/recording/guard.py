@@ -12,7 +12,6 @@ import importlib._bootstrap as _bootstrap
 import inspect
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import Location
+from sparsify.recording.call_events import Profiler, calls_told
 from sparsify.recording.environment import (
     environment,
     environment_variables,
@@ -154,34 +154,40 @@ class Seen:
             new = self._walk.functions.keys() - known
             waiting += [self._walk.functions[key][0].value for key in new]
 
-    def profiler(self) -> Callable[[FrameType, str, Any], None]:
+    def profiler(self) -> Profiler:
         """What Python calls at every call and every return: most are none of those that matter."""
         codes, users, foreign_codes = self._walk.codes, self._walk.users, self._foreign_codes
         always = foreign_codes | {id(READ_ENVIRONMENT)}
         foreign: FrameType | None = None  # runs in the middle of forward, is none of it
 
-        def profile(frame: FrameType, event: str, arg: Any) -> None:
+        def profile(frame: FrameType, event: str, arg: Any) -> bool:
             nonlocal foreign
+            key = id(frame.f_code)
             if foreign is not None:
                 if event == "return" and frame is foreign:
                     foreign = None
             elif event == "call":
-                key = id(frame.f_code)
                 if key in codes and key not in always:
-                    return
+                    return True
                 if key in foreign_codes:
                     foreign = frame
-                    return
+                    return False
                 if key in always:
                     self._follow(self._read_variable, frame)
                 if key not in codes:
                     self._first_call(frame)
-            elif event == "c_call" and id(frame.f_code) in users and _is_outside(arg):
+                return key not in always
+            elif event == "c_call" and key in users and _is_outside(arg):
                 self._reached_out.setdefault(
                     arg.__name__, (frame.f_code.co_filename, frame.f_lineno)
                 )
+            return False
 
         return profile
+
+    def matters(self, code: CodeType) -> bool:
+        """Whether calls that ``code`` makes, or its end, are to be told to the profiler."""
+        return id(code) in self._walk.users or id(code) in self._foreign_codes
 
     def _first_call(self, frame: FrameType) -> None:
         code = frame.f_code
@@ -222,13 +228,8 @@ class Seen:
 def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Iterator[Seen]:
     """Watch the run inside the ``with`` block; ask the Seen after it."""
     seen = Seen(model, args, kwargs)
-    before = _pause_profiler()
-    sys.setprofile(seen.profiler())
-    try:
+    with calls_told(seen.profiler(), seen.matters):
         yield seen
-    finally:
-        sys.setprofile(None)
-        _resume_profiler(before)
     seen._follow(seen._finish)
 
 
@@ -255,20 +256,6 @@ def _code_of(function: object) -> object:
 def _is_outside(function: Any) -> bool:
     owner = getattr(function, "__self__", None)
     return isinstance(owner, _io._IOBase) or (isinstance(owner, ModuleType) and function in OUTSIDE)
-
-
-def _pause_profiler() -> Any:
-    before = sys.getprofile()
-    if before is not None and not callable(before):  # cProfile: cannot be set again by hand
-        before.disable()
-    return before
-
-
-def _resume_profiler(before: Any) -> None:
-    if before is None or callable(before):
-        sys.setprofile(before)
-    else:
-        before.enable()
 
 
 def _argument_names(

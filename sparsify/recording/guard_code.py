@@ -114,15 +114,20 @@ def names_of(code: CodeType) -> CodeNames:
 
 def _looks_up_computed_names(instructions: list[dis.Instruction], at: int) -> bool:
     """``getattr`` and its like, unless the second argument can be seen to be a literal."""
-    if instructions[at].argval not in BY_VALUE:
+    function = instructions[at]
+    if function.argval not in BY_VALUE:
         return False
+    if function.opname == "LOAD_GLOBAL" and not (function.arg or 0) & 1:
+        return True  # it is no call: the function is given to somebody
     ahead = [i for i in instructions[at + 1 : at + 12] if i.opname not in NO_OPERATION]
+    depth = 0  # of the stack, above the function
     for position, instruction in enumerate(ahead):
-        if instruction.opname == "LOAD_CONST":
+        if depth == 1 and instruction.opname == "LOAD_CONST":
             literal = isinstance(instruction.argval, str)
             return not (literal and _ends_call(ahead[position + 1 :]))
         if not instruction.opname.startswith("LOAD_"):
             return True
+        depth += dis.stack_effect(instruction.opcode, instruction.arg)
     return True
 
 

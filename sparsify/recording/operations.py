@@ -40,11 +40,27 @@ UNSAFE_VIEWS: dict[Op, Op] = {
     aten.unsafe_split.Tensor: aten.split.Tensor,
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
 }
-# Write to arguments although their schemas do not say so, when asked to train.
-BATCH_NORMS = frozenset({aten.native_batch_norm.default})
+# Write to arguments although their schemas do not say so, when asked to train. On GPUs, norms of
+# three and more dims are those of the vendor's library.
+BATCH_NORMS = frozenset(
+    {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
+)
+# Also write to running statistics: parts of synchronized norms, and results of norms as ``out=``.
+UPDATE_STATISTICS = frozenset(
+    {aten.batch_norm_update_stats.default, aten.batch_norm_gather_stats.default}
+    | {aten.batch_norm_gather_stats_with_counts.default, aten.native_batch_norm.out}
+    | {aten.cudnn_batch_norm.out, aten.miopen_batch_norm.out}
+)
 REPLACES_STORAGE = frozenset(
     {aten.set_.default, aten.set_.source_Storage, aten.set_.source_Storage_storage_offset}
     | {aten.set_.source_Tensor, aten.resize_.default, aten.resize_as_.default}
+)
+# Names of parts of a run, as ``torch.profiler.record_function`` tells them; no operations.
+LABELS = frozenset(
+    {torch.ops.profiler._record_function_enter.default}
+    | {torch.ops.profiler._record_function_enter_new.default}
+    | {torch.ops.profiler._record_function_exit.default}
+    | {torch.ops.profiler._record_function_exit._RecordFunction}
 )
 # The activation of a product: the index of its argument.
 PRODUCTS: dict[Op, int] = {

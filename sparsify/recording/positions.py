@@ -1,8 +1,8 @@
 """Where in the user's code an operation runs: line, submodule, autograd Function, loop iterations.
 
-A trace function follows the frames that matter: those whose code has loops, and those of
-``forward`` methods. Python reports a line event at every jump back, so iterations are counted
-exactly, also of loops that recorded nothing, and of loops on one line.
+Frames that matter are followed: those whose code has loops, and those of ``forward`` methods.
+Python reports every jump back, so iterations are counted exactly, also of loops that recorded
+nothing, and of loops on one line.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from torch import nn
 from sparsify.errors import Location
 from sparsify.graph_meta import LoopStep
 from sparsify.recording.code_loops import CodeLoop, find_code_loops
+from sparsify.recording.frame_events import FrameEvents, tell_events
 from sparsify.recording.function_codes import FunctionCodes
 from sparsify.recording.guard_code import origin
 
-# From 3.12 on, switching tracing on and off instruments all code anew: it costs more than it saves.
-_CHEAP_PAUSE = sys.version_info < (3, 12)
 _SUSPENDS = 0x20 | 0x80 | 0x200  # flags of generators, coroutines, asynchronous generators
 _RETURNS = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in dis.opmap}
 
@@ -70,7 +69,7 @@ class Positions:
     def __init__(self, model: object) -> None:
         self._stop: FrameType | None = None
         self._caller: FrameType | None = None  # of what is paused: the user's code is below it
-        self._profiler: Any = None
+        self._events: FrameEvents | None = None  # while it is entered
         # By identity, which the facts keep unique: hashing code takes longer than all the rest.
         self._facts: dict[int, _CodeFacts] = {}
         self._without_place: set[int] = set()  # codes that are neither the user's nor forward's
@@ -88,18 +87,17 @@ class Positions:
 
     def __enter__(self) -> Self:
         self._stop = sys._getframe(1)
-        self._before = sys.gettrace()
-        self._tracer = self._on_call
-        sys.settrace(self._tracer)
+        self._events = tell_events(self._on_call, self._matters)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
-        self._look_for_disturbance()
-        sys.settrace(self._before)
+        assert self._events is not None
+        self.was_disturbed = self.was_disturbed or self._events.are_disturbed()
+        self._events.stop()
+        self._events = self._stop = None
         self._frames.clear()
-        self._stop = None
 
     def pause(self) -> bool:
         """The recorder's own code need not be traced or profiled: that is what calls this.
@@ -108,23 +106,15 @@ class Positions:
         """
         if self._caller is not None:
             return False
-        if _CHEAP_PAUSE:
-            self._profiler = sys.getprofile()
-            sys.setprofile(None)  # first: it would be told of the other calls
-            if sys.gettrace() is not self._tracer:  # as below, but no call that is traced
-                self.was_disturbed = True
-            sys.settrace(None)
+        if self._events is not None and not self._events.pause():
+            self.was_disturbed = True
         self._caller = sys._getframe(2)
         return True
 
     def resume(self) -> None:
         self._caller = None
-        if _CHEAP_PAUSE:
-            sys.settrace(self._tracer)
-            sys.setprofile(self._profiler)  # last, for the same reason
-
-    def _look_for_disturbance(self) -> None:
-        self.was_disturbed = self.was_disturbed or sys.gettrace() is not self._tracer
+        if self._events is not None:
+            self._events.resume()
 
     def here(self) -> Here:
         """Where the innermost frame of the user is; to be called for every operation."""
@@ -173,11 +163,18 @@ class Positions:
         return ()
 
     def _on_call(self, frame: FrameType, event: str, arg: object) -> Any:
+        if self._caller is not None:  # it is paused
+            return None
         code = frame.f_code
         facts = self._facts.get(id(code)) or self._inspect(code)
         if facts.is_watched and self.watcher is not None:
             return self._follow_watched(frame, facts, self.watcher)
         return self._follow(frame, facts)
+
+    def _matters(self, code: CodeType) -> bool:
+        """Whether some frame of ``code`` may be followed."""
+        facts = self._facts.get(id(code)) or self._inspect(code)
+        return bool(facts.loops) or facts.is_forward or facts.is_watched
 
     def _follow_watched(self, frame: FrameType, facts: _CodeFacts, watcher: Watcher) -> Any:
         end = self._outside(frame, watcher.on_call, frame)
@@ -278,7 +275,7 @@ class _FrameLoops:
 
     __slots__ = (
         *("positions", "facts", "frame", "number", "is_owner"),
-        *("offset", "inside", "iterations", "steps", "jumped_to", "around"),
+        *("offset", "inside", "iterations", "steps", "jumped", "around"),
     )
 
     def __init__(
@@ -294,12 +291,14 @@ class _FrameLoops:
         self.inside: tuple[int, ...] = ()
         self.iterations = [0] * len(facts.loops)
         self.steps: tuple[LoopStep, ...] | None = ()
-        self.jumped_to = -1
+        self.jumped = -1
         self.around: tuple[LoopStep, ...] | None = None  # of the callers, once it was asked for
 
-    def on_event(self, frame: FrameType, event: str, arg: object) -> Any:
+    def on_event(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
             self._on_line(frame.f_lasti)
+        elif event == "jump":
+            self._on_jump(*arg)
         elif event == "return" and self._is_over(frame):
             self.positions.leave(self, frame)
         return self.on_event
@@ -314,16 +313,27 @@ class _FrameLoops:
 
     def _on_line(self, offset: int) -> None:
         """Count a jump back: seen at its target, or, on one line from 3.12 on, at the jump."""
-        before, jumped_to = self.inside, self.jumped_to
+        before, came_from, jumped = self.inside, self.offset, self.jumped
         self._move(offset)
-        self.jumped_to = -1
+        self.jumped = -1
         for index in self.inside:
             loop = self.facts.loops[index]
-            if offset == loop.first and index in before and jumped_to != offset:
-                self._count(index)
             if offset in loop.jumps:
                 self._count(index)
-                self.jumped_to = loop.first
+                self.jumped = index
+            elif index == jumped:
+                pass  # counted where it jumped
+            elif offset == loop.start:
+                if index in before or not loop.is_told:
+                    self._count(index)
+            elif offset == loop.first and index in before and came_from not in loop.ahead:
+                self._count(index)
+
+    def _on_jump(self, offset: int, to: int) -> None:
+        self._move(to)
+        for index in self.inside:
+            if offset in self.facts.loops[index].jumps:
+                self._count(index)
 
     def _move(self, offset: int) -> None:
         self.offset = offset

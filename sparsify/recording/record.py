@@ -36,6 +36,8 @@ from sparsify.recording.sources import KnownTensors, marked_before
 from sparsify.uncollected import seldom_collected
 
 _LOCK = FreeLock()
+# Modules whose own forward prepares the gradients of all ranks, or makes copies of the model.
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def record(
@@ -107,6 +109,12 @@ class _Run:
             self.recorder.fail(
                 "saved_tensors_hooks are in use around the model, which kernels would not call"
             )
+        for module in self.model.modules():
+            if isinstance(module, PARALLEL):
+                self.recorder.fail(
+                    f"{type(module).__name__} does what no operation shows; sparsify the model in "
+                    f"it, and give it that: {type(module).__name__}(model.sparsify())"
+                )
         reads = self.reads
         try:
             with ExitStack() as stack:

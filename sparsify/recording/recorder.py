@@ -298,8 +298,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return node
         if isinstance(argument, (list, tuple)):
             return [self.lower(item) for item in argument]
-        if isinstance(argument, (torch.Generator, torch.ScriptObject)):
-            raise CannotRecord(f"a {type(argument).__name__} is given to an operation")
+        if isinstance(argument, torch.Generator):
+            raise CannotRecord("a Generator is given to an operation")
+        if isinstance(argument, torch.ScriptObject):
+            raise CannotRecord(
+                "a ScriptObject, such as quantized layers hold weights in, is given to an "
+                "operation; kernels read weights of floats: sparsify the model before quantization"
+            )
         return plain(argument)
 
     def read(self, value: Value) -> fx.Node:

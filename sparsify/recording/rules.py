@@ -19,8 +19,10 @@ from sparsify.recording.operations import (
     BATCH_NORMS,
     EMPTIES,
     FILLS,
+    LABELS,
     REPLACES_STORAGE,
     SAME,
+    UPDATE_STATISTICS,
     Op,
     bind,
     functional_arguments,
@@ -112,7 +114,10 @@ def index(recorder: Recorder, call: Call) -> None:
 
 
 def batch_norm(recorder: Recorder, call: Call) -> None:
-    """In training it writes to the running statistics, which its schema does not say."""
+    """In training it writes to the running statistics, which its schema does not say.
+
+    What cuDNN returns beside the result and its statistics is for its own gradient alone.
+    """
     x, weight, bias, mean, variance, training, momentum, eps = call.args
     if not training or mean is None:
         recorder.record_call(call)
@@ -128,13 +133,24 @@ def batch_norm(recorder: Recorder, call: Call) -> None:
     for written in (mean, variance):
         recorder.announce_write(written)
     result = call.run()
-    infos = [recorder.values.info(t) for t in (*result, mean, variance)]
+    infos = [recorder.values.info(t) for t in (*result[:3], mean, variance)]
     node = recorder.emit(op, lowered, {}, tuple(infos))
     parts = [_part(recorder, node, k, info) for k, info in enumerate(infos)]
-    for tensor, part in zip(result, parts[:3], strict=True):
+    for tensor, part in zip(result, parts[:3], strict=False):
         recorder.values.add_root(tensor, part)
     recorder.write(mean, parts[3], True)
     recorder.write(variance, parts[4], True)
+
+
+def updates_statistics(recorder: Recorder, call: Call) -> None:
+    """It writes to running statistics if it has them, which its schema does not say."""
+    given = bind(call.op, call.args, call.kwargs)
+    if any(given.get(name) is not None for name in ("running_mean", "running_var")):
+        name = call.op._schema.name.removeprefix("aten::")
+        raise CannotRecord(
+            f"{name} writes to running statistics; give it none, or use a batch norm"
+        )
+    (in_place if call.facts.written else Recorder.record_call)(recorder, call)
 
 
 def _part(recorder: Recorder, node: fx.Node, index: int, info: TensorInfo) -> fx.Node:
@@ -144,6 +160,11 @@ def _part(recorder: Recorder, node: fx.Node, index: int, info: TensorInfo) -> fx
 def replaces_storage(recorder: Recorder, call: Call) -> None:
     name = call.op._schema.name.removeprefix("aten::")
     raise CannotRecord(f"{name} replaces the memory of a tensor")
+
+
+def label(recorder: Recorder, call: Call) -> None:
+    """Told to the profiler of the recorded run only."""
+    call.run()
 
 
 def in_place_view(recorder: Recorder, call: Call) -> None:
@@ -260,7 +281,9 @@ def _make_rules() -> dict[Op, Rule]:
     rules.update(dict.fromkeys(EMPTIES, empty))
     rules.update(dict.fromkeys(SAME, same))
     rules.update(dict.fromkeys(BATCH_NORMS, batch_norm))
+    rules.update(dict.fromkeys(UPDATE_STATISTICS, updates_statistics))
     rules.update(dict.fromkeys(REPLACES_STORAGE, replaces_storage))
+    rules.update(dict.fromkeys(LABELS, label))
     rules.update(
         {
             aten.copy_.default: copy,

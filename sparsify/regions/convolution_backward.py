@@ -46,11 +46,14 @@ def sender_gradient(
 
 
 class _Gradient(nn.Module):
-    """One of both gradients; if it is ``packed``, ``z`` comes as bits of its rows."""
+    """One of both gradients; if it is ``packed``, ``z`` comes as bits of its rows.
 
-    def __init__(self, sizes: Sizes, packed: bool) -> None:
+    ``layer`` is what the model calls the convolution or its weight, "" if that is not known.
+    """
+
+    def __init__(self, sizes: Sizes, packed: bool, layer: str) -> None:
         super().__init__()
-        self.sizes, self.packed = sizes, packed
+        self.sizes, self.packed, self.layer = sizes, packed, layer
 
     @property
     def dims(self) -> int:
@@ -66,8 +69,10 @@ class WeightGradient(_Gradient):
     ``event`` says that ``z`` is mostly zero.
     """
 
-    def __init__(self, sizes: Sizes, event: bool = False, packed: bool = False) -> None:
-        super().__init__(sizes, packed)
+    def __init__(
+        self, sizes: Sizes, event: bool = False, packed: bool = False, layer: str = ""
+    ) -> None:
+        super().__init__(sizes, packed, layer)
         self.gradient = ConvolutionGradient(read_sizes(sizes), event, packed)
 
     @property
@@ -82,7 +87,7 @@ class WeightGradient(_Gradient):
 
     def of_bits(self) -> WeightGradient:
         """The same gradient where ``z`` comes as bits."""
-        return WeightGradient(self.sizes, self.event, packed=True)
+        return WeightGradient(self.sizes, self.event, packed=True, layer=self.layer)
 
     def forward(self, d: Tensor, z: Tensor, total: Tensor | None = None) -> Tensor:
         """It is added to ``total``, in place, if that is given."""
@@ -100,13 +105,13 @@ class WeightGradient(_Gradient):
 class ReadGradient(_Gradient):
     """``sender_gradient`` of one convolution: ``d [..., Co, *], w, z, only -> [..., Ci, *]``."""
 
-    def __init__(self, sizes: Sizes, packed: bool = False) -> None:
-        super().__init__(sizes, packed)
+    def __init__(self, sizes: Sizes, packed: bool = False, layer: str = "") -> None:
+        super().__init__(sizes, packed, layer)
         self.gradient = SenderGradient(read_sizes(sizes), packed)
 
     def of_bits(self) -> ReadGradient:
         """The same gradient where ``z`` comes as bits."""
-        return ReadGradient(self.sizes, True)
+        return ReadGradient(self.sizes, True, self.layer)
 
     def forward(
         self,

@@ -28,13 +28,14 @@ class SenderGradient(nn.Module):
 
     ``only`` says which senders' gradients matter: bools like the senders, or bits like those of
     ``z``. Others may get 0, where all gradients are finite. A kernel then computes the former
-    alone, unless they are many.
+    alone, unless they are many. ``runs`` counts how calls were computed.
     """
 
     def __init__(self, convolution: ir.Convolution, packed: bool = False) -> None:
         super().__init__()
         self.convolution, self.packed = convolution, packed
         self._unavailable = why_no_kernel(convolution)
+        self.runs = {"kernel": 0, "torch": 0}
 
     def forward(
         self,
@@ -58,7 +59,9 @@ class SenderGradient(nn.Module):
             z = z.reshape(len(rows), *(z.shape[-1:] if self.packed else z.shape[-3:]))
         whole = result.view(*d.shape[:-3], senders, *convolution.senders)
         if only is not None and self._only(rows, w, z, only, result):
+            self.runs["kernel"] += 1
             return whole
+        self.runs["torch"] += 1
         by_kernel = z is not None and self._has_kernel(d, w, z)
         for some in row_chunks(len(rows), senders * prod(convolution.senders)):
             back = backward_of_maps(rows[some], w, convolution)

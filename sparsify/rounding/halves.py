@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sparsify.passes.lower_activations import rounds_bound_of_softshrink
 from sparsify.rounding.bounded import EXACT, Bounded, Precision, is_exact
 from sparsify.rounding.pointwise import Row, multiply
 
@@ -38,7 +39,8 @@ def in_halves(target: Any, row: Row) -> Row:
             on_cpu = all(x.value.is_cpu for x in args if isinstance(x, Bounded))
             alpha = [p.round_scalar(v) for v in (*args[2:], *kwargs.values())]
             args, kwargs = (*(_number(a, p.dtype, on_cpu) for a in args[:2]), *alpha), {}
-        if target is aten.hardshrink.default:
+        softened = target is aten.softshrink.default and rounds_bound_of_softshrink()
+        if target is aten.hardshrink.default or softened:
             args = (args[0], *map(p.round_scalar, args[1:]))
         if target is aten.pow.Tensor_Scalar and args[1] == 3:
             return _hull(*_cubes(args[0], p.dtype))

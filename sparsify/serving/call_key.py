@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.autocast import autocast, is_any_on
@@ -15,12 +14,21 @@ from sparsify.recording.recording import Args, Kwargs
 
 def call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
     """Modes and the kinds of the arguments. Calls of one key can differ in all else."""
-    modes = (
-        *(model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    return modes(model), kinds(args, kwargs)
+
+
+def modes(model: nn.Module) -> tuple[object, ...]:
+    """What is on when ``model`` is called."""
+    return (
+        *(model.training, is_grad_enabled(), is_inference_mode_enabled()),
         saved_hooks(True) is not None,
         autocast() if is_any_on() else (),
     )
-    return modes, tuple([_kind(argument) for argument in args]), _kind(kwargs)
+
+
+def kinds(args: Args, kwargs: Kwargs) -> tuple[object, ...]:
+    """What tells the arguments of a call from others, but for the contents of tensors."""
+    return tuple([_kind(argument) for argument in args]), _kind(kwargs) if kwargs else ()
 
 
 def _kind(value: Any) -> object:

@@ -22,9 +22,10 @@ from sparsify.plan import Plan
 from sparsify.products.pruning_outcome import PruningOutcome
 from sparsify.products.report import Report
 from sparsify.recording.recording import Args, Kwargs
-from sparsify.serving.entry import Entry, newest, skip_looks
+from sparsify.serving.call_key import call_key
+from sparsify.serving.entry import Entry, count_unwatched, newest, unwatched_calls
 from sparsify.serving.kernel_views import KernelView, view_kernels
-from sparsify.serving.last_call import MISSED, LastCall, may_be_repeated
+from sparsify.serving.last_call import MISSED, LastCall, LastOriginal, may_be_repeated
 from sparsify.serving.recordings import Recordings
 
 
@@ -53,8 +54,8 @@ class Engine:
             raise TypeError(f"plan={plan!r} is no Plan; Plan.load(path) reads one from a file")
         self.original, self.options, self.pruned = model, options, pruned
         self._recorded = Recordings(model, options, plan, backends)
-        self.last_call: LastCall | None = None  # what is asked first
-        self._lately: Entry | None = None  # what served the last call that it did not
+        self.last_call: LastCall | LastOriginal | None = None  # what is asked first
+        self._lately: object = None  # what served the last call that it did not, or its key
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         last_call = self.last_call  # once: another thread may put another one there
@@ -62,13 +63,16 @@ class Engine:
         return self._call(args, kwargs) if result is MISSED else result
 
     def _call(self, args: Args, kwargs: Kwargs) -> Any:
-        self.last_call = None
+        last_call, self.last_call = self.last_call, None
+        if last_call is not None:
+            count_unwatched(self.entries, last_call.served)
         if is_intercepted() or is_disabled():
             return self.original.forward(*args, **kwargs)
         recorded = self._recorded
         if not recorded.frozen:
             recorded.reopen_thinned()
         if recorded.runs_original(args, kwargs):
+            self._remember_original(args, kwargs)
             return self.original.forward(*args, **kwargs)
         for entry in recorded.entries:
             if entry.guard.matches(args, kwargs):
@@ -84,12 +88,24 @@ class Engine:
     def _remember(self, entry: Entry, operands: list[Tensor]) -> None:
         """Have calls like the last two found sooner."""
         if entry is self._lately and may_be_repeated(self.original, entry):
-            calls = sys.maxsize if self._recorded.frozen else skip_looks(self.entries)
+            calls = self._unwatched_calls()
             if entry.backend.name == "cpp" and native_call() is None:
                 loading().begin()
                 calls = min(calls, EVERY)  # it may be there then
             self.last_call = LastCall(entry, operands, calls)
         self._lately = entry
+
+    def _remember_original(self, args: Args, kwargs: Kwargs, most: int = sys.maxsize) -> None:
+        """The same for calls that run the original; at most so many before there is a look."""
+        key = call_key(self.original, args, kwargs)
+        if key == self._lately:
+            calls = min(most, self._unwatched_calls())
+            self.last_call = LastOriginal(self.original, args, kwargs, calls)
+        self._lately = key
+
+    def _unwatched_calls(self) -> int:
+        """How many calls may be made before weights have to be looked at."""
+        return sys.maxsize if self._recorded.frozen else unwatched_calls(self.entries)
 
     def compile_example(self, args: Args, kwargs: Kwargs, gradients: bool | None = None) -> None:
         """Record and compile now, leaving the model as it was; see ``Recordings``."""
@@ -192,5 +208,7 @@ class Engine:
         entry, result = self._recorded.record_missed(args, kwargs)
         self.last_call = None  # there is something new to be asked
         if entry is None:
+            if self._recorded.serves_nothing:
+                self._remember_original(args, kwargs, EVERY)
             return result
         return self._run(entry, entry.calling.operands(args, kwargs), args, kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.autocast import autocast_off, is_any_on
+from sparsify.choosing.seldom import Seldom
 from sparsify.choosing.stored_weights import StoredWeights
 from sparsify.codegen.backend import Backend
 from sparsify.compiling.compiled import Compiled
@@ -159,13 +160,19 @@ def find_thinned(
     return None, {}
 
 
-def skip_looks(entries: Sequence[Entry]) -> int:
-    """How many calls ``find_thinned`` has nothing to find in; they count as made."""
-    found = [e.weights.calls for e in entries if e.weights.may_gain(e.compiled.sites)]
-    calls = min([each.left for each in found], default=sys.maxsize)
-    for each in found:
+def unwatched_calls(entries: Sequence[Entry]) -> int:
+    """In how many calls from here on ``find_thinned`` has nothing to find."""
+    return min([each.left for each in _watched(entries)], default=sys.maxsize)
+
+
+def count_unwatched(entries: Sequence[Entry], calls: int) -> None:
+    """Have so many of them count as made."""
+    for each in _watched(entries):
         each.skip(calls)
-    return calls
+
+
+def _watched(entries: Sequence[Entry]) -> list[Seldom]:
+    return [e.weights.calls for e in entries if e.weights.may_gain(e.compiled.sites)]
 
 
 def sources(compiled: Compiled) -> list[Source | None]:

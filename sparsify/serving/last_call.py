@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules import module as torch_module
 
 from sparsify.autocast import is_any_on
 from sparsify.codegen.native_call import native_call
 from sparsify.options import is_disabled
 from sparsify.recording.environment import global_hooks
 from sparsify.recording.recording import Args, Kwargs
+from sparsify.serving.call_key import kinds, modes
 from sparsify.serving.entry import Entry
 from sparsify.training_step import requirement
 
@@ -21,13 +23,18 @@ MISSED: Any = object()  # instead of a result
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 function_modes = torch._C._len_torch_function_stack
 dispatch_modes = torch._C._len_torch_dispatch_stack
+is_traced = torch._C._get_tracing_state
+hooks_before = torch_module._global_forward_pre_hooks
+hooks_after = torch_module._global_forward_hooks
+hooks_backward = torch_module._global_backward_hooks
+hooks_backward_pre = torch_module._global_backward_pre_hooks
 
 
 class LastCall:
     """What served the last calls, with what of them has to be the same beside the guard.
 
     Made in a call that it would serve. It serves ``calls`` of them; then weights may have to be
-    looked at.
+    looked at. ``served`` counts those.
     """
 
     def __init__(self, entry: Entry, operands: Sequence[Tensor], calls: int) -> None:
@@ -38,12 +45,11 @@ class LastCall:
         self._layouts_of = native.layouts_of if native is not None else None
         self._layouts = native.layouts_of(list(operands)) if native is not None else None
         self._serves = entry.layout.serves
-        self._left = calls
+        self._calls, self.served = calls, 0
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         """The result, or MISSED: another call, or one that has to be looked at."""
-        self._left -= 1
-        if self._left < 0 or function_modes() or dispatch_modes() or is_compiling():
+        if self.served >= self._calls or function_modes() or dispatch_modes() or is_compiling():
             return MISSED
         if is_disabled() or not self._matches(args, kwargs):
             return MISSED
@@ -55,7 +61,37 @@ class LastCall:
             return MISSED
         if self._required is not None and self._required != requirement(operands):
             return MISSED
+        self.served += 1
         return self._deliver(self._forward(*operands), args, kwargs)
+
+
+class LastOriginal:
+    """Runs the original for calls like the last ones, which did.
+
+    That is never wrong, so nothing is asked of the model. What is asked is whether another call may
+    have a kernel, and whether ``nn.Module.__call__``, in whose place this is asked, does more here
+    than to call ``forward``. Like a LastCall it serves ``calls`` of them.
+    """
+
+    def __init__(self, model: nn.Module, args: Args, kwargs: Kwargs, calls: int) -> None:
+        self._model, self._modes, self._kinds = model, modes(model), kinds(args, kwargs)
+        self._calls, self.served = calls, 0
+
+    def __call__(self, args: Args, kwargs: Kwargs) -> Any:
+        """The result, or MISSED: another call, or one that has to be looked at."""
+        model = self._model
+        if self.served >= self._calls or modes(model) != self._modes:
+            return MISSED
+        if kinds(args, kwargs) != self._kinds or function_modes() or is_traced():
+            return MISSED
+        if hooks_before or hooks_after or hooks_backward or hooks_backward_pre:
+            return MISSED
+        if model._forward_pre_hooks or model._forward_hooks:
+            return MISSED
+        if model._backward_pre_hooks or model._backward_hooks:
+            return MISSED
+        self.served += 1
+        return model.forward(*args, **kwargs)
 
 
 def may_be_repeated(model: nn.Module, entry: Entry) -> bool:

@@ -10,6 +10,7 @@ from types import FrameType
 from sparsify.errors import Refusal
 from sparsify.options import is_disabled
 from sparsify.products.report import NO_SITE
+from sparsify.products.tell_gradients import tell_gradients
 from sparsify.serving.entry import Entry, newest, stand_ins
 
 WAITS = "nothing is recorded yet: the first call will be"
@@ -61,6 +62,7 @@ class Notices:
             notes += [] if entry.compiled.sites else [NO_SITE]
             notes += stand_ins(entry)
             notes += ["calls with gradients: forward and backward"] if entry.required else []
+            notes += [] if entry.compiled.runs_original else tell_gradients(entry.compiled.graph)
             notes += entry.compiled.notes
         return (*notes, *self._told)
 

@@ -295,6 +295,11 @@ class Recordings:
         self._originals.add(call_key(self.original, args, kwargs))
         return self.original.forward(*args, **kwargs)
 
+    @property
+    def serves_nothing(self) -> bool:
+        """Whether no call has a kernel for now, as the last call was told."""
+        return self.refused is not None and (self._given_up is None or not self.entries)
+
     def freeze(self, frozen: bool) -> None:
         self.frozen = frozen
         for entry in self.entries:

@@ -10,13 +10,13 @@ namespace {
 using namespace sparsify;
 
 constexpr int N_HIDDEN = 1350;  // neurons of hidden
-constexpr int BLOCKS = 85;  // of a team
-constexpr int SLICE_HIDDEN = 16;  // neurons of hidden that a block owns
+constexpr int BLOCKS = 113;  // of a team
+constexpr int SLICE_HIDDEN = 12;  // neurons of hidden that a block owns
 constexpr int ROWS = 16;  // of the batch that a team carries at once
 constexpr int WARPS = 8, THREADS = WARPS * WARP;  // of a block
 typedef GridTeam<BLOCKS> Team;
 typedef Warps<0, WARPS, 0> AllWarps;
-constexpr int NEURON_WARPS = 4;  // compute neurons while others sort mail
+constexpr int NEURON_WARPS = 3;  // compute neurons while others sort mail
 typedef Warps<0, NEURON_WARPS, 1> NeuronWarps;
 typedef Warps<NEURON_WARPS, WARPS - NEURON_WARPS, 2> MailWarps;
 constexpr int COLUMNS = 3 * SLICE_HIDDEN;  // receivers of a block
@@ -49,9 +49,9 @@ struct HiddenNeuron {
 
 // What the blocks of a team tell each other.
 struct Told {
-  FlaggedMail<8, SLICE_HIDDEN> y_mail[2][2][BLOCKS];  // y, those that are active
+  FlaggedMail<8, SLICE_HIDDEN, 24> y_mail[2][2][BLOCKS];  // y, those that are active
 };
-static_assert(sizeof(Told) == 174080, "as launched");
+static_assert(sizeof(Told) == 173568, "as launched");
 
 // What a block keeps in shared memory.
 struct Shared {
@@ -61,7 +61,7 @@ struct Shared {
   uint32_t y_active[2][8];
   EventTile<sparsify::float16, N_HIDDEN> y_tile[2];  // y of all senders; by parity of the halves
 };
-static_assert(sizeof(Shared) == 83520, "as launched");
+static_assert(sizeof(Shared) == 83008, "as launched");
 
 // What a neuron of hidden reads of a row, and of a step.
 struct HiddenInputs {
@@ -157,9 +157,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
       }
     }
     const int halves = rows < 9 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    const auto first_of = [&](int half) { return half * rows >> (halves - 1); };  // a row
     // Some warps hear who was active in a half of the rows: in the next tile.
     const auto hear = [&](uint32_t round, int half) -> bool {
-      auto& next_tile = shared.y_tile[(turn + 1) % 2];
+      auto& next_tile = one_of(shared.y_tile, turn + 1);
       const auto put = [&](int row, int sender, uint16_t bits) {
         next_tile.set(row, sender, bits);
       };
@@ -171,13 +172,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
     shared.y_tile[0].clear<AllWarps>();
     shared.y_tile[1].clear<AllWarps>();
     for (int half = 0; half < halves; ++half) {
-      const int low = half * rows / halves, high = (half + 1) * rows / halves;
+      const int low = first_of(half), high = first_of(half + 1);
       send<AllWarps, sparsify::float16>(told.y_mail[(begun) % 2][half][team.rank], shared.y_active[half], my_hidden, low, high, begun, [&](int row, int i) { return shared.own_hidden[row][i].y; });
     }
     // What the neurons of a half read in a step, asked for before its sums.
     HiddenInputs hidden_inputs = {};
     const auto fetch = [&](int64_t t, int half) {
-      const int low = half * rows / halves, high = (half + 1) * rows / halves;
+      const int low = first_of(half), high = first_of(half + 1);
       for (int first = low * SLICE_HIDDEN + warp_of() * WARP; first < high * SLICE_HIDDEN; first += NEURON_WARPS * WARP) {
         const int neuron = first + lane_of();  // SLICE_HIDDEN in a row
         const int row = neuron / SLICE_HIDDEN, i = neuron % SLICE_HIDDEN, n = my_hidden.first + i;
@@ -194,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
       const int now = t & 1, next = now ^ 1;
       const int64_t t_next = t + 1;
       for (int half = 0; half < halves; ++half) {
-        const int low = half * rows / halves, high = (half + 1) * rows / halves;
+        const int low = first_of(half), high = first_of(half + 1);
         // What hidden receives from y.
         add_event_tile(shared.y_sum, y_weights, shared.y_tile[turn % 2]);
         __syncthreads();  // the sums are there

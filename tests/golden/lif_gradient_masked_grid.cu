@@ -131,12 +131,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_lif_gradient(const 
       }
     }
     const int halves = rows < 4 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    const auto first_of = [&](int half) { return half * rows >> (halves - 1); };  // a row
     for (int half = 0; half < halves; ++half) team.arrive(half);
     for (int64_t step = 0; step < call.steps; ++step) {
       const int64_t t = call.steps - 1 - step;  // the last step runs first
       const int now = step & 1, next = now ^ 1;
       for (int half = 0; half < halves; ++half) {
-        const int low = half * rows / halves, high = (half + 1) * rows / halves;
+        const int low = first_of(half), high = first_of(half + 1);
         // What its neurons of hidden read in the next step.
         if (t > 0) {
           for (int item = low * words_of(SLICE_HIDDEN) + (WARPS - 1 - warp_of()); item < high * words_of(SLICE_HIDDEN); item += WARPS) {

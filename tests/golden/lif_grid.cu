@@ -122,11 +122,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_recurrent_lif(const
       }
     }
     const int halves = rows < 16 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    const auto first_of = [&](int half) { return half * rows >> (halves - 1); };  // a row
     for (int half = 0; half < halves; ++half) team.arrive(half);
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
       for (int half = 0; half < halves; ++half) {
-        const int low = half * rows / halves, high = (half + 1) * rows / halves;
+        const int low = first_of(half), high = first_of(half + 1);
         // What hidden receives from x.
         {
           const auto source_of = [&](int row) {

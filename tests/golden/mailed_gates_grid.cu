@@ -155,15 +155,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
       }
     }
     const int halves = rows < 6 ? 1 : 2;  // of the rows: one is computed while the other is waited for
+    const auto first_of = [&](int half) { return half * rows >> (halves - 1); };  // a row
     // Some warps wait for mail of a half of the rows, and sort it.
     const auto receive = [&](int slot, int half) -> bool {
       if (!wait_with<MailWarps>(team, half, shared.y_lists)) return false;
-      const int several = (half + 1) * rows / halves - half * rows / halves;
+      const int several = first_of(half + 1) - first_of(half);
       y_found += sort_mail<Team, MailWarps>(shared.y_lists, told.y_mail[slot][half], several);
       return true;
     };
     for (int half = 0; half < halves; ++half) {
-      const int low = half * rows / halves, high = (half + 1) * rows / halves;
+      const int low = first_of(half), high = first_of(half + 1);
       team.expect(half);
       // It has told what the others read.
       arrive_with<AllWarps>(team, half, [&]() {
@@ -175,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) run_egru(const Call cal
     for (int64_t t = 0; t < call.steps; ++t) {
       const int now = t & 1, next = now ^ 1;
       for (int half = 0; half < halves; ++half) {
-        const int low = half * rows / halves, high = (half + 1) * rows / halves;
+        const int low = first_of(half), high = first_of(half + 1);
         // What its neurons of hidden read in the next step.
         if (t + 1 < call.steps) {
           for (int first = low * SLICE_HIDDEN + (WARPS - 1 - warp_of()) * WARP; first < high * SLICE_HIDDEN; first += THREADS) {
