@@ -200,6 +200,10 @@ def _why_not_transpose(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     turns = (product_operand(user) is not None or user.target in TRANSPOSES for user in node.users)
     if node in consts and all(turns):
         return None
+    if all(
+        product_operand(user) is not None and node in product_weights(user) for user in node.users
+    ):
+        return None  # of a weight that changes the product says so
     shape = node.all_input_nodes[0].meta["val"].shape
     if sum(size != 1 for size in shape) <= 1:
         return None

@@ -124,6 +124,21 @@ def test_draws_by_the_state_stay_with_all_other_draws() -> None:
     assert_as_eager(graph, example)
 
 
+def masked_weight(v: Tensor, z: Tensor) -> Tensor:
+    return F.linear(z, F.dropout(W1, 0.25))
+
+
+def test_a_weight_with_a_mask_of_every_step_is_refused_as_one_that_changes() -> None:
+    example = rolled(masked_weight)
+    graph = hoist_draws(example.graph).graph
+    assert_as_eager(graph, example)
+    [draws] = drawing(graph)
+    [scan] = [scan for scan in scans_of(graph).values() if scan is not draws]
+    refusal = lower_scan(scan, "kernel")
+    assert isinstance(refusal, Refusal) and refusal.code == "unsupported-layout"
+    assert "changes from step to step" in refusal.reason
+
+
 def test_a_dropout_of_gpus_is_a_product_with_a_mask() -> None:
     model = of(lambda x: aten.native_dropout(x * 2.0, 0.3, True))
     given = torch.rand(5, 7)
