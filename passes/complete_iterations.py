@@ -34,6 +34,7 @@ from sparsify.passes.encode_nodes import (
     encode,
     head_of,
     kind_of,
+    layers_of,
     leaves,
     rebuild,
     same_heads,
@@ -104,7 +105,7 @@ class _Alignment:
         self.found: dict[int, fx.Node] = {}
         self.extra: list[fx.Node] = []
         self.nodes: list[fx.Node] = []
-        self.shared: set[object] = set()  # modules that run in both
+        self.shared: set[object] = set()  # layers that run in both
 
     @property
     def missing(self) -> list[int]:
@@ -113,7 +114,7 @@ class _Alignment:
     def align(self, nodes: list[fx.Node]) -> _Alignment | None:
         """Pair each node with its counterpart; None if the rest is needed or draws numbers."""
         self.nodes = nodes
-        self.shared = _modules(nodes) & _modules(self.pattern)
+        self.shared = layers_of(nodes) & layers_of(self.pattern)
         alike: dict[Kind, list[int]] = {}
         for index, node in enumerate(nodes):
             alike.setdefault(self._kind_of(node), []).append(index)
@@ -197,10 +198,6 @@ class _Alignment:
         if isinstance(code, fx.Node) and isinstance(earlier, fx.Node) and code is not earlier:
             return _following(code, earlier)
         return _next_number(code, earlier) if isinstance(code, Number) else code
-
-
-def _modules(nodes: list[fx.Node]) -> set[object]:
-    return {node.meta.get("module") for node in nodes}
 
 
 def _next_number(code: Number, earlier: Code) -> int | float | bool:

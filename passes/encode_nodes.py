@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -53,6 +53,11 @@ def kind_of(node: fx.Node, depth: int, with_layer: bool = True) -> Kind:
     inner = tuple(step.iteration for step in node.meta.get("loops", ())[depth + 1 :])
     layer = node.meta.get("module") if with_layer else None
     return head_of(node), node.meta.get("location"), layer, inner
+
+
+def layers_of(nodes: Iterable[fx.Node]) -> set[object]:
+    """The layers that nodes belong to."""
+    return {node.meta.get("module") for node in nodes}
 
 
 def same_heads(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> bool:

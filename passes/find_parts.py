@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +52,13 @@ Reader = tuple[fx.Node, Part]
 Behind = tuple[fx.Node, Part | None]  # a value and which part of it; None: all of it
 
 
-def find_readers(value: fx.Node) -> list[Reader] | None:
-    """Everything that reads ``value``, if all of it takes parts along one dim; else None."""
+def find_readers(value: fx.Node, users: Iterable[fx.Node] | None = None) -> list[Reader] | None:
+    """What reads ``value`` (of ``users``), if all of it takes parts along one dim; else None."""
     if not hasattr(value.meta.get("val"), "shape"):
         return None
     shape = _shape(value)
     found: list[Reader] = []
-    for user in value.users:
+    for user in value.users if users is None else users:
         if user.target in SPLITS:
             read = [(part, part_of(part, shape)) for part in user.users]
         else:

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.fuse_product import RESHAPES
+from sparsify.passes.fuse_product import REGROUPS
 from sparsify.passes.link_loops import Reading, by_y, find_readings, origin_of
 from sparsify.passes.lower_layout import Shape, shape_of
 from sparsify.passes.pack_links import hands_on_spikes
@@ -48,7 +48,7 @@ def flatten_maps(gm: fx.GraphModule) -> PassResult:
 
 
 def _is_reshape(value: fx.Node) -> bool:
-    return value.target in RESHAPES
+    return value.target in REGROUPS
 
 
 def _can_flatten(y: fx.Node, readings: list[Reading], scans: dict[str, Scan]) -> bool:

@@ -14,6 +14,7 @@ from sparsify.passes.classify_ops import (
     CONVOLUTION,
     POOL,
     PRODUCTS,
+    RESHAPES,
     is_of_rows,
     keep_measured,
     order_of,
@@ -35,15 +36,7 @@ from sparsify.passes.why_not_lower import product_weights
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
-RESHAPES = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-)
+REGROUPS = (*RESHAPES, aten.unflatten.int)  # rows, into as many dims as there may be
 REORDERS = (aten.permute.default, aten.transpose.int)
 CallArgs = tuple[Any, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
 
@@ -78,7 +71,7 @@ def pooled_before(product: fx.Node) -> PooledBefore:
             if len(value.meta["val"].shape) == 1 + dims and pools_events(value):
                 return PooledBefore(value.all_input_nodes[0], value)
             break
-        if value.target not in RESHAPES:
+        if value.target not in REGROUPS:
             break
         before = value.all_input_nodes[0]
         if not _keeps_neurons(value, before, dims):
@@ -154,7 +147,7 @@ def moved_views(graph: fx.Graph, product: fx.Node, views: Sequence[fx.Node]) -> 
 
 def _reshaped(graph: fx.Graph, value: fx.Node, shape: tuple[int, ...], like: fx.Node) -> fx.Node:
     """``value.reshape(shape)``, or what was flattened before, if that has the shape."""
-    if value.target in RESHAPES:
+    if value.target in REGROUPS:
         [flattened] = value.all_input_nodes
         if tuple(flattened.meta["val"].shape) == shape:
             return flattened

@@ -117,24 +117,28 @@ class _Differs(Exception):
 
 
 def generalize(
-    first: fx.GraphModule, second: fx.GraphModule, same_module: SameModule
+    first: fx.GraphModule,
+    second: fx.GraphModule,
+    same_module: SameModule,
+    is_called: bool = False,
 ) -> Generalized | Refusal:
     """Return a graph valid for all sizes, or why the two recordings do not determine one.
 
     ``same_module`` compares the submodules that a pair of calls runs; those of ``first`` are kept.
     Placeholders' sizes are those of ``meta["val"]``. Dims that did not differ stay as they are. The
     second sizes should be odd ones out (3 and 8, 5 and 18): where integers follow from the sizes in
-    two ways, the answer is a Refusal.
+    two ways, the answer is a Refusal. In a graph that another one calls (``is_called``), a size is
+    a part of another by no coincidence, as steps are of rows.
     """
     try:
-        return _generalize(first, second, same_module)
+        return _generalize(first, second, same_module, is_called)
     except _Differs as differs:
         location = differs.node.meta.get("location") if differs.node is not None else None
         return Refusal("unsupported-layout", str(differs), REMEDY, location)
 
 
 def _generalize(
-    first: fx.GraphModule, second: fx.GraphModule, same_module: SameModule
+    first: fx.GraphModule, second: fx.GraphModule, same_module: SameModule, is_called: bool
 ) -> Generalized:
     pairs = _pair_nodes(first, second, same_module)
     shapes = [given_shape(node) for node, _ in pairs if node.op == "placeholder"]
@@ -144,7 +148,7 @@ def _generalize(
         raise _Differs(reason)
     matching = dict(pairs)
     formulas = {
-        (node, index): _find_formula(a, b, classes, node)
+        (node, index): _find_formula(a, b, classes, node, is_called)
         for node in matching
         for index, a, b in _differing_numbers(node, matching)
     }
@@ -152,7 +156,7 @@ def _generalize(
     numbers = {(f.of(firsts), f.of(seconds)) for f in formulas.values()}
     for node, other in pairs:
         reason = why_part_of_dim(node, other) or why_part_of_count(node, other, numbers)
-        if node.op == "call_module" and (node, 0) in formulas:  # a loop
+        if node.op == "call_module" and (node, 0) in formulas and not is_called:  # a loop
             others = others_than(formulas[node, 0], classes)
             reason = reason or why_unknown_steps(node, other, others)
         if reason:
@@ -217,14 +221,17 @@ def _differing_numbers(
         raise _Differs(reason, node)
 
 
-def _find_formula(a: int, b: int, classes: Sequence[SizeClass], node: fx.Node) -> Formula:
+def _find_formula(
+    a: int, b: int, classes: Sequence[SizeClass], node: fx.Node, is_called: bool
+) -> Formula:
     """The formula in the sizes that gives ``a`` here and ``b`` in the other graph."""
     # Two recordings cannot tell formulas apart that agree on both, so there must be only one.
     found = formulas_of(a, b, classes)
     if len(found) == 1:
         [formula] = found
         # Or it is a part of another size, as how often a layer runs that does in every third step.
-        if not may_be_part(a, b, others_than(formula, classes)):
+        is_size = is_called and formula.offset == formula.shift == 0
+        if is_size or not may_be_part(a, b, others_than(formula, classes)):
             return formula
     how = "in more than one way" if found else "in no simple way"
     raise _Differs(f"{a} and {b} follow from the sizes {how}.", node)

@@ -27,7 +27,7 @@ from torch import fx
 from sparsify.passes.classify_ops import TRANSPOSES, order_of
 from sparsify.passes.differentiate import Draft
 from sparsify.passes.find_masks import find_masks
-from sparsify.passes.fuse_product import RESHAPES
+from sparsify.passes.fuse_product import REGROUPS
 from sparsify.passes.link_convolutions import (
     LINKED,
     read_by_convolution,
@@ -139,7 +139,7 @@ def _is_call(node: Any, loops: Mapping[str, object]) -> bool:
 
 def keeps_rows(view: fx.Node) -> bool:
     """True for views that leave the last dim alone."""
-    if view.target not in RESHAPES:
+    if view.target not in REGROUPS:
         return False
     shape, before = view.meta["val"].shape, view.all_input_nodes[0].meta["val"].shape
     return bool(shape and before and shape[-1] == before[-1])
@@ -155,7 +155,7 @@ def seen_through(graph: fx.Graph, reading: Reading, value: fx.Node, neurons: int
     """``value`` through the views of a reading, which leave so many last dims alone."""
     with graph.inserting_before(reading.reader):
         for view in reading.views:
-            if view.target not in RESHAPES:  # a cast
+            if view.target not in REGROUPS:  # a cast
                 continue
             info = value.meta["val"]
             shape = [*view.meta["val"].shape[:-1], *info.shape[-neurons:]]

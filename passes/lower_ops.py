@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from sparsify import ir
+from sparsify.passes.classify_ops import RESHAPES
 from sparsify.passes.expansion import Cell, Expansion
 from sparsify.passes.lower_activations import (
     celu,
@@ -175,13 +176,8 @@ DTYPES: dict[torch.dtype, ir.DType] = {
 
 # The same elements in the same order, in another shape.
 VIEWS: tuple[object, ...] = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
+    *RESHAPES,
     aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
     aten.squeeze.dims,
     aten.squeeze.default,
     aten.view_as.default,

@@ -24,6 +24,7 @@ from sparsify.passes.split_operands import split_operands
 from sparsify.passes.split_time import split_time
 from sparsify.passes.unify_products import unify_products
 from sparsify.passes.write_cells import write_cells
+from sparsify.passes.write_sums import write_sums
 
 
 def split_products(gm: fx.GraphModule) -> PassResult:
@@ -48,6 +49,7 @@ PIPELINE: tuple[Pass, ...] = (
     read_single_parts,
     read_delays,
     unify_products,
+    write_sums,
     split_operands,
     split_gates,
     complete_parts,

@@ -23,7 +23,7 @@ from itertools import chain
 from torch import fx
 
 from sparsify.passes.classify_ops import draws_random
-from sparsify.passes.encode_nodes import Kind, kind_of
+from sparsify.passes.encode_nodes import Kind, kind_of, layers_of
 from sparsify.passes.find_loops import Loop
 
 Key = tuple[Kind, int]  # what a node is, and how many alike came before it in its iteration
@@ -51,7 +51,7 @@ def set_late_apart(loop: Loop) -> list[Loop]:
 
 def _shared_layers(loop: Loop) -> set[object]:
     """Layers of several iterations; one of a single iteration stands where others stand."""
-    runs = Counter(chain(*({n.meta.get("module") for n in nodes} for nodes in loop.iterations)))
+    runs = Counter(chain(*map(layers_of, loop.iterations)))
     return {layer for layer, iterations in runs.items() if iterations > 1}
 
 

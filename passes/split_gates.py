@@ -12,7 +12,8 @@ After, with the parts of ``w`` and ``b`` taken once, outside of the loop::
     r = sigmoid(p[:, N:] + addmm(b[N:], y, t(w[N:])))
 
 Parts move from the readers of a value to what it is made of: through operations that work element
-by element, views, and writes to other parts, up to products and to what comes from outside.
+by element, views, and writes to other parts, up to products and to what comes from outside. What
+reads all of a last state behind the loop reads its parts, joined there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from sparsify.passes.find_parts import (
     part_of,
 )
 from sparsify.passes.result import PassResult
-from sparsify.passes.tensor_info import call, copy_meta, with_shape
+from sparsify.passes.tensor_info import call, contiguous_stride, copy_meta, with_shape
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -46,11 +47,12 @@ MOST_PARTS = 16  # of one value: a layer has few gates
 
 def split_gates(gm: fx.GraphModule) -> PassResult:
     """Split every value of a loop of which only parts are read."""
-    if not any(_find_parts(node) or _is_inner_split(node) for node in gm.graph.nodes):
+    if not any(_is_to_split(node) for node in gm.graph.nodes):
         return PassResult(gm)  # long recordings are not copied for nothing
     graph = copy_graph(gm.graph)
     splitter = _Splitter(graph)
     for node in reversed(list(graph.nodes)):
+        splitter.join_behind(node)
         splitter.split(node)
     for node in list(graph.nodes):
         splitter.slice(node)
@@ -58,6 +60,10 @@ def split_gates(gm: fx.GraphModule) -> PassResult:
     erase_unused(graph, modules)
     done = list(reversed(splitter.done))
     return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
+
+
+def _is_to_split(node: fx.Node) -> bool:
+    return bool(_find_parts(node) or _is_inner_split(node) or _find_behind_loop(node))
 
 
 def _find_parts(node: fx.Node) -> list[Reader] | None:
@@ -91,6 +97,28 @@ def _is_inner_split(node: fx.Node) -> bool:
     shape = tuple(node.all_input_nodes[0].meta["val"].shape)
     parts = [part_of(user, shape) for user in node.users]
     return bool(node.meta.get("loops")) and bool(parts) and None not in parts
+
+
+def _find_behind_loop(value: fx.Node) -> tuple[list[fx.Node], list[Part]] | None:
+    """What reads a value of a loop behind it, and the parts, in order, that the loop reads of it.
+
+    None where these are not all of it.
+    """
+    depth = len(value.meta.get("loops") or ())
+    behind = [user for user in value.users if len(user.meta.get("loops") or ()) < depth]
+    if not behind or len(behind) == len(value.users) or value.op != "call_function":
+        return None
+    info: Any = value.meta["val"]
+    if not hasattr(info, "shape") or info.stride != contiguous_stride(info.shape):
+        return None  # what is joined is contiguous
+    readers = find_readers(value, [user for user in value.users if user not in behind])
+    if readers is None or any(_is_returned(reader) for reader, _ in readers):
+        return None
+    parts = sorted({part for _, part in readers}, key=lambda part: part.first)
+    if not 1 < len(parts) <= MOST_PARTS:
+        return None
+    indices = [index for part in parts for index in part.indices]
+    return (behind, parts) if indices == list(range(info.shape[parts[0].dim])) else None
 
 
 def _is_returned(reader: fx.Node) -> bool:
@@ -149,6 +177,20 @@ class _Splitter:
         self.graph.erase_node(value)
         if value.target in PRODUCTS:
             self.done.append(f"{value.meta.get('location')}: one product for each of its parts")
+
+    def join_behind(self, value: fx.Node) -> None:
+        """Let what reads all of ``value`` behind its loop read what the loop reads, joined."""
+        found = _find_behind_loop(value)
+        if found is None:
+            return
+        behind, parts = found
+        info = value.meta["val"]
+        with self.graph.inserting_before(min(behind)):
+            pieces = [self._part(value, part, behind[0]) for part in parts]
+            args = (pieces, parts[0].dim % len(info.shape))
+            whole = call(self.graph, aten.cat.default, args, info, behind[0])
+        for reader in behind:
+            reader.replace_input_with(value, whole)
 
     def slice(self, split: fx.Node) -> None:
         """Take a split of what comes from outside apart, into slices in the same place."""

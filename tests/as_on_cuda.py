@@ -67,6 +67,11 @@ def batch_norm(
     return result
 
 
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """``functional.dropout``, which is one operation on CUDA."""
+    return torch.native_dropout(x, p, training)[0] if training else x
+
+
 def _lstm(p: Tensor, q: Tensor, c: Tensor, *biases: Tensor | None) -> tuple[Tensor, ...]:
     """As ``lstm_cell_forward`` of ATen's RNN.cu."""
     total = _biased(p + q, biases)

@@ -60,3 +60,19 @@ def all_threads_for_small_work() -> Iterator[None]:
     load_runtime().ignore_lateness(False)
     launch.ALONE = alone
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled() -> Iterator[None]:
+    """C++ kernels are compiled with -O1, which takes a third of the time.
+
+    For tests of what kernels of whole networks compute. How they are optimised changes no bit; the
+    tests of kernels, of layouts and of the zoo's results compile as users do.
+    """
+    from sparsify.codegen import toolchain  # imports torch: not before it is needed
+
+    flags = tuple("-O1" if flag == "-O3" else flag for flag in toolchain.compile_flags())
+    assert "-O1" in flags
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(toolchain, "compile_flags", lambda: flags)
+        yield

@@ -20,6 +20,8 @@ from tests.surrogates import FastSigmoid
 from tests.test_half_models import HALVES, HIDDEN, INPUTS, OUTPUTS, Recurrent, inputs
 from tests.zoo import tensors_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 aten = torch.ops.aten
 
 

@@ -16,6 +16,8 @@ from sparsify.recording.keep_state import Snapshot, keep_state
 from tests.spiking_net import ROUNDING
 from tests.zoo_surrogates import FastSigmoid
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STEPS, BATCH, INPUTS, HIDDEN = 6, 4, 8, 12
 # The gradient of a bias in front of a norm is what rounding leaves of sums of some 100 numbers
 # below 10: 1e3 eps.

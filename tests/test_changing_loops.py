@@ -14,6 +14,8 @@ from sparsify.products.report import Report
 from tests.training_harness import Loss, assert_same_gradients, gradients_of, weighted_sum
 from tests.zoo_surrogates import Triangle
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 IN, HIDDEN, OUT, BATCH = 12, 16, 3, 2
 
 

@@ -265,3 +265,14 @@ def test_a_loop_over_the_next_steps_follows_from_the_length() -> None:
     assert isinstance(found, Generalized)
     recorded = record(ahead, 13, 5)
     assert_same(found.graph(*recorded.operands), recorded.results)
+
+
+def test_in_a_graph_that_is_called_a_size_may_be_a_part_of_another() -> None:
+    """Rows are so many times as many as there are steps, where the batch stays what it was."""
+    first, second = (compiled(counted, steps, steps // 3) for steps in (9, 15))
+    assert isinstance(generalize(first, second, same_body), Refusal)
+    assert isinstance(generalize(first, second, same_body, is_called=True), Generalized)
+
+
+def counted(tape: Tape, x: Tensor) -> Tensor:
+    return torch.zeros(x.size(1), H) + 1

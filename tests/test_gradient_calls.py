@@ -16,6 +16,8 @@ from tests.zoo_feedforward import IN
 from tests.zoo_stateful import AttributeLIF, ResetsItself
 from tests.zoo_surrogates import FastSigmoid, WrongShape
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def make(surrogate: type[torch.autograd.Function] = FastSigmoid) -> tuple[Spiking, Any]:
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from tests.training_harness import (
     weighted_sum,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 INPUTS, HIDDEN = 12, 24
 
 

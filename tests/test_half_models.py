@@ -21,6 +21,8 @@ from sparsify.verification.model import verify
 from tests.surrogates import FastSigmoid
 from tests.zoo import ENTRIES, EXACT_STEPS, tensors_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 HALVES = (torch.bfloat16, torch.float16)
 INPUTS, HIDDEN, OUTPUTS, STEPS, BATCH = 20, 48, 5, 8, 3
 

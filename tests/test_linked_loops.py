@@ -20,6 +20,8 @@ from tests.live_bytes import peak_of
 from tests.surrogates import ATan, Rect
 from tests.training_harness import assert_same_gradients, gradients_of, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STEPS, BATCH, INPUTS, HIDDEN, CLASSES = 4, 3, 20, 130, 6
 
 

@@ -146,3 +146,38 @@ def test_cells_of_halves_are_refused() -> None:
     site = fast.report["cell.weight_hh"]
     assert (site.decision, site.code) == ("kept", "unsupported-op")
     assert "_thnn_fused_gru_cell" in site.reason
+
+
+class Dropped(nn.Module):
+    """A dropout before the loop, or in every step."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside, self.drop = inside, nn.Dropout(0.3)
+        self.first, self.second = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.new_zeros(x.shape[1], HIDDEN)
+        votes = []
+        for x_t in x if self.inside else self.drop(x):
+            v = 0.5 * v + self.first(x_t)
+            spikes = (v > 0.5).to(v.dtype)
+            v = v - spikes
+            votes.append(self.second(self.drop(spikes) if self.inside else spikes))
+        return torch.stack(votes)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_dropout_draws_what_it_draws_in_eager_mode(inside: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Dropped(inside).double().train(), torch.rand(4, 2, IN, dtype=torch.float64)
+    with torch.no_grad():
+        fast: Any = sparsify.sparsify(model, x, timing=False)
+        site = fast.report["second"]
+        assert (site.decision, site.code) == (("kept", "random") if inside else ("event", None))
+        assert not inside or "native_dropout draws random numbers" in site.reason
+        results = []
+        for net in (fast, fast.original):
+            torch.manual_seed(1)
+            results.append(net(x))
+        assert_close(*results)

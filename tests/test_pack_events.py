@@ -18,6 +18,8 @@ from sparsify.scans.scan import Scan
 from sparsify.verification.model import verify
 from tests.live_bytes import peak_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STEPS, BATCH, INPUTS, HIDDEN, CLASSES = 5, 3, 20, 130, 6
 NAME = "pack_events"
 

@@ -29,6 +29,8 @@ from tests.steps import make_scan
 from tests.test_differentiate import differentiated, floats, own_gradients
 from tests.zoo_surrogates import FastSigmoid, Window
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 Gradients = dict[Operand, Tensor | None]
 # Bodies with bools that kernels have for all rows and neurons.
 PACKED = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsify.passes.fit_sizes import find_fit
-from sparsify.recording.traced_size import SizeNotes
+from sparsify.recording.size_notes import SizeNotes
 from sparsify.serving.size_guard import Fit, Run, SizeGuard
 from tests.test_traced_size import all_of
 

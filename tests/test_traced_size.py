@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.recording.size_formula import Asked, Read
-from sparsify.recording.traced_size import SizeNotes, TracedSize, plain
+from sparsify.recording.size_notes import SizeNotes
+from sparsify.recording.traced_size import TracedSize, plain
 
 SIZE = Read("x", 0)
 NUMBERS = [*range(-4, 10), 2.5, True]

@@ -21,6 +21,8 @@ from tests.training_harness import (
 from tests.zoo_feedforward import IN
 from tests.zoo_training import EGRU, TOKENS, EGRULanguageModel, EventGate, TwoExchangeEGRU
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STEPS, B = 7, 4
 EPSILON = 8.0  # of the window: units further than 1/8 from threshold pass nothing on
 # As for MOST_RELATIVE of the harness, for sums that cancel down to a hundredth of their terms.

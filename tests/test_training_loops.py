@@ -27,6 +27,8 @@ from tests.training_harness import (
 from tests.training_nets import TrainingNet, net
 from tests.zoo_training import CarriedState
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 UPDATES = 5
 ENTRY = net("learnable neuron")
 Parameters = Iterator[nn.Parameter]

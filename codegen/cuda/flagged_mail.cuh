@@ -41,8 +41,7 @@ SPARSIFY_INLINE void clear(FlaggedMail<ROWS, SLICE, LINE>& mail) {
 // Sends rows low .. high - 1, of which `value_of(row, i)` is the value of neuron i, which this thread has
 // written. Warps `By` find in `active` who is, then each sends its neurons. Behind the last event follow
 // empty words to the end.
-template <class By, class E, int NEURONS, int ROWS, int SLICE, int LINE, int WORDS,
-          class ValueOf>
+template <class By, class E, int NEURONS, int ROWS, int SLICE, int LINE, int WORDS, class ValueOf>
 SPARSIFY_INLINE void send(FlaggedMail<ROWS, SLICE, LINE>& to, uint32_t (&active)[WORDS],
                           const Slice<NEURONS, SLICE>& mine, int low, int high, uint32_t round,
                           const ValueOf& value_of) {
@@ -107,8 +106,8 @@ struct Waiting {
 
 SPARSIFY_INLINE bool has_value(uint32_t word) { return (word & 0xFFFF) != 0; }
 
-// How warps read lines: 32 words at once of some slices whose lines are thought side by side. Lane and ask say
-// which word that is.
+// How warps read lines: 32 words at once of slices whose lines are thought side by side. The lane, and how
+// often it has asked before, say which word that is.
 template <int LINE>
 struct Bundle {
   static constexpr int SLICES = LINE % 32 == 0 ? 1 : LINE % 16 == 0 ? 2 : 4, ASKS = SLICES * LINE / WARP;
@@ -122,7 +121,7 @@ struct Bundle {
     uint32_t found = 0;
 #pragma unroll
     for (int k = 0; k < ASKS; ++k) {
-      const int end = slice(k) * LINE + LINE - 1;  // the last word of the slice, of a later ask or of this one
+      const int end = slice(k) * LINE + LINE - 1;  // read by this ask or by the next one
       const uint32_t ends = __shfl_sync(ALL, given, end % WARP) >> (end / WARP - k);
       found |= ends & every(k);
     }

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from sparsify.recording.reachable import Route, is_foreign, walk
 from sparsify.recording.recorder import Recorder
 from sparsify.recording.size_formula import Place
-from sparsify.recording.traced_size import SizeNotes, place_of, plain
+from sparsify.recording.size_notes import SizeNotes, place_of
+from sparsify.recording.traced_size import plain
 
 _PROPERTIES: Any = Tensor
 LENGTHS = (list, tuple, dict, deque, set, frozenset, range)

@@ -46,7 +46,7 @@ class GeneralModules:
 
     def graph(self, first: fx.GraphModule, second: fx.GraphModule) -> Generalized | None:
         """One graph for the sizes of both and all others."""
-        found = generalize(first, second, self.same_module)
+        found = generalize(first, second, self.same_module, is_called=True)
         if isinstance(found, Refusal):
             return None
         self._graphs[first] = found
