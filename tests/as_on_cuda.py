@@ -128,12 +128,6 @@ def gru_cell(x: Tensor, state: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Any)
     return h
 
 
-def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """``functional.dropout``, out of place: torch draws and multiplies in one operation."""
-    result: Tensor = torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
-    return result
-
-
 @contextmanager
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library: Any = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
