@@ -55,10 +55,17 @@ def erase_unused(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 
 def _must_run(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return not isinstance(module, Scan) or any(map(draws_random, module.body.graph.nodes))
-    return node.op in ("placeholder", "output") or draws_random(node)
+    if node.op == "call_module" and not isinstance(modules[str(node.target)], Scan):
+        return True
+    return node.op in ("placeholder", "output") or draws_numbers(node, modules)
+
+
+def draws_numbers(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether random numbers are drawn by ``node``, or in the loop that it calls."""
+    called = modules.get(str(node.target)) if node.op == "call_module" else None
+    if isinstance(called, Scan):
+        return any(map(draws_random, called.body.graph.nodes))
+    return draws_random(node)
 
 
 def common_module(nodes: Iterable[fx.Node]) -> str:

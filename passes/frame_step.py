@@ -33,6 +33,7 @@ from sparsify.passes.copy_graph import copy_node
 from sparsify.passes.emit_scans import emit_scans
 from sparsify.passes.encode_nodes import shape_of
 from sparsify.passes.find_loops import Loop
+from sparsify.passes.free_draws import free_draws
 from sparsify.passes.lower_scan import lower_scan
 from sparsify.passes.match_iterations import (
     Carried,
@@ -72,7 +73,11 @@ def frame_step(gm: fx.GraphModule) -> PassResult:
     step = _between(states, gm.graph)
     if not _is_single(step):
         return PassResult(gm)
-    split = _split(gm, set(step))
+    freed = gm
+    if any(map(draws_random, step)):
+        freed = fx.GraphModule(gm, free_draws(gm.graph), class_name=type(gm).__name__)
+        step = _between(_find_states(freed.graph), freed.graph)
+    split = _split(freed, set(step))
     plan = _plan(split.graph)
     if not isinstance(plan, ScanPlan):
         return PassResult(gm)

@@ -191,7 +191,8 @@ class Partition:
 
     def _close(self, part: Part) -> None:
         """Find what the part reads."""
-        waiting = [i for node in part.members for i in node.all_input_nodes]
+        members = [node for node in self.levels.nodes if node in part.members]
+        waiting = [i for node in members for i in node.all_input_nodes]
         waiting += [self.levels.source[carry] for carry in part.carries]
         seen = set(part.members)
         while waiting:
@@ -202,7 +203,7 @@ class Partition:
             if node not in self.levels.invariant:
                 part.xs[node] = None
                 self._request(node)
-            elif node.op != "placeholder" and self.levels.is_kept_inside(node):
+            elif node.op != "placeholder" and self._is_kept_inside(node):
                 part.members.add(node)
                 waiting.extend(node.all_input_nodes)
             else:
@@ -222,6 +223,9 @@ class Partition:
             elif node in self.owner:
                 self.owner[node].ys[node] = None
 
+    def _is_kept_inside(self, invariant: fx.Node) -> bool:
+        return self.levels.is_kept_inside(invariant)
+
     def _sort_operands(self, part: Part) -> None:
         order = {node: i for i, node in enumerate(self.levels.scan.body.graph.nodes)}
         part.xs = dict.fromkeys(sorted(part.xs, key=order.__getitem__))
@@ -233,3 +237,27 @@ class Partition:
         for index in self.used:
             if index >= scan.carries:
                 self._request(scan.results[index])
+
+
+class Groups(Partition):
+    """Each of ``groups`` in a Scan of its own, in their order."""
+
+    def __init__(
+        self, levels: TimeLevels, used_outputs: Iterable[int], groups: Iterable[list[fx.Node]]
+    ) -> None:
+        self.levels = levels
+        self.used = sorted(used_outputs)
+        self.owner: dict[fx.Node, Part] = {}
+        self.batched: set[fx.Node] = set()
+        self.parts: list[Part] = []
+        self.requested: set[fx.Node] = set()
+        for group in groups:
+            self._add_part(group)
+        for part in self.parts:
+            self._close(part)
+        self._return_results()
+
+    def _is_kept_inside(self, invariant: fx.Node) -> bool:
+        """What has the shape of a draw comes from where sizes are known, for other batches."""
+        is_shape = any(map(draws_random, invariant.users))
+        return not is_shape and super()._is_kept_inside(invariant)

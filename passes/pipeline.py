@@ -8,6 +8,7 @@ from sparsify.passes.complete_parts import complete_parts
 from sparsify.passes.expand_rnn import expand_rnn
 from sparsify.passes.find_events import find_events
 from sparsify.passes.frame_step import frame_step
+from sparsify.passes.hoist_draws import hoist_draws
 from sparsify.passes.look_up_products import look_up_products
 from sparsify.passes.part_norms import part_norms
 from sparsify.passes.read_delays import read_delays
@@ -54,6 +55,7 @@ PIPELINE: tuple[Pass, ...] = (
     complete_parts,
     roll_loops,
     frame_step,
+    hoist_draws,
     scale_norms,
     find_events,
     split_products,

@@ -14,8 +14,6 @@ Nothing can be split off that the recurrence itself needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import networkx as nx  # type: ignore[import-untyped]
 from torch import fx
 
@@ -23,10 +21,10 @@ from sparsify.errors import Refusal
 from sparsify.passes.classify_ops import draws_random, product_operand
 from sparsify.passes.lower_layout import find_constants
 from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.partition_body import Part, Partition
+from sparsify.passes.partition_body import Groups, Partition
 from sparsify.passes.result import PassResult
 from sparsify.passes.split_time import copy_part, split_scans, used_outputs
-from sparsify.passes.time_levels import TimeLevels, find_time_levels
+from sparsify.passes.time_levels import TimeLevels, dependences, find_time_levels
 from sparsify.passes.why_not_lower import why_not_operations
 from sparsify.scans.scan import Scan
 
@@ -39,40 +37,20 @@ def set_apart(gm: fx.GraphModule) -> PassResult:
         scan = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(scan, Scan) or not isinstance(lower_scan(scan, "scan"), Refusal):
             continue
-        partition = _split(scan, used_outputs(node))
+        levels = find_time_levels(scan)
+        refused = _find_refused(scan, levels)
+        partition = _split(levels, refused, used_outputs(node)) if refused else None
         if partition is not None:
             partitions[node] = partition
-            names = ", ".join(sorted({str(n.target) for n in partition.refused}))
+            names = ", ".join(sorted({str(n.target) for n in refused}))
             done.append(f"{node.meta.get('location')}: {names} split off from the loop")
     return PassResult(split_scans(gm, partitions), done)
 
 
-class _Apart(Partition):
-    """What refused operations need or feed, in Scans of their own before and behind the core."""
-
-    def __init__(
-        self, levels: TimeLevels, used_outputs: Iterable[int], groups: list[list[fx.Node]]
-    ) -> None:
-        self.levels = levels
-        self.used = sorted(used_outputs)
-        self.owner: dict[fx.Node, Part] = {}
-        self.batched: set[fx.Node] = set()
-        self.refused: list[fx.Node] = []
-        self.parts: list[Part] = []
-        self.requested: set[fx.Node] = set()
-        for group in groups:
-            self._add_part(group)
-        for part in self.parts:
-            self._close(part)
-        self._return_results()
-
-
-def _split(scan: Scan, used: list[int]) -> _Apart | None:
-    levels = find_time_levels(scan)
-    refused = _find_refused(scan, levels)
-    if not refused or any(map(draws_random, levels.nodes)):
+def _split(levels: TimeLevels, refused: list[fx.Node], used: list[int]) -> Groups | None:
+    if any(map(draws_random, levels.nodes)):
         return None
-    graph = _dependences(levels)
+    graph = dependences(levels.nodes, levels.source)
     early = {n for n in refused if not nx.ancestors(graph, n) & set(levels.carries)}
     before = early.union(*(nx.ancestors(graph, n) for n in early))
     late = [n for n in refused if n not in early]
@@ -84,11 +62,11 @@ def _split(scan: Scan, used: list[int]) -> _Apart | None:
     if not any(n in levels.recurrent for n in core) or not any(map(_is_worth_it, core)):
         return None
     groups = [group for group in (early_group, core, late_group) if group]
-    partition = _Apart(levels, used, groups)
-    partition.refused = refused
+    partition = Groups(levels, used, groups)
     part = partition.owner[core[0]]
     body = copy_part(part, levels.nodes, levels.source)
     counts = (len(part.carries), len(part.xs), len(part.consts))
+    scan = levels.scan
     kernel = Scan(body, *counts, scan.location, scan.reverse)
     return None if isinstance(lower_scan(kernel, "core"), Refusal) else partition
 
@@ -97,15 +75,6 @@ def _find_refused(scan: Scan, levels: TimeLevels) -> list[fx.Node]:
     consts = find_constants(scan, scan.body.graph.nodes)
     nodes = [n for n in levels.nodes if n not in levels.invariant]
     return [n for n in nodes if why_not_operations([n], consts) is not None]
-
-
-def _dependences(levels: TimeLevels) -> nx.DiGraph[fx.Node]:
-    graph: nx.DiGraph[fx.Node] = nx.DiGraph()
-    graph.add_nodes_from((*levels.carries, *levels.nodes))
-    for node in levels.nodes:
-        graph.add_edges_from((i, node) for i in node.all_input_nodes if i in graph)
-    graph.add_edges_from((value, carry) for carry, value in levels.source.items())
-    return graph
 
 
 def _is_worth_it(node: fx.Node) -> bool:

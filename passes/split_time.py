@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from sparsify.passes.batch_steps import batch_step
 from sparsify.passes.call_scan import call_scan, common_module, erase_unused
-from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.classify_ops import draws_random, product_operand
 from sparsify.passes.copy_graph import copy_into
 from sparsify.passes.partition_body import Part, Partition
 from sparsify.passes.result import PassResult
@@ -154,6 +154,9 @@ class _Emitter:
         """Returns the new values of the Scan's outputs that are used."""
         before = len(self.graph.nodes)
         scan = self.levels.scan
+        for part in self.partition.parts:
+            if any(map(draws_random, part.members)):  # whether or not anything reads it
+                self._emit_part(part)
         outputs = {index: self._output(scan, index) for index in self.partition.used}
         for node in list(self.graph.nodes)[before:]:
             node.meta["loops"] = self.node.meta.get("loops", ())

@@ -50,7 +50,7 @@ def find_time_levels(scan: Scan) -> TimeLevels:
     body = scan.body.graph
     nodes = [node for node in body.nodes if node.op not in ("placeholder", "output")]
     source = dict(zip(scan.placeholders[: scan.carries], scan.results, strict=False))
-    graph = _dependences(nodes, source)
+    graph = dependences(nodes, source)
     recurrent: set[fx.Node] = set()
     for component in nx.strongly_connected_components(graph):
         if len(component) > 1 or any(graph.has_edge(node, node) for node in component):
@@ -59,7 +59,8 @@ def find_time_levels(scan: Scan) -> TimeLevels:
     return TimeLevels(scan, nodes, _find_invariant(scan, nodes), recurrent, level, source)
 
 
-def _dependences(nodes: list[fx.Node], source: dict[fx.Node, fx.Node]) -> nx.DiGraph[fx.Node]:
+def dependences(nodes: list[fx.Node], source: dict[fx.Node, fx.Node]) -> nx.DiGraph[fx.Node]:
+    """What reads what, also in the next step: ``source`` has the value of each carry."""
     graph: nx.DiGraph[fx.Node] = nx.DiGraph()
     graph.add_nodes_from(source)
     for node in nodes:

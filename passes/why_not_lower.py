@@ -98,19 +98,20 @@ def _why_not_dtype(node: fx.Node) -> Refusal | None:
     return None
 
 
-_DRAW_BEFORE = "Draw the numbers of all steps before the loop, and read those of a step in it"
+# Draws by what the loop computes, as ones that follow from numbers that depend on nothing.
+_INSTEAD = {
+    "bernoulli": "Write (torch.rand_like(p) < p).to(p.dtype) in place of torch.bernoulli(p)",
+    "normal": "Write mean + std * torch.randn_like(mean) in place of torch.normal(mean, std)",
+}
+_BEFORE = "what depends on nothing of the loop is drawn before it."
 
 
 def _refuse_random(node: fx.Node) -> Refusal:
-    """Dropout stops drawing in eval mode; other draws are the model's own."""
+    """Other draws leave the loop; see ``hoist_draws``."""
     name = str(node.target).removeprefix("aten.").split(".")[0]
-    reason = f"{name} draws random numbers in every step."
-    if "dropout" in name:
-        return refuse("random", reason, "Call model.eval().", node)
-    if "bernoulli" in name:  # what dropout and zoneout are made of
-        remedy = f"Call model.eval() if training does this, as in dropout. If not: {_DRAW_BEFORE}."
-        return refuse("random", reason, remedy, node)
-    return refuse("random", reason, f"{_DRAW_BEFORE}.", node)
+    reason = f"{name} draws random numbers by what the loop computes."
+    instead = _INSTEAD.get(name, "Draw by what the loop is given, or with torch.rand_like")
+    return refuse("random", reason, f"{instead}: {_BEFORE}", node)
 
 
 def _why_not_operation(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
@@ -199,6 +200,10 @@ def _why_not_transpose(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:
     turns = (product_operand(user) is not None or user.target in TRANSPOSES for user in node.users)
     if node in consts and all(turns):
         return None
+    if all(
+        product_operand(user) is not None and node in product_weights(user) for user in node.users
+    ):
+        return None  # of a weight that changes the product says so
     shape = node.all_input_nodes[0].meta["val"].shape
     if sum(size != 1 for size in shape) <= 1:
         return None

@@ -86,8 +86,9 @@ class Normed(Cell):
 class Noisy(Cell):
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
         v, z = state
-        v = 0.9 * v + self.encode(x) + self.recur(z) + 0.1 * torch.rand_like(v)
-        z = spike(v - 0.3)
+        kept = nn.functional.dropout(z, 0.3)
+        v = torch.sigmoid(self.decay) * v + self.encode(x) + self.recur(kept)
+        z = spike(v + 0.1 * torch.rand_like(v) - 0.3)
         return self.readout(z), (v - z, z)
 
 
@@ -125,7 +126,10 @@ def framed(model: nn.Module, *args: Any) -> list[Scan]:
         operands = [
             torch.rand(node.meta["val"].shape, dtype=torch.float64) for node in placeholders
         ]
-        pairs = zip(graph(*operands), changed(*operands), strict=True)
+        torch.manual_seed(1)
+        wanted = graph(*operands)
+        torch.manual_seed(1)
+        pairs = zip(wanted, changed(*operands), strict=True)
         assert all(torch.equal(before, after) for before, after in pairs)
     return scans
 
@@ -149,11 +153,10 @@ def test_buffer_may_be_a_state() -> None:
     ("model", "args"),
     [
         (Normed(), (X, zeros())),
-        (Noisy(), (X, zeros())),
         (Residual(), (X,)),
         (Irregular(), (torch.stack([X] * 4), zeros())),
     ],
-    ids=["norm", "noise", "a layer", "a loop"],
+    ids=["norm", "a layer", "a loop"],
 )
 def test_other_forwards_stay_as_they_are(model: nn.Module, args: Sequence[Any]) -> None:
     with torch.no_grad():
@@ -163,6 +166,7 @@ def test_other_forwards_stay_as_they_are(model: nn.Module, args: Sequence[Any]) 
 
 def run(model: nn.Module, xs: Tensor) -> list[Tensor]:
     """Every step's result; the states go from call to call."""
+    torch.manual_seed(1)
     state, results = zeros(xs.shape[1]), []
     for x in xs:
         result, state = model(x, state)
@@ -170,7 +174,7 @@ def run(model: nn.Module, xs: Tensor) -> list[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("make", [Cell, Gated])
+@pytest.mark.parametrize("make", [Cell, Gated, Noisy])
 def test_a_cell_called_step_by_step_is_one_kernel_with_its_values_and_gradients(make: Any) -> None:
     # A current sums 34 products (10 inputs, 24 senders), in another order than eager's: 34 eps of
     # values about 1. A state hands what it has on to the next of eight steps, and some five such

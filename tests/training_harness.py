@@ -61,9 +61,13 @@ def events_at(sites: Iterable[str]) -> Plan | None:
 
 
 def gradients_of(module: nn.Module, x: Tensor, loss: Loss = weighted_sum) -> Gradients:
-    """Of all parameters and of the input, if it is of a floating type; copies."""
+    """Of all parameters and of the input, if it is of a floating type; copies.
+
+    Random numbers are those of one seed.
+    """
     module.zero_grad(set_to_none=True)
     leaf = x.clone().requires_grad_(x.is_floating_point())
+    torch.manual_seed(0)
     loss(module(leaf)).backward()
     return {**parameter_gradients(module), "input": leaf.grad}
 

@@ -85,6 +85,8 @@ NETS = (
         layout="batch first",
     ),
     TrainingNet("recurrent", recurrent.Recurrent, ("rec",)),
+    TrainingNet("dropout in every step", training.Dropping, ("rec", "up", "read")),
+    TrainingNet("Poisson encoder", training.Encoded, ("inp", "rec"), layout="static"),
     TrainingNet("recurrent, hoisted", recurrent.RecurrentHoisted, ("rec", "out")),
     TrainingNet("first step differs", recurrent.FirstStepDiffers, ("rec",), layout="batch first"),
     TrainingNet("feedback", recurrent.Feedback, ("rec1", "down", "up", "rec2", "read")),
@@ -103,6 +105,7 @@ NETS = (
     TrainingNet("LISTA", rates.LISTA, ("lateral",), layout="static", gain=0.5),
     TrainingNet("EGRU of EvNN", training.EGRU, ("layer.rec",)),
     TrainingNet("EGRU, clamped in place", lambda: training.EGRU(in_place=True), ("layer.rec",)),
+    TrainingNet("EGRU, zoneout", lambda: training.EGRU(0.1), ("layer.rec",)),
     TrainingNet("EGRU, zoneout in eval", lambda: training.EGRU(0.1), ("layer.rec",), mode="eval"),
     TrainingNet(
         "EGRU language model",

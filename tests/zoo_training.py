@@ -130,6 +130,52 @@ class TwoExchangeEGRU(nn.Module):
         return torch.stack(outputs)
 
 
+class Dropping(nn.Module):
+    """Two layers; each step has masks of its own, on spikes and on recurrent currents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.up = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.rec = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.read = nn.Linear(HIDDEN, OUT)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = u = z = x.new_zeros(x.shape[1], HIDDEN)
+        outputs = []
+        for x_t in x:
+            v = 0.9 * v + self.inp(x_t) + self.dropout(self.rec(z))
+            z = ATan.apply(v - 1, 2.0)
+            v = v - z.detach()
+            u = 0.9 * u + self.up(self.dropout(z))
+            y = ATan.apply(u - 1, 2.0)
+            u = u - y.detach()
+            outputs.append(self.read(self.dropout(y)))
+        return torch.stack(outputs)
+
+
+class Encoded(nn.Module):
+    """A noisy layer that is shown ``[B, N]`` as random spikes, as by spikingjelly's encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(IN, HIDDEN)
+        self.rec = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.read = nn.Linear(HIDDEN, OUT)
+
+    def forward(self, image: Tensor) -> Tensor:
+        v = z = image.new_zeros(image.shape[0], HIDDEN)
+        votes: Tensor | float = 0.0
+        for _ in range(9):
+            x = torch.rand_like(image).le(image).to(image)
+            v = 0.8 * v + self.inp(x) + self.rec(z) + 0.1 * torch.randn_like(v)
+            z = ATan.apply(v - 1, 2.0)
+            v = v - z.detach()
+            votes = votes + self.read(z)
+        assert isinstance(votes, Tensor)
+        return votes
+
+
 class LearnableNeuron(nn.Module):
     """Decay and threshold of every neuron are learnt; the reset passes no gradient."""
 

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import fx, nn
 
-from sparsify.passes.classify_ops import draws_random, product_operand
+from sparsify.passes.call_scan import draws_numbers
+from sparsify.passes.classify_ops import product_operand
 from sparsify.regions.region import Region
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ def find_chain(gm: fx.GraphModule) -> Chain | None:
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target in regions]
     for steps in dict.fromkeys(loop_args(call)[0] for call in calls):
         if not isinstance(steps, int) or steps > 1:
-            chain = _Search(gm.graph, frozenset(calls), steps).run()
+            chain = _Search(gm, frozenset(calls), steps).run()
             if chain is not None:
                 return chain
     return None
@@ -98,8 +99,11 @@ class _Grown:
 class _Search:
     """Looks for a chain of those of ``calls`` that run ``steps`` steps, or rows of all of them."""
 
-    def __init__(self, graph: fx.Graph, calls: Collection[fx.Node], steps: int | fx.Node) -> None:
-        self.graph, self.calls, self.steps = graph, calls, steps
+    def __init__(
+        self, gm: fx.GraphModule, calls: Collection[fx.Node], steps: int | fx.Node
+    ) -> None:
+        self.graph, self.calls, self.steps = gm.graph, calls, steps
+        self.modules = dict(gm.named_children())
 
     def run(self) -> Chain | None:
         grown = self._settle(set(self.graph.nodes))
@@ -258,7 +262,8 @@ class _Search:
         members = tuple(grown.places)
         nodes = list(self.graph.nodes)
         between = nodes[nodes.index(members[0]) : nodes.index(members[-1])]
-        if any(draws_random(node) for node in between if node not in grown.places):
+        apart = (node for node in between if node not in grown.places)
+        if any(draws_numbers(node, self.modules) for node in apart):
             return None  # the order of draws has to stay
         loops = tuple(node for node in members if node in self.calls)
         values = [node for node in members if node not in self.calls]

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsify.interpreter import Interpreter
+from sparsify.passes.classify_ops import draws_random
 from sparsify.rounding.bounded import Bounded, Precision, exact, is_exact, move, stack, unbounded
 from sparsify.rounding.draws import same_draws
 from sparsify.rounding.halves import HALVES, UNKNOWN, in_halves
@@ -92,6 +93,8 @@ class ErrorBounds(Interpreter):
             result = _compute_directly(n.target, args, kwargs)
             if not given or not _is_floating(result):
                 return result
+        if draws_random(n) and all(is_exact(x) and x.value.dtype is x.dtype for x in given):
+            return _compute_directly(n.target, args, kwargs)  # others draw the same numbers
         row = ROWS.get(n.target)
         precision = Precision(self._result_dtype(n, args, kwargs))
         if row is None or (precision.dtype in HALVES and n.target in UNKNOWN):
@@ -157,7 +160,8 @@ def _find_lasting(graph: fx.Graph, count: int) -> set[fx.Node]:
         return set()
     found = set([node for node in graph.nodes if node.op == "placeholder"][-count:])
     for node in graph.nodes:
-        if node.op == "call_function" and found.issuperset(node.all_input_nodes):
+        is_same = node.op == "call_function" and not draws_random(node)
+        if is_same and found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
 

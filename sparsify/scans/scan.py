@@ -108,7 +108,8 @@ class Scan(nn.Module):
         self._check_operands(steps, carries, xs, consts)
         if steps == 0:
             return (*carries, *self._empty_ys(carries, xs, consts))
-        if not torch.is_grad_enabled():
+        operands = (*carries, *xs, *consts)
+        if not (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)):
             return self._written(steps, carries, xs, consts)
         kept: list[tuple[Tensor, ...]] = []
         final = tuple(carries)
