@@ -30,8 +30,6 @@ from tests.training_nets import (
 )
 from tests.zoo import ENTRIES, tensors_of
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SIZES = ((4, 2), (17, 5))  # steps and batch of later calls
 
 
