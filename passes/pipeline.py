@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from torch import fx
 
-from sparsify.passes.complete_parts import complete_parts
-from sparsify.passes.expand_rnn import expand_rnn
-from sparsify.passes.find_events import find_events
-from sparsify.passes.frame_step import frame_step
-from sparsify.passes.hoist_draws import hoist_draws
-from sparsify.passes.look_up_products import look_up_products
-from sparsify.passes.part_norms import part_norms
-from sparsify.passes.read_delays import read_delays
-from sparsify.passes.read_single_parts import read_single_parts
-from sparsify.passes.result import Pass, PassResult
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.scale_norms import scale_norms
-from sparsify.passes.scan_products import scan_products
-from sparsify.passes.set_apart import set_apart
-from sparsify.passes.single_results import single_results
-from sparsify.passes.split_gates import split_gates
-from sparsify.passes.split_operands import split_operands
-from sparsify.passes.split_time import split_time
-from sparsify.passes.unify_products import unify_products
-from sparsify.passes.write_cells import write_cells
-from sparsify.passes.write_sums import write_sums
+from sparsify.passes.events.find_events import find_events
+from sparsify.passes.hoisting.hoist_draws import hoist_draws
+from sparsify.passes.hoisting.part_norms import part_norms
+from sparsify.passes.hoisting.scale_norms import scale_norms
+from sparsify.passes.hoisting.set_apart import set_apart
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.complete_parts import complete_parts
+from sparsify.passes.loops.frame_step import frame_step
+from sparsify.passes.loops.read_delays import read_delays
+from sparsify.passes.loops.read_single_parts import read_single_parts
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.loops.single_results import single_results
+from sparsify.passes.loops.write_sums import write_sums
+from sparsify.passes.nodes.result import Pass, PassResult
+from sparsify.passes.products.look_up_products import look_up_products
+from sparsify.passes.products.scan_products import scan_products
+from sparsify.passes.products.split_gates import split_gates
+from sparsify.passes.products.split_operands import split_operands
+from sparsify.passes.products.unify_products import unify_products
+from sparsify.passes.recurrent_layers.expand_rnn import expand_rnn
+from sparsify.passes.recurrent_layers.write_cells import write_cells
 
 
 def split_products(gm: fx.GraphModule) -> PassResult:

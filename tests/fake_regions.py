@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.nodes.copy_graph import copy_graph
 from sparsify.regions.region import Region
 from sparsify.scans.scan import Scan
 

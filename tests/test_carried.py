@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sparsify
-from sparsify.passes.find_private import find_private
+from sparsify.passes.results.find_private import find_private
 from sparsify.regions import chunked_scan
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.outer_product import OuterProduct

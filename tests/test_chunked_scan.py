@@ -14,9 +14,9 @@ from sparsify.codegen.cpp import CppBackend
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
 from sparsify.ir import Schedule
-from sparsify.passes.call_scan import call_scan
-from sparsify.passes.chunk_products import chunk_products
-from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.gradients.chunk_products import chunk_products
+from sparsify.passes.lowering.lower_scan import lower_scan
+from sparsify.passes.nodes.call_scan import call_scan
 from sparsify.regions import chunked_scan
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.outer_product import OuterProduct

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify.passes import complete_iterations as complete_iterations_module
-from sparsify.passes.complete_iterations import complete_iterations
-from sparsify.passes.find_loops import find_loops
-from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.loops import complete_iterations as complete_iterations_module
+from sparsify.passes.loops.complete_iterations import complete_iterations
+from sparsify.passes.loops.find_loops import find_loops
+from sparsify.passes.loops.roll_loops import roll_loops
 from tests.looped_models import ROLLED_WHOLE, W0, W1, lif, step_order, zeros
 from tests.test_roll_loops import assert_same, changed_at, record, scans
 from tests.unrolled import Tape, Unrolled

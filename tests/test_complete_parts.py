@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.passes.complete_parts import complete_parts
-from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.loops.complete_parts import complete_parts
+from sparsify.passes.loops.roll_loops import roll_loops
 from tests.looped_models import W0, lif, zeros
 from tests.test_cut_iterations import pruned
 from tests.test_roll_loops import assert_same, scans

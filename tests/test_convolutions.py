@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.codegen.cuda.backend import CudaBackend
-from sparsify.passes.flatten_maps import flatten_maps
-from sparsify.passes.single_results import single_results
+from sparsify.passes.loops.single_results import single_results
+from sparsify.passes.packing.flatten_maps import flatten_maps
 from tests.convolution_kernels import leaky_maps
 from tests.example_kernels import schedule
 from tests.test_convolution_kernels import SAME

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.loops.roll_loops import roll_loops
 from tests.looped_models import W0, W1, H, lif, zeros
 from tests.test_roll_loops import assert_same, record, scans
 from tests.unrolled import Tape, Unrolled

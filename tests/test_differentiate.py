@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.passes.differentiate import differentiate
-from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.gradients.differentiate import differentiate
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.scans.differentiated import Differentiated, Operand
 from sparsify.scans.lowered import Lowered
 from sparsify.scans.scan import Scan

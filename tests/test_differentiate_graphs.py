@@ -11,11 +11,11 @@ from torch import Tensor, fx
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
 from sparsify.graphs.loops import with_modules
-from sparsify.passes.call_scan import call_scan
-from sparsify.passes.classify_ops import PRODUCTS
-from sparsify.passes.generalize import generalize
-from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.split_time import split_time
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.lowering.lower_scan import lower_scan
+from sparsify.passes.nodes.call_scan import call_scan
+from sparsify.passes.nodes.classify_ops import PRODUCTS
+from sparsify.passes.sizes.generalize import generalize
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.scans.scan import Scan

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import Refusal, TraceError
-from sparsify.passes.differentiate import differentiate
+from sparsify.passes.gradients.differentiate import differentiate
 from sparsify.scans.scan import Scan
 from tests.step_bodies import Operands
 from tests.steps import apply, make_scan

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsify.graphs.differentiate_scans import differentiate_scans
 from sparsify.graphs.loops import BACKWARD, capture, find_scans
-from sparsify.passes.join_slices import join_slices
+from sparsify.passes.results.join_slices import join_slices
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from sparsify.regions.trained_region import TrainedRegion

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.scans.lowered import Lowered
 from sparsify.scans.scan import Scan
 from tests.step_bodies import Body, N, Operands

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparsify import ir
 from sparsify.codegen.cpp import CppBackend
-from sparsify.passes.expansion import Eager
-from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.lowering.expansion import Eager
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.reference import run_reference
 from sparsify.rounding.bounded import Bounded, Precision, exact
 from sparsify.rounding.rows import ROWS

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify.compiling.stages import run_pipeline
 from sparsify.graphs.loops import find_regions
-from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
 from sparsify.reference import run_reference

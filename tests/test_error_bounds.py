@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsify.comparing.values import find_outside
-from sparsify.passes.lower_ops import EXPANSIONS
+from sparsify.passes.lowering.lower_ops import EXPANSIONS
 from sparsify.rounding.bounded import EXACT
 from sparsify.rounding.error_bounds import Bounded, Bounds, bound_errors
 from sparsify.rounding.rows import ROWS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.errors import Location, Refusal
-from sparsify.passes.expand_rnn import expand_rnn
+from sparsify.passes.recurrent_layers.expand_rnn import expand_rnn
 from sparsify.rounding.error_bounds import bound_errors
 from sparsify.weight_pattern import find_pattern
 from tests.test_roll_loops import scans

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sparsify.graph_meta import Fact, Payload
-from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.find_events import find_events
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.events.find_events import find_events
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.nodes.classify_ops import product_operand
 from tests.looped_models import (
     ROLLED_WHOLE,
     W0,

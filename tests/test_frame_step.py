@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.passes.classify_ops import PRODUCTS
-from sparsify.passes.frame_step import frame_step
+from sparsify.passes.loops.frame_step import frame_step
+from sparsify.passes.nodes.classify_ops import PRODUCTS
 from sparsify.plan import Plan
 from sparsify.scans.scan import Scan
 from tests.recorded import recorded

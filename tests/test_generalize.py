@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify.errors import Refusal
-from sparsify.passes.generalize import Generalized, generalize
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.sizes.generalize import Generalized, generalize
 from sparsify.scans.scan import Scan
 from tests.looped_models import W0, W1, WEIGHTS, H, lif
 from tests.test_roll_loops import assert_same

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.passes.lower_cell import NodeCell
+from sparsify.passes.lowering.lower_cell import NodeCell
 from sparsify.verification.model import verify
 from tests.surrogates import FastSigmoid
 from tests.zoo import ENTRIES, EXACT_STEPS, tensors_of

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 
 from sparsify.api import sparsify
 from sparsify.errors import Refusal
-from sparsify.passes.classify_ops import draws_random
-from sparsify.passes.free_draws import free_draws
-from sparsify.passes.hoist_draws import hoist_draws
-from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.hoisting.free_draws import free_draws
+from sparsify.passes.hoisting.hoist_draws import hoist_draws
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.lowering.lower_scan import lower_scan
+from sparsify.passes.nodes.classify_ops import draws_random
 from sparsify.scans.scan import Scan
 from sparsify.verification.model import verify
 from tests.looped_models import W1, B, H, lif, zeros

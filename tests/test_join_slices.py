@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.graph_meta import TensorInfo
-from sparsify.passes.join_slices import join_slices
+from sparsify.passes.results.join_slices import join_slices
 
 aten = torch.ops.aten
 ROWS, WIDTH = 3, 10

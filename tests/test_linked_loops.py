@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
-from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.nodes.classify_ops import product_operand
 from sparsify.plan import Plan
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.region import Region

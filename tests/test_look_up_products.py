@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sparsify
-from sparsify.passes.look_up_products import look_up_products
+from sparsify.passes.products.look_up_products import look_up_products
 
 aten = torch.ops.aten
 ROWS, WIDTH, HIDDEN, STEPS, BATCH = 6, 5, 7, 4, 3

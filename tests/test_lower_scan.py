@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from sparsify import ir
 from sparsify.errors import Location, RefusalCode
-from sparsify.passes.find_events import find_events
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.events.find_events import find_events
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.scans.scan import Scan, retyped
 from tests.looped_models import ROLLED_WHOLE, WEIGHTS, B, H, lif, recurrent
 from tests.neuron_models import (

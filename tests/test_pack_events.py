@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
-from sparsify.passes.pack_events import pack_events
-from sparsify.passes.unpack_kept import unpack_kept
-from sparsify.passes.without_packing import without_packing
+from sparsify.passes.lowering.without_packing import without_packing
+from sparsify.passes.packing.pack_events import pack_events
+from sparsify.passes.packing.unpack_kept import unpack_kept
 from sparsify.regions.region import Region
 from sparsify.scans.scan import Scan
 from sparsify.verification.model import verify

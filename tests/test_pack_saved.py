@@ -14,9 +14,9 @@ from sparsify import ir
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
-from sparsify.passes import pack_saved as passes
-from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.pack_saved import LEAST_NEURONS
+from sparsify.passes.gradients import pack_saved as passes
+from sparsify.passes.gradients.pack_saved import LEAST_NEURONS
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.saved_bits import pack_bits, unpack_bits

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
 from tests.looped_models import B, H
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, dyadic, record_unrolled

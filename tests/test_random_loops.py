@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
 from tests.test_roll_loops import assert_same, scans
 from tests.test_split_time import never
 from tests.unrolled import Tape, record_unrolled

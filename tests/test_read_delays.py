@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsify.passes.loops.read_delays import read_delays
+from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.passes.pipeline import PIPELINE
-from sparsify.passes.read_delays import read_delays
-from sparsify.passes.roll_loops import roll_loops
 from tests.looped_models import W1, WEIGHTS, B, H
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled

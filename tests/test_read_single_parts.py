@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.passes.read_single_parts import read_single_parts
+from sparsify.passes.loops.read_single_parts import read_single_parts
 from tests.looped_models import W1, WEIGHTS, B, H
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
 from tests.looped_models import ROLLED_WHOLE
 from tests.recorded import check, of, perturbed, recorded, same, sources
 from tests.test_roll_loops import scans

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.recording.application import WRITTEN_UNSEEN, Application
 from sparsify.recording.keep_state import keep_state
 from sparsify.recording.record import record

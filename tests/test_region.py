@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsify import ir
 from sparsify.codegen.cpp import CppBackend
-from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.regions.region import Fetch, Region
 from sparsify.scans.lowered import Binding
 from sparsify.scans.scan import Scan

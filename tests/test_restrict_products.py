@@ -17,9 +17,9 @@ from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.graph_meta import TensorInfo
 from sparsify.graphs.differentiate_scans import measure_gradients
-from sparsify.passes.call_scan import call_scan
-from sparsify.passes.differentiate import differentiate
-from sparsify.passes.restrict_products import find_restrictions, restrict_products
+from sparsify.passes.gradients.differentiate import differentiate
+from sparsify.passes.gradients.restrict_products import find_restrictions, restrict_products
+from sparsify.passes.nodes.call_scan import call_scan
 from sparsify.scans.differentiated import Differentiated
 from sparsify.scans.lowered import Lowered
 from sparsify.scans.scan import Scan, output_values

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import RefusedError
-from sparsify.passes.part_results import RESULT
+from sparsify.passes.results.part_results import RESULT
 from tests.surrogates import ATan, Rect
 from tests.test_linked_loops import Layers, compiled, example, made
 from tests.training_harness import assert_same_gradients, parameter_gradients, weighted_sum

@@ -14,12 +14,12 @@ from torch import Tensor, fx
 
 from sparsify.comparing.regions import check_regions
 from sparsify.errors import MismatchError
-from sparsify.passes.find_events import find_events
-from sparsify.passes.result import PassResult
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.scan_products import scan_products
-from sparsify.passes.set_apart import set_apart
-from sparsify.passes.split_time import split_time
+from sparsify.passes.events.find_events import find_events
+from sparsify.passes.hoisting.set_apart import set_apart
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.nodes.result import PassResult
+from sparsify.passes.products.scan_products import scan_products
 from sparsify.regions.region import Region
 from sparsify.rounding.error_bounds import ErrorBounds
 from sparsify.scans.scan import Scan, retyped

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.scans.scan import Scan
 from tests.looped_models import (
     ROLLED_WHOLE,
@@ -363,7 +363,7 @@ def test_a_thousand_steps_are_rolled() -> None:
 def test_a_body_that_would_be_too_long_leaves_the_inner_loops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparsify.passes.roll_loops.MAX_BODY_NODES", 10)
+    monkeypatch.setattr("sparsify.passes.loops.roll_loops.MAX_BODY_NODES", 10)
     recorded = record(microsteps, 3)
     rolled = roll_loops(recorded.graph)
 
@@ -373,7 +373,7 @@ def test_a_body_that_would_be_too_long_leaves_the_inner_loops(
 
 
 def test_a_long_body_without_inner_loops_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsify.passes.roll_loops.MAX_BODY_NODES", 5)
+    monkeypatch.setattr("sparsify.passes.loops.roll_loops.MAX_BODY_NODES", 5)
     [refusal] = roll_loops(record(recurrent, 3).graph).declined
     assert refusal.code == "not-rolled"
     assert "operations" in refusal.reason

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.passes.differentiate import differentiate
+from sparsify.passes.gradients.differentiate import differentiate
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.scans.differentiated import Operand
 from sparsify.scans.scan import Scan

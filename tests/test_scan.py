@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from sparsify.passes.roll_loops import roll_loops
+from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.scans.scan import Scan, retyped
 from tests.looped_models import WEIGHTS, B, H, float_start, recurrent
 from tests.unrolled import dyadic, record_unrolled

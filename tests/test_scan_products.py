@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify.passes.classify_ops import PRODUCTS
-from sparsify.passes.find_events import find_events
-from sparsify.passes.result import PassResult
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.scan_products import scan_products
-from sparsify.passes.split_time import split_time
-from sparsify.passes.unify_products import unify_products
+from sparsify.passes.events.find_events import find_events
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.nodes.classify_ops import PRODUCTS
+from sparsify.passes.nodes.result import PassResult
+from sparsify.passes.products.scan_products import scan_products
+from sparsify.passes.products.unify_products import unify_products
 from tests.looped_models import ROLLED_WHOLE, W0, W1, W2, WEIGHTS, B, H, lif, zeros
 from tests.run_lowered import prepared, scans_of, with_regions
 from tests.test_roll_loops import assert_same

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify.passes.find_events import find_events
-from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.set_apart import set_apart
-from sparsify.passes.split_time import split_time
+from sparsify.passes.events.find_events import find_events
+from sparsify.passes.hoisting.set_apart import set_apart
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.scans.lowered import Lowered
 from tests.looped_models import W0, W1, WEIGHTS, B, H, lif, recurrent, zeros
 from tests.neuron_models import second_order

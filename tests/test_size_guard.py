@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.passes.fit_sizes import find_fit
+from sparsify.passes.sizes.fit_sizes import find_fit
 from sparsify.recording.size_notes import SizeNotes
 from sparsify.serving.size_guard import Fit, Run, SizeGuard
 from tests.test_traced_size import all_of

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 import sparsify
-from sparsify.passes.split_gates import split_gates
+from sparsify.passes.products.split_gates import split_gates
 from sparsify.regions.region import Region
 from tests.looped_models import B, H
 from tests.test_roll_loops import assert_same

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_operands import split_operands
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.products.split_operands import split_operands
 from tests.looped_models import B, H
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled

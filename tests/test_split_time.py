@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sparsify.graph_meta import Fact
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import HoistProducts, reads_dense, split_time
+from sparsify.passes.hoisting.split_time import HoistProducts, reads_dense, split_time
+from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.scans.scan import Scan
 from tests.looped_models import (
     ROLLED_WHOLE,

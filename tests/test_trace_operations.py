@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.passes.trace_operations import Tracer, UntraceableError, trace_operations
+from sparsify.passes.nodes.trace_operations import Tracer, UntraceableError, trace_operations
 
 aten = torch.ops.aten
 X, Y = torch.randn(3, 4), torch.randn(3, 4)

@@ -14,11 +14,11 @@ from sparsify.compiling.lower_scans import lower_forward
 from sparsify.compiling.stages import run_pipeline
 from sparsify.errors import Refusal
 from sparsify.ir import Let
-from sparsify.passes.find_events import find_events
-from sparsify.passes.generalize import Generalized, generalize
-from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.without_gradients import is_application, without_gradients
+from sparsify.passes.events.find_events import find_events
+from sparsify.passes.events.without_gradients import is_application, without_gradients
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.lowering.lower_scan import lower_scan
+from sparsify.passes.sizes.generalize import Generalized, generalize
 from sparsify.recording.application import Application
 from sparsify.recording.recording import Recording
 from sparsify.scans.lowered import Lowered

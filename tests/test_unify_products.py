@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify.passes.classify_ops import TRANSPOSES
-from sparsify.passes.unify_products import unify_products
+from sparsify.passes.nodes.classify_ops import TRANSPOSES
+from sparsify.passes.products.unify_products import unify_products
 from tests.looped_models import W0, W1, WEIGHTS, B, H
 from tests.test_roll_loops import assert_same
 from tests.unrolled import Tape, Unrolled, dyadic, record_unrolled

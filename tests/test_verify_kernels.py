@@ -15,7 +15,7 @@ from sparsify.codegen.cpp import CppBackend
 from sparsify.comparing.figures import RegionFigures
 from sparsify.comparing.regions import check_regions
 from sparsify.errors import MismatchError, Refusal
-from sparsify.passes.lower_scan import lower_scan
+from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.passes.pipeline import PIPELINE
 from sparsify.reference import run_reference
 from sparsify.regions.region import Region

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from sparsify.comparing.figures import RegionFigures, region_lines
 from sparsify.comparing.regions import check_regions
 from sparsify.errors import MismatchError
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.scans.scan import Scan
 from tests.fake_regions import Stepwise, descending, edited, sum_descending, with_regions
 from tests.looped_models import ROLLED_WHOLE, recurrent

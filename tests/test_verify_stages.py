@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from sparsify.compiling.compiled import Stage
 from sparsify.errors import MismatchError
-from sparsify.passes.expand_rnn import expand_rnn
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_time import split_time
+from sparsify.passes.hoisting.split_time import split_time
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.recurrent_layers.expand_rnn import expand_rnn
 from sparsify.rounding.error_bounds import bound_errors
 from sparsify.scans.scan import Scan, retyped
 from sparsify.verification.stages import check_stages

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.passes.roll_loops import roll_loops
-from sparsify.passes.split_gates import split_gates
-from sparsify.passes.write_sums import write_sums
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.passes.loops.write_sums import write_sums
+from sparsify.passes.products.split_gates import split_gates
 from tests.looped_models import W1, WEIGHTS, B, H
 from tests.surrogates import Rect
 from tests.test_roll_loops import assert_same

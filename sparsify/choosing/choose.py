@@ -21,7 +21,7 @@ from sparsify.codegen.backend import Launchable
 from sparsify.comparing.regions import RegionCheck
 from sparsify.errors import MismatchError, Refusal
 from sparsify.free_memory import free_memory
-from sparsify.passes.without_packing import without_packing
+from sparsify.passes.lowering.without_packing import without_packing
 from sparsify.regions.region import Region, batch_of, fetches_of
 from sparsify.scans.lowered import Lowered
 from sparsify.scans.scan import Scan

@@ -21,7 +21,7 @@ from sparsify.codegen.backend import Workload
 from sparsify.errors import CompileError, Refusal
 from sparsify.graphs.loops import BACKWARD
 from sparsify.options import Options
-from sparsify.passes.split_time import is_mostly_zeros
+from sparsify.passes.hoisting.split_time import is_mostly_zeros
 from sparsify.plan import Plan
 from sparsify.products.layouts import layouts_of
 from sparsify.products.place_sites import Placement

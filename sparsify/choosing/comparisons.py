@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparsify.passes.encode_nodes import encode
+from sparsify.passes.nodes.encode_nodes import encode
 from sparsify.regions.region import Region
 
 

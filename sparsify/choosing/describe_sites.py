@@ -10,7 +10,7 @@ from torch import nn
 from sparsify import ir
 from sparsify.choosing.choose import Choice
 from sparsify.errors import Refusal
-from sparsify.passes.rnn_cells import recurrent_op
+from sparsify.passes.recurrent_layers.rnn_cells import recurrent_op
 from sparsify.products.find_products import Product
 from sparsify.products.place_sites import Placement
 from sparsify.products.report import Decision, Site

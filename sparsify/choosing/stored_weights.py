@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from sparsify.autocast import autocast_off
 from sparsify.choosing.seldom import Seldom
 from sparsify.graph_meta import Source
-from sparsify.passes.classify_ops import MOST_DENSITY, draws_random, untransposed
-from sparsify.passes.copy_graph import copy_into
-from sparsify.passes.expand_rnn import recurrent_weights
-from sparsify.passes.find_origins import find_origins
-from sparsify.passes.rnn_cells import recurrent_op
+from sparsify.passes.nodes.classify_ops import MOST_DENSITY, draws_random, untransposed
+from sparsify.passes.nodes.copy_graph import copy_into
+from sparsify.passes.nodes.find_origins import find_origins
+from sparsify.passes.recurrent_layers.expand_rnn import recurrent_weights
+from sparsify.passes.recurrent_layers.rnn_cells import recurrent_op
 from sparsify.products.find_products import Product, find_products, weights_of
 from sparsify.products.report import Site
 from sparsify.weight_pattern import density_of

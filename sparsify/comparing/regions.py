@@ -23,7 +23,7 @@ from sparsify.comparing.values import Place, check_equal
 from sparsify.errors import MismatchError
 from sparsify.graphs.time_chunks import Executors, TimeChunks
 from sparsify.interpreter import Interpreter
-from sparsify.passes.without_packing import without_packing
+from sparsify.passes.lowering.without_packing import without_packing
 from sparsify.regions.region import Region
 from sparsify.regions.sized_launchable import SizedLaunchable
 from sparsify.rounding.bounded import Precision, exact

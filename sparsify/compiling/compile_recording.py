@@ -43,9 +43,9 @@ from sparsify.graphs.loops import (
 from sparsify.graphs.put_back_products import put_back_products
 from sparsify.graphs.reuse_memory import reuse_memory
 from sparsify.options import Options
-from sparsify.passes.expansion import Eager
-from sparsify.passes.result import PassResult
-from sparsify.passes.unpack_kept import unpack_kept
+from sparsify.passes.lowering.expansion import Eager
+from sparsify.passes.nodes.result import PassResult
+from sparsify.passes.packing.unpack_kept import unpack_kept
 from sparsify.plan import Plan
 from sparsify.products.find_products import Product, find_products, name_weights
 from sparsify.products.place_gradients import place_gradients

@@ -21,9 +21,9 @@ import torch
 from torch import fx, nn
 
 from sparsify.compiling.kept_weights import KeptWeights
-from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import draws_random, may_be_view
-from sparsify.passes.copy_graph import copy_graph, copy_into
+from sparsify.passes.nodes.call_scan import erase_unused
+from sparsify.passes.nodes.classify_ops import draws_random, may_be_view
+from sparsify.passes.nodes.copy_graph import copy_graph, copy_into
 from sparsify.regions.region import Region
 
 aten = torch.ops.aten

@@ -8,10 +8,10 @@ from typing import Any
 from sparsify.choosing.choose import Task
 from sparsify.errors import Refusal
 from sparsify.graphs.loops import BACKWARD
-from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.expansion import Eager
-from sparsify.passes.lower_scan import lower_scan
-from sparsify.passes.scan_products import skips_zeros
+from sparsify.passes.lowering.expansion import Eager
+from sparsify.passes.lowering.lower_scan import lower_scan
+from sparsify.passes.nodes.classify_ops import product_operand
+from sparsify.passes.products.scan_products import skips_zeros
 from sparsify.products.place_sites import LoweredScans
 from sparsify.scans.lowered import Lowered
 from sparsify.scans.scan import Scan

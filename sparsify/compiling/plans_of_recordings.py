@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from sparsify.choosing.choose import Choice
-from sparsify.passes.rnn_cells import recurrent_op
+from sparsify.passes.recurrent_layers.rnn_cells import recurrent_op
 from sparsify.plan import Plan, PlanDecision, RegionPlan
 from sparsify.products.find_products import Product
 from sparsify.products.place_sites import Placement

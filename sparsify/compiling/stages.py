@@ -11,16 +11,16 @@ from sparsify.compiling.lower_scans import lower_forward
 from sparsify.errors import Refusal
 from sparsify.graphs.differentiate_scans import differentiate_scans
 from sparsify.graphs.loops import find_scans
-from sparsify.passes.expansion import Eager
-from sparsify.passes.flatten_maps import flatten_maps
-from sparsify.passes.join_slices import join_slices
-from sparsify.passes.limit_surrogates import limit_surrogates
-from sparsify.passes.own_memory import own_memory
-from sparsify.passes.pack_events import pack_events
-from sparsify.passes.part_results import join_results, part_results
+from sparsify.passes.gradients.limit_surrogates import limit_surrogates
+from sparsify.passes.gradients.why_not_differentiate import why_not_trained
+from sparsify.passes.lowering.expansion import Eager
+from sparsify.passes.nodes.result import Pass
+from sparsify.passes.packing.flatten_maps import flatten_maps
+from sparsify.passes.packing.pack_events import pack_events
 from sparsify.passes.pipeline import PIPELINE, WITHOUT_CONVOLUTIONS
-from sparsify.passes.result import Pass
-from sparsify.passes.why_not_differentiate import why_not_trained
+from sparsify.passes.results.join_slices import join_slices
+from sparsify.passes.results.own_memory import own_memory
+from sparsify.passes.results.part_results import join_results, part_results
 from sparsify.scans.lowered import Lowered
 
 

@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from sparsify.compiling.compiled import Compiled
 from sparsify.errors import Refusal
-from sparsify.passes.rnn_cells import recurrent_op
-from sparsify.passes.write_cells import is_cell
+from sparsify.passes.recurrent_layers.rnn_cells import recurrent_op
+from sparsify.passes.recurrent_layers.write_cells import is_cell
 from sparsify.regions.region import Region
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan

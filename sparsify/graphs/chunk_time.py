@@ -25,10 +25,10 @@ from torch import fx, nn
 
 from sparsify.graphs.find_chain import Chain, find_chain, loop_args
 from sparsify.graphs.time_chunks import Handed, TimeChunks
-from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.copy_graph import copy_into, copy_node
-from sparsify.passes.result import PassResult
+from sparsify.passes.nodes.call_scan import erase_unused
+from sparsify.passes.nodes.classify_ops import product_operand
+from sparsify.passes.nodes.copy_graph import copy_into, copy_node
+from sparsify.passes.nodes.result import PassResult
 from sparsify.regions.region import Region
 
 

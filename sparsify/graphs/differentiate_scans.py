@@ -12,9 +12,9 @@ from sparsify.errors import Refusal
 from sparsify.graphs.linked_graph import LinkedGraph
 from sparsify.graphs.loops import BACKWARD
 from sparsify.interpreter import Interpreter
-from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.differentiate import Draft, draft_gradient
-from sparsify.passes.find_masks import Mask
+from sparsify.passes.gradients.differentiate import Draft, draft_gradient
+from sparsify.passes.lowering.find_masks import Mask
+from sparsify.passes.nodes.classify_ops import product_operand
 from sparsify.recording.measure import share_of_nonzeros
 from sparsify.regions.trained_region import places_of
 from sparsify.scans.differentiated import Operand

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.graphs.fill_in_place import fill_in_place
 from sparsify.graphs.time_chunks import Executors, TimeChunks
-from sparsify.passes.copy_graph import copy_graph
+from sparsify.passes.nodes.copy_graph import copy_graph
 from sparsify.regions.region import Region
 from sparsify.regions.region_call import RegionCall
 

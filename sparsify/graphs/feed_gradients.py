@@ -18,10 +18,10 @@ from typing import Any
 from torch import fx, nn
 
 from sparsify.graphs.loops import with_modules
-from sparsify.passes.classify_ops import RESHAPES
-from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.result import PassResult
-from sparsify.passes.simplify_joint import erase_dead
+from sparsify.passes.gradients.simplify_joint import erase_dead
+from sparsify.passes.nodes.classify_ops import RESHAPES
+from sparsify.passes.nodes.copy_graph import copy_graph
+from sparsify.passes.nodes.result import PassResult
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.convolution_backward import ReadGradient
 from sparsify.regions.region import Region

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import fx, nn
 
-from sparsify.passes.call_scan import draws_numbers
-from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.nodes.call_scan import draws_numbers
+from sparsify.passes.nodes.classify_ops import product_operand
 from sparsify.regions.region import Region
 
 aten = torch.ops.aten

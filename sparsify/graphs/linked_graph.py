@@ -9,11 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from sparsify.passes.chunk_products import sorted_graph
-from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.differentiate import Draft, write_gradient
-from sparsify.passes.find_private import find_private
-from sparsify.passes.link_loops import (
+from sparsify.passes.gradients.chunk_products import sorted_graph
+from sparsify.passes.gradients.differentiate import Draft, write_gradient
+from sparsify.passes.gradients.link_loops import (
     Link,
     Reading,
     find_readings,
@@ -21,9 +19,11 @@ from sparsify.passes.link_loops import (
     origin_of,
     seen_through,
 )
-from sparsify.passes.pack_links import find_packed, is_read_by_loops_only
-from sparsify.passes.pack_saved import packed_info
-from sparsify.passes.tensor_info import call, with_shape
+from sparsify.passes.gradients.pack_saved import packed_info
+from sparsify.passes.nodes.copy_graph import copy_graph
+from sparsify.passes.nodes.tensor_info import call, with_shape
+from sparsify.passes.packing.pack_links import find_packed, is_read_by_loops_only
+from sparsify.passes.results.find_private import find_private
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.links import Edge, Links, PackedResult
 

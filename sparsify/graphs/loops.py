@@ -18,8 +18,8 @@ from sparsify.bench import wait_for_devices
 from sparsify.codegen.outer_product import OuterProducts
 from sparsify.graphs.time_chunks import TimeChunks
 from sparsify.interpreter import Interpreter
-from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.split_time import used_outputs
+from sparsify.passes.hoisting.split_time import used_outputs
+from sparsify.passes.nodes.copy_graph import copy_graph
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.outer_product import OuterProduct
 from sparsify.regions.region import Region

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparsify.passes.call_scan import erase_unused
-from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.tensor_info import call, with_shape, without_dim
+from sparsify.passes.nodes.call_scan import erase_unused
+from sparsify.passes.nodes.classify_ops import product_operand
+from sparsify.passes.nodes.copy_graph import copy_graph
+from sparsify.passes.nodes.tensor_info import call, with_shape, without_dim
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten

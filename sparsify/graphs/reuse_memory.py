@@ -23,9 +23,9 @@ import torch
 from torch import fx, nn
 
 from sparsify.codegen.overwriting import may_overwrite
-from sparsify.passes.classify_ops import RESHAPES, SLICES, TRANSPOSES
-from sparsify.passes.copy_graph import copy_graph
-from sparsify.passes.result import PassResult
+from sparsify.passes.nodes.classify_ops import RESHAPES, SLICES, TRANSPOSES
+from sparsify.passes.nodes.copy_graph import copy_graph
+from sparsify.passes.nodes.result import PassResult
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.joined_parts import split_joined
 from sparsify.regions.region import Region

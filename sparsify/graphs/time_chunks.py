@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.passes.classify_ops import product_operand
+from sparsify.passes.nodes.classify_ops import product_operand
 from sparsify.scans.scan import retyped
 
 # Of what loops hand to one another in a chunk: to compute so many takes milliseconds, beside which

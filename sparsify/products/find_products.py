@@ -12,8 +12,8 @@ from torch import fx
 
 from sparsify.errors import Location
 from sparsify.graph_meta import Source
-from sparsify.passes.classify_ops import is_stored, untransposed
-from sparsify.passes.rnn_cells import PACKED, recurrent_op
+from sparsify.passes.nodes.classify_ops import is_stored, untransposed
+from sparsify.passes.recurrent_layers.rnn_cells import PACKED, recurrent_op
 from sparsify.products.find_steps import Run, last_iterations, steps_of
 from sparsify.weight_pattern import Pattern
 

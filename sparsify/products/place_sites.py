@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from sparsify.errors import Location, Refusal
-from sparsify.passes.classify_ops import product_operand
-from sparsify.passes.rnn_cells import recurrent_op
+from sparsify.passes.nodes.classify_ops import product_operand
+from sparsify.passes.recurrent_layers.rnn_cells import recurrent_op
 from sparsify.products.find_products import Product, is_turned, layer_name
 from sparsify.scans.lowered import Lowered, LoweredSite
 from sparsify.scans.scan import Scan

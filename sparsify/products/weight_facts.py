@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.graph_meta import TensorInfo
-from sparsify.passes.classify_ops import draws_random, untransposed
-from sparsify.passes.rnn_cells import recurrent_op
-from sparsify.passes.scan_products import find_activations
+from sparsify.passes.nodes.classify_ops import draws_random, untransposed
+from sparsify.passes.products.scan_products import find_activations
+from sparsify.passes.recurrent_layers.rnn_cells import recurrent_op
 from sparsify.products.find_products import BY_RECEIVERS, is_turned, weights_of
 from sparsify.weight_pattern import Pattern, find_pattern
 

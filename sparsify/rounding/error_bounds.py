@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsify.interpreter import Interpreter
-from sparsify.passes.classify_ops import draws_random
+from sparsify.passes.nodes.classify_ops import draws_random
 from sparsify.rounding.bounded import Bounded, Precision, exact, is_exact, move, stack, unbounded
 from sparsify.rounding.draws import same_draws
 from sparsify.rounding.halves import HALVES, UNKNOWN, in_halves

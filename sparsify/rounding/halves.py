@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparsify.passes.lower_activations import rounds_bound_of_softshrink
+from sparsify.passes.lowering.lower_activations import rounds_bound_of_softshrink
 from sparsify.rounding.bounded import EXACT, Bounded, Precision, is_exact
 from sparsify.rounding.pointwise import Row, multiply
 

@@ -17,7 +17,7 @@ from sparsify.codegen.backend import Backend
 from sparsify.compiling.compiled import Compiled
 from sparsify.graph_meta import Source
 from sparsify.graphs.direct_graph import direct
-from sparsify.passes.generalize import Generalized
+from sparsify.passes.sizes.generalize import Generalized
 from sparsify.plan import GRADIENT, Plan
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
 from sparsify.serving.general_modules import GeneralModules

@@ -123,7 +123,7 @@ def is_own(error: Exception) -> bool:
 
 
 def _own_line(error: Exception) -> str:
-    """The innermost line of sparsify, ``passes/split_time.py:88``, that ``error`` went through."""
+    """The innermost line of sparsify, ``passes/hoisting/split_time.py:88``, of ``error``."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if _is_of_package(frame.filename):
             file = os.path.relpath(os.path.realpath(frame.filename), PACKAGE)

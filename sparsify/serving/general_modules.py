@@ -8,8 +8,8 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.graphs.loops import with_modules, without_kernels
-from sparsify.passes.backward_graph import has_time
-from sparsify.passes.generalize import Generalized, generalize
+from sparsify.passes.gradients.backward_graph import has_time
+from sparsify.passes.sizes.generalize import Generalized, generalize
 from sparsify.regions.chunked_scan import ChunkedScan
 from sparsify.regions.convolution_backward import ReadGradient, WeightGradient
 from sparsify.regions.outer_product import OuterProduct

@@ -17,8 +17,8 @@ from sparsify.graphs.chunk_time import chunk_time
 from sparsify.graphs.feed_gradients import feed_gradients
 from sparsify.graphs.loops import find_regions, with_modules, without_kernels
 from sparsify.graphs.reuse_memory import reuse_memory
-from sparsify.passes.fit_sizes import find_fit
-from sparsify.passes.generalize import generalize
+from sparsify.passes.sizes.fit_sizes import find_fit
+from sparsify.passes.sizes.generalize import generalize
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.serving.entry import Entry, Origin, sources
 from sparsify.serving.general_modules import GeneralModules

@@ -20,8 +20,8 @@ from torch.autograd.function import BackwardCFunction
 
 from sparsify.compiling.compiled import Compiled
 from sparsify.errors import Location, Refusal, RefusedError
-from sparsify.passes.classify_ops import may_be_view
-from sparsify.passes.part_results import RESULT
+from sparsify.passes.nodes.classify_ops import may_be_view
+from sparsify.passes.results.part_results import RESULT
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsify.errors import MismatchError
-from sparsify.passes.classify_ops import MOST_DENSITY
+from sparsify.passes.nodes.classify_ops import MOST_DENSITY
 from sparsify.products.report import Report, Site, tell_reasons
 
 

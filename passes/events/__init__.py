@@ -1,0 +1,1 @@
+"""Which values are events: zero unless a threshold was passed."""

@@ -1,0 +1,1 @@
+"""What no recurrence needs leaves the loop, and runs for all steps at once."""

@@ -1,0 +1,1 @@
+"""The time loop that Python unrolled becomes one Scan."""

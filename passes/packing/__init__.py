@@ -1,0 +1,1 @@
+"""Loops hand spikes to one another as bits."""

@@ -1,0 +1,1 @@
+"""Products with weights: one spelling for all, and those with kernels become Scans."""

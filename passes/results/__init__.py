@@ -1,0 +1,1 @@
+"""What the model returns, and who else may write to it."""
