@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparsify import ir
-from sparsify.codegen.cell_text import MEMORY_TYPES, Symbols
 from sparsify.codegen.compressed import WIDEST_BAND, WIDEST_LINE, Form
+from sparsify.codegen.expressions import MEMORY_TYPES, Symbols
 from sparsify.codegen.usage import SOURCE_BLOCK, channels_at_once, packings
 
 KEPT = ("compressed-rows", "block-rows")

@@ -235,8 +235,10 @@ def recipe_for(
 
 @cache
 def read_source(file: str) -> str:
-    """The text of a C++ file of this package."""
-    return resources.files("sparsify.codegen").joinpath(file).read_text(encoding="utf-8")
+    """The text of a C++ file that backends share, or of one of the C++ backend's own."""
+    shared = resources.files("sparsify.codegen")
+    path = shared.joinpath(file)
+    return (path if path.is_file() else shared.joinpath("cpp", file)).read_text(encoding="utf-8")
 
 
 @cache

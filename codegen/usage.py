@@ -284,3 +284,16 @@ def _find_sources(
             blocks=any(g.result in selective for g in readers),
         )
     return sources
+
+
+def meeting_phases(kernel: ir.Kernel, schedule: ir.Schedule) -> list[int]:
+    """The phases that gather from a result computed since all threads last met in this step."""
+    usage = find_usage(kernel, schedule)
+    unseen: set[str] = set()
+    meetings = []
+    for index, phase in enumerate(kernel.phases):
+        if unseen & {source.name for source in usage.sources_of(phase)}:
+            meetings.append(index)
+            unseen.clear()
+        unseen |= {source.name for source, _ in emitted(phase, usage) if source.kind == "let"}
+    return meetings

@@ -50,7 +50,7 @@ def all_threads_for_small_work() -> Iterator[None]:
     """
     import torch  # not before it is needed
 
-    from sparsify.codegen import launch
+    from sparsify.codegen.cpp import launch
     from sparsify.codegen.runtime import load_runtime
 
     threads, alone = torch.get_num_threads(), launch.ALONE

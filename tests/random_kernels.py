@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from sparsify import ir
+from sparsify.codegen.cpp.strategies import STRATEGIES
 from sparsify.codegen.slots import TORCH_DTYPES
-from sparsify.codegen.strategies import STRATEGIES
 from sparsify.reference import Array
 from sparsify.scalars.halves import HALVES, computed, to_dtype
 from sparsify.scalars.scalar_op import ScalarOp

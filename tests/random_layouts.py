@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sparsify import ir
-from sparsify.codegen.strategies import STRATEGIES, find_strategy
+from sparsify.codegen.cpp.strategies import STRATEGIES, find_strategy
 from sparsify.reference import Array
 from tests.random_kernels import Drawn
 

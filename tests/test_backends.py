@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.emulator.device import EmulatedDevice

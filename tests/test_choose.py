@@ -21,10 +21,10 @@ from sparsify.choosing.candidates import (
 )
 from sparsify.choosing.choose import Task, choose_region, is_slower
 from sparsify.choosing.chooser import Chooser
-from sparsify.codegen import cost_model
 from sparsify.codegen.backend import Cost, GatherWork, Workload
-from sparsify.codegen.cost_model import CALL_SECONDS, Rates, calibrate_rates
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp import cost_model
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.cost_model import CALL_SECONDS, Rates, calibrate_rates
 from sparsify.compiling.compile_recording import Compiler
 from sparsify.compiling.compiled import Compiled
 from sparsify.compiling.lower_scans import find_tasks, lower_scans

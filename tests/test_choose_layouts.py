@@ -15,8 +15,8 @@ from sparsify.choosing.candidates import Predictor, find_candidates
 from sparsify.choosing.rechoose import Rechooser
 from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.backend import Workload
-from sparsify.codegen.cost_model import Rates
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.cost_model import Rates
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.products.layouts import layouts_of, scattered
 from sparsify.weight_pattern import DENSE, Pattern

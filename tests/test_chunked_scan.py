@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.errors import Refusal
 from sparsify.graph_meta import TensorInfo
 from sparsify.ir import Schedule

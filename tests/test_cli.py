@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.codegen.emulator.device import EmulatedDevice
 from sparsify.command_line.main import main

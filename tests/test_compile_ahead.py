@@ -18,10 +18,11 @@ from sparsify import ir
 from sparsify.api import sparsify
 from sparsify.choosing.binaries import NICENESS, READY_SECONDS, Binaries, unlike
 from sparsify.choosing.choose import SLOW_SECONDS
-from sparsify.codegen import cpp_outer_product, runtime, toolchain
+from sparsify.codegen import runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
-from sparsify.codegen.cost_model import Rates
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp import outer_product as cpp_outer_product
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.cost_model import Rates
 from sparsify.codegen.native_call import load_native_call
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.errors import CompileError, Refusal

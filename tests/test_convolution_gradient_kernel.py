@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify import ir
-from sparsify.codegen import cpp_convolution_gradient as cpp
-from sparsify.codegen import cpp_event_sum
-from sparsify.codegen.cpp_convolution_gradient import Unit, add_events, count_parts
-from sparsify.codegen.cpp_event_sum import Outcome
+from sparsify.codegen.cpp import convolution_gradient as cpp
+from sparsify.codegen.cpp import event_sum as cpp_event_sum
+from sparsify.codegen.cpp.convolution_gradient import Unit, add_events, count_parts
+from sparsify.codegen.cpp.event_sum import Outcome
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.regions.convolution_gradient import (
     ConvolutionGradient,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify import ir
-from sparsify.codegen import cpp_convolution_gradient as cpp
+from sparsify.codegen.cpp import convolution_gradient as cpp
 from sparsify.regions.convolution_gradient import ConvolutionGradient
 from sparsify.regions.sender_gradient import SenderGradient
 from sparsify.saved_bits import pack_bits

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel, why_malformed_kernel
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, convolve
 from tests.convolution_kernels import convolution_data, convolutions, leaky_maps, recurrent_maps

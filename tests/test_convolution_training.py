@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 import sparsify
 from sparsify import ir
-from sparsify.codegen.cpp_sender_gradient import add_receivers
-from sparsify.codegen.foreseen_convolution import ForeseenConvolution
+from sparsify.codegen.cpp.foreseen_convolution import ForeseenConvolution
+from sparsify.codegen.cpp.sender_gradient import add_receivers
 from sparsify.compiling.stages import differentiate, rolled_stages
 from sparsify.graphs.foresee_products import foresee_products
 from sparsify.products.find_products import name_weights
@@ -275,7 +275,7 @@ def test_what_convolutions_hand_back_is_computed_where_spikes_were_written(
 ) -> None:
     """In chunks of time, of senders alone whose surrogate lets something through."""
     monkeypatch.setattr("sparsify.regions.sender_gradient.is_small", lambda *_: False)
-    monkeypatch.setattr("sparsify.codegen.cpp_sender_gradient.break_even", lambda _: 1.0)
+    monkeypatch.setattr("sparsify.codegen.cpp.sender_gradient.break_even", lambda _: 1.0)
     monkeypatch.setattr("sparsify.regions.chunked_scan.FED_CHUNK_BYTES", 2**16)
     written: list[float] = []
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify import ir
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.passes.lowering.expansion import Eager
 from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.reference import run_reference

@@ -202,7 +202,9 @@ def test_without_a_compiler_the_original_runs(monkeypatch: pytest.MonkeyPatch) -
     model = RecurrentNet().eval()
     fast = sparsify(model, timing=False)
     refusal = Refusal("backend-unavailable", "No C++ compiler was found.", "Install g++.")
-    monkeypatch.setattr("sparsify.codegen.cpp.CppBackend.why_unavailable", lambda self: refusal)
+    monkeypatch.setattr(
+        "sparsify.codegen.cpp.backend.CppBackend.why_unavailable", lambda self: refusal
+    )
     with pytest.warns(UserWarning, match=r"\[backend-unavailable\] No C\+\+ .* Install g\+\+"):
         assert torch.equal(run(fast, X), run(model, X))
     with warnings.catch_warnings():

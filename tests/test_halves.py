@@ -8,7 +8,7 @@ import torch
 
 from sparsify import ir
 from sparsify.check_ir import check_kernel, why_malformed_kernel
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference

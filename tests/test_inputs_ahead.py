@@ -11,10 +11,10 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Workload
-from sparsify.codegen.cpp import CppBackend
-from sparsify.codegen.inputs_ahead import STEPS
-from sparsify.codegen.launch import CppLaunchable
-from sparsify.codegen.strategies import find_strategy
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.inputs_ahead import STEPS
+from sparsify.codegen.cpp.launch import CppLaunchable
+from sparsify.codegen.cpp.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.usage import default_tile
 from sparsify.reference import Array, run_reference

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from tests.carried_state import check_one_call_equals_several

@@ -10,9 +10,9 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable, Workload
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.strategies import find_strategy
 from sparsify.codegen.given_weights import gathers_ahead
-from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from tests.example_kernels import STRATEGIES, gate_of_bits, lif, lif_data, product, schedule
 
@@ -173,7 +173,7 @@ def test_parameters_and_inference_tensors(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_threads_may_call_at_once(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsify.codegen.launch.ALONE", 0)  # teams, however small the work
+    monkeypatch.setattr("sparsify.codegen.cpp.launch.ALONE", 0)  # teams, however small the work
     kernel = lif(INPUTS, HIDDEN)
     shared = BACKEND.load(BACKEND.compile(kernel, schedule(kernel, strategy)))
     sets = []

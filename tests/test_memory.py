@@ -17,7 +17,7 @@ from sparsify.api import sparsify
 from sparsify.bench import measure_pairs
 from sparsify.checking.fingerprint import Fingerprint
 from sparsify.choosing.choose import FIRST_CALLS, seconds_of
-from sparsify.codegen.cost_model import calibrate_rates
+from sparsify.codegen.cpp.cost_model import calibrate_rates
 from sparsify.recording import recorder
 from sparsify.recording.keep_state import Snapshot
 from sparsify.recording.record import record

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.codegen.cpp import CppBackend
-from sparsify.codegen.launch import CppLaunchable
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.launch import CppLaunchable
+from sparsify.codegen.cpp.prepared_call import Prepared
 from sparsify.codegen.native_call import Loading, load_native_call
-from sparsify.codegen.prepared_call import Prepared
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from tests.example_kernels import lif, lif_data, schedule
 from tests.natively import call_in
@@ -211,7 +211,7 @@ def test_repeaters_end_with_what_they_hold(
     launch: CppLaunchable, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extension = load_native_call() or load_native_call.__wrapped__()
-    monkeypatch.setattr("sparsify.codegen.prepared_call.native_call", lambda: extension)
+    monkeypatch.setattr("sparsify.codegen.cpp.prepared_call.native_call", lambda: extension)
     contents = launch._contents["w_in"]
     counts = [sys.getrefcount(contents)]
     for _ in range(3):

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsify.codegen import cpp_event_sum
-from sparsify.codegen import cpp_outer_product as cpp
-from sparsify.codegen.cpp_event_sum import Outcome
-from sparsify.codegen.cpp_outer_product import add_events, break_even
+from sparsify.codegen.cpp import event_sum as cpp_event_sum
+from sparsify.codegen.cpp import outer_product as cpp
+from sparsify.codegen.cpp.event_sum import Outcome
+from sparsify.codegen.cpp.outer_product import add_events, break_even
 from sparsify.codegen.outer_product import ROWS_PER_SUM
 from sparsify.regions import outer_product as module
 from sparsify.regions.outer_product import (

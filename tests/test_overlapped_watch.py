@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.codegen import contents as contents_module
-from sparsify.codegen.cpp import CppBackend
-from sparsify.codegen.launch import CppLaunchable
-from sparsify.codegen.prepared_call import Prepared
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.launch import CppLaunchable
+from sparsify.codegen.cpp.prepared_call import Prepared
 from sparsify.serving.engine import Engine
 from tests.example_kernels import OF_INPUTS, lif, lif_data, schedule
 from tests.natively import WAYS, call_in

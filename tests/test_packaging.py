@@ -19,6 +19,7 @@ FOLDERS = {
     "sparsify/checking": "sparsify/checking",
     "sparsify/choosing": "sparsify/choosing",
     "sparsify/codegen": "codegen",
+    "sparsify/codegen/cpp": "codegen/cpp",
     "sparsify/codegen/cuda": "codegen/cuda",
     "sparsify/codegen/emulator": "codegen/emulator",
     "sparsify/command_line": "sparsify/command_line",
@@ -83,7 +84,7 @@ def test_wheel_holds_every_source_of_the_package(wheel: zipfile.ZipFile) -> None
         if path.suffix in SHIPPED
     }
     expected.add("pytest_sparsify.py")
-    assert {"sparsify/py.typed", "sparsify/codegen/kernel.h"} <= expected
+    assert {"sparsify/py.typed", "sparsify/codegen/cpp/kernel.h"} <= expected
     assert "sparsify/codegen/cuda/device.py" in expected
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == expected
@@ -122,7 +123,13 @@ def test_links_are_relative_and_committed(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("passes", ""), ("codegen", ""), ("cuda", "codegen"), ("emulator", "codegen")],
+    [
+        ("passes", ""),
+        ("codegen", ""),
+        ("cpp", "codegen"),
+        ("cuda", "codegen"),
+        ("emulator", "codegen"),
+    ],
 )
 def test_bare_names_are_refused(name: str, folder: str) -> None:
     done = subprocess.run(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsify.codegen.packed_weight import PackedWeight
+from sparsify.codegen.cpp.packed_weight import PackedWeight
 from sparsify.codegen.runtime import Packed, Runtime, load_runtime
 from tests.packing import pack_slowly, random_tensor
 from tests.threads import run_at_once, torch_threads

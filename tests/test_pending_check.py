@@ -18,7 +18,7 @@ from sparsify.checking.check_recording import Repetition
 from sparsify.checking.pending_check import PendingCheck
 from sparsify.choosing.binaries import Binaries
 from sparsify.codegen.backend import Binary
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.compiling import stages
 from sparsify.errors import CompileError, TraceError
 from sparsify.products.find_products import find_products

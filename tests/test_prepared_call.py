@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sparsify.codegen import packed_weight
-from sparsify.codegen.cpp import CppBackend
-from sparsify.codegen.launch import PREPARED, CppLaunchable
+from sparsify.codegen.cpp import packed_weight
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.launch import PREPARED, CppLaunchable
 from sparsify.codegen.runtime import Runtime
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from tests.example_kernels import gate_of_bits, lif, lif_data, schedule

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.codegen.packed_weight import PackedWeight
+from sparsify.codegen.cpp.packed_weight import PackedWeight
 from sparsify.codegen.runtime import load_runtime
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 

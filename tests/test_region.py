@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify import ir
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.passes.lowering.lower_scan import lower_scan
 from sparsify.regions.region import Fetch, Region
 from sparsify.scans.lowered import Binding

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsify import ir
-from sparsify.codegen.cell_text import literal
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.expressions import literal
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.writer import Names, comment_text
 from tests.convolution_kernels import leaky_maps

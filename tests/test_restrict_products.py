@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsify.codegen.backend import Workload
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.strategies import find_strategy
 from sparsify.codegen.predict_cost import WANTED_MACS
-from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.graph_meta import TensorInfo
 from sparsify.graphs.differentiate_scans import measure_gradients

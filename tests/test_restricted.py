@@ -12,9 +12,9 @@ import torch
 from sparsify import ir
 from sparsify.check_ir import why_malformed_kernel
 from sparsify.codegen.backend import Launchable, Workload
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
+from sparsify.codegen.cpp.strategies import find_strategy
 from sparsify.codegen.predict_cost import WANTED_MACS
-from sparsify.codegen.strategies import find_strategy
 from sparsify.codegen.toolchain import read_source
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.codegen.usage import SOURCE_BLOCK

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import ir
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.overwriting import may_overwrite
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import run_reference

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsify import ir
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.reference import Array, run_reference
 from sparsify.scalars import elementary

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsify import ir
-from sparsify.codegen import cpp_sender_gradient as cpp
-from sparsify.codegen.cpp_event_sum import Outcome
+from sparsify.codegen.cpp import sender_gradient as cpp
+from sparsify.codegen.cpp.event_sum import Outcome
 from sparsify.regions import sender_gradient
 from sparsify.regions.sender_gradient import SenderGradient
 from sparsify.saved_bits import pack_bits

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.regions.sized_launchable import SizedLaunchable
 from sparsify.serving.engine import Engine
 from tests.small_nets import RecurrentNet, spikes

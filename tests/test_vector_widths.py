@@ -12,7 +12,7 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen import toolchain
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from tests.example_kernels import STRATEGIES, lif, lif_data, product, schedule
 from tests.test_kernels import compare, load
 

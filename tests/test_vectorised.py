@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsify import ir
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.toolchain import (
     KERNEL_HEADERS,
     Compiler,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify import ir
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.comparing.figures import RegionFigures
 from sparsify.comparing.regions import check_regions
 from sparsify.errors import MismatchError, Refusal

@@ -20,7 +20,7 @@ import torch
 
 from sparsify.codegen import contents as contents_module
 from sparsify.codegen.contents import LEAST_BYTES, UNCHANGED, Contents
-from sparsify.codegen.packed_weight import PackedWeight
+from sparsify.codegen.cpp.packed_weight import PackedWeight
 from sparsify.codegen.runtime import Runtime, load_runtime
 from tests.packing import pack_slowly
 from tests.test_packed_weight import CHANGED_WEIGHTS, Change, bits_equal

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cell_text import Symbols
 from sparsify.codegen.cuda.struct_text import Dim
 from sparsify.codegen.cuda.team_shape import GRANULE, WARP, round_up
+from sparsify.codegen.expressions import Symbols
 from sparsify.codegen.predict_cost import BYTES
 from sparsify.codegen.usage import Usage
 

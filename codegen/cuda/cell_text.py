@@ -7,13 +7,6 @@ from dataclasses import dataclass, field
 
 from sparsify import ir
 from sparsify.check_ir import read_dtype
-from sparsify.codegen.cell_text import (
-    C_TYPES,
-    Symbols,
-    expression,
-    operand_text,
-    start_phases,
-)
 from sparsify.codegen.cuda.neuron_text import (
     NO_INPUTS,
     Inputs,
@@ -21,6 +14,7 @@ from sparsify.codegen.cuda.neuron_text import (
     committed,
     operand_element,
 )
+from sparsify.codegen.expressions import C_TYPES, Symbols, expression, operand_text, start_phases
 from sparsify.codegen.usage import Usage, statement_args
 from sparsify.codegen.writer import Writer
 

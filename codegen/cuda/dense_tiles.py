@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
-from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.find_shape import Pace, with_resident
 from sparsify.codegen.cuda.frame_text import packed_name
 from sparsify.codegen.cuda.neurons_per_block import NeuronsPerGrid
@@ -48,6 +47,7 @@ from sparsify.codegen.cuda.tile_parts import (
     why_not_dtypes,
     why_not_tiles,
 )
+from sparsify.codegen.expressions import MEMORY_TYPES
 from sparsify.codegen.usage import Source, find_usage
 from sparsify.errors import Refusal
 from sparsify.scalars.halves import HALVES

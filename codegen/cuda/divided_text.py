@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.frame_text import packed_name, row_length, weight_types
 from sparsify.codegen.cuda.struct_text import SIZES, Array, Dim
 from sparsify.codegen.cuda.team_groups import ALIGNED
@@ -21,6 +20,7 @@ from sparsify.codegen.cuda.tile_parts import (
     parts_of_source,
     weight_dtype,
 )
+from sparsify.codegen.expressions import MEMORY_TYPES
 from sparsify.codegen.usage import Source, packings
 
 TOLD_SUMS = "by the blocks that have their senders"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsify import ir
-from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.event_tile_shape import (
     TILE_RECEIVERS,
     TILE_ROWS,
@@ -24,6 +23,7 @@ from sparsify.codegen.cuda.team_shape import WARP, Shape
 from sparsify.codegen.cuda.team_steps import ROWS_OF_HALF
 from sparsify.codegen.cuda.team_sums import TeamSums
 from sparsify.codegen.cuda.team_text import TeamText
+from sparsify.codegen.expressions import MEMORY_TYPES
 from sparsify.codegen.usage import Source
 
 

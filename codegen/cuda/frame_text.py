@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.cuda.layouts import Kept, arrays_of
-from sparsify.codegen.frame_text import shape_note, write_origin
+from sparsify.codegen.expressions import C_TYPES, MEMORY_TYPES, Symbols
+from sparsify.codegen.notes_text import shape_note, write_origin
 from sparsify.codegen.usage import Packing, packings
 from sparsify.codegen.writer import Writer
 

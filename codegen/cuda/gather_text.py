@@ -8,9 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
 from sparsify.codegen.cuda.frame_text import packed_name, weight_types
 from sparsify.codegen.cuda.layouts import Kept
+from sparsify.codegen.expressions import C_TYPES, Symbols
 from sparsify.codegen.usage import Packing, Source, find_usage, packings
 from sparsify.codegen.writer import Writer
 

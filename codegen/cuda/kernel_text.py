@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsify import ir
-from sparsify.codegen.cell_text import start_phases
 from sparsify.codegen.cuda.cell_text import write_cells
 from sparsify.codegen.cuda.frame_text import Scratch, packed_name, row_length
 from sparsify.codegen.cuda.gather_text import GatherText
@@ -27,6 +26,7 @@ from sparsify.codegen.cuda.neuron_text import (
     write_inputs,
     write_neuron,
 )
+from sparsify.codegen.expressions import start_phases
 from sparsify.codegen.usage import Source
 from sparsify.codegen.writer import Writer
 

@@ -10,9 +10,9 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.device import Grid, Memory, Word
 from sparsify.codegen.cuda.layouts import WARP, Kept
+from sparsify.codegen.expressions import MEMORY_TYPES
 
 THREADS, WARPS = 256, 8  # as in pack_layouts.cuh
 MOST_BLOCKS = 2048  # `progress` counts up to 65535

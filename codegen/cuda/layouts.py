@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from sparsify import ir
-from sparsify.codegen.cell_text import MEMORY_TYPES
+from sparsify.codegen.expressions import MEMORY_TYPES
 from sparsify.codegen.slots import TORCH_DTYPES
 from sparsify.codegen.usage import Packing, packings, selective_gathers
 

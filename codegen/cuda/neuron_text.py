@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
 from sparsify.codegen.cuda.frame_text import Scratch
+from sparsify.codegen.expressions import C_TYPES, Symbols
 from sparsify.codegen.usage import Source, Usage, emitted, neuron_reads
 from sparsify.codegen.writer import Writer
 

@@ -11,8 +11,8 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Source
-from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.device import Grid, Memory, Word
+from sparsify.codegen.expressions import MEMORY_TYPES
 
 JOBS, SIDE, THREADS = 8, 32, 256  # as in packing.cuh
 MOST_BLOCKS = 512  # of a weight; `progress` counts up to 65535

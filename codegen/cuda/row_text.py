@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES
 from sparsify.codegen.cuda.frame_text import Member, call_members, write_call, write_head
 from sparsify.codegen.cuda.kernel_text import CudaText
 from sparsify.codegen.cuda.meetings import Meetings
 from sparsify.codegen.cuda.shared_text import events_field, values_field, words_field
 from sparsify.codegen.cuda.struct_text import Array, struct_layout, write_struct
+from sparsify.codegen.expressions import C_TYPES
 from sparsify.codegen.usage import Source, emitted
 from sparsify.codegen.writer import Writer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.cuda.bundle import Bundle, find_bundles
 from sparsify.codegen.cuda.frame_text import Member, call_members, packed_name
 from sparsify.codegen.cuda.layouts import Kept
@@ -22,9 +21,9 @@ from sparsify.codegen.cuda.team_masks import kept_of_teams
 from sparsify.codegen.cuda.team_memory import TeamMemory, has_payloads, is_binary
 from sparsify.codegen.cuda.team_names import TeamNames, Together
 from sparsify.codegen.cuda.team_shape import WARP, Shape, blocks_of, words_of
-from sparsify.codegen.neurons_per_thread import meeting_phases
+from sparsify.codegen.expressions import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.predict_cost import BYTES
-from sparsify.codegen.usage import Packing, Source, neuron_reads
+from sparsify.codegen.usage import Packing, Source, meeting_phases, neuron_reads
 
 MOST_FETCHED = 8  # words of what a neuron is given, in registers
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.cuda.frame_text import packed_name, row_length, weight_types
 from sparsify.codegen.cuda.layouts import Kept, masked, masked_senders
 from sparsify.codegen.cuda.team_shape import Shape
+from sparsify.codegen.expressions import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.usage import Packing
 from sparsify.codegen.writer import Writer
 from sparsify.errors import Refusal

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.layouts import Kept
@@ -15,6 +14,7 @@ from sparsify.codegen.cuda.struct_text import SIZES, Array, Dim, struct_layout
 from sparsify.codegen.cuda.team_groups import ALIGNED, EventLists
 from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_shape import Shape, blocks_of, words_of
+from sparsify.codegen.expressions import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.usage import Source, Usage, packings
 from sparsify.scalars.halves import HALVES
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
 from sparsify.codegen.cuda.frame_text import Scratch
 from sparsify.codegen.cuda.neuron_text import find_neurons, old_value, operand_element
+from sparsify.codegen.expressions import C_TYPES, Symbols
 from sparsify.codegen.usage import Packing, find_usage, packings
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsify import ir
-from sparsify.codegen.cell_text import start_phases
 from sparsify.codegen.cuda.mail_text import MailText
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_loops import ALL_ROWS, Span
 from sparsify.codegen.cuda.team_neurons import TeamNeurons
 from sparsify.codegen.cuda.team_shape import Shape
 from sparsify.codegen.cuda.team_sums import TeamSums
+from sparsify.codegen.expressions import start_phases
 
 # Of a block of text in which there is a half.
 ROWS_OF_HALF = "const int low = first_of(half), high = first_of(half + 1);"

@@ -7,7 +7,6 @@ receivers; or it takes a row and a receiver, where sums are computed for those t
 from __future__ import annotations
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.cuda.frame_text import packed_name, row_length
 from sparsify.codegen.cuda.team_groups import Grouped
 from sparsify.codegen.cuda.team_kernel import TeamKernel
@@ -16,6 +15,7 @@ from sparsify.codegen.cuda.team_mail import Mail
 from sparsify.codegen.cuda.team_masks import masked_sum, whole_rows
 from sparsify.codegen.cuda.team_memory import is_binary, told_type
 from sparsify.codegen.cuda.team_shape import Shape
+from sparsify.codegen.expressions import C_TYPES, MEMORY_TYPES
 from sparsify.codegen.usage import Source
 from sparsify.codegen.writer import Writer
 

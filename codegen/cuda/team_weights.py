@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from sparsify import ir
-from sparsify.codegen.cell_text import MEMORY_TYPES
 from sparsify.codegen.cuda.bundle import Bundle
 from sparsify.codegen.cuda.frame_text import needs_total, packed_name, row_length, weight_types
 from sparsify.codegen.cuda.team_kernel import TeamKernel
 from sparsify.codegen.cuda.team_masks import write_masked_slice
 from sparsify.codegen.cuda.team_shape import Shape
+from sparsify.codegen.expressions import MEMORY_TYPES
 from sparsify.codegen.usage import Packing
 from sparsify.codegen.writer import Writer
 

@@ -17,7 +17,7 @@ from training_loop import Point
 
 import sparsify
 from sparsify.bench import measure_pairs
-from sparsify.codegen.packed_weight import PackedWeight
+from sparsify.codegen.cpp.packed_weight import PackedWeight
 from sparsify.ir import DENSE_ROWS, Layout
 from sparsify.products.pruning_outcome import PruningOutcome
 from sparsify.products.report import Site

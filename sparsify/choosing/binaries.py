@@ -12,7 +12,7 @@ from typing import Any
 from sparsify import ir
 from sparsify.choosing.comparisons import Comparisons
 from sparsify.codegen.backend import Backend, Binary, Launchable
-from sparsify.codegen.foreseen_convolution import ForeseenConvolution
+from sparsify.codegen.cpp.foreseen_convolution import ForeseenConvolution
 from sparsify.codegen.outer_product import Foreseen
 from sparsify.codegen.plain_names import with_plain_names
 from sparsify.errors import BackendUnavailable, CompileError, Refusal

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from sparsify.codegen.cpp_convolution_gradient import why_no_kernel
-from sparsify.codegen.cpp_event_sum import SMALL_PRODUCT
-from sparsify.codegen.cpp_sender_gradient import why_no_senders
-from sparsify.codegen.foreseen_convolution import ForeseenConvolution
+from sparsify.codegen.cpp.convolution_gradient import why_no_kernel
+from sparsify.codegen.cpp.event_sum import SMALL_PRODUCT
+from sparsify.codegen.cpp.foreseen_convolution import ForeseenConvolution
+from sparsify.codegen.cpp.sender_gradient import why_no_senders
 from sparsify.codegen.outer_product import VALUES, Foreseen, source_type
 from sparsify.graph_meta import TensorInfo
 from sparsify.regions.chunked_scan import ChunkedScan

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify import ir
-from sparsify.codegen.cpp_convolution_gradient import (
+from sparsify.codegen.cpp.convolution_gradient import (
     CppConvolutionKernel,
     Unit,
     count_parts,

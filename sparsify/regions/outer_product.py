@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsify.codegen.cpp_outer_product import CppOuterProducts
+from sparsify.codegen.cpp.outer_product import CppOuterProducts
 from sparsify.codegen.outer_product import ROWS_PER_SUM, OuterKernel, OuterProducts
 from sparsify.regions.event_sum import EventSum
 from sparsify.saved_bits import check_packed, unpack_bits

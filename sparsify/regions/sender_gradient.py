@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import ir
-from sparsify.codegen.cpp_convolution_gradient import WIDEST_POOL, unpool, why_no_kernel
-from sparsify.codegen.cpp_event_sum import Outcome
-from sparsify.codegen.cpp_sender_gradient import add_receivers, is_small, why_no_senders
+from sparsify.codegen.cpp.convolution_gradient import WIDEST_POOL, unpool, why_no_kernel
+from sparsify.codegen.cpp.event_sum import Outcome
+from sparsify.codegen.cpp.sender_gradient import add_receivers, is_small, why_no_senders
 from sparsify.codegen.outer_product import VALUES
 from sparsify.errors import BackendUnavailable, CompileError
 from sparsify.regions.convolution_gradient import maps_of, row_chunks

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.choosing.binaries import Binaries
 from sparsify.codegen.backend import Backend
-from sparsify.codegen.cpp import CppBackend
+from sparsify.codegen.cpp.backend import CppBackend
 from sparsify.codegen.cuda.backend import CudaBackend
 from sparsify.codegen.cuda.gpu import Gpu
 from sparsify.compiling.compile_recording import Compiler

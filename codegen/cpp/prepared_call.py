@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsify.codegen.contents import Contents
+from sparsify.codegen.cpp.packed_weight import Current, PackedWeight
 from sparsify.codegen.native_call import Repeater, native_call
-from sparsify.codegen.packed_weight import Current, PackedWeight
 from sparsify.codegen.runtime import Runtime, as_rows
 from sparsify.codegen.write_watch import QUESTION
 

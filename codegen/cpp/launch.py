@@ -14,18 +14,18 @@ from sparsify import ir
 from sparsify.codegen.backend import Source
 from sparsify.codegen.compressed import band_width
 from sparsify.codegen.contents import Contents, layout_of
-from sparsify.codegen.given_weights import given_weights
-from sparsify.codegen.native_call import Repeater
-from sparsify.codegen.neurons_per_thread import NeuronsPerThread
-from sparsify.codegen.packed_weight import Current, PackedWeight
-from sparsify.codegen.predict_cost import count_pairs
-from sparsify.codegen.prepared_call import (
+from sparsify.codegen.cpp.neurons_per_thread import NeuronsPerThread
+from sparsify.codegen.cpp.packed_weight import Current, PackedWeight
+from sparsify.codegen.cpp.prepared_call import (
     Native,
     Prepared,
     PreparedPacking,
     PreparedWeight,
     like,
 )
+from sparsify.codegen.given_weights import given_weights
+from sparsify.codegen.native_call import Repeater
+from sparsify.codegen.predict_cost import count_pairs
 from sparsify.codegen.runtime import Runtime
 from sparsify.codegen.slots import (
     CPU,

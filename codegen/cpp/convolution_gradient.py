@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sparsify import ir
-from sparsify.codegen.convolution_text import write_sizes
-from sparsify.codegen.cpp_event_sum import CppEventSum, Ended, run
-from sparsify.codegen.cpp_outer_product import HEADERS as OUTER_HEADERS
+from sparsify.codegen.cpp.convolution_text import write_sizes
+from sparsify.codegen.cpp.event_sum import CppEventSum, Ended, run
+from sparsify.codegen.cpp.outer_product import HEADERS as OUTER_HEADERS
 from sparsify.codegen.outer_product import VALUES, Product, rows_of, source_of
 from sparsify.codegen.runtime import check_readable, load_runtime
 from sparsify.codegen.toolchain import (

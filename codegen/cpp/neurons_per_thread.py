@@ -12,12 +12,11 @@ from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
-from sparsify.codegen.cell_text import C_TYPES, Places
-from sparsify.codegen.convolution_text import write_maps
-from sparsify.codegen.frame_text import write_call, write_entry, write_head
-from sparsify.codegen.given_weights import gathers_ahead, kept_ahead, shared_bands
-from sparsify.codegen.kernel_text import KernelText
-from sparsify.codegen.memory_text import (
+from sparsify.codegen.cpp.cell_text import Places
+from sparsify.codegen.cpp.convolution_text import write_maps
+from sparsify.codegen.cpp.frame_text import write_call, write_entry, write_head
+from sparsify.codegen.cpp.kernel_text import KernelText
+from sparsify.codegen.cpp.memory_text import (
     Field,
     array,
     blocks_field,
@@ -25,6 +24,8 @@ from sparsify.codegen.memory_text import (
     state_fields,
     write_struct,
 )
+from sparsify.codegen.expressions import C_TYPES
+from sparsify.codegen.given_weights import gathers_ahead, kept_ahead, shared_bands
 from sparsify.codegen.predict_cost import count_work
 from sparsify.codegen.usage import (
     Source,
@@ -32,6 +33,7 @@ from sparsify.codegen.usage import (
     emitted,
     find_usage,
     group_of,
+    meeting_phases,
     why_not_gather,
     wide_tile,
 )
@@ -71,19 +73,6 @@ class NeuronsPerThread:
             parts=max(-(-p.size // tile) for p in kernel.populations),
             is_divided=True,
         )
-
-
-def meeting_phases(kernel: ir.Kernel, schedule: ir.Schedule) -> list[int]:
-    """The phases that gather from a result computed since all threads last met in this step."""
-    usage = find_usage(kernel, schedule)
-    unseen: set[str] = set()
-    meetings = []
-    for index, phase in enumerate(kernel.phases):
-        if unseen & {source.name for source in usage.sources_of(phase)}:
-            meetings.append(index)
-            unseen.clear()
-        unseen |= {source.name for source, _ in emitted(phase, usage) if source.kind == "let"}
-    return meetings
 
 
 class _SharedText(KernelText):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen import cpp_convolution_gradient, cpp_sender_gradient
+from sparsify.codegen.cpp import convolution_gradient as cpp_convolution_gradient
+from sparsify.codegen.cpp import sender_gradient as cpp_sender_gradient
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.codegen.cost_model import EVENT_ADDS_PER_MAC
-from sparsify.codegen.cpp_event_sum import SMALL_PRODUCT, CppEventSum, Ended, run
+from sparsify.codegen.cpp.cost_model import EVENT_ADDS_PER_MAC
+from sparsify.codegen.cpp.event_sum import SMALL_PRODUCT, CppEventSum, Ended, run
 from sparsify.codegen.outer_product import (
     VALUES,
     Foreseen,

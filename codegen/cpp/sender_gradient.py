@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from sparsify import ir
-from sparsify.codegen.convolution_text import write_sizes
-from sparsify.codegen.cpp_convolution_gradient import (
+from sparsify.codegen.cpp.convolution_gradient import (
     HEADERS as CONVOLUTION_HEADERS,
 )
-from sparsify.codegen.cpp_convolution_gradient import (
+from sparsify.codegen.cpp.convolution_gradient import (
     TILE,
     WIDEST_POOL,
     Unit,
     why_no_kernel,
 )
-from sparsify.codegen.cpp_event_sum import SMALL_PRODUCT, Ended, run
+from sparsify.codegen.cpp.convolution_text import write_sizes
+from sparsify.codegen.cpp.event_sum import SMALL_PRODUCT, Ended, run
 from sparsify.codegen.outer_product import VALUES, rows_of
 from sparsify.codegen.runtime import check_readable
 from sparsify.codegen.toolchain import (

@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Cell, Places, Symbols, start_phases
-from sparsify.codegen.convolution_text import call_of, windows_fields
-from sparsify.codegen.frame_text import operand_row
+from sparsify.codegen.cpp.cell_text import Cell, Places
+from sparsify.codegen.cpp.convolution_text import call_of, windows_fields
+from sparsify.codegen.cpp.frame_text import operand_row
+from sparsify.codegen.cpp.memory_text import Field, array
+from sparsify.codegen.expressions import C_TYPES, Symbols, start_phases
 from sparsify.codegen.given_weights import given_weights, is_kept, is_whole, whole_values
-from sparsify.codegen.memory_text import Field, array
 from sparsify.codegen.usage import Source, find_usage
 from sparsify.codegen.writer import Writer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, MEMORY_TYPES, Symbols
-from sparsify.codegen.frame_text import events_type
+from sparsify.codegen.cpp.frame_text import events_type
+from sparsify.codegen.expressions import C_TYPES, MEMORY_TYPES, Symbols
 from sparsify.codegen.usage import Source, Usage
 from sparsify.codegen.writer import Writer
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost, GatherWork, Workload
-from sparsify.codegen.cell_text import C_TYPES
+from sparsify.codegen.cpp.memory_text import Field, array, write_struct
+from sparsify.codegen.cpp.rows_per_thread import RowsPerThread, RowsText
+from sparsify.codegen.expressions import C_TYPES
 from sparsify.codegen.given_weights import gathers_ahead
-from sparsify.codegen.memory_text import Field, array, write_struct
-from sparsify.codegen.rows_per_thread import RowsPerThread, RowsText
 from sparsify.codegen.usage import GROUP, has_convolution
 from sparsify.errors import Refusal
 

@@ -6,8 +6,8 @@ Sums of a convolution are computed for all receivers of a thread before its neur
 from __future__ import annotations
 
 from sparsify import ir
-from sparsify.codegen.cell_text import C_TYPES, Symbols
-from sparsify.codegen.memory_text import Field
+from sparsify.codegen.cpp.memory_text import Field
+from sparsify.codegen.expressions import C_TYPES, Symbols
 from sparsify.codegen.usage import Usage, channels_at_once
 from sparsify.codegen.writer import Writer
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sparsify.codegen.backend import Strategy
-from sparsify.codegen.inputs_ahead import InputsAhead
-from sparsify.codegen.neurons_per_thread import NeuronsPerThread
-from sparsify.codegen.rows_per_thread import RowsPerThread
+from sparsify.codegen.cpp.inputs_ahead import InputsAhead
+from sparsify.codegen.cpp.neurons_per_thread import NeuronsPerThread
+from sparsify.codegen.cpp.rows_per_thread import RowsPerThread
 
 STRATEGIES: tuple[Strategy, ...] = (RowsPerThread(), NeuronsPerThread(), InputsAhead())
 

@@ -11,11 +11,11 @@ from sparsify import ir
 from sparsify.check_ir import check_kernel
 from sparsify.codegen import runtime
 from sparsify.codegen.backend import Binary, Cost, Launchable, Source
-from sparsify.codegen.cost_model import Rates, calibrate_rates
-from sparsify.codegen.cpp_outer_product import CppOuterProducts
-from sparsify.codegen.launch import CppLaunchable
+from sparsify.codegen.cpp.cost_model import Rates, calibrate_rates
+from sparsify.codegen.cpp.launch import CppLaunchable
+from sparsify.codegen.cpp.outer_product import CppOuterProducts
+from sparsify.codegen.cpp.strategies import STRATEGIES, find_strategy
 from sparsify.codegen.plain_names import PLAIN, with_plain_names
-from sparsify.codegen.strategies import STRATEGIES, find_strategy
 from sparsify.codegen.toolchain import (
     KERNEL_HEADERS,
     compile_shared_library,

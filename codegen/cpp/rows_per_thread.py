@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from sparsify import ir
 from sparsify.codegen.backend import Cost, Workload
-from sparsify.codegen.cell_text import C_TYPES, Places
-from sparsify.codegen.convolution_text import write_maps
-from sparsify.codegen.frame_text import write_call, write_entry, write_head
-from sparsify.codegen.kernel_text import KernelText
-from sparsify.codegen.memory_text import (
+from sparsify.codegen.cpp.cell_text import Places
+from sparsify.codegen.cpp.convolution_text import write_maps
+from sparsify.codegen.cpp.frame_text import write_call, write_entry, write_head
+from sparsify.codegen.cpp.kernel_text import KernelText
+from sparsify.codegen.cpp.memory_text import (
     Field,
     array,
     blocks_field,
@@ -24,6 +24,7 @@ from sparsify.codegen.memory_text import (
     state_fields,
     write_struct,
 )
+from sparsify.codegen.expressions import C_TYPES
 from sparsify.codegen.predict_cost import count_work
 from sparsify.codegen.usage import Source, default_tile, emitted, group_of, why_not_gather
 from sparsify.errors import Refusal
