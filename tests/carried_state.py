@@ -6,7 +6,7 @@ import torch
 
 from sparsify import ir
 from sparsify.codegen.backend import Launchable
-from tests.example_kernels import lif_data
+from tests.kernels.example_kernels import lif_data
 
 
 def check_one_call_equals_several(launch: Launchable, kernel: ir.Kernel) -> None:

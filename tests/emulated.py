@@ -21,9 +21,9 @@ from sparsify.recording.keep_state import keep_state
 from sparsify.serving.engine import Engine
 from sparsify.serving.install import install
 from sparsify.verification.model import verify
+from tests.models.training_nets import TrainingNet
+from tests.models.zoo import Entry, tensors_of
 from tests.training_harness import assert_trained, gradients_of
-from tests.training_nets import TrainingNet
-from tests.zoo import Entry, tensors_of
 
 STEPS, BATCH = 4, 3
 SEED = 5  # of the random order of threads

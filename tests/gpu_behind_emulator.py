@@ -1,6 +1,6 @@
 """Tests of the emulator's kernels on a GPU: the same tests, with ``pytest --gpu``.
 
-    python -m pytest --gpu tests/test_emulated_zoo.py tests/test_cuda_kernels.py -k "not mutant"
+    python -m pytest --gpu tests/cuda/test_emulated_zoo.py -k "not mutant"
 
 Tensors stay on the CPU as the tests have them; each launch takes its memory to the GPU and back.
 What the emulator objects to (planted bugs, deleted barriers) a GPU does not.

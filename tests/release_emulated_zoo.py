@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.cuda.test_emulated_zoo import COMPILED, TRAINED
 from tests.emulated import SCHEDULES, check_forward, check_training
-from tests.test_emulated_zoo import COMPILED, TRAINED
-from tests.training_nets import NETS, ZOO_NETS, TrainingNet
-from tests.zoo import Entry
+from tests.models.training_nets import NETS, ZOO_NETS, TrainingNet
+from tests.models.zoo import Entry
 
 TRAINING = [each for each in (*NETS, *ZOO_NETS) if each.code is None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sparsify.codegen.cuda.device import STATED, Limits
+from tests.cuda.test_nvrtc_zoo import COMPILED, check_no_stack
 from tests.cuda_wheels import needs_nvrtc
-from tests.test_nvrtc_zoo import COMPILED, check_no_stack
-from tests.zoo import Entry
+from tests.models.zoo import Entry
 
 
 @needs_nvrtc

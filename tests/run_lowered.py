@@ -22,7 +22,7 @@ from sparsify.reference import run_reference
 from sparsify.regions.region import Region
 from sparsify.scans.lowered import Lowered
 from sparsify.scans.scan import Scan
-from tests.random_kernels import array_of
+from tests.kernels.random_kernels import array_of
 from tests.unrolled import Tape, Unrolled, record_unrolled
 
 Model = Callable[[Tape, Tensor], Any]

@@ -13,7 +13,7 @@ from sparsify.plan import Plan
 from sparsify.regions.region import Region
 from sparsify.regions.trained_region import TrainedRegion
 from sparsify.scans.scan import Scan
-from tests.zoo import tensors_of
+from tests.models.zoo import tensors_of
 
 Gradients = Mapping[str, Tensor | None]
 Loss = Callable[[object], Tensor]

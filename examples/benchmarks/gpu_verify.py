@@ -25,8 +25,8 @@ from sparsify.codegen.backend import Launchable
 from sparsify.reference import Array, run_reference
 
 sys.path.append(str(ROOT))  # kernels that the tests have, too
-from tests.example_kernels import gradient_data, lif, lif_data, lif_gradient, schedule
-from tests.gated_kernels import egru
+from tests.kernels.example_kernels import gradient_data, lif, lif_data, lif_gradient, schedule
+from tests.kernels.gated_kernels import egru
 
 EXTENTS = ((1, 1), (5, 3), (3, 16), (4, 140))  # steps and batch rows
 MOST_NEURONS = 100_000  # in all steps and rows: the interpreter is slow

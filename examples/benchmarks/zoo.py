@@ -22,7 +22,7 @@ import sparsify
 from sparsify.bench import measure_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.zoo import BATCH, ENTRIES
+from tests.models.zoo import BATCH, ENTRIES
 
 MOST_SLOWER = 1.05
 MOST_ADDED_MS = 0.02

@@ -26,7 +26,7 @@ from sparsify.graphs.time_chunks import TimeChunks
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.live_bytes import peak_of
-from tests.zoo import BATCH, ENTRIES
+from tests.models.zoo import BATCH, ENTRIES
 
 KIB = 2**10
 FIRST_CALLS = 3  # of which each may be recorded: a state that is left behind has other sizes then

@@ -1,0 +1,1 @@
+"""Kernels of the IR that tests run, written by hand or drawn at random."""
