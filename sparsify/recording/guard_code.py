@@ -25,6 +25,8 @@ OUR_FOLDERS = (
     PACKAGE,
     *(os.path.realpath(os.path.join(PACKAGE, p)) for p in ("passes", "codegen")),
 )
+# The demo's network is code as users write it: its loops are found, and its lines named.
+DEMO = os.path.join(PACKAGE, "command_line", "demo_model.py")
 # With these a name need not stand in the code.
 BY_VALUE = {"getattr", "setattr", "hasattr", "delattr"}
 ANYTHING = {
@@ -68,6 +70,8 @@ def origin(file: str, module_name: str = "") -> Origin:
     path = os.path.realpath(file) if os.path.isabs(file) else file
     if _is_in(path, TORCH):
         return "torch"
+    if path == DEMO:
+        return "user"
     if any(_is_in(path, folder) for folder in OUR_FOLDERS) or _is_in(path, _numpy()):
         return "library"
     if "site-packages" in path or "dist-packages" in path:

@@ -18,6 +18,9 @@ from sparsify.command_line.demo_model import (
     split_digits,
     train,
 )
+from sparsify.passes.loops.roll_loops import roll_loops
+from sparsify.recording.record import record
+from sparsify.recording.recording import Recording
 
 
 @pytest.fixture
@@ -65,6 +68,17 @@ def test_hoisted_is_the_same_network(digits: Digits, generator: torch.Generator)
     # Both sum the same 32 products and 6 steps, in another order at most.
     assert (got - expected).abs().max() <= 64 * 2.0**-53 * expected.abs().max()
     assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+def test_the_loop_is_seen_as_in_a_users_file(steps: int) -> None:
+    """Code of the package itself has no loops to record; its demo stands in for a user's code."""
+    model = DigitNet(hidden=64, second=32)
+    recording = record(model, ((torch.rand(steps, 4, 64) < 0.3).float(),), {}, restore=True)
+    assert isinstance(recording, Recording)
+    rolled = roll_loops(recording.graph)
+    assert len(rolled.done) == 1 and rolled.done[0].endswith(f"rolled {steps} iterations")
+    assert "demo_model.py" in rolled.done[0] and not rolled.declined
 
 
 @pytest.mark.parametrize(
