@@ -44,6 +44,6 @@ def call_in(way: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     assert native is not None, "the tests need Python's headers"
     counted = Counted(native)
     given = counted if way == "native" else None
-    for module in ("codegen.prepared_call", "regions.region_call", "serving.last_call"):
+    for module in ("codegen.cpp.prepared_call", "regions.region_call", "serving.last_call"):
         monkeypatch.setattr(f"sparsify.{module}.native_call", lambda: given)
     return counted.asked
