@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import dis
+import inspect
+import operator
 import os
 import sys
 import sysconfig
@@ -29,6 +33,7 @@ OUR_FOLDERS = (
 DEMO = os.path.join(PACKAGE, "command_line", "demo_model.py")
 # With these a name need not stand in the code.
 BY_VALUE = {"getattr", "setattr", "hasattr", "delattr"}
+GIVEN = ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM")  # by a module, under whatever name
 ANYTHING = {
     "__dict__",
     "__getattribute__",
@@ -39,11 +44,26 @@ ANYTHING = {
     "globals",
     "eval",
     "exec",
+    "__getstate__",
+    "__reduce_ex__",
     "asdict",
     "astuple",
     "getmembers",
+    "getattr_static",
     "deepcopy",
 }
+# The same where they are met as values, which may have another name in the code.
+LOOK_UP_ANYTHING = frozenset(
+    map(
+        id,
+        (
+            *(getattr, setattr, hasattr, delattr, vars, dir, globals, eval, exec),
+            *(operator.attrgetter, operator.methodcaller, copy.deepcopy),
+            *(dataclasses.asdict, dataclasses.astuple),
+            *(inspect.getmembers, inspect.getattr_static),
+        ),
+    )
+)
 NO_OPERATION = {"PRECALL", "CACHE", "PUSH_NULL", "NOP", "RESUME", "EXTENDED_ARG"}
 
 
@@ -111,6 +131,8 @@ def names_of(code: CodeType) -> CodeNames:
             anything |= _looks_up_computed_names(instructions, at)
         elif instruction.opname == "IMPORT_NAME":
             imports.add(instruction.argval)
+        elif instruction.opname in GIVEN:
+            anything |= instruction.argval in BY_VALUE
     attributes = {*code.co_names, code.co_name, *_identifiers(code.co_consts)}
     anything |= not ANYTHING.isdisjoint(code.co_names)
     return CodeNames(frozenset(reads), frozenset(imports), frozenset(attributes), anything)
@@ -140,7 +162,9 @@ def _ends_call(ahead: list[dis.Instruction]) -> bool:
     names = [instruction.opname for instruction in ahead[:2]]
     if names[:1] == ["CALL"]:
         return True
-    return len(names) == 2 and names[0].startswith("LOAD_") and names[1] == "CALL"
+    if len(names) < 2 or names[0] in GIVEN:  # of the literal, as in "NAME".lower()
+        return False
+    return names[0].startswith("LOAD_") and names[1] == "CALL"
 
 
 def _identifiers(constants: tuple[object, ...]) -> Iterator[str]:
