@@ -17,7 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.recording.guard_code import CodeNames, is_users, names_of, origin
+from sparsify.recording.guard_code import (
+    LOOK_UP_ANYTHING,
+    CodeNames,
+    is_users,
+    names_of,
+    origin,
+)
 from sparsify.recording.guard_nodes import (
     HOOKS,
     TABLES,
@@ -101,12 +107,16 @@ class Walk:
 
     def _read_names(self, code: CodeType, namespace: dict[str, Any]) -> None:
         names = names_of(code)
-        if names.anything and not self.anything:
+        if names.anything:
+            self._look_up_anything()
+        self._learn(names.attributes)
+        self._read_globals(names, namespace)
+
+    def _look_up_anything(self) -> None:
+        if not self.anything:
             self.anything = True
             for owner in self.owners:
                 self._look_up(owner, self._keys(owner))
-        self._learn(names.attributes)
-        self._read_globals(names, namespace)
 
     def _learn(self, names: frozenset[str]) -> None:
         new = names - self.names
@@ -187,6 +197,8 @@ class Walk:
 
     def _expand(self, node: Node) -> None:
         value = node.value
+        if id(value) in LOOK_UP_ANYTHING:
+            self._look_up_anything()
         if node.kind in ("sequence", "dict", "set", "array", "random"):
             self._expand_container(node)
         elif node.kind == "module":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
+import inspect
 import operator
 import os
 import weakref
@@ -212,6 +214,13 @@ def test_odd_objects_do_not_end_the_run() -> None:
         assert not matched(guard, X)
 
 
+look_up = getattr
+
+
+class Lookups:
+    static = staticmethod(getattr)
+
+
 class LookedUp(nn.Module):
     """``kind_1`` stands in no code."""
 
@@ -230,9 +239,17 @@ class LookedUp(nn.Module):
         lambda of, name: next(map(getattr, (of,), (name,))),
         lambda of, name: getattr(of, name) + "",
         lambda of, name: getattr(of, "".join(name), "plain"),
+        lambda of, name: getattr(of, "KIND_1".lower()),
+        lambda of, name: builtins.getattr(of, name),
+        lambda of, name: look_up(of, name),
+        lambda of, name: Lookups.static(of, name),
+        lambda of, name, given=getattr: given(of, name),
+        functools.partial(lambda given, of, name: given(of, name), getattr),
+        lambda of, name: inspect.getattr_static(of, name),
+        lambda of, name: of.__getstate__()[name],
     ],
 )
-def test_computed_names_beside_literals_are_looked_up(
+def test_computed_names_are_looked_up(
     look_up: Callable[[object, str], str],
 ) -> None:
     model = LookedUp(look_up)
