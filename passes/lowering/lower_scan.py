@@ -44,7 +44,7 @@ from sparsify.passes.lowering.lower_products import ProductWriter
 from sparsify.passes.lowering.lower_refusals import Refused, refuse
 from sparsify.passes.lowering.why_not_lower import why_not_operations
 from sparsify.passes.lowering.without_packing import Unpacked, without_packing
-from sparsify.passes.nodes.classify_ops import TRANSPOSES, product_operand
+from sparsify.passes.nodes.classify_ops import TRANSPOSES, draws_random, product_operand
 from sparsify.passes.nodes.time_levels import find_time_levels
 from sparsify.saved_bits import packed_size
 from sparsify.scans.lowered import Lowered, Returned
@@ -61,8 +61,10 @@ def lower_scan(scan: Scan, name: str, eager: Eager = "cpu") -> Lowered | Refusal
     scan = unpacked.scan
     live = find_live(scan)
     consts = find_constants(scan, live)
-    if why_not_operations(live, consts) is not None:
-        refused = why_not_operations(live, consts, find_time_levels(scan).recurrent)
+    # What is drawn and not read by anything still counts in what is drawn later.
+    computed = [*live, *filter(draws_random, scan.body.graph.nodes)]
+    if why_not_operations(computed, consts) is not None:
+        refused = why_not_operations(computed, consts, find_time_levels(scan).recurrent)
         assert refused is not None
         return refused
     layout = find_layout(scan)

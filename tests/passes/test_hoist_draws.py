@@ -114,6 +114,21 @@ def test_a_mask_takes_a_byte_an_element(step: Step) -> None:
     assert [result.meta["val"].dtype for result in draws.results] == [torch.bool]
 
 
+def test_numbers_that_nothing_reads_are_drawn() -> None:
+    """Later ones depend on them; a loop of nothing else was taken for an empty kernel."""
+
+    def step(v: Tensor, z: Tensor) -> Tensor:
+        torch.rand(3)
+        return F.linear(z, W1)
+
+    example = rolled(step)
+    for graph in (example.graph, hoist_draws(example.graph).graph):
+        [draws] = drawing(graph)
+        refusal = lower_scan(draws, "kernel")
+        assert isinstance(refusal, Refusal) and refusal.code == "random"
+        assert_as_eager(graph, example)
+
+
 def test_draws_by_the_state_stay_with_all_other_draws() -> None:
     example = rolled(by_state)
     graph = hoist_draws(example.graph).graph
