@@ -114,6 +114,13 @@ class KernelFault(SparsifyError):
         self.reports = tuple(reports)
 
 
+class NothingCompiled(SparsifyError, AttributeError, RuntimeError):
+    """What a call makes was asked for before one; an AttributeError, so that ``hasattr`` is False.
+
+    It says what to do.
+    """
+
+
 class BackendUnavailable(SparsifyError):
     """A backend was asked for by name and cannot run here; says what to install."""
 

@@ -15,7 +15,7 @@ from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.backend import Backend, Binary
 from sparsify.codegen.native_call import loading, native_call
 from sparsify.compiling.compiled import Compiled, Stage
-from sparsify.errors import CompileError, Refusal
+from sparsify.errors import CompileError, NothingCompiled, Refusal
 from sparsify.graphs.time_chunks import code_of
 from sparsify.options import Options, is_disabled
 from sparsify.plan import Plan
@@ -165,9 +165,9 @@ class Engine:
 
     @property
     def compiled(self) -> Compiled:
-        """The newest compiled recording. Raises RuntimeError before there is one."""
+        """The newest compiled recording. Raises NothingCompiled before there is one."""
         if not self.entries:
-            raise RuntimeError(
+            raise NothingCompiled(
                 "nothing is compiled yet: call the module once, or give sparsify an example"
                 + (f" ({self.refused})" if self.refused else "")
             )

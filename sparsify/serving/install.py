@@ -66,6 +66,12 @@ class Sparsified:
                 return result
         return call(module, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """What Python asks where a shortcut raised an AttributeError: its message is the answer."""
+        if name in SHORTCUTS and name in vars(type(self)):
+            return getattr(self._engine, name)
+        return cast(Any, super()).__getattr__(name)
+
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` asks first. Raises SparsifyError: scripts have no kernels."""
         name = type(self._engine.original).__name__

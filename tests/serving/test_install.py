@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
-from sparsify.errors import SparsifyError
+from sparsify.errors import NothingCompiled, SparsifyError
 from tests.models.small_nets import RecurrentNet, spikes
 
 X = spikes()
@@ -38,6 +38,21 @@ def test_models_of_one_class_stay_of_one_class() -> None:
     other: Any = sparsify(reporting)
     assert type(other) is not type(ensemble[0])
     assert other.report == "mine" and other.compiled.report is not None
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "kernels", "stages"])
+def test_what_a_call_makes_is_absent_before_it(name: str) -> None:
+    """Others ask with ``hasattr``, as ``torch.jit.trace`` does; users are told what to do."""
+    fast: Any = sparsify(RecurrentNet().eval(), timing=False)
+    assert not hasattr(fast, name) and not hasattr(fast.compiled, name)
+    for holder in (fast, fast.compiled):
+        with pytest.raises(NothingCompiled, match="call the module once, or give sparsify an ex"):
+            getattr(holder, name)
+    with pytest.raises(AttributeError, match="object has no attribute 'codes'"):
+        _ = fast.codes
+    with torch.no_grad():
+        fast(X)
+    assert hasattr(fast, name) and getattr(fast, name) is not None
 
 
 def test_importing_sparsify_gives_every_module_the_method() -> None:

@@ -177,8 +177,11 @@ def test_export_sees_the_original_operations(strict: bool) -> None:
     assert torch.equal(run(exported.module(), X), expected)
 
 
-def test_tracing_sees_the_original_operations() -> None:
+@pytest.mark.parametrize("called", [True, False])
+def test_tracing_sees_the_original_operations(called: bool) -> None:
     model, fast = make()
+    if not called:
+        fast = sparsify(model, timing=False)
     trace: Any = torch.jit.trace
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
