@@ -25,7 +25,13 @@ from sparsify.recording.recording import Args, Kwargs
 from sparsify.serving.call_key import call_key
 from sparsify.serving.entry import Entry, count_unwatched, newest, unwatched_calls
 from sparsify.serving.kernel_views import KernelView, view_kernels
-from sparsify.serving.last_call import MISSED, LastCall, LastOriginal, may_be_repeated
+from sparsify.serving.last_call import (
+    MISSED,
+    LastCall,
+    LastOriginal,
+    has_own_call,
+    may_be_repeated,
+)
 from sparsify.serving.recordings import Recordings
 
 
@@ -98,7 +104,7 @@ class Engine:
     def _remember_original(self, args: Args, kwargs: Kwargs, most: int = sys.maxsize) -> None:
         """The same for calls that run the original; at most so many before there is a look."""
         key = call_key(self.original, args, kwargs)
-        if key == self._lately:
+        if key == self._lately and not has_own_call(self.original):
             calls = min(most, self._unwatched_calls())
             self.last_call = LastOriginal(self.original, args, kwargs, calls)
         self._lately = key

@@ -20,6 +20,7 @@ from sparsify.serving.entry import Entry
 from sparsify.training_step import requirement
 
 MISSED: Any = object()  # instead of a result
+CALL_IMPL = nn.Module._call_impl
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 function_modes = torch._C._len_torch_function_stack
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -94,6 +95,11 @@ class LastOriginal:
         return model.forward(*args, **kwargs)
 
 
+def has_own_call(model: nn.Module) -> bool:
+    """Whether what ``nn.Module.__call__`` leads to is the model's own: then it has to be asked."""
+    return type(model)._call_impl is not CALL_IMPL or "_call_impl" in vars(model)
+
+
 def may_be_repeated(model: nn.Module, entry: Entry) -> bool:
     """Whether a LastCall would serve a call like this one, which ``entry`` serves.
 
@@ -103,4 +109,6 @@ def may_be_repeated(model: nn.Module, entry: Entry) -> bool:
     """
     has_hooks = any(getattr(model, table) for table in HOOKS)
     has_hooks = has_hooks or bool(global_hooks())
-    return not (has_hooks or is_any_on() or entry.compiled.runs_original)
+    if has_hooks or has_own_call(model):
+        return False
+    return not (is_any_on() or entry.compiled.runs_original)

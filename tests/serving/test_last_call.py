@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, cast
@@ -223,6 +224,22 @@ def test_a_class_may_have_a_call_of_its_own() -> None:
     fast: Any = cast(Any, Calls().eval()).sparsify(spikes(6, 3), timing=False)
     for _ in range(4):
         assert fast(spikes(6, 3))[1] == "more"
+
+
+class CallsInside(RecurrentNet):
+    def _call_impl(self, *args: Any) -> Any:
+        return super()._call_impl(*args), "more"  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("code", ["event", "original"])
+def test_what_a_call_leads_to_may_be_the_models_own(code: str) -> None:
+    fast: Any = cast(Any, CallsInside().eval()).sparsify(timing=False)
+    if code == "original":
+        fast.out.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings(action="ignore"):
+        for _ in range(5):
+            assert fast(spikes(6, 3))[1] == "more"
+    assert bool(engine_of(fast).entries) == (code == "event")
 
 
 def test_compile_of_a_module_is_kept(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
