@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsify.errors import Location
@@ -44,7 +45,8 @@ from sparsify.recording.guard_values import GONE
 from sparsify.recording.guard_walk import Walk
 from sparsify.recording.recording import Args, Kwargs
 
-# Calls that read or write what is outside the process; methods of files are found by their type.
+# Calls that read or write what is outside the process; methods of files, and those that seed
+# generators, are found by the type of their object.
 OUTSIDE: frozenset[Any] = frozenset(
     (
         *(print, input, open, time.time, time.time_ns, time.perf_counter, time.perf_counter_ns),
@@ -54,7 +56,19 @@ OUTSIDE: frozenset[Any] = frozenset(
 # What a module does when it is imported happens once; the garbage collector comes at any time.
 IMPORTED: CodeType = vars(_bootstrap)["_find_and_load"].__code__  # of modules not yet loaded
 READ_ENVIRONMENT = type(os.environ).__getitem__.__code__
-LOGGED = logging.Logger.handle.__code__  # runs only for records that are let through
+# Functions in Python that do; the first one runs only for records that are let through.
+REACHING: dict[CodeType, str] = {
+    logging.Logger.handle.__code__: "logging.Logger.handle",
+    **{
+        getattr(owner, name).__code__: f"{owner.__name__}.{name}"
+        for owner, names in (
+            (torch, ("manual_seed", "seed", "set_rng_state")),
+            (torch.cuda, ("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state")),
+        )
+        for name in names
+    },
+}
+SEEDING = ("manual_seed", "seed", "set_state")  # methods of generators
 
 
 class CompiledGuard:
@@ -191,8 +205,8 @@ class Seen:
 
     def _first_call(self, frame: FrameType) -> None:
         code = frame.f_code
-        if code is LOGGED:
-            self._reached_out.setdefault("logging.Logger.handle", _users_line(frame))
+        if code in REACHING and _users_line(frame) not in self._reached_out.values():
+            self._reached_out.setdefault(REACHING[code], _users_line(frame))
         held = frame.f_locals if code.co_freevars else {}
         free = {name: held.get(name, GONE) for name in code.co_freevars}
         self._follow(self._walk.enter, code, frame.f_globals, free)
@@ -255,6 +269,8 @@ def _code_of(function: object) -> object:
 
 def _is_outside(function: Any) -> bool:
     owner = getattr(function, "__self__", None)
+    if isinstance(owner, torch.Generator):
+        return function.__name__ in SEEDING
     return isinstance(owner, _io._IOBase) or (isinstance(owner, ModuleType) and function in OUTSIDE)
 
 

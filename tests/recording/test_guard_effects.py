@@ -252,6 +252,19 @@ def draw_generator(model: Counting, x: Tensor) -> None:
     model.generator.random()
 
 
+def seed(model: Counting, x: Tensor) -> None:
+    torch.manual_seed(torch.initial_seed())
+
+
+def seed_generator(model: Counting, x: Tensor) -> None:
+    torch.default_generator.manual_seed(torch.initial_seed())
+
+
+def fork(model: Counting, x: Tensor) -> None:
+    with torch.random.fork_rng(devices=()):
+        torch.rand(2)
+
+
 def draw_iterator(model: Counting, x: Tensor) -> None:
     next(model.ticks)
 
@@ -282,6 +295,9 @@ TABLE = np.zeros(200_000)
         (draw_python, "forward draws random numbers from Python's random."),
         (draw_numpy, "forward draws random numbers from Python's numpy.random."),
         (draw_generator, "forward draws from model.generator."),
+        (seed, "forward calls torch.manual_seed()"),
+        (seed_generator, "forward calls manual_seed()"),
+        (fork, "forward calls torch.set_rng_state()"),
         (draw_iterator, "model.ticks is an iterator"),
         (read_clock, "forward calls perf_counter()"),
         (tell, "forward calls print()"),
