@@ -1,6 +1,7 @@
 """Compare the stages of a compilation with each other, on the operands of one call.
 
-Rolling a loop keeps every operation and its operands, so it must keep the bits. Splitting in time
+Rolling a loop keeps every operation and its operands, so it must keep the bits, but for those that
+a product owes to where its operands lie: there they lie as new tensors do. Splitting in time
 changes the shapes of products, and with them the order of their sums: there the stages run in
 float64, and each must be where a running error bound around the rolled one allows it to be. In
 float64 a membrane is practically never as close to its threshold as rounding reaches, so this also
@@ -23,6 +24,7 @@ from sparsify.rounding.bounded import Bounded
 from sparsify.rounding.draws import same_draws
 from sparsify.rounding.error_bounds import Bounds, bound_errors
 from sparsify.rounding.widened import widen, widened
+from sparsify.verification.aligned_products import AlignedProducts
 
 ROLLING = "roll_loops"  # the pass whose result has the bits of what it was given
 
@@ -39,7 +41,8 @@ def _check_rolled(stages: Sequence[Stage], operands: Sequence[Tensor]) -> list[S
     for before, after in pairwise(stages):
         if _pass_name(after) != ROLLING or after.graph is before.graph:
             continue
-        results = _run(after.graph, operands), _run(before.graph, operands)
+        with AlignedProducts():
+            results = _run(after.graph, operands), _run(before.graph, operands)
         count = 0
         for index, (got, expected) in enumerate(zip(*results, strict=True)):
             place = Place(f"stage {after.name} against {before.name}", f"output {index}")

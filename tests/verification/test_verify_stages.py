@@ -10,11 +10,13 @@ from torch import Tensor, fx
 
 from sparsify.compiling.compiled import Stage
 from sparsify.errors import MismatchError
+from sparsify.graphs.loops import find_scans
 from sparsify.passes.hoisting.split_time import split_time
 from sparsify.passes.loops.roll_loops import roll_loops
 from sparsify.passes.recurrent_layers.expand_rnn import expand_rnn
 from sparsify.rounding.error_bounds import bound_errors
 from sparsify.scans.scan import Scan, retyped
+from sparsify.verification.aligned_products import AlignedProducts
 from sparsify.verification.stages import check_stages
 from tests.fake_regions import edited
 from tests.models.looped_models import ROLLED_WHOLE
@@ -104,6 +106,36 @@ def test_a_rolled_loop_with_another_constant_is_caught() -> None:
     stages[1] = mutated(stages[1], replace_constant(aten.mul.Tensor, 0.9, 0.9 + 1e-6))
     with pytest.raises(MismatchError, match="stage roll_loops against record: output 0"):
         check_stages(stages[:2], recorded.operands)
+
+
+def products_of_drawn() -> Unrolled:
+    """Inputs of each step in memory of their own, which rolling makes slices of one tensor."""
+    weight = normal(17, 11, seed=2)
+
+    def net(tape: Tape, x: Tensor) -> Tensor:
+        drawn = [0.5 * x[t] for t in tape.loop(range(x.size(0)))]
+        out = [F.linear(drawn[t], weight) for t in tape.loop(range(x.size(0)))]
+        return torch.stack(out)
+
+    return record_unrolled(net, [normal(8, 3, 11)], {"w": weight})
+
+
+def test_where_the_operands_of_a_product_lie_is_no_difference() -> None:
+    recorded = products_of_drawn()
+    stages = stages_of(recorded.graph, (roll_loops,))
+    assert len(find_scans(stages[1].graph)) == 2
+    (rolled,) = check_stages(stages, recorded.operands)
+    assert rolled.values == 8 * 3 * 17 and rolled.worst_share is None
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_do_not_depend_on_memory(offset: int, dtype: torch.dtype) -> None:
+    a, b = normal(3, 11, seed=3).to(dtype), normal(11, 17, seed=4).to(dtype)
+    apart = torch.empty(3, 12 + offset, dtype=dtype)[:, offset : offset + 11].copy_(a)
+    with AlignedProducts():
+        for product in (torch.mm, lambda x, w: torch.mv(w.t(), x[2]), lambda x, w: w.t() @ x.t()):
+            assert torch.equal(product(apart, b), product(a, b))
 
 
 @pytest.mark.parametrize("error", [1e-4, 1e-9])
