@@ -9,8 +9,8 @@ After::
 
     i = select(currents, 2, 1) + (select(currents, 2, 0) + 0)
 
-The zero makes 0.0 of -0.0, as the sum does. A sum on which no later step depends stays: it is
-computed for all steps at once.
+The zero makes 0.0 of -0.0, as the sum does. Halves are added up as float32, and rounded once. A sum
+on which no later step depends stays: it is computed for all steps at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsify.graph_meta import TensorInfo
 from sparsify.passes.nodes.call_scan import erase_unused
 from sparsify.passes.nodes.copy_graph import copy_graph
 from sparsify.passes.nodes.result import PassResult
-from sparsify.passes.nodes.tensor_info import call, with_shape, without_dim
+from sparsify.passes.nodes.tensor_info import call, cast, with_shape, without_dim
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -90,10 +90,13 @@ def _add_parts(graph: fx.Graph, node: fx.Node) -> Any:
     dim %= 3
     part = without_dim(info, dim)
     made = with_shape(part, part.shape)
+    wide = with_shape(part, part.shape, dtype=torch.float32) if info.dtype.itemsize == 2 else made
     total: Any = 0
     for index in range(info.shape[dim]):
         one = call(graph, aten.select.int, (value, dim, index), part, node)
-        total = call(graph, aten.add.Tensor, (one, total), made, node)
+        one = one if wide is made else cast(graph, one, wide, node)
+        total = call(graph, aten.add.Tensor, (one, total), wide, node)
+    total = total if wide is made else cast(graph, total, made, node)
     if kept and kept[0]:
         return call(graph, aten.unsqueeze.default, (total, dim), node.meta["val"], node)
     return total

@@ -42,6 +42,7 @@ WRITTEN: dict[str, Layer] = {
     "middle": lambda current: (current.transpose(1, 2).sum(1) > 1).float(),
     "kept": lambda current: (current.sum(-1, keepdim=True) > 1).float().view(B, H),
     "real": lambda current: current.sum(2).clamp(-1, 1),
+    "halves": lambda current: current.bfloat16().sum(2).clamp(-1, 1).float(),
     "negative zeros": lambda current: (1 / current.abs().mul(-0.0).sum(2)).clamp(-1, 1),
 }
 
