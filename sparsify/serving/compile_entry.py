@@ -47,8 +47,8 @@ class EntryCompiler:
             raise TraceError(f"{compiler.reason} {compiler.remedy}")
         compiler.binaries.begin()
         backend = compiler.binaries.backend
-        plan = self.plans.for_call(backend, is_trained)
         like = [e for e in known if bool(e.required) == is_trained and e.backend is backend]
+        plan = self.plans.for_call(backend, is_trained, _decided_by_size(like, args, kwargs))
         earlier = {site.name: site for e in like for site in e.compiled.sites}
         with explained_by(check.run), autocast_off():
             compiled = compiler.compile(recording, operands, plan, earlier, check)
@@ -64,3 +64,14 @@ class EntryCompiler:
                 entry = Entry(compiled, operands, Layout(operands))
         self.plans.adopt(backend, compiled.plan, is_trained)
         return entry
+
+
+def _decided_by_size(known: Sequence[Entry], args: Args, kwargs: Kwargs) -> set[str]:
+    """Sites by which nothing was gained in a call of other sizes, but else like this one."""
+    found: set[str] = set()
+    for entry in known:
+        if not (entry.compiled.runs_original and entry.guard.matches(args, kwargs)):
+            continue
+        if entry.layout.differs_in_sizes_only(entry.calling.operands(args, kwargs)):
+            found |= {site.name for site in entry.compiled.sites if site.code == "no-gain"}
+    return found

@@ -19,10 +19,15 @@ class Plans:
     def of(self, backend: Backend) -> Plan:
         return self._of.get(backend, self.given)
 
-    def for_call(self, backend: Backend, is_trained: bool) -> Plan:
-        """The plan of calls with gradients, which are decided on their own, or of those without."""
-        plan = self.of(backend)
-        return (plan.training or Plan()) if is_trained else plan
+    def for_call(self, backend: Backend, is_trained: bool, undecided: Collection[str] = ()) -> Plan:
+        """The plan of calls with gradients, which are decided on their own, or of those without.
+
+        Sites that are ``undecided`` for such a call are in it only if the user has decided them.
+        """
+        plan, given = self.of(backend), self.given
+        if is_trained:
+            plan, given = plan.training or Plan(), given.training or Plan()
+        return plan.reopen(undecided, given) if undecided else plan
 
     def adopt(self, backend: Backend, plan: Plan, is_trained: bool) -> None:
         """``plan`` is what was decided for such calls."""

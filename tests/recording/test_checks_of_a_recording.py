@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsify.api import sparsify
 from sparsify.checking import check_recording
 from sparsify.checking.check_recording import Call, perturb, why_not_repeated
+from sparsify.plan import Plan
 from sparsify.recording.keep_state import keep_state
 from sparsify.recording.record import record
 from sparsify.recording.recording import Recording
@@ -191,6 +192,25 @@ def test_a_call_that_gains_nothing_runs_the_original(monkeypatch: pytest.MonkeyP
         for steps in (7, 9, 11):
             assert torch.equal(fast(spikes(steps)), model(spikes(steps)))
     assert engine.recordings == 2  # the second size settles it
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_call_that_gains_nothing_does_not_decide_for_other_sizes(
+    pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user has: what was pinned stays."""
+    monkeypatch.setattr("sparsify.choosing.choose.time_candidates", _fast_kernels)
+    monkeypatch.setattr(check_speed, "_time", lambda *_: (3e-3, 2e-3))
+    model, small = RecurrentNet().eval(), X[:, :1]
+    plan = Plan().pin("rec", "off") if pinned else None
+    fast: Any = sparsify(model, small, plan=plan)
+    assert fast.report["rec"].decision == "kept"
+    monkeypatch.setattr(check_speed, "_time", lambda *_: (2e-3, 3e-3))
+    with torch.no_grad():
+        for x in (small, X, small):
+            assert torch.equal(fast(x), model(x))
+    assert (fast.report["rec"].decision == "kept") == pinned
+    assert (fast.plan.sites["rec"] == "off") == pinned
 
 
 def _fast_kernels(task: object, regions: list[object], predicted_seconds: float) -> object:
