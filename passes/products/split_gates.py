@@ -181,6 +181,8 @@ class _Splitter:
                 shape = _shape(reader)
                 if (part, shape) not in made:
                     made[part, shape] = self._shaped(taken[part], shape, reader)
+                if "source" not in made[part, shape].meta:  # the name of a part of a weight
+                    copy_meta(made[part, shape], reader, "source")
                 reader.replace_all_uses_with(made[part, shape])
         for user in list(value.users):
             if user.target in SPLITS:
@@ -220,6 +222,7 @@ class _Splitter:
                 dim = part.dim % len(base.meta["val"].shape)
                 args = (base, dim, part.first, part.end)
                 made = call(self.graph, aten.slice.Tensor, args, reader.meta["val"], reader)
+            copy_meta(made, reader, "source")
             reader.replace_all_uses_with(made)
             self.graph.erase_node(reader)
         self.graph.erase_node(split)
