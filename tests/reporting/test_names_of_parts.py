@@ -14,6 +14,7 @@ from sparsify.api import sparsify
 from tests.models.small_nets import Spike
 
 IN, HIDDEN = 5, 8
+spike: Any = Spike.apply
 Current = Callable[[Any, Tensor, Tensor], Any]  # torch leaves Tensor.split without annotations
 
 
@@ -33,7 +34,7 @@ class Net(nn.Module):
         out = []
         for x_t in x:
             v = 0.9 * v + self.current(self, x_t, z)
-            z = Spike.apply(v - 1)
+            z = spike(v - 1)
             v = v - z.detach()
             out.append(z)
         return torch.stack(out)
