@@ -33,7 +33,8 @@ def kinds(args: Args, kwargs: Kwargs) -> tuple[object, ...]:
 
 def _kind(value: Any) -> object:
     if isinstance(value, Tensor):
-        return type(value), value.layout, value.dtype, value.device, value.shape
+        what = value.layout, value.dtype, value.device, value.requires_grad
+        return type(value), what, value.shape
     if isinstance(value, (tuple, list)):
         return type(value), tuple([_kind(element) for element in value])
     if isinstance(value, dict):

@@ -31,6 +31,7 @@ def key(*args: Any, **kwargs: Any) -> object:
         ((X, State(X, {"a": [X, None]})), [(X, State(X, {"a": [None, X]}))]),
         ((X, deque([X, X])), [(X, deque([X])), (X, deque([X, X[0]])), (X, [X, X])]),
         ((X, None), [(X,), (X, 1), (X, X)]),
+        ((X,), [(X.clone().requires_grad_(),), (X.double(),), (X.to_sparse(),), (X.t(),)]),
     ],
 )
 def test_calls_of_other_structure_or_kinds_have_other_keys(call: Any, others: Any) -> None:
