@@ -233,7 +233,7 @@ class Recordings:
             self.notices.note(CONFIRMED)
         else:
             self.entries, self.made = entries, self.made + 1
-        for reason in apart:
+        for reason in apart[:1]:  # of all others that it was compared with
             self.notices.note(f"sizes are compiled one by one: {reason}")
         if self.options.strict and (refusal := first_refusal(entry.compiled.sites)) is not None:
             raise RefusedError(refusal)

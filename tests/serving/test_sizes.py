@@ -244,6 +244,22 @@ def test_sizes_that_take_other_branches_are_compiled_apart() -> None:
     assert "sizes are compiled one by one" in str(engine_of(fast).report)
 
 
+def test_the_report_tells_once_of_each_recording_why_it_is_apart() -> None:
+    """Comparisons with all others made hundreds of lines of a few sizes."""
+
+    class More(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out.neg() if x.size(0) > 11 else out
+
+    fast = sparsify(More().eval(), spikes(5, 3), timing=False)
+    with torch.no_grad():
+        for steps in (9, 13):
+            fast(spikes(steps, 3))
+    assert len(engine_of(fast).entries) == 3
+    assert str(engine_of(fast).report).count("sizes are compiled one by one") == 2
+
+
 def test_kernels_are_compiled_once_for_all_sizes() -> None:
     model = Branching().eval()
     fast = sparsify(model, spikes(5, 3), timing=False)
