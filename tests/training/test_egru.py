@@ -101,7 +101,8 @@ def test_a_threshold_that_is_clamped_in_forward_is_clamped_by_the_kernel_too() -
 
 @torch.no_grad()
 def test_zoneout_draws_the_numbers_that_it_draws_in_eager() -> None:
-    model, x = EGRU(1, zoneout=0.125).double().train(), GATED["EGRU"].inputs().double()
+    entry = GATED["EGRU"]
+    model, x = entry.model(torch.float64).train(), entry.inputs(dtype=torch.float64)
     fast = events_everywhere(model, x)
     assert fast.report["rnns.0.recurrent_kernel"].decision == "event"
     torch.manual_seed(3)
