@@ -239,7 +239,8 @@ def test_kernels_that_were_begun_with_are_compiled_once() -> None:
     wanted = [(kernel, schedule) for schedule in (begun, waiting, other)]
     assert binaries.compile_all(wanted, meanwhile=lambda _: may_end.set()) is None
     assert list(binaries.made) == wanted and not binaries.is_cold
-    beside = niceness() + (NICENESS if sys.platform.startswith("linux") else 0)
+    # Linux knows none above 19.
+    beside = min(19, niceness() + NICENESS) if sys.platform.startswith("linux") else niceness()
     assert sorted(asked) == [("a", niceness()), ("b", beside), ("c", beside)]
 
 
