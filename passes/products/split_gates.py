@@ -63,7 +63,9 @@ def split_gates(gm: fx.GraphModule) -> PassResult:
 
 
 def _is_to_split(node: fx.Node) -> bool:
-    return bool(_find_parts(node) or _is_inner_split(node) or _find_behind_loop(node))
+    if _find_parts(node) or _is_inner_split(node):
+        return True
+    return len(node.users) > 1 and _find_behind_loop(node) is not None
 
 
 def _find_parts(node: fx.Node) -> list[Reader] | None:

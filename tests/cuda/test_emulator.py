@@ -355,7 +355,7 @@ def test_another_process_takes_the_kernel_from_the_cache() -> None:
     program = (
         "import subprocess\n"
         "from sparsify.codegen.toolchain import find_compiler\n"
-        "from tests import test_emulator as t\n"
+        "from tests.cuda import test_emulator as t\n"
         "def never(*a, **k): raise AssertionError('compiled again')\n"
         "find_compiler()\n"
         "subprocess.Popen = never\n"
