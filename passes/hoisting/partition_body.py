@@ -40,28 +40,13 @@ class Part:
 class Partition:
     """``parts`` are the new Scans, ``batched`` is computed for all steps at once outside."""
 
-    def __init__(
-        self,
-        levels: TimeLevels,
-        hoist_products: Callable[[fx.Node], bool],
-        used_outputs: Iterable[int],
-    ) -> None:
+    def __init__(self, levels: TimeLevels, used_outputs: Iterable[int]) -> None:
         self.levels = levels
         self.used = sorted(used_outputs)
         self.owner: dict[fx.Node, Part] = {}
         self.batched: set[fx.Node] = set()
         self.parts: list[Part] = []
         self.requested: set[fx.Node] = set()
-        if any(draws_random(node) for node in levels.nodes):
-            return  # moving a draw would change the order of the random numbers
-        self._find_parts_of_xs()
-        self._find_batched(hoist_products)
-        self._find_parts()
-        for part in self.parts:
-            self._close(part)
-        self._return_results()
-        for product in self.batched_products:
-            self._request(product_operand(product))
 
     @property
     def batched_products(self) -> list[fx.Node]:
@@ -89,6 +74,91 @@ class Partition:
     @property
     def changes(self) -> bool:
         return bool(self.batched or self.hoisted or len(self.parts) > 1)
+
+    def _add_part(self, nodes: list[fx.Node]) -> Part:
+        carries = [node for node in nodes if node.op == "placeholder"]
+        part = Part(carries, set(nodes))
+        self.parts.append(part)
+        self.owner.update(dict.fromkeys(nodes, part))
+        return part
+
+    def _close_all(self) -> None:
+        """Find what the parts read and return."""
+        for part in self.parts:
+            self._close(part)
+        self._return_results()
+
+    def _close(self, part: Part) -> None:
+        """Find what the part reads."""
+        members = [node for node in self.levels.nodes if node in part.members]
+        waiting = [i for node in members for i in node.all_input_nodes]
+        waiting += [self.levels.source[carry] for carry in part.carries]
+        seen = set(part.members)
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node not in self.levels.invariant:
+                part.xs[node] = None
+                self._request(node)
+            elif node.op != "placeholder" and self._is_kept_inside(node):
+                part.members.add(node)
+                waiting.extend(node.all_input_nodes)
+            else:
+                part.consts[node] = None
+        self._sort_operands(part)
+
+    def _request(self, node: fx.Node | None) -> None:
+        """Have the values of ``node`` returned by the parts that compute what it is made of."""
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in self.requested:
+                continue
+            self.requested.add(node)
+            if node in self.batched and product_operand(node) is None:
+                waiting.extend(reversed(node.all_input_nodes))
+            elif node in self.owner:
+                self.owner[node].ys[node] = None
+
+    def _is_kept_inside(self, invariant: fx.Node) -> bool:
+        return self.levels.is_kept_inside(invariant)
+
+    def _sort_operands(self, part: Part) -> None:
+        order = {node: i for i, node in enumerate(self.levels.scan.body.graph.nodes)}
+        part.xs = dict.fromkeys(sorted(part.xs, key=order.__getitem__))
+        part.consts = dict.fromkeys(sorted(part.consts, key=order.__getitem__))
+
+    def _return_results(self) -> None:
+        """Return the Scan's own ys from the parts that compute them."""
+        scan = self.levels.scan
+        for index in self.used:
+            if index >= scan.carries:
+                self._request(scan.results[index])
+
+
+class ByLevel(Partition):
+    """One recurrence after the other in Scans of their own, with what needs no recurrence outside.
+
+    ``hoist_products`` says of which products all steps are computed at once.
+    """
+
+    def __init__(
+        self,
+        levels: TimeLevels,
+        hoist_products: Callable[[fx.Node], bool],
+        used_outputs: Iterable[int],
+    ) -> None:
+        super().__init__(levels, used_outputs)
+        if any(draws_random(node) for node in levels.nodes):
+            return  # moving a draw would change the order of the random numbers
+        self._find_parts_of_xs()
+        self._find_batched(hoist_products)
+        self._find_parts()
+        self._close_all()
+        for product in self.batched_products:
+            self._request(product_operand(product))
 
     def _find_parts_of_xs(self) -> None:
         """Slices of what the loop reads are taken before it: they are views of all steps."""
@@ -182,62 +252,6 @@ class Partition:
                 level[node] = max((level.get(i, 0) for i in node.all_input_nodes), default=0)
         return level
 
-    def _add_part(self, nodes: list[fx.Node]) -> Part:
-        carries = [node for node in nodes if node.op == "placeholder"]
-        part = Part(carries, set(nodes))
-        self.parts.append(part)
-        self.owner.update(dict.fromkeys(nodes, part))
-        return part
-
-    def _close(self, part: Part) -> None:
-        """Find what the part reads."""
-        members = [node for node in self.levels.nodes if node in part.members]
-        waiting = [i for node in members for i in node.all_input_nodes]
-        waiting += [self.levels.source[carry] for carry in part.carries]
-        seen = set(part.members)
-        while waiting:
-            node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node not in self.levels.invariant:
-                part.xs[node] = None
-                self._request(node)
-            elif node.op != "placeholder" and self._is_kept_inside(node):
-                part.members.add(node)
-                waiting.extend(node.all_input_nodes)
-            else:
-                part.consts[node] = None
-        self._sort_operands(part)
-
-    def _request(self, node: fx.Node | None) -> None:
-        """Have the values of ``node`` returned by the parts that compute what it is made of."""
-        waiting = [node]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in self.requested:
-                continue
-            self.requested.add(node)
-            if node in self.batched and product_operand(node) is None:
-                waiting.extend(reversed(node.all_input_nodes))
-            elif node in self.owner:
-                self.owner[node].ys[node] = None
-
-    def _is_kept_inside(self, invariant: fx.Node) -> bool:
-        return self.levels.is_kept_inside(invariant)
-
-    def _sort_operands(self, part: Part) -> None:
-        order = {node: i for i, node in enumerate(self.levels.scan.body.graph.nodes)}
-        part.xs = dict.fromkeys(sorted(part.xs, key=order.__getitem__))
-        part.consts = dict.fromkeys(sorted(part.consts, key=order.__getitem__))
-
-    def _return_results(self) -> None:
-        """Return the Scan's own ys from the parts that compute them."""
-        scan = self.levels.scan
-        for index in self.used:
-            if index >= scan.carries:
-                self._request(scan.results[index])
-
 
 class Groups(Partition):
     """Each of ``groups`` in a Scan of its own, in their order."""
@@ -245,17 +259,10 @@ class Groups(Partition):
     def __init__(
         self, levels: TimeLevels, used_outputs: Iterable[int], groups: Iterable[list[fx.Node]]
     ) -> None:
-        self.levels = levels
-        self.used = sorted(used_outputs)
-        self.owner: dict[fx.Node, Part] = {}
-        self.batched: set[fx.Node] = set()
-        self.parts: list[Part] = []
-        self.requested: set[fx.Node] = set()
+        super().__init__(levels, used_outputs)
         for group in groups:
             self._add_part(group)
-        for part in self.parts:
-            self._close(part)
-        self._return_results()
+        self._close_all()
 
     def _is_kept_inside(self, invariant: fx.Node) -> bool:
         """What has the shape of a draw comes from where sizes are known, for other batches."""

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.passes.hoisting.batch_steps import batch_step
-from sparsify.passes.hoisting.partition_body import Part, Partition
+from sparsify.passes.hoisting.partition_body import ByLevel, Part, Partition
 from sparsify.passes.hoisting.whole_recurrences import emit_whole, only_operation
 from sparsify.passes.nodes.call_scan import call_scan, common_module, erase_unused
 from sparsify.passes.nodes.classify_ops import draws_random, product_operand
@@ -93,7 +93,7 @@ def _find_partitions(gm: fx.GraphModule, hoist_products: HoistProducts) -> dict[
         scan = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(scan, Scan):
             continue
-        partition = Partition(find_time_levels(scan), hoist_products, used_outputs(node))
+        partition = ByLevel(find_time_levels(scan), hoist_products, used_outputs(node))
         if partition.changes:
             found[node] = partition
     return found
