@@ -24,7 +24,7 @@ from torch import fx
 
 from sparsify.passes.nodes.classify_ops import draws_random, may_be_view
 from sparsify.passes.nodes.copy_graph import copy_graph
-from sparsify.passes.nodes.tensor_info import call, cast, contiguous_stride, with_shape
+from sparsify.passes.nodes.tensor_info import call, cast, is_contiguous, with_shape
 from sparsify.scans.scan import output_values
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ def free_draws(graph: fx.Graph) -> fx.Graph:
         info = node.meta["val"]
         if node.target is DROPOUT:
             _part_dropout(graph, node)
-        elif node.target in (*LIKE, *OF_SHAPE) and _is_contiguous(info):
+        elif node.target in (*LIKE, *OF_SHAPE) and is_contiguous(info):
             _free(graph, node)
     return graph
 
@@ -116,7 +116,7 @@ def _part_dropout(graph: fx.Graph, node: fx.Node) -> None:
     assert isinstance(x, fx.Node)
     assert isinstance(probability, (int, float))
     info = x.meta["val"]
-    if not _is_contiguous(info) or not _is_new(x):
+    if not is_contiguous(info) or not _is_new(x):
         return
     drawn = _draw_like(graph, node, info, DROPOUT, [probability, True], {})
     with graph.inserting_before(node):
@@ -128,10 +128,6 @@ def _part_dropout(graph: fx.Graph, node: fx.Node) -> None:
         part.replace_all_uses_with(mask if part.args[1] else y)
         graph.erase_node(part)
     graph.erase_node(node)
-
-
-def _is_contiguous(info: Any) -> bool:
-    return tuple(info.stride) == contiguous_stride(info.shape)
 
 
 def _is_new(x: fx.Node) -> bool:

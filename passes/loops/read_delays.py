@@ -26,7 +26,7 @@ from sparsify.passes.nodes.classify_ops import element_of
 from sparsify.passes.nodes.compare_layouts import can_stand_for
 from sparsify.passes.nodes.copy_graph import copy_graph
 from sparsify.passes.nodes.result import PassResult
-from sparsify.passes.nodes.tensor_info import call, contiguous_stride, with_shape, without_dim
+from sparsify.passes.nodes.tensor_info import call, is_contiguous, with_shape, without_dim
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -114,7 +114,7 @@ def _stack_after(graph: fx.Graph, node: fx.Node, made: dict[_Part, fx.Node]) -> 
     if dim is None or not readers:
         return None
     info = node.meta["val"]
-    if not _is_turned(node) or tuple(info.stride) != contiguous_stride(info.shape):
+    if not _is_turned(node) or not is_contiguous(info):
         return None
     parts = [_find(_Part(node, dim, index), depth) for index in range(info.shape[dim])]
     if any(part is None for part in parts):

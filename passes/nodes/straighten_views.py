@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify.passes.nodes.classify_ops import RESHAPES, TRANSPOSES
-from sparsify.passes.nodes.tensor_info import call, contiguous_stride, with_shape
+from sparsify.passes.nodes.tensor_info import call, is_contiguous, with_shape
 
 aten = torch.ops.aten
 VIEWS = (*RESHAPES, *TRANSPOSES, aten.expand.default, aten.squeeze.dims, aten.squeeze.default)
@@ -87,7 +87,7 @@ def _straighten(graph: fx.Graph, end: fx.Node) -> bool:
     if length < 2 or not hasattr(info, "shape"):
         return False
     # What a call returns keeps its strides.
-    if any(user.op == "output" for user in end.users) and not _is_contiguous(end):
+    if any(user.op == "output" for user in end.users) and not is_contiguous(end.meta["val"]):
         return False
     ordered = torch.empty(tuple(info.shape), device="meta")
     viewed = follow_views(end, base, ordered)
@@ -100,8 +100,3 @@ def _straighten(graph: fx.Graph, end: fx.Node) -> bool:
         made = with_shape(end.meta["val"], shape)
         end.replace_all_uses_with(call(graph, aten.reshape.default, (base, list(shape)), made, end))
     return True
-
-
-def _is_contiguous(node: fx.Node) -> bool:
-    info = node.meta["val"]
-    return tuple(info.stride) == contiguous_stride(info.shape)

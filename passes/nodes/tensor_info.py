@@ -19,6 +19,11 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
+def is_contiguous(info: Any) -> bool:
+    """Whether the elements lie one after the other, as in a new tensor."""
+    return tuple(info.stride) == contiguous_stride(info.shape)
+
+
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """True if the elements fill their memory without gaps, in whatever order of the dims."""
     span = 1

@@ -36,7 +36,7 @@ from sparsify.passes.nodes.find_parts import (
     part_of,
 )
 from sparsify.passes.nodes.result import PassResult
-from sparsify.passes.nodes.tensor_info import call, contiguous_stride, copy_meta, with_shape
+from sparsify.passes.nodes.tensor_info import call, copy_meta, is_contiguous, with_shape
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -111,7 +111,7 @@ def _find_behind_loop(value: fx.Node) -> tuple[list[fx.Node], list[Part]] | None
     if not behind or len(behind) == len(value.users) or value.op != "call_function":
         return None
     info: Any = value.meta["val"]
-    if not hasattr(info, "shape") or info.stride != contiguous_stride(info.shape):
+    if not hasattr(info, "shape") or not is_contiguous(info):
         return None  # what is joined is contiguous
     readers = find_readers(value, [user for user in value.users if user not in behind])
     if readers is None or any(_is_returned(reader) for reader, _ in readers):

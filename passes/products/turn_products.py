@@ -20,7 +20,7 @@ from torch import fx
 
 from sparsify.passes.nodes.classify_ops import is_stored
 from sparsify.passes.nodes.straighten_views import VIEWS, behind_views, follow_views
-from sparsify.passes.nodes.tensor_info import call, contiguous_stride, permuted, with_shape
+from sparsify.passes.nodes.tensor_info import call, is_contiguous, permuted, with_shape
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default)
@@ -113,9 +113,7 @@ def _is_unmoved(end: fx.Node, reader: fx.Node) -> bool:
     """Whether what a call may return keeps its strides if those of ``end`` are contiguous."""
     seen = end if reader.op == "output" else reader
     info = seen.meta["val"]
-    return reader.target in VIEWS or (
-        hasattr(info, "shape") and tuple(info.stride) == contiguous_stride(info.shape)
-    )
+    return reader.target in VIEWS or (hasattr(info, "shape") and is_contiguous(info))
 
 
 def _ends(node: fx.Node) -> Iterator[fx.Node]:
