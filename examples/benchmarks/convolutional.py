@@ -23,6 +23,7 @@ import torch
 from command_line import save
 from torch import Tensor, nn
 from torch.nn import functional
+from training_networks import UnitTriangle
 
 import sparsify
 from sparsify.bench import measure_pairs
@@ -55,21 +56,6 @@ SIZES = (
 )
 
 
-class Spike(torch.autograd.Function):
-    """1 above threshold; the gradient is a triangle around it."""
-
-    @staticmethod
-    def forward(ctx: Any, above: Tensor) -> Tensor:
-        ctx.save_for_backward(above)
-        return (above > 0).to(above.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (above,) = ctx.saved_tensors
-        result: Tensor = grad * torch.relu(1 - above.abs())
-        return result
-
-
 class Net(nn.Module):
     """Leaky integrate-and-fire neurons behind three convolutions."""
 
@@ -99,7 +85,7 @@ class Net(nn.Module):
 
     def fire(self, v: Tensor | None, current: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         v = current if v is None else DECAY * v + current
-        z: Tensor = Spike.apply(v - self.thresholds[layer])  # type: ignore[no-untyped-call]
+        z: Tensor = UnitTriangle.apply(v - self.thresholds[layer])  # type: ignore[no-untyped-call]
         return v - z.detach() * self.thresholds[layer], z
 
 

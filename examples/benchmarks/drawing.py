@@ -15,30 +15,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from networks import LEAK
 from torch import Tensor, nn
+from training_networks import UnitTriangle
 
 import sparsify
 from sparsify.bench import measure_pairs
 
-STEPS, LEAK = 100, 0.9
+STEPS = 100
 
-
-class Triangle(torch.autograd.Function):
-    """1 above threshold; gradients pass as far as 1 from it."""
-
-    @staticmethod
-    def forward(ctx: Any, above: Tensor) -> Tensor:
-        ctx.save_for_backward(above)
-        return (above > 0).to(above.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (above,) = ctx.saved_tensors
-        result: Tensor = grad * torch.relu(1 - above.abs())
-        return result
-
-
-spike: Any = Triangle.apply
+spike: Any = UnitTriangle.apply
 
 
 class Dropping(nn.Module):

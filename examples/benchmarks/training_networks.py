@@ -51,6 +51,21 @@ class Triangle(torch.autograd.Function):
         return grad * (ctx.height * torch.relu(1 - above.abs() / ctx.width)), None, None
 
 
+class UnitTriangle(torch.autograd.Function):
+    """The same with a width and a height of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, above: Tensor) -> Tensor:
+        ctx.save_for_backward(above)
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (above,) = ctx.saved_tensors
+        result: Tensor = grad * torch.relu(1 - above.abs())
+        return result
+
+
 class Thresholded(nn.Module):
     """Units that fire above a threshold, behind the surrogate ``atan`` or ``triangle``."""
 
