@@ -15,6 +15,7 @@ from sparsify.passes.nodes.tensor_info import call, cast, copy_meta, with_shape
 
 aten = torch.ops.aten
 States = tuple[fx.Node, ...]
+Op = Callable[..., fx.Node]  # writes an elementwise operation: its target, and its operands
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,7 @@ def _plain(activation: Any) -> Callable[[Step], States]:
 
 def _gru(step: Step) -> States:
     [hidden] = step.states
-    for_reset, for_update, for_new = step.currents
-    reset = _sigmoid_of_sum(step, step.gate(hidden, 0), for_reset)
-    update = _sigmoid_of_sum(step, step.gate(hidden, 1), for_update)
-    recalled = step.op(aten.mul.Tensor, step.gate(hidden, 2), reset)
-    new = step.op(aten.tanh.default, step.op(aten.add.Tensor, for_new, recalled))
-    change = step.op(aten.mul.Tensor, step.op(aten.sub.Tensor, hidden, new), update)
-    return (step.op(aten.add.Tensor, change, new),)
+    return (write_gru(step.op, hidden, step.currents, lambda index: step.gate(hidden, index)),)
 
 
 def _lstm(step: Step) -> States:
@@ -135,15 +130,29 @@ def _lstm(step: Step) -> States:
         step.op(aten.add.Tensor, step.gate(hidden, index), current)
         for index, current in enumerate(step.currents)
     ]
-    let_in, forget, let_out = (step.op(aten.sigmoid.default, sums[i]) for i in (0, 1, 3))
-    new = step.op(aten.mul.Tensor, let_in, step.op(aten.tanh.default, sums[2]))
-    cell = step.op(aten.add.Tensor, step.op(aten.mul.Tensor, forget, cell), new)
-    hidden = step.op(aten.mul.Tensor, let_out, step.op(aten.tanh.default, cell))
+    hidden, cell = write_lstm(step.op, sums, cell)
     return step.project(hidden), cell
 
 
-def _sigmoid_of_sum(step: Step, first: fx.Node, second: fx.Node) -> fx.Node:
-    return step.op(aten.sigmoid.default, step.op(aten.add.Tensor, first, second))
+def write_gru(
+    op: Op, hidden: Any, currents: Sequence[fx.Node], gate: Callable[[int], fx.Node]
+) -> fx.Node:
+    """The new state, from what inputs and states give to the three gates, biases included."""
+    for_reset, for_update, for_new = currents
+    reset = op(aten.sigmoid.default, op(aten.add.Tensor, gate(0), for_reset))
+    update = op(aten.sigmoid.default, op(aten.add.Tensor, gate(1), for_update))
+    recalled = op(aten.mul.Tensor, gate(2), reset)
+    new = op(aten.tanh.default, op(aten.add.Tensor, for_new, recalled))
+    change = op(aten.mul.Tensor, op(aten.sub.Tensor, hidden, new), update)
+    return op(aten.add.Tensor, change, new)
+
+
+def write_lstm(op: Op, sums: Sequence[fx.Node], cell: Any) -> tuple[fx.Node, fx.Node]:
+    """The new state and cell, from the sums of the four gates."""
+    let_in, forget, let_out = (op(aten.sigmoid.default, sums[i]) for i in (0, 1, 3))
+    new = op(aten.mul.Tensor, let_in, op(aten.tanh.default, sums[2]))
+    cell = op(aten.add.Tensor, op(aten.mul.Tensor, forget, cell), new)
+    return op(aten.mul.Tensor, let_out, op(aten.tanh.default, cell)), cell
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sparsify.passes.nodes.call_scan import erase_unused
 from sparsify.passes.nodes.copy_graph import copy_graph
 from sparsify.passes.nodes.result import PassResult
 from sparsify.passes.nodes.tensor_info import call, with_shape
+from sparsify.passes.recurrent_layers.rnn_cells import write_gru, write_lstm
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
@@ -84,21 +85,12 @@ class _Writer:
     def lstm(self) -> tuple[fx.Node, ...]:
         of_inputs, of_states = self._sums()
         total = self._call(aten.add.Tensor, of_states, of_inputs, like=of_inputs)
-        i, f, g, o = self._gates(total)
-        i, f, o = (self._call(aten.sigmoid.default, gate) for gate in (i, f, o))
-        g = self._call(aten.tanh.default, g)
-        kept = self._call(aten.mul.Tensor, f, self.node.args[2])
-        c = self._call(aten.add.Tensor, kept, self._call(aten.mul.Tensor, i, g))
-        return self._call(aten.mul.Tensor, o, self._call(aten.tanh.default, c)), c
+        return write_lstm(self._call, self._gates(total), self.node.args[2])
 
     def gru(self) -> tuple[fx.Node, ...]:
-        (p_r, p_z, p_n), (q_r, q_z, q_n) = map(self._gates, self._sums())
-        r = self._call(aten.sigmoid.default, self._call(aten.add.Tensor, q_r, p_r))
-        z = self._call(aten.sigmoid.default, self._call(aten.add.Tensor, q_z, p_z))
-        reset = self._call(aten.mul.Tensor, q_n, r)
-        n = self._call(aten.tanh.default, self._call(aten.add.Tensor, p_n, reset))
-        moved = self._call(aten.sub.Tensor, self.node.args[2], n)
-        return (self._call(aten.add.Tensor, self._call(aten.mul.Tensor, moved, z), n),)
+        of_inputs, of_states = map(self._gates, self._sums())
+        hidden = self.node.args[2]
+        return (write_gru(self._call, hidden, of_inputs, of_states.__getitem__),)
 
     def _sums(self) -> list[fx.Node]:
         """What inputs and states give to all gates, biases included."""
