@@ -36,7 +36,8 @@ def sparsify(
     kernel of ours; ``torch.jit.script`` raises SparsifyError.
 
     strict: raise RefusedError for the first candidate site that is refused, and CompileError where
-        sparsify itself fails, in place of running the original with a warning.
+        sparsify itself fails, in place of running the original with a warning; at each such call,
+        also where a hook was added since.
     plan: decisions to follow, as from ``fast.plan`` or ``Plan.load``.
     backend, timing, surrogate_window: see ``Options``.
     prune: make weights zero first, in a copy of the model: the fraction that goes, an N:M pattern

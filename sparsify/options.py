@@ -15,7 +15,7 @@ BACKENDS = ("cpp", "cuda", "cuda-emulated")
 class Options:
     """Options of ``model.sparsify``.
 
-    strict: raise RefusedError for the first candidate site that is refused.
+    strict: raise RefusedError for the first candidate site that is refused, at each such call.
     backend: ``"cpp"``, ``"cuda"`` or ``"cuda-emulated"``, which runs the CUDA kernels of tensors on
         the CPU on the processor, slowly and checking every access: for tests. None: that of the
         device that the tensors of a call are on.

@@ -83,6 +83,7 @@ class Engine:
         for entry in recorded.entries:
             if entry.guard.matches(args, kwargs):
                 if entry.takes_all:
+                    recorded.raise_refused(entry)
                     return recorded.run_original(args, kwargs)
                 operands = entry.calling.operands(args, kwargs)
                 if entry.serves(operands):
@@ -206,6 +207,7 @@ class Engine:
 
     def _run(self, entry: Entry, operands: list[Tensor], args: Args, kwargs: Kwargs) -> Any:
         self._recorded.refused = None
+        self._recorded.raise_refused(entry)
         if entry.compiled.runs_original:
             return self._recorded.run_original(args, kwargs)
         return entry.run(operands, args, kwargs)

@@ -143,7 +143,7 @@ class Recordings:
         if refusal is None and self.refused is not None:
             refusal = self._why_not_compile(args, kwargs)
         if refusal is not None:
-            self.notices.say(refusal)
+            self._refuse(refusal)
             return None, self.original.forward(*args, **kwargs)
         if not COMPILING.acquire(timeout=PATIENCE):
             return None, self.original.forward(*args, **kwargs)
@@ -200,8 +200,8 @@ class Recordings:
                     lambda: self._adopt(recording, args, kwargs), "while compiling"
                 )
         except OUT_OF_MEMORY as error:
-            self._originals.add(call_key(self.original, args, kwargs))
             self._refuse(refuse_memory(error))
+            self._originals.add(call_key(self.original, args, kwargs))
             return
         finally:
             free_memory()  # what checks and timing left
@@ -211,10 +211,10 @@ class Recordings:
     def _fail(self, failure: CompileError, args: Args, kwargs: Kwargs) -> None:
         """Remember a bug and run such calls as the original; raises it under ``strict``."""
         self.failure = failure
-        self._originals.add(call_key(self.original, args, kwargs))
         if self.options.strict:
             raise failure
         self._refuse(refuse_failure(failure))
+        self._originals.add(call_key(self.original, args, kwargs))
 
     @seldom_collected()
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
@@ -235,9 +235,13 @@ class Recordings:
             self.entries, self.made = entries, self.made + 1
         for reason in apart[:1]:  # of all others that it was compared with
             self.notices.note(f"sizes are compiled one by one: {reason}")
+        self.raise_refused(entry)
+        self.freeze(self.frozen)
+
+    def raise_refused(self, entry: Entry) -> None:
+        """Under ``strict``, raise RefusedError if a site is refused in what ``entry`` serves."""
         if self.options.strict and (refusal := first_refusal(entry.compiled.sites)) is not None:
             raise RefusedError(refusal)
-        self.freeze(self.frozen)
 
     def _why_not_compile(self, args: Args, kwargs: Kwargs) -> Refusal | None:
         compiler = self.compilers.serving(tensors_of(self.original, args, kwargs))
@@ -261,10 +265,11 @@ class Recordings:
         if error.may_settle and key not in self._unsettled:
             self._unsettled.add(key)  # what a first call sets up, the next one finds
             return
-        self._originals.add(key)
         self._refuse(Refusal("unsupported-op", f"The model cannot be recorded. {error}"))
+        self._originals.add(key)
 
     def _refuse(self, refusal: Refusal) -> None:
+        """Have this call run the original; raises RefusedError under ``strict``, each time."""
         self.refused = refusal
         if self.options.strict:
             raise RefusedError(refusal)

@@ -175,6 +175,29 @@ def test_strict_raises_for_what_is_refused() -> None:
     assert caught.value.refusal.code == "pinned"
 
 
+def test_strict_raises_at_every_call_that_would_run_the_original() -> None:
+    fast = sparsify(RecurrentNet().eval(), X, strict=True, timing=False)
+    hook = fast.rec.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+    for _ in range(4):
+        with pytest.raises(RefusedError, match="hook on 'rec'"):
+            run(fast, X)
+    hook.remove()
+    run(fast, X)
+    for model, code in ((TanhNet(), "no-event"), (Decides(), "unsupported-op")):
+        fast = sparsify(model.eval(), strict=True, timing=False)
+        for _ in range(4):
+            with pytest.raises(RefusedError) as caught:
+                run(fast, X)
+            assert caught.value.refusal.code == code
+
+
+class Decides(nn.Module):
+    """Python branches on a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
 def test_a_plan_is_followed_and_kept() -> None:
     model = RecurrentNet().eval()
     first = sparsify(model, X, timing=False)
