@@ -19,6 +19,7 @@ from sparsify.serving.entry import Entry
 from sparsify.serving.failures import explained_by
 from sparsify.serving.layout import Layout
 from sparsify.serving.plans import Plans
+from sparsify.training_step import requirement
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class EntryCompiler:
         compiler.binaries.begin()
         backend = compiler.binaries.backend
         like = [e for e in known if bool(e.required) == is_trained and e.backend is backend]
-        plan = self.plans.for_call(backend, is_trained, _decided_by_size(like, args, kwargs))
+        undecided = _decided_elsewhere(like, requirement(operands), args, kwargs)
+        plan = self.plans.for_call(backend, is_trained, undecided)
         earlier = {site.name: site for e in like for site in e.compiled.sites}
         with explained_by(check.run), autocast_off():
             compiled = compiler.compile(recording, operands, plan, earlier, check)
@@ -66,12 +68,23 @@ class EntryCompiler:
         return entry
 
 
-def _decided_by_size(known: Sequence[Entry], args: Args, kwargs: Kwargs) -> set[str]:
-    """Sites by which nothing was gained in a call of other sizes, but else like this one."""
+def _decided_elsewhere(
+    known: Sequence[Entry], required: tuple[bool, ...], args: Args, kwargs: Kwargs
+) -> set[str]:
+    """Sites by which nothing was gained in a call of other sizes, but else like this one.
+
+    Or in one where other operands than those of ``required`` require grad.
+    """
     found: set[str] = set()
     for entry in known:
-        if not (entry.compiled.runs_original and entry.guard.matches(args, kwargs)):
+        if not entry.compiled.runs_original:
             continue
-        if entry.layout.differs_in_sizes_only(entry.calling.operands(args, kwargs)):
+        if entry.required != required or _differs_in_sizes_only(entry, args, kwargs):
             found |= {site.name for site in entry.compiled.sites if site.code == "no-gain"}
     return found
+
+
+def _differs_in_sizes_only(entry: Entry, args: Args, kwargs: Kwargs) -> bool:
+    if not entry.guard.matches(args, kwargs):
+        return False
+    return entry.layout.differs_in_sizes_only(entry.calling.operands(args, kwargs))

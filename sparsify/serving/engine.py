@@ -32,6 +32,7 @@ from sparsify.serving.last_call import (
     has_own_call,
     may_be_repeated,
 )
+from sparsify.serving.originals import Known
 from sparsify.serving.recordings import Recordings
 
 
@@ -77,14 +78,12 @@ class Engine:
         recorded = self._recorded
         if not recorded.frozen:
             recorded.reopen_thinned()
-        if recorded.runs_original(args, kwargs):
-            self._remember_original(args, kwargs)
+        known = recorded.originals.find(args, kwargs)
+        if known is not None:
+            self._remember_original(args, kwargs, known)
             return self.original.forward(*args, **kwargs)
         for entry in recorded.entries:
             if entry.guard.matches(args, kwargs):
-                if entry.takes_all:
-                    recorded.raise_refused(entry)
-                    return recorded.run_original(args, kwargs)
                 operands = entry.calling.operands(args, kwargs)
                 if entry.serves(operands):
                     result = self._run(entry, operands, args, kwargs)
@@ -102,12 +101,14 @@ class Engine:
             self.last_call = LastCall(entry, operands, calls)
         self._lately = entry
 
-    def _remember_original(self, args: Args, kwargs: Kwargs, most: int = sys.maxsize) -> None:
+    def _remember_original(
+        self, args: Args, kwargs: Kwargs, known: Known, most: int = sys.maxsize
+    ) -> None:
         """The same for calls that run the original; at most so many before there is a look."""
         key = call_key(self.original, args, kwargs)
         if key == self._lately and not has_own_call(self.original):
             calls = min(most, self._unwatched_calls())
-            self.last_call = LastOriginal(self.original, args, kwargs, calls)
+            self.last_call = LastOriginal(self.original, args, kwargs, calls, known.holds)
         self._lately = key
 
     def _unwatched_calls(self) -> int:
@@ -209,7 +210,7 @@ class Engine:
         self._recorded.refused = None
         self._recorded.raise_refused(entry)
         if entry.compiled.runs_original:
-            return self._recorded.run_original(args, kwargs)
+            return self._recorded.run_original(entry.parameters(operands), args, kwargs)
         return entry.run(operands, args, kwargs)
 
     def _miss(self, args: Args, kwargs: Kwargs) -> Any:
@@ -217,6 +218,6 @@ class Engine:
         self.last_call = None  # there is something new to be asked
         if entry is None:
             if self._recorded.serves_nothing:
-                self._remember_original(args, kwargs, EVERY)
+                self._remember_original(args, kwargs, Known(), EVERY)
             return result
         return self._run(entry, entry.calling.operands(args, kwargs), args, kwargs)

@@ -22,10 +22,12 @@ from sparsify.plan import GRADIENT, Plan
 from sparsify.recording.recording import Args, Calling, Guard, Kwargs
 from sparsify.serving.general_modules import GeneralModules
 from sparsify.serving.layout import Layout
+from sparsify.serving.spans import EVERY, Span
 from sparsify.serving.watch_results import watching
 from sparsify.training_step import requirement
 
 MOST_REFUTED = 8  # sizes that are unlike others, after which new ones are misses like all
+FURTHER = 4  # times more elements than where nothing was gained, or fewer: another size is tried
 # Why another size may have a kernel: one step of a network reads states that are zeros yet.
 SIZE_DECIDES = {"no-gain", "no-event", "not-rolled"}
 
@@ -33,8 +35,9 @@ SIZE_DECIDES = {"no-gain", "no-event", "not-rolled"}
 class Entry:
     """Serves the calls that ``guard`` matches and whose operands ``layout`` takes.
 
-    ``takes_all``: whatever the sizes, the original runs. ``required`` says which operands require
-    grad; empty for calls without gradients. ``origin`` is what one for all sizes was made of.
+    Where it runs the original, it takes all sizes that are ``settled``, too: how many elements a
+    call may be given. ``required`` says which operands require grad; empty for calls without
+    gradients. ``origin`` is what one for all sizes was made of.
     """
 
     def __init__(
@@ -49,14 +52,17 @@ class Entry:
         self.calling: Calling = compiled.recording.calling
         self.layout = layout
         self.required = requirement(operands)
-        codes = {site.code for site in compiled.sites}
-        self.takes_all = compiled.runs_original and bool(codes) and not codes & SIZE_DECIDES
         forward = direct(compiled.graph)
         self.forward = watching(forward, compiled) if self.required else forward
         self.origin = origin
         self.refuted = 0  # recordings of other sizes that were not what this is there
         self.is_exception = False  # one of these
-        kinds = [source.kind if source else "" for source in sources(compiled)]
+        self._kinds = kinds = [source.kind if source else "" for source in sources(compiled)]
+        codes = {site.code for site in compiled.sites}
+        decides_all = compiled.runs_original and bool(codes) and not codes & SIZE_DECIDES
+        self.settled = EVERY if decides_all else None
+        count = self._elements(operands)
+        self._tried = Span.of(count, count)
         self.weights = StoredWeights(compiled.stages[0].graph)
         self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
 
@@ -81,7 +87,29 @@ class Entry:
         return {**self.compiled.live_density(), **now}
 
     def serves(self, operands: Sequence[Tensor]) -> bool:
-        return self.required == requirement(operands) and self.layout.serves(operands)
+        if self.required != requirement(operands):
+            return False
+        return self.layout.serves(operands) or self._has_settled(operands)
+
+    def settle(self, other: Entry) -> None:
+        """Take sizes near those of both: nothing was gained here, nor by ``other``."""
+        least = min(self._tried.least, other._tried.least)
+        most = max(self._tried.most, other._tried.most)
+        self._tried = Span.of(least, most)
+        self.settled = Span.of(least // FURTHER, most * FURTHER)
+
+    def _has_settled(self, operands: Sequence[Tensor]) -> bool:
+        return self.settled is not None and self._elements(operands) in self.settled
+
+    def _elements(self, operands: Sequence[Tensor]) -> int:
+        """How many elements the arguments of a call have."""
+        pairs = zip(operands, self._kinds, strict=True)
+        return sum(operand.numel() for operand, kind in pairs if kind == "input")
+
+    def parameters(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the operands that are the model's."""
+        pairs = zip(operands, self._kinds, strict=True)
+        return [operand for operand, kind in pairs if kind == "parameter"]
 
     def is_beyond(self, operands: Sequence[Tensor]) -> bool:
         """Whether another recording may show that this serves these sizes, too."""
@@ -104,12 +132,12 @@ class Entry:
         """What differs from the calls that this entry serves; "" if it serves this one."""
         if not self.guard.matches(args, kwargs):
             return self.guard.explain(args, kwargs) or "what the recording depends on changed"
-        if self.takes_all:
-            return ""
         names = [node.name for node in self._placeholders()]
         operands = self.calling.operands(args, kwargs)
         if self.required != requirement(operands):
             return "other tensors require grad"
+        if self._has_settled(operands):
+            return ""
         return self.layout.why_not(operands, names)
 
     def _placeholders(self) -> list[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,10 @@ class LastOriginal:
     than to call ``forward``. Like a LastCall it serves ``calls`` of them.
     """
 
-    def __init__(self, model: nn.Module, args: Args, kwargs: Kwargs, calls: int) -> None:
+    def __init__(
+        self, model: nn.Module, args: Args, kwargs: Kwargs, calls: int, holds: Callable[[], bool]
+    ) -> None:
+        self._holds = holds  # whether weights that require grad still do
         self._model, self._modes, self._kinds = model, modes(model), kinds(args, kwargs)
         self._calls, self.served = calls, 0
 
@@ -89,7 +92,7 @@ class LastOriginal:
             return MISSED
         if model._forward_pre_hooks or model._forward_hooks:
             return MISSED
-        if model._backward_pre_hooks or model._backward_hooks:
+        if model._backward_pre_hooks or model._backward_hooks or not self._holds():
             return MISSED
         self.served += 1
         return model.forward(*args, **kwargs)

@@ -74,8 +74,9 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
 
     ``operands`` are those of ``second``.
     """
-    if first.compiled.runs_original and second.compiled.runs_original:
-        second.takes_all = True  # no gain at two sizes: no third one is tried
+    both_originals = first.compiled.runs_original and second.compiled.runs_original
+    if both_originals and first.required == second.required:
+        second.settle(first)
         return second
     reason = _why_not_merge(first, second)
     if reason:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.call_conditions import why_observed, why_unmade
 from sparsify.choosing.describe_sites import describe_kept
@@ -40,13 +40,13 @@ from sparsify.serving.failures import (
 )
 from sparsify.serving.merge_entries import with_entry
 from sparsify.serving.notices import Misses, Notices
+from sparsify.serving.originals import Originals
 from sparsify.serving.plans import Plans
 from sparsify.thread_count import threads
 from sparsify.uncollected import seldom_collected
 
 CONFIRMED = "other sizes than those recorded are recorded once: the model does the same there"
 WITHOUT_ROWS = "a call without rows runs the original, and decides nothing"
-MOST_ORIGINALS = 256  # keys that are remembered of calls that run the original
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = FreeLock()  # one recording and compilation at a time, in all threads
 # Seconds to wait for it: the model that another thread records may itself wait for this call.
@@ -80,7 +80,7 @@ class Recordings:
         self.refused: Refusal | None = None  # why nothing can be compiled for now
         self._given_up: Refusal | None = None  # why nothing more will be recorded
         self._unsettled: set[object] = set()  # keys of calls that changed state, to be tried again
-        self._originals: set[object] = set()  # keys of calls that are known to run the original
+        self.originals = Originals(model)
         self.failure: CompileError | None = None  # the last bug of ours that was met
 
     def compile_example(self, args: Args, kwargs: Kwargs, gradients: bool | None = None) -> None:
@@ -201,7 +201,7 @@ class Recordings:
                 )
         except OUT_OF_MEMORY as error:
             self._refuse(refuse_memory(error))
-            self._originals.add(call_key(self.original, args, kwargs))
+            self.originals.add(args, kwargs)
             return
         finally:
             free_memory()  # what checks and timing left
@@ -214,14 +214,14 @@ class Recordings:
         if self.options.strict:
             raise failure
         self._refuse(refuse_failure(failure))
-        self._originals.add(call_key(self.original, args, kwargs))
+        self.originals.add(args, kwargs)
 
     @seldom_collected()
     def _adopt(self, recording: Recording, args: Args, kwargs: Kwargs) -> None:
         """Compile a recording and put it to use; TraceError if it does not repeat the model."""
         free_memory()  # what recording left
         if is_without_rows(recording.graph.graph):
-            self._originals.add(call_key(self.original, args, kwargs))
+            self.originals.add(args, kwargs)
             self.notices.note(WITHOUT_ROWS)
             return
         entry = self._entry_compiler.compile(recording, args, kwargs, self.entries)
@@ -266,7 +266,7 @@ class Recordings:
             self._unsettled.add(key)  # what a first call sets up, the next one finds
             return
         self._refuse(Refusal("unsupported-op", f"The model cannot be recorded. {error}"))
-        self._originals.add(key)
+        self.originals.add(args, kwargs)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Have this call run the original; raises RefusedError under ``strict``, each time."""
@@ -289,15 +289,9 @@ class Recordings:
         """What would serve this call, also where nothing was replaced; None if it is unknown."""
         return next((entry for entry in self.entries if not entry.why_miss(args, kwargs)), None)
 
-    def runs_original(self, args: Args, kwargs: Kwargs) -> bool:
-        """Whether calls like this one are known to run the original."""
-        return bool(self._originals) and call_key(self.original, args, kwargs) in self._originals
-
-    def run_original(self, args: Args, kwargs: Kwargs) -> Any:
+    def run_original(self, weights: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Run a call that nothing is gained for; its like are recognised sooner from now on."""
-        if len(self._originals) >= MOST_ORIGINALS:
-            self._originals.clear()
-        self._originals.add(call_key(self.original, args, kwargs))
+        self.originals.add(args, kwargs, weights)
         return self.original.forward(*args, **kwargs)
 
     @property
@@ -316,7 +310,7 @@ class Recordings:
         if entry is None:
             return
         self.entries = tuple(other for other in self.entries if other is not entry)
-        self._originals.clear()
+        self.originals.clear()
         self.plans.reopen(entry.backend, thinned)
         for site, density in thinned.items():
             self.notices.note(f"decided again: {density:.1%} of {site} is left")
