@@ -207,9 +207,12 @@ class Escapes(TorchFunctionMode):
         return result
 
     def _switch_gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note a change; where torch has switched them off itself, a ``no_grad`` inside is none."""
+        before = torch.is_grad_enabled()
         result = func(*args, **kwargs)
         assert self._recorder.histories is not None
-        self._recorder.histories.is_grad_enabled = torch.is_grad_enabled()
+        if torch.is_grad_enabled() is not before:
+            self._recorder.histories.is_grad_enabled = not before
         return result
 
     def _whole(self, op: Any, func: Any, args: Any) -> Any:

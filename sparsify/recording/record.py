@@ -115,7 +115,9 @@ class _Run:
         torch.clear_autocast_cache()
         if self.applications is not None and saved_hooks(True) is not None:
             self.recorder.fail(
-                "saved_tensors_hooks are in use around the model, which kernels would not call"
+                "saved_tensors_hooks are in use around the model, which kernels would not call, as "
+                "those of torch.utils.checkpoint; call it outside of them (kernels keep of a step "
+                "what the gradient needs, no more), or checkpoint parts of forward instead"
             )
         for module in self.model.modules():
             if isinstance(module, PARALLEL):

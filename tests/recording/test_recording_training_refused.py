@@ -260,12 +260,15 @@ def test_a_detached_state() -> None:
 
 
 def test_checkpoint_without_reentry_is_recorded() -> None:
+    """Several times: what saves the tensors of a Function runs where torch records no gradients."""
+
     def forward(self: Any, x: Tensor) -> Any:
         def part(h: Tensor) -> Tensor:
             spikes: Tensor = ATan.apply(h @ self.weight, 2.0)
             return spikes.sin()
 
-        result: Tensor = checkpoint(part, x, use_reentrant=False)
-        return result * self.decay
+        first: Tensor = checkpoint(part, x, use_reentrant=False)
+        result: Tensor = checkpoint(part, x + 1, use_reentrant=False)
+        return first + result * self.decay
 
     check(Weighted(forward), X)

@@ -181,7 +181,10 @@ def test_a_call_with_hooks_leaves_others_their_kernels() -> None:
         return result
 
     update()
-    with torch.autograd.graph.save_on_cpu(), pytest.warns(UserWarning, match="saved_tensors_hooks"):
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        pytest.warns(UserWarning, match="saved_tensors_hooks .* checkpoint parts of forward"),
+    ):
         update()
     assert runs_kernels_of(fast, update)
 
