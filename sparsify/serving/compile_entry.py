@@ -58,13 +58,19 @@ class EntryCompiler:
         if not like:  # other recordings of a model may lack sites that the first one has
             plan.check_sites(site.name for site in compiled.sites)
         entry = Entry(compiled, operands, Layout(operands))
+        is_decided = compiled.placements.keys() <= plan.sites.keys()
+        with_kernels = [each for each in like if not each.compiled.runs_original]
+        is_small = bool(with_kernels) and entry.is_far_smaller(with_kernels)
+        is_small = is_small and not self.plans.has_given(compiled.placements.keys(), is_trained)
         is_timed = self.options.timing and backend.is_timed and not compiled.runs_original
-        if is_timed and not compiled.placements.keys() <= plan.sites.keys():
+        if is_timed and (is_small or not is_decided):
             refusal = why_not_faster(self.original, entry, args, kwargs, check.seconds)
             if refusal is not None:
                 compiled = keep_all(compiled, refusal)
                 entry = Entry(compiled, operands, Layout(operands))
-        self.plans.adopt(backend, compiled.plan, is_trained)
+                entry.is_exception = is_small
+        if not entry.is_exception:
+            self.plans.adopt(backend, compiled.plan, is_trained)
         return entry
 
 

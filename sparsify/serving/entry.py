@@ -27,7 +27,7 @@ from sparsify.serving.watch_results import watching
 from sparsify.training_step import requirement
 
 MOST_REFUTED = 8  # sizes that are unlike others, after which new ones are misses like all
-FURTHER = 4  # times more elements than where nothing was gained, or fewer: another size is tried
+FURTHER = 2  # times more elements than in calls that were timed, or fewer: a call is timed, too
 # Why another size may have a kernel: one step of a network reads states that are zeros yet.
 SIZE_DECIDES = {"no-gain", "no-event", "not-rolled"}
 
@@ -56,13 +56,13 @@ class Entry:
         self.forward = watching(forward, compiled) if self.required else forward
         self.origin = origin
         self.refuted = 0  # recordings of other sizes that were not what this is there
-        self.is_exception = False  # one of these
+        self.is_exception = False  # one of these, or a small call that gains nothing
         self._kinds = kinds = [source.kind if source else "" for source in sources(compiled)]
         codes = {site.code for site in compiled.sites}
         decides_all = compiled.runs_original and bool(codes) and not codes & SIZE_DECIDES
         self.settled = EVERY if decides_all else None
         count = self._elements(operands)
-        self._tried = Span.of(count, count)
+        self.tried = Span.of(count, count)  # in calls that were recorded
         self.weights = StoredWeights(compiled.stages[0].graph)
         self.constants = {i: o for i, o in enumerate(operands) if kinds[i] == "constant"}
 
@@ -93,10 +93,17 @@ class Entry:
 
     def settle(self, other: Entry) -> None:
         """Take sizes near those of both: nothing was gained here, nor by ``other``."""
-        least = min(self._tried.least, other._tried.least)
-        most = max(self._tried.most, other._tried.most)
-        self._tried = Span.of(least, most)
-        self.settled = Span.of(least // FURTHER, most * FURTHER)
+        self.count_tried(other)
+        self.settled = Span.of(self.tried.least // FURTHER, self.tried.most * FURTHER)
+
+    def count_tried(self, other: Entry) -> None:
+        """What was recorded for ``other`` was recorded for this one, too."""
+        least = min(self.tried.least, other.tried.least)
+        self.tried = Span.of(least, max(self.tried.most, other.tried.most))
+
+    def is_far_smaller(self, others: Sequence[Entry]) -> bool:
+        """Whether its call was given far fewer elements than any of theirs."""
+        return all(self.tried.most * FURTHER < other.tried.least for other in others)
 
     def _has_settled(self, operands: Sequence[Tensor]) -> bool:
         return self.settled is not None and self._elements(operands) in self.settled

@@ -40,8 +40,11 @@ def with_entry(
     too. Also returns why those for other sizes were not put together with it.
     """
     apart: list[str] = []
+    is_small = new.is_exception  # it gains nothing, which says nothing of sizes with kernels
     for old in entries:
         if not old.guard.matches(args, kwargs):
+            continue
+        if is_small and not old.compiled.runs_original:
             continue
         if old.origin is not None:
             given = old.calling.operands(args, kwargs)  # new may read others
@@ -51,6 +54,7 @@ def with_entry(
                     shapes = [operand.shape for operand in given]
                     run = _run(new, shapes, old.layout.sizes(given))
                     old.layout = old.layout.widened(given, run)
+                    old.count_tried(new)
                     return entries, apart
                 old.refuted += 1
                 new.is_exception = True
@@ -108,7 +112,9 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
     layout.guard = SizeGuard(sources(ours), find_fit)
     layout.guard.add(_run(first, [known.shape for known in first.layout.layouts], firsts))
     layout.guard.add(_run(second, [operand.shape for operand in operands], seconds))
-    return Entry(compiled, operands, layout, Origin(first, found, general))
+    merged = Entry(compiled, operands, layout, Origin(first, found, general))
+    merged.count_tried(first)
+    return merged
 
 
 def _run(entry: Entry, shapes: Sequence[Sequence[int]], sizes: Sequence[int]) -> Run:

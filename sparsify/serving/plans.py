@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import replace
 
 from sparsify.codegen.backend import Backend
@@ -24,10 +24,18 @@ class Plans:
 
         Sites that are ``undecided`` for such a call are in it only if the user has decided them.
         """
-        plan, given = self.of(backend), self.given
+        plan, given = self.of(backend), self._given(is_trained)
         if is_trained:
-            plan, given = plan.training or Plan(), given.training or Plan()
-        return plan.reopen(undecided, given) if undecided else plan
+            plan = plan.training or Plan()
+        off = [site for site in undecided if plan.sites.get(site) == "off"]
+        return plan.reopen(off, given) if off else plan
+
+    def has_given(self, sites: Set[str], is_trained: bool) -> bool:
+        """Whether the user has decided all of ``sites`` for such calls."""
+        return sites <= self._given(is_trained).sites.keys()
+
+    def _given(self, is_trained: bool) -> Plan:
+        return (self.given.training or Plan()) if is_trained else self.given
 
     def adopt(self, backend: Backend, plan: Plan, is_trained: bool) -> None:
         """``plan`` is what was decided for such calls."""

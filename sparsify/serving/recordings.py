@@ -227,6 +227,9 @@ class Recordings:
         entry = self._entry_compiler.compile(recording, args, kwargs, self.entries)
         operands = recording.calling.operands(args, kwargs)
         self.refused = None
+        if entry.is_exception:
+            [refusal] = entry.compiled.stages[-1].declined
+            self.notices.note(f"a small call runs the original: {refusal.reason}")
         entries, apart = with_entry(self.entries, entry, operands, args, kwargs)
         if entries is self.entries:
             self.confirmations += 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsify.api import sparsify
+from sparsify.plan import Plan
 from sparsify.serving import check_speed
 from tests.choosing.test_choose import timings
 from tests.models.small_nets import RecurrentNet, spikes
@@ -56,12 +57,39 @@ def test_sizes_far_from_those_that_gain_nothing_are_tried(stopwatch: Any) -> Non
     fast: Any = sparsify(model)
     recordings = []
     with torch.no_grad():
-        for steps, batch in ((2, 1), (3, 2), (5, 2), (4, 5), (40, 5), (37, 7)):
+        for steps, batch in ((2, 1), (3, 2), (5, 2), (4, 3), (40, 5), (37, 7)):
             if steps == 40:
                 stopwatch.append(GAIN)
             x = spikes(steps, batch)
             assert torch.equal(fast(x), model(x))
             recordings.append(fast.compiled.recordings)
         assert recordings == [1, 2, 2, 2, 3, 4]
-        assert fast.compiled.entry_for((spikes(4, 5),), {}).compiled.runs_original
+        assert fast.compiled.entry_for((spikes(4, 3),), {}).compiled.runs_original
         assert not fast.compiled.entry_for((x,), {}).compiled.runs_original
+
+
+def test_a_small_call_that_gains_nothing_does_not_take_kernels(stopwatch: Any) -> None:
+    stopwatch.append(GAIN)
+    model = RecurrentNet().eval()
+    fast: Any = sparsify(model)
+    with torch.no_grad():
+        fast(spikes(20, 3))
+        plan, stopwatch[-1] = fast.plan, LOSS
+        for steps in (1, 1, 1, 2, 3):
+            assert torch.equal(fast(x := spikes(steps, 3)), model(x))
+            assert fast.compiled.entry_for((x,), {}).compiled.runs_original
+        assert fast.compiled.recordings == 3  # of one and of two steps
+        assert fast.plan == plan
+        assert fast.report["rec"].decision == "event"
+        assert "a small call runs the original: A call took 3 ms" in str(fast.report)
+        assert torch.equal(fast(x := spikes(13, 3)), model(x))  # not so small: it is not timed
+        assert not fast.compiled.entry_for((x,), {}).compiled.runs_original
+
+
+def test_a_small_call_whose_plan_the_user_gave_takes_kernels(stopwatch: Any) -> None:
+    plan = Plan().pin("rec", "event").pin("out", "event").pin("inp", "event")
+    fast: Any = sparsify(RecurrentNet().eval(), plan=plan)
+    with torch.no_grad():
+        for steps in (20, 1):
+            fast(x := spikes(steps, 3))
+            assert not fast.compiled.entry_for((x,), {}).compiled.runs_original
