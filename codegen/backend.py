@@ -219,6 +219,9 @@ class Backend(Protocol):
     def why_unavailable(self) -> Refusal | None:
         """Why nothing can run here, as far as is known without compiling."""
 
+    def is_at_hand(self) -> bool:
+        """Whether ``why_not_ready`` has nothing to compile."""
+
     def why_not_ready(self) -> Refusal | None:
         """Compile and load what all kernels need beside their own code; why that fails."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from sparsify.codegen.compressed import EXPONENTS, Compressor, Form, matrix_of
 from sparsify.codegen.toolchain import (
     UNSPLIT,
     compile_shared_library,
+    is_compiled,
     load_library,
     only_gcc,
     read_source,
@@ -196,10 +199,24 @@ def load_runtime() -> Runtime:
 
     Raises CompileError and BackendUnavailable like ``compile_shared_library``.
     """
-    headers = {file: read_source(file) for file in HEADERS}
-    text = read_source("runtime.cpp")
-    path = compile_shared_library(text, "runtime", headers=headers, options=only_gcc(UNSPLIT))
-    return Runtime(load_library(path))
+    return Runtime(load_library(compile_shared_library(**_support_library())))
+
+
+def is_at_hand() -> bool:
+    """Whether ``load_runtime`` has nothing to compile."""
+    if load_runtime.cache_info().currsize:
+        return True
+    return is_compiled(**_support_library())
+
+
+def _support_library() -> Mapping[str, Any]:
+    """How it is compiled."""
+    return {
+        "text": read_source("runtime.cpp"),
+        "name": "runtime",
+        "headers": {file: read_source(file) for file in HEADERS},
+        "options": only_gcc(UNSPLIT),
+    }
 
 
 @cache

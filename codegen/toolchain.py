@@ -197,6 +197,17 @@ def compile_shared_library(
     return current_cache().get(recipe_for(text, name, headers or {}, limit_s, options))
 
 
+def is_compiled(
+    text: str, name: str, *, headers: Mapping[str, str], options: Sequence[str] = ()
+) -> bool:
+    """Whether ``compile_shared_library`` has nothing to compile, as far as can be told."""
+    try:
+        recipe = recipe_for(text, name, headers, COMPILE_LIMIT_S, options)
+    except BackendUnavailable:
+        return True
+    return current_cache().find(recipe) is not None
+
+
 def explain_miss(text: str, name: str, *, headers: Mapping[str, str] | None = None) -> str:
     """Why compiling ``text`` would not find it in the cache: which parts of its key are new."""
     return current_cache().explain_miss(recipe_for(text, name, headers or {}, COMPILE_LIMIT_S))

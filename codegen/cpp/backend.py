@@ -42,6 +42,9 @@ class CppBackend:
     def why_unavailable(self) -> Refusal | None:
         return why_no_compiler()
 
+    def is_at_hand(self) -> bool:
+        return runtime.is_at_hand()
+
     def why_not_ready(self) -> Refusal | None:
         return runtime.why_unavailable()
 

@@ -73,6 +73,9 @@ class CudaBackend:
     def why_unavailable(self) -> Refusal | None:
         return self.device.why_unavailable()
 
+    def is_at_hand(self) -> bool:
+        return True
+
     def why_not_ready(self) -> Refusal | None:
         return None
 

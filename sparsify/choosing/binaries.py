@@ -18,7 +18,6 @@ from sparsify.codegen.plain_names import with_plain_names
 from sparsify.errors import BackendUnavailable, CompileError, Refusal
 
 CACHED_SECONDS = 0.1  # what is in the cache is there by then; what is not takes longer
-READY_SECONDS = 0.1  # so is what all kernels need; measured: 7 to 60 ms, a compiler takes 500
 NICENESS = 5  # added to that of compilers beside a check: other work may leave both one core
 Meanwhile = Callable[[int], object]  # is told how many compilers run beside it
 Key = tuple[ir.Kernel, ir.Schedule]
@@ -59,10 +58,9 @@ class Binaries:
         False if what all kernels need is in the cache: then few wait for so little. What is not
         begun when ``compile_all`` is called is left to it.
         """
+        is_at_hand = self.backend.is_at_hand()
         self.begin()
-        if self._pool is None or self._ready is None:
-            return False
-        if not wait([self._ready], timeout=READY_SECONDS).not_done:
+        if self._pool is None or is_at_hand:
             return False
         for each in unlike(products):
             self._early[_kind(each)] = self._pool.submit(self._compile_product, each)

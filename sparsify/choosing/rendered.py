@@ -41,6 +41,9 @@ class Rendered:
     def why_unavailable(self) -> Refusal | None:
         return None
 
+    def is_at_hand(self) -> bool:
+        return True
+
     def why_not_ready(self) -> Refusal | None:
         return None
 

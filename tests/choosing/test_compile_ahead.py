@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from sparsify import ir
 from sparsify.api import sparsify
-from sparsify.choosing.binaries import NICENESS, READY_SECONDS, Binaries, unlike
+from sparsify.choosing.binaries import NICENESS, Binaries, unlike
 from sparsify.choosing.choose import SLOW_SECONDS
 from sparsify.codegen import runtime, toolchain
 from sparsify.codegen.backend import Binary, Source
@@ -134,6 +134,13 @@ def test_small_products_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(asked) == 2
 
 
+class Cold(CppBackend):
+    """A backend with an empty cache."""
+
+    def is_at_hand(self) -> bool:
+        return False
+
+
 class Failing(CppBackend):
     """A backend whose support library or whose products cannot be made."""
 
@@ -166,7 +173,7 @@ def test_products_that_cannot_be_compiled_are_left_to_their_calls(
 def test_what_a_model_is_likely_to_need_is_compiled_beside_its_recording_and_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Cold(CppBackend):
+    class Waiting(Cold):
         def why_not_ready(self) -> Refusal | None:
             may_begin.wait(PATIENCE_S)
             return super().why_not_ready()
@@ -179,7 +186,7 @@ def test_what_a_model_is_likely_to_need_is_compiled_beside_its_recording_and_onc
         may_end.wait(PATIENCE_S)
 
     monkeypatch.setattr(cpp_outer_product, "compile_function", compile_function)
-    binaries = Binaries(Cold(RATES))
+    binaries = Binaries(Waiting(RATES))
     weight = torch.zeros(128, 128, requires_grad=True)
     likely = likely_products(
         [torch.zeros(9, 18, 128), weight, torch.zeros(128, requires_grad=True)]
@@ -198,7 +205,7 @@ def test_what_a_model_is_likely_to_need_is_compiled_beside_its_recording_and_onc
 def test_where_nothing_is_compiled_what_is_likely_is_not_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Cold(CppBackend):
+    class Waiting(Cold):
         def why_not_ready(self) -> Refusal | None:
             is_over.wait(PATIENCE_S)
             return super().why_not_ready()
@@ -206,7 +213,7 @@ def test_where_nothing_is_compiled_what_is_likely_is_not_either(
     is_over = threading.Event()
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(cpp_outer_product, "compile_function", lambda *key: asked.append(key))
-    binaries = Binaries(Cold(RATES))
+    binaries = Binaries(Waiting(RATES))
     assert binaries.begin_likely([Foreseen(160, 128, 128, F32, F32)])
     binaries.end_early()
     is_over.set()
@@ -215,9 +222,8 @@ def test_where_nothing_is_compiled_what_is_likely_is_not_either(
 
 
 def test_kernels_that_were_begun_with_are_compiled_once() -> None:
-    class Counted(CppBackend):
+    class Counted(Cold):
         def why_not_ready(self) -> Refusal | None:
-            time.sleep(2 * READY_SECONDS)
             return None
 
         def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
@@ -249,7 +255,7 @@ def test_kernels_that_were_begun_with_are_compiled_once() -> None:
 def test_a_forked_child_does_not_wait_for_what_its_parent_began() -> None:
     """The threads that would end it are not there."""
 
-    class Slow(CppBackend):
+    class Slow(Cold):
         def why_not_ready(self) -> Refusal | None:
             if os.getpid() == parent:
                 is_over.wait(PATIENCE_S)
@@ -336,7 +342,7 @@ def test_layers_that_are_equal_are_compiled_once(compiled: list[str], begun: boo
 def test_an_example_is_recorded_on_the_cores_that_no_compiler_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Slow(CppBackend):
+    class Slow(Cold):
         def why_not_ready(self) -> Refusal | None:
             is_recorded.wait(PATIENCE_S)
             return super().why_not_ready()
@@ -390,3 +396,16 @@ def test_a_long_call_that_is_clearly_faster_needs_no_second_run_of_the_original(
     monkeypatch.setattr(check_speed, "measure_pairs", lambda *_, **__: pytest.fail("known"))
     assert check_speed._time(lambda: short, original, once) == (short, 1.0)
     assert ran == [1], "of a short one the time of a call counts, too"
+
+
+def test_whether_a_library_is_to_be_compiled_is_found_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    text, name = "int answer() { return 42; }", "answer"
+    assert not toolchain.is_compiled(text, name, headers={})
+    toolchain.compile_shared_library(text, name)
+    assert toolchain.is_compiled(text, name, headers={})
+    runtime.load_runtime()
+    assert CppBackend(RATES).is_at_hand(), "it is loaded, wherever the cache is"
