@@ -84,10 +84,13 @@ class Operands:
     ) -> str:
         """Declare the operand that ``place`` is to ``population``, whose neurons are ``dims``.
 
-        ``shape`` is given where dims of one element are appended to its own: to a bias of channels.
+        No ``dims`` are those of a value that has one element for each row of the batch, whatever
+        the population. ``shape`` is given where dims of one element are appended to its own: to a
+        bias of channels.
         """
         role, index = self.role_of(place)
-        axes, lead, views = self._axes(place, dims, role, shape or shape_of(place))
+        single = self.size(population) == 1
+        axes, lead, views = self._axes(place, dims, role, shape or shape_of(place), single)
         wish = wish or (source_name(place) if role == "const" else place.name)
         name = self.names.new(wish, f"{wish}_{population}")
         note = f"{source_name(place)} [{', '.join(axes)}]"
@@ -108,7 +111,7 @@ class Operands:
         raise Refused(refuse("unsupported-layout", reason, "Save its bools as they are.", place))
 
     def _axes(
-        self, place: fx.Node, neurons: Shape, role: Role, shape: Shape
+        self, place: fx.Node, neurons: Shape, role: Role, shape: Shape, single: bool
     ) -> tuple[tuple[ir.Axis, ...], int, tuple[View, ...]]:
         lead = max(0, len(shape) - len(neurons))
         if role != "const" and self.layout.tail(place) == 0:
@@ -118,7 +121,7 @@ class Operands:
         if lead and self._has_rows(place, role, math.prod(shape[:lead])):
             axes.append("B")
         views: list[View] = []
-        if math.prod(own) != 1 or math.prod(neurons) == 1:
+        if math.prod(own) != 1 or single:
             axes.append("N")
             if (1,) * (len(neurons) - len(own)) + own != neurons:
                 views.append("expand")

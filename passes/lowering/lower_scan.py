@@ -81,6 +81,7 @@ class _Lowerer:
         self.scan, self.layout, self.name = unpacked.scan, layout, name
         self.eager = eager
         self.packed_ys = unpacked.ys
+        self.constants = find_constants(layout.scan, layout.live)
         self.operands = Operands(unpacked, layout)
         self.names = self.operands.names
         self.assigned = assigned_names(layout.live)
@@ -153,16 +154,24 @@ class _Lowerer:
     def _value(self, node: fx.Node, population: str, dims: Shape, reader: fx.Node) -> ir.Arg:
         """The value of ``node`` as a statement of ``population`` reads it.
 
-        Values that belong to no population are aligned to the neuron dims ``dims`` of the reader.
+        Values that belong to no population are aligned to the neuron dims ``dims`` of the reader,
+        and so is what they are computed from, unless they have one element for each row.
         """
         if node in self.layout.fixed:
             dims = self.layout.neurons(node)
             if self.operands.population_of(node) != population:
                 raise Refused(self._why_not_read(node, population, reader))
+        elif self._is_of_rows(node):
+            dims = ()
         key = (node, population, dims)
         if key not in self.values:
             self.values[key] = self._make(node, population, dims)
         return self.values[key]
+
+    def _is_of_rows(self, node: fx.Node) -> bool:
+        """Whether a view gives ``node``, as ``lengths > t`` is, the neuron dim that it lacks."""
+        computed = node.op == "call_function" and node not in self.constants
+        return computed and shape_of(node) != () and self.layout.tail(node) == 0
 
     def _why_not_read(self, node: fx.Node, population: str, reader: fx.Node) -> Refusal:
         size = self.layout.size(node)

@@ -256,8 +256,10 @@ def test_what_kernels_cannot_do_is_refused(
     assert (refusal.location.file, refusal.location.line) == ("model.py", 2)
 
 
-def body(build: Callable[[fx.Graph], Any], shapes: list[tuple[int, ...]], carries: int) -> Scan:
-    """A Scan with the first placeholders as carries and the others as consts."""
+def body(
+    build: Callable[[fx.Graph], Any], shapes: list[tuple[int, ...]], carries: int, xs: int = 0
+) -> Scan:
+    """A Scan with the first placeholders as carries, then those of steps, the others as consts."""
     graph = fx.Graph()
     for index, shape in enumerate(shapes):
         node = graph.placeholder(f"p{index}")
@@ -268,7 +270,7 @@ def body(build: Callable[[fx.Graph], Any], shapes: list[tuple[int, ...]], carrie
         if node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             node.meta["val"] = node.target(*args, **kwargs)
-    return Scan(gm, carries, 0, len(shapes) - carries)
+    return Scan(gm, carries, xs, len(shapes) - carries - xs)
 
 
 def test_a_value_of_another_layers_size_is_refused() -> None:
@@ -329,6 +331,19 @@ def test_a_parameter_with_rows_of_its_own_is_refused() -> None:
     refusal = refused(body(build, [(B, 4, H), (4, H), (H, H)], 1))
     assert refusal.code == "unsupported-layout"
     assert "4 rows" in refusal.reason
+
+
+def test_values_of_rows_are_not_those_of_as_many_neurons() -> None:
+    """``v * (lengths > t).unsqueeze(1)`` for H samples of H neurons; ``t`` is of the step."""
+
+    def build(graph: fx.Graph) -> Any:
+        v, t, lengths = graph.nodes
+        goes_on = graph.call_function(aten.gt.Tensor, (lengths, t))
+        read = graph.call_function(aten.unsqueeze.default, (goes_on, 1))
+        return (graph.call_function(aten.mul.Tensor, (v, read)),)
+
+    kernel = lowered(body(build, [(H, H), (), (H,)], 1, xs=1)).kernel
+    assert [o.axes for o in kernel.operands] == [("B", "N"), ("B",), ("T",)]
 
 
 def test_a_gain_per_sample_is_an_operand_without_neurons() -> None:
