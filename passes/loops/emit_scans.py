@@ -228,7 +228,11 @@ class _Emitter:
 
     def _table(self, table: Table, like: fx.Node) -> fx.Node:
         info = with_shape(like.meta["val"], (len(table.values),), dtype=table.dtype)
-        node = self._call(torch.tensor, (list(table.values),), info, None)
+        counted = table.counted()
+        if counted is not None:  # whatever the number of steps
+            node = self._call(aten.arange.start_step, counted, info, None)
+        else:
+            node = self._call(torch.tensor, (list(table.values),), info, None)
         node.kwargs = {"dtype": table.dtype, "device": table.device}
         return node
 

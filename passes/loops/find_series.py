@@ -13,6 +13,9 @@ from torch import fx
 
 aten = torch.ops.aten
 
+# Up to here every integer has a value of its own.
+EXACT = {torch.float32: 2**24, torch.float64: 2**53, torch.int32: 2**31 - 1, torch.int64: 2**53}
+
 
 @dataclass(frozen=True)
 class Yielded:
@@ -50,6 +53,15 @@ class Table:
     values: tuple[int | float | bool, ...]
     dtype: torch.dtype
     device: torch.device
+
+    def counted(self) -> tuple[int, int, int] | None:
+        """Start, end and stride of integers that are counted; None for other numbers."""
+        values, most = self.values, EXACT.get(self.dtype, -1)
+        if not all(type(value) is int and abs(value) <= most for value in values):
+            return None
+        first, stride = int(values[0]), int(values[-1] - values[0]) // max(1, len(values) - 1)
+        span = range(first, first + len(values) * stride, stride or 1)
+        return (span.start, span.stop, span.step) if tuple(span) == values else None
 
 
 StepSource = Series | Stacked | Table

@@ -53,6 +53,8 @@ TABULATED: Mapping[object, object] = {
     aten.ge.Scalar: aten.ge.Tensor,
     aten.lt.Scalar: aten.lt.Tensor,
     aten.le.Scalar: aten.le.Tensor,
+    aten.eq.Scalar: aten.eq.Tensor,
+    aten.ne.Scalar: aten.ne.Tensor,
 }
 
 
@@ -171,9 +173,17 @@ def _table(node: fx.Node, index: int, slot: Counted) -> Table | None:
     assert isinstance(operand, fx.Node)
     shape, dtype = shape_of(operand)[:2]
     # A number is rounded to the dtype of a floating operand that has a dimension, and only then.
-    if not shape or not dtype.is_floating_point:
-        return None
-    return Table(slot.values, dtype, value.device)
+    if (shape and dtype.is_floating_point) or _hold_integers(dtype, slot.values):
+        return Table(slot.values, dtype, value.device)
+    return None
+
+
+def _hold_integers(dtype: torch.dtype, values: Sequence[int | float | bool]) -> bool:
+    """Whether ``dtype`` has all of ``values``, integers, as the step beside lengths."""
+    if dtype not in (torch.int64, torch.int32):
+        return False
+    limits = torch.iinfo(dtype)
+    return all(type(value) is int and limits.min <= value <= limits.max for value in values)
 
 
 def leaves_of_first(node: fx.Node) -> Iterable[object]:

@@ -166,8 +166,9 @@ class _Roller:
             return found, skipped
         self._look()
         better, fewer = self._plan(absorb_sum(completed.loop))
-        is_worse = isinstance(found, ScanPlan) and len(fewer) >= len(skipped)
-        if isinstance(better, Mismatch) or is_worse:
+        if isinstance(better, Mismatch):  # says more than that something unread is missing
+            return better if isinstance(found, Mismatch) else found, skipped
+        if isinstance(found, ScanPlan) and len(fewer) >= len(skipped):
             return found, skipped
         self.depths.update(dict.fromkeys(completed.behind, loop.depth))
         return better, fewer

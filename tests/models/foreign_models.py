@@ -265,6 +265,27 @@ class Container(nn.Module):
         return self.ro(torch.stack(out)).mean(0)
 
 
+class Padded(nn.Module):
+    """Samples of several lengths, which every step compares with its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.rec, self.ro = layer(IN, HIDDEN), layer(HIDDEN, HIDDEN), layer(HIDDEN, OUT)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = (x[:, :, 0] == 0).sum(0)
+        v = z = x.new_zeros(x.shape[1], HIDDEN)
+        out = []
+        for t, x_t in enumerate(x):
+            goes_on, is_last = (t < lengths)[:, None], (lengths == t + 1)[:, None]
+            after = 0.8 * v + self.fc(x_t) + self.rec(z)
+            sent = spike(after - 1)
+            v = torch.where(goes_on, after - sent, v)
+            z = torch.where(goes_on, sent, z)
+            out.append(self.ro(z) * is_last)
+        return torch.stack(out).sum(0), z
+
+
 # The network, and the sites that run as events.
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "Norse": (norse, ("2", "4")),
@@ -275,5 +296,6 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "Izhikevich": (Izhikevich, ("rec",)),
     "container": (Container, ("rc", "ro")),
     "delays": (Delays, ("rec", "taps")),
+    "padded": (Padded, ("rec", "ro")),
     "straight-through": (StraightThrough, ("rec", "ro")),
 }

@@ -153,6 +153,25 @@ def test_numbers_that_differ_per_step_become_a_table() -> None:
     assert [len(table.args[0]) for table in tables] == [6, 6, 6]
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_numbers_of_steps_beside_integers_are_counted(dtype: torch.dtype) -> None:
+    def padded(tape: Tape, x: Tensor) -> Tensor:
+        lengths = (x[:, :, 0] > 0).sum(0, dtype=dtype)
+        v, out = zeros(x), []
+        for t in tape.loop(range(x.size(0))):
+            after, _ = lif(v, x[t])
+            v = torch.where((lengths > t)[:, None], after, v)
+            out.append(v)
+        return torch.stack(out)
+
+    recorded = record(padded, 6)
+    rolled = roll_loops(recorded.graph).graph
+    counted = torch.ops.aten.arange.start_step
+    [table] = rolled.graph.find_nodes(op="call_function", target=counted)
+    assert (table.args, table.kwargs["dtype"]) == ((0, 6, 1), dtype)
+    assert_same(rolled(*recorded.operands), recorded.results)
+
+
 def test_step_order_rolls_time_and_layer_order_rolls_each_layer() -> None:
     assert [call.args[0] for call, _ in scans(roll_loops(record(step_order, 5).graph).graph)] == [5]
     by_layer = scans(roll_loops(record(layer_order, 5).graph).graph)
@@ -263,6 +282,19 @@ def test_a_number_that_changes_the_operation_is_refused() -> None:
     assert [refusal.code for refusal in result.declined] == ["not-rolled"]
     assert "literal" in result.declined[0].reason
     assert result.graph is recorded.graph
+
+
+def test_the_reason_is_what_differs_and_not_that_something_unread_is_missing() -> None:
+    def powers(tape: Tape, x: Tensor) -> Tensor:
+        v, out = zeros(x), []
+        for t in tape.loop(range(x.size(0))):
+            v, z = lif(v, x[t] ** (t + 1))  # the last v is read by nothing, its reset is missing
+            v = torch.where(z > 0, v * 0.5, v)
+            out.append(z)
+        return torch.stack(out)
+
+    [refusal] = roll_loops(record(powers, 12).graph).declined
+    assert "literal" in refusal.reason
 
 
 def test_growing_values_are_refused() -> None:
