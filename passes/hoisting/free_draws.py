@@ -2,12 +2,13 @@
 
 Before::
 
-    r = rand_like(v); n = randn([4, 20]); z * (bernoulli(full_0, 0.8) / 0.8)
+    r = rand_like(v); n = randn([4, 20]); z * (bernoulli(full_0, 0.8) / 0.8); normal(v, 0.1)
 
 After::
 
     r = rand_like(full_1); n = randn_like(full_2)
     m = _to_copy(bernoulli(full_0, 0.8), bool); z * (_to_copy(m, float32) / 0.8)
+    normal_functional(full_3, 0, 0.1) + v
 
 The same numbers are drawn: each operation fills a contiguous tensor of the same shape and dtype.
 Tensors say the shape, not literals, so that other batches can be given; zeros and ones take a byte
@@ -51,6 +52,8 @@ LIKE: dict[object, tuple[Any, int]] = {
     aten.randint.low: (aten.randint_like.low_dtype, 2),
     aten.normal.float_float: (aten.normal_functional.default, 2),
 }
+# As torch does, these draw around zero, and then multiply by a deviation that is a tensor, and add.
+AROUND = (aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor)
 DROPOUT = aten.native_dropout.default  # of GPUs, where others are written with bernoulli
 BINARY = (aten.bernoulli.p, aten.bernoulli.Tensor)
 
@@ -62,6 +65,8 @@ def free_draws(graph: fx.Graph) -> fx.Graph:
         info = node.meta["val"]
         if node.target is DROPOUT:
             _part_dropout(graph, node)
+        elif node.target in AROUND and is_contiguous(info) and not node.meta.get("grad", True):
+            _centre(graph, node)
         elif node.target in (*LIKE, *OF_SHAPE) and is_contiguous(info):
             _free(graph, node)
     return graph
@@ -104,6 +109,21 @@ def _narrow(graph: fx.Graph, drawn: fx.Node) -> None:
         wide = cast(graph, narrow, info, drawn)
     for user in users:
         user.replace_input_with(drawn, wide)
+
+
+def _centre(graph: fx.Graph, node: fx.Node) -> None:
+    """Draw around zero. Not where gradients are recorded: those of the operands are zeros."""
+    info: Any = node.meta["val"]
+    mean, deviation = (*node.args, 1.0)[:2]
+    is_scaled = isinstance(deviation, fx.Node)
+    spread = [0.0, 1.0 if is_scaled else deviation]
+    drawn = _draw_like(graph, node, info, aten.normal_functional.default, spread, {})
+    with graph.inserting_before(node):
+        if is_scaled:
+            drawn = call(graph, aten.mul.Tensor, (drawn, deviation), info, node)
+        drawn = call(graph, aten.add.Tensor, (drawn, mean), info, node)
+    node.replace_all_uses_with(drawn)
+    graph.erase_node(node)
 
 
 def _part_dropout(graph: fx.Graph, node: fx.Node) -> None:

@@ -53,6 +53,10 @@ def by_state(v: Tensor, z: Tensor) -> Tensor:
     return F.linear(z, W1) + torch.bernoulli(torch.sigmoid(v)) + torch.rand_like(v)
 
 
+def around(v: Tensor, z: Tensor) -> Tensor:
+    return torch.normal(F.linear(z, W1), 0.5) + torch.normal(0.25, v.abs()) + torch.normal(v, z)
+
+
 class Looped(nn.Module):
     def __init__(self, step: Step) -> None:
         super().__init__()
@@ -95,7 +99,7 @@ def assert_as_eager(graph: fx.GraphModule, example: Rolled) -> None:
     assert torch.equal(torch.get_rng_state(), example.state)
 
 
-@pytest.mark.parametrize("step", [dropped, noisy, chosen, unread], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("step", [dropped, noisy, chosen, unread, around], ids=lambda s: s.__name__)
 def test_numbers_that_depend_on_nothing_are_drawn_in_a_loop_of_their_own(step: Step) -> None:
     example = rolled(step)
     hoisted = hoist_draws(example.graph)
