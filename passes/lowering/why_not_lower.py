@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,18 +28,21 @@ from sparsify.regions.step_norms import normalize
 aten = torch.ops.aten
 
 # What the next step depends on cannot be moved behind the loop.
-_WITHIN = (
-    "The next step depends on it. Let it work on the input's part, before the loop, or let every "
-    "neuron have a threshold of its own, as a tensor that is kept from step to step."
-)
+_WITHIN = "The next step depends on it. Let it work on the input's part, before the loop, or "
+_ELSE = "let every neuron have a threshold of its own, as a tensor that is kept from step to step."
+# Products couple neurons: what can be written with them is part of a kernel.
+_WITH_PRODUCT = {
+    "softmax": "write e = x.exp(), then e / F.linear(e, ones), with a buffer torch.ones(n, n).",
+    "sum": "write F.linear(x, ones), with a buffer torch.ones(n, n).",
+    "mean": "write F.linear(x, ones / n), with a buffer torch.ones(n, n).",
+}
 _OUTSIDE = "Compute it after the loop, from the stacked values of all steps."
+_PICKS = {"index", "gather", "scatter", "index_select", "select", "slice", "cat", "stack"}
 # Ops that couple the neurons of a layer or rows of the batch, by what they do.
 _COUPLED: dict[str, str] = {
     "sum": "adds up neurons",
     "mean": "averages neurons",
     "softmax": "normalises over neurons",
-    "_softmax": "normalises over neurons",
-    "_log_softmax": "normalises over neurons",
     "log_softmax": "normalises over neurons",
     "argmax": "compares neurons",
     "argmin": "compares neurons",
@@ -70,18 +74,35 @@ def why_not_operations(
     """The first operation among ``nodes`` that the kernel IR does not have; random ones first.
 
     Where numbers are drawn, nothing is moved out of a loop, which leaves more behind to refuse.
-    What the next step depends on, ``recurrent``, gets a remedy of its own.
+    Parts are told of last: they are picked by kernels where nothing else keeps them whole, and of
+    a sum by ``write_sums``, which the user did not write. What the next step depends on,
+    ``recurrent``, gets a remedy of its own.
     """
     nodes = list(nodes)
     for node in filter(draws_random, nodes):
         return _refuse_random(node)
+    picks: Refusal | None = None
     for node in nodes:
         found = _why_not_dtype(node) or _why_not_operation(node, consts)
-        if found is not None and node in recurrent and found.remedy.endswith(_OUTSIDE):
-            return replace(found, remedy=_WITHIN)
-        if found is not None:
+        if found is None:
+            continue
+        if node.op == "call_function" and _name(node) in _PICKS:
+            picks = picks or found
+        elif node in recurrent and found.remedy.endswith(_OUTSIDE):
+            return replace(found, remedy=f"{_WITHIN}{_instead(node)}")
+        else:
             return found
-    return None
+    return picks
+
+
+def _instead(node: fx.Node) -> str:
+    """What to write in place of an operation that couples neurons."""
+    args: Any = node.args
+    dims = args[1] if len(args) > 1 and isinstance(args[1], (int, list, tuple)) else ()
+    last = len(args[0].meta["val"].shape) - 1
+    is_of_neurons = set([dims] if isinstance(dims, int) else dims) <= {-1, last}
+    with_product = _WITH_PRODUCT.get(_name(node)) if dims != () else None
+    return with_product if with_product is not None and is_of_neurons else _ELSE
 
 
 def _why_not_dtype(node: fx.Node) -> Refusal | None:
@@ -142,10 +163,15 @@ def _reads_through(pool: fx.Node, user: fx.Node) -> bool:
     return product_operand(user) is not None and source_of(user)[1] is pool
 
 
-def _unsupported(node: fx.Node) -> Refusal:
-    name = str(node.target).removeprefix("aten.").split(".")[0]
+def _name(node: fx.Node) -> str:
+    """As the user knows it."""
     if node.target is normalize:
-        name = "native_batch_norm"  # in training mode
+        return "native_batch_norm"  # in training mode
+    return str(node.target).removeprefix("aten.").split(".")[0].removeprefix("_")
+
+
+def _unsupported(node: fx.Node) -> Refusal:
+    name = _name(node)
     if name in _COUPLED:
         reason = f"{name} {_COUPLED[name]} in every step; kernels couple neurons by products only."
         return refuse("unsupported-op", reason, _OUTSIDE, node)
@@ -153,7 +179,7 @@ def _unsupported(node: fx.Node) -> Refusal:
         reason = f"{name} has a weight matrix for each row of the batch or group of neurons."
         remedy = "Use one matrix for all, such as torch.block_diag(*weight), in F.linear."
         return refuse("unsupported-layout", reason, remedy, node)
-    if name in ("index", "gather", "scatter", "index_select", "select", "slice", "cat", "stack"):
+    if name in _PICKS:
         reason = f"{name} picks or joins neurons within a step."
         remedy = "Give each part of the layer its own tensor, or do it outside of the loop."
         return refuse("unsupported-op", reason, remedy, node)

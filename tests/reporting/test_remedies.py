@@ -221,6 +221,50 @@ class TopK(Cell):
         return torch.stack(out)
 
 
+class Competing(Cell):
+    """Feeds back how neurons compare, by a softmax; ``within`` is what the remedy asks for."""
+
+    ones: Tensor
+
+    def __init__(self, within: bool) -> None:
+        super().__init__()
+        self.within = within
+        self.register_buffer("ones", torch.ones(HIDDEN, HIDDEN))
+
+    def current(self, x: Tensor, z: Tensor, t: int) -> Tensor:
+        current = self.inp(x[t]) + self.rec(z)
+        e = current.exp()
+        share = e / F.linear(e, self.ones) if self.within else torch.softmax(current, -1)
+        return torch.as_tensor(current + share)
+
+
+def test_a_softmax_in_the_recurrence_is_to_be_written_with_a_product() -> None:
+    refused = site_of(Competing(within=False).eval())
+    reason = "^softmax normalises over neurons in every step"
+    remedy = r"or write e = x\.exp\(\), then e / F\.linear\(e, ones\), with a buffer torch\.ones"
+    assert_refused(refused, "unsupported-op", "else torch.softmax(current, -1)", reason, remedy)
+    assert site_of(Competing(within=True).eval()).decision == "event"
+
+
+class TwoSynapses(Cell):
+    """Adds up two currents of a neuron, and compares them: that is what keeps the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rec = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+
+    def current(self, x: Tensor, z: Tensor, t: int) -> Tensor:
+        currents = self.rec(z).view(-1, HIDDEN, 2)
+        total = currents.sum(-1)
+        return torch.as_tensor(self.inp(x[t]) + total + currents.cummax(-1)[0][..., 0])
+
+
+def test_a_sum_that_is_written_as_additions_is_not_what_keeps_a_loop() -> None:
+    refused = site_of(TwoSynapses().eval())
+    assert refused.decision == "kept" and "cummax" in refused.reason, refused
+    assert "currents.cummax(-1)" in str(refused)
+
+
 @pytest.mark.parametrize(
     ("build", "line", "what"),
     [
@@ -233,6 +277,6 @@ def test_what_couples_neurons_in_the_recurrence_is_to_leave_it(
 ) -> None:
     refused = site_of(build(within=True).eval())
     reason = f"{what}.* in every step; kernels couple neurons by products only"
-    remedy = "The next step depends on it. Let it work on the input's part, before the loop, or let"
+    remedy = "The next step depends on it. Let it work on the input's part, before the loop, or "
     assert_refused(refused, "unsupported-op", line, reason if build is Normalised else what, remedy)
     assert site_of(build(within=False).eval()).decision == "event"
