@@ -41,17 +41,31 @@ def find_fit(
 ) -> Callable[[Sequence[int]], int] | None:
     """What gives ``a`` where the classes have the ``first`` sizes, and ``b`` at the ``second``.
 
-    Takes the sizes of all classes. None if there is no formula, more than one, or if it may be a
-    part of another size.
+    Takes the sizes of all classes. None if ``find_formula`` finds none.
     """
     if a == b:
         return lambda sizes: a
     classes = [SizeClass((), *sizes) for sizes in zip(first, second, strict=True)]
+    formula = find_formula(a, b, classes)
+    return None if formula is None else formula.of
+
+
+def find_formula(
+    a: int, b: int, classes: Sequence[SizeClass], is_called: bool = False
+) -> Formula | None:
+    """The only one for ``a`` and ``b``; two recordings cannot tell more of them apart.
+
+    None also if they may be a part of another size, as how often a layer runs that does in every
+    third step. In a graph that another one calls (``is_called``), a size is that by no coincidence.
+    """
     found = formulas_of(a, b, classes)
     if len(found) != 1:
         return None
     [formula] = found
-    return None if may_be_part(a, b, others_than(formula, classes)) else formula.of
+    is_size = is_called and formula.offset == formula.shift == 0
+    if is_size or not may_be_part(a, b, others_than(formula, classes)):
+        return formula
+    return None
 
 
 def formulas_of(a: int, b: int, classes: Sequence[SizeClass]) -> set[Formula]:

@@ -28,8 +28,8 @@ from sparsify.passes.sizes.fit_sizes import (
     Dim,
     Formula,
     SizeClass,
+    find_formula,
     formulas_of,
-    may_be_part,
     others_than,
 )
 from sparsify.passes.sizes.tell_sizes_apart import (
@@ -148,7 +148,7 @@ def _generalize(
         raise _Differs(reason)
     matching = dict(pairs)
     formulas = {
-        (node, index): _find_formula(a, b, classes, node, is_called)
+        (node, index): _formula_at(node, a, b, classes, is_called)
         for node in matching
         for index, a, b in _differing_numbers(node, matching)
     }
@@ -221,19 +221,14 @@ def _differing_numbers(
         raise _Differs(reason, node)
 
 
-def _find_formula(
-    a: int, b: int, classes: Sequence[SizeClass], node: fx.Node, is_called: bool
+def _formula_at(
+    node: fx.Node, a: int, b: int, classes: Sequence[SizeClass], is_called: bool
 ) -> Formula:
     """The formula in the sizes that gives ``a`` here and ``b`` in the other graph."""
-    # Two recordings cannot tell formulas apart that agree on both, so there must be only one.
-    found = formulas_of(a, b, classes)
-    if len(found) == 1:
-        [formula] = found
-        # Or it is a part of another size, as how often a layer runs that does in every third step.
-        is_size = is_called and formula.offset == formula.shift == 0
-        if is_size or not may_be_part(a, b, others_than(formula, classes)):
-            return formula
-    how = "in more than one way" if found else "in no simple way"
+    formula = find_formula(a, b, classes, is_called)
+    if formula is not None:
+        return formula
+    how = "in more than one way" if formulas_of(a, b, classes) else "in no simple way"
     raise _Differs(f"{a} and {b} follow from the sizes {how}.", node)
 
 

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.graphs.loops import with_modules, without_kernels
+from sparsify.ir import Schedule
 from sparsify.passes.gradients.backward_graph import has_time
 from sparsify.passes.sizes.generalize import Generalized, generalize
 from sparsify.regions.chunked_scan import ChunkedScan
@@ -23,11 +24,13 @@ GRADIENTS = (WeightGradient, ReadGradient)
 class GeneralModules:
     """Makes them, and tells whether those of a third recording are what they would be.
 
-    ``made`` are modules for all sizes by the first recording's.
+    ``made`` are modules for all sizes by the first recording's, ``apart`` is why there was none for
+    the last two.
     """
 
     def __init__(self) -> None:
         self.made: dict[nn.Module, nn.Module] = {}
+        self.apart = ""
         self._graphs: dict[fx.GraphModule, Generalized] = {}
 
     def same_module(self, first: nn.Module, second: nn.Module) -> bool:
@@ -48,6 +51,7 @@ class GeneralModules:
         """One graph for the sizes of both and all others."""
         found = generalize(first, second, self.same_module, is_called=True)
         if isinstance(found, Refusal):
+            self.apart = f" {found.reason}"
             return None
         self._graphs[first] = found
         return found
@@ -70,7 +74,10 @@ class GeneralModules:
             return None
         schedules = (first.launchable.schedule, second.launchable.schedule)
         scan = self._scan(first.scan, second.scan)
-        if scan is None or first.lowered != second.lowered or schedules[0] != schedules[1]:
+        if scan is None or first.lowered != second.lowered:
+            return None
+        if schedules[0] != schedules[1]:
+            self.apart = _scheduled_apart(*schedules)
             return None
         return Region(scan, first.lowered, first.launchable)
 
@@ -133,6 +140,13 @@ class _Confirmation(GeneralModules):
 
     def _has_sizes(self, body: fx.GraphModule) -> bool:
         return body in self._known
+
+
+def _scheduled_apart(first: Schedule, second: Schedule) -> str:
+    for (name, ours), (_, theirs) in zip(first.gathers, second.gathers, strict=True):
+        if ours != theirs:
+            return f" {name} is {ours} at one size, and {theirs} at the other."
+    return f" It is scheduled as {first.strategy} at one size, as {second.strategy} at the other."
 
 
 def _targets(scan: Scan) -> list[object]:

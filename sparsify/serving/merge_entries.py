@@ -89,7 +89,7 @@ def merge(first: Entry, second: Entry, operands: Sequence[Tensor]) -> Entry | st
     general = GeneralModules()
     found = generalize(_plain(ours), _plain(theirs), general.same_module)
     if isinstance(found, Refusal):
-        return str(found)
+        return str(replace(found, reason=f"{found.reason}{general.apart}"))
     graph = with_modules(found.graph, general.replacing(found.graph))
     if not first.required:
         graph = keep_weights(graph, first.calling.changing, first.backend.name)

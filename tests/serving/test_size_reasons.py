@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+import re
 
+import torch
+from torch import Tensor
+
+from sparsify.api import sparsify
 from sparsify.serving.layout import Layout
+from tests.models.small_nets import HIDDEN, RecurrentNet, spike, spikes
 
 
 def test_the_size_that_does_not_fit_is_named() -> None:
@@ -24,3 +29,24 @@ def test_the_size_that_does_not_fit_is_named() -> None:
     assert layout.why_not([torch.zeros(7, 8), torch.zeros(2, 4)], names) == (
         "x has 2 dims and had 3"
     )
+
+
+class Scaled(RecurrentNet):
+    """What a step computes has half of the length in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = spiked = torch.zeros(x.size(1), HIDDEN)
+        half = len(x) // 2
+        for x_t in x:
+            v = v / half + self.inp(x_t) + self.rec(spiked)
+            spiked = spike(v - 1)
+        return spiked
+
+
+def test_the_report_says_why_another_size_runs_another_kernel() -> None:
+    fast = sparsify(Scaled().eval(), timing=False)
+    with torch.no_grad():
+        for steps, batch in ((9, 3), (20, 8)):
+            fast(spikes(steps, batch))
+    other = r"Another size runs another kernel for scan_\d\. 4 and 10 follow from the sizes in no "
+    assert re.search(other, str(fast.report))
