@@ -32,6 +32,7 @@ TIMED_STEPS = 100  # of a longer loop: every one takes the same time
 TIMED_SECONDS = 0.01  # a call that takes longer is timed on fewer steps
 LEAST_STEPS = 10  # but on so many: a call looks at the weights once
 FAR = 3.0  # so is one that takes this many times longer than a kernel
+HOPELESS = 10.0  # and where that is so many times, one call of it is enough
 CHECKED_STEPS = 3
 CHECKED_ROWS = 512  # where there are no steps: rows of all of them are many
 FIRST_CALLS = 3
@@ -202,7 +203,8 @@ def time_candidates(
     original = task.original_seconds
     original_call = _original_call(task)
     if original is None or original < FAR * kernels:  # one run may have been disturbed
-        original = seconds_of(original_call)
+        slow = max(TIMED_SECONDS, HOPELESS * kernels)
+        original = seconds_of(original_call, slow=min(slow, SLOW_SECONDS))
     is_close = original < FAR * kernels
     functions = {n: f for n, f in functions.items() if n == "0" or once[n] <= BEHIND * kernels}
     if is_close and original < SLOW_SECONDS:
@@ -250,10 +252,12 @@ def in_the_middle(task: Task, run: Callable[..., Any], timed: int) -> tuple[Task
     return replace(task, operands=operands, original_seconds=took), share
 
 
-def seconds_of(function: Callable[[], Any], enough: float = 0.0) -> float:
+def seconds_of(
+    function: Callable[[], Any], enough: float = 0.0, slow: float = SLOW_SECONDS
+) -> float:
     """The shortest time of some calls; the first may have to warm up.
 
-    Slow ones are called once, and so is what takes less than ``enough``.
+    What takes longer than ``slow`` is called once, and so is what takes less than ``enough``.
     """
     free_memory()  # each call may leave a hole of the size of its results
     took: list[float] = []
@@ -263,11 +267,7 @@ def seconds_of(function: Callable[[], Any], enough: float = 0.0) -> float:
         function()
         wait_for_devices()
         took.append(time.perf_counter() - start)
-        if (
-            min(took) > SLOW_SECONDS
-            or min(took) < enough
-            or (len(took) > 1 and sum(took) > ENOUGH_SECONDS)
-        ):
+        if min(took) > slow or min(took) < enough or (len(took) > 1 and sum(took) > ENOUGH_SECONDS):
             break
     return min(took)
 

@@ -31,6 +31,8 @@ from sparsify.regions.sized_launchable import SizedLaunchable
 
 UNMEASURED_ACTIVITY = 0.1  # of events that the recorder did not measure
 SMALL_SHARE = 0.05  # of all loops' time: of a loop that takes less, one kernel a kind is compiled
+# And none that is predicted to be so many times slower than its best one, which decides little.
+FAR_BEHIND = 3.0
 COMPILER = "Report the source and the log: generated code must compile. Until then, pin it off."
 
 T = TypeVar("T")
@@ -85,8 +87,10 @@ class Chooser:
                 self.choices[task.name] = Choice(None, refusal or self._why_no_candidate(task))
         total = sum(found[0].predicted_seconds for found in self._found.values())
         for name, found in self._found.items():
-            if found[0].predicted_seconds < SMALL_SHARE * total:
-                self._found[name] = first_of_each_label(found)
+            best = found[0].predicted_seconds
+            if best < SMALL_SHARE * total:
+                few = first_of_each_label(found)
+                self._found[name] = [c for c in few if c.predicted_seconds <= FAR_BEHIND * best]
         kernels = {task.name: task.lowered.kernel for task in tasks}
         wanted = [(kernels[name], c.schedule) for name, cs in self._found.items() for c in cs]
         if not wanted:

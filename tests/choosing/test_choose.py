@@ -20,7 +20,7 @@ from sparsify.choosing.candidates import (
     first_of_each_label,
 )
 from sparsify.choosing.choose import Task, choose_region, is_slower
-from sparsify.choosing.chooser import Chooser
+from sparsify.choosing.chooser import FAR_BEHIND, Chooser
 from sparsify.codegen.backend import Cost, GatherWork, Workload
 from sparsify.codegen.cpp import cost_model
 from sparsify.codegen.cpp.backend import CppBackend
@@ -176,7 +176,8 @@ def test_of_loops_that_take_little_one_kernel_of_a_kind_is_compiled(
     task = task_of(recurrent)
     large = find_candidates(predictor(0.3), {})
     small = [replace(c, predicted_seconds=1e-3 * c.predicted_seconds) for c in large]
-    found = iter([large, small])
+    far = 1.1 * FAR_BEHIND * small[0].predicted_seconds
+    found = iter([large, [*small, replace(small[0], label="both", predicted_seconds=far)]])
     monkeypatch.setattr(chooser, "_candidates", lambda task: next(found))
     wanted: list[Any] = []
     monkeypatch.setattr(binaries, "compile_all", lambda keys, *_: wanted.extend(keys))
@@ -321,7 +322,7 @@ def test_one_round_without_other_work_is_enough(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(choose, "measure_pairs", disturbed)
     first = iter((9.0,))  # other work ran beside the one that is predicted to be the fastest
-    monkeypatch.setattr(choose, "seconds_of", lambda _: next(first, 1.0))
+    monkeypatch.setattr(choose, "seconds_of", lambda _, **__: next(first, 1.0))
     _, seconds = choose.time_candidates(task, regions)
     assert seconds == [1e-9 * (1 + i) for i in range(len(regions))] + [1.0]
 

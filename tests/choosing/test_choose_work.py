@@ -70,7 +70,7 @@ def race(monkeypatch: pytest.MonkeyPatch, original_seconds: float, *regions: Stu
         return Timings({name: (f(),) * 3 for name, f in functions.items()}, (1.0,) * 3, 1)
 
     monkeypatch.setattr(choose, "measure_pairs", rounds)
-    monkeypatch.setattr(choose, "seconds_of", lambda function: function())
+    monkeypatch.setattr(choose, "seconds_of", lambda function, **_: function())
     task = replace(task_of(recurrent), original_seconds=original_seconds)
     monkeypatch.setattr(task.scan, "forward", lambda *operands: pytest.fail("the original ran"))
     _, seconds = time_candidates(task, regions)  # type: ignore[arg-type]
@@ -104,6 +104,17 @@ def test_what_takes_long_is_called_less_often(seconds: float, calls: int) -> Non
 def test_what_takes_less_than_enough_is_called_once() -> None:
     called: list[int] = []
     assert 0 < seconds_of(lambda: called.append(1), enough=SLOW_SECONDS) < SLOW_SECONDS
+    assert len(called) == 1
+
+
+def test_what_is_known_to_be_slow_is_called_once() -> None:
+    called: list[int] = []
+
+    def work() -> None:
+        called.append(1)
+        time.sleep(0.002)
+
+    assert seconds_of(work, slow=0.001) >= 0.002
     assert len(called) == 1
 
 
@@ -151,7 +162,7 @@ def test_of_many_steps_those_in_the_middle_are_timed(
 
 def test_times_of_some_steps_are_scaled_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "in_the_middle", lambda task, run, steps: (task, 0.25))
-    monkeypatch.setattr(choose, "seconds_of", lambda function: function())
+    monkeypatch.setattr(choose, "seconds_of", lambda function, **_: function())
     found = Timings({"0": (FAST,)}, (1.0,), 1)
     monkeypatch.setattr(choose, "measure_pairs", lambda *_, **__: found)
     task = replace(task_of(recurrent), original_seconds=SLOW)
