@@ -162,9 +162,10 @@ def find_activations(graph: fx.Graph) -> set[fx.Node]:
     """What depends on the arguments of the call."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        source = node.meta.get("source")
-        is_input = node.op == "placeholder" and getattr(source, "kind", "input") == "input"
-        if is_input or any(operand in found for operand in node.all_input_nodes):
+        if node.op == "placeholder":
+            if getattr(node.meta.get("source"), "kind", "input") == "input":
+                found.add(node)
+        elif not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

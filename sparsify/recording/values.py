@@ -18,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparsify.graph_meta import TensorInfo
 
+# As StorageWeakRef asks, by three calls of Python.
+_is_gone: Callable[[int], bool] = torch.UntypedStorage._expired  # type: ignore[assignment]
 Origin = frozenset[fx.Node]  # the placeholders that a value depends on, where they are few
 NO_ORIGIN: Origin = frozenset()
 View = tuple[Any, tuple[Any, ...], dict[str, Any]]  # operation, arguments after the tensor
@@ -121,7 +123,7 @@ class Values:
         """
         left, self._left = self._left, []
         for memory in left:
-            if memory.tensors == 0 and memory.reserved.expired():  # type: ignore[no-untyped-call]
+            if memory.tensors == 0 and _is_gone(memory.reserved.cdata):
                 self._memories.pop(memory.reserved.cdata, None)
                 memory.roots.clear()  # which refer to it
 
