@@ -17,9 +17,11 @@ from sparsify.codegen.cpp.outer_product import CppOuterProducts
 from sparsify.codegen.cpp.strategies import STRATEGIES, find_strategy
 from sparsify.codegen.plain_names import PLAIN, with_plain_names
 from sparsify.codegen.toolchain import (
+    ALONE,
     KERNEL_HEADERS,
     compile_shared_library,
     load_library,
+    only_gcc,
     read_source,
 )
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
@@ -70,7 +72,8 @@ class CppBackend:
         source = self.render(kernel, schedule)
         plain = self.render(*with_plain_names(kernel, schedule))
         headers = {file: read_source(file) for file in KERNEL_HEADERS}
-        path = compile_shared_library(plain.text, plain.entry, headers=headers)
+        options = only_gcc(*ALONE)
+        path = compile_shared_library(plain.text, plain.entry, headers=headers, options=options)
         return Binary(path, source, kernel, schedule)
 
     def load(self, binary: Binary) -> Launchable:

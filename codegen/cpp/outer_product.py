@@ -23,6 +23,7 @@ from sparsify.codegen.outer_product import (
 )
 from sparsify.codegen.runtime import check_readable
 from sparsify.codegen.toolchain import (
+    ALONE,
     KERNEL_HEADERS,
     compile_shared_library,
     load_library,
@@ -154,7 +155,7 @@ def compile_function(value: str, source: str) -> Path:
     headers = {file: read_source(file) for file in HEADERS}
     entry = _entry(value, source)
     text = TEXT.format(value=value, source=source, entry=entry)
-    return compile_shared_library(text, entry, headers=headers, options=only_gcc(*LIGHT))
+    return compile_shared_library(text, entry, headers=headers, options=only_gcc(*LIGHT, *ALONE))
 
 
 def _entry(value: str, source: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 from sparsify.codegen import toolchain
 from sparsify.codegen.cache import BuildFailed, open_cache
 from sparsify.codegen.toolchain import (
+    ALONE,
     Compiler,
     compile_flags,
     compile_shared_library,
@@ -165,6 +166,22 @@ def test_options_of_gcc_are_given_to_no_other_compiler(monkeypatch: pytest.Monke
     refused = Refusal("backend-unavailable", "There is none.")
     monkeypatch.setattr(toolchain, "find_compiler", lambda: refused)
     assert only_gcc("-fpeel-loops") == ()
+
+
+def test_what_is_linked_alone_has_the_functions_of_c_and_of_the_compiler() -> None:
+    text = """
+#include <cmath>
+#include <cstdint>
+#define SHARED extern "C" __attribute__((visibility("default")))
+SHARED int64_t middle(int64_t a, int64_t b) { return static_cast<__int128>(a) * a / b; }
+SHARED double rest(double a, double b) { return std::fmod(a, b); }
+"""
+    library = load_library(compile_shared_library(text, "alone", options=only_gcc(*ALONE)))
+    middle, rest = library["middle"], library["rest"]
+    middle.argtypes, middle.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    rest.argtypes, rest.restype = [ctypes.c_double] * 2, ctypes.c_double
+    assert middle(1 << 40, 1 << 41) == 1 << 39  # a function of the compiler divides
+    assert rest(7.5, 2.0) == 1.5
 
 
 FLUSH_PROBE = """
