@@ -30,6 +30,7 @@ LAPACK = (
     *("linalg_solve", "linalg_lstsq", "linalg_pinv", "linalg_matrix_norm", "svd", "eig", "qr"),
     *("cholesky", "inverse", "lu", "geqrf", "triangular_solve", "lstsq", "symeig"),
 )
+RRELU = torch.ops.aten.rrelu_with_noise_functional.default
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 Differentiate = Callable[[Any, list[Tensor]], list[Tensor | None]]
 
@@ -86,7 +87,9 @@ def repeat(
     got = run(call, _repeating(recording), differentiate_result)
     differs = _compare(got.values, expected.values)
     differs = differs and f"{differs}{_blame(recording.graph)}"
-    differs = differs or why_gradients_differ(recording, call, got.gradients, expected.gradients)
+    if not differs:
+        differs = why_gradients_differ(recording, call, got.gradients, expected.gradients)
+        differs = differs and f"{differs}{_blame_slopes(recording.graph)}"
     return Repetition(differs, expected.seconds)
 
 
@@ -102,6 +105,16 @@ def _blame(graph: fx.GraphModule) -> str:
     output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
     made = [node for node in output.all_input_nodes if node.meta.get("location") is not None]
     return f"; a result is made in {made[0].meta['location']}" if made else ""
+
+
+def _blame_slopes(graph: fx.GraphModule) -> str:
+    """The line of an ``rrelu`` in training mode, which has no right gradient as a graph's node."""
+    for node in graph.graph.find_nodes(op="call_function", target=RRELU):
+        return (
+            f". rrelu in {node.meta['location']} has a gradient by slopes that it draws aside: "
+            "write torch.where(x > 0, x, x * torch.empty_like(x).uniform_(lower, upper))"
+        )
+    return ""
 
 
 def perturb(call: Call) -> Call:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.api import sparsify
+from sparsify.errors import TraceError
 from sparsify.plan import Plan
 from sparsify.products.report import Site
 
@@ -119,6 +120,35 @@ def test_noise_around_what_the_loop_computes_is_to_be_added() -> None:
     )
     assert_refused(refused, "random", "else torch.normal(z, 0.1)", reason, remedy)
     assert site_of(Noisy(before=True)).decision == "event"
+
+
+class Leaky(Cell):
+    """Has slopes that are drawn; ``drawn`` is what the remedy asks for."""
+
+    def __init__(self, drawn: bool) -> None:
+        super().__init__()
+        self.drawn = drawn
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = z = x.new_zeros(x.size(1), HIDDEN)
+        for t in range(x.size(0)):
+            v = 0.5 * v + self.current(x, z, t)
+            if self.drawn:
+                v = torch.where(v > 0, v, v * torch.empty_like(v).uniform_(0.1, 0.3))
+            else:
+                v = F.rrelu(v, 0.1, 0.3, training=True)
+            z = torch.relu(v - 0.3)
+        return z
+
+
+@torch.enable_grad()
+def test_slopes_that_are_drawn_are_to_be_drawn_apart() -> None:
+    line = re.escape("v = F.rrelu(v, 0.1, 0.3, training=True)")
+    with pytest.raises(
+        TraceError, match=rf"{line} has a gradient by slopes .*: write torch\.where"
+    ):
+        site_of(Leaky(drawn=False))
+    assert site_of(Leaky(drawn=True)).decision == "event"
 
 
 class Heads(nn.Module):
