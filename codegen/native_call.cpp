@@ -1,84 +1,41 @@
 // An extension of Python that makes prepared calls of kernels: what Prepared of prepared_call.py
-// does for a call that is like an earlier one, without the time of its lines and of ctypes.
-//
-// Tensors are read through DLPack, the one interface of torch's that C can use and that is promised
-// to stay: its header comes with torch, and is compiled in no time.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <structmember.h>
+// does for a call that is like an earlier one, without the time of its lines and of ctypes. Further
+// calls that are like earlier ones are in the headers.
+#include "read_tensors.h"
 
-#include <cstdint>
-#include <cstring>
-#include <memory>
 #include <vector>
 
-#include "dlpack.h"
+#include "call_sooner.h"
+#include "original_call.h"
 
 namespace {
 
-struct Release {
-  void operator()(PyObject* object) const { Py_XDECREF(object); }
-};
-using Owned = std::unique_ptr<PyObject, Release>;
-
-Owned kept(PyObject* object) { return Owned(Py_NewRef(object)); }
-
 // What is asked of torch, and names; they live as long as the process.
 struct Known {
-  PyObject *tensor, *parameter, *empty_like, *get_num_threads, *is_grad_enabled;
-  PyObject *is_neg, *requires_grad, *current, *layout, *seen, *question, *spared;
-  const DLPackExchangeAPI* dlpack;
+  PyObject *empty_like, *get_num_threads, *is_grad_enabled;
+  PyObject *is_neg, *current, *layout, *seen, *question, *spared;
 } known;
 
-// False where memory cannot be read as it is: for a sparse tensor, or a class of its own.
-bool read(PyObject* object, DLTensor* tensor) {
-  const PyTypeObject* const type = Py_TYPE(object);
-  if (type != (PyTypeObject*)known.tensor && type != (PyTypeObject*)known.parameter) return false;
-  if (known.dlpack->dltensor_from_py_object_no_sync(object, tensor) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
-// Dtypes, devices, sizes and strides of tensors, as bytes that are equal where all are.
-class Layouts {
+// Dtypes, devices, sizes and strides of tensors.
+class Layouts : public Bytes {
  public:
   void add(const DLTensor& tensor) {
     put(tensor.dtype), put(tensor.device), put(tensor.ndim);
     const size_t bytes = tensor.ndim * sizeof(int64_t);
     put(tensor.shape, bytes), put(tensor.strides, bytes);
   }
-  bool operator==(const Layouts& other) const {
-    return size_ == other.size_ && std::memcmp(bytes_, other.bytes_, size_) == 0;
-  }
-  bool are_complete() const { return size_ <= kMost; }
-  PyObject* bytes() const { return PyBytes_FromStringAndSize(bytes_, size_); }
-
- private:
-  static constexpr size_t kMost = 2000;  // some twenty tensors; larger calls take their time anyway
-
-  template <typename T>
-  void put(const T& value) {
-    put(&value, sizeof value);
-  }
-  void put(const void* from, size_t bytes) {
-    if (size_ + bytes <= kMost) std::memcpy(bytes_ + size_, from, bytes);
-    size_ = size_ + bytes <= kMost ? size_ + bytes : kMost + 1;
-  }
-
-  size_t size_ = 0;
-  char bytes_[kMost];
 };
 
 PyObject* layouts_of(PyObject*, PyObject* tensors) {
   Layouts found;
   for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
     DLTensor tensor;
-    if (!read(PyList_GET_ITEM(tensors, i), &tensor)) Py_RETURN_NONE;
+    if (!torch_tensors.read(PyList_GET_ITEM(tensors, i), &tensor)) Py_RETURN_NONE;
     found.add(tensor);
   }
   if (PyErr_Occurred()) return nullptr;
   if (!found.are_complete()) Py_RETURN_NONE;
-  return found.bytes();
+  return found.object();
 }
 
 // Where an argument is: in which sequence of the call, and at which place there.
@@ -154,7 +111,7 @@ class Repeater {
       made.push_back(output.is_spare ? kept(output.example.get())
                                      : Owned(PyObject_CallOneArg(known.empty_like, output.example.get())));
       DLTensor tensor;
-      if (!made.back() || !read(made.back().get(), &tensor)) return nullptr;
+      if (!made.back() || !torch_tensors.read(made.back().get(), &tensor)) return nullptr;
       pointers.push_back(tensor.data);
     }
     for (size_t i = 0; i < returned.size(); ++i)
@@ -180,10 +137,10 @@ class Repeater {
     for (const Place& place : places) {
       PyObject* const object = place.in(sequences);
       DLTensor tensor;
-      if (object == nullptr || !read(object, &tensor)) return false;
+      if (object == nullptr || !torch_tensors.read(object, &tensor)) return false;
       if (tensor.device.device_type != kDLCPU) return false;
       if (Owned(PyObject_CallMethodNoArgs(object, known.is_neg)).get() != Py_False) return false;
-      if (may_need_grad && !has(object, known.requires_grad, Py_False)) return false;
+      if (may_need_grad && !has(object, torch_tensors.requires_grad, Py_False)) return false;
       now.add(tensor);
       pointers.push_back(static_cast<char*>(tensor.data) + tensor.byte_offset);
     }
@@ -284,7 +241,7 @@ PyObject* make_repeater(PyObject*, PyObject* arguments) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
     DLTensor tensor;
     Place place;
-    if (!read(PyList_GET_ITEM(tensors, i), &tensor)) Py_RETURN_NONE;
+    if (!torch_tensors.read(PyList_GET_ITEM(tensors, i), &tensor)) Py_RETURN_NONE;
     if (!PyArg_ParseTuple(PyList_GetItem(places, i), "nn", &place.sequence, &place.index)) return nullptr;
     made->layouts.add(tensor);
     made->places.push_back(place);
@@ -341,6 +298,8 @@ PyType_Spec repeater_spec = {
 PyMethodDef functions[] = {
     {"layouts_of", layouts_of, METH_O, "What tells layouts of tensors from others; None if nothing does."},
     {"repeater", make_repeater, METH_VARARGS, "See Prepared.repeater of prepared_call.py."},
+    {"original_call", make_original, METH_VARARGS, "See last_original of last_call.py."},
+    {"call_sooner", install_call_sooner, METH_VARARGS, "See hasten of install.py."},
     {},
 };
 PyModuleDef module = {
@@ -348,33 +307,23 @@ PyModuleDef module = {
 
 bool know_torch() {
   const Owned torch(PyImport_ImportModule("torch"));
-  if (!torch) return false;
-  const auto of = [](PyObject* object, const char* name) { return PyObject_GetAttrString(object, name); };
-  const Owned modules(of(torch.get(), "nn"));
-  if (!modules) return false;
-  known.tensor = of(torch.get(), "Tensor"), known.parameter = of(modules.get(), "Parameter");
-  known.empty_like = of(torch.get(), "empty_like");
-  known.get_num_threads = of(torch.get(), "get_num_threads");
-  known.is_grad_enabled = of(torch.get(), "is_grad_enabled");
-  const char* const names[] = {"is_neg", "requires_grad", "current", "layout", "seen", "question", "spared"};
-  PyObject** const places[] = {&known.is_neg, &known.requires_grad, &known.current, &known.layout,
-                               &known.seen,   &known.question,      &known.spared};
+  if (!torch || !torch_tensors.know()) return false;
+  known.empty_like = PyObject_GetAttrString(torch.get(), "empty_like");
+  known.get_num_threads = PyObject_GetAttrString(torch.get(), "get_num_threads");
+  known.is_grad_enabled = PyObject_GetAttrString(torch.get(), "is_grad_enabled");
+  const char* const names[] = {"is_neg", "current", "layout", "seen", "question", "spared"};
+  PyObject** const places[] = {&known.is_neg, &known.current,  &known.layout,
+                               &known.seen,   &known.question, &known.spared};
   for (size_t i = 0; i < std::size(names); ++i) *places[i] = PyUnicode_InternFromString(names[i]);
-  if (PyErr_Occurred()) return false;
-  const Owned capsule(of(known.tensor, "__dlpack_c_exchange_api__"));
-  if (!capsule) return false;
-  known.dlpack =
-      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
-  if (known.dlpack == nullptr) return false;
-  if (known.dlpack->header.version.major == DLPACK_MAJOR_VERSION) return true;
-  PyErr_SetString(PyExc_ImportError, "another version of DLPack");
-  return false;
+  return !PyErr_Occurred();
 }
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit_native_call() {
   repeater_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&repeater_spec));
-  if (repeater_type == nullptr || !know_torch()) return nullptr;
+  original_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&original_spec));
+  if (repeater_type == nullptr || original_type == nullptr || !know_torch()) return nullptr;
+  if (!OriginalCall::know_names() || !sooner.know_names()) return nullptr;
   return PyModule_Create(&module);
 }

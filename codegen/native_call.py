@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
@@ -22,11 +22,20 @@ from sparsify.codegen.toolchain import checked, compile_shared_library, read_sou
 from sparsify.errors import BackendUnavailable, CompileError
 
 NAME = "native_call"
+HEADERS = ("read_tensors.h", "original_call.h", "call_sooner.h")
 FOLDERS = ("include", "platinclude")  # of Python's headers
 DLPACK = Path(torch.__file__).parent / "include/ATen/dlpack.h"
 
 Repeater = Callable[..., tuple[torch.Tensor, ...] | None]
 """``repeater(frozen, *sequences)``: results of such a call, None where it is another one."""
+
+
+class OriginalCall(Protocol):
+    """A call that runs the original, made again: see original_call.h."""
+
+    served: int
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
 
 
 class NativeCall(Protocol):
@@ -37,6 +46,12 @@ class NativeCall(Protocol):
 
     def repeater(self, *what: Any) -> Repeater | None:
         """Called by ``Prepared.repeater``; None for tensors that it cannot read."""
+
+    def original_call(self, *what: Any) -> OriginalCall | None:
+        """Called by ``last_original``; None for calls that it cannot tell from others."""
+
+    def call_sooner(self, cls: type, *what: Any) -> None:
+        """Called by ``hasten``: from now on calls of modules of ``cls`` run no line of Python."""
 
 
 class Loading:
@@ -54,6 +69,10 @@ class Loading:
             pool = ThreadPoolExecutor(max_workers=1)
             self._begun = pool.submit(load_native_call)
             pool.shutdown(wait=False)
+
+    def is_awaited(self) -> bool:
+        """Whether it may be there later, and is not yet."""
+        return self._begun is not None and not self._begun.done()
 
     def now(self) -> NativeCall | None:
         return self._begun.result() if self._begun is not None and self._begun.done() else None
@@ -89,7 +108,8 @@ def compile_native_call(folders: Sequence[Path]) -> Path:
     options = [f"-I{folder}" for folder in dict.fromkeys(folders)]
     if sys.platform == "darwin":
         options += ["-undefined", "dynamic_lookup"]
-    headers = {"dlpack.h": DLPACK.read_text(encoding="utf-8")}
+    headers = {name: read_source(name) for name in HEADERS}
+    headers["dlpack.h"] = DLPACK.read_text(encoding="utf-8")
     text = read_source(f"{NAME}.cpp")
     return compile_shared_library(text, NAME, headers=headers, options=options)
 

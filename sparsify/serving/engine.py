@@ -13,7 +13,7 @@ from sparsify import ir
 from sparsify.call_conditions import is_intercepted
 from sparsify.choosing.seldom import EVERY
 from sparsify.codegen.backend import Backend, Binary
-from sparsify.codegen.native_call import loading, native_call
+from sparsify.codegen.native_call import OriginalCall, loading
 from sparsify.compiling.compiled import Compiled, Stage
 from sparsify.errors import CompileError, NothingCompiled, Refusal
 from sparsify.graphs.time_chunks import code_of
@@ -29,7 +29,7 @@ from sparsify.serving.last_call import (
     MISSED,
     LastCall,
     LastOriginal,
-    has_own_call,
+    last_original,
     may_be_repeated,
 )
 from sparsify.serving.originals import Known
@@ -61,7 +61,8 @@ class Engine:
             raise TypeError(f"plan={plan!r} is no Plan; Plan.load(path) reads one from a file")
         self.original, self.options, self.pruned = model, options, pruned
         self._recorded = Recordings(model, options, plan, backends)
-        self.last_call: LastCall | LastOriginal | None = None  # what is asked first
+        # What is asked first.
+        self.last_call: LastCall | LastOriginal | OriginalCall | None = None
         self._lately: object = None  # what served the last call that it did not, or its key
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
@@ -75,6 +76,7 @@ class Engine:
             count_unwatched(self.entries, last_call.served)
         if is_intercepted() or is_disabled():
             return self.original.forward(*args, **kwargs)
+        loading().begin()  # for the calls that follow
         recorded = self._recorded
         if not recorded.frozen:
             recorded.reopen_thinned()
@@ -95,8 +97,7 @@ class Engine:
         """Have calls like the last two found sooner."""
         if entry is self._lately and may_be_repeated(self.original, entry):
             calls = self._unwatched_calls()
-            if entry.backend.name == "cpp" and native_call() is None:
-                loading().begin()
+            if entry.backend.name == "cpp" and loading().is_awaited():
                 calls = min(calls, EVERY)  # it may be there then
             self.last_call = LastCall(entry, operands, calls)
         self._lately = entry
@@ -106,9 +107,9 @@ class Engine:
     ) -> None:
         """The same for calls that run the original; at most so many before there is a look."""
         key = call_key(self.original, args, kwargs)
-        if key == self._lately and not has_own_call(self.original):
+        if key == self._lately:
             calls = min(most, self._unwatched_calls())
-            self.last_call = LastOriginal(self.original, args, kwargs, calls, known.holds)
+            self.last_call = last_original(self.original, args, kwargs, calls, known)
         self._lately = key
 
     def _unwatched_calls(self) -> int:

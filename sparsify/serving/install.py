@@ -11,16 +11,16 @@ import copy
 from typing import Any, cast
 
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
+from sparsify.codegen.native_call import native_call
 from sparsify.errors import SparsifyError
 from sparsify.serving.engine import Engine
-from sparsify.serving.last_call import MISSED
-from sparsify.serving.outside_graphs import call_outside, is_compiled_around
+from sparsify.serving.last_call import CALL, CALL_IMPL, MISSED, is_called_plainly
+from sparsify.serving.outside_graphs import call_outside, is_compiled_around, is_seen_by_dynamo
 
 # The shortcuts that a sparsified module offers; a model's own attribute of that name wins.
 SHORTCUTS = ("report", "plan", "graph", "code", "kernels", "stages")
-
-CALL = nn.Module.__call__  # others put functions of their own in its place, as torch.fx does
 
 # What torch.compile(module) and module.compile() write to a module; not shared with the original.
 COMPILED = ("_is_torch_compile", "_compiled_call_impl")
@@ -57,14 +57,15 @@ class Sparsified:
 
     def _call_sooner(self, *args: Any, **kwargs: Any) -> Any:
         """``nn.Module.__call__``, which finds no hooks where a call is like the last one."""
-        module = cast(Any, self)
-        call = type(self._engine.original).__call__
-        if not (is_compiled_around() or module._compiled_call_impl or call is not CALL):
+        module, original = cast(Any, self), self._engine.original
+        is_compiled = is_seen_by_dynamo() or module._compiled_call_impl
+        if not is_compiled and is_called_plainly(original):
             last_call = self._engine.last_call
             result = MISSED if last_call is None else last_call(args, kwargs)
             if result is not MISSED:
                 return result
-        return call(module, *args, **kwargs)
+            hasten(type(self))
+        return type(original).__call__(module, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """What Python asks where a shortcut raised an AttributeError: its message is the answer."""
@@ -93,6 +94,13 @@ class Sparsified:
     def __reduce_ex__(self, protocol: Any) -> Any:
         engine = self._engine
         return rebuild, (engine.original, engine.options, engine.plan, engine.pruned)
+
+
+def hasten(cls: type) -> None:
+    """Have calls of modules of ``cls`` do natively what ``_call_sooner`` does, if that can be."""
+    native = native_call()
+    if native is not None and vars(cls).get("__call__") is Sparsified._call_sooner:
+        native.call_sooner(cls, CALL, CALL_IMPL, MISSED, get_eval_frame_callback)
 
 
 def rebuild(model: nn.Module, options: Any, plan: Any, pruned: Any = None) -> nn.Module:

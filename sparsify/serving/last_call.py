@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 
 from sparsify.autocast import is_any_on
-from sparsify.codegen.native_call import native_call
+from sparsify.codegen.native_call import OriginalCall, loading, native_call
 from sparsify.options import is_disabled
-from sparsify.recording.environment import global_hooks
+from sparsify.recording.environment import global_hooks, saved_hooks
 from sparsify.recording.recording import Args, Kwargs
 from sparsify.serving.call_key import kinds, modes
 from sparsify.serving.entry import Entry
+from sparsify.serving.originals import Known
 from sparsify.training_step import requirement
 
 MISSED: Any = object()  # instead of a result
+CALL = nn.Module.__call__  # others put functions of their own in its place, as torch.fx does
 CALL_IMPL = nn.Module._call_impl
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 function_modes = torch._C._len_torch_function_stack
@@ -41,7 +44,7 @@ class LastCall:
     def __init__(self, entry: Entry, operands: Sequence[Tensor], calls: int) -> None:
         self._matches, self._forward = entry.guard.matches, entry.forward
         self._operands, self._deliver = entry.calling.operands, entry.calling.deliver
-        self._required = entry.required if torch.is_grad_enabled() else None
+        self._required = entry.required if is_grad_enabled() else None
         native = native_call()
         self._layouts_of = native.layouts_of if native is not None else None
         self._layouts = native.layouts_of(list(operands)) if native is not None else None
@@ -75,32 +78,64 @@ class LastOriginal:
     """
 
     def __init__(
-        self, model: nn.Module, args: Args, kwargs: Kwargs, calls: int, holds: Callable[[], bool]
+        self, model: nn.Module, args: Args, kwargs: Kwargs, calls: int, known: Known
     ) -> None:
-        self._holds = holds  # whether weights that require grad still do
+        self._known, self._awaits_native = known, loading().is_awaited()
         self._model, self._modes, self._kinds = model, modes(model), kinds(args, kwargs)
         self._calls, self.served = calls, 0
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         """The result, or MISSED: another call, or one that has to be looked at."""
-        model = self._model
-        if self.served >= self._calls or modes(model) != self._modes:
+        if self._awaits_native and native_call() is not None:
             return MISSED
-        if kinds(args, kwargs) != self._kinds or function_modes() or is_traced():
+        model = self._model
+        # Tracing would record how sizes are compared.
+        if self.served >= self._calls or function_modes() or is_traced():
+            return MISSED
+        if modes(model) != self._modes or kinds(args, kwargs) != self._kinds:
             return MISSED
         if hooks_before or hooks_after or hooks_backward or hooks_backward_pre:
             return MISSED
         if model._forward_pre_hooks or model._forward_hooks:
             return MISSED
-        if model._backward_pre_hooks or model._backward_hooks or not self._holds():
+        if model._backward_pre_hooks or model._backward_hooks or not self._known.holds():
             return MISSED
         self.served += 1
         return model.forward(*args, **kwargs)
 
 
-def has_own_call(model: nn.Module) -> bool:
-    """Whether what ``nn.Module.__call__`` leads to is the model's own: then it has to be asked."""
-    return type(model)._call_impl is not CALL_IMPL or "_call_impl" in vars(model)
+def last_original(
+    model: nn.Module, args: Args, kwargs: Kwargs, calls: int, known: Known
+) -> LastOriginal | OriginalCall:
+    """A LastOriginal, or what asks the same in C++: it is there for the usual modes."""
+    native = native_call()
+    made = None
+    if native is not None:
+        tables = hooks_before, hooks_after, hooks_backward, hooks_backward_pre
+        made = native.original_call(
+            *(model, args, kwargs, calls, MISSED, usual_answers(), HOOKS, tables),
+            *(known.weights, known.required),
+        )
+    return LastOriginal(model, args, kwargs, calls, known) if made is None else made
+
+
+def usual_answers() -> tuple[tuple[Callable[[], object], object], ...]:
+    """What is asked about a call, with the answers of one now if nothing is on but gradients."""
+    return (
+        (is_grad_enabled, is_grad_enabled()),
+        (is_inference_mode_enabled, is_inference_mode_enabled()),
+        (is_any_on, False),
+        (partial(saved_hooks, True), None),
+        (function_modes, 0),
+        (is_traced, None),
+    )
+
+
+def is_called_plainly(model: nn.Module) -> bool:
+    """Whether a call of ``model`` leads to ``nn.Module.__call__`` and its hooks, and to no more."""
+    kind = type(model)
+    is_plain = kind.__call__ is CALL and kind._call_impl is CALL_IMPL
+    return is_plain and "_call_impl" not in vars(model)
 
 
 def may_be_repeated(model: nn.Module, entry: Entry) -> bool:
@@ -112,6 +147,4 @@ def may_be_repeated(model: nn.Module, entry: Entry) -> bool:
     """
     has_hooks = any(getattr(model, table) for table in HOOKS)
     has_hooks = has_hooks or bool(global_hooks())
-    if has_hooks or has_own_call(model):
-        return False
-    return not (is_any_on() or entry.compiled.runs_original)
+    return not (has_hooks or is_any_on() or entry.compiled.runs_original)

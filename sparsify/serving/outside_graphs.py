@@ -19,13 +19,17 @@ REASON = (
 )
 
 
+def is_seen_by_dynamo() -> bool:
+    """True where Dynamo traces this line, or would trace the frames that are called here."""
+    return is_dynamo_compiling() or get_eval_frame_callback() is not None
+
+
 def is_compiled_around() -> bool:
     """True inside of ``torch.compile``, whether it traces this line or has skipped the frame.
 
     ``torch.export`` has no graphs to break: false.
     """
-    is_around = is_dynamo_compiling() or get_eval_frame_callback() is not None
-    return is_around and not is_exporting()
+    return is_seen_by_dynamo() and not is_exporting()
 
 
 def _breaks_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
