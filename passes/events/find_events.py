@@ -26,19 +26,11 @@ from torch import fx
 
 from sparsify.errors import Location
 from sparsify.graph_meta import Fact
-from sparsify.passes.events.event_rules import (
-    DENSE,
-    cast,
-    choose,
-    constant,
-    fill_masked,
-    join,
-    multiply,
-    negate,
-    same,
-)
+from sparsify.passes.events.combine_facts import DENSE, constant, join
 from sparsify.passes.events.event_table import STARTS, SUMS, rule_of
 from sparsify.passes.events.find_cancelled import chosen_by_mask, left_of_sum
+from sparsify.passes.events.keep_events import cast, multiply, negate, same
+from sparsify.passes.events.start_events import choose, fill_masked
 from sparsify.passes.events.without_gradients import is_application
 from sparsify.passes.nodes.classify_ops import draws_random
 from sparsify.passes.nodes.result import PassResult
