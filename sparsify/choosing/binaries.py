@@ -112,6 +112,8 @@ class Binaries:
             _core_kept(pool) if keeps else nullcontext(),
         ):
             early = {kind: made for kind, made in self._early.items() if not made.cancel()}
+            if keeps:  # nor does another one, while what is begun has its core
+                pool.submit(wait, [*early.values(), *filter(None, [self._ready])])
             libraries = self.backend.libraries(schedule for _, schedule in missing)
             others = [pool.submit(library) for library in libraries]
             ready = self._ready or pool.submit(self.backend.why_not_ready)

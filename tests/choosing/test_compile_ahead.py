@@ -250,6 +250,33 @@ def test_kernels_that_were_begun_with_are_compiled_once() -> None:
     assert sorted(asked) == [("a", niceness()), ("b", beside), ("c", beside)]
 
 
+def test_beside_a_check_no_kernel_is_compiled_on_the_core_of_one_that_is_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counted(Cold):
+        def compile(self, kernel: ir.Kernel, schedule: ir.Schedule) -> Binary:
+            asked.append(schedule.strategy)
+            may_end.wait(PATIENCE_S)
+            return Binary(Path(), Source("", "", ""), kernel, schedule)
+
+    def check(compilers: int) -> None:
+        assert compilers == 2  # kernels, of which one waits
+        time.sleep(0.1)
+        assert asked == ["a"]
+        may_end.set()
+
+    may_end, asked = threading.Event(), list[str]()
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    kernel, binaries = product(8, 8), Binaries(Counted(RATES))
+    begun, other = (ir.Schedule(name, (("y", "event"),)) for name in "ab")
+    assert binaries.begin_likely([Foreseen(1, 1, 1, F32, F32)])
+    binaries.begin_kernel(kernel, begun)
+    while not asked:
+        time.sleep(0.001)
+    assert binaries.compile_all([(kernel, begun), (kernel, other)], meanwhile=check) is None
+    assert asked == ["a", "b"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_does_not_wait_for_what_its_parent_began() -> None:
