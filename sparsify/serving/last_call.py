@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +109,7 @@ def last_original(
     """A LastOriginal, or what asks the same in C++: it is there for the usual modes."""
     native = native_call()
     made = None
-    if native is not None:
+    if native is not None and not function_modes() and saved_hooks(True) is None:
         tables = hooks_before, hooks_after, hooks_backward, hooks_backward_pre
         made = native.original_call(
             *(model, args, kwargs, calls, MISSED, usual_answers(), HOOKS, tables),
@@ -120,15 +119,15 @@ def last_original(
 
 
 def usual_answers() -> tuple[tuple[Callable[[], object], object], ...]:
-    """What is asked about a call, with the answers of one now if nothing is on but gradients."""
-    return (
-        (is_grad_enabled, is_grad_enabled()),
-        (is_inference_mode_enabled, is_inference_mode_enabled()),
-        (is_any_on, False),
-        (partial(saved_hooks, True), None),
-        (function_modes, 0),
-        (is_traced, None),
-    )
+    """What is asked about each call, with the answers if nothing is on but gradients.
+
+    Not whether there are function modes and hooks of saved tensors: with them no more calls have
+    kernels. Nor about inference where gradients are enabled, as it disables them.
+    """
+    asked = (is_any_on, False), (is_traced, None), (is_grad_enabled, is_grad_enabled())
+    if is_grad_enabled():
+        return asked
+    return *asked, (is_inference_mode_enabled, is_inference_mode_enabled())
 
 
 def is_called_plainly(model: nn.Module) -> bool:

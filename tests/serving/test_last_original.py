@@ -19,8 +19,9 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.serving.engine import Engine
@@ -45,6 +46,16 @@ class Plain(nn.Module):
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
         self.then()
         return self.factor * x
+
+
+class CountedFunctions(TorchFunctionMode):
+    """Counts products of tensors."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is Tensor.mul
+        return func(*args, **(kwargs or {}))
 
 
 X = torch.ones(3, 4, requires_grad=True)
@@ -185,8 +196,6 @@ def test_a_list_that_contains_itself_has_an_end(monkeypatch: pytest.MonkeyPatch)
         torch.no_grad,
         torch.inference_mode,
         lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-        save_on_cpu,
-        lambda: torch.device("cpu"),
     ],
 )
 def test_modes_are_asked_for(
@@ -197,6 +206,35 @@ def test_modes_are_asked_for(
     with mode():
         plain(X)
     assert len(long_calls) == 1
+
+
+def test_inference_is_told_from_calls_without_gradients(plain: Any, long_calls: list[Any]) -> None:
+    with torch.no_grad():
+        for _ in range(5):
+            plain(X)
+        long_calls.clear()
+        with torch.inference_mode():
+            plain(X)
+    assert len(long_calls) == 1
+
+
+def test_hooks_of_saved_tensors_and_modes_see_what_the_original_does(plain: Any) -> None:
+    packed: list[Tensor] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        packed.append(saved)
+        return saved
+
+    plain.factor = torch.ones(3, 4)
+    plain(X)
+    with saved_tensors_hooks(pack, lambda saved: saved):
+        for calls in (1, 2, 3):
+            plain(X).sum().backward()
+            assert len(packed) == calls
+    with CountedFunctions() as seen:
+        for calls in (1, 2, 3):
+            plain(X)
+            assert seen.count == calls
 
 
 def test_the_mode_of_training_is_asked_for(plain: Any, long_calls: list[Any]) -> None:
