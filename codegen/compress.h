@@ -160,7 +160,7 @@ int64_t count_units(const Matrix<Word>& from, int64_t band, const uint32_t* star
   return bands ? starts[bands * (from.lines + 1) - 1] : 0;
 }
 
-constexpr int64_t kChunk = 16;
+constexpr int64_t kChunk = 8;
 
 // Fills in what `starts` counted: chunks, their places before their weights, or the places and the
 // weights of runs. Chunks are filled up with zeros, at places behind the band if `apart`, so that no
@@ -174,7 +174,9 @@ void fill_kept(const Matrix<Word>& from, int64_t band, int64_t run_length, bool 
     weights[unit * kWords + n] = weight;
   };
   const int64_t unit_words = run_length > 1 ? run_length : kWords;
-  prefer_large_pages(weights, count_units(from, band, starts) * unit_words * int64_t(sizeof(Word)));
+  void* const memory = run_length > 1 ? static_cast<void*>(weights) : places;
+  const int64_t count = count_units(from, band, starts);
+  prefer_large_pages(memory, count * unit_words * int64_t(sizeof(Word)), kLargePage);
   divide_lines(from, threads, [&](int64_t first, int64_t last) {
     for (int64_t base = 0; base < from.places; base += band) {
       const Matrix<Word> part = band_of(from, base, band);
@@ -230,7 +232,7 @@ void fill_masked(const Matrix<Word>& from, int64_t tile, uint32_t* starts, Word*
                  int threads) {
   const int64_t mask = mask_words<Word>(tile), tiles = (from.places + tile - 1) / tile;
   const int64_t count = count_units(from, tile, starts) + tiles * from.lines * mask;
-  prefer_large_pages(words, count * int64_t(sizeof(Word)));
+  prefer_large_pages(words, count * int64_t(sizeof(Word)), kLargePage);
   divide_lines(from, threads, [&](int64_t first, int64_t last) {
     for (int64_t base = 0; base < from.places; base += tile) {
       const int64_t before = base / tile * from.lines;  // lines of other tiles

@@ -9,7 +9,7 @@ import torch
 
 from sparsify import ir
 
-CHUNK = 16  # weights of a unit that are kept one by one, see kept_rows.h
+CHUNK = 8  # weights of a unit that are kept one by one, see kept_rows.h
 WIDEST_BAND = 4096  # receivers whose sums stay in the first cache, see kept_rows.h
 WIDEST_LINE = 32768  # senders of a band: their numbers take 16 bits
 MOST_WORDS = 2**31  # of masked rows
@@ -21,6 +21,7 @@ EXPONENTS = {  # bits that are all set in infinities and NaN
     torch.float64: 0x7FF0000000000000,
 }
 LINE = 64  # bytes to which arrays are aligned
+LARGE_PAGE = 2 << 20  # bytes, see weights.h
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -117,7 +118,7 @@ def _lay_out(
     places = [0]
     for length in lengths:
         places.append(places[-1] + -(-length // LINE) * LINE)
-    packed = torch.empty(places[-1], dtype=torch.uint8, device="cpu")
+    packed = _room(places[-1], places[3])
     at, first = places[2], places[3]
     if chunks:
         at, first = first, first + 2 * CHUNK
@@ -126,3 +127,15 @@ def _lay_out(
     packed[places[1] : places[1] + lengths[1]] = starts.view(torch.uint8)
     address = packed.data_ptr()
     return packed, (address + places[1], address + at, address + first)
+
+
+def _room(size: int, weights: int) -> torch.Tensor:
+    """So many bytes. If they are many, those from ``weights`` on begin where a large page does.
+
+    What lies before that page and behind the last byte is never touched, so it takes no memory.
+    """
+    if size - weights < LARGE_PAGE:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    room = torch.empty(size + LARGE_PAGE, dtype=torch.uint8, device="cpu")
+    before = -(room.data_ptr() + weights) % LARGE_PAGE
+    return room[before : before + size]

@@ -13,16 +13,18 @@ from sparsify.weight_pattern import Pattern
 INDEX_BYTES = 2.0
 
 # Operations in those of dense rows, which are vectors in registers. Measured on Zen 4 cores, where
-# dense rows add 22 and multiply 38 weights in a nanosecond: a kept weight is added in 0.36 ns and
-# multiplied in 0.21 ns. A line that is added takes 10 ns before it begins: processors do not
-# foresee how long it is. 16 places of a mask take 0.7 ns, 0.04 ns more for each weight there, and
-# 0.4 ns more in lines of a tile where more than half of some 16 places are kept.
-ADDED = 7.8  # a weight with a place of its own, and as many on top of every line of what is added:
-ADDED_LINE = 27.0
-KEPT = 9.0  # a product with one of them, and as many on top of every line of what is multiplied:
-LINE = 10.0
+# dense rows add 22 and multiply 38 weights in a nanosecond: a kept weight is added in 0.31 ns and
+# multiplied in 0.22 ns. A line takes 9 ns more where it is added, the sums of its block among them
+# if one sender in ten is active, and 5 ns more where it is multiplied. 16 places of a mask take
+# 0.7 ns, 0.04 ns more for each weight there, and 0.4 ns more in lines of a tile where more than
+# half of some 16 places are kept.
+ADDED = 6.9  # a weight with a place of its own, and as many on top of every line of what is added:
+ADDED_LINE = 29.0
+KEPT = 8.2  # a product with one of them, and as many on top of every line of what is multiplied:
+KEPT_LINE = 22.0
 SHARED = 2.0  # a product with one of them that several batch rows take part in
 RUN = 40.0  # on top of a run's own
+RUN_LINE = 10.0  # on top of a line of runs
 PLACE = 0.95  # a bit of a mask
 EXPANDED = 0.9  # a weight that a bit says is there
 FULL = 0.5  # on top of each place of a line whose vectors are read whole
@@ -67,13 +69,13 @@ def read_layout(layout: ir.Layout, pattern: Pattern, access: Access) -> Reading:
         return Reading(operations, pattern.density * element + 1 / 8)
     if layout.kind == "block-rows":
         runs = pattern.run_density.get(layout.width, 1.0)
-        operations = runs * (1 + RUN / layout.width) + LINE / places
+        operations = runs * (1 + RUN / layout.width) + RUN_LINE / places
         return Reading(operations, runs * (element + INDEX_BYTES / layout.width))
     filled = pattern.density + (CHUNK - 1) / 2 / places  # the last chunk of a line
     if not access.is_product:
         return Reading((filled + ADDED_LINE / places) * ADDED, filled * (element + INDEX_BYTES))
     each = SHARED if access.rows >= SHARED_ROWS else KEPT
-    operations = (filled + LINE / places) * each
+    operations = (filled + KEPT_LINE / places) * each
     return Reading(operations, filled * (element + INDEX_BYTES))
 
 

@@ -184,10 +184,10 @@ bool pack_tile(const Matrix<Word>& matrix, int64_t first, int64_t rows, int64_t 
 constexpr int64_t kLargePage = 2 << 20, kLargeWeight = 8 << 20;
 
 // Of large weights each active sender reads a few other pages, and looking those up takes longer
-// than reading them. Asked before they are written first.
-inline void prefer_large_pages(void* memory, int64_t bytes) {
+// than reading them. Asked before they are written first, of what is as large as `least`.
+inline void prefer_large_pages(void* memory, int64_t bytes, int64_t least = kLargeWeight) {
 #if defined(MADV_HUGEPAGE)
-  if (bytes < kLargeWeight) return;
+  if (bytes < least) return;
   const auto begin = reinterpret_cast<int64_t>(memory), end = begin + bytes;
   const int64_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
   madvise(reinterpret_cast<void*>(first), end / kLargePage * kLargePage - first, MADV_HUGEPAGE);

@@ -39,6 +39,7 @@ struct Line {
 
   template <class Visit>
   SPARSIFY_INLINE void each(Visit visit) const {
+    _Pragma("GCC unroll 2")
     for (int64_t unit = first; unit < int64_t(end); ++unit)
       visit(weight.places_of(unit), weight.weights_of(unit));
   }
@@ -75,14 +76,14 @@ SPARSIFY_INLINE F dot(const Kept<W, RUN>& weight, int64_t receiver, const F* sou
     } else {
       Few<F> sum[CHUNK / FEW] = {};
       line.each([&](const uint16_t* places, const W* weights) {
-        each_few<F>(places, weights, [&](int i, auto some, const uint64_t* at) {
-          Few<F> values;
-          SPARSIFY_UNROLL
-          for (int k = 0; k < FEW; ++k) values[k] = from[at[k]];
-          sum[i] = fused(some, values, sum[i]);
+        each_few<F>(places, weights, [&](int i, Few<F> some, uint64_t word) {
+          uint64_t at[FEW];
+          split(at, word);
+          sum[i] = fused(some, collect(from, at), sum[i]);
         });
       });
-      const auto all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      static_assert(CHUNK / FEW == 2, "so many sums");
+      const Few<F> all = sum[0] + sum[1];
       result += (all[0] + all[1]) + (all[2] + all[3]);
     }
   });

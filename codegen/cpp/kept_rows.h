@@ -5,9 +5,9 @@
 
 namespace sparsify {
 
-constexpr int CHUNK = 16;           // weights of a unit that are kept one by one
-constexpr int WIDEST_BAND = 4096;   // receivers whose sums stay in the first cache
-constexpr int ROWS_AHEAD = 4;       // events between asking for a line and adding it
+constexpr int CHUNK = 8;            // weights of a unit that are kept one by one
+constexpr int WIDEST_BAND = 4096;  // receivers whose sums stay in the first cache
+constexpr int ROWS_AHEAD = 4;      // events between asking for a line and adding it
 
 // A weight as compress.h packs it. A line holds what a sender sends, or what a receiver gets. Its
 // units are those of a band of places first: chunks of CHUNK weights with a place each if RUN is 1,
@@ -20,8 +20,7 @@ struct Kept {
   int64_t band, lines, size;  // size: of all places
   const uint32_t* starts;     // [bands][lines + 1] units
   const char* places;         // of units, from the band's first one, in runs
-  const char* weights;        // of units
-  int64_t fetched;            // bytes of a band's line, on average: what is asked for ahead of it
+  const char* weights;        // of runs
 
   Kept() = default;
   explicit Kept(const void* packed) {
@@ -31,8 +30,6 @@ struct Kept {
     starts = reinterpret_cast<const uint32_t*>(bytes + head[3]);
     places = bytes + head[4];
     weights = bytes + head[5];
-    const int64_t parts = (size + band - 1) / band * (lines + 1);
-    fetched = parts ? starts[parts - 1] * BYTES / parts + 64 : 0;
   }
   // Where weight i of a unit belongs, from the band's first place on.
   static int64_t place(const uint16_t* places, int i) {
@@ -42,8 +39,11 @@ struct Kept {
     return reinterpret_cast<const uint16_t*>(places + unit * (RUN == 1 ? BYTES : 2));
   }
   const W* weights_of(int64_t unit) const {
-    return reinterpret_cast<const W*>(weights + unit * BYTES);
+    const char* const first = RUN == 1 ? places + 2 * CHUNK : weights;
+    return reinterpret_cast<const W*>(first + unit * BYTES);
   }
+  // Where a unit begins, but for the places of runs.
+  const char* unit(int64_t unit) const { return (RUN == 1 ? places : weights) + unit * BYTES; }
   const uint32_t* starts_of(int64_t first) const { return starts + first / band * (lines + 1); }
 };
 
@@ -56,8 +56,9 @@ SPARSIFY_INLINE Share share_bands(int64_t neurons, int64_t band, const Team& tea
 
 // ---- units ----
 
-// Weights of a chunk are read as vectors and their places as words: what bounds a chunk is how many
-// loads and stores it takes. Gathers and scatters of the processor take twice as long on Zen 4.
+// Weights of a chunk are read as vectors and their places as words: a Zen 4 core stores one sum in a
+// cycle, and what comes beside that is kept below it. Gathers and scatters of the processor take twice
+// as long there.
 constexpr int FEW = 4;
 template <class F>
 struct FewOf;
@@ -74,27 +75,52 @@ struct FewOf<double> {
 template <class F>
 using Few = typename FewOf<F>::type;
 
-// Calls visit(i, weights, at) for the i-th FEW weights of a chunk, which belong to places at[k].
+// FEW places that a word holds.
+SPARSIFY_INLINE void split(uint64_t (&at)[FEW], uint64_t word) {
+  SPARSIFY_UNROLL
+  for (int k = 0; k < FEW; ++k) at[k] = word >> 16 * k & 0xFFFF;
+}
+// The same in fewer instructions, which takes two registers from the loop around it.
+SPARSIFY_INLINE void split_fast(uint64_t (&at)[FEW], uint64_t word) {
+  split(at, word);
+#if defined(__BMI__) && defined(__x86_64__)
+  at[1] = __builtin_ia32_bextr_u64(word, 16 << 8 | 16);
+  at[2] = __builtin_ia32_bextr_u64(word, 16 << 8 | 32);
+#endif
+}
+
+// Calls visit(i, weights, word) for the i-th FEW weights of a chunk; the word holds their places.
 template <class F, class W, class Visit>
 SPARSIFY_INLINE void each_few(const uint16_t* places, const W* weights, Visit visit) {
   if constexpr (sizeof(W) != sizeof(F)) {
+    constexpr int SOME = CHUNK < WIDTH<F> ? CHUNK : WIDTH<F>;
     F wide[CHUNK];
     SPARSIFY_UNROLL
-    for (int i = 0; i < CHUNK; i += WIDTH<F>) store(wide + i, load(weights + i));
+    for (int i = 0; i < CHUNK; i += SOME) {
+      const Vector<F> loaded = load(weights + i);
+      std::memcpy(wide + i, &loaded, SOME * sizeof(F));
+    }
     each_few<F>(places, wide, visit);
   } else {
     SPARSIFY_UNROLL
     for (int i = 0; i < CHUNK / FEW; ++i) {
       uint64_t word;
       std::memcpy(&word, places + i * FEW, sizeof word);
-      Few<F> some = *reinterpret_cast<const typename FewOf<F>::anywhere*>(weights + i * FEW);
-      const uint64_t at[FEW] = {word & 0xFFFF, word >> 16 & 0xFFFF, word >> 32 & 0xFFFF, word >> 48};
-#if defined(__AVX__)
-      asm("" : "+x"(some));  // else compilers load them one by one
-#endif
-      visit(i, some, at);
+      visit(i, *reinterpret_cast<const typename FewOf<F>::anywhere*>(weights + i * FEW), word);
     }
   }
+}
+
+// from[at[k]], in a register that waits for nothing else.
+template <class F>
+SPARSIFY_INLINE Few<F> collect(const F* from, const uint64_t (&at)[FEW]) {
+  Few<F> some = {from[at[0]]};
+  SPARSIFY_UNROLL
+  for (int k = 1; k < FEW; ++k) some[k] = from[at[k]];
+#if defined(__AVX__)
+  asm("" : "+x"(some));  // else compilers compute with them one by one
+#endif
+  return some;
 }
 
 // Adds what a unit's weights contribute; no place is there twice.
@@ -106,10 +132,10 @@ SPARSIFY_INLINE void add_unit(F* sums, const uint16_t* places, const W* weights,
     for (int i = 0; i < RUN; ++i)
       to[i] = PAYLOAD ? fused(F(weights[i]), payload, to[i]) : to[i] + F(weights[i]);
   } else {
-    each_few<F>(places, weights, [&](int, auto values, const uint64_t* at) {
-      Few<F> some;
-      SPARSIFY_UNROLL
-      for (int k = 0; k < FEW; ++k) some[k] = sums[at[k]];
+    each_few<F>(places, weights, [&](int, Few<F> values, uint64_t word) {
+      uint64_t at[FEW];
+      split_fast(at, word);
+      Few<F> some = collect(sums, at);
       some = PAYLOAD ? fused(values, payload - Few<F>{}, some) : some + values;
       SPARSIFY_UNROLL
       for (int k = 0; k < FEW; ++k) sums[at[k]] = some[k];
@@ -117,14 +143,11 @@ SPARSIFY_INLINE void add_unit(F* sums, const uint16_t* places, const W* weights,
   }
 }
 
-// Asks for as much as a line has on average, from the unit `first` on. A loop to the line's own end
-// would take longer: how often it runs cannot be foreseen.
-template <class W, int RUN>
-SPARSIFY_INLINE void fetch_units(const Kept<W, RUN>& from, uint32_t first) {
-  if (RUN > 1) __builtin_prefetch(from.places_of(first));
-  const char* const line = RUN == 1 ? reinterpret_cast<const char*>(from.places_of(first))
-                                    : reinterpret_cast<const char*>(from.weights_of(first));
-  for (int64_t byte = 0; byte < from.fetched; byte += 64) __builtin_prefetch(line + byte);
+// Asks for a unit.
+template <int64_t BYTES>
+SPARSIFY_INLINE void fetch_unit(const char* unit) {
+  SPARSIFY_UNROLL
+  for (int64_t byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(unit + byte);
 }
 
 // ---- gathers ----
@@ -146,17 +169,24 @@ template <bool PAYLOAD, int RUN, class Index, class F, class W>
 SPARSIFY_INLINE void add_kept(F* sums, const Kept<W, RUN>& from, const uint32_t* starts,
                               const BlockEvents<Index, F>& events, int64_t width) {
   const auto [index, payload, begin, end, last] = events;
+  constexpr int64_t BYTES = Kept<W, RUN>::BYTES;
   for (int32_t k = begin; k < end; ++k) {
-    const int64_t sender = index[k];
-    const int64_t later = index[k + ROWS_AHEAD < last ? k + ROWS_AHEAD : last];
-    fetch_units(from, starts[later]);
+    const uint32_t later = starts[index[k + ROWS_AHEAD < last ? k + ROWS_AHEAD : last]];
+    const uint32_t first = starts[index[k]], after = starts[index[k] + 1];
     const F value = PAYLOAD ? payload[k] : F(1);
     if (PAYLOAD && !(absolute(value) < infinity<F>())) {
-      add_to_all(sums, from, starts[sender], starts[sender + 1], value, width);
+      add_to_all(sums, from, first, after, value, width);
       continue;
     }
-    for (int64_t unit = starts[sender]; unit < int64_t(starts[sender + 1]); ++unit)
+    // Each unit asks for its like in a later line, and for one more as that may be longer: asked for
+    // all at once, a line takes all that a core can wait for.
+    const char* asked = from.unit(later);
+    if (RUN > 1) __builtin_prefetch(from.places_of(later));
+    fetch_unit<BYTES>(asked);
+    for (int64_t unit = first; unit < int64_t(after); ++unit) {
+      fetch_unit<BYTES>(asked += BYTES);
       add_unit<RUN, PAYLOAD>(sums, from.places_of(unit), from.weights_of(unit), value);
+    }
   }
 }
 

@@ -79,7 +79,7 @@ def test_what_is_left_in_blocks_or_groups_is_kept_so() -> None:
 
 
 def test_candidates_are_few_and_have_labels() -> None:
-    found = find_candidates(predictor(scattered(0.1)), {})
+    found = find_candidates(predictor(scattered(0.12)), {})
     assert len(found) <= 5
     assert {"event", "both"} <= {c.label for c in found}
     assert all(c.label in ("both", "parameters") for c in found if c.schedule.layouts)

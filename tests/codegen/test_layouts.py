@@ -145,6 +145,30 @@ def test_payloads_that_are_not_finite_reach_all_receivers(layout: ir.Layout, how
             compare(launch, kernel, data, 1, batch)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_lines_of_all_lengths_by_turns(layout: ir.Layout, dtype: ir.DType) -> None:
+    """What is asked for ahead of a line may be shorter, longer or empty: senders reach all
+    receivers, one, eight, nine or none, in every block, with events of 1, others, and not finite.
+    """
+    senders, receivers = 600, 1100
+    torch.set_num_threads(2)
+    kernel = product(senders, receivers, dtype)
+    plan = replace(schedule(kernel, "neurons-per-thread"), layouts=(("w", layout),))
+    launch = load(kernel, plan)
+    rng = np.random.default_rng(0)
+    w = kept((receivers, senders), 1.0, dtype=dtype)
+    for sender in range(senders):
+        some = rng.permutation(receivers)[: (receivers, 1, 8, 0, 9, 0, 0, 120)[sender % 8]]
+        w[np.setdiff1d(np.arange(receivers), some), sender] = 0
+    for batch in (1, 3):
+        x = (rng.random((2, batch, senders)) < 0.3).astype(dtype)
+        x[1] *= rng.integers(-3, 4, (batch, senders))
+        x[1, -1, 101:104] = np.inf, np.nan, 2
+        x[1, 0, 256:512] = 0  # a block without events
+        compare(launch, kernel, {"x": x, "w": w}, 2, batch)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 def test_weights_that_are_not_finite_are_read_whole(layout: ir.Layout) -> None:
     kernel = product(30, 20)

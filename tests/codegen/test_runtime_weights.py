@@ -350,3 +350,16 @@ def test_masked_rows_that_31_bits_do_not_count_are_an_error(
     monkeypatch.setattr(compressed, "MOST_WORDS", 16 * 3 + 3)  # the weights, and a mask a line
     with pytest.raises(ValueError, match="masked-rows of 51 words: where lines begin takes 31"):
         runtime.compress(weight, form)
+
+
+@pytest.mark.parametrize("kind", ["compressed-rows", "masked-rows"])
+def test_what_is_kept_of_large_weights_begins_where_a_large_page_does(
+    runtime: Runtime, kind: ir.LayoutKind
+) -> None:
+    layout = ir.Layout(kind)
+    packed = runtime.compress(torch.ones(1024, 1024), Form(layout, 256, apart=True)).tiles
+    head = packed[: 8 * compressed.HEAD].view(torch.int64)
+    units = int(head[4 if kind == "compressed-rows" else 5])
+    assert (packed.data_ptr() + units) % compressed.LARGE_PAGE == 0
+    small = runtime.compress(torch.ones(256, 256), Form(layout, 256, apart=True)).tiles
+    assert small.untyped_storage().nbytes() == small.numel()
