@@ -23,6 +23,7 @@ from sparsify.passes.products.scan_products import scan_products
 from sparsify.passes.products.split_gates import split_gates
 from sparsify.passes.products.split_operands import split_operands
 from sparsify.passes.products.unify_products import unify_products
+from sparsify.passes.products.write_reductions import write_reductions
 from sparsify.passes.recurrent_layers.expand_rnn import expand_rnn
 from sparsify.passes.recurrent_layers.write_cells import write_cells
 
@@ -59,6 +60,7 @@ PIPELINE: tuple[Pass, ...] = (
     scale_norms,
     find_events,
     split_products,
+    write_reductions,
     find_events,
     set_apart,
     scan_products,

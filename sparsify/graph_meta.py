@@ -16,7 +16,7 @@ Every node of a recording, and every node that a pass creates, has in ``node.met
     pattern     weight_pattern.Pattern of a weight, or of what a product multiplies by; a part of a
                 weight has that of the whole
     looked_up   of a product whose rows are looked up: how many are, see ``look_up_products``
-    whole       of a recurrent operation: Refusal, why its loops are not worth it
+    whole       of an operation that could be taken apart: Refusal, why its loop is not worth it
     only        Mask, written by ``restrict_products``: where a product's values matter
     fact        Fact, written by ``find_events``
 """
@@ -30,7 +30,7 @@ import torch
 
 from sparsify.errors import Location
 
-SourceKind = Literal["input", "parameter", "buffer", "attribute", "constant"]
+SourceKind = Literal["input", "parameter", "buffer", "attribute", "constant", "ones"]
 Payload = Literal["zero", "binary", "constant", "integer", "real"]
 
 
@@ -72,6 +72,10 @@ class Source:
 
     kind: SourceKind
     name: str
+
+
+# The weight of a sum over neurons, which is no product of the model; see ``write_reductions``.
+ONES = Source("ones", "ones")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ from sparsify.passes.nodes.encode_nodes import shape_of
 from sparsify.passes.nodes.result import PassResult
 from sparsify.passes.products.split_gates import split_gates
 from sparsify.passes.products.split_operands import split_operands
+from sparsify.passes.products.write_reductions import write_reductions
 from sparsify.scans.scan import Scan, output_values
 
 ONLY_STEP = LoopStep(frame=-1, loop=(0, 0), iteration=0, location=Location("", 0, ""))
@@ -82,7 +83,8 @@ def frame_step(gm: fx.GraphModule) -> PassResult:
     if not isinstance(plan, ScanPlan):
         return PassResult(gm)
     framed = emit_scans(split, [plan], {})
-    scans = [module for module in framed.children() if isinstance(module, Scan)]
+    written = write_reductions(framed).graph
+    scans = [module for module in written.children() if isinstance(module, Scan)]
     if any(isinstance(lower_scan(scan, "step"), Refusal) for scan in scans):
         return PassResult(gm)
     return PassResult(framed, [f"{plan.loop.location}: made a loop of one step"])

@@ -17,7 +17,7 @@ from sparsify.passes.lowering.lower_ops import DTYPES, VIEWS
 from sparsify.passes.lowering.lower_phases import Placed
 from sparsify.passes.lowering.lower_refusals import Refused, refuse
 from sparsify.passes.lowering.why_not_lower import product_weights
-from sparsify.passes.nodes.classify_ops import CONVOLUTION, POOL, product_operand
+from sparsify.passes.nodes.classify_ops import CONVOLUTION, POOL, has_ones, product_operand
 from sparsify.scans.lowered import LoweredSite
 
 # The value of a node as statements of a population, with these neuron dims, read it for a reader.
@@ -44,18 +44,24 @@ class ProductWriter:
         sent = self._sent(source, senders, node)
         matrix = self.operands.weight(node, weight, population, senders)
         binary = fact is not None and fact.event and fact.payload == "binary"
-        result = self.names.new(f"{layer_name(node) or matrix.name}_product")
+        result = self.names.new(self._wish(node, matrix, population))
         payload: ir.Payload = "binary" if binary else "real"
         only = self._only(node, population)
         gather = ir.Gather(result, matrix.name, sent, payload, matrix.note, only)
         self.placed.append(Placed(population, gather))
         module, location = node.meta.get("module") or "", node.meta.get("location")
         event, activity = fact is not None and fact.event, node.meta.get("activity")
-        self.sites.append(LoweredSite(result, matrix.note, module, location, event, activity))
+        path = "" if has_ones(node) else matrix.note
+        self.sites.append(LoweredSite(result, path, module, location, event, activity))
         if node.target is CONVOLUTION and bias is not None:
             level = self._channels(bias, population, self.layout.neurons(node))
             return cell.stored(cell.let("add", level, result))
         return cell.stored(self._affine(cell, result, bias))
+
+    def _wish(self, product: fx.Node, matrix: ir.Weight, population: str) -> str:
+        if has_ones(product):
+            return "total" if self.operands.size(population) == 1 else "spread"
+        return f"{layer_name(product) or matrix.name}_product"
 
     def _channels(self, bias: fx.Node, population: str, dims: Shape) -> ir.Arg:
         """The bias of a convolution, one element a channel."""

@@ -174,6 +174,9 @@ class _Lowerer:
         return computed and shape_of(node) != () and self.layout.tail(node) == 0
 
     def _why_not_read(self, node: fx.Node, population: str, reader: fx.Node) -> Refusal:
+        whole = reader.meta.get("whole")
+        if isinstance(whole, Refusal):
+            return whole
         size = self.layout.size(node)
         told = told_name(node, self.assigned)
         reason = (

@@ -30,12 +30,8 @@ aten = torch.ops.aten
 # What the next step depends on cannot be moved behind the loop.
 _WITHIN = "The next step depends on it. Let it work on the input's part, before the loop, or "
 _ELSE = "let every neuron have a threshold of its own, as a tensor that is kept from step to step."
-# Products couple neurons: what can be written with them is part of a kernel.
-_WITH_PRODUCT = {
-    "softmax": "write e = x.exp(), then e / F.linear(e, ones), with a buffer torch.ones(n, n).",
-    "sum": "write F.linear(x, ones), with a buffer torch.ones(n, n).",
-    "mean": "write F.linear(x, ones / n), with a buffer torch.ones(n, n).",
-}
+# Sums over all neurons of a row are part of a kernel, and what can be written with them.
+_WITH_SUM = {"softmax": "write e = x.exp(), then e / e.sum(-1, keepdim=True)."}
 _OUTSIDE = "Compute it after the loop, from the stacked values of all steps."
 _PICKS = {"index", "gather", "scatter", "index_select", "select", "slice", "cat", "stack"}
 # Ops that couple the neurons of a layer or rows of the batch, by what they do.
@@ -101,8 +97,8 @@ def _instead(node: fx.Node) -> str:
     dims = args[1] if len(args) > 1 and isinstance(args[1], (int, list, tuple)) else ()
     last = len(args[0].meta["val"].shape) - 1
     is_of_neurons = set([dims] if isinstance(dims, int) else dims) <= {-1, last}
-    with_product = _WITH_PRODUCT.get(_name(node)) if dims != () else None
-    return with_product if with_product is not None and is_of_neurons else _ELSE
+    with_sum = _WITH_SUM.get(_name(node)) if dims != () else None
+    return with_sum if with_sum is not None and is_of_neurons else _ELSE
 
 
 def _why_not_dtype(node: fx.Node) -> Refusal | None:
@@ -171,7 +167,13 @@ def _name(node: fx.Node) -> str:
 
 
 def _unsupported(node: fx.Node) -> Refusal:
+    whole = node.meta.get("whole")
+    if isinstance(whole, Refusal):  # it was taken apart, and that was no better
+        return whole
     name = _name(node)
+    if name in _COUPLED and _is_of_batch(node):
+        reason = f"{name} works on rows of the batch together; kernels compute each by itself."
+        return refuse("unsupported-op", reason, _OUTSIDE, node)
     if name in _COUPLED:
         reason = f"{name} {_COUPLED[name]} in every step; kernels couple neurons by products only."
         return refuse("unsupported-op", reason, _OUTSIDE, node)
@@ -185,6 +187,16 @@ def _unsupported(node: fx.Node) -> Refusal:
         return refuse("unsupported-op", reason, remedy, node)
     reason = f"{node.target} has no scalar operation in kernels."
     return refuse("unsupported-op", reason, f"Write it with others, or: {_OUTSIDE}", node)
+
+
+def _is_of_batch(node: fx.Node) -> bool:
+    """Whether it reduces the first of several dims, which is the batch's."""
+    shape = node.all_input_nodes[0].meta["val"].shape
+    args: Any = (*node.args, None)[1:2]
+    dims = args[0] if node.target in (aten.sum.dim_IntList, aten.mean.dim) else None
+    is_total = node.target in (aten.sum.default, aten.mean.default)
+    dims = list(range(len(shape))) if is_total else dims or []
+    return len(shape) > 1 and 0 in (dim % len(shape) for dim in dims)
 
 
 def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.graph_meta import ONES
 from sparsify.passes.nodes.tensor_info import copy_meta
 from sparsify.regions.convolution_backward import sender_gradient
 from sparsify.regions.step_norms import normalize
@@ -147,6 +148,11 @@ def product_operand(node: fx.Node) -> fx.Node | None:
         return None
     operand = node.args[PRODUCTS[node.target]]
     return operand if isinstance(operand, fx.Node) else None
+
+
+def has_ones(product: fx.Node) -> bool:
+    """True for products that no layer of the model is: sums over neurons that a pass wrote."""
+    return any(untransposed(n)[0].meta.get("source") == ONES for n in product.all_input_nodes)
 
 
 def keep_measured(made: fx.Node, product: fx.Node) -> fx.Node:

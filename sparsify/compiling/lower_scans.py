@@ -10,7 +10,7 @@ from sparsify.errors import Refusal
 from sparsify.graphs.loops import BACKWARD
 from sparsify.passes.lowering.expansion import Eager
 from sparsify.passes.lowering.lower_scan import lower_scan
-from sparsify.passes.nodes.classify_ops import product_operand
+from sparsify.passes.nodes.classify_ops import has_ones, product_operand
 from sparsify.passes.products.scan_products import skips_zeros
 from sparsify.products.place_sites import LoweredScans
 from sparsify.scans.lowered import Lowered
@@ -37,7 +37,8 @@ def lower_forward(scan: Scan, name: str, eager: Eager = "cpu") -> Lowered | Refu
 
 def why_no_events(scan: Scan) -> Refusal | None:
     """Why a loop with products is left alone: none of them reads events or has sparse weights."""
-    products = [node for node in scan.body.graph.nodes if product_operand(node) is not None]
+    nodes = scan.body.graph.nodes
+    products = [n for n in nodes if product_operand(n) is not None and not has_ones(n)]
     if not products or any(map(skips_zeros, products)):
         return None
     reason = "It reads values that pass no threshold, so none are zero."

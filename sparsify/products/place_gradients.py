@@ -18,7 +18,7 @@ def place_gradients(placements: Sequence[Placement], lowered: LoweredScans) -> l
     for region, result in lowered.items():
         if BACKWARD not in region or not isinstance(result, Lowered):
             continue
-        for site in result.sites:
+        for site in (site for site in result.sites if site.weight):
             owner = next((p.product for p in placements if p.product.weight == site.weight), None)
             base = f"{owner.name if owner else layer_name(site.weight)}{GRADIENT}"
             numbered = (f"{base}#{i}" for i in range(2, len(taken) + 3))

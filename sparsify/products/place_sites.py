@@ -32,12 +32,15 @@ class Placement:
 def place_products(products: Sequence[Product], lowered: LoweredScans) -> list[Placement]:
     """Find the Gathers of every product: several where the first steps are no part of a loop.
 
-    A Gather that no product of the recording explains gets a product named after its weight.
+    A Gather that no product of the recording explains gets a product named after its weight; sums
+    over neurons are none of the model's products.
     """
     found: list[Placement] = []
     known = list(products)
     for region, result in lowered.items():
         for site in result.sites if isinstance(result, Lowered) else ():
+            if not site.weight:
+                continue
             product = _find_product(site, known)
             if product is None:
                 product = _unrecorded_product(site, {product.name for product in known})

@@ -55,7 +55,7 @@ class LoweredSite:
     """
 
     gather: str  # the Gather's result
-    weight: str  # path of the parameter in the model, or the operand's name
+    weight: str  # path of the parameter in the model, or the operand's name; "" if of ones
     module: str
     location: Location | None
     event: bool = False

@@ -17,6 +17,7 @@ from sparsify.errors import RefusalCode
 from tests.models import zoo_convolutional as convolutional
 from tests.models import zoo_feedforward as feedforward
 from tests.models import zoo_gated as gated
+from tests.models import zoo_pools as pools
 from tests.models import zoo_pruned as pruned
 from tests.models import zoo_rates as rates
 from tests.models import zoo_recurrent as recurrent
@@ -205,6 +206,10 @@ ENTRIES = (
         events=("cell.weight_hh",),
         grid=None,
     ),
+    Entry("normed currents", pools.NormedCurrents, events=("rec",), grid=None),
+    Entry("inhibitory pool", pools.InhibitoryPool, events=("rec", "to_pool", "out")),
+    Entry("homeostatic", pools.Homeostatic, events=("rec",), grid=None),
+    Entry("EGRU, normed", pools.NormedEGRU, events=("rec",), grid=None),
     Entry("gates in place", gated.InPlaceGates, events=("recur",), grid=2**-3),
     Entry("resets itself", stateful.ResetsItself, events=("net.2", "net.4"), recordings=3),
     Entry("buffer state", lambda: stateful.BufferState(BATCH), events=("rec",), keeps_state=True),

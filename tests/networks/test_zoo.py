@@ -32,6 +32,7 @@ IN_DOUBLE = {
     "graded recurrent",
     "EGRU",
     "EGRU, joined operands",
+    "homeostatic",
     "tuple state",
     "nn.RNN relu, two layers",
     "soft-threshold video",
