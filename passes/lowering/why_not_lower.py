@@ -167,10 +167,10 @@ def _name(node: fx.Node) -> str:
 
 
 def _unsupported(node: fx.Node) -> Refusal:
-    whole = node.meta.get("whole")
-    if isinstance(whole, Refusal):  # it was taken apart, and that was no better
-        return whole
     name = _name(node)
+    whole = node.meta.get("whole")
+    if isinstance(whole, Refusal) and name in _COUPLED:  # taken apart it was no better
+        return whole
     if name in _COUPLED and _is_of_batch(node):
         reason = f"{name} works on rows of the batch together; kernels compute each by itself."
         return refuse("unsupported-op", reason, _OUTSIDE, node)
