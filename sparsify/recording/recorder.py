@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func.decompose(*args, **kwargs)
         if self.error is None:
-            self.fail(f"{func} cannot be recorded")
+            self.fail(f"{func} cannot be recorded; write what it does in Python")
         self._announce_writes(how.facts, func, args, kwargs)
         return func(*args, **kwargs)
 
