@@ -225,6 +225,8 @@ def _compare(got: Any, expected: Any) -> str:
     ours, arrangement = take_apart(got, whole=(Fingerprint,))
     theirs, expected_arrangement = take_apart(expected, whole=(Fingerprint,))
     if arrangement != expected_arrangement:
+        if str(arrangement) == str(expected_arrangement):  # as of a namedtuple in forward
+            return "each call makes a class for its result anew; define it outside of forward"
         return f"it returns {arrangement} where the model returns {expected_arrangement}"
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(a, Fingerprint) and isinstance(b, Fingerprint):

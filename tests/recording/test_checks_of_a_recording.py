@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from sparsify.api import sparsify
 from sparsify.checking import check_recording
 from sparsify.checking.check_recording import Call, perturb, why_not_repeated
+from sparsify.errors import TraceError
 from sparsify.plan import Plan
 from sparsify.recording.keep_state import keep_state
 from sparsify.recording.record import record
@@ -51,6 +53,16 @@ def test_a_recording_that_froze_a_value_is_found() -> None:
         found = why_not_repeated(model, replace(recording, graph=graph), (X,), {})
     kind = "torch.float32 [5, 3, 4]"
     assert found.startswith(f"value 0 is not the model's: {kind} with other elements")
+
+
+class Renamed(RecurrentNet):
+    def forward(self, x: Tensor) -> Any:
+        return namedtuple("Result", "votes")(super().forward(x))
+
+
+def test_a_result_of_a_class_that_each_call_makes_is_told() -> None:
+    with pytest.raises(TraceError, match="makes a class for its result anew; define it outside"):
+        sparsify(Renamed().eval(), X)
 
 
 def test_perturbed_inputs_have_the_same_values_elsewhere() -> None:
