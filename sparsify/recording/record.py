@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +32,7 @@ from sparsify.recording.saved import SavedTensors, random_states_kept
 from sparsify.recording.sharing import SharingGuard, find_assumptions
 from sparsify.recording.size_reads import SizeReads
 from sparsify.recording.sources import KnownTensors, marked_before
+from sparsify.recording.uncompiled import uncompiled
 from sparsify.uncollected import seldom_collected
 
 _LOCK = FreeLock()
@@ -128,7 +127,7 @@ class _Run:
         reads = self.reads
         try:
             with ExitStack() as stack:
-                for patch in (uncompiled(), reads.lengths(), recorded_copies()):
+                for patch in (uncompiled(self.recorder, reads), reads.lengths(), recorded_copies()):
                     stack.enter_context(patch)
                 with self.positions, self.recorder, self.escapes:
                     result = self.model.forward(*self.args, **self.kwargs)
@@ -182,13 +181,3 @@ class _Run:
         written = set(conclusion.written)
         assumptions = find_assumptions(self.known, self.recorder, written, conclusion.operands)
         return SharingGuard(guard, assumptions) if assumptions else guard
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Inside, what ``torch.compile`` made runs as the original Python."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -23,6 +23,7 @@ from sparsify.recording.size_notes import SizeNotes, place_of
 from sparsify.recording.traced_size import plain
 
 _PROPERTIES: Any = Tensor
+_BUILTINS: Any = builtins
 LENGTHS = (list, tuple, dict, deque, set, frozenset, range)
 Rule = Callable[[Any, Any, Any], Any]
 
@@ -34,6 +35,7 @@ class SizeReads:
         self.notes = SizeNotes()
         self._recorder = recorder
         self._builtin, self._thread = len, threading.get_ident()
+        self._importer = builtins.__import__
         self.rules: dict[Any, Rule] = {
             _PROPERTIES.shape.__get__: self._shape,
             Tensor.size: self._size,
@@ -50,11 +52,28 @@ class SizeReads:
     @contextlib.contextmanager
     def lengths(self) -> Iterator[None]:
         """Inside, ``len`` gives them, too: the builtin makes plain integers of what it is told."""
-        builtins.len = self._len
+        _BUILTINS.len, _BUILTINS.__import__ = self._len, self._import
         try:
             yield
         finally:
-            builtins.len = self._builtin
+            _BUILTINS.len, _BUILTINS.__import__ = self._builtin, self._importer
+
+    @contextlib.contextmanager
+    def builtins_of_python(self) -> Iterator[None]:
+        """Inside, ``len`` is Python's own again."""
+        seen = builtins.len, builtins.__import__
+        _BUILTINS.len, _BUILTINS.__import__ = self._builtin, self._importer
+        try:
+            yield
+        finally:
+            _BUILTINS.len, _BUILTINS.__import__ = seen
+
+    def _import(self, *args: Any, **kwargs: Any) -> Any:
+        """Modules keep builtins that they see at first, as Dynamo does to know them again."""
+        if threading.get_ident() != self._thread:
+            return self._importer(*args, **kwargs)
+        with self.builtins_of_python():
+            return self._importer(*args, **kwargs)
 
     def _len(self, thing: Any, /) -> int:
         value, recorder = self._builtin(thing), self._recorder

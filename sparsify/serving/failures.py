@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.errors import CompileError, Location, Refusal, SparsifyError, TraceError
+from sparsify.errors import CompileError, Refusal, SparsifyError
 from sparsify.recording.keep_state import Snapshot
 from sparsify.recording.record import record
 from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
@@ -27,10 +27,6 @@ REMEDY = (
     "Please report it with the traceback, fast.compiled.failure.log (strict=True raises it); "
     "the results are those of your model."
 )
-
-# `scan` and its like compile what they are given, which fails beneath any dispatch mode.
-HIGHER_ORDER = os.path.join(os.path.dirname(torch.__file__), "_higher_order_ops", "")
-COMPILES = "compiles the function that it is given, which is not seen; write the loop in Python"
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 SMALLER = "Give sparsify a smaller example, as of fewer rows: kernels serve other sizes, too."
@@ -82,9 +78,9 @@ def record_or_run(
     except SparsifyError:
         raise
     except Exception as error:
-        failure = _why_not_recorded(error)
-        if failure is None:
+        if not is_own(error):
             raise
+        failure = describe_failure(error, "while recording")
     else:
         if restore:
             before.put_back()  # lists of states that others took the place of, too
@@ -94,22 +90,7 @@ def record_or_run(
     result = model.forward(*args, **kwargs)
     if restore:
         before.put_back()
-    if isinstance(failure, TraceError):
-        return Unrecorded(result, failure)
     return Failed(result, failure)
-
-
-def _why_not_recorded(error: Exception) -> CompileError | TraceError | None:
-    """Why ``error`` was raised while recording, if it may be due to that; None where it is not."""
-    if is_own(error):
-        return describe_failure(error, "while recording")
-    outer = None
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename.startswith(HIGHER_ORDER):
-            place = Location(outer.filename, outer.lineno or 0, outer.line or "") if outer else None
-            return TraceError(f"{frame.name} {COMPILES}", place)
-        outer = frame
-    return None
 
 
 def describe_failure(error: Exception, during: str) -> CompileError:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sparsify.api import sparsify
 from sparsify.compiling import compile_recording
-from sparsify.errors import CompileError, TraceError
-from sparsify.serving.failures import HIGHER_ORDER
+from sparsify.errors import CompileError
 from tests.models.small_nets import RecurrentNet, spikes
 
 X = spikes()
@@ -114,36 +113,6 @@ def test_errors_of_the_model_are_its_own(error: Exception | None) -> None:
             with pytest.raises((KeyError, TypeError, IndexError)) as raised:
                 call(sparsify(Raises(error), *([X] if at_once else [])), X)
             assert error is None or raised.value is error
-
-
-# As torch's `scan` of several carries, which takes four seconds to fail beneath a dispatch mode.
-SCAN = """
-def scan(x):
-    assert not torch._C._len_torch_dispatch_stack(), "not mine"
-    return x.cumsum(0)
-"""
-
-
-class Scanned(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        of_torch: dict[str, Any] = {"torch": torch}
-        exec(compile(SCAN, f"{HIGHER_ORDER}scan.py", "exec"), of_torch)
-        self.scan = of_torch["scan"]
-
-    def forward(self, x: Tensor) -> Any:
-        return self.scan(x)
-
-
-def test_loops_that_torch_compiles_run_as_they_are() -> None:
-    fast = sparsify(Scanned())
-    message = r"test_failures\.py:\d+  return self\.scan\(x\): scan compiles .* loop in Python"
-    with pytest.warns(UserWarning, match=message) as told:
-        for _ in range(2):
-            assert torch.equal(call(fast, X), X.cumsum(0))
-    assert len(told) == 1
-    with pytest.raises(TraceError, match=message):
-        sparsify(Scanned(), X)
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
