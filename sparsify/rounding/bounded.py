@@ -93,7 +93,9 @@ class Precision:
         return roundings / (1 - roundings)
 
     def holds(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype).double() == value
+        """Where the dtype has the value. Of float64 itself, which rounded it, half the bits do."""
+        dtype = torch.float32 if self.dtype is torch.float64 else self.dtype
+        return value.to(dtype).double() == value
 
     def round_scalar(self, value: float) -> float:
         """Torch rounds Python scalars to the dtype that it computes in."""

@@ -79,6 +79,22 @@ def test_other_summation_orders_stay_inside(seed: int) -> None:
     assert not bounds.without_row
 
 
+FUSED: dict[str, Callable[..., Tensor]] = {
+    "lerp": lambda a, b, c: torch.lerp(a, b, 0.3),
+    "addcmul": lambda a, b, c: torch.addcmul(a, b, c, value=0.3),
+    "add": lambda a, b, c: torch.add(a, b, alpha=0.3),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_torch_fuses_in_float64_is_as_far_as_two_roundings(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(1000, generator=generator, dtype=torch.float64) for _ in range(3))
+    bounded = bounds_of(FUSED[name], a, b, c).outputs[0]
+    assert is_within(FUSED[name](a, b, c), bounded)
+    assert bool((bounded.full_error > 0).all())
+
+
 def test_float64_is_bounded_at_its_own_precision() -> None:
     operands = lif_operands(7, torch.float64)
     bounds = bounds_of(lif, *operands)
