@@ -242,8 +242,14 @@ class Recordings:
         self.freeze(self.frozen)
 
     def raise_refused(self, entry: Entry) -> None:
-        """Under ``strict``, raise RefusedError if a site is refused in what ``entry`` serves."""
-        if self.options.strict and (refusal := first_refusal(entry.compiled.sites)) is not None:
+        """Under ``strict``, raise RefusedError if a site is refused in what ``entry`` serves.
+
+        A small call that gains nothing is no refusal: the sites have kernels.
+        """
+        if not self.options.strict:
+            return
+        refusal = first_refusal(entry.compiled.sites)
+        if refusal is not None and not (entry.is_exception and refusal.code == "no-gain"):
             raise RefusedError(refusal)
 
     def _why_not_compile(self, args: Args, kwargs: Kwargs) -> Refusal | None:

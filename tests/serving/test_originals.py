@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsify.api import sparsify
+from sparsify.errors import RefusedError
 from sparsify.plan import Plan
 from sparsify.serving import check_speed
 from tests.choosing.test_choose import timings
@@ -84,6 +85,21 @@ def test_a_small_call_that_gains_nothing_does_not_take_kernels(stopwatch: Any) -
         assert "a small call runs the original: A call took 3 ms" in str(fast.report)
         assert torch.equal(fast(x := spikes(13, 3)), model(x))  # not so small: it is not timed
         assert not fast.compiled.entry_for((x,), {}).compiled.runs_original
+
+
+def test_a_small_call_that_gains_nothing_is_no_refusal_of_what_has_kernels(stopwatch: Any) -> None:
+    stopwatch.append(GAIN)
+    model = RecurrentNet().eval()
+    fast: Any = sparsify(model, strict=True)
+    with torch.no_grad():
+        fast(spikes(20, 3))
+        stopwatch[-1] = LOSS
+        for steps in (1, 1, 1, 2, 20):
+            assert torch.equal(fast(x := spikes(steps, 3)), model(x))
+            is_small = steps < 20
+            assert fast.compiled.entry_for((x,), {}).compiled.runs_original == is_small
+    with torch.no_grad(), pytest.raises(RefusedError, match="no-gain"):
+        sparsify(model, strict=True)(spikes(1, 3))
 
 
 def test_a_small_call_whose_plan_the_user_gave_takes_kernels(stopwatch: Any) -> None:
