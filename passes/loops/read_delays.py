@@ -110,7 +110,7 @@ def _stack_after(graph: fx.Graph, node: fx.Node, made: dict[_Part, fx.Node]) -> 
     """A stack of the parts of a buffer for those that read it after the loop."""
     depth = len(_steps(node))
     dim = _dim_of(node)
-    readers = [user for user in node.users if len(_steps(user)) < depth]
+    readers = [user for user in node.users if _is_after(user, depth)]
     if dim is None or not readers:
         return None
     info = node.meta["val"]
@@ -120,11 +120,22 @@ def _stack_after(graph: fx.Graph, node: fx.Node, made: dict[_Part, fx.Node]) -> 
     if any(part is None for part in parts):
         return None
     values = [p if isinstance(p, fx.Node) else _read(graph, p, made) for p in parts if p]
+    for reader in readers:
+        if len(_steps(reader)) >= depth:  # the same again, of which only later ones know
+            reader.meta["loops"] = _steps(next(iter(reader.users)))
     with graph.inserting_before(min(readers)):
         stacked = call(graph, aten.stack.default, (values, dim), info, readers[0])
     for reader in readers:
         reader.replace_input_with(node, stacked)
     return stacked
+
+
+def _is_after(node: fx.Node, depth: int) -> bool:
+    """Whether ``node`` is after a loop, or hands on what it is given, as a result, to what is."""
+    if len(_steps(node)) < depth:
+        return True
+    is_handed_on = node.target in SAME and bool(node.users)
+    return is_handed_on and all(len(_steps(user)) < depth for user in node.users)
 
 
 def _is_turned(node: fx.Node) -> bool:

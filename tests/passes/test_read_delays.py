@@ -98,6 +98,26 @@ def test_what_was_in_a_buffer_before_is_read_from_there() -> None:
     assert_same(rolled.graph(*found.operands), found.results)
 
 
+def test_a_result_that_the_last_step_hands_on_is_stacked_after_the_loop() -> None:
+    def model(tape: Tape, x: Tensor) -> list[Tensor]:
+        buffer, out = torch.zeros(FIRST), []
+        for t in tape.loop(range(x.size(0))):
+            z = (x[t] + F.linear(buffer[-1], W1) > 0.25).float()
+            buffer = torch.cat([z[None], buffer.roll(1, 0)[1:]])
+            result = torch.ops.aten.alias.default(buffer)  # as of results with gradients
+            out.append(z)
+        return [torch.stack(out), result]
+
+    found = record_unrolled(model, [dyadic(STEPS, B, H)], WEIGHTS)
+    result = read_delays(found.graph)
+    assert result.done[-1].endswith("is stacked after the loop")
+    rolled = roll_loops(result.graph)
+    assert rolled.done, rolled.declined
+    targets = {node.target for node in result.graph.graph.nodes}
+    assert torch.ops.aten.roll.default not in targets
+    assert_same(rolled.graph(*found.operands), found.results)
+
+
 OTHERS: dict[str, tuple[tuple[int, ...], Read, Turn]] = {
     "computed with": (
         FIRST,
