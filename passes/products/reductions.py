@@ -109,7 +109,7 @@ def can_write(node: fx.Node) -> bool:
         return False
     if node.target in NORMS:
         return _is_of_whole_rows(node, reads) and reads.dtype.is_floating_point
-    if node.kwargs.get("dtype") is not None:
+    if node.kwargs.get("dtype") not in (None, torch.float32, torch.float64):
         return False
     if not (reads.dtype.is_floating_point or reads.dtype is torch.bool):
         return False
@@ -149,7 +149,8 @@ def write_rows(graph: fx.Graph, node: fx.Node, ones: MakeOnes) -> Results:
     write = RowWriter(graph, node, ones)
     value = node.all_input_nodes[0]
     info = value.meta["val"]
-    dtype = info.dtype if info.dtype in (torch.float32, torch.float64) else torch.float32
+    asked: Any = node.kwargs.get("dtype") or info.dtype
+    dtype = asked if asked in (torch.float32, torch.float64) else torch.float32
     lead = _lead(info.shape)
     rows = write.reshape(value, (math.prod(lead), math.prod(info.shape[len(lead) :])))
     found = (REDUCED | NORMS)[node.target](write, node, write.cast(rows, dtype))

@@ -7,6 +7,7 @@ order of additions and the sign of zero, which is + of a sum of no terms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,18 @@ class RowWriter:
         row = with_shape(ones.meta["val"], (1, neurons), (1, 1))
         turned = call(self.graph, aten.t.default, (ones,), row, self.node)
         return self._product(value, turned, neurons)
+
+    def spread_signed(self, value: fx.Node, neurons: int) -> fx.Node:
+        """As ``spread``, with the sign of a zero, which is that of an infinite reciprocal."""
+        info = value.meta["val"]
+        inverse = self.call(aten.reciprocal.default, value)
+        flags = with_shape(info, info.shape, dtype=torch.bool)
+        args = (inverse, -math.inf)
+        is_negative = call(self.graph, aten.eq.Scalar, args, flags, self.node)
+        minus = self.call(aten.mul.Scalar, self.cast(is_negative, info.dtype), -2)
+        sign = self.call(aten.add.Scalar, minus, 1)
+        magnitude = self.spread(self.call(aten.mul.Tensor, value, sign), neurons)
+        return self.call(aten.mul.Tensor, magnitude, self.spread(sign, neurons))
 
     def _product(self, rows: fx.Node, matrix: fx.Node, receivers: int) -> fx.Node:
         info = rows.meta["val"]

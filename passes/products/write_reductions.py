@@ -41,6 +41,7 @@ from sparsify.passes.nodes.tensor_info import call, with_shape
 from sparsify.passes.nodes.time_levels import find_time_levels
 from sparsify.passes.products.reductions import can_write, write_rows
 from sparsify.passes.products.row_writer import Ones, RowWriter
+from sparsify.passes.products.zero_signs import may_be_negative_zero, reads_sign_of_zero
 from sparsify.scans.scan import Scan
 
 aten = torch.ops.aten
@@ -163,6 +164,13 @@ def _why_not(scan: Scan) -> Refusal | None:
     return None if is_beside or not isinstance(refusal, Refusal) else refusal
 
 
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """In which a product with one is the value: integers of less than 2^53 are."""
+    if dtype.is_floating_point:
+        return dtype
+    return torch.float32 if dtype is torch.bool else torch.float64
+
+
 class _Writer:
     """Edits a copy of a loop's body."""
 
@@ -204,7 +212,7 @@ class _Writer:
         layout = find_layout(scan)
         if isinstance(layout, Refusal):
             return layout
-        known: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        known: dict[tuple[fx.Node, tuple[int, ...], bool], fx.Node] = {}
         for node in layout.live:
             is_read = node in layout.fixed and is_cellwise(node) and layout.size(node) != 1
             if not is_read or "whole" in node.meta:
@@ -212,28 +220,30 @@ class _Writer:
             for operand in node.all_input_nodes:
                 if operand not in layout.fixed or layout.size(operand) != 1:
                     continue
-                key = operand, layout.neurons(node)
+                signed = may_be_negative_zero(operand) and reads_sign_of_zero(node, operand)
+                key = operand, layout.neurons(node), signed
                 if key not in known:
                     with self.graph.inserting_before(node):
-                        known[key] = self._spread(operand, node, layout)
+                        known[key] = self._spread(operand, node, layout, signed)
                 node.replace_input_with(operand, known[key])
                 self._note(node, "reads one neuron through ones")
         return None
 
-    def _spread(self, operand: fx.Node, node: fx.Node, layout: Layout) -> fx.Node:
+    def _spread(self, operand: fx.Node, node: fx.Node, layout: Layout, signed: bool) -> fx.Node:
         write = RowWriter(self.graph, node, self._ones)
         info = operand.meta["val"]
         rows = 1
         for size in layout.lead(operand):
             rows *= size
-        value = write.cast(operand, info.dtype if info.dtype.is_floating_point else torch.float32)
-        spread = write.spread(write.reshape(value, (rows, 1)), layout.size(node))
+        value = write.cast(operand, _exact(info.dtype))
+        made = write.spread_signed if signed else write.spread
+        spread = made(write.reshape(value, (rows, 1)), layout.size(node))
         before = (1,) * (len(layout.lead(node)) - 1)
         lead = (*before, rows) if layout.lead(node) else ()
         spread = write.reshape(spread, (*lead, *layout.neurons(node)))
         if info.dtype is torch.bool:
-            made = with_shape(spread.meta["val"], spread.meta["val"].shape, dtype=torch.bool)
-            return call(self.graph, aten.gt.Scalar, (spread, 0), made, node)
+            flags = with_shape(spread.meta["val"], spread.meta["val"].shape, dtype=torch.bool)
+            return call(self.graph, aten.gt.Scalar, (spread, 0), flags, node)
         return write.cast(spread, info.dtype)
 
     def _ones(self, ones: Ones) -> fx.Node:

@@ -17,7 +17,7 @@ from sparsify.rounding.widened import widen, widened
 from sparsify.scans.differentiated import Input
 
 # Distances of one element are spread like the magnitudes of a normal distribution. That one is more
-# than twice the largest of so many others happens in 3 of 1e6 cases; norms of more elements are
+# than twice the largest of so many others happens in 2 of 1e5 cases; norms of more elements are
 # spread less, so that the largest of them is hardly more than any.
 DRAWS = 64
 

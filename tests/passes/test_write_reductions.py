@@ -78,6 +78,7 @@ WRITTEN: dict[str, Step] = {
     "norm of magnitudes": lambda net, i, z: 8 * F.normalize(i, 1.0, dim=1),
     "deviation of zeros": lambda net, i, z: i - z.std(1, keepdim=True),
     "one neuron": lambda net, i, z: i - F.relu(net.pool(z)),
+    "sum in its own precision": lambda net, i, z: i - 0.125 * z.sum(1, True, dtype=z.dtype),
     "a choice of all": lambda net, i, z: torch.where(z.sum(1, keepdim=True) < 4, i, 0.5 * i),
 }
 
@@ -202,6 +203,60 @@ def test_what_stays_says_why(step: Step, reason: str) -> None:
     [refusal] = [each for each in refusals if reason in each.reason]
     assert refusal.code == "unsupported-op"
     assert "test_write_reductions.py" in str(refusal.location)
+
+
+def single(net: Net, i: Tensor, z: Tensor) -> Tensor:
+    total = (i.float() / 3).sum(1, True, dtype=torch.float64)
+    return i - 0.125 * total
+
+
+FORWARD: dict[str, Step] = {
+    "sum in double precision": single,
+    "divisor that is -0": lambda net, i, z: (i / -z.sum(1, keepdim=True)).clamp(-1, 1),
+    "multiple of -0": lambda net, i, z: (1 / (i * (-z.mean(1, True)).expand_as(z))).clamp(-1, 1),
+    "quotient of -0": lambda net, i, z: (i / (-z.mean(1, True) / (1 + i.exp()))).clamp(-1, 1),
+}
+
+
+@pytest.mark.parametrize("step", FORWARD.values(), ids=FORWARD)
+def test_kernels_compute_what_eager_does(step: Step) -> None:
+    """Without gradients, which are NaN where something is divided by zero."""
+    model, x = Net(step).double(), inputs()
+    x[3] = 0  # at least once, nobody fires at the step before
+    with torch.no_grad():
+        found, expected = recorded(model, x), model(x)
+        graph = rolled_stages(found.graph, False, None)[-1].graph
+        assert any(map(is_loop, lower_scans(find_scans(graph)).values()))
+        with_regions(graph)
+        torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
+
+
+class Clock(Net):
+    """Neurons keep when they fired last, by a clock that single precision does not tell apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = z = x.new_zeros(x.shape[1], HIDDEN)
+        now = torch.full((x.shape[1], 1), 2**24, dtype=torch.int64)
+        last = now.expand(-1, HIDDEN)
+        out = []
+        for x_t in x:
+            now = now + 1
+            v = 0.75 * v + 2 * self.inp(x_t) + self.rec(z) - z.mean(1, keepdim=True)
+            v = v + 0.01 * (now - last)
+            z = Rect.apply(v - 0.25, 1.0)
+            v, last = v - z, torch.where(z > 0, now, last)
+            out.append(v)
+        return torch.stack(out)
+
+
+def test_large_integers_are_read_by_all_neurons_without_rounding() -> None:
+    model, x = Clock(WRITTEN["sum"]).double(), inputs()
+    with torch.no_grad():
+        found, expected = recorded(model, x), model(x)
+        graph = rolled_stages(found.graph, False, None)[-1].graph
+        assert any(map(is_loop, lower_scans(find_scans(graph)).values()))
+        with_regions(graph)
+        torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
 
 
 def told(done: Sequence[str]) -> list[str]:
