@@ -11,6 +11,8 @@ from sparsify.autocast import autocast, is_any_on
 from sparsify.recording.environment import saved_hooks
 from sparsify.recording.recording import Args, Kwargs
 
+ENDLESS = ("an argument contains itself",)  # what is found of it by then tells nothing
+
 
 def call_key(model: nn.Module, args: Args, kwargs: Kwargs) -> object:
     """Modes and the kinds of the arguments. Calls of one key can differ in all else."""
@@ -27,14 +29,20 @@ def modes(model: nn.Module) -> tuple[object, ...]:
 
 
 def kinds(args: Args, kwargs: Kwargs) -> tuple[object, ...]:
-    """What tells the arguments of a call from others, but for the contents of tensors."""
-    return tuple([_kind(argument) for argument in args]), _kind(kwargs) if kwargs else ()
+    """What tells the arguments of a call from others, but for the contents of tensors.
+
+    ENDLESS for a list that contains itself, or so many of each other that Python gives up.
+    """
+    try:
+        return tuple([_kind(argument) for argument in args]), _kind(kwargs) if kwargs else ()
+    except RecursionError:
+        return ENDLESS
 
 
 def _kind(value: Any) -> object:
     if isinstance(value, Tensor):
         what = value.layout, value.dtype, value.device, value.requires_grad
-        return type(value), what, value.shape
+        return type(value), what, None if value.is_nested else value.shape
     if isinstance(value, (tuple, list)):
         return type(value), tuple([_kind(element) for element in value])
     if isinstance(value, dict):

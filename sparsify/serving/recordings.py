@@ -27,7 +27,7 @@ from sparsify.recording.recording import Args, Kwargs, Recording, Unrecorded
 from sparsify.recording.saved import random_states_kept
 from sparsify.recording.settle import settled
 from sparsify.serving.backends import Compilers, tensors_of
-from sparsify.serving.call_key import call_key
+from sparsify.serving.call_key import ENDLESS, call_key, kinds
 from sparsify.serving.compile_entry import EntryCompiler
 from sparsify.serving.entry import Entry, find_thinned, newest
 from sparsify.serving.failures import (
@@ -47,6 +47,8 @@ from sparsify.uncollected import seldom_collected
 
 CONFIRMED = "other sizes than those recorded are recorded once: the model does the same there"
 WITHOUT_ROWS = "a call without rows runs the original, and decides nothing"
+ENDLESS_REASON = "An argument of the call contains itself, or lists in lists that have no end."
+ENDLESS_REMEDY = "Give forward what it reads of it, or an object, which is not looked into."
 MOST_KEPT = 2  # entries that are kept then: each costs a look at every call
 COMPILING = FreeLock()  # one recording and compilation at a time, in all threads
 # Seconds to wait for it: the model that another thread records may itself wait for this call.
@@ -253,6 +255,8 @@ class Recordings:
             raise RefusedError(refusal)
 
     def _why_not_compile(self, args: Args, kwargs: Kwargs) -> Refusal | None:
+        if kinds(args, kwargs) is ENDLESS:
+            return Refusal("unsupported-op", ENDLESS_REASON, ENDLESS_REMEDY)
         compiler = self.compilers.serving(tensors_of(self.original, args, kwargs))
         if isinstance(compiler, Refusal):
             return compiler

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify.serving.call_key import call_key
+from sparsify.serving.call_key import ENDLESS, call_key, kinds
 
 MODEL, X = nn.Identity(), torch.zeros(2, 3)
 
@@ -51,3 +51,15 @@ def test_modes_make_a_difference() -> None:
     with torch.no_grad():
         without = key(X)
     assert without != key(X)
+
+
+def test_what_contains_itself_has_a_key() -> None:
+    endless: list[Any] = []
+    endless.append({"more": endless})
+    assert kinds((X, endless), {}) is kinds((X,), {"named": endless}) is ENDLESS
+    assert hash(key(X, endless)) == hash(key(X, endless))
+
+
+def test_nested_tensors_have_a_key() -> None:
+    nested = torch.nested.nested_tensor([X[0], X[1, :2]])
+    assert key(nested) == key(nested.clone()) != key(nested.double())

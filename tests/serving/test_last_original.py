@@ -190,6 +190,18 @@ def test_a_list_that_contains_itself_has_an_end(monkeypatch: pytest.MonkeyPatch)
     assert last_original(Plain(), (X,), {}, 1, Known())((X, endless), {}) is MISSED
 
 
+def test_calls_with_arguments_that_have_no_end_or_sizes_run_the_original(way: str) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    nested = torch.nested.nested_tensor([X[0].detach(), X[1, :2].detach()])
+    for more, reason in ((endless, "An argument of the call contains itself"), (nested, "")):
+        plain = called_in_python(cast(Any, Plain()).sparsify())
+        for has_more in (*5 * [True], *5 * [False], *5 * [True]):
+            result = plain(X, more) if has_more else plain(X)
+            assert torch.equal(result, 2.0 * X)
+        assert reason in str(plain.compiled.refused)
+
+
 @pytest.mark.parametrize(
     "mode",
     [
