@@ -23,14 +23,14 @@ Place = tuple[Any, Any]  # a line of the user's code, and a module
 
 def find_stepwise(compiled: Compiled) -> dict[fx.Node, Refusal]:
     """Nodes of the recording that ``compiled`` runs step by step as torch operations, with why."""
-    left = list(_find_left(compiled.graph))
-    places, summed = set(map(_place_of, left)), {_place_of(n) for n in left if has_ones(n)}
     found: dict[fx.Node, Refusal] = {}
-    for node in compiled.stages[0].graph.graph.nodes:
-        is_one = recurrent_op(node) or is_cell(node)
-        is_left = _place_of(node) in (places if is_one else summed)
-        if is_left and "whole" not in node.meta and node.op == "call_function":
-            found[node] = _why(compiled, node)
+    for loop in _find_left(compiled.graph):
+        places, summed = set(map(_place_of, loop)), {_place_of(n) for n in loop if has_ones(n)}
+        for node in compiled.stages[0].graph.graph.nodes:
+            is_one = recurrent_op(node) or is_cell(node)
+            is_left = _place_of(node) in (places if is_one else summed)
+            if is_left and "whole" not in node.meta and node.op == "call_function":
+                found[node] = _why(compiled, node, places)
     return found
 
 
@@ -38,12 +38,12 @@ def _place_of(node: fx.Node) -> Place:
     return node.meta.get("location"), node.meta.get("module")
 
 
-def _find_left(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    """The operations that run step by step, and the loops that they are in."""
+def _find_left(gm: fx.GraphModule) -> Iterator[list[fx.Node]]:
+    """The operations of each loop that runs step by step, and its call."""
     for node in gm.graph.nodes:
         scan = _stepwise(gm.get_submodule(str(node.target))) if node.op == "call_module" else None
         if scan is not None:
-            yield from (node, *scan.body.graph.nodes)
+            yield [node, *scan.body.graph.nodes]
 
 
 def _stepwise(module: nn.Module) -> Scan | None:
@@ -53,10 +53,13 @@ def _stepwise(module: nn.Module) -> Scan | None:
     return module if isinstance(module, Scan) and module.carries > 0 else None
 
 
-def _why(compiled: Compiled, node: fx.Node) -> Refusal:
-    for site in compiled.sites:
-        is_here = site.location == node.meta.get("location") and site.name in compiled.placements
-        if is_here and site.code is not None:
-            return Refusal(site.code, site.reason, site.remedy, site.location)
+def _why(compiled: Compiled, node: fx.Node, places: set[Place]) -> Refusal:
+    """Why the products at the line of ``node``, or others of its loop, are in no kernel."""
+    location = node.meta.get("location")
+    refused = [s for s in compiled.sites if s.code is not None and s.name in compiled.placements]
+    for lines in ({location}, {line for line, _ in places}):
+        for site in refused:
+            if site.code is not None and site.location in lines:
+                return Refusal(site.code, site.reason, site.remedy, location)
     reason = "Its loop has no kernel, and step by step it would be slower than torch's own."
-    return Refusal("unsupported-op", reason, "", node.meta.get("location"))
+    return Refusal("unsupported-op", reason, "", location)

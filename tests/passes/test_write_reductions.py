@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify.api import sparsify
 from sparsify.compiling.lower_scans import lower_forward, lower_scans
 from sparsify.compiling.stages import differentiate, rolled_stages
 from sparsify.errors import Refusal
 from sparsify.graphs.loops import find_scans
+from sparsify.passes.nodes.classify_ops import has_ones
 from sparsify.passes.products.write_reductions import write_reductions
+from sparsify.plan import Plan
 from sparsify.recording.recording import Recording
 from sparsify.scans.lowered import Lowered
 from tests.models.surrogates import Rect
@@ -257,6 +261,17 @@ def test_large_integers_are_read_by_all_neurons_without_rounding() -> None:
         assert any(map(is_loop, lower_scans(find_scans(graph)).values()))
         with_regions(graph)
         torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_sums_that_are_put_back_keep_the_reason_of_their_loop() -> None:
+    model = Net(WRITTEN["sum"])
+    with torch.no_grad():
+        fast: Any = sparsify(model, inputs(dtype=torch.float32), plan=Plan({"rec": "off"}))
+    [site] = [site for site in fast.report.sites if site.name == "rec"]
+    assert site.code == "pinned"
+    assert "The plan leaves rec to the original operations" in site.reason
+    [loop] = find_scans(fast.compiled.graph).values()
+    assert not any(map(has_ones, loop.body.graph.nodes))
 
 
 def told(done: Sequence[str]) -> list[str]:
