@@ -8,8 +8,9 @@
 namespace {
 
 struct Sooner {
-  PyObject *call, *call_impl, *missed, *dynamo_callback;  // of install.py
-  PyObject *engine_name, *last_call_name, *original_name, *compiled_name, *call_name, *call_impl_name;
+  PyObject *call, *call_impl, *forward, *missed, *dynamo_callback;  // of install.py
+  PyObject *engine_name, *last_call_name, *original_name, *compiled_name;
+  PyObject *call_name, *call_impl_name, *forward_name;
   ternaryfunc in_python;  // what calls ``__call__``; the same in all classes
 
   bool know_names() {
@@ -19,6 +20,7 @@ struct Sooner {
     compiled_name = PyUnicode_InternFromString("_compiled_call_impl");
     call_name = PyUnicode_InternFromString("__call__");
     call_impl_name = PyUnicode_InternFromString("_call_impl");
+    forward_name = PyUnicode_InternFromString("forward");
     return !PyErr_Occurred();
   }
 } sooner;
@@ -32,6 +34,7 @@ bool is_called_plainly(PyObject* module, PyObject* engine) {
   const Owned compiled(PyObject_GenericGetAttr(module, sooner.compiled_name));
   const Owned original(PyObject_GetAttr(engine, sooner.original_name));
   if (!original || compiled.get() != Py_None) return false;
+  if (!has(Py_TYPE(module), sooner.forward_name, sooner.forward)) return false;
   PyTypeObject* const type = Py_TYPE(original.get());
   if (!has(type, sooner.call_name, sooner.call)) return false;
   if (!has(type, sooner.call_impl_name, sooner.call_impl)) return false;
@@ -64,17 +67,18 @@ PyObject* call_sooner(PyObject* module, PyObject* args, PyObject* kwargs) {
   return result.get() == sooner.missed ? call_module(module, args, kwargs) : result.release();
 }
 
-// call_sooner(class, call, call_impl, missed, dynamo_callback); None is what the last one says if not.
+// call_sooner(class, call, call_impl, forward, missed, dynamo_callback); the last one says None if not.
 PyObject* install_call_sooner(PyObject*, PyObject* arguments) {
   PyTypeObject* type;
-  PyObject *call, *call_impl, *missed, *dynamo_callback;
-  if (!PyArg_ParseTuple(arguments, "O!OOOO", &PyType_Type, &type, &call, &call_impl, &missed,
+  PyObject *call, *call_impl, *forward, *missed, *dynamo_callback;
+  if (!PyArg_ParseTuple(arguments, "O!OOOOO", &PyType_Type, &type, &call, &call_impl, &forward, &missed,
                         &dynamo_callback)) {
     return nullptr;
   }
   if (type->tp_call == call_sooner) Py_RETURN_NONE;
   if (sooner.call == nullptr) {
     sooner.call = Py_NewRef(call), sooner.call_impl = Py_NewRef(call_impl);
+    sooner.forward = Py_NewRef(forward);
     sooner.missed = Py_NewRef(missed), sooner.dynamo_callback = Py_NewRef(dynamo_callback);
     sooner.in_python = type->tp_call;
   }

@@ -59,7 +59,8 @@ class Sparsified:
         """``nn.Module.__call__``, which finds no hooks where a call is like the last one."""
         module, original = cast(Any, self), self._engine.original
         is_compiled = is_seen_by_dynamo() or module._compiled_call_impl
-        if not is_compiled and is_called_plainly(original):
+        has_forward = type(self).forward is Sparsified.forward  # not one of a class derived from it
+        if has_forward and not is_compiled and is_called_plainly(original):
             last_call = self._engine.last_call
             result = MISSED if last_call is None else last_call(args, kwargs)
             if result is not MISSED:
@@ -100,7 +101,9 @@ def hasten(cls: type) -> None:
     """Have calls of modules of ``cls`` do natively what ``_call_sooner`` does, if that can be."""
     native = native_call()
     if native is not None and vars(cls).get("__call__") is Sparsified._call_sooner:
-        native.call_sooner(cls, CALL, CALL_IMPL, MISSED, get_eval_frame_callback)
+        native.call_sooner(
+            *(cls, CALL, CALL_IMPL, Sparsified.forward, MISSED, get_eval_frame_callback)
+        )
 
 
 def rebuild(model: nn.Module, options: Any, plan: Any, pruned: Any = None) -> nn.Module:

@@ -300,6 +300,7 @@ def test_what_a_call_leads_to_may_change(
         (Plain, "__call__"),
         (nn.Module, "__call__"),
         (type(plain), "__call__"),
+        (type(plain), "forward"),
         (plain, "forward"),
         (Plain, "forward"),
         (plain, "_compiled_call_impl"),
@@ -322,6 +323,18 @@ def test_a_subclass_has_its_own_call(plain: Any) -> None:
         object.__setattr__(more, name, getattr(plain, name))
     for _ in range(5):
         assert more(X)[1] == "more"
+
+
+def test_a_subclass_has_its_own_forward(plain: Any) -> None:
+    class More(type(plain)):  # type: ignore[misc]
+        __slots__ = ()
+
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args), "more"
+
+    plain.__class__ = More
+    for _ in range(5):
+        assert plain(X)[1] == "more"
 
 
 def test_weights_that_require_grad_are_asked_for(way: str) -> None:
