@@ -179,6 +179,10 @@ class _Lowerer:
             return whole
         size = self.layout.size(node)
         told = told_name(node, self.assigned)
+        if shape_of(node) == ():
+            reason = f"{told} is a number without dims, which is no neuron."
+            remedy = "Keep a dim: write sum(-1, keepdim=True), and start such states as zeros(1)."
+            return refuse("unsupported-layout", reason, remedy, reader)
         reason = (
             f"{told} has {size} neuron{'s' * (size != 1)} where "
             f"{self.operands.size(population)} read it, without a product between them."

@@ -263,6 +263,39 @@ def test_large_integers_are_read_by_all_neurons_without_rounding() -> None:
         torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
 
 
+class Unbatched(Net):
+    """Inhibited by a pool that starts as ``pool``, of spikes [N]."""
+
+    def __init__(self, pool: Tensor) -> None:
+        super().__init__(WRITTEN["sum"])
+        self.start = nn.Buffer(pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, z, pool = x.new_zeros(HIDDEN), x.new_zeros(HIDDEN), self.start
+        out = []
+        for x_t in x[:, 0]:
+            v = 0.75 * v + 2 * self.inp(x_t) + self.rec(z) - pool
+            z = Rect.apply(v - 0.25, 1.0)
+            pool = 0.5 * pool + 0.125 * z.sum(-1, keepdim=pool.ndim > 0)
+            v = v - z
+            out.append(v)
+        return torch.stack(out)
+
+
+def test_numbers_without_dims_are_told_to_keep_one() -> None:
+    with torch.no_grad():
+        found = [
+            recorded(Unbatched(torch.zeros(dims)), inputs(dtype=torch.float32))
+            for dims in ((), (1,))
+        ]
+    graphs = [rolled_stages(each.graph, False, None)[-1].graph for each in found]
+    refused, written = (list(lower_scans(find_scans(graph)).values()) for graph in graphs)
+    assert any(map(is_loop, written)) and not any(map(is_loop, refused))
+    [refusal] = [each for each in refused if isinstance(each, Refusal)]
+    assert "is a number without dims, which is no neuron" in refusal.reason
+    assert "sum(-1, keepdim=True), and start such states as zeros(1)" in refusal.remedy
+
+
 def test_sums_that_are_put_back_keep_the_reason_of_their_loop() -> None:
     model = Net(WRITTEN["sum"])
     with torch.no_grad():
