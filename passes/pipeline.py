@@ -12,6 +12,7 @@ from sparsify.passes.hoisting.set_apart import set_apart
 from sparsify.passes.hoisting.split_time import split_time
 from sparsify.passes.loops.complete_parts import complete_parts
 from sparsify.passes.loops.frame_step import frame_step
+from sparsify.passes.loops.join_growth import join_growth
 from sparsify.passes.loops.read_delays import read_delays
 from sparsify.passes.loops.read_single_parts import read_single_parts
 from sparsify.passes.loops.roll_loops import roll_loops
@@ -49,6 +50,7 @@ PIPELINE: tuple[Pass, ...] = (
     expand_rnn,
     read_single_parts,
     read_delays,
+    join_growth,
     unify_products,
     write_sums,
     split_operands,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.passes.loops.after_loop import SAME, is_after, leave_loop, steps_of
 from sparsify.passes.nodes.call_scan import erase_unused
 from sparsify.passes.nodes.classify_ops import element_of
 from sparsify.passes.nodes.compare_layouts import can_stand_for
@@ -30,7 +31,6 @@ from sparsify.passes.nodes.tensor_info import call, is_contiguous, with_shape, w
 from sparsify.recording.unwritten_graph import UnwrittenGraph
 
 aten = torch.ops.aten
-SAME = (aten.clone.default, aten.alias.default, aten.contiguous.default)
 STORES = (
     *(aten.select_scatter.default, aten.slice_scatter.default, aten.roll.default),
     *(aten.cat.default, aten.stack.default),
@@ -50,7 +50,7 @@ class _Part:
 
 def read_delays(gm: fx.GraphModule) -> PassResult:
     """Let reads of single parts of buffers read what was put there, inside of loops."""
-    is_stored = any(node.target in STORES and _steps(node) for node in gm.graph.nodes)
+    is_stored = any(node.target in STORES and steps_of(node) for node in gm.graph.nodes)
     resolved = _resolved(gm.graph) if is_stored else []
     if not resolved:
         return PassResult(gm)  # long recordings are not copied for nothing
@@ -80,15 +80,10 @@ def read_delays(gm: fx.GraphModule) -> PassResult:
     return PassResult(UnwrittenGraph(modules, graph, class_name=type(gm).__name__), done)
 
 
-def _steps(node: fx.Node) -> tuple[Any, ...]:
-    """The loops that ``node`` ran in, with the iterations."""
-    return node.meta.get("loops") or ()
-
-
 def _resolved(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node | _Part]]:
     """The reads, and what they read: the first ones what others read through later buffers."""
     reads = [(node, part) for node in graph.nodes if (part := _part_read(node)) is not None]
-    found = [(node, part, _find(part, len(_steps(node)))) for node, part in reads]
+    found = [(node, part, _find(part, len(steps_of(node)))) for node, part in reads]
     later = {f.buffer for _, part, f in found if isinstance(f, _Part) and f != part}
     return [
         (node, value)
@@ -108,9 +103,9 @@ def _info_of(value: fx.Node | _Part) -> Any:
 
 def _stack_after(graph: fx.Graph, node: fx.Node, made: dict[_Part, fx.Node]) -> fx.Node | None:
     """A stack of the parts of a buffer for those that read it after the loop."""
-    depth = len(_steps(node))
+    depth = len(steps_of(node))
     dim = _dim_of(node)
-    readers = [user for user in node.users if _is_after(user, depth)]
+    readers = [user for user in node.users if is_after(user, depth)]
     if dim is None or not readers:
         return None
     info = node.meta["val"]
@@ -120,22 +115,12 @@ def _stack_after(graph: fx.Graph, node: fx.Node, made: dict[_Part, fx.Node]) -> 
     if any(part is None for part in parts):
         return None
     values = [p if isinstance(p, fx.Node) else _read(graph, p, made) for p in parts if p]
-    for reader in readers:
-        if len(_steps(reader)) >= depth:  # the same again, of which only later ones know
-            reader.meta["loops"] = _steps(next(iter(reader.users)))
+    leave_loop(readers, depth)
     with graph.inserting_before(min(readers)):
         stacked = call(graph, aten.stack.default, (values, dim), info, readers[0])
     for reader in readers:
         reader.replace_input_with(node, stacked)
     return stacked
-
-
-def _is_after(node: fx.Node, depth: int) -> bool:
-    """Whether ``node`` is after a loop, or hands on what it is given, as a result, to what is."""
-    if len(_steps(node)) < depth:
-        return True
-    is_handed_on = node.target in SAME and bool(node.users)
-    return is_handed_on and all(len(_steps(user)) < depth for user in node.users)
 
 
 def _is_turned(node: fx.Node) -> bool:
@@ -150,9 +135,9 @@ def _is_turned(node: fx.Node) -> bool:
 
 def _turn(node: fx.Node) -> tuple[list[Move], fx.Node | None]:
     """What one step does to a buffer, and the buffer before it; None if that is from elsewhere."""
-    steps = _steps(node)
+    steps = steps_of(node)
     found: list[Move] = []
-    while _steps(node) == steps:
+    while steps_of(node) == steps:
         if node.target not in STORES and node.target not in (*SAME, aten.slice.Tensor):
             return found, None
         literals: list[object] = [a for a in node.args if not isinstance(a, fx.Node)]
@@ -173,7 +158,7 @@ def _turn(node: fx.Node) -> tuple[list[Move], fx.Node | None]:
 def _dim_of(node: fx.Node) -> int | None:
     """The dim along which ``node`` puts parts into a buffer, in a loop."""
     args: Any = node.args
-    if not _steps(node) or node.target not in STORES:
+    if not steps_of(node) or node.target not in STORES:
         return None
     rank = len(node.meta["val"].shape)
     if node.target is aten.stack.default:
@@ -187,7 +172,7 @@ def _dim_of(node: fx.Node) -> int | None:
 
 def _part_read(node: fx.Node) -> _Part | None:
     """What ``node``, in a loop, reads a single part of."""
-    element = element_of(node) if _steps(node) else None
+    element = element_of(node) if steps_of(node) else None
     return None if element is None else _part(*element)
 
 
@@ -205,14 +190,14 @@ def _find(part: _Part, depth: int) -> fx.Node | _Part | None:
     None if it is computed with in between, as in a buffer that decays.
     """
     for _ in range(MOST_STEPS):
-        if not _steps(part.buffer) or part.buffer.target is aten.full.default:
+        if not steps_of(part.buffer) or part.buffer.target is aten.full.default:
             return part
         found = _before(part)
         source = found.buffer if isinstance(found, _Part) else found
         if source is not None and _is_apart(source, part.buffer):
             return None
         if not isinstance(found, _Part):
-            is_from_outside = found is None and len(_steps(part.buffer)) < depth
+            is_from_outside = found is None and len(steps_of(part.buffer)) < depth
             return part if is_from_outside else found
         part = found
     return None
@@ -224,7 +209,7 @@ def _is_apart(source: fx.Node, buffer: fx.Node) -> bool:
     A layer's spikes of all steps are read as a whole, also where a loop goes through the layers.
     """
     is_cast = source.meta["val"].dtype != buffer.meta["val"].dtype
-    return is_cast or len(_steps(source)) > len(_steps(buffer))
+    return is_cast or len(steps_of(source)) > len(steps_of(buffer))
 
 
 def _before(part: _Part) -> fx.Node | _Part | None:
