@@ -3,10 +3,11 @@
 Before::
 
     u = detach(v_1); d_z = mm(d, t(t(w))); d_w = t(t(mm(t(d), z))); k = pow(u, 1.0) * 2.0
+    d_y = t(mm(w, t(d)))
 
 After::
 
-    d_z = mm(d, w); d_w = mm(t(d), z); k = v_1 * 2.0
+    d_z = mm(d, w); d_w = mm(t(d), z); k = v_1 * 2.0; d_y = mm(d, t(w))
 
 Operations that are written twice, as what a Function's forward computes is, become one.
 """
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from sparsify.graph_meta import TensorInfo
 from sparsify.passes.lowering.lower_ops import fill_of
 from sparsify.passes.nodes.classify_ops import RESHAPES, TRANSPOSES, draws_random, order_of
-from sparsify.passes.nodes.tensor_info import call, with_shape
+from sparsify.passes.nodes.tensor_info import call, permuted, with_shape
 
 aten = torch.ops.aten
 _COPIES = (
@@ -79,7 +80,7 @@ def _simpler(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if node.target is aten.pow.Tensor_Scalar and args[1] == 1 and _same_layout(node, args[0]):
         return args[0]  # type: ignore[no-any-return]
     if node.target in TRANSPOSES:
-        return _untransposed(node)
+        return _untransposed(node) or _turned_product(graph, node)
     if fill_of(node) is not None and node.all_input_nodes:
         return _plain_fill(graph, node)
     if node.target is aten.add.Tensor and not node.kwargs:
@@ -106,6 +107,24 @@ def _untransposed(node: fx.Node) -> fx.Node | None:
     inner = order_of(base)
     back = [inner[dim] for dim in order] == list(range(len(order)))
     return base.all_input_nodes[0] if back else None
+
+
+def _turned_product(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """A product of rows: of one row with one element, autograd multiplies the turned ones."""
+    product: Any = node.all_input_nodes[0]
+    if product.target is not aten.mm.default or product.args[1].target not in TRANSPOSES:
+        return None
+    left, right = product.args
+    info = node.meta["val"]
+    with graph.inserting_before(node):
+        args = _turned(graph, right, node), _turned(graph, left, node)
+        return call(graph, aten.mm.default, args, with_shape(info, info.shape), node)
+
+
+def _turned(graph: fx.Graph, matrix: fx.Node, like: fx.Node) -> fx.Node:
+    if matrix.target in TRANSPOSES:
+        return matrix.all_input_nodes[0]
+    return call(graph, aten.t.default, (matrix,), permuted(matrix.meta["val"], (1, 0)), like)
 
 
 def _sum_with_zeros(node: fx.Node) -> fx.Node | None:

@@ -99,12 +99,9 @@ def run(recording: Recording, graph: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("step", WRITTEN.values(), ids=WRITTEN)
-def test_a_loop_that_adds_up_neurons_becomes_kernels(step: Step) -> None:
-    """Spikes are those of eager; 16 terms a sum and 5 steps round some hundred times, each by
-    1e-16, and no value here is further than 1e3 from what it is a difference of.
-    """
-    model, x = Net(step).double(), inputs().requires_grad_(True)
+def check_kernels(step: Step, x: Tensor) -> None:
+    model = Net(step).double()
+    x.requires_grad_(True)
     found = recorded(model, x)
     stages = rolled_stages(found.graph, True, None)
     graph = stages[-1].graph
@@ -125,6 +122,20 @@ def test_a_loop_that_adds_up_neurons_becomes_kernels(step: Step) -> None:
     with_regions(graph)
     with torch.no_grad():
         torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("step", WRITTEN.values(), ids=WRITTEN)
+def test_a_loop_that_adds_up_neurons_becomes_kernels(step: Step) -> None:
+    """Spikes are those of eager; 16 terms a sum and 5 steps round some hundred times, each by
+    1e-16, and no value here is further than 1e3 from what it is a difference of.
+    """
+    check_kernels(step, inputs())
+
+
+@pytest.mark.parametrize("name", ["layer norm", "norm", "one neuron"])
+def test_of_one_row_the_gradient_is_a_kernel_too(name: str) -> None:
+    """Autograd turns products of one row with one element around. As above."""
+    check_kernels(WRITTEN[name], inputs()[:, :1])
 
 
 def test_sums_are_none_of_the_models_products() -> None:
