@@ -30,8 +30,9 @@ aten = torch.ops.aten
 # What the next step depends on cannot be moved behind the loop.
 _WITHIN = "The next step depends on it. Let it work on the input's part, before the loop, or "
 _ELSE = "let every neuron have a threshold of its own, as a tensor that is kept from step to step."
-# Sums over all neurons of a row are part of a kernel, and what can be written with them.
-_WITH_SUM = {"softmax": "write e = x.exp(), then e / e.sum(-1, keepdim=True)."}
+# Sums over all neurons of a row are part of a kernel.
+_SOFTMAX = "write e = x.exp(), then e / e.sum(-1, keepdim=True)."
+_TOTALS = (aten.sum.default, aten.mean.default)
 _OUTSIDE = "Compute it after the loop, from the stacked values of all steps."
 _PICKS = {"index", "gather", "scatter", "index_select", "select", "slice", "cat", "stack"}
 # Ops that couple the neurons of a layer or rows of the batch, by what they do.
@@ -93,12 +94,18 @@ def why_not_operations(
 
 def _instead(node: fx.Node) -> str:
     """What to write in place of an operation that couples neurons."""
-    args: Any = node.args
-    dims = args[1] if len(args) > 1 and isinstance(args[1], (int, list, tuple)) else ()
-    last = len(args[0].meta["val"].shape) - 1
-    is_of_neurons = set([dims] if isinstance(dims, int) else dims) <= {-1, last}
-    with_sum = _WITH_SUM.get(_name(node)) if dims != () else None
-    return with_sum if with_sum is not None and is_of_neurons else _ELSE
+    if _name(node) != "softmax":
+        return _ELSE
+    rank = len(node.all_input_nodes[0].meta["val"].shape)
+    return _SOFTMAX if _dims(node, rank) == {rank - 1} else _ELSE
+
+
+def _dims(node: fx.Node, rank: int) -> set[int]:
+    """The dims of ``rank`` that a sum, a mean or a softmax goes over."""
+    if node.target in _TOTALS:
+        return set(range(rank))
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    return {dim % rank for dim in ([dims] if isinstance(dims, int) else dims or ())}
 
 
 def _why_not_dtype(node: fx.Node) -> Refusal | None:
@@ -190,13 +197,10 @@ def _unsupported(node: fx.Node) -> Refusal:
 
 
 def _is_of_batch(node: fx.Node) -> bool:
-    """Whether it reduces the first of several dims, which is the batch's."""
-    shape = node.all_input_nodes[0].meta["val"].shape
-    args: Any = (*node.args, None)[1:2]
-    dims = args[0] if node.target in (aten.sum.dim_IntList, aten.mean.dim) else None
-    is_total = node.target in (aten.sum.default, aten.mean.default)
-    dims = list(range(len(shape))) if is_total else dims or []
-    return len(shape) > 1 and 0 in (dim % len(shape) for dim in dims)
+    """Whether it is a sum or a mean over the first of several dims, which is the batch's."""
+    rank = len(node.all_input_nodes[0].meta["val"].shape)
+    is_sum = node.target in (*_TOTALS, aten.sum.dim_IntList, aten.mean.dim)
+    return is_sum and rank > 1 and 0 in _dims(node, rank)
 
 
 def _why_not_product(node: fx.Node, consts: set[fx.Node]) -> Refusal | None:

@@ -281,6 +281,19 @@ def test_a_sum_that_is_written_as_additions_is_not_what_keeps_a_loop() -> None:
     assert "currents.cummax(-1)" in str(refused)
 
 
+class Remainder(Cell):
+    """Feeds back what a number leaves: of the operation's operands, the tensor is the second."""
+
+    def current(self, x: Tensor, z: Tensor, t: int) -> Tensor:
+        return torch.remainder(3, super().current(x, z, t) + 5)
+
+
+def test_an_operation_whose_first_operand_is_a_number_is_refused_with_its_line() -> None:
+    line, reason = "torch.remainder(3, super()", "remainder.* has no scalar operation"
+    remedy = "let every neuron have a threshold of its own"
+    assert_refused(site_of(Remainder()), "unsupported-op", line, reason, remedy)
+
+
 def test_what_compares_neurons_in_the_recurrence_is_to_leave_it() -> None:
     refused = site_of(TopK(within=True).eval())
     remedy = "The next step depends on it. Let it work on the input's part, before the loop, or let"
