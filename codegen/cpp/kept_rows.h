@@ -5,7 +5,7 @@
 
 namespace sparsify {
 
-constexpr int CHUNK = 8;            // weights of a unit that are kept one by one
+constexpr int CHUNK = 8;           // weights of a unit that are kept one by one
 constexpr int WIDEST_BAND = 4096;  // receivers whose sums stay in the first cache
 constexpr int ROWS_AHEAD = 4;      // events between asking for a line and adding it
 

@@ -46,10 +46,9 @@ class RowWriter:
     def __init__(self, graph: fx.Graph, node: fx.Node, ones: MakeOnes) -> None:
         self.graph, self.node, self.ones = graph, node, ones
 
-    def call(self, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
-        """An operation that works element by element, with a result like ``like``."""
-        first = like if like is not None else args[0]
-        return call(self.graph, target, args, first.meta["val"], self.node)
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """An operation that works element by element, with a result like its first operand."""
+        return call(self.graph, target, args, args[0].meta["val"], self.node)
 
     def cast(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
         info = value.meta["val"]

@@ -17,6 +17,7 @@ steps at once. A loop of which that makes no kernel stays as it is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,9 +201,7 @@ class _Writer:
                 node.replace_all_uses_with(results[0])
             self.graph.erase_node(node)
             self._note(node, "is a product with ones")
-        for node in reversed(list(self.graph.nodes)):
-            if node.op == "call_function" and not node.users:
-                self.graph.erase_node(node)
+        erase_unused(self.graph, dict(self.given.body.named_children()))
 
     def spread(self) -> Refusal | None:
         """Give every neuron that reads the only one of another layer a value of its own."""
@@ -232,9 +231,7 @@ class _Writer:
     def _spread(self, operand: fx.Node, node: fx.Node, layout: Layout, signed: bool) -> fx.Node:
         write = RowWriter(self.graph, node, self._ones)
         info = operand.meta["val"]
-        rows = 1
-        for size in layout.lead(operand):
-            rows *= size
+        rows = math.prod(layout.lead(operand))
         value = write.cast(operand, _exact(info.dtype))
         made = write.spread_signed if signed else write.spread
         spread = made(write.reshape(value, (rows, 1)), layout.size(node))
