@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsify.codegen.native_call import NativeCall, Repeater, load_native_call
+from sparsify.serving.engine import Engine
 
 WAYS = ("native", "python")
 ASKED = 10  # which argument of ``NativeCall.repeater`` has the questions
@@ -60,3 +61,16 @@ def called_in_python(fast: Any) -> Any:
     kind: Any = type(fast)
     kind.__call__ = kind.__call__
     return fast
+
+
+def count_long_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gets an item for each call that the last one did not serve."""
+    found: list[Any] = []
+    call = Engine._call
+
+    def counted(self: Engine, *given: Any) -> Any:
+        found.append(given)
+        return call(self, *given)
+
+    monkeypatch.setattr(Engine, "_call", counted)
+    return found

@@ -99,6 +99,13 @@ def run(recording: Recording, graph: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
+def assert_near(result: Tensor, expected: Tensor, equal_nan: bool = False) -> None:
+    """Spikes are those of eager; 16 terms a sum and 5 steps round some hundred times, each by
+    1e-16, and no value here is further than 1e3 from what it is a difference of.
+    """
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11, equal_nan=equal_nan)
+
+
 def check_kernels(step: Step, x: Tensor) -> None:
     model = Net(step).double()
     x.requires_grad_(True)
@@ -107,13 +114,13 @@ def check_kernels(step: Step, x: Tensor) -> None:
     graph = stages[-1].graph
     leaves = [x, *model.parameters()]
     expected, result = model(x), run(found, graph, x)
-    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+    assert_near(result, expected)
     for ours, eager in zip(
         gradients_of(result, leaves), gradients_of(expected, leaves), strict=True
     ):
         assert (ours is None) == (eager is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, eager, rtol=1e-11, atol=1e-11)
+        if ours is not None and eager is not None:
+            assert_near(ours, eager)
     stage, refused = differentiate(graph, found.calling.operands((x,), {}))
     assert not refused
     lowered = lower_scans(find_scans(stage.graph))
@@ -121,20 +128,17 @@ def check_kernels(step: Step, x: Tensor) -> None:
     assert all(isinstance(each, Lowered) for each in lowered.values()), lowered
     with_regions(graph)
     with torch.no_grad():
-        torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
+        assert_near(run(found, graph, x), expected)
 
 
 @pytest.mark.parametrize("step", WRITTEN.values(), ids=WRITTEN)
 def test_a_loop_that_adds_up_neurons_becomes_kernels(step: Step) -> None:
-    """Spikes are those of eager; 16 terms a sum and 5 steps round some hundred times, each by
-    1e-16, and no value here is further than 1e3 from what it is a difference of.
-    """
     check_kernels(step, inputs())
 
 
 @pytest.mark.parametrize("name", ["layer norm", "norm", "one neuron"])
 def test_of_one_row_the_gradient_is_a_kernel_too(name: str) -> None:
-    """Autograd turns products of one row with one element around. As above."""
+    """Autograd turns products of one row with one element around."""
     check_kernels(WRITTEN[name], inputs()[:, :1])
 
 
@@ -182,10 +186,7 @@ def test_infinities_and_nan_are_those_of_eager() -> None:
         graph = rolled_stages(found.graph, False, None)[-1].graph
         with_regions(graph)
         assert expected.isnan().any()
-        # As above.
-        torch.testing.assert_close(
-            run(found, graph, x), expected, rtol=1e-11, atol=1e-11, equal_nan=True
-        )
+        assert_near(run(found, graph, x), expected, equal_nan=True)
 
 
 REFUSED: dict[str, tuple[Step, str]] = {
@@ -209,7 +210,7 @@ def test_what_stays_says_why(step: Step, reason: str) -> None:
         graph = rolled_stages(found.graph, False, None)[-1].graph
         expected = Net(step).double()(inputs())
         # The product of the input is one of all steps, which may add up in another order.
-        torch.testing.assert_close(run(found, graph, inputs()), expected, rtol=1e-11, atol=1e-11)
+        assert_near(run(found, graph, inputs()), expected)
     refusals = [
         refusal
         for name, scan in find_scans(graph).items()
@@ -225,6 +226,16 @@ def single(net: Net, i: Tensor, z: Tensor) -> Tensor:
     return i - 0.125 * total
 
 
+def check_loop(model: nn.Module, x: Tensor) -> None:
+    """Without gradients, which are NaN where something is divided by zero."""
+    with torch.no_grad():
+        found, expected = recorded(model, x), model(x)
+        graph = rolled_stages(found.graph, False, None)[-1].graph
+        assert any(map(is_loop, lower_scans(find_scans(graph)).values()))
+        with_regions(graph)
+        assert_near(run(found, graph, x), expected)
+
+
 FORWARD: dict[str, Step] = {
     "sum in double precision": single,
     "divisor that is -0": lambda net, i, z: (i / -z.sum(1, keepdim=True)).clamp(-1, 1),
@@ -235,15 +246,9 @@ FORWARD: dict[str, Step] = {
 
 @pytest.mark.parametrize("step", FORWARD.values(), ids=FORWARD)
 def test_kernels_compute_what_eager_does(step: Step) -> None:
-    """Without gradients, which are NaN where something is divided by zero."""
-    model, x = Net(step).double(), inputs()
+    x = inputs()
     x[3] = 0  # at least once, nobody fires at the step before
-    with torch.no_grad():
-        found, expected = recorded(model, x), model(x)
-        graph = rolled_stages(found.graph, False, None)[-1].graph
-        assert any(map(is_loop, lower_scans(find_scans(graph)).values()))
-        with_regions(graph)
-        torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
+    check_loop(Net(step).double(), x)
 
 
 class Clock(Net):
@@ -265,13 +270,7 @@ class Clock(Net):
 
 
 def test_large_integers_are_read_by_all_neurons_without_rounding() -> None:
-    model, x = Clock(WRITTEN["sum"]).double(), inputs()
-    with torch.no_grad():
-        found, expected = recorded(model, x), model(x)
-        graph = rolled_stages(found.graph, False, None)[-1].graph
-        assert any(map(is_loop, lower_scans(find_scans(graph)).values()))
-        with_regions(graph)
-        torch.testing.assert_close(run(found, graph, x), expected, rtol=1e-11, atol=1e-11)
+    check_loop(Clock(WRITTEN["sum"]).double(), inputs())
 
 
 class Unbatched(Net):

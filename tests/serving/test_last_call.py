@@ -18,7 +18,7 @@ from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
 from sparsify.serving.engine import Engine
 from tests.counted_operations import CountedOperations
 from tests.models.small_nets import RecurrentNet, spikes
-from tests.natively import WAYS, call_in, called_in_python
+from tests.natively import WAYS, call_in, called_in_python, count_long_calls
 
 pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler")
 
@@ -62,16 +62,7 @@ def engine_of(fast: Any) -> Engine:
 
 @pytest.fixture
 def long_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls that the last one did not serve."""
-    found: list[Any] = []
-    call = Engine._call
-
-    def counted(self: Engine, *given: Any) -> Any:
-        found.append(given)
-        return call(self, *given)
-
-    monkeypatch.setattr(Engine, "_call", counted)
-    return found
+    return count_long_calls(monkeypatch)
 
 
 def test_calls_like_the_last_one_take_the_short_way(

@@ -24,10 +24,9 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from sparsify.codegen.toolchain import why_unavailable as why_no_compiler
-from sparsify.serving.engine import Engine
 from sparsify.serving.last_call import MISSED, LastOriginal, last_original
 from sparsify.serving.originals import Known
-from tests.natively import WAYS, call_in, called_in_python
+from tests.natively import WAYS, call_in, called_in_python, count_long_calls
 
 pytestmark = [
     pytest.mark.skipif(why_no_compiler() is not None, reason="no C++ compiler"),
@@ -85,16 +84,7 @@ def repeated(way: str, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.fixture
 def long_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls that the last one did not serve."""
-    found: list[Any] = []
-    call = Engine._call
-
-    def counted(self: Engine, *given: Any) -> Any:
-        found.append(given)
-        return call(self, *given)
-
-    monkeypatch.setattr(Engine, "_call", counted)
-    return found
+    return count_long_calls(monkeypatch)
 
 
 def entered(call: Callable[[], object]) -> list[str]:
